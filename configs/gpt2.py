@@ -1,0 +1,50 @@
+"""GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners").
+
+    python -m gptjax.main --config=configs/gpt2.py:runlocal --workdir=runs/demo
+    python -m gptjax.main --config=configs/gpt2.py:size=124m,data=tfds:lm1b --workdir=runs/gpt2
+
+Arguments: size (124m, 355m, 774m, 1558m), data (see gptjax/config.py), runlocal (a small model for two CPU cores).
+"""
+
+import ml_collections
+
+from gptjax import config as c
+
+# Section 2.3, table 2 (there labelled 117M, 345M, 762M and 1542M). The paper tuned its learning rates by hand and
+# published none: a choice, after GPT-3's for the same sizes.
+SIZES = {
+    "124m": ({"num_layers": 12, "embed_dim": 768, "num_heads": 12}, 6e-4),
+    "355m": ({"num_layers": 24, "embed_dim": 1024, "num_heads": 16}, 3e-4),
+    "774m": ({"num_layers": 36, "embed_dim": 1280, "num_heads": 20}, 2.5e-4),
+    "1558m": ({"num_layers": 48, "embed_dim": 1600, "num_heads": 25}, 2e-4),
+}
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    args = c.parse_arg(arg, size="124m", data="sotu", runlocal=False)
+    size, peak_lr = c.choose(SIZES, args["size"], "size")
+    config = c.Config(
+        model=c.GPTConfig(context_length=1024, **size),
+        data=c.DataConfig(source=args["data"], tokenizer="gpt2"),
+        # Batch 512 (section 2.3). Choices, for want of published values: 10B tokens, and GPT-3's optimizer.
+        batch=c.BatchConfig(total_tokens=10_000_000_000, tokens_per_batch=512 * 1024, microbatch_size=32),
+        optimizer=c.OptimizerConfig(peak_lr=peak_lr, warmup_tokens=375_000_000),
+        evaluation=c.EvaluationConfig(every_tokens=250_000_000),
+        checkpoint=c.CheckpointConfig(every_tokens=1_000_000_000),
+    )
+    return c.config_dict(runlocal(config) if args["runlocal"] else config)
+
+
+def runlocal(config: c.Config) -> c.Config:
+    """The same program at a laptop's size, with a vocabulary trained on the corpus."""
+    return c.replace(
+        config,
+        {
+            "model": {"context_length": 128, "num_layers": 4, "embed_dim": 192, "num_heads": 6, "dtype": "float32"},
+            "data": {"tokenizer": "bpe:4096"},
+            "batch": {"total_tokens": 2_000_000, "tokens_per_batch": 16 * 128, "microbatch_size": None},
+            "optimizer": {"peak_lr": 3e-3, "warmup_tokens": 50_000},
+            "evaluation": {"every_tokens": 500_000, "max_tokens": 60_000},
+            "checkpoint": {"every_tokens": 500_000},
+        },
+    )

@@ -1,0 +1,93 @@
+"""GPT-3 (Brown et al. 2020, "Language Models are Few-Shot Learners").
+
+    python -m gptjax.main --config=configs/gpt3.py:runlocal --workdir=runs/gpt3_small
+    python -m gptjax.main --config=configs/gpt3.py:size=xl,data=tfds:lm1b --workdir=runs/gpt3_xl
+
+Arguments: size (small, medium, large, xl, 2.7b, 6.7b, 13b, 175b), data (see gptjax/config.py), runlocal (a small model
+for two CPU cores).
+"""
+
+import ml_collections
+
+from gptjax import config as c
+
+# Table 2.1: layers, width, heads, sequences of 2,048 tokens in a batch, learning rate. Two rows of the table do not
+# multiply out: XL's "24 heads" of 128 are 16 (2048 / 128), and 13B's width of "5140" is 40 heads of 128, 5120.
+SIZES = {
+    "small": (12, 768, 12, 256, 6e-4),  # 0.5M tokens a batch
+    "medium": (24, 1024, 16, 256, 3e-4),
+    "large": (24, 1536, 16, 256, 2.5e-4),
+    "xl": (24, 2048, 16, 512, 2e-4),  # 1M
+    "2.7b": (32, 2560, 32, 512, 1.6e-4),
+    "6.7b": (32, 4096, 32, 1024, 1.2e-4),  # 2M
+    "13b": (40, 5120, 40, 1024, 1e-4),
+    "175b": (96, 12288, 96, 1600, 6e-5),  # 3.2M
+}
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    args = c.parse_arg(arg, size="small", data="sotu", runlocal=False)
+    num_layers, embed_dim, num_heads, sequences, peak_lr = c.choose(SIZES, args["size"], "size")
+    config = c.Config(
+        model=c.GPTConfig(
+            context_length=2048,
+            num_layers=num_layers,
+            embed_dim=embed_dim,
+            num_heads=num_heads,
+            attention_pattern=("dense", "banded"),  # section 2.1
+            band_width=256,  # not published; GPT-Neo's, an open model with the same alternation
+        ),
+        data=c.DataConfig(source=args["data"], tokenizer="gpt2"),
+        # Appendix B. The ramp starts at 32k tokens, a microbatch of 16 sequences, and is over between 4B and 12B tokens
+        # "depending on the model size", which is not told in more detail: a choice.
+        batch=c.BatchConfig(
+            total_tokens=300_000_000_000,
+            tokens_per_batch=sequences * 2048,
+            microbatch_size=16,
+            ramp_start_tokens=16 * 2048,
+            ramp_tokens=12_000_000_000 if args["size"] == "175b" else 4_000_000_000,
+        ),
+        optimizer=c.OptimizerConfig(
+            peak_lr=peak_lr,
+            schedule="cosine",
+            warmup_tokens=375_000_000,
+            decay_tokens=260_000_000_000,
+            floor_lr_fraction=0.1,
+            beta1=0.9,
+            beta2=0.95,
+            eps=1e-8,
+            weight_decay=0.1,
+            clip_norm=1.0,
+        ),
+        evaluation=c.EvaluationConfig(every_tokens=1_000_000_000),
+        checkpoint=c.CheckpointConfig(every_tokens=5_000_000_000),
+    )
+    return c.config_dict(runlocal(config) if args["runlocal"] else config)
+
+
+def runlocal(config: c.Config) -> c.Config:
+    """The same program at a laptop's size: pattern, ramp and schedule included."""
+    return c.replace(
+        config,
+        {
+            "model": {
+                "context_length": 128,
+                "num_layers": 4,
+                "embed_dim": 192,
+                "num_heads": 6,
+                "band_width": 32,
+                "dtype": "float32",
+            },
+            "data": {"tokenizer": "bpe:4096"},
+            "batch": {
+                "total_tokens": 2_000_000,
+                "tokens_per_batch": 32 * 128,
+                "microbatch_size": 8,
+                "ramp_start_tokens": 8 * 128,
+                "ramp_tokens": 300_000,
+            },
+            "optimizer": {"peak_lr": 3e-3, "warmup_tokens": 50_000, "decay_tokens": 1_700_000},
+            "evaluation": {"every_tokens": 500_000, "max_tokens": 60_000},
+            "checkpoint": {"every_tokens": 500_000},
+        },
+    )

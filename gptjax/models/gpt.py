@@ -1,0 +1,192 @@
+"""The GPT of every generation: a decoder-only transformer whose differences are fields of `GPTConfig`.
+
+Radford et al. 2018 (post-LN), Radford et al. 2019, section 2.3 (pre-LN, scaled residual initialisation) and
+Brown et al. 2020, section 2.1 (alternating dense and locally banded attention).
+"""
+
+import math
+from functools import partial
+from typing import Any, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gptjax.config import GPTConfig
+from gptjax.models.attention import SelfAttention, product_settings
+from gptjax.parallel.mesh import constrain, partitioned
+
+ACTIVATIONS = {"gelu_tanh": partial(nn.gelu, approximate=True), "gelu_exact": partial(nn.gelu, approximate=False)}
+REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+
+
+class MLP(nn.Module):
+    """Position-wise feed-forward layer; (B, T, D) to (B, T, D)."""
+
+    config: GPTConfig
+    out_init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        config = self.config
+        h_BTF = nn.Dense(
+            config.feed_forward_dim,
+            kernel_init=partitioned(nn.initializers.normal(config.kernel_init_std), "embed", "ffw"),
+            bias_init=partitioned(nn.initializers.zeros, "ffw"),
+            name="up",
+            **product_settings(config),
+        )(x_BTD)
+        h_BTF = constrain(ACTIVATIONS[config.activation](h_BTF), "batch", "length", "ffw")
+        return nn.Dense(
+            config.embed_dim,
+            kernel_init=partitioned(self.out_init, "ffw", "embed"),
+            bias_init=partitioned(nn.initializers.zeros, "norm"),
+            name="down",
+            **product_settings(config),
+        )(h_BTF)
+
+
+def layer_norm(config: GPTConfig, name: str) -> nn.LayerNorm:
+    """Layer normalisation, computed in float32 whatever the activations' dtype."""
+    return nn.LayerNorm(
+        epsilon=config.norm_eps,
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        use_fast_variance=False,
+        scale_init=partitioned(nn.initializers.ones, "norm"),
+        bias_init=partitioned(nn.initializers.zeros, "norm"),
+        name=name,
+    )
+
+
+class Block(nn.Module):
+    """One transformer layer; (B, T, D) to (B, T, D)."""
+
+    config: GPTConfig
+    attention: str  # "dense" or "banded"
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array | None, deterministic: bool) -> jax.Array:
+        config = self.config
+        out_std = config.kernel_init_std
+        if config.scale_residual_init:
+            out_std /= math.sqrt(2 * config.num_layers)
+        out_init = nn.initializers.normal(out_std)
+        attend = partial(SelfAttention(config, self.attention, out_init, name="attention"), deterministic=deterministic)
+        mlp = MLP(config, out_init, name="mlp")
+        attention_norm, mlp_norm = layer_norm(config, "attention_norm"), layer_norm(config, "mlp_norm")
+        dropout = nn.Dropout(config.residual_dropout, deterministic=deterministic)
+
+        if config.norm_position == "pre":
+            x_BTD = x_BTD + dropout(attend(attention_norm(x_BTD), segments_BT))
+            x_BTD = x_BTD + dropout(mlp(mlp_norm(x_BTD)))
+        else:
+            x_BTD = attention_norm(x_BTD + dropout(attend(x_BTD, segments_BT)))
+            x_BTD = mlp_norm(x_BTD + dropout(mlp(x_BTD)))
+        return constrain(x_BTD, "batch", "length", None)
+
+
+class Period(nn.Module):
+    """One repetition of the attention pattern: the unit that is scanned over."""
+
+    config: GPTConfig
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array | None) -> tuple[jax.Array, None]:
+        config = self.config
+        block = Block
+        if config.remat != "none":
+            # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
+            block = nn.remat(
+                Block,
+                policy=REMAT_POLICIES[config.remat],
+                prevent_cse=config.layer_loop == "unroll",
+                static_argnums=(3,),
+            )
+        for i, attention in enumerate(config.attention_pattern):
+            x_BTD = block(config, attention, name=f"block_{i}")(x_BTD, segments_BT, self.deterministic)
+        return x_BTD, None
+
+
+class GPT(nn.Module):
+    """Tokens to logits.
+
+    The parameters of all layers are stacked on a leading axis, scanned or unrolled alike: `layers/block_i/...` holds
+    layers i, i + P, i + 2P, ... for an attention pattern of P layers.
+    """
+
+    config: GPTConfig
+
+    @nn.compact
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        segments_BT: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """What the head reads.
+
+        Args:
+          tokens_BT: int, T at most `context_length`.
+          segments_BT: int, documents packed into a row (attention stays within one). None: the row is one document.
+          positions_BT: int. None: 0, 1, ..., T-1.
+          deterministic: no dropout; otherwise a "dropout" rng is needed.
+
+        Returns:
+          (B, T, D), of the config's dtype.
+        """
+        config = self.config
+        assert config.vocab_size is not None, "resolve model.vocab_size from the tokenizer first"
+        embed = partial(nn.Embed, features=config.embed_dim, dtype=config.dtype, param_dtype=config.param_dtype)
+        token_init = partitioned(nn.initializers.normal(config.token_init_std), "vocab", "embed")
+        position_init = partitioned(nn.initializers.normal(config.position_init_std), "position", "embed")
+        token_embedding = embed(config.vocab_size, embedding_init=token_init, name="token_embedding")
+        position_embedding = embed(config.context_length, embedding_init=position_init, name="position_embedding")
+        if positions_BT is None:
+            positions_BT = jnp.arange(tokens_BT.shape[1])[None]
+        x_BTD = token_embedding(tokens_BT) + position_embedding(positions_BT)
+        x_BTD = nn.Dropout(config.embedding_dropout, deterministic=deterministic)(x_BTD)
+        x_BTD = constrain(x_BTD, "batch", "length", None)
+
+        periods = config.num_layers // len(config.attention_pattern)
+        layers = nn.scan(
+            Period,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=nn.broadcast,
+            length=periods,
+            unroll=periods if config.layer_loop == "unroll" else 1,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(config, deterministic, name="layers")
+        x_BTD, _ = layers(x_BTD, segments_BT)
+        if config.norm_position == "pre":
+            x_BTD = layer_norm(config, "final_norm")(x_BTD)
+        return x_BTD
+
+    def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
+        """Next-token logits, float32 (B, T, V); arguments as of `hidden`."""
+        x_BTD = self.hidden(*args, **kwargs)
+        return unembed(x_BTD, nn.unbox(head_embedding(self.variables["params"])), self.config.precision)
+
+
+def hidden_states(model: GPT, params: Any, tokens_BT: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+    """`GPT.hidden` under `params`; a dropout key goes in `rngs`."""
+    return cast(jax.Array, model.apply({"params": params}, tokens_BT, *args, method="hidden", **kwargs))
+
+
+def head_embedding(params: Any) -> jax.Array:
+    """The (V, D) matrix of the head in `params`: the token embedding, tied (Radford et al. 2018, section 3.1)."""
+    return params["token_embedding"]["embedding"]
+
+
+def unembed(x_BTD: jax.Array, embedding_VD: jax.Array, precision: str | None = None) -> jax.Array:
+    """Logits, float32 (..., V), of hidden states: a product in their dtype, summed in float32."""
+    return jnp.einsum(
+        "...D,VD->...V",
+        x_BTD,
+        embedding_VD.astype(x_BTD.dtype),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )

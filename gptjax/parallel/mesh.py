@@ -1,0 +1,127 @@
+"""The device mesh, and the one table that maps logical axes of arrays to it.
+
+Model code names what an axis *is* ("heads", "batch"); this table says over which mesh axes it is spread. So a run
+changes its parallelism by `--config.mesh.fsdp=8`, never by touching a layer.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from gptjax.config import Config, MeshConfig, UserError
+
+MESH_AXES = ("data", "fsdp", "tensor", "context", "expert")
+BATCH_AXES = ("data", "fsdp", "expert")
+
+# Logical axis -> mesh axes. Parameters are spread over fsdp by their model width and over tensor by what a device can
+# compute alone (heads, feed-forward units, vocabulary rows); activations over the batch, the positions and tensor.
+LOGICAL_AXES: dict[str | None, tuple[str, ...] | str | None] = {
+    None: None,
+    # of activations
+    "batch": BATCH_AXES,
+    "length": "context",
+    "heads": "tensor",
+    "ffw": "tensor",
+    "vocab": "tensor",
+    # of parameters only
+    "embed": "fsdp",
+    "layers": None,
+    "qkv": None,
+    "head_dim": None,
+    "norm": None,
+    "position": None,
+}
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh over `devices` (default: all), data outermost so that its traffic crosses the slowest links.
+
+    Raises:
+      UserError: the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
+    given = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "all axes 1"
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise UserError(f"mesh {given}: sizes are positive, and at most one is -1 (the rest of the devices)")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(devices) % fixed or (not free and fixed != len(devices)):
+        raise UserError(
+            f"mesh {given} does not match {len(devices)} device(s): "
+            f"the sizes must multiply to {len(devices)} (mesh.data=-1 takes what is left)"
+        )
+    for axis in free:
+        sizes[axis] = len(devices) // fixed
+    return jax.make_mesh(
+        tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=np.asarray(devices)
+    )
+
+
+def check_fit(config: Config, mesh: Mesh) -> None:
+    """Raises UserError unless every sharded size of `config` that is known divides evenly over `mesh`."""
+    model, shape = config.model, mesh.shape
+    sequences = config.batch.microbatch_size or config.batch.tokens_per_batch // model.context_length
+    key = "batch.tokens_per_batch / model.context_length" if config.batch.microbatch_size is None else None
+    needs = (
+        (key or "batch.microbatch_size", sequences, "data x fsdp x expert", batch_shards(mesh)),
+        ("model.context_length", model.context_length, "context", shape["context"]),
+        ("model.embed_dim", model.embed_dim, "fsdp", shape["fsdp"]),
+        ("model.num_heads", model.num_heads, "tensor", shape["tensor"]),
+        ("model.ffw_dim", model.feed_forward_dim, "tensor", shape["tensor"]),
+        ("model.vocab_size", model.vocab_size or 0, "tensor", shape["tensor"]),
+    )
+    for name, size, axes, shards in needs:
+        if size % shards:
+            raise UserError(
+                f"{name}={size} is not divisible by the mesh's {axes}={shards}: "
+                f"try {math.ceil(size / shards) * shards}, or another mesh"
+            )
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Over how many devices the sequences of a batch are spread."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def partition_spec(logical: PartitionSpec | tuple[str | None, ...]) -> PartitionSpec:
+    """The mesh axes of an array with these logical axes."""
+    return PartitionSpec(*(LOGICAL_AXES[name] for name in logical))
+
+
+class LogicalAxes(nn.Partitioned):
+    """A parameter with the logical names of its axes. Unlike its base class it leaves layouts to `shardings`."""
+
+    def unbox(self, apply_constraint: bool = True) -> Any:
+        return self.value
+
+
+def partitioned(init: nn.initializers.Initializer, *logical: str) -> nn.initializers.Initializer:
+    """A parameter's initialiser that also records its logical axes."""
+    return lambda *args: LogicalAxes(init(*args), logical)
+
+
+def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
+    """Pins the layout of an activation with these logical axes to the mesh in use; without a mesh, returns `x`."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(logical))
+
+
+def shardings(mesh: Mesh, boxed: Any) -> Any:
+    """NamedShardings for a tree whose leaves carry logical axes (`partitioned`), or none."""
+
+    def sharding(leaf: Any) -> NamedSharding:
+        logical = leaf.names if isinstance(leaf, LogicalAxes) else ()
+        return NamedSharding(mesh, partition_spec(logical))
+
+    return jax.tree.map(sharding, boxed, is_leaf=lambda leaf: isinstance(leaf, LogicalAxes))
+
+
+def batch_sharding(mesh: Mesh, *leading: None) -> NamedSharding:
+    """Of a (B, T) batch array, behind any unsharded `leading` axes."""
+    return NamedSharding(mesh, PartitionSpec(*leading, *partition_spec(("batch", "length"))))

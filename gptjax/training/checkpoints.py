@@ -1,0 +1,160 @@
+"""Checkpoints of a workdir, and where a run starts from.
+
+A run starts from the first of these that there is:
+  1. the newest checkpoint of its own workdir: it goes on as if it had never stopped;
+  2. the weights of the workdir that `init_from` names: a new run with a fresh optimizer;
+  3. its seed.
+"""
+
+import errno
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from gptjax.config import CheckpointConfig, Config, UserError, differences, read_config
+from gptjax.training.state import TrainState, create_state, state_shardings
+
+
+class Checkpoints:
+    """The checkpoints in `<workdir>/checkpoints/`, written in the background, each device its own shards.
+
+    One checkpoint has the items `params`, `ema` (where there is one), `train` (step, optimizer state and random key)
+    and `position` (JSON: the examples consumed). Kept are the newest `keep_last` and the one of the lowest validation
+    loss.
+    """
+
+    def __init__(self, workdir: Path, config: CheckpointConfig):
+        self._directory = workdir.absolute() / "checkpoints"
+        policy = AnyPreservationPolicy(
+            [LatestN(config.keep_last), BestN(get_metric_fn=lambda metrics: -metrics["loss"], n=1)]
+        )
+        with self._errors_named():
+            self._manager = ocp.CheckpointManager(
+                self._directory, options=ocp.CheckpointManagerOptions(preservation_policy=policy, create=True)
+            )
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, examples: int, validation_loss: float) -> None:
+        """Starts saving; returns once the arrays are copied off the devices.
+
+        Raises:
+          UserError: the disk has no room for it, or the save before this one failed. Earlier checkpoints are whole.
+        """
+        size = sum(shard.data.nbytes for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards)
+        free = shutil.disk_usage(self._directory).free
+        if size > free:
+            raise UserError(
+                f"no room for a checkpoint of {size / 1e9:.1f} GB in {self._directory} ({free / 1e9:.1f} GB free): "
+                f"{self._last_good()}; free some space and run the same command again"
+            )
+        items = {"params": state.params, "train": _train_item(state)}
+        if state.ema is not None:
+            items["ema"] = state.ema
+        with self._errors_named():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    position=ocp.args.JsonSave({"examples": examples}),
+                    **{name: ocp.args.StandardSave(item) for name, item in items.items()},
+                ),
+                metrics={"loss": validation_loss},
+            )
+
+    def restore(self, abstract: TrainState) -> tuple[TrainState, int]:
+        """The newest state, placed as `abstract`'s shardings say, and the number of examples it has consumed."""
+        items = {"params": abstract.params, "train": _train_item(abstract)}
+        if abstract.ema is not None:
+            items["ema"] = abstract.ema
+        restored = self._manager.restore(
+            self.latest_step(),
+            args=ocp.args.Composite(
+                position=ocp.args.JsonRestore(),
+                **{name: ocp.args.StandardRestore(item) for name, item in items.items()},
+            ),
+        )
+        state = TrainState(params=restored.params, ema=restored.get("ema"), **restored.train)
+        return state, restored.position["examples"]
+
+    def restore_params(self, abstract_params: Any) -> Any:
+        """The newest weights: their moving average where the run kept one."""
+        step = self.latest_step()
+        has_ema = "ema" in self._manager.item_metadata(step)
+        name = "ema" if has_ema else "params"
+        return self._manager.restore(
+            step, args=ocp.args.Composite(**{name: ocp.args.StandardRestore(abstract_params)})
+        )[name]
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Waits for the saves under way; raises UserError when one of them failed."""
+        with self._errors_named():
+            self._manager.wait_until_finished()
+            self._manager.close()
+
+    @contextmanager
+    def _errors_named(self) -> Iterator[None]:
+        """Turns a failure to write into one line; orbax's own checkpoints are atomic, so earlier ones are whole."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            text = str(error)
+            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            if not full and not isinstance(error, OSError) and "RESOURCE_EXHAUSTED" not in text:
+                raise
+            raise UserError(
+                f"cannot save in {self._directory}: {text.splitlines()[0]}; {self._last_good()}; "
+                "mend the disk and run the same command again"
+            ) from None
+
+    def _last_good(self) -> str:
+        steps = sorted(int(path.name) for path in self._directory.glob("*") if path.name.isdigit())
+        return f"the last good checkpoint is step {steps[-1]}" if steps else "there is no checkpoint yet"
+
+
+def _train_item(state: TrainState) -> dict[str, Any]:
+    return {"step": state.step, "opt_state": state.opt_state, "rng": state.rng}
+
+
+def start_state(
+    config: Config, init_params: Callable[[jax.Array], Any], mesh: Mesh, checkpoints: Checkpoints
+) -> tuple[TrainState, int]:
+    """The state a run starts from, by the precedence above, and the number of examples already consumed.
+
+    Raises:
+      UserError: `init_from` has no weights, or those of another model.
+    """
+    if checkpoints.latest_step() is not None:
+        return checkpoints.restore(_abstract_state(config, init_params, mesh))
+    state = create_state(config, init_params, mesh)
+    if config.init_from is None:
+        return state, 0
+    other = Path(config.init_from).expanduser()
+    if changed := differences(read_config(other).model, config.model):
+        raise UserError(f"init_from={config.init_from} has another model: {'; '.join(changed)}")
+    with Checkpoints(other, config.checkpoint) as source:
+        if source.latest_step() is None:
+            raise UserError(f"init_from={config.init_from} has no checkpoint")
+        params = source.restore_params(_abstract_state(config, init_params, mesh).params)
+    # The average starts at the weights; a copy, as the step donates both.
+    ema = None if state.ema is None else jax.tree.map(lambda p: p.copy(), params)
+    return state.replace(params=params, ema=ema), 0
+
+
+def _abstract_state(config: Config, init_params: Callable[[jax.Array], Any], mesh: Mesh) -> TrainState:
+    placement = state_shardings(config, init_params, mesh)
+    shapes = jax.eval_shape(lambda: create_state(config, init_params, mesh))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, placement
+    )

@@ -1,0 +1,219 @@
+"""The one training loop. A stage says what is learned; this does the rest: step, evaluate, log, save, report."""
+
+import dataclasses
+import importlib.metadata
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from gptjax.config import Config, config_hash
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.parallel.mesh import batch_sharding
+from gptjax.scaling import flops
+from gptjax.training.checkpoints import Checkpoints, start_state
+from gptjax.training.metrics import MetricsWriter, plot_loss
+from gptjax.training.optimizers import learning_rate, num_microbatches
+from gptjax.training.progress import Progress
+from gptjax.training.state import Batch, Loss, TrainState, make_train_step, state_shardings
+
+PROFILED_STEPS = range(5, 8)  # counted from the start of the process: the first ones compile and fill queues
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What a stage supplies."""
+
+    config: Config  # with the vocabulary filled in
+    tokenizer: Tokenizer
+    total_tokens: int
+    init_params: Callable[[jax.Array], Any]  # key -> parameters boxed with their logical axes
+    loss: Loss  # pure
+    batches: Callable[[int], Iterator[dict[str, np.ndarray]]]  # examples consumed -> microbatches, this process's rows
+    evaluate: Callable[[Any], dict[str, float]]  # parameters -> {"loss": ..., ...} on held-out data
+    sample: Callable[[Any], str] | None  # parameters -> text
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """How a run ended."""
+
+    step: int
+    tokens: int
+    validation: dict[str, float]
+    sample: str | None
+    figure: Path
+
+
+def train(stage: Stage, mesh: Mesh, workdir: Path, *, profile: bool = False) -> Report:
+    """Trains to `stage.total_tokens`, or on from the newest checkpoint in `workdir`.
+
+    Args:
+      stage: what to train.
+      mesh: the devices.
+      workdir: gets checkpoints/, metrics.jsonl, tensorboard/, samples/ and loss.png.
+      profile: write a trace of a few steps to `<workdir>/profile/`.
+
+    Raises:
+      UserError: the disk is full, or the loss is no longer finite. Checkpoints already saved are whole.
+    """
+    config = stage.config
+    with jax.set_mesh(mesh), ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint))
+        state, examples = start_state(config, stage.init_params, mesh, checkpoints)
+        run = _Run(stage, mesh, workdir, checkpoints, state, examples, stack)
+        if run.step == 0:
+            run.evaluate()
+        while run.tokens < stage.total_tokens:
+            before = run.tokens
+            if profile and run.steps_here == PROFILED_STEPS.start:
+                jax.profiler.start_trace(workdir / "profile")
+            run.train_step()
+            if profile and run.steps_here == PROFILED_STEPS.stop:
+                jax.block_until_ready(run.state)
+                jax.profiler.stop_trace()
+            if _due(config.evaluation.every_tokens, before, run.tokens):
+                run.evaluate()
+            if _due(config.checkpoint.every_tokens, before, run.tokens):
+                run.save()
+        run.save()
+        return Report(run.step, run.tokens, run.validation, run.sample, plot_loss(workdir))
+
+
+def _due(every: int | None, before: int, after: int) -> bool:
+    """Whether a multiple of `every` tokens lies in (before, after]."""
+    return every is not None and after // every > before // every
+
+
+class _Run:
+    """A run in progress, and the things that happen to it."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        mesh: Mesh,
+        workdir: Path,
+        checkpoints: Checkpoints,
+        state: TrainState,
+        examples: int,
+        stack: ExitStack,
+    ):
+        self.stage, self.workdir, self.checkpoints, self.state, self.examples = (
+            stage,
+            workdir,
+            checkpoints,
+            state,
+            examples,
+        )
+        config = stage.config
+        self.step, self.steps_here = int(state.step), 0
+        self.validation: dict[str, float] = {}
+        self.sample: str | None = None
+        self._evaluated: int | None = None  # the step that `validation` and `sample` are of
+        self._saved = checkpoints.latest_step()
+        self._microbatch = config.batch.microbatch_size or config.batch.tokens_per_batch // config.model.context_length
+        # Room for the largest batch; a batch ramp fills less of it.
+        self._room = config.batch.tokens_per_batch // (self._microbatch * config.model.context_length)
+        self._batch_sharding = batch_sharding(mesh, None)
+        self._batches = stage.batches(examples)
+        placement = state_shardings(config, stage.init_params, mesh)
+        self._train_step = make_train_step(config, stage.loss, mesh, placement)
+        self._compiled: jax.stages.Compiled | None = None
+        self._is_main = jax.process_index() == 0
+        writer = None
+        if self._is_main:
+            header = _header(stage.config, mesh)
+            resume_step = self.step if self.step > 0 else None
+            writer = stack.enter_context(MetricsWriter(workdir, header, config.logging, resume_step=resume_step))
+        self._writer = writer
+        self._progress = stack.enter_context(Progress(config, writer, self.tokens, stage.total_tokens))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen."""
+        return self.examples * self.stage.config.model.context_length
+
+    def train_step(self) -> None:
+        """Dispatches one step; its metrics are read when the next one is under way."""
+        config = self.stage.config
+        count = num_microbatches(config.batch, config.model.context_length, self.tokens)
+        batch = _assemble(self._batches, count, self._room, self._batch_sharding)
+        self.examples += count * self._microbatch
+        lr = learning_rate(config.optimizer, self.tokens, self.stage.total_tokens)
+        arguments = (self.state, batch, np.int32(count), np.float32(lr))
+        if self._compiled is None:
+            self._compiled = self._compile(arguments)
+        self.state, metrics = self._compiled(*arguments)
+        self.step += 1
+        self.steps_here += 1
+        self._progress.add(self.step, self.tokens, lr, metrics)
+
+    def _compile(self, arguments: tuple[Any, ...]) -> jax.stages.Compiled:
+        """Compiles ahead of the first call: an executable cannot recompile unseen, and tells its memory."""
+        start = time.perf_counter()
+        compiled = self._train_step.lower(*arguments).compile()
+        memory = compiled.memory_analysis()
+        need = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        self._progress.say(
+            f"compiled the training step in {time.perf_counter() - start:.1f} s; {need / 1e9:.2f} GB a device"
+        )
+        self._progress.restart()
+        return compiled
+
+    def evaluate(self) -> None:
+        """Held-out loss and a sample of the present weights (their average where there is one)."""
+        self._progress.flush()
+        params = self.state.params if self.state.ema is None else self.state.ema
+        self.validation = self.stage.evaluate(params)
+        self.sample = None if self.stage.sample is None else self.stage.sample(params)
+        self._evaluated = self.step
+        if self._writer is not None:
+            self._writer.write(self.step, self.tokens, "validation", **self.validation)
+            values = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in self.validation.items())
+            self._progress.say(f"step {self.step}: validation {values}")
+            if self.sample is not None:
+                directory = self.workdir / "samples"
+                directory.mkdir(exist_ok=True)
+                (directory / f"step_{self.step:08d}.txt").write_text(self.sample + "\n")
+                self._writer.write_text(self.step, "sample", self.sample)
+        self._progress.restart()
+
+    def save(self) -> None:
+        """Saves a checkpoint of this step, once, with its held-out loss: the best is kept besides the newest."""
+        if self._evaluated != self.step:
+            self.evaluate()
+        if self._saved != self.step:
+            self.checkpoints.save(self.step, self.state, self.examples, self.validation["loss"])
+            self._saved = self.step
+            self._progress.restart()
+
+
+def _assemble(batches: Iterator[dict[str, np.ndarray]], count: int, room: int, sharding: NamedSharding) -> Batch:
+    """The next `count` microbatches as (room, B, T) global arrays; what `count` leaves is zeros."""
+    microbatches = [next(batches) for _ in range(count)]
+
+    def stack(*rows_BT: np.ndarray) -> jax.Array:
+        local_MBT = np.zeros((room, *rows_BT[0].shape), rows_BT[0].dtype)
+        local_MBT[:count] = rows_BT
+        batch = rows_BT[0].shape[0] * jax.process_count()
+        return jax.make_array_from_process_local_data(sharding, local_MBT, (room, batch, rows_BT[0].shape[1]))
+
+    return jax.tree.map(stack, *microbatches)
+
+
+def _header(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """What metrics.jsonl says of the run before its records."""
+    return {
+        "stage": config.stage,
+        "config_hash": config_hash(config),
+        "parameters": flops.parameter_count(config.model),
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(),
+        "mesh": dict(mesh.shape),
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "grain")},
+    }

@@ -1,0 +1,226 @@
+"""The numbers of a run: written as they come, read back, and drawn.
+
+`metrics.jsonl` is the record; TensorBoard and Weights & Biases are views of it. Its first line is {"run": {...}}, each
+later line one object: {"step": 10, "tokens": 5242880, "split": "train", "loss": 9.1, ...}. A NaN or infinite value is
+null, for JSON has neither.
+"""
+
+import json
+import math
+import os
+import uuid
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from gptjax.config import LoggingConfig, UserError
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Writes a run's metrics; only one process of a run makes one.
+
+    Args:
+      workdir: existing directory of the run; gets metrics.jsonl and, as `logging` says, tensorboard/ and wandb/.
+      run: the header: what describes the run and does not change (versions, devices, config hash, parameters).
+      logging: which views to write besides metrics.jsonl.
+      resume_step: the step the run goes on from; records of later steps, and a last line that was cut off, are
+        dropped. None: from scratch, all earlier records are dropped.
+
+    Raises:
+      UserError: Weights & Biases is asked for and not installed, or metrics.jsonl is damaged.
+    """
+
+    def __init__(
+        self, workdir: Path, run: dict[str, Any], logging: LoggingConfig, resume_step: int | None = None
+    ) -> None:
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        if logging.wandb_project is not None:
+            self._wandb = _start_wandb(workdir, logging.wandb_project, run)
+        path = workdir / METRICS_FILE
+        header, records = ({}, []) if resume_step is None else _read(path)
+        kept = [{"run": header or run}, *(record for record in records if record["step"] <= (resume_step or 0))]
+        _replace(path, "".join(_line(record) for record in kept))
+        self._file = path.open("a", encoding="utf-8")
+        if logging.tensorboard:
+            from tensorboardX import SummaryWriter
+
+            purge_step = 0 if resume_step is None else resume_step + 1
+            self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=purge_step)
+
+    def write(self, step: int, tokens: int, split: str, **values: Any) -> None:
+        """Appends one record, on disk when this returns.
+
+        Args:
+          step, tokens: how far training is.
+          split: "train", "validation", ...
+          **values: numbers (Python's, numpy's or jax's scalars) or None, by name.
+        """
+        numbers = {name: _number(value) for name, value in values.items()}
+        self._file.write(_line({"step": step, "tokens": tokens, "split": split, **numbers}))
+        self._file.flush()
+        known = {f"{split}/{name}": value for name, value in numbers.items() if value is not None}
+        if self._tensorboard is not None:
+            for tag, value in known.items():
+                self._tensorboard.add_scalar(tag, value, step)
+        if self._wandb is not None:
+            self._wandb.log({"step": step, "tokens": tokens, **known})
+
+    def write_text(self, step: int, name: str, text: str) -> None:
+        """Shows `text`, such as a sample, in TensorBoard; metrics.jsonl holds numbers only."""
+        if self._tensorboard is not None:
+            # TensorBoard reads Markdown: a code block keeps the line breaks.
+            self._tensorboard.add_text(name, "".join(f"    {line}\n" for line in text.splitlines()), step)
+
+    def close(self) -> None:
+        """Flushes and closes all that is open; more than once does no harm."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_metrics(workdir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The header and the records of a run, which may still be running.
+
+    Raises:
+      UserError: there is no metrics.jsonl, or a line of it, other than a cut-off last one, is not a record.
+    """
+    path = Path(workdir) / METRICS_FILE
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give the workdir of a run")
+    return _read(path)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Header and records; both empty without a file. A last line without its end was cut off by a kill: ignored."""
+    if not path.exists():
+        return {}, []
+    header: dict[str, Any] = {}
+    records: list[dict[str, Any]] = []
+    *lines, _ = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            if number == 1:
+                header = record["run"]
+            else:
+                record["step"], record["tokens"], record["split"]
+                records.append(record)
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}:{number} is not a metrics record: mend or remove the line") from None
+    return header, records
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes the whole file or, if that fails (a full disk), leaves the old one as it was."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
+def _number(value: Any) -> int | float | None:
+    """`value` as JSON can hold it."""
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _start_wandb(workdir: Path, project: str, run: dict[str, Any]) -> Any:
+    """The Weights & Biases run of this workdir: the same one after a restart."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            "logging.wandb_project is set but wandb is not installed: pip install 'gptjax[wandb]'"
+        ) from None
+    id_file = workdir / "wandb" / "run_id"
+    if not id_file.exists():
+        id_file.parent.mkdir(exist_ok=True)
+        id_file.write_text(uuid.uuid4().hex[:8])
+    started = wandb.init(
+        project=project, name=workdir.name, id=id_file.read_text(), resume="allow", dir=workdir, config=run
+    )
+    # Their own step may only grow; ours goes back when a killed run resumes from its last checkpoint.
+    started.define_metric("*", step_metric="step")
+    return started
+
+
+# --- the picture ------------------------------------------------------------------------------------------------------
+
+TRAIN_COLOR, VALIDATION_COLOR, GRID_COLOR = "#9db8d9", "#c8452d", "#dddddd"
+
+
+def plot_loss(workdir: Path, log_tokens: bool = False) -> Path:
+    """Draws training and validation loss (nats per token) over tokens seen.
+
+    Args:
+      workdir: of a run with metrics.jsonl.
+      log_tokens: a logarithmic token axis, which shows power laws as lines.
+
+    Returns:
+      The picture, `<workdir>/loss.png`.
+
+    Raises:
+      UserError: as `read_metrics`.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    header, records = read_metrics(workdir)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for split, style in (
+        ("train", {"color": TRAIN_COLOR, "linewidth": 1.2}),
+        ("validation", {"color": VALIDATION_COLOR, "linewidth": 1.8, "marker": "o", "markersize": 5}),
+    ):
+        points = [
+            (record["tokens"], record["loss"])
+            for record in records
+            if record["split"] == split and record.get("loss") is not None and (record["tokens"] > 0 or not log_tokens)
+        ]
+        if points:
+            label = f"{split} (last {points[-1][1]:.3f})"
+            axes.plot(*zip(*points, strict=True), label=label, **style)  # type: ignore[arg-type]
+    if log_tokens:
+        axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title(_title(Path(workdir), header), fontsize=11, loc="left")
+    axes.grid(color=GRID_COLOR, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.lines:
+        axes.legend(frameon=False)
+    path = Path(workdir) / "loss.png"
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def _title(workdir: Path, header: dict[str, Any]) -> str:
+    """The workdir's name, and of its header what a reader of the picture asks first."""
+    parts = [workdir.resolve().name]
+    if "parameters" in header:
+        parts.append(f"{header['parameters'] / 1e6:,.1f}M parameters")
+    if "devices" in header:
+        parts.append(str(header["devices"]))
+    return " · ".join(parts)

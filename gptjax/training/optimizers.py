@@ -1,0 +1,92 @@
+"""AdamW, its learning-rate schedules, and the batch ramp. Schedules count tokens, on the host, in exact integers."""
+
+import math
+import re
+from typing import Any
+
+import jax
+import optax
+
+from gptjax.config import BatchConfig, OptimizerConfig, UserError
+
+
+def learning_rate(config: OptimizerConfig, tokens: int, total_tokens: int) -> float:
+    """The learning rate of the step that brings the tokens seen to `tokens`, of `total_tokens`.
+
+    Linear warm-up from 0, then: "cosine" (GPT-1, GPT-2 and GPT-3) or "linear" from the peak to the floor, reached at
+    `decay_tokens` and kept; "wsd" (warm-up, stable, decay: Hu et al. 2024, section 4) a linear descent over the last
+    `decay_tokens`; "constant".
+    """
+    floor = config.peak_lr * config.floor_lr_fraction
+    if tokens < config.warmup_tokens:
+        return config.peak_lr * tokens / config.warmup_tokens
+    if config.schedule == "constant":
+        return config.peak_lr
+    if config.schedule == "wsd":
+        descent = math.ceil(total_tokens / 10) if config.decay_tokens is None else config.decay_tokens
+        start, end = max(config.warmup_tokens, total_tokens - descent), total_tokens
+    else:
+        start, end = config.warmup_tokens, total_tokens if config.decay_tokens is None else config.decay_tokens
+    progress = min(1.0, max(0.0, (tokens - start) / max(1, end - start)))
+    if config.schedule == "cosine":
+        progress = (1 - math.cos(math.pi * progress)) / 2
+    return config.peak_lr + (floor - config.peak_lr) * progress
+
+
+def num_microbatches(config: BatchConfig, context_length: int, tokens: int) -> int:
+    """Microbatches in the batch of a step that starts when `tokens` have been seen (Brown et al. 2020, appendix B)."""
+    if config.microbatch_size is None:
+        return 1
+    full = config.tokens_per_batch
+    if config.ramp_start_tokens is not None and config.ramp_tokens is not None and tokens < config.ramp_tokens:
+        first = config.ramp_start_tokens
+        full = first + (full - first) * tokens // config.ramp_tokens
+    return max(1, full // (config.microbatch_size * context_length))
+
+
+def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Clipping, then AdamW with decoupled decay; without the factor -learning_rate, which the step applies."""
+    transforms = [optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps)]
+    if config.clip_norm is not None:
+        transforms.insert(0, optax.clip_by_global_norm(config.clip_norm))
+    if config.weight_decay > 0:
+        transforms.append(_decayed_weights(config))
+    return optax.chain(*transforms)
+
+
+def _decayed_weights(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Adds weight_decay x the factor of `decay_rules` x the parameter to each update."""
+
+    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+        factors = decay_factors(config, params)
+        decayed = jax.tree.map(lambda u, p, factor: u + config.weight_decay * factor * p, updates, params, factors)
+        return decayed, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def decay_factors(config: OptimizerConfig, params: Any) -> Any:
+    """The factor of weight_decay for every parameter: a tree like `params` of floats.
+
+    Raises:
+      UserError: a parameter that no rule matches, a rule that matches nothing, or a regex that does not parse.
+    """
+    try:
+        rules = [(pattern, re.compile(pattern), factor) for pattern, factor in config.decay_rules]
+    except re.error as error:
+        raise UserError(f"optimizer.decay_rules: {error.pattern!r} is not a regular expression: {error}") from None
+    used = set()
+
+    def factor(path: tuple[Any, ...], _: Any) -> float:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        for pattern, regex, value in rules:
+            if regex.fullmatch(name):
+                used.add(pattern)
+                return value
+        raise UserError(f"optimizer.decay_rules match no rule to the parameter {name}: add ('.*', 1.0) at the end")
+
+    factors = jax.tree_util.tree_map_with_path(factor, params)
+    for pattern, _, _ in rules:
+        if pattern not in used:
+            raise UserError(f"optimizer.decay_rules: {pattern!r} is the first match of no parameter: remove or mend it")
+    return factors

@@ -1,0 +1,91 @@
+"""A whole run, from a config to its report: what `python -m gptjax.main` does, callable from a notebook."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from gptjax.config import Config, UserError, differences, read_config, to_json
+from gptjax.data import tokenizers
+from gptjax.parallel.mesh import make_mesh
+from gptjax.scaling import flops
+from gptjax.training import loop
+from gptjax.training.stages import pretrain
+
+STAGES: dict[str, Callable[[Config, Mesh, tokenizers.Tokenizer | None], loop.Stage]] = {"pretrain": pretrain.build}
+
+
+def run(config: Config, workdir: Path, *, profile: bool = False, allow_config_changes: bool = False) -> loop.Report:
+    """Trains `config` in `workdir`, or goes on with the run found there, printing as it goes.
+
+    Args:
+      config: what `gptjax.config.resolve` returns.
+      workdir: made if it is missing.
+      profile: write a trace of a few steps to `<workdir>/profile/`.
+      allow_config_changes: go on although the workdir's run was started with another config, of the same model.
+
+    Raises:
+      UserError: anything that the user can mend, before anything slow where it can be known.
+    """
+    mesh = make_mesh(config.mesh)
+    _check_workdir(config, workdir, allow_config_changes)
+    directory = workdir / "tokenizer"
+    stage = STAGES[config.stage](config, mesh, tokenizers.load(directory) if directory.exists() else None)
+    if jax.process_index() == 0:
+        _write_workdir(config, workdir, stage.tokenizer)
+        print(_summary(stage, mesh))
+    report = loop.train(stage, mesh, workdir, profile=profile)
+    if jax.process_index() == 0:
+        print(_report(report))
+    return report
+
+
+def _check_workdir(config: Config, workdir: Path, allow_changes: bool) -> None:
+    """Raises UserError when `workdir` holds the checkpoints of another config."""
+    checkpoints = workdir / "checkpoints"
+    if not checkpoints.exists() or not any(path.name.isdigit() for path in checkpoints.iterdir()):
+        return
+    old = read_config(workdir)
+    if changed := differences(old.model, config.model, "model."):
+        raise UserError(f"{workdir} holds a run of another model ({'; '.join(changed)}): use another --workdir")
+    changed = differences(old, config)
+    if changed and not allow_changes:
+        raise UserError(
+            f"{workdir} holds a run of another config ({'; '.join(changed)}): "
+            "use another --workdir, or go on with the change by --allow_config_changes"
+        )
+
+
+def _write_workdir(config: Config, workdir: Path, tokenizer: tokenizers.Tokenizer) -> None:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "config.json").write_text(to_json(config))
+        tokenizer.save(workdir / "tokenizer")
+    except OSError as error:
+        raise UserError(f"cannot write in --workdir={workdir}: {error.strerror}") from None
+
+
+def _summary(stage: loop.Stage, mesh: Mesh) -> str:
+    """The resolved config, and what it costs."""
+    config = stage.config
+    model, device = config.model, jax.devices()[0]
+    memory = flops.memory_summary(model, config.optimizer, mesh.shape["fsdp"] * mesh.shape["tensor"])
+    per_token = flops.flops_per_token(model)
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+    rows = {
+        "parameters": f"{flops.parameter_count(model):,}",
+        "training": f"{stage.total_tokens:,} tokens, {config.batch.tokens_per_batch:,} a batch",
+        "compute": f"{per_token / 1e6:,.1f} MFLOP a token, {per_token * stage.total_tokens:.3g} FLOP in all",
+        "state": f"{memory.total / 1e9:.2f} GB a device (parameters, gradients, optimizer)",
+        "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform}), mesh: {axes}",
+    }
+    table = "\n".join(f"{name:<11} {value}" for name, value in rows.items())
+    return f"{to_json(config)}\n{table}\n"
+
+
+def _report(report: loop.Report) -> str:
+    values = "\n".join(f"{name.replace('_', ' '):<19} {value:.4f}" for name, value in report.validation.items())
+    sample = "" if report.sample is None else f"\n--- sample ---\n{report.sample}\n--------------\n"
+    trained = f"trained on {report.tokens:,} tokens in {report.step:,} steps"
+    return f"\n{trained}\n{values}\n{sample}\nloss curve: {report.figure}"

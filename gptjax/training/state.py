@@ -1,0 +1,105 @@
+"""The training state and the one pure step that changes it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from gptjax.config import Config
+from gptjax.parallel.mesh import batch_sharding, shardings
+from gptjax.training.optimizers import adamw
+
+Batch = dict[str, jax.Array]
+# (params, microbatch, dropout key or None) -> (sum of the loss over targets, sum of their weights), both float32
+Loss = Callable[[Any, Batch, jax.Array | None], tuple[jax.Array, jax.Array]]
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """All that a step changes. Tokens seen are not here: they overflow int32, so the host counts them."""
+
+    step: jax.Array  # int32 (): steps done
+    params: Any
+    opt_state: optax.OptState
+    ema: Any  # a tree like params, or None without an average
+    rng: jax.Array  # uint32: key data that every step's dropout key is folded from
+
+
+def init_state(config: Config, init_params: Callable[[jax.Array], Any]) -> TrainState:
+    """A fresh state; its leaves are boxed with their logical axes, as `init_params` returns them."""
+    init_rng, train_rng = jax.random.split(jax.random.key(config.seed))
+    params = init_params(init_rng)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=adamw(config.optimizer).init(params),
+        ema=None if config.optimizer.ema_decay is None else params,
+        rng=jax.random.key_data(train_rng),
+    )
+
+
+def state_shardings(config: Config, init_params: Callable[[jax.Array], Any], mesh: Mesh) -> TrainState:
+    """The NamedSharding of every leaf of the state: the optimizer's moments lie where their parameters lie."""
+    return shardings(mesh, jax.eval_shape(lambda: init_state(config, init_params)))
+
+
+def create_state(config: Config, init_params: Callable[[jax.Array], Any], mesh: Mesh) -> TrainState:
+    """A fresh state on the mesh: every device makes its own shards, none ever holds the whole."""
+    placement = state_shardings(config, init_params, mesh)
+    return jax.jit(lambda: nn.unbox(init_state(config, init_params)), out_shardings=placement)()
+
+
+def make_train_step(config: Config, loss: Loss, mesh: Mesh, placement: TrainState) -> jax.stages.Wrapped:
+    """The jitted step: `step(state, batch, num_microbatches, lr)` to `(state, metrics)`.
+
+    `batch` holds (M, B, T) arrays: room for the largest batch in M microbatches, of which `num_microbatches` (int32)
+    count. So a batch ramp changes a number and never recompiles. The gradient is that of the mean loss over the whole
+    batch's weights, however it is cut. `state` is donated. Metrics are float32 scalars: loss (nats a target),
+    grad_norm (before clipping).
+    """
+    optimizer, ema_decay = adamw(config.optimizer), config.optimizer.ema_decay
+    has_dropout = max(config.model.embedding_dropout, config.model.attention_dropout, config.model.residual_dropout) > 0
+
+    def gradients(
+        params: Any, microbatch: Batch, rng: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, Any]:  # sums: loss, weight, gradient
+        (loss_sum, weight), grads = jax.value_and_grad(loss, has_aux=True)(params, microbatch, rng)
+        return loss_sum, weight, grads
+
+    def accumulate(params: Any, batch: Batch, count: jax.Array, rng: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
+        def microbatch(i: jax.Array | int) -> tuple[jax.Array, jax.Array, Any]:
+            return gradients(
+                params,
+                jax.tree.map(lambda a_MBT: a_MBT[i], batch),
+                jax.random.fold_in(rng, i) if has_dropout else None,
+            )
+
+        if next(iter(batch.values())).shape[0] == 1:
+            return microbatch(0)
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(microbatch, 0))
+        return jax.lax.fori_loop(0, count, lambda i, sums: jax.tree.map(jnp.add, sums, microbatch(i)), zeros)
+
+    def step(
+        state: TrainState, batch: Batch, num_microbatches: jax.Array, lr: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+        loss_sum, weight, grads = accumulate(state.params, batch, num_microbatches, rng)
+        grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, u: (p - lr * u).astype(p.dtype), state.params, updates)
+        ema = state.ema
+        if ema_decay is not None:
+            ema = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, ema, params)
+        metrics = {"loss": loss_sum / weight, "grad_norm": optax.global_norm(grads)}
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
+
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(placement, batch_sharding(mesh, None), None, None),
+        out_shardings=(placement, None),
+    )

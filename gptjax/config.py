@@ -60,6 +60,19 @@ class GPTConfig:
     def feed_forward_dim(self) -> int:
         return 4 * self.embed_dim if self.ffw_dim is None else self.ffw_dim
 
+    def with_vocabulary(self, size: int) -> "GPTConfig":
+        """The config for a tokenizer of `size` tokens: vocab_size filled in where it is unset.
+
+        Raises:
+          UserError: vocab_size is set, and too small.
+        """
+        if self.vocab_size is not None and self.vocab_size < size:
+            raise UserError(
+                f"model.vocab_size={self.vocab_size} is smaller than the tokenizer's {size} tokens: "
+                "leave it unset, or round up"
+            )
+        return dataclasses.replace(self, vocab_size=size if self.vocab_size is None else self.vocab_size)
+
     @property
     def precision(self) -> str | None:
         """Of matrix products: float32 means float32, where a GPU or TPU would round the operands by default."""

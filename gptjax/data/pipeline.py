@@ -127,7 +127,7 @@ def batches(
     process_count: int = 1,
     prefetch: int,
 ) -> Iterator[Example]:
-    """Batches of consecutive examples, read ahead by threads.
+    """Batches of consecutive examples, read ahead by a thread.
 
     Args:
       examples: any number of them; the last batch is filled up with all-zero rows, so all have one shape.

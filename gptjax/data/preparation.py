@@ -37,7 +37,7 @@ from gptjax.data.tokenizers import Tokenizer
 PIECE_TOKENS = 8192
 SHARD_BYTES = 2**28  # a read takes time in proportion to the records of its shard: 2 ns each
 BATCH_CHARACTERS = 2**18  # of documents that one thread encodes at a time
-FORMAT_VERSION = 1  # of the files; part of the key, so a new one never meets old files
+FORMAT_VERSION = 1  # of the files, PIECE_TOKENS included; part of the key, so a new one never meets old files
 
 # With one record to a chunk a random read reads no more than its record; compression would double the time of a read.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
@@ -303,7 +303,7 @@ def _open(directory: Path) -> tuple[PreparedSplit, PreparedSplit] | None:
     try:
         metadata = json.loads((directory / "metadata.json").read_text())
         return PreparedSplit(directory, "train", metadata), PreparedSplit(directory, "validation", metadata)
-    except (OSError, ValueError, KeyError, RuntimeError):
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError):
         return None
 
 

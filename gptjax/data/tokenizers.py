@@ -75,7 +75,7 @@ class Tokenizer(abc.ABC):
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits, equal for tokenizers that give the same ids."""
+        """16 hex digits that change whenever the ids of a text may; `save` and `load` keep them."""
         return _hash(self._spec())
 
     def save(self, directory: Path) -> None:
@@ -141,7 +141,7 @@ class HuggingFaceTokenizer(Tokenizer):
         if name is None:
             raise UserError(f"the tokenizer has no end-of-text token: add one of {', '.join(_END_OF_TEXT_NAMES)} to it")
         # Special tokens are encoded as plain text, so this one has to be special, which not every file declares.
-        tokenizer.add_special_tokens([tokenizers.AddedToken(name, special=True)])
+        tokenizer.add_special_tokens([name])
         tokenizer.encode_special_tokens = True
         # The same text must always give the same ids, and all of them.
         tokenizer.no_truncation()

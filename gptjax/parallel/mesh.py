@@ -9,7 +9,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gptjax.config import Config, MeshConfig, UserError
@@ -58,7 +57,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     for axis in free:
         sizes[axis] = len(devices) // fixed
     return jax.make_mesh(
-        tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=np.asarray(devices)
+        tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
     )
 
 

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from gptjax.config import CheckpointConfig, Config, UserError, differences, read_config
+from gptjax.data import tokenizers
 from gptjax.training.state import TrainState, create_state, state_shardings
 
 
@@ -141,7 +142,8 @@ def start_state(
     if config.init_from is None:
         return state, 0
     other = Path(config.init_from).expanduser()
-    if changed := differences(read_config(other).model, config.model):
+    other_model = read_config(other).model.with_vocabulary(tokenizers.load(other / "tokenizer").vocab_size)
+    if changed := differences(other_model, config.model, "model."):
         raise UserError(f"init_from={config.init_from} has another model: {'; '.join(changed)}")
     with Checkpoints(other, config.checkpoint) as source:
         if source.latest_step() is None:

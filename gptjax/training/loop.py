@@ -158,7 +158,7 @@ class _Run:
         start = time.perf_counter()
         compiled = self._train_step.lower(*arguments).compile()
         memory = compiled.memory_analysis()
-        need = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        need = 0 if memory is None else memory.argument_size_in_bytes + memory.temp_size_in_bytes
         self._progress.say(
             f"compiled the training step in {time.perf_counter() - start:.1f} s; {need / 1e9:.2f} GB a device"
         )

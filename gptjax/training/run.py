@@ -32,6 +32,7 @@ def run(config: Config, workdir: Path, *, profile: bool = False, allow_config_ch
     _check_workdir(config, workdir, allow_config_changes)
     directory = workdir / "tokenizer"
     stage = STAGES[config.stage](config, mesh, tokenizers.load(directory) if directory.exists() else None)
+    _check_tokenizer(config, stage.tokenizer)
     if jax.process_index() == 0:
         _write_workdir(config, workdir, stage.tokenizer)
         print(_summary(stage, mesh))
@@ -54,6 +55,18 @@ def _check_workdir(config: Config, workdir: Path, allow_changes: bool) -> None:
         raise UserError(
             f"{workdir} holds a run of another config ({'; '.join(changed)}): "
             "use another --workdir, or go on with the change by --allow_config_changes"
+        )
+
+
+def _check_tokenizer(config: Config, tokenizer: tokenizers.Tokenizer) -> None:
+    """Raises UserError when the weights to start from read other tokens: their embeddings would mean nothing."""
+    if config.init_from is None:
+        return
+    directory = Path(config.init_from).expanduser() / "tokenizer"
+    if tokenizers.load(directory).fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"init_from={config.init_from} was trained with another tokenizer than data.tokenizer="
+            f"{config.data.tokenizer}: use its own, such as json:{directory / 'tokenizer.json'}"
         )
 
 

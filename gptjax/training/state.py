@@ -94,7 +94,7 @@ def make_train_step(config: Config, loss: Loss, mesh: Mesh, placement: TrainStat
         ema = state.ema
         if ema_decay is not None:
             ema = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, ema, params)
-        metrics = {"loss": loss_sum / weight, "grad_norm": optax.global_norm(grads)}
+        metrics = {"loss": loss_sum / weight, "grad_norm": optax.tree.norm(grads)}
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
     return jax.jit(

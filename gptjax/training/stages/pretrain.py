@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gptjax.config import Config, UserError
+from gptjax.config import Config
 from gptjax.data.pipeline import PackedExamples, batches, open_corpus
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.inference.sampling import generate
@@ -33,7 +33,7 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
     """
     check_fit(config, mesh)
     corpus = open_corpus(config.data, context_length=config.model.context_length, seed=config.seed, tokenizer=tokenizer)
-    config = dataclasses.replace(config, model=_with_vocabulary(config, corpus.tokenizer))
+    config = dataclasses.replace(config, model=config.model.with_vocabulary(corpus.tokenizer.vocab_size))
     check_fit(config, mesh)
     model = GPT(config.model)
     context = config.model.context_length
@@ -110,16 +110,6 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
         evaluate=evaluate,
         sample=sample if config.evaluation.sample_tokens > 0 else None,
     )
-
-
-def _with_vocabulary(config: Config, tokenizer: Tokenizer) -> Any:
-    size = config.model.vocab_size
-    if size is not None and size < tokenizer.vocab_size:
-        raise UserError(
-            f"model.vocab_size={size} is smaller than the {tokenizer.vocab_size} tokens of "
-            f"data.tokenizer={config.data.tokenizer}: leave it unset, or round up"
-        )
-    return dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size if size is None else size)
 
 
 def _process_batches(

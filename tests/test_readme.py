@@ -1,0 +1,99 @@
+"""Documentation under test: what the READMEs name exists, and their commands are understood."""
+
+import functools
+import importlib.util
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from gptjax.config import Config, resolve
+from gptjax.scaling.flops import parameter_count
+
+ROOT = Path(__file__).parents[1]
+READMES = ("README.md", "README.zh-CN.md")
+PATHS = re.compile(r"(?<![\w/.-])((?:gptjax|configs|tests)/[\w./-]*\w)")
+SIZE_ROW = re.compile(r"^\| `(configs/[^`]+)` \| ([\d,]+)M \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", re.MULTILINE)
+
+
+def read(readme: str) -> str:
+    return (ROOT / readme).read_text(encoding="utf-8")
+
+
+def commands(readme: str) -> list[str]:
+    """The commands of the shell blocks, continued lines joined, comments dropped."""
+    shell = "".join(re.findall(r"```bash\n(.*?)```", read(readme), flags=re.DOTALL)).replace("\\\n", " ")
+    return [" ".join(words) for line in shell.splitlines() if (words := shlex.split(line, comments=True))]
+
+
+def trainings(readme: str) -> list[str]:
+    return [command for command in commands(readme) if "--config=" in command]
+
+
+def load(arguments: list[str]) -> Config:
+    """The config that `--config...` arguments give, found as `gptjax.main` finds it."""
+    values = flags.FlagValues()
+    argv = ["gptjax.main", *arguments]
+    config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    values(argv)
+    return resolve(config.value)
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_paths_exist(readme: str) -> None:
+    links = re.findall(r"\]\((?!http|#)([^)#]+)", read(readme))
+    paths = {*links, *PATHS.findall(read(readme))}
+    assert paths
+    assert not [path for path in paths if not (ROOT / path).exists()]
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_modules_exist(readme: str) -> None:
+    modules = set(re.findall(r"python -m (gptjax[\w.]*)", read(readme)))
+    assert modules
+    assert not [module for module in modules if importlib.util.find_spec(module) is None]
+
+
+@pytest.mark.parametrize("command", sorted({command for readme in READMES for command in trainings(readme)}))
+def test_configs_and_overrides_resolve(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    load([word for word in command.split() if word.startswith("--config")])
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_flags_exist(readme: str) -> None:
+    for name, key in re.findall(r"--([a-z_]+)(?:\.([\w.]*\w))?", read(readme)):
+        assert f'"{name}"' in (ROOT / "gptjax" / "main.py").read_text(), f"no flag --{name}"
+        if key:
+            functools.reduce(getattr, key.split("."), Config())
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_the_table_of_sizes_is_that_of_the_configs(readme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    rows = SIZE_ROW.findall(read(readme))
+    assert len(rows) == 13
+    for file, millions, *shape in rows:
+        model = load([f"--config={file}"]).model
+        assert [model.num_layers, model.embed_dim, model.num_heads, model.context_length] == list(map(int, shape))
+        model = replace(model, vocab_size=40478 if "gpt1" in file else 50257)
+        # The papers round to three digits.
+        assert parameter_count(model) / 1e6 == pytest.approx(int(millions.replace(",", "")), rel=0.005)
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_make_targets_exist(readme: str) -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = set(re.findall(r"^make (\w+)", "\n".join(commands(readme)), flags=re.MULTILINE))
+    assert named
+    assert named <= targets
+
+
+def test_both_languages_have_the_same_commands_and_tables() -> None:
+    english, chinese = READMES
+    assert commands(english) == commands(chinese)
+    assert SIZE_ROW.findall(read(english)) == SIZE_ROW.findall(read(chinese))

@@ -1,0 +1,165 @@
+"""Runs from start to end: what they write, and that stopping and going on changes nothing, bit for bit."""
+
+import dataclasses
+import json
+from itertools import islice
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from gptjax.config import Config, UserError, replace
+from gptjax.data import tokenizers
+from gptjax.parallel.mesh import make_mesh
+from gptjax.training import loop
+from gptjax.training.metrics import read_metrics
+from gptjax.training.run import run
+from gptjax.training.stages import pretrain
+
+
+def saved(workdir: Path) -> dict[str, np.ndarray]:
+    """Every array of the newest checkpoint, by item and path."""
+    manager = ocp.CheckpointManager(workdir.absolute() / "checkpoints")
+    items = {name: ocp.args.StandardRestore() for name in ("params", "ema", "train")}
+    restored = manager.restore(manager.latest_step(), args=ocp.args.Composite(**items))
+    leaves = jax.tree_util.tree_leaves_with_path(dict(restored.items()))
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def steps(workdir: Path) -> list[int]:
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def records(workdir: Path, split: str) -> list[dict]:
+    """Without what depends on the clock."""
+    clock = ("tokens_per_second", "mfu")
+    return [{k: v for k, v in r.items() if k not in clock} for r in read_metrics(workdir)[1] if r["split"] == split]
+
+
+def train_and_die(config: Config, workdir: Path, microbatches: int) -> None:
+    """Trains until the data source breaks."""
+    mesh = make_mesh(config.mesh)
+    stage = pretrain.build(config, mesh, None)
+
+    def broken(start: int):
+        yield from islice(stage.batches(start), microbatches)
+        raise ConnectionError("the data is gone")
+
+    workdir.mkdir()
+    (workdir / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    with pytest.raises(ConnectionError):
+        loop.train(dataclasses.replace(stage, batches=broken), mesh, workdir)
+
+
+def test_stop_restore_train_on_equals_uninterrupted(tiny, tmp_path):
+    config = replace(tiny, {"checkpoint": {"every_tokens": 3 * 128}})
+    run(config, tmp_path / "whole")
+    train_and_die(config, tmp_path / "resumed", microbatches=11)  # in the middle of step 6
+    assert steps(tmp_path / "resumed") == [3]
+    assert max(r["step"] for r in records(tmp_path / "resumed", "train")) > 3  # will be done again
+    run(config, tmp_path / "resumed")
+    whole, resumed = saved(tmp_path / "whole"), saved(tmp_path / "resumed")
+    assert whole.keys() == resumed.keys()
+    for name, array in whole.items():
+        np.testing.assert_array_equal(array, resumed[name], err_msg=name)
+    for split in ("train", "validation"):
+        assert records(tmp_path / "whole", split) == records(tmp_path / "resumed", split)
+
+
+def test_a_run_writes_its_workdir(tiny, tmp_path, capsys):
+    report = run(tiny, tmp_path / "run")
+    workdir = tmp_path / "run"
+    header, _ = read_metrics(workdir)
+    assert header["parameters"] == sum(a.size for name, a in saved(workdir).items() if name.startswith("['params']"))
+    train, validation = records(workdir, "train"), records(workdir, "validation")
+    assert [(r["step"], r["tokens"]) for r in train] == [(i, 128 * i) for i in range(1, 7)]
+    assert [r["step"] for r in validation] == [0, 2, 4, 6]
+    assert validation[-1]["loss"] < validation[0]["loss"] == pytest.approx(np.log(257), abs=0.1)
+    assert validation[-1]["perplexity"] == pytest.approx(np.exp(validation[-1]["loss"]))
+    assert 0.9 < validation[0]["bits_per_byte"] / np.log2(257) < 1.1  # a token a byte, but for the ends of documents
+    assert report.validation["loss"] == validation[-1]["loss"]
+    assert all(np.isfinite(r["grad_norm"]) and r["learning_rate"] > 0 for r in train)
+    for name in ("config.json", "loss.png", "tokenizer/spec.json", "samples/step_00000006.txt"):
+        assert (workdir / name).stat().st_size > 0, name
+    assert tokenizers.load(workdir / "tokenizer").vocab_size == 257
+    out = capsys.readouterr().out
+    assert "trained on 768 tokens in 6 steps" in out
+    assert report.sample in out
+
+
+def test_a_finished_run_reports_again_and_trains_no_further(tiny, tmp_path):
+    first = run(tiny, tmp_path / "run")
+    before = saved(tmp_path / "run")
+    assert run(tiny, tmp_path / "run").validation == first.validation
+    after = saved(tmp_path / "run")
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_keeps_the_newest_and_the_best(tiny, tmp_path):
+    config = replace(tiny, {"optimizer": {"schedule": "constant", "peak_lr": 3.0, "ema_decay": None}})  # gets worse
+    run(config, tmp_path / "run")
+    losses = {r["step"]: r["loss"] for r in records(tmp_path / "run", "validation") if r["step"] > 0}
+    best = min(losses, key=losses.get)
+    assert best != 6
+    assert steps(tmp_path / "run") == [best, 6]
+
+
+def test_a_ramped_batch_uses_one_program(tiny, tmp_path):
+    config = replace(tiny, {"batch": {"ramp_start_tokens": 64, "ramp_tokens": 256}})
+    run(config, tmp_path / "run")
+    tokens = [r["tokens"] for r in records(tmp_path / "run", "train")]
+    assert list(np.diff([0, *tokens])) == [64, 64, 64, 64, 128, 128, 128, 128]
+
+
+def test_another_config_is_refused_or_allowed(tiny, tmp_path):
+    run(tiny, tmp_path / "run")
+    longer = replace(tiny, {"batch": {"total_tokens": 7 * 128}})
+    with pytest.raises(UserError, match=r"batch\.total_tokens: 768 -> 896"):
+        run(longer, tmp_path / "run")
+    assert steps(tmp_path / "run")[-1] == 6
+    assert run(longer, tmp_path / "run", allow_config_changes=True).step == 7
+    deeper = replace(tiny, {"model": {"num_layers": 4}})
+    with pytest.raises(UserError, match=r"model\.num_layers: 2 -> 4"):
+        run(deeper, tmp_path / "run", allow_config_changes=True)
+
+
+def test_init_from_starts_at_the_other_runs_average(tiny, tmp_path):
+    first = run(tiny, tmp_path / "first")
+    second = dataclasses.replace(tiny, init_from=str(tmp_path / "first"))
+    run(second, tmp_path / "second")
+    start = records(tmp_path / "second", "validation")[0]
+    assert (start["step"], start["tokens"]) == (0, 0)
+    assert start["loss"] == pytest.approx(first.validation["loss"], abs=1e-6)
+    with pytest.raises(UserError, match=r"another model: model\.num_layers: 2 -> 4"):
+        run(replace(second, {"model": {"num_layers": 4}}), tmp_path / "third")
+    with pytest.raises(UserError, match="another tokenizer"):
+        run(replace(second, {"data": {"tokenizer": "bpe:300"}}), tmp_path / "third")
+    with pytest.raises(UserError, match=r"(not a workdir|no tokenizer)"):
+        run(dataclasses.replace(tiny, init_from=str(tmp_path)), tmp_path / "third")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path):
+    mesh = make_mesh(tiny.mesh)
+    stage = pretrain.build(tiny, mesh, None)
+
+    def loss(params, batch, rng):
+        total, weight = stage.loss(params, batch, rng)
+        return total * jnp.where(jnp.any(params["position_embedding"]["embedding"] > 0.03), jnp.nan, 1.0), weight
+
+    with pytest.raises(UserError, match="the loss is nan at step"):
+        loop.train(dataclasses.replace(stage, loss=loss), mesh, tmp_path / "run")
+
+
+def test_a_disk_without_room_stops_before_writing(tiny, tmp_path, monkeypatch):
+    run(tiny, tmp_path / "run")
+    before = saved(tmp_path / "run")
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("gptjax.training.checkpoints.shutil.disk_usage", lambda path: usage)
+    longer = replace(tiny, {"batch": {"total_tokens": 9 * 128}})
+    with pytest.raises(UserError, match=r"no room for a checkpoint .* the last good checkpoint is step 6"):
+        run(longer, tmp_path / "run", allow_config_changes=True)
+    after = saved(tmp_path / "run")
+    assert all(np.array_equal(before[name], after[name]) for name in before)

@@ -1,0 +1,97 @@
+"""Schedules at the points that the papers name, the batch ramp, weight decay by regex, AdamW against optax's own."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gptjax.config import BatchConfig, OptimizerConfig, UserError
+from gptjax.training.optimizers import adamw, decay_factors, learning_rate, num_microbatches
+
+GPT3 = OptimizerConfig(
+    peak_lr=6e-5, schedule="cosine", warmup_tokens=375_000_000, decay_tokens=260_000_000_000, floor_lr_fraction=0.1
+)
+
+
+def test_gpt3_schedule():
+    """Appendix B: linear warm-up over 375M tokens, cosine to 10% over 260B, constant to 300B."""
+    total = 300_000_000_000
+    assert learning_rate(GPT3, 0, total) == 0
+    assert learning_rate(GPT3, 375_000_000 // 2, total) == pytest.approx(3e-5)
+    assert learning_rate(GPT3, 375_000_000, total) == pytest.approx(6e-5)
+    assert learning_rate(GPT3, (375_000_000 + 260_000_000_000) // 2, total) == pytest.approx((6e-5 + 6e-6) / 2)
+    for tokens in (260_000_000_000, 280_000_000_000, total):
+        assert learning_rate(GPT3, tokens, total) == pytest.approx(6e-6)
+
+
+def test_gpt1_schedule_ends_at_zero():
+    config = OptimizerConfig(peak_lr=2.5e-4, warmup_tokens=2000, floor_lr_fraction=0.0)
+    assert learning_rate(config, 100_000, 100_000) == pytest.approx(0, abs=1e-12)
+
+
+def test_linear_wsd_and_constant():
+    linear = OptimizerConfig(peak_lr=1.0, schedule="linear", warmup_tokens=100, floor_lr_fraction=0.0)
+    assert [learning_rate(linear, t, 1100) for t in (50, 100, 600, 1100)] == pytest.approx([0.5, 1.0, 0.5, 0.0])
+    wsd = dataclasses.replace(linear, schedule="wsd", decay_tokens=200)
+    assert [learning_rate(wsd, t, 1000) for t in (50, 100, 800, 900, 1000)] == pytest.approx([0.5, 1, 1, 0.5, 0])
+    assert learning_rate(dataclasses.replace(wsd, decay_tokens=None), 950, 1000) == pytest.approx(0.5)
+    constant = dataclasses.replace(linear, schedule="constant")
+    assert learning_rate(constant, 1100, 1100) == 1.0
+
+
+def test_batch_ramp_grows_linearly_in_whole_microbatches():
+    config = BatchConfig(
+        total_tokens=10_000, tokens_per_batch=800, microbatch_size=10, ramp_start_tokens=100, ramp_tokens=7_000
+    )
+    counts = [num_microbatches(config, 10, tokens) for tokens in range(0, 10_000, 100)]
+    assert (counts[0], counts[10], counts[35], counts[69], counts[70], counts[99]) == (1, 2, 4, 7, 8, 8)
+    assert counts == sorted(counts)
+    assert num_microbatches(dataclasses.replace(config, ramp_start_tokens=None, ramp_tokens=None), 10, 0) == 8
+    assert num_microbatches(BatchConfig(tokens_per_batch=800), 10, 0) == 1
+
+
+PARAMS = {
+    "dense": {"kernel": jnp.full((3, 2), 0.5), "bias": jnp.full((2,), 0.5)},
+    "norm": {"scale": jnp.ones((3,)), "bias": jnp.zeros((3,))},
+}
+
+
+def test_decay_spares_biases_and_gains():
+    factors = decay_factors(OptimizerConfig(), PARAMS)
+    assert factors == {"dense": {"kernel": 1.0, "bias": 0.0}, "norm": {"scale": 0.0, "bias": 0.0}}
+
+
+@pytest.mark.parametrize(
+    ("rules", "culprit"),
+    [
+        (((".*/kernel", 1.0),), "dense/bias"),
+        ((("typo/.*", 0.0), (".*", 1.0)), "typo"),
+        (((".*", 1.0), (".*/bias", 0.0)), ".*/bias"),
+        ((("(", 1.0),), "not a regular expression"),
+    ],
+)
+def test_decay_rules_must_cover_every_parameter_and_be_used(rules, culprit):
+    with pytest.raises(UserError) as error:
+        decay_factors(OptimizerConfig(decay_rules=rules), PARAMS)
+    assert culprit in str(error.value)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.1])
+def test_equals_optax_adamw(clip_norm):
+    config = OptimizerConfig(clip_norm=clip_norm, weight_decay=0.3, beta2=0.98)
+    mask = jax.tree.map(bool, decay_factors(config, PARAMS))
+    reference = optax.adamw(0.01, b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.3, mask=mask)
+    if clip_norm is not None:
+        reference = optax.chain(optax.clip_by_global_norm(clip_norm), reference)
+    ours, theirs = PARAMS, PARAMS
+    state, reference_state = adamw(config).init(ours), reference.init(theirs)
+    for step in range(5):
+        grads = jax.tree.map(lambda p, step=step: jnp.sin(p + step), PARAMS)
+        updates, state = adamw(config).update(grads, state, ours)
+        ours = jax.tree.map(lambda p, u: p - 0.01 * u, ours, updates)
+        updates, reference_state = reference.update(grads, reference_state, theirs)
+        theirs = optax.apply_updates(theirs, updates)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, theirs)

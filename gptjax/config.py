@@ -3,6 +3,8 @@
 A config file (`configs/gpt2.py`) returns the `ConfigDict` that `config_dict(Config(...))` makes, command-line
 overrides edit it, and `resolve` turns it back into the frozen `Config` that all other code reads. So a knob that is not
 a field below cannot exist, and a mistake is one line on stderr and exit code 2.
+
+Longer than other files because every knob of the program is declared and checked here, and nowhere else.
 """
 
 import dataclasses

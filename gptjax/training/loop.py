@@ -103,19 +103,14 @@ class _Run:
         examples: int,
         stack: ExitStack,
     ):
-        self.stage, self.workdir, self.checkpoints, self.state, self.examples = (
-            stage,
-            workdir,
-            checkpoints,
-            state,
-            examples,
-        )
+        self.stage, self.workdir, self.checkpoints = stage, workdir, checkpoints
+        self.state, self.examples = state, examples
         config = stage.config
         self.step, self.steps_here = int(state.step), 0
         self.validation: dict[str, float] = {}
         self.sample: str | None = None
         self._evaluated: int | None = None  # the step that `validation` and `sample` are of
-        self._saved = checkpoints.latest_step()
+        self._resumed = self._saved = checkpoints.latest_step()
         self._microbatch = config.batch.microbatch_size or config.batch.tokens_per_batch // config.model.context_length
         # Room for the largest batch; a batch ramp fills less of it.
         self._room = config.batch.tokens_per_batch // (self._microbatch * config.model.context_length)
@@ -172,7 +167,7 @@ class _Run:
         self.validation = self.stage.evaluate(params)
         self.sample = None if self.stage.sample is None else self.stage.sample(params)
         self._evaluated = self.step
-        if self._writer is not None:
+        if self._writer is not None and self.step != self._resumed:  # of that step there is a record already
             self._writer.write(self.step, self.tokens, "validation", **self.validation)
             values = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in self.validation.items())
             self._progress.say(f"step {self.step}: validation {values}")
@@ -184,7 +179,7 @@ class _Run:
         self._progress.restart()
 
     def save(self) -> None:
-        """Saves a checkpoint of this step, once, with its held-out loss: the best is kept besides the newest."""
+        """Saves this step, once, with its held-out loss: the best checkpoint is kept besides the newest."""
         if self._evaluated != self.step:
             self.evaluate()
         if self._saved != self.step:

@@ -29,9 +29,8 @@ def run(config: Config, workdir: Path, *, profile: bool = False, allow_config_ch
       UserError: anything that the user can mend, before anything slow where it can be known.
     """
     mesh = make_mesh(config.mesh)
-    _check_workdir(config, workdir, allow_config_changes)
-    directory = workdir / "tokenizer"
-    stage = STAGES[config.stage](config, mesh, tokenizers.load(directory) if directory.exists() else None)
+    goes_on = _check_workdir(config, workdir, allow_config_changes)
+    stage = STAGES[config.stage](config, mesh, tokenizers.load(workdir / "tokenizer") if goes_on else None)
     _check_tokenizer(config, stage.tokenizer)
     if jax.process_index() == 0:
         _write_workdir(config, workdir, stage.tokenizer)
@@ -42,11 +41,11 @@ def run(config: Config, workdir: Path, *, profile: bool = False, allow_config_ch
     return report
 
 
-def _check_workdir(config: Config, workdir: Path, allow_changes: bool) -> None:
-    """Raises UserError when `workdir` holds the checkpoints of another config."""
+def _check_workdir(config: Config, workdir: Path, allow_changes: bool) -> bool:
+    """Whether `workdir` has checkpoints to go on from; UserError when they are of another config."""
     checkpoints = workdir / "checkpoints"
     if not checkpoints.exists() or not any(path.name.isdigit() for path in checkpoints.iterdir()):
-        return
+        return False
     old = read_config(workdir)
     if changed := differences(old.model, config.model, "model."):
         raise UserError(f"{workdir} holds a run of another model ({'; '.join(changed)}): use another --workdir")
@@ -56,6 +55,7 @@ def _check_workdir(config: Config, workdir: Path, allow_changes: bool) -> None:
             f"{workdir} holds a run of another config ({'; '.join(changed)}): "
             "use another --workdir, or go on with the change by --allow_config_changes"
         )
+    return True
 
 
 def _check_tokenizer(config: Config, tokenizer: tokenizers.Tokenizer) -> None:

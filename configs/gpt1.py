@@ -53,9 +53,9 @@ def runlocal(config: c.Config) -> c.Config:
         {
             "model": {"context_length": 128, "num_layers": 4, "embed_dim": 192, "num_heads": 6},
             "data": {"tokenizer": "gpt1_bpe:4096"},
-            "batch": {"epochs": None, "total_tokens": 2_000_000, "tokens_per_batch": 16 * 128},
+            "batch": {"epochs": None, "total_tokens": 700_000, "tokens_per_batch": 8 * 128},
             "optimizer": {"peak_lr": 1e-3, "warmup_tokens": 100_000},
-            "evaluation": {"every_tokens": 500_000, "max_tokens": 60_000},
-            "checkpoint": {"every_tokens": 500_000},
+            "evaluation": {"every_tokens": 150_000, "max_tokens": 40_000},
+            "checkpoint": {"every_tokens": 150_000},
         },
     )

@@ -42,9 +42,9 @@ def runlocal(config: c.Config) -> c.Config:
         {
             "model": {"context_length": 128, "num_layers": 4, "embed_dim": 192, "num_heads": 6, "dtype": "float32"},
             "data": {"tokenizer": "bpe:4096"},
-            "batch": {"total_tokens": 2_000_000, "tokens_per_batch": 16 * 128, "microbatch_size": None},
+            "batch": {"total_tokens": 700_000, "tokens_per_batch": 8 * 128, "microbatch_size": None},
             "optimizer": {"peak_lr": 3e-3, "warmup_tokens": 50_000},
-            "evaluation": {"every_tokens": 500_000, "max_tokens": 60_000},
-            "checkpoint": {"every_tokens": 500_000},
+            "evaluation": {"every_tokens": 150_000, "max_tokens": 40_000},
+            "checkpoint": {"every_tokens": 150_000},
         },
     )

@@ -18,6 +18,7 @@ import itertools
 import json
 import os
 import shutil
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -328,7 +329,7 @@ def _locked(path: Path, *, wait: bool = True) -> Iterator[None]:
         except BlockingIOError:
             if not wait:
                 raise
-            logging.info("Waiting for the process that prepares %s.", path.with_suffix(""))
+            print(f"waiting for the process that prepares {path.with_suffix('')}", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

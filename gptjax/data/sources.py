@@ -97,13 +97,22 @@ class Source(abc.ABC):
         self.replaced_documents = 0
         self._invalid_utf8 = invalid_utf8
 
-    @abc.abstractmethod
     def fingerprint(self) -> str:
-        """64 hex digits that change when the documents do. Reads all files, but not all of a prepared dataset.
+        """64 hex digits that change when the documents do. Reads all files once, but not all of a prepared dataset.
 
         Raises:
           UserError: the content cannot be read.
         """
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        # A corpus with replaced bytes, prepared before, must not pass where they are an error.
+        return _hash([self._content(), self._invalid_utf8])
+
+    @abc.abstractmethod
+    def _content(self) -> list[Any]:
+        """What decides which documents come out, as JSON values."""
 
     def documents(self) -> Iterator[str]:
         """Yields the documents, one in memory at a time, less those of nothing but white space.
@@ -152,13 +161,13 @@ class _Files(Source):
         if not any(path.suffix in (".gz", ".zst") for path in paths):
             self.size_bytes = sum(path.stat().st_size for path in paths)
 
-    def fingerprint(self) -> str:
+    def _content(self) -> list[Any]:
         # Names are relative, so that a corpus keeps its fingerprint when its folder moves.
         root = os.path.commonpath([path.absolute().parent for path in self._paths])
         names = [os.path.relpath(path.absolute(), root) for path in self._paths]
         with concurrent.futures.ThreadPoolExecutor(max_workers=4) as pool:
             digests = list(pool.map(_file_digest, self._paths))
-        return _hash([self._layout, names, digests])
+        return [self._layout, names, digests]
 
     def _documents(self) -> Iterator[str]:
         for path in self._paths:
@@ -327,10 +336,10 @@ class _TfdsSource(Source):
         super().__init__(spec, invalid_utf8)
         self._name, self._split, self._field = name, split, field
 
-    def fingerprint(self) -> str:
+    def _content(self) -> list[Any]:
         info = self._opened[0].info
         splits = [[name, split.num_bytes, split.shard_lengths] for name, split in sorted(info.splits.items())]
-        return _hash(["tfds", info.full_name, self._split, self._field, splits])
+        return ["tfds", info.full_name, self._split, self._field, splits]
 
     def _documents(self) -> Iterator[str]:
         for index, example in enumerate(self._opened[1]):

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -20,7 +21,6 @@ import numpy as np
 import numpy.typing as npt
 import tiktoken
 import tokenizers
-from absl import logging
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from gptjax.config import DataConfig, UserError
@@ -217,7 +217,7 @@ def get_tokenizer(
         return TiktokenTokenizer(_openai_encoding(kind, cache_dir))
     directory = cache_dir / "tokenizers" / _hash([spec, corpus_fingerprint])
     if not directory.exists():
-        logging.info("training the tokenizer %s; it will be kept in %s", spec, directory)
+        print(f"training the tokenizer {spec}; it will be kept in {directory}", file=sys.stderr)
         train = _train_gpt1_bpe if kind == "gpt1_bpe" else _train_bpe
         _save_whole(HuggingFaceTokenizer(train(train_documents(), int(argument)).to_str()), directory)
     return load(directory, cache_dir)

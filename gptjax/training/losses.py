@@ -8,12 +8,15 @@ import jax.numpy as jnp
 from gptjax.models.gpt import unembed
 from gptjax.parallel.mesh import constrain
 
-CHUNK_TOKENS = 2048  # tokens a device turns into logits at a time: large enough to keep a product efficient
+# Tokens that a device turns into logits at a time: enough to keep its products efficient. A CPU wants the chunk's logits
+# in its cache.
+CHUNK_TOKENS, CPU_CHUNK_TOKENS = 2048, 256
 
 
 def positions_per_chunk(sequences_per_device: int) -> int:
-    """How many positions of every sequence make a chunk of about CHUNK_TOKENS tokens a device."""
-    return max(1, CHUNK_TOKENS // sequences_per_device)
+    """How many positions of every sequence make a chunk on the present devices."""
+    tokens = CPU_CHUNK_TOKENS if jax.default_backend() == "cpu" else CHUNK_TOKENS
+    return max(1, tokens // sequences_per_device)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))

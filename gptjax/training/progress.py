@@ -1,6 +1,7 @@
 """What a run shows while it trains: the progress bar, and the training records of metrics.jsonl."""
 
 import math
+import sys
 import time
 from types import TracebackType
 
@@ -28,7 +29,13 @@ class Progress:
         peak = flops.peak_flops(jax.devices()[0], config.model.dtype)
         self._peak_flops = None if peak is None else peak * jax.device_count()
         self._bar = tqdm(
-            total=total_tokens, initial=tokens, unit="tok", unit_scale=True, dynamic_ncols=True, disable=writer is None
+            total=total_tokens,
+            initial=tokens,
+            unit="tok",
+            unit_scale=True,
+            dynamic_ncols=True,
+            mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds; a log file gets a line now and then
+            disable=writer is None,
         )
         self._pending: tuple[int, int, float, dict[str, jax.Array]] | None = None
         self._tokens = tokens  # trained by the steps whose metrics have been read

@@ -29,6 +29,8 @@ def run(config: Config, workdir: Path, *, profile: bool = False, allow_config_ch
       UserError: anything that the user can mend, before anything slow where it can be known.
     """
     mesh = make_mesh(config.mesh)
+    if config.init_from is not None:
+        read_config(Path(config.init_from).expanduser())  # before the corpus is prepared
     goes_on = _check_workdir(config, workdir, allow_config_changes)
     stage = STAGES[config.stage](config, mesh, tokenizers.load(workdir / "tokenizer") if goes_on else None)
     _check_tokenizer(config, stage.tokenizer)

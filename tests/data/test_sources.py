@@ -336,3 +336,11 @@ def test_tfds_splits_versions_and_fields(tales):
 def test_tfds_mistakes(spec, message):
     with pytest.raises(UserError, match=message):
         read(spec)
+
+
+def test_the_fingerprint_tells_the_policy_for_invalid_utf8(tmp_path):
+    """Else a corpus prepared with replaced bytes would pass where they are an error."""
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    spec = f"text:{tmp_path}/latin.txt"
+    prints = {policy: open_source(spec, invalid_utf8=policy).fingerprint() for policy in ("replace", "error")}
+    assert prints["replace"] != prints["error"]

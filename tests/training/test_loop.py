@@ -139,7 +139,7 @@ def test_init_from_starts_at_the_other_runs_average(tiny, tmp_path):
         run(replace(second, {"model": {"num_layers": 4}}), tmp_path / "third")
     with pytest.raises(UserError, match="another tokenizer"):
         run(replace(second, {"data": {"tokenizer": "bpe:300"}}), tmp_path / "third")
-    with pytest.raises(UserError, match=r"(not a workdir|no tokenizer)"):
+    with pytest.raises(UserError, match="not a workdir"):
         run(dataclasses.replace(tiny, init_from=str(tmp_path)), tmp_path / "third")
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.training.losses import CHUNK_TOKENS, cross_entropy, positions_per_chunk
+from gptjax.training.losses import CPU_CHUNK_TOKENS, cross_entropy, positions_per_chunk
 
 B, T, D, V = 3, 10, 8, 17
 
@@ -72,6 +72,6 @@ def test_never_holds_the_logits_of_a_batch():
 
 
 def test_chunks_have_a_bounded_number_of_tokens():
-    assert positions_per_chunk(1) == CHUNK_TOKENS
-    assert positions_per_chunk(8) * 8 == CHUNK_TOKENS
-    assert positions_per_chunk(10 * CHUNK_TOKENS) == 1
+    assert positions_per_chunk(1) == CPU_CHUNK_TOKENS
+    assert positions_per_chunk(8) * 8 == CPU_CHUNK_TOKENS
+    assert positions_per_chunk(10 * CPU_CHUNK_TOKENS) == 1

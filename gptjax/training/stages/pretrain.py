@@ -39,7 +39,7 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
 
     model = GPT(config.model)
     microbatch = config.batch.microbatch_size or config.batch.tokens_per_batch // context
-    loss = _loss(model, positions_per_chunk(microbatch // batch_shards(mesh)))
+    loss = make_loss(model, positions_per_chunk(microbatch // batch_shards(mesh)))
 
     def init_params(rng: jax.Array) -> Any:
         return model.init(rng, jnp.zeros((microbatch, context), jnp.int32))["params"]
@@ -73,7 +73,7 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
     )
 
 
-def _loss(model: GPT, chunk: int) -> Loss:
+def make_loss(model: GPT, chunk: int) -> Loss:
     """Cross entropy of the next token, `chunk` positions at a time."""
 
     def loss(params: Any, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array]:

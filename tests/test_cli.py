@@ -1,0 +1,142 @@
+"""A user's mistake: one line that names the culprit and the mend, exit code 2, and nothing left behind."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RUNLOCAL = "--config=configs/gpt2.py:runlocal"
+
+
+def main(*arguments: object, workdir: Path | None = None, **env: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "gptjax.main", *map(str, arguments)]
+    if workdir is not None:
+        command.append(f"--workdir={workdir}")
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **env})
+
+
+def assert_one_line(result: subprocess.CompletedProcess, *words: str) -> None:
+    assert result.returncode == 2, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert lines[-1].startswith("error: "), result.stderr
+    assert "Traceback" not in result.stderr
+    assert sum("error" in line for line in lines) == 1
+    for word in words:
+        assert word in lines[-1]
+    assert "compiled" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([RUNLOCAL, "--config.model.num_layer=3"], ["model.num_layer", "did you mean 'model.num_layers'"]),
+        ([RUNLOCAL, "--config.modle.num_layers=3"], ["modle.num_layers", "did you mean 'model'"]),
+        ([RUNLOCAL, "--config.optimizer=3"], ["optimizer", "group", "peak_lr"]),
+        ([RUNLOCAL, "--config.model.num_layers=many"], ["model.num_layers", "many"]),
+        ([RUNLOCAL, "--config.model.dtype=float16"], ["model.dtype", "bfloat16"]),
+        ([RUNLOCAL, "--config.model.num_heads=5"], ["model.num_heads=5", "embed_dim=192", "such as 4"]),
+        ([RUNLOCAL, "--config.batch.tokens_per_batch=1000"], ["batch.tokens_per_batch=1000", "try 1024"]),
+        ([RUNLOCAL, "--config.batch.epochs=2"], ["exactly one of batch.total_tokens", "batch.epochs"]),
+        ([RUNLOCAL, "--unknown=3"], ["unknown"]),
+        ([RUNLOCAL, "extra"], ["'extra'"]),
+        (["--config=configs/gpt2.py:sise=124m"], ["sise", "did you mean 'size'"]),
+        (["--config=configs/gpt2.py:size=1b"], ["size '1b'", "124m, 355m, 774m, 1558m"]),
+        (["--config=configs/gpt2.py:size"], ["size", "needs a value"]),
+        (["--config=configs/none.py"], ["configs/none.py"]),
+        ([], ["--config"]),
+    ],
+)
+def test_mistakes_in_flags(arguments, words, tmp_path):
+    assert_one_line(main(*arguments, workdir=tmp_path / "run"), *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_is_needed():
+    assert_one_line(main(RUNLOCAL), "--workdir")
+
+
+def write_bad_data(directory: Path) -> None:
+    (directory / "empty.txt").write_text("")
+    (directory / "short.jsonl").write_text(json.dumps({"text": "short"}) + "\n" + json.dumps({"text": "too"}) + "\n")
+    (directory / "bad.jsonl").write_text(json.dumps({"text": "fine"}) + "\n{not json\n")
+    (directory / "latin.txt").write_bytes(b"caf\xe9 " * 5000)
+    (directory / "cut.txt.gz").write_bytes(gzip.compress(os.urandom(5000))[:2000])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config.data.source=text:{}/missing/*.txt"], ["missing/*.txt"]),
+        (["--config.data.source=text:{}/empty.txt"], ["empty.txt"]),
+        (["--config.data.source=text:{}"], ["{}"]),
+        (["--config.data.source=jsonl:{}/bad.jsonl"], ["bad.jsonl:2"]),
+        (["--config.data.source=jsonl:{}/short.jsonl"], ["training tokens", "context of 128"]),
+        (["--config.data.source=text:{}/latin.txt", "--config.data.invalid_utf8=error"], ["latin.txt"]),
+        (["--config.data.source=text:{}/cut.txt.gz"], ["cut.txt.gz"]),
+        (["--config.data.source=sootu"], ["sootu"]),
+        (["--config.data.tokenizer=gpt3"], ["gpt3"]),
+        (["--config.mesh.fsdp=3"], ["fsdp=3", "1 device"]),
+        (["--config.init_from={}"], ["{}", "config.json"]),
+    ],
+)
+def test_mistakes_in_data_and_devices(arguments, words, tmp_path):
+    write_bad_data(tmp_path)
+    arguments = [argument.format(tmp_path) for argument in arguments]
+    tokenizer = [] if any("tokenizer" in argument for argument in arguments) else ["--config.data.tokenizer=bytes"]
+    result = main(
+        RUNLOCAL, *tokenizer, f"--config.data.cache_dir={tmp_path}/cache", *arguments, workdir=tmp_path / "run"
+    )
+    assert_one_line(result, *(word.format(tmp_path) for word in words))
+
+
+def test_an_unwritable_workdir(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert_one_line(main(RUNLOCAL, workdir=tmp_path / "file" / "run"), "--workdir", "run")
+
+
+@pytest.mark.parametrize("config", ["gpt1", "gpt2", "gpt3"])
+def test_every_config_runs_two_steps_locally(config, tmp_path):
+    batch = 8 * 128
+    result = main(
+        f"--config=configs/{config}.py:runlocal",
+        f"--config.batch.total_tokens={2 * batch}",
+        "--config.evaluation.max_tokens=2048",
+        "--config.evaluation.sample_tokens=4",
+        "--config.logging.every_steps=1",
+        workdir=tmp_path / "run",
+    )
+    assert result.returncode == 0, result.stderr
+    assert "in 2 steps" in result.stdout
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1:]]
+    assert [(r["split"], r["step"]) for r in records] == [
+        ("validation", 0),
+        ("train", 1),
+        ("train", 2),
+        ("validation", 2),
+    ]
+
+
+def test_a_profile_is_written(tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"line {i} of the text"}) + "\n" for i in range(500)))
+    settings = {
+        "model.context_length": 16,
+        "model.embed_dim": 12,
+        "model.num_layers": 1,
+        "data.source": f"jsonl:{text}",
+        "data.tokenizer": "bytes",
+        "data.cache_dir": tmp_path / "cache",
+        "batch.tokens_per_batch": 32,
+        "batch.total_tokens": 10 * 32,
+        "evaluation.sample_tokens": 0,
+    }
+    result = main(
+        RUNLOCAL, "--profile", *(f"--config.{key}={value}" for key, value in settings.items()), workdir=tmp_path / "run"
+    )
+    assert result.returncode == 0, result.stderr
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))

@@ -1,5 +1,6 @@
 """What all commands share: flags parsed, a user's mistake answered in one line with exit code 2."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -38,8 +39,9 @@ def run(main: Callable[[], None]) -> None:
     try:
         app.run(lambda _: main(), flags_parser=parse)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(2)  # a failed save leaves threads behind that print tracebacks while the interpreter shuts down
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -3,9 +3,11 @@
 import gzip
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,11 +15,11 @@ ROOT = Path(__file__).parents[1]
 RUNLOCAL = "--config=configs/gpt2.py:runlocal"
 
 
-def main(*arguments: object, workdir: Path | None = None, **env: str) -> subprocess.CompletedProcess:
+def main(*arguments: object, workdir: Path | None = None, **kwargs: Any) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "gptjax.main", *map(str, arguments)]
     if workdir is not None:
         command.append(f"--workdir={workdir}")
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **env})
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, **kwargs)
 
 
 def assert_one_line(result: subprocess.CompletedProcess, *words: str) -> None:
@@ -121,22 +123,43 @@ def test_every_config_runs_two_steps_locally(config, tmp_path):
     ]
 
 
-def test_a_profile_is_written(tmp_path):
-    text = tmp_path / "text.jsonl"
+def small_run(directory: Path) -> list[str]:
+    """Flags of a run on a small corpus of its own."""
+    text = directory / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"line {i} of the text"}) + "\n" for i in range(500)))
     settings = {
         "model.context_length": 16,
-        "model.embed_dim": 12,
         "model.num_layers": 1,
         "data.source": f"jsonl:{text}",
         "data.tokenizer": "bytes",
-        "data.cache_dir": tmp_path / "cache",
+        "data.cache_dir": directory / "cache",
         "batch.tokens_per_batch": 32,
-        "batch.total_tokens": 10 * 32,
         "evaluation.sample_tokens": 0,
     }
-    result = main(
-        RUNLOCAL, "--profile", *(f"--config.{key}={value}" for key, value in settings.items()), workdir=tmp_path / "run"
-    )
+    return [RUNLOCAL, *(f"--config.{key}={value}" for key, value in settings.items())]
+
+
+def test_a_profile_is_written(tmp_path):
+    flags = [*small_run(tmp_path), "--config.model.embed_dim=12", f"--config.batch.total_tokens={10 * 32}"]
+    result = main(*flags, "--profile", workdir=tmp_path / "run")
     assert result.returncode == 0, result.stderr
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_full_disk_while_saving_loses_nothing(tmp_path):
+    def train(steps: int, **kwargs) -> subprocess.CompletedProcess:
+        tokens = f"--config.batch.total_tokens={32 * steps}"
+        return main(*small_run(tmp_path), tokens, "--allow_config_changes", workdir=tmp_path / "run", **kwargs)
+
+    def fill_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))  # bytes a file; a checkpoint has more
+
+    assert train(2).returncode == 0
+    full = train(4, preexec_fn=fill_disk)
+    assert full.returncode == 2, full.stderr
+    last = full.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: cannot save in ")
+    assert "File too large; the last good checkpoint is step 2" in last
+    again = train(4)
+    assert again.returncode == 0, again.stderr
+    assert "in 4 steps" in again.stdout

@@ -6,7 +6,7 @@ A run starts from the first of these that there is:
   3. its seed.
 """
 
-import errno
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
@@ -37,6 +38,8 @@ class Checkpoints:
         policy = AnyPreservationPolicy(
             [LatestN(config.keep_last), BestN(get_metric_fn=lambda metrics: -metrics["loss"], n=1)]
         )
+        # What fails in orbax's threads is logged there, at length, and raised here, where it becomes one line.
+        logging.get_absl_handler().addFilter(lambda record: "/orbax/" not in record.pathname)
         with self._errors_named():
             self._manager = ocp.CheckpointManager(
                 self._directory, options=ocp.CheckpointManagerOptions(preservation_policy=policy, create=True)
@@ -53,7 +56,7 @@ class Checkpoints:
         """
         size = sum(shard.data.nbytes for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards)
         free = shutil.disk_usage(self._directory).free
-        if size > free:
+        if 1.1 * size > free:  # indices and metadata come on top
             raise UserError(
                 f"no room for a checkpoint of {size / 1e9:.1f} GB in {self._directory} ({free / 1e9:.1f} GB free): "
                 f"{self._last_good()}; free some space and run the same command again"
@@ -109,13 +112,13 @@ class Checkpoints:
         """Turns a failure to write into one line; orbax's own checkpoints are atomic, so earlier ones are whole."""
         try:
             yield
-        except (OSError, ValueError) as error:
-            text = str(error)
-            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            if not full and not isinstance(error, OSError) and "RESOURCE_EXHAUSTED" not in text:
+        except (OSError, ValueError) as error:  # tensorstore's are ValueErrors that name the file they fail to write
+            lines = str(error).splitlines()
+            if isinstance(error, ValueError) and "writing" not in lines[0]:
                 raise
+            reason = re.search(r": ([^:]+) \[os_error_code", lines[0])
             raise UserError(
-                f"cannot save in {self._directory}: {text.splitlines()[0]}; {self._last_good()}; "
+                f"cannot save in {self._directory}: {reason[1] if reason else lines[0]}; {self._last_good()}; "
                 "mend the disk and run the same command again"
             ) from None
 

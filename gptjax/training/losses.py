@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from gptjax.models.gpt import unembed
 from gptjax.parallel.mesh import constrain
 
-# Tokens that a device turns into logits at a time: enough to keep its products efficient. A CPU wants the chunk's logits
-# in its cache.
+# Tokens that a device turns into logits at a time: enough to keep its products efficient. A CPU wants the logits of a
+# chunk in its cache.
 CHUNK_TOKENS, CPU_CHUNK_TOKENS = 2048, 256
 
 

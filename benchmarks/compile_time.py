@@ -6,7 +6,7 @@ the programs, and no compilation cache is used. The model is narrow, which chang
 
 import statistics
 import time
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -18,10 +18,11 @@ from gptjax.parallel.mesh import make_mesh
 from gptjax.training.stages.pretrain import make_loss
 from gptjax.training.state import create_state, make_train_step, state_shardings
 
+LayerLoop = Literal["scan", "unroll"]
 DEPTHS = (12, 24, 48)
 
 
-def compile_seconds(num_layers: int, layer_loop: str) -> float:
+def compile_seconds(num_layers: int, layer_loop: LayerLoop) -> float:
     """Seconds to lower and compile the real training step of a model of so many layers."""
     model = c.GPTConfig(
         vocab_size=512, context_length=64, num_layers=num_layers, num_heads=4, embed_dim=64, layer_loop=layer_loop
@@ -43,11 +44,11 @@ def compile_seconds(num_layers: int, layer_loop: str) -> float:
         return time.perf_counter() - start
 
 
-def main(_: list[str]) -> None:
+def main(argv: list[str]) -> None:
     jax.config.update("jax_enable_compilation_cache", False)
-    programs = [("scan", depth) for depth in DEPTHS] + [("unroll", DEPTHS[0])]
-    seconds: dict[tuple[str, int], list[float]] = {program: [] for program in programs}
-    for _ in range(flags.FLAGS.rounds):
+    programs: list[tuple[LayerLoop, int]] = [*(("scan", depth) for depth in DEPTHS), ("unroll", DEPTHS[0])]
+    seconds: dict[tuple[LayerLoop, int], list[float]] = {program: [] for program in programs}
+    for _round in range(flags.FLAGS.rounds):
         for layer_loop, depth in programs:
             seconds[layer_loop, depth].append(compile_seconds(depth, layer_loop))
     base = seconds["scan", DEPTHS[0]]

@@ -47,7 +47,6 @@ class Report:
     tokens: int
     validation: dict[str, float]
     sample: str | None
-    figure: Path
 
 
 def train(stage: Stage, mesh: Mesh, workdir: Path, *, profile: bool = False) -> Report:
@@ -72,17 +71,19 @@ def train(stage: Stage, mesh: Mesh, workdir: Path, *, profile: bool = False) -> 
         while run.tokens < stage.total_tokens:
             before = run.tokens
             if profile and run.steps_here == PROFILED_STEPS.start:
-                jax.profiler.start_trace(workdir / "profile")
-            run.train_step()
-            if profile and run.steps_here == PROFILED_STEPS.stop:
-                jax.block_until_ready(run.state)
-                jax.profiler.stop_trace()
+                run.profile_steps()
+            else:
+                run.train_step()
             if _due(config.evaluation.every_tokens, before, run.tokens):
                 run.evaluate()
             if _due(config.checkpoint.every_tokens, before, run.tokens):
                 run.save()
         run.save()
-        return Report(run.step, run.tokens, run.validation, run.sample, plot_loss(workdir))
+        if profile and run.steps_here <= PROFILED_STEPS.start:
+            run.say(f"no profile: the run ended before step {PROFILED_STEPS.start + 1} of this process")
+        if jax.process_index() == 0:
+            plot_loss(workdir)
+        return Report(run.step, run.tokens, run.validation, run.sample)
 
 
 def _due(every: int | None, before: int, after: int) -> bool:
@@ -119,14 +120,12 @@ class _Run:
         placement = state_shardings(config, stage.init_params, mesh)
         self._train_step = make_train_step(config, stage.loss, mesh, placement)
         self._compiled: jax.stages.Compiled | None = None
-        self._is_main = jax.process_index() == 0
-        writer = None
-        if self._is_main:
-            header = _header(stage.config, mesh)
-            resume_step = self.step if self.step > 0 else None
-            writer = stack.enter_context(MetricsWriter(workdir, header, config.logging, resume_step=resume_step))
-        self._writer = writer
-        self._progress = stack.enter_context(Progress(config, writer, self.tokens, stage.total_tokens))
+        self._writer: MetricsWriter | None = None  # of process 0 alone
+        if jax.process_index() == 0:
+            writer = MetricsWriter(workdir, _header(config, mesh), config.logging, resume_step=self._resumed)
+            self._writer = stack.enter_context(writer)
+        self._progress = stack.enter_context(Progress(config, self._writer, self.tokens, stage.total_tokens))
+        self.say = self._progress.say
 
     @property
     def tokens(self) -> int:
@@ -148,15 +147,22 @@ class _Run:
         self.steps_here += 1
         self._progress.add(self.step, self.tokens, lr, metrics)
 
+    def profile_steps(self) -> None:
+        """Takes the steps of PROFILED_STEPS under the profiler."""
+        with jax.profiler.trace(self.workdir / "profile"):
+            for _ in PROFILED_STEPS:
+                if self.tokens < self.stage.total_tokens:
+                    self.train_step()
+            jax.block_until_ready(self.state)
+        self.say(f"profiled {len(PROFILED_STEPS)} steps: {self.workdir / 'profile'}")
+
     def _compile(self, arguments: tuple[Any, ...]) -> jax.stages.Compiled:
         """Compiles ahead of the first call: an executable cannot recompile unseen, and tells its memory."""
         start = time.perf_counter()
         compiled = self._train_step.lower(*arguments).compile()
         memory = compiled.memory_analysis()
         need = 0 if memory is None else memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        self._progress.say(
-            f"compiled the training step in {time.perf_counter() - start:.1f} s; {need / 1e9:.2f} GB a device"
-        )
+        self.say(f"compiled the training step in {time.perf_counter() - start:.1f} s; {need / 1e9:.2f} GB a device")
         self._progress.restart()
         return compiled
 
@@ -170,7 +176,7 @@ class _Run:
         if self._writer is not None and self.step != self._resumed:  # of that step there is a record already
             self._writer.write(self.step, self.tokens, "validation", **self.validation)
             values = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in self.validation.items())
-            self._progress.say(f"step {self.step}: validation {values}")
+            self.say(f"step {self.step}: validation {values}")
             if self.sample is not None:
                 directory = self.workdir / "samples"
                 directory.mkdir(exist_ok=True)

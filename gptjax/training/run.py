@@ -39,7 +39,7 @@ def run(config: Config, workdir: Path, *, profile: bool = False, allow_config_ch
         print(_summary(stage, mesh))
     report = loop.train(stage, mesh, workdir, profile=profile)
     if jax.process_index() == 0:
-        print(_report(report))
+        print(_report(report, workdir))
     return report
 
 
@@ -99,8 +99,8 @@ def _summary(stage: loop.Stage, mesh: Mesh) -> str:
     return f"{to_json(config)}\n{table}\n"
 
 
-def _report(report: loop.Report) -> str:
+def _report(report: loop.Report, workdir: Path) -> str:
     values = "\n".join(f"{name.replace('_', ' '):<19} {value:.4f}" for name, value in report.validation.items())
     sample = "" if report.sample is None else f"\n--- sample ---\n{report.sample}\n--------------\n"
     trained = f"trained on {report.tokens:,} tokens in {report.step:,} steps"
-    return f"\n{trained}\n{values}\n{sample}\nloss curve: {report.figure}"
+    return f"\n{trained}\n{values}\n{sample}\nloss curve: {workdir / 'loss.png'}"

@@ -3,11 +3,9 @@
 import gzip
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,11 +13,14 @@ ROOT = Path(__file__).parents[1]
 RUNLOCAL = "--config=configs/gpt2.py:runlocal"
 
 
-def main(*arguments: object, workdir: Path | None = None, **kwargs: Any) -> subprocess.CompletedProcess:
+def main(*arguments: object, workdir: Path | None = None, limits: str = "") -> subprocess.CompletedProcess:
+    """Runs the command, under a shell's `ulimit` where there are limits."""
     command = [sys.executable, "-m", "gptjax.main", *map(str, arguments)]
+    if limits:
+        command = ["bash", "-c", f'ulimit {limits}; exec "$0" "$@"', *command]
     if workdir is not None:
         command.append(f"--workdir={workdir}")
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, **kwargs)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
 def assert_one_line(result: subprocess.CompletedProcess, *words: str) -> None:
@@ -147,15 +148,12 @@ def test_a_profile_is_written(tmp_path):
 
 
 def test_a_full_disk_while_saving_loses_nothing(tmp_path):
-    def train(steps: int, **kwargs) -> subprocess.CompletedProcess:
+    def train(steps: int, limits: str = "") -> subprocess.CompletedProcess:
         tokens = f"--config.batch.total_tokens={32 * steps}"
-        return main(*small_run(tmp_path), tokens, "--allow_config_changes", workdir=tmp_path / "run", **kwargs)
-
-    def fill_disk() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))  # bytes a file; a checkpoint has more
+        return main(*small_run(tmp_path), tokens, "--allow_config_changes", workdir=tmp_path / "run", limits=limits)
 
     assert train(2).returncode == 0
-    full = train(4, preexec_fn=fill_disk)
+    full = train(4, limits="-f 1000")  # kB a file; a checkpoint's are larger
     assert full.returncode == 2, full.stderr
     last = full.stderr.strip().splitlines()[-1]
     assert last.startswith("error: cannot save in ")

@@ -1,7 +1,6 @@
 """Runs from start to end: what they write, and that stopping and going on changes nothing, bit for bit."""
 
 import dataclasses
-import json
 from itertools import islice
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from gptjax.data import tokenizers
 from gptjax.parallel.mesh import make_mesh
 from gptjax.training import loop
 from gptjax.training.metrics import read_metrics
-from gptjax.training.run import run
+from gptjax.training.run import STAGES, run
 from gptjax.training.stages import pretrain
 
 
@@ -39,25 +38,27 @@ def records(workdir: Path, split: str) -> list[dict]:
     return [{k: v for k, v in r.items() if k not in clock} for r in read_metrics(workdir)[1] if r["split"] == split]
 
 
-def train_and_die(config: Config, workdir: Path, microbatches: int) -> None:
+def train_and_die(config: Config, workdir: Path, microbatches: int, monkeypatch) -> None:
     """Trains until the data source breaks."""
-    mesh = make_mesh(config.mesh)
-    stage = pretrain.build(config, mesh, None)
 
-    def broken(start: int):
-        yield from islice(stage.batches(start), microbatches)
-        raise ConnectionError("the data is gone")
+    def build(*args):
+        stage = pretrain.build(*args)
 
-    workdir.mkdir()
-    (workdir / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
-    with pytest.raises(ConnectionError):
-        loop.train(dataclasses.replace(stage, batches=broken), mesh, workdir)
+        def broken(start: int):
+            yield from islice(stage.batches(start), microbatches)
+            raise ConnectionError("the data is gone")
+
+        return dataclasses.replace(stage, batches=broken)
+
+    with monkeypatch.context() as patch, pytest.raises(ConnectionError):
+        patch.setitem(STAGES, "pretrain", build)
+        run(config, workdir)
 
 
-def test_stop_restore_train_on_equals_uninterrupted(tiny, tmp_path):
+def test_stop_restore_train_on_equals_uninterrupted(tiny, tmp_path, monkeypatch):
     config = replace(tiny, {"checkpoint": {"every_tokens": 3 * 128}})
     run(config, tmp_path / "whole")
-    train_and_die(config, tmp_path / "resumed", microbatches=11)  # in the middle of step 6
+    train_and_die(config, tmp_path / "resumed", 11, monkeypatch)  # in the middle of step 6
     assert steps(tmp_path / "resumed") == [3]
     assert max(r["step"] for r in records(tmp_path / "resumed", "train")) > 3  # will be done again
     run(config, tmp_path / "resumed")

@@ -372,7 +372,7 @@ def check(config: Config) -> None:
     positive(batch, "batch", "ramp_start_tokens", "ramp_tokens")
     require(
         (batch.total_tokens is None) != (batch.epochs is None),
-        f"set exactly one of batch.total_tokens ({batch.total_tokens}) and batch.epochs ({batch.epochs})",
+        f"set one of batch.total_tokens ({batch.total_tokens}) and batch.epochs ({batch.epochs}) and the other to None",
     )
     unit = (batch.microbatch_size or 1) * model.context_length
     require(

@@ -44,7 +44,7 @@ def assert_one_line(result: subprocess.CompletedProcess, *words: str) -> None:
         ([RUNLOCAL, "--config.model.dtype=float16"], ["model.dtype", "bfloat16"]),
         ([RUNLOCAL, "--config.model.num_heads=5"], ["model.num_heads=5", "embed_dim=192", "such as 4"]),
         ([RUNLOCAL, "--config.batch.tokens_per_batch=1000"], ["batch.tokens_per_batch=1000", "try 1024"]),
-        ([RUNLOCAL, "--config.batch.epochs=2"], ["exactly one of batch.total_tokens", "batch.epochs"]),
+        ([RUNLOCAL, "--config.batch.epochs=2"], ["set one of batch.total_tokens (700000) and batch.epochs (2.0)"]),
         ([RUNLOCAL, "--unknown=3"], ["unknown"]),
         ([RUNLOCAL, "extra"], ["'extra'"]),
         (["--config=configs/gpt2.py:sise=124m"], ["sise", "did you mean 'size'"]),
@@ -145,6 +145,14 @@ def test_a_profile_is_written(tmp_path):
     result = main(*flags, "--profile", workdir=tmp_path / "run")
     assert result.returncode == 0, result.stderr
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+
+
+def test_none_unsets_a_key(tmp_path):
+    flags = [*small_run(tmp_path), "--config.batch.total_tokens=None", "--config.batch.epochs=0.01"]
+    result = main(*flags, workdir=tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["batch"]["total_tokens"] is None
+    assert_one_line(main(RUNLOCAL, "--config.seed=None", workdir=tmp_path / "other"), "seed=None is not of type int")
 
 
 def test_a_full_disk_while_saving_loses_nothing(tmp_path):

@@ -53,7 +53,7 @@ def test_paths_exist(readme: str) -> None:
 
 @pytest.mark.parametrize("readme", READMES)
 def test_modules_exist(readme: str) -> None:
-    modules = set(re.findall(r"python -m (gptjax[\w.]*)", read(readme)))
+    modules = set(re.findall(r"python -m ((?:gptjax|benchmarks)[\w.]*)", read(readme)))
     assert modules
     assert not [module for module in modules if importlib.util.find_spec(module) is None]
 
@@ -66,8 +66,10 @@ def test_configs_and_overrides_resolve(command: str, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("readme", READMES)
 def test_flags_exist(readme: str) -> None:
+    programs = [ROOT / "gptjax" / "main.py", *(ROOT / "benchmarks").glob("*.py")]
+    code = "".join(program.read_text() for program in programs)
     for name, key in re.findall(r"--([a-z_]+)(?:\.([\w.]*\w))?", read(readme)):
-        assert f'"{name}"' in (ROOT / "gptjax" / "main.py").read_text(), f"no flag --{name}"
+        assert f'"{name}"' in code, f"no flag --{name}"
         if key:
             functools.reduce(getattr, key.split("."), Config())
 

@@ -15,7 +15,9 @@ from gptjax.training.state import create_state, make_train_step, state_shardings
 @pytest.fixture
 def step_of(tiny):
     """Runs one step with the given rows and microbatch size; returns (metrics, params, ema)."""
-    tiny = replace(tiny, {"model": {"residual_dropout": 0.0}, "data": {"packing": "segment"}})
+    # A large eps, as the gradient of the keys' bias is zero but for rounding, which Adam would blow up to a full step.
+    changes = {"model": {"residual_dropout": 0.0}, "data": {"packing": "segment"}, "optimizer": {"eps": 1e-3}}
+    tiny = replace(tiny, changes)
 
     def step(rows: dict[str, np.ndarray], microbatch: int, room: int):
         config = replace(tiny, {"batch": {"microbatch_size": microbatch}})

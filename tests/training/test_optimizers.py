@@ -1,6 +1,7 @@
 """Schedules at the points that the papers name, the batch ramp, weight decay by regex, AdamW against optax's own."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,8 @@ def test_gpt3_schedule():
     assert learning_rate(GPT3, 375_000_000 // 2, total) == pytest.approx(3e-5)
     assert learning_rate(GPT3, 375_000_000, total) == pytest.approx(6e-5)
     assert learning_rate(GPT3, (375_000_000 + 260_000_000_000) // 2, total) == pytest.approx((6e-5 + 6e-6) / 2)
+    quarter = 375_000_000 + (260_000_000_000 - 375_000_000) // 4
+    assert learning_rate(GPT3, quarter, total) == pytest.approx(6e-6 + 5.4e-5 * (1 + math.cos(math.pi / 4)) / 2)
     for tokens in (260_000_000_000, 280_000_000_000, total):
         assert learning_rate(GPT3, tokens, total) == pytest.approx(6e-6)
 

@@ -56,3 +56,24 @@ def test_the_average_follows_the_weights(step_of, tiny):
     start = jax.device_get(create_state(dataclasses.replace(stage.config), stage.init_params, mesh).params)
     expected = jax.tree.map(lambda s, p: 0.9 * s + 0.1 * p, start, params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), ema, expected)
+
+
+def test_every_step_and_microbatch_draws_its_own_dropout(tiny):
+    config = replace(tiny, {"model": {"residual_dropout": 0.5}, "optimizer": {"weight_decay": 0.0}})
+    mesh = make_mesh(config.mesh)
+    stage = pretrain.build(config, mesh, None)
+    config = stage.config
+    state = create_state(config, stage.init_params, mesh)
+    train_step = make_train_step(config, stage.loss, mesh, state_shardings(config, stage.init_params, mesh))
+    rows = next(iter(stage.batches(0)))
+    batch = {name: np.stack([array, array]) for name, array in rows.items()}
+    losses = []
+    with jax.set_mesh(mesh):
+        for count in (1, 1):  # at a learning rate of 0 only the dropout differs
+            state, metrics = train_step(state, batch, np.int32(count), np.float32(0))
+            losses.append(float(metrics["loss"]))
+    assert losses[0] != losses[1]
+    state = create_state(config, stage.init_params, mesh)
+    with jax.set_mesh(mesh):
+        _, both = train_step(state, batch, np.int32(2), np.float32(0))
+    assert float(both["loss"]) != pytest.approx(losses[0], abs=1e-7)  # the second microbatch is not the first again

@@ -184,6 +184,11 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
 
+    @property
+    def sequences_per_microbatch(self) -> int:
+        """Over all devices; the whole batch where batch.microbatch_size is unset."""
+        return self.batch.microbatch_size or self.batch.tokens_per_batch // self.model.context_length
+
 
 # --- config files and their arguments ---------------------------------------------------------------------------------
 

@@ -188,6 +188,8 @@ def open_corpus(data: DataConfig, *, context_length: int, seed: int, tokenizer: 
     Raises:
       UserError: a source or the tokenizer cannot be had, or a split is too short.
     """
+    if tokenizer is None:
+        tokenizers.check_spec(data.tokenizer)  # before the corpus is read for its fingerprint
     train_source, validation_source = _open_sources(data)
     fraction = data.validation_fraction if validation_source is None else 0.0
     cache_dir = Path(data.cache_dir).expanduser()
@@ -215,12 +217,6 @@ def open_corpus(data: DataConfig, *, context_length: int, seed: int, tokenizer: 
         PackedExamples(train, context_length, packing=data.packing, seed=seed),
         PackedExamples(validation, context_length, packing=data.packing, seed=None),
     )
-
-
-def check_sources(data: DataConfig) -> None:
-    """Raises UserError when a source or the tokenizer of `data` is misspelt or missing; reads no text."""
-    tokenizers.check_spec(data.tokenizer)
-    _open_sources(data)
 
 
 def _open_sources(data: DataConfig) -> tuple[Source, Source | None]:

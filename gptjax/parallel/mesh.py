@@ -64,10 +64,9 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 def check_fit(config: Config, mesh: Mesh) -> None:
     """Raises UserError unless every sharded size of `config` that is known divides evenly over `mesh`."""
     model, shape = config.model, mesh.shape
-    sequences = config.batch.microbatch_size or config.batch.tokens_per_batch // model.context_length
     key = "batch.tokens_per_batch / model.context_length" if config.batch.microbatch_size is None else None
     needs = (
-        (key or "batch.microbatch_size", sequences, "data x fsdp x expert", batch_shards(mesh)),
+        (key or "batch.microbatch_size", config.sequences_per_microbatch, "data x fsdp x expert", batch_shards(mesh)),
         ("model.context_length", model.context_length, "context", shape["context"]),
         ("model.embed_dim", model.embed_dim, "fsdp", shape["fsdp"]),
         ("model.num_heads", model.num_heads, "tensor", shape["tensor"]),

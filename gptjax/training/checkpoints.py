@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from logging import LogRecord
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -38,8 +39,7 @@ class Checkpoints:
         policy = AnyPreservationPolicy(
             [LatestN(config.keep_last), BestN(get_metric_fn=lambda metrics: -metrics["loss"], n=1)]
         )
-        # What fails in orbax's threads is logged there, at length, and raised here, where it becomes one line.
-        logging.get_absl_handler().addFilter(lambda record: "/orbax/" not in record.pathname)
+        logging.get_absl_handler().addFilter(_not_from_orbax)
         with self._errors_named():
             self._manager = ocp.CheckpointManager(
                 self._directory, options=ocp.CheckpointManagerOptions(preservation_policy=policy, create=True)
@@ -61,29 +61,23 @@ class Checkpoints:
                 f"no room for a checkpoint of {size / 1e9:.1f} GB in {self._directory} ({free / 1e9:.1f} GB free): "
                 f"{self._last_good()}; free some space and run the same command again"
             )
-        items = {"params": state.params, "train": _train_item(state)}
-        if state.ema is not None:
-            items["ema"] = state.ema
         with self._errors_named():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     position=ocp.args.JsonSave({"examples": examples}),
-                    **{name: ocp.args.StandardSave(item) for name, item in items.items()},
+                    **{name: ocp.args.StandardSave(item) for name, item in _items(state).items()},
                 ),
                 metrics={"loss": validation_loss},
             )
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, int]:
         """The newest state, placed as `abstract`'s shardings say, and the number of examples it has consumed."""
-        items = {"params": abstract.params, "train": _train_item(abstract)}
-        if abstract.ema is not None:
-            items["ema"] = abstract.ema
         restored = self._manager.restore(
             self.latest_step(),
             args=ocp.args.Composite(
                 position=ocp.args.JsonRestore(),
-                **{name: ocp.args.StandardRestore(item) for name, item in items.items()},
+                **{name: ocp.args.StandardRestore(item) for name, item in _items(abstract).items()},
             ),
         )
         state = TrainState(params=restored.params, ema=restored.get("ema"), **restored.train)
@@ -127,8 +121,18 @@ class Checkpoints:
         return f"the last good checkpoint is step {steps[-1]}" if steps else "there is no checkpoint yet"
 
 
-def _train_item(state: TrainState) -> dict[str, Any]:
-    return {"step": state.step, "opt_state": state.opt_state, "rng": state.rng}
+def _items(state: TrainState) -> dict[str, Any]:
+    """The arrays of a state, by the item of a checkpoint that holds them."""
+    items = {
+        "params": state.params,
+        "train": {"step": state.step, "opt_state": state.opt_state, "rng": state.rng},
+    }
+    return items if state.ema is None else items | {"ema": state.ema}
+
+
+def _not_from_orbax(record: LogRecord) -> bool:
+    """A log filter: what fails in orbax's threads is logged there, at length, and raised here, where it is one line."""
+    return "/orbax/" not in record.pathname
 
 
 def start_state(

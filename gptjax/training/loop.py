@@ -112,7 +112,7 @@ class _Run:
         self.sample: str | None = None
         self._evaluated: int | None = None  # the step that `validation` and `sample` are of
         self._resumed = self._saved = checkpoints.latest_step()
-        self._microbatch = config.batch.microbatch_size or config.batch.tokens_per_batch // config.model.context_length
+        self._microbatch = config.sequences_per_microbatch
         # Room for the largest batch; a batch ramp fills less of it.
         self._room = config.batch.tokens_per_batch // (self._microbatch * config.model.context_length)
         self._batch_sharding = batch_sharding(mesh, None)

@@ -64,19 +64,14 @@ def make_train_step(config: Config, loss: Loss, mesh: Mesh, placement: TrainStat
     optimizer, ema_decay = adamw(config.optimizer), config.optimizer.ema_decay
     has_dropout = max(config.model.embedding_dropout, config.model.attention_dropout, config.model.residual_dropout) > 0
 
-    def gradients(
-        params: Any, microbatch: Batch, rng: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array, Any]:  # sums: loss, weight, gradient
-        (loss_sum, weight), grads = jax.value_and_grad(loss, has_aux=True)(params, microbatch, rng)
-        return loss_sum, weight, grads
-
     def accumulate(params: Any, batch: Batch, count: jax.Array, rng: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
+        """Sums over the microbatches: loss, weight, gradient."""
+
         def microbatch(i: jax.Array | int) -> tuple[jax.Array, jax.Array, Any]:
-            return gradients(
-                params,
-                jax.tree.map(lambda a_MBT: a_MBT[i], batch),
-                jax.random.fold_in(rng, i) if has_dropout else None,
-            )
+            rows = jax.tree.map(lambda a_MBT: a_MBT[i], batch)
+            dropout_rng = jax.random.fold_in(rng, i) if has_dropout else None
+            (loss_sum, weight), grads = jax.value_and_grad(loss, has_aux=True)(params, rows, dropout_rng)
+            return loss_sum, weight, grads
 
         if next(iter(batch.values())).shape[0] == 1:
             return microbatch(0)

@@ -11,7 +11,7 @@ import pytest
 
 from gptjax.config import DataConfig, UserError
 from gptjax.data import pipeline, preparation, tokenizers
-from gptjax.data.pipeline import PackedExamples, batches, check_sources, open_corpus
+from gptjax.data.pipeline import PackedExamples, batches, open_corpus
 from gptjax.data.preparation import PreparedSplit, prepare
 from gptjax.data.sources import open_source
 from gptjax.data.tokenizers import BytesTokenizer, Tokenizer
@@ -269,9 +269,13 @@ def test_corpus_shorter_than_a_context(tmp_path: Path) -> None:
 
 def test_sources_are_checked_before_anything_is_read(tmp_path: Path) -> None:
     data = bytes_config(tmp_path, WORDS)
-    check_sources(data)
     missing = "text:/nowhere/*"
     for field, mistake in [("source", missing), ("validation_source", missing), ("tokenizer", "byts")]:
         with pytest.raises(UserError):
-            check_sources(dataclasses.replace(data, **{field: mistake}))  # type: ignore[arg-type]
+            open_corpus(
+                dataclasses.replace(data, **{field: mistake}),  # type: ignore[arg-type]
+                context_length=4,
+                seed=0,
+            )
     assert not (tmp_path / "cache").exists()
+    open_corpus(data, context_length=4, seed=0)

@@ -38,7 +38,7 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
     check_fit(config, mesh)
 
     model = GPT(config.model)
-    microbatch = config.batch.microbatch_size or config.batch.tokens_per_batch // context
+    microbatch = config.sequences_per_microbatch
     loss = make_loss(model, positions_per_chunk(microbatch // batch_shards(mesh)))
 
     def init_params(rng: jax.Array) -> Any:

@@ -37,7 +37,9 @@ class GPTConfig:
     ffw_dim: int | None = None  # width of the feed-forward layer; None: 4 * embed_dim
     norm_position: Literal["pre", "post"] = "pre"  # GPT-1 is post-LN; GPT-2 on are pre-LN with a final norm
     norm_eps: float = 1e-5
-    activation: Literal["gelu_tanh", "gelu_exact"] = "gelu_tanh"
+    activation: Literal["gelu_tanh", "gelu_exact", "relu", "silu"] = "gelu_tanh"
+    scale_attention: bool = True  # scores are divided by sqrt(head_dim); GPT-Neo's are not
+    qkv_bias: bool = True  # GPT-Neo's queries, keys and values have none
     # Repeated over the layers; ("dense", "banded") is GPT-3's alternation. A banded layer sees the last band_width
     # positions, its own included.
     attention_pattern: tuple[str, ...] = ("dense",)

@@ -5,6 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from gptjax.config import GPTConfig
 from gptjax.parallel.mesh import constrain, partitioned
@@ -40,27 +41,82 @@ def dot_product_attention(
     dropout_rate: float = 0.0,
     dropout_rng: jax.Array | None = None,
     precision: str | None = None,
+    scale: float = 1.0,
 ) -> jax.Array:
-    """softmax(q k / sqrt(K)) v with scores and softmax in float32 (Vaswani et al. 2017, equation 1).
+    """softmax(scale * q k) v with scores and softmax in float32 (Vaswani et al. 2017, equation 1).
 
     Args:
       q_BTHK, k_BSHK, v_BSHK: of one dtype.
       mask_BHTS: bool, broadcastable; False hides position s from position t.
       dropout_rate: of the attention probabilities, when there is a dropout_rng.
       precision: of the matrix products.
+      scale: of the scores; 1 / sqrt(K) in all GPTs but GPT-Neo.
 
     Returns:
       (B, T, H, K), of q's dtype.
     """
-    scores_BHTS = jnp.einsum(
+    scores_BHTS = scale * jnp.einsum(
         "BTHK,BSHK->BHTS", q_BTHK, k_BSHK, precision=precision, preferred_element_type=jnp.float32
-    ) / jnp.sqrt(jnp.float32(q_BTHK.shape[-1]))
+    )
     scores_BHTS = jnp.where(mask_BHTS, scores_BHTS, jnp.finfo(jnp.float32).min)
     probs_BHTS = jax.nn.softmax(scores_BHTS, axis=-1).astype(v_BSHK.dtype)
     if dropout_rng is not None and dropout_rate > 0:
         keep_BHTS = jax.random.bernoulli(dropout_rng, 1 - dropout_rate, probs_BHTS.shape)
         probs_BHTS = jnp.where(keep_BHTS, probs_BHTS / (1 - dropout_rate), 0)
     return jnp.einsum("BHTS,BSHK->BTHK", probs_BHTS, v_BSHK, precision=precision)
+
+
+@struct.dataclass
+class KeyValues:
+    """Keys and values of a layer, both (B, H, S, K).
+
+    A cache is a ring: slot s holds the newest position p so far with p % S == s. A dense layer's S is at least the
+    length of the text, so nothing is overwritten; a banded layer needs no more slots than its band is wide.
+    """
+
+    keys_BHSK: jax.Array
+    values_BHSK: jax.Array
+
+    @property
+    def slots(self) -> int:
+        return self.keys_BHSK.shape[2]
+
+    def as_cache(self, lengths_B: jax.Array, slots: int) -> "KeyValues":
+        """The cache of `slots` slots after a prompt: of these keys and values, those of each row's last positions.
+
+        Args:
+          lengths_B: int, positions of each row that are text; what comes after is padding.
+        """
+        index_B1S1 = jnp.maximum(slot_positions(lengths_B - 1, slots), 0)[:, None, :, None]
+        return jax.tree.map(lambda x_BHTK: jnp.take_along_axis(x_BHTK, index_B1S1, axis=2), self)
+
+    def write(self, new: "KeyValues", positions_B: jax.Array) -> "KeyValues":
+        """The cache with position `positions_B` of each row, `new` (B, H, 1, K), in its slot."""
+        row_B = jnp.arange(positions_B.shape[0])
+        slot_B = positions_B % self.slots
+        return jax.tree.map(lambda old, x_BH1K: old.at[row_B, :, slot_B].set(x_BH1K[:, :, 0]), self, new)
+
+
+def slot_positions(last_B: jax.Array, slots: int) -> jax.Array:
+    """Which position each slot of a ring holds when `last_B` is the newest; int (B, S), negative: none yet."""
+    return last_B[:, None] - (last_B[:, None] - jnp.arange(slots)[None]) % slots
+
+
+def cached_attention(
+    q_B1HK: jax.Array, cache: KeyValues, positions_B: jax.Array, precision: str | None, scale: float
+) -> jax.Array:
+    """`dot_product_attention`, (B, 1, H, K), of one query a row over a cache that holds its own position already.
+
+    A ring holds only what the position may see, so a banded layer needs no other mask than a dense one.
+    """
+    seen_BS = slot_positions(positions_B, cache.slots) >= 0
+    scores_BHS = scale * jnp.einsum(
+        "BHK,BHSK->BHS", q_B1HK[:, 0], cache.keys_BHSK, precision=precision, preferred_element_type=jnp.float32
+    )
+    probs_BHS = jax.nn.softmax(jnp.where(seen_BS[:, None], scores_BHS, jnp.finfo(jnp.float32).min), axis=-1)
+    return jnp.einsum(
+        "BHS,BHSK->BHK", probs_BHS.astype(q_B1HK.dtype), cache.values_BHSK, precision=precision
+    )[:, None]
 
 
 def product_settings(config: GPTConfig) -> dict[str, Any]:
@@ -76,13 +132,27 @@ class SelfAttention(nn.Module):
     out_init: nn.initializers.Initializer  # of the projection back into the residual stream
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array | None, deterministic: bool) -> jax.Array:
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        segments_BT: jax.Array | None,
+        deterministic: bool,
+        cache: KeyValues | None = None,
+        positions_B: jax.Array | None = None,
+    ) -> tuple[jax.Array, KeyValues]:
+        """Attends among the T positions; or, with a `cache`, from one new position of each row (T = 1) to the cached.
+
+        Returns:
+          The output, and the keys and values of the T positions; or the cache with the new position, `positions_B`,
+          written.
+        """
         config = self.config
         heads = (config.num_heads, config.head_dim)
         # One product for queries, keys and values; the heads are an axis of their own so that tensor parallelism
         # splits them and not the three roles.
         qkv_BT3HK = nn.DenseGeneral(
             (3, *heads),
+            use_bias=config.qkv_bias,
             kernel_init=partitioned(
                 nn.initializers.normal(config.kernel_init_std), "embed", "qkv", "heads", "head_dim"
             ),
@@ -92,17 +162,24 @@ class SelfAttention(nn.Module):
         )(x_BTD)
         qkv_BT3HK = constrain(qkv_BT3HK, "batch", "length", None, "heads", None)
         q_BTHK, k_BTHK, v_BTHK = (qkv_BT3HK[:, :, i] for i in range(3))
-        out_BTHK = dot_product_attention(
-            q_BTHK,
-            k_BTHK,
-            v_BTHK,
-            attention_mask(self.kind, config.band_width, x_BTD.shape[1], segments_BT),
-            config.attention_dropout,
-            self.make_rng("dropout") if config.attention_dropout > 0 and not deterministic else None,
-            config.precision,
-        )
+        key_values = KeyValues(k_BTHK.swapaxes(1, 2), v_BTHK.swapaxes(1, 2))
+        scale = config.head_dim**-0.5 if config.scale_attention else 1.0
+        if cache is not None:
+            key_values = cache.write(key_values, positions_B)
+            out_BTHK = cached_attention(q_BTHK, key_values, positions_B, config.precision, scale)
+        else:
+            out_BTHK = dot_product_attention(
+                q_BTHK,
+                k_BTHK,
+                v_BTHK,
+                attention_mask(self.kind, config.band_width, x_BTD.shape[1], segments_BT),
+                config.attention_dropout,
+                self.make_rng("dropout") if config.attention_dropout > 0 and not deterministic else None,
+                config.precision,
+                scale,
+            )
         out_BTHK = constrain(out_BTHK, "batch", "length", "heads", None)
-        return nn.DenseGeneral(
+        out_BTD = nn.DenseGeneral(
             config.embed_dim,
             axis=(-2, -1),
             kernel_init=partitioned(self.out_init, "heads", "head_dim", "embed"),
@@ -110,3 +187,4 @@ class SelfAttention(nn.Module):
             name="out",
             **product_settings(config),
         )(out_BTHK)
+        return out_BTD, key_values

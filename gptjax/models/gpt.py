@@ -13,10 +13,15 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.config import GPTConfig
-from gptjax.models.attention import SelfAttention, product_settings
+from gptjax.models.attention import KeyValues, SelfAttention, product_settings
 from gptjax.parallel.mesh import constrain, partitioned
 
-ACTIVATIONS = {"gelu_tanh": partial(nn.gelu, approximate=True), "gelu_exact": partial(nn.gelu, approximate=False)}
+ACTIVATIONS = {
+    "gelu_tanh": partial(nn.gelu, approximate=True),
+    "gelu_exact": partial(nn.gelu, approximate=False),
+    "relu": nn.relu,
+    "silu": nn.silu,
+}
 REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
 
 
@@ -46,7 +51,7 @@ class MLP(nn.Module):
         )(h_BTF)
 
 
-def layer_norm(config: GPTConfig, name: str) -> nn.LayerNorm:
+def layer_norm(config: GPTConfig, name: str | None = None) -> nn.LayerNorm:
     """Layer normalisation, computed in float32 whatever the activations' dtype."""
     return nn.LayerNorm(
         epsilon=config.norm_eps,
@@ -66,24 +71,36 @@ class Block(nn.Module):
     attention: str  # "dense" or "banded"
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array | None, deterministic: bool) -> jax.Array:
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        segments_BT: jax.Array | None,
+        deterministic: bool,
+        cache: KeyValues | None = None,
+        positions_B: jax.Array | None = None,
+    ) -> tuple[jax.Array, KeyValues]:
+        """Arguments and second result as of `SelfAttention`."""
         config = self.config
         out_std = config.kernel_init_std
         if config.scale_residual_init:
             out_std /= math.sqrt(2 * config.num_layers)
         out_init = nn.initializers.normal(out_std)
-        attend = partial(SelfAttention(config, self.attention, out_init, name="attention"), deterministic=deterministic)
+        attention = SelfAttention(config, self.attention, out_init, name="attention")
         mlp = MLP(config, out_init, name="mlp")
         attention_norm, mlp_norm = layer_norm(config, "attention_norm"), layer_norm(config, "mlp_norm")
         dropout = nn.Dropout(config.residual_dropout, deterministic=deterministic)
 
-        if config.norm_position == "pre":
-            x_BTD = x_BTD + dropout(attend(attention_norm(x_BTD), segments_BT))
+        pre = config.norm_position == "pre"
+        h_BTD, key_values = attention(
+            attention_norm(x_BTD) if pre else x_BTD, segments_BT, deterministic, cache, positions_B
+        )
+        if pre:
+            x_BTD = x_BTD + dropout(h_BTD)
             x_BTD = x_BTD + dropout(mlp(mlp_norm(x_BTD)))
         else:
-            x_BTD = attention_norm(x_BTD + dropout(attend(x_BTD, segments_BT)))
+            x_BTD = attention_norm(x_BTD + dropout(h_BTD))
             x_BTD = mlp_norm(x_BTD + dropout(mlp(x_BTD)))
-        return constrain(x_BTD, "batch", "length", None)
+        return constrain(x_BTD, "batch", "length", None), key_values
 
 
 class Period(nn.Module):
@@ -105,7 +122,7 @@ class Period(nn.Module):
                 static_argnums=(3,),
             )
         for i, attention in enumerate(config.attention_pattern):
-            x_BTD = block(config, attention, name=f"block_{i}")(x_BTD, segments_BT, self.deterministic)
+            x_BTD, _ = block(config, attention, name=f"block_{i}")(x_BTD, segments_BT, self.deterministic)
         return x_BTD, None
 
 
@@ -117,6 +134,25 @@ class GPT(nn.Module):
     """
 
     config: GPTConfig
+
+    def setup(self) -> None:
+        config = self.config
+        assert config.vocab_size is not None, "resolve model.vocab_size from the tokenizer first"
+        embed = partial(nn.Embed, features=config.embed_dim, dtype=config.dtype, param_dtype=config.param_dtype)
+        token_init = partitioned(nn.initializers.normal(config.token_init_std), "vocab", "embed")
+        position_init = partitioned(nn.initializers.normal(config.position_init_std), "position", "embed")
+        self.token_embedding = embed(config.vocab_size, embedding_init=token_init)
+        self.position_embedding = embed(config.context_length, embedding_init=position_init)
+        if config.norm_position == "pre":
+            self.final_norm = layer_norm(config)
+
+    def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """What the first layer reads, (B, T, D)."""
+        return self.token_embedding(tokens_BT) + self.position_embedding(positions_BT)
+
+    def normalise(self, x_BTD: jax.Array) -> jax.Array:
+        """What the head reads, of what the last layer wrote."""
+        return self.final_norm(x_BTD) if self.config.norm_position == "pre" else x_BTD
 
     @nn.compact
     def hidden(
@@ -138,15 +174,9 @@ class GPT(nn.Module):
           (B, T, D), of the config's dtype.
         """
         config = self.config
-        assert config.vocab_size is not None, "resolve model.vocab_size from the tokenizer first"
-        embed = partial(nn.Embed, features=config.embed_dim, dtype=config.dtype, param_dtype=config.param_dtype)
-        token_init = partitioned(nn.initializers.normal(config.token_init_std), "vocab", "embed")
-        position_init = partitioned(nn.initializers.normal(config.position_init_std), "position", "embed")
-        token_embedding = embed(config.vocab_size, embedding_init=token_init, name="token_embedding")
-        position_embedding = embed(config.context_length, embedding_init=position_init, name="position_embedding")
         if positions_BT is None:
             positions_BT = jnp.arange(tokens_BT.shape[1])[None]
-        x_BTD = token_embedding(tokens_BT) + position_embedding(positions_BT)
+        x_BTD = self.embed(tokens_BT, positions_BT)
         x_BTD = nn.Dropout(config.embedding_dropout, deterministic=deterministic)(x_BTD)
         x_BTD = constrain(x_BTD, "batch", "length", None)
 
@@ -161,9 +191,7 @@ class GPT(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(config, deterministic, name="layers")
         x_BTD, _ = layers(x_BTD, segments_BT)
-        if config.norm_position == "pre":
-            x_BTD = layer_norm(config, "final_norm")(x_BTD)
-        return x_BTD
+        return self.normalise(x_BTD)
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         """Next-token logits, float32 (B, T, V); arguments as of `hidden`."""

@@ -104,10 +104,14 @@ def partitioned(init: nn.initializers.Initializer, *logical: str) -> nn.initiali
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
-    """Pins the layout of an activation with these logical axes to the mesh in use; without a mesh, returns `x`."""
+    """Pins the layout of an activation with these logical axes to the mesh in use; without a mesh, returns `x`.
+
+    An axis of size 1, such as the one position that decoding reads, is spread over nothing.
+    """
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(logical))
+    spread = tuple(None if size == 1 else name for name, size in zip(logical, x.shape, strict=True))
+    return jax.lax.with_sharding_constraint(x, partition_spec(spread))
 
 
 def shardings(mesh: Mesh, boxed: Any) -> Any:

@@ -26,7 +26,7 @@ def parameter_count(model: GPTConfig) -> int:
 def non_embedding_parameter_count(model: GPTConfig) -> int:
     """Parameters without the token and position embeddings: N of Kaplan et al. 2020, section 2.1, biases included."""
     D, F = model.embed_dim, model.feed_forward_dim
-    attention = (D + 1) * 3 * D + (D + 1) * D
+    attention = (D + model.qkv_bias) * 3 * D + (D + 1) * D
     feed_forward = (D + 1) * F + (F + 1) * D
     norm = 2 * D
     final_norm = norm if model.norm_position == "pre" else 0

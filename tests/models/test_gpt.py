@@ -149,6 +149,7 @@ CHANGES = {
     "norm_position": "post",
     "norm_eps": 0.1,
     "activation": "gelu_exact",
+    "scale_attention": False,
     "attention_pattern": ("dense",),
     "band_width": 2,
     "embedding_dropout": 0.5,
@@ -162,7 +163,7 @@ CHANGES = {
     "param_dtype": "bfloat16",
 }
 # These change shapes of parameters or of inputs, or only how the same numbers are computed (tested above).
-OTHER_FIELDS = {"vocab_size", "context_length", "embed_dim", "layer_loop", "remat"}
+OTHER_FIELDS = {"vocab_size", "context_length", "embed_dim", "qkv_bias", "layer_loop", "remat"}
 
 
 def test_every_field_is_tested():

@@ -434,14 +434,23 @@ def to_json(config: Config) -> str:
 
 
 def read_config(workdir: Path) -> Config:
-    """The config of a workdir; UserError when there is none, or not one of this version."""
+    """The config of a workdir; UserError when there is none, or it is damaged.
+
+    A key that the workdir is too old to have takes its default, which is what the program did before there was the key.
+    """
     path = workdir / "config.json"
     try:
-        return resolve(json.loads(path.read_text()))
+        return resolve(_merge(dataclasses.asdict(Config()), json.loads(path.read_text())))
     except FileNotFoundError:
         raise UserError(f"{workdir} is not a workdir: it has no config.json") from None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
+
+
+def _merge(defaults: Any, tree: Any) -> Any:
+    if not (isinstance(defaults, dict) and isinstance(tree, dict)):
+        return tree
+    return tree | {key: _merge(value, tree[key]) if key in tree else value for key, value in defaults.items()}
 
 
 def config_hash(config: Config) -> str:

@@ -11,10 +11,11 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from gptjax.config import GPTConfig
 from gptjax.models.attention import KeyValues, SelfAttention, product_settings
-from gptjax.parallel.mesh import constrain, partitioned
+from gptjax.parallel.mesh import constrain, partitioned, shardings
 
 ACTIVATIONS = {
     "gelu_tanh": partial(nn.gelu, approximate=True),
@@ -202,6 +203,16 @@ class GPT(nn.Module):
 def hidden_states(model: GPT, params: Any, tokens_BT: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
     """`GPT.hidden` under `params`; a dropout key goes in `rngs`."""
     return cast(jax.Array, model.apply({"params": params}, tokens_BT, *args, method="hidden", **kwargs))
+
+
+def abstract_params(model: GPT, mesh: Mesh) -> Any:
+    """Shapes, dtypes and shardings of the parameters on `mesh`: a tree of ShapeDtypeStructs."""
+    boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        nn.unbox(boxed),
+        shardings(mesh, boxed),
+    )
 
 
 def head_embedding(params: Any) -> jax.Array:

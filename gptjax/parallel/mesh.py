@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from gptjax.config import Config, MeshConfig, UserError
+from gptjax.config import Config, GPTConfig, MeshConfig, UserError
 
 MESH_AXES = ("data", "fsdp", "tensor", "context", "expert")
 BATCH_AXES = ("data", "fsdp", "expert")
@@ -63,16 +63,27 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
 def check_fit(config: Config, mesh: Mesh) -> None:
     """Raises UserError unless every sharded size of `config` that is known divides evenly over `mesh`."""
-    model, shape = config.model, mesh.shape
     key = "batch.tokens_per_batch / model.context_length" if config.batch.microbatch_size is None else None
-    needs = (
-        (key or "batch.microbatch_size", config.sequences_per_microbatch, "data x fsdp x expert", batch_shards(mesh)),
-        ("model.context_length", model.context_length, "context", shape["context"]),
-        ("model.embed_dim", model.embed_dim, "fsdp", shape["fsdp"]),
-        ("model.num_heads", model.num_heads, "tensor", shape["tensor"]),
-        ("model.ffw_dim", model.feed_forward_dim, "tensor", shape["tensor"]),
-        ("model.vocab_size", model.vocab_size or 0, "tensor", shape["tensor"]),
+    shards = batch_shards(mesh)
+    _check_division(
+        (key or "batch.microbatch_size", config.sequences_per_microbatch, "data x fsdp x expert", shards),
+        ("model.context_length", config.model.context_length, "context", mesh.shape["context"]),
     )
+    check_model_fit(config.model, mesh)
+
+
+def check_model_fit(model: GPTConfig, mesh: Mesh) -> None:
+    """Raises UserError unless every sharded size of the parameters that is known divides evenly over `mesh`."""
+    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    _check_division(
+        ("model.embed_dim", model.embed_dim, "fsdp", fsdp),
+        ("model.num_heads", model.num_heads, "tensor", tensor),
+        ("model.ffw_dim", model.feed_forward_dim, "tensor", tensor),
+        ("model.vocab_size", model.vocab_size or 0, "tensor", tensor),
+    )
+
+
+def _check_division(*needs: tuple[str, int, str, int]) -> None:
     for name, size, axes, shards in needs:
         if size % shards:
             raise UserError(

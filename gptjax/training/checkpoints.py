@@ -34,15 +34,20 @@ class Checkpoints:
     loss.
     """
 
-    def __init__(self, workdir: Path, config: CheckpointConfig):
+    def __init__(self, workdir: Path, config: CheckpointConfig, read_only: bool = False):
         self._directory = workdir.absolute() / "checkpoints"
+        if read_only and not self._directory.is_dir():
+            raise UserError(f"{workdir} has no checkpoint: there is no {self._directory.name}/ in it")
         policy = AnyPreservationPolicy(
             [LatestN(config.keep_last), BestN(get_metric_fn=lambda metrics: -metrics["loss"], n=1)]
         )
         logging.get_absl_handler().addFilter(_not_from_orbax)
         with self._errors_named():
             self._manager = ocp.CheckpointManager(
-                self._directory, options=ocp.CheckpointManagerOptions(preservation_policy=policy, create=True)
+                self._directory,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=policy, create=not read_only, read_only=read_only
+                ),
             )
 
     def latest_step(self) -> int | None:
@@ -86,8 +91,7 @@ class Checkpoints:
     def restore_params(self, abstract_params: Any) -> Any:
         """The newest weights: their moving average where the run kept one."""
         step = self.latest_step()
-        has_ema = "ema" in self._manager.item_metadata(step)
-        name = "ema" if has_ema else "params"
+        name = "ema" if (self._directory / str(step) / "ema").is_dir() else "params"
         return self._manager.restore(
             step, args=ocp.args.Composite(**{name: ocp.args.StandardRestore(abstract_params)})
         )[name]

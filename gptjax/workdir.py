@@ -1,0 +1,58 @@
+"""The model of a workdir, as every command that uses one reads it."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from gptjax.config import MeshConfig, UserError, read_config
+from gptjax.data import tokenizers
+from gptjax.models.gpt import GPT, abstract_params
+from gptjax.parallel.mesh import check_model_fit, make_mesh
+from gptjax.training.checkpoints import Checkpoints
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModel:
+    """A model with its newest weights.
+
+    Attributes:
+      model: `model.config` is the resolved GPTConfig.
+      params: as `model.init` makes them, unboxed, laid out over `mesh`.
+      mesh: to be in use (`jax.set_mesh`) wherever the params are.
+      step: of the checkpoint.
+    """
+
+    model: GPT
+    params: Any
+    tokenizer: tokenizers.Tokenizer
+    mesh: Mesh
+    step: int
+
+
+def load_model(workdir: Path, mesh: MeshConfig | None = None, dtype: str | None = None) -> TrainedModel:
+    """The newest weights of `workdir`: their moving average where the run kept one.
+
+    Args:
+      mesh: how to lay them out over the devices; None: all on axis `data`.
+      dtype: of activations, "float32" or "bfloat16"; None: as trained.
+
+    Raises:
+      UserError: not a workdir, no checkpoint in it, or a mesh that does not fit.
+    """
+    config = read_config(workdir)
+    tokenizer = tokenizers.load(workdir / "tokenizer")
+    model_config = config.model.with_vocabulary(tokenizer.vocab_size)
+    if dtype is not None:
+        model_config = dataclasses.replace(model_config, dtype=dtype)
+    model, device_mesh = GPT(model_config), make_mesh(MeshConfig() if mesh is None else mesh)
+    check_model_fit(model_config, device_mesh)
+    with Checkpoints(workdir, config.checkpoint, read_only=True) as checkpoints:
+        step = checkpoints.latest_step()
+        if step is None:
+            raise UserError(f"{workdir} has no checkpoint yet")
+        with jax.set_mesh(device_mesh):
+            params = checkpoints.restore_params(abstract_params(model, device_mesh))
+    return TrainedModel(model, params, tokenizer, device_mesh, step)

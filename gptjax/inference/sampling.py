@@ -1,83 +1,102 @@
-"""Sampling text from a model."""
+"""Which token comes next: the published ways of drawing one from a model's logits."""
 
-from functools import partial
-from typing import Any
+import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.models.gpt import GPT, head_embedding, hidden_states, unembed
+from gptjax.config import UserError
 
 
-def sample_token(logits_BV: jax.Array, rng: jax.Array, temperature: float, top_k: int | None) -> jax.Array:
-    """A next token of each row, int32 (B,): the likeliest at temperature 0, else drawn from the `top_k` likeliest."""
-    if temperature == 0:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    if top_k is not None and top_k < logits_BV.shape[-1]:
-        least_B1 = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]
-        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
-    return jax.random.categorical(rng, logits_BV / temperature).astype(jnp.int32)
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. Applied in this order, as transformers does; None leaves a step out.
+
+    Raises:
+      UserError: a value out of range.
+    """
+
+    temperature: float = 1.0  # divides the logits; 0: always the likeliest token, what is below has no effect then
+    top_k: int | None = None  # only the k likeliest tokens (Fan et al. 2018)
+    top_p: float | None = None  # only the fewest tokens that together have probability p (Holtzman et al. 2020)
+    min_p: float | None = None  # only tokens at least p times as probable as the likeliest (Nguyen et al. 2024)
+    # Logits of tokens that stand in the prompt or were drawn already: the positive ones are divided by it, the negative
+    # ones multiplied (Keskar et al. 2019, section 4.1). Comes first, and counts at temperature 0 too.
+    repetition_penalty: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, good, range_ in (
+            ("temperature", self.temperature >= 0, "at least 0"),
+            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1"),
+            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "in (0, 1]"),
+            ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "in [0, 1]"),
+            ("repetition_penalty", self.repetition_penalty is None or self.repetition_penalty > 0, "positive"),
+        ):
+            if not good:
+                raise UserError(f"{name}={getattr(self, name)} must be {range_}")
+
+    @property
+    def form(self) -> "Form":
+        return Form(
+            self.temperature == 0,
+            self.top_k,
+            self.top_p is not None,
+            self.min_p is not None,
+            self.repetition_penalty is not None,
+        )
+
+    @property
+    def knobs(self) -> "Knobs":
+        values = (self.temperature, self.top_p, self.min_p, self.repetition_penalty)
+        return Knobs(*(np.float32(1.0 if value is None else value) for value in values))
 
 
-@partial(jax.jit, static_argnums=(0, 4, 5, 6))
-def _continue(
-    model: GPT,
-    params: Any,
-    window_BT: jax.Array,
-    rng_and_length: tuple[jax.Array, jax.Array],
-    num_tokens: int,
-    temperature: float,
-    top_k: int | None,
-) -> jax.Array:
-    """`num_tokens` new tokens, int32 (num_tokens, B), after the first `length` of each row of the window."""
-    rng, length = rng_and_length
+class Form(NamedTuple):
+    """What of `Sampling` decides the program that is compiled."""
 
-    def step(carry: tuple[jax.Array, jax.Array], i: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        window_BT, length = carry
-        x_BTD = hidden_states(model, params, window_BT)
-        logits_BV = unembed(x_BTD[:, length - 1], head_embedding(params), model.config.precision)
-        token_B = sample_token(logits_BV, jax.random.fold_in(rng, i), temperature, top_k)
-        full = length == window_BT.shape[1]
-        window_BT = jnp.where(full, jnp.roll(window_BT, -1, axis=1), window_BT)
-        length = jnp.where(full, length, length + 1)
-        return (window_BT.at[:, length - 1].set(token_B), length), token_B
-
-    _, tokens_NB = jax.lax.scan(step, (window_BT, length), jnp.arange(num_tokens))
-    return tokens_NB
+    greedy: bool
+    top_k: int | None
+    has_top_p: bool
+    has_min_p: bool
+    has_repetition_penalty: bool
 
 
-def generate(
-    model: GPT,
-    params: Any,
-    prompt: np.ndarray,
-    num_tokens: int,
-    *,
-    seed: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    batch_size: int = 1,
-) -> np.ndarray:
-    """Continuations of one prompt.
+class Knobs(NamedTuple):
+    """What of `Sampling` may change without compiling again: float32 scalars."""
 
-    Every token runs the whole window through the model. Text longer than the context keeps its last `context_length`
-    tokens: the window slides.
+    temperature: jax.Array | np.float32
+    top_p: jax.Array | np.float32
+    min_p: jax.Array | np.float32
+    repetition_penalty: jax.Array | np.float32
+
+
+def sample(logits_BV: jax.Array, seen_BV: jax.Array | None, keys_B: jax.Array, form: Form, knobs: Knobs) -> jax.Array:
+    """The next token of each row, int32 (B,).
 
     Args:
-      model, params: params as `model.init` makes them, unboxed.
-      prompt: int (P,), at least one token (end-of-text starts a document).
-      num_tokens: new tokens.
-      seed: of the draws.
-      temperature: 0 takes the likeliest token.
-      top_k: draw from the k likeliest only; None: from all.
-      batch_size: continuations; a multiple of the mesh's batch shards.
-
-    Returns:
-      int32 (batch_size, num_tokens).
+      logits_BV: float32.
+      seen_BV: bool, the tokens that the repetition penalty is for; None without one.
+      keys_B: a random key for each row: what a row draws does not depend on the others.
     """
-    context = model.config.context_length
-    prompt = prompt[-context:]
-    window_BT = np.zeros((batch_size, context), np.int32)
-    window_BT[:, : len(prompt)] = prompt
-    start = (jax.random.key(seed), jnp.int32(len(prompt)))
-    return np.asarray(_continue(model, params, window_BT, start, num_tokens, temperature, top_k)).T
+    if form.has_repetition_penalty:
+        penalty = knobs.repetition_penalty
+        logits_BV = jnp.where(seen_BV, jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
+    if form.greedy:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    # C: the candidates, in falling order where there is top_k, else the vocabulary as it is.
+    logits_BC, token_BC = logits_BV / knobs.temperature, None
+    if form.top_k is not None:
+        logits_BC, token_BC = jax.lax.top_k(logits_BC, min(form.top_k, logits_BV.shape[-1]))
+    if form.has_top_p:
+        falling_BC = logits_BC if form.top_k is not None else -jnp.sort(-logits_BC, axis=-1)
+        probs_BC = jax.nn.softmax(falling_BC, axis=-1)
+        needed_BC = jnp.cumsum(probs_BC, axis=-1) - probs_BC < knobs.top_p  # the likelier ones are not enough yet
+        least_B1 = jnp.min(jnp.where(needed_BC, falling_BC, jnp.inf), axis=-1, keepdims=True)
+        logits_BC = jnp.where(logits_BC < least_B1, -jnp.inf, logits_BC)
+    if form.has_min_p:
+        least_B1 = jnp.max(logits_BC, axis=-1, keepdims=True) + jnp.log(knobs.min_p)
+        logits_BC = jnp.where(logits_BC < least_B1, -jnp.inf, logits_BC)
+    drawn_B = jax.vmap(jax.random.categorical)(keys_B, logits_BC).astype(jnp.int32)
+    return drawn_B if token_BC is None else jnp.take_along_axis(token_BC, drawn_B[:, None], axis=1)[:, 0]

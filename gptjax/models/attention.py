@@ -114,9 +114,7 @@ def cached_attention(
         "BHK,BHSK->BHS", q_B1HK[:, 0], cache.keys_BHSK, precision=precision, preferred_element_type=jnp.float32
     )
     probs_BHS = jax.nn.softmax(jnp.where(seen_BS[:, None], scores_BHS, jnp.finfo(jnp.float32).min), axis=-1)
-    return jnp.einsum(
-        "BHS,BHSK->BHK", probs_BHS.astype(q_B1HK.dtype), cache.values_BHSK, precision=precision
-    )[:, None]
+    return jnp.einsum("BHS,BHSK->BHK", probs_BHS.astype(q_B1HK.dtype), cache.values_BHSK, precision=precision)[:, None]
 
 
 def product_settings(config: GPTConfig) -> dict[str, Any]:

@@ -6,19 +6,25 @@ copy each layer's weights out of the stack for every token.
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from gptjax.config import GPTConfig
 from gptjax.models.attention import KeyValues
-from gptjax.models.gpt import GPT, Block
+from gptjax.models.gpt import GPT, Block, head_embedding, unembed
 from gptjax.parallel.mesh import constrain
 
 Cache = list[KeyValues]  # of each layer
 
 
 def unstack(config: GPTConfig, params: Any) -> Any:
-    """`params` with the stacked `layers` as a list of one tree a layer: what `prefill` and `decode` take."""
+    """`params` with the stacked `layers` as a list of one tree a layer: what `prefill` and `decode` take.
+
+    Parameters that are unstacked already are returned as they are.
+    """
+    if isinstance(params["layers"], list):
+        return params
     period = len(config.attention_pattern)
     layers = [
         jax.tree.map(lambda p: p[layer // period], params["layers"][f"block_{layer % period}"])  # noqa: B023
@@ -27,9 +33,7 @@ def unstack(config: GPTConfig, params: Any) -> Any:
     return {**params, "layers": layers}
 
 
-def prefill(
-    model: GPT, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array, slots: int
-) -> tuple[jax.Array, Cache]:
+def prefill(model: GPT, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array, slots: int) -> tuple[jax.Array, Cache]:
     """Reads prompts.
 
     Args:
@@ -70,6 +74,11 @@ def decode(
         x_B1D, key_values = block.apply({"params": layer}, x_B1D, None, True, key_values, positions_B)
         written.append(_spread(key_values))
     return _normalise(model, params, x_B1D[:, 0]), written
+
+
+def logits(model: GPT, params: Any, x_BD: jax.Array) -> jax.Array:
+    """What the head says, float32 (B, V), to what `prefill` or `decode` returned."""
+    return unembed(x_BD, nn.unbox(head_embedding(params)), model.config.precision)
 
 
 def _blocks(config: GPTConfig) -> list[Block]:

@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 from gptjax.config import Config
 from gptjax.data.pipeline import Corpus, PackedExamples, batches, open_corpus
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.inference.sampling import generate
+from gptjax.inference.engine import Engine
+from gptjax.inference.sampling import Sampling
 from gptjax.models.gpt import GPT, head_embedding, hidden_states
 from gptjax.parallel.mesh import batch_sharding, batch_shards, check_fit
 from gptjax.training.loop import Stage
@@ -128,16 +129,16 @@ def _sample(config: Config, model: GPT, tokenizer: Tokenizer, mesh: Mesh) -> Cal
     settings = config.evaluation
 
     def sample(params: Any) -> str:
-        tokens = generate(
-            model,
-            params,
-            np.concatenate([[tokenizer.end_of_text], tokenizer.encode(settings.sample_prompt)]),
+        engine = Engine(model, params, tokenizer, mesh, weights="stacked")  # no second copy beside the training state
+        prompt = np.concatenate([[tokenizer.end_of_text], tokenizer.encode(settings.sample_prompt)])
+        completion = engine.generate(
+            [prompt],
             settings.sample_tokens,
-            seed=config.seed,
-            temperature=settings.sample_temperature,
-            top_k=settings.sample_top_k,
-            batch_size=batch_shards(mesh),  # every shard of the mesh needs a row; the first is shown
+            Sampling(settings.sample_temperature, settings.sample_top_k),
+            seeds=config.seed,
+            ignore_end_of_text=True,
+            overflow="slide",
         )
-        return settings.sample_prompt + tokenizer.decode(tokens[0])
+        return settings.sample_prompt + completion[0].text
 
     return sample

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh
@@ -32,12 +32,14 @@ class TrainedModel:
     step: int
 
 
-def load_model(workdir: Path, mesh: MeshConfig | None = None, dtype: str | None = None) -> TrainedModel:
+def load_model(
+    workdir: Path, mesh: MeshConfig | None = None, dtype: Literal["float32", "bfloat16"] | None = None
+) -> TrainedModel:
     """The newest weights of `workdir`: their moving average where the run kept one.
 
     Args:
       mesh: how to lay them out over the devices; None: all on axis `data`.
-      dtype: of activations, "float32" or "bfloat16"; None: as trained.
+      dtype: of activations; None: as trained.
 
     Raises:
       UserError: not a workdir, no checkpoint in it, or a mesh that does not fit.

@@ -26,6 +26,7 @@ from gptjax.models.gpt import GPT
 from gptjax.parallel.mesh import batch_shards, constrain
 
 Prompt = str | npt.ArrayLike  # text, or token ids
+FinishReason = Literal["end_of_text", "stop", "length"]
 MIN_BUCKET = 16  # positions
 
 
@@ -43,7 +44,20 @@ class Completion:
     tokens: npt.NDArray[np.int32]
     logprobs: npt.NDArray[np.float32]
     text: str
-    finish_reason: Literal["end_of_text", "stop", "length"]
+    finish_reason: FinishReason
+
+
+@dataclasses.dataclass
+class _Row:
+    """A completion under way."""
+
+    stream: TextStream
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    reason: FinishReason | None = None
+
+    def completion(self) -> Completion:
+        tokens, logprobs = np.array(self.stream.tokens, np.int32), np.array(self.logprobs, np.float32)
+        return Completion(tokens, logprobs, self.stream.text, self.reason or "length")
 
 
 class Engine:
@@ -106,44 +120,32 @@ class Engine:
             outside of the vocabulary.
         """
         ids = [self._ids(prompt) for prompt in prompts]
-        streams = [TextStream(self.tokenizer, stop) for _ in ids]
-        logprobs: list[list[float]] = [[] for _ in ids]
-        reasons: list[str | None] = [None] * len(ids)
-        read_text = bool(stop) or on_text is not None
+        seeds = [seeds + i for i in range(len(ids))] if isinstance(seeds, int) else seeds
         end_of_text = None if ignore_end_of_text else self.tokenizer.end_of_text
-        if isinstance(seeds, int):
-            seeds = [seeds + i for i in range(len(ids))]
+        rows = [_Row(TextStream(self.tokenizer, stop)) for _ in ids]
+        as_it_comes = bool(stop) or on_text is not None  # else the text is decoded once, at the end
 
-        def finish(row: int, reason: str) -> None:
-            reasons[row] = reason
-            if on_text is not None and (text := streams[row].flush()):
-                on_text(row, text)
+        def emit(i: int, text: str) -> None:
+            if text and on_text is not None:
+                on_text(i, text)
 
         for tokens_B, logprobs_B in self.stream(ids, max_new_tokens, sampling, seeds=seeds, overflow=overflow):
-            for row, stream in enumerate(streams):
-                if reasons[row] is not None:
+            for i, row in enumerate(rows):
+                if row.reason is not None:
                     continue
-                token = int(tokens_B[row])
-                if token == end_of_text:
-                    finish(row, "end_of_text")
+                if (token := int(tokens_B[i])) == end_of_text:
+                    row.reason = "end_of_text"
+                    emit(i, row.stream.flush())
                     continue
-                logprobs[row].append(float(logprobs_B[row]))
-                if not read_text:
-                    stream.tokens.append(token)
-                elif (text := stream.push(token)) and on_text is not None:
-                    on_text(row, text)
-                if stream.stopped:
-                    reasons[row] = "stop"
-                elif len(stream.tokens) == max_new_tokens:
-                    finish(row, "length")
-            if None not in reasons:
+                row.logprobs.append(float(logprobs_B[i]))
+                emit(i, row.stream.push(token, decode=as_it_comes))
+                if row.stream.stopped:
+                    row.reason = "stop"
+            if all(row.reason for row in rows):
                 break
-        for stream in streams:
-            stream.flush()
-        return [
-            Completion(np.array(stream.tokens, np.int32), np.array(values, np.float32), stream.text, reason)
-            for stream, values, reason in zip(streams, logprobs, reasons, strict=True)
-        ]
+        for i, row in enumerate(rows):
+            emit(i, row.stream.flush())
+        return [row.completion() for row in rows]
 
     def stream(
         self,
@@ -163,7 +165,7 @@ class Engine:
         windows = [np.asarray(prompt, np.int32) for prompt in prompts]
         program = Program(self.model, sampling.form, self._slots(windows, max_new_tokens, overflow))
         rows = self._rows(len(windows))
-        seen_BV = self._seen(windows, rows) if sampling.form.has_repetition_penalty else None
+        seen_BV = self._seen(windows, rows) if sampling.repetition_penalty is not None else None
         seeds_B = np.resize(np.asarray(seeds, np.int64), rows).astype(np.uint32)
         drawn: list[Drawn] = []  # since `windows` were read
         last = None

@@ -44,7 +44,6 @@ class Sampling:
             self.top_k,
             self.top_p is not None,
             self.min_p is not None,
-            self.repetition_penalty is not None,
         )
 
     @property
@@ -60,7 +59,6 @@ class Form(NamedTuple):
     top_k: int | None
     has_top_p: bool
     has_min_p: bool
-    has_repetition_penalty: bool
 
 
 class Knobs(NamedTuple):
@@ -80,7 +78,7 @@ def sample(logits_BV: jax.Array, seen_BV: jax.Array | None, keys_B: jax.Array, f
       seen_BV: bool, the tokens that the repetition penalty is for; None without one.
       keys_B: a random key for each row: what a row draws does not depend on the others.
     """
-    if form.has_repetition_penalty:
+    if seen_BV is not None:
         penalty = knobs.repetition_penalty
         logits_BV = jnp.where(seen_BV, jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
     if form.greedy:

@@ -21,12 +21,15 @@ class TextStream:
         self.text = ""
         self.stopped = False
 
-    def push(self, token: int) -> str:
+    def push(self, token: int, decode: bool = True) -> str:
         """Takes one token; returns the text that is certain now, often empty, never to be taken back.
 
         Held back are the bytes of a character that is not complete, and an end that a stop string may begin with.
+        Without `decode` all text is held back.
         """
         self.tokens.append(token)
+        if not decode:
+            return ""
         text = self._tokenizer.decode(self.tokens)
         return self._emit(text.rstrip("\ufffd"), last=False)
 

@@ -41,7 +41,10 @@ class Int8(struct.PyTreeNode, nn.meta.AxisMetadata):
     def replace_boxed(self, val: Any) -> Any:
         raise NotImplementedError("a quantised matrix is read only")
 
-    add_axis = remove_axis = replace_boxed  # only lifted transformations such as nn.scan call them
+    def add_axis(self, index: int, params: dict[Any, Any]) -> "Int8":
+        raise NotImplementedError("a quantised matrix belongs to one layer")
+
+    remove_axis = add_axis
 
 
 # The axes that the product with a parameter sums over. All other parameters are vectors, or read a row at a time.

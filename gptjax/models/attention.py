@@ -162,7 +162,7 @@ class SelfAttention(nn.Module):
         q_BTHK, k_BTHK, v_BTHK = (qkv_BT3HK[:, :, i] for i in range(3))
         key_values = KeyValues(k_BTHK.swapaxes(1, 2), v_BTHK.swapaxes(1, 2))
         scale = config.head_dim**-0.5 if config.scale_attention else 1.0
-        if cache is not None:
+        if cache is not None and positions_B is not None:
             key_values = cache.write(key_values, positions_B)
             out_BTHK = cached_attention(q_BTHK, key_values, positions_B, config.precision, scale)
         else:

@@ -4,7 +4,7 @@ The same `Block` as in training, applied layer by layer to parameters that lie a
 copy each layer's weights out of the stack for every token.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -49,7 +49,7 @@ def prefill(model: GPT, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array,
     x_BTD = _embed(model, params, tokens_BT, jnp.arange(tokens_BT.shape[1])[None])
     cache = []
     for block, layer in zip(_blocks(model.config), params["layers"], strict=True):
-        x_BTD, key_values = block.apply({"params": layer}, x_BTD, None, True)
+        x_BTD, key_values = _apply(block, layer, x_BTD)
         kept = min(slots, model.config.band_width) if block.attention == "banded" else slots
         cache.append(_spread(key_values.as_cache(lengths_B, kept)))
     last_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
@@ -71,7 +71,7 @@ def decode(
     x_B1D = _embed(model, params, token_B[:, None], positions_B[:, None])
     written = []
     for block, layer, key_values in zip(_blocks(model.config), params["layers"], cache, strict=True):
-        x_B1D, key_values = block.apply({"params": layer}, x_B1D, None, True, key_values, positions_B)
+        x_B1D, key_values = _apply(block, layer, x_B1D, key_values, positions_B)
         written.append(_spread(key_values))
     return _normalise(model, params, x_B1D[:, 0]), written
 
@@ -86,13 +86,18 @@ def _blocks(config: GPTConfig) -> list[Block]:
     return [Block(config, pattern[layer % len(pattern)]) for layer in range(config.num_layers)]
 
 
+def _apply(block: Block, layer: Any, x_BTD: jax.Array, *cached: Any) -> tuple[jax.Array, KeyValues]:
+    segments, deterministic = None, True
+    return cast(Any, block.apply({"params": layer}, x_BTD, segments, deterministic, *cached))
+
+
 def _embed(model: GPT, params: Any, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
     x_BTD = model.apply({"params": params}, tokens_BT, positions_BT, method="embed")
-    return constrain(x_BTD, "batch", "length", None)
+    return constrain(cast(jax.Array, x_BTD), "batch", "length", None)
 
 
 def _normalise(model: GPT, params: Any, x_BD: jax.Array) -> jax.Array:
-    return model.apply({"params": params}, x_BD, method="normalise")
+    return cast(jax.Array, model.apply({"params": params}, x_BD, method="normalise"))
 
 
 def _spread(key_values: KeyValues) -> KeyValues:

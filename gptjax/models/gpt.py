@@ -5,6 +5,7 @@ Brown et al. 2020, section 2.1 (alternating dense and locally banded attention).
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from gptjax.config import GPTConfig
 from gptjax.models.attention import KeyValues, SelfAttention, product_settings
 from gptjax.parallel.mesh import constrain, partitioned, shardings
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": partial(nn.gelu, approximate=True),
     "gelu_exact": partial(nn.gelu, approximate=False),
     "relu": nn.relu,

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
-from gptjax.config import MeshConfig, UserError, read_config
+from gptjax.config import MeshConfig, UserError, parse_arg, read_config
 from gptjax.data import tokenizers
 from gptjax.models.gpt import GPT, abstract_params
 from gptjax.parallel.mesh import check_model_fit, make_mesh
@@ -58,3 +58,15 @@ def load_model(
         with jax.set_mesh(device_mesh):
             params = checkpoints.restore_params(abstract_params(model, device_mesh))
     return TrainedModel(model, params, tokenizer, device_mesh, step)
+
+
+def parse_mesh(text: str) -> MeshConfig:
+    """A command's `--mesh=fsdp=2,tensor=4`; what is not given is 1, and `data` all that the others leave.
+
+    Raises:
+      UserError: an unknown axis, or a size that is not a whole number.
+    """
+    try:
+        return MeshConfig(**parse_arg(text, **dataclasses.asdict(MeshConfig())))
+    except UserError as error:
+        raise UserError(f"--mesh={text}: {str(error).replace('config argument', 'axis')}") from None

@@ -33,6 +33,21 @@ def unstack(config: GPTConfig, params: Any) -> Any:
     return {**params, "layers": layers}
 
 
+def forward(model: GPT, params: Any, tokens_BT: jax.Array) -> tuple[jax.Array, list[KeyValues]]:
+    """What the last layer writes (B, T, D), and the keys and values of every layer.
+
+    Args:
+      params: unstacked.
+      tokens_BT: int, T at most `context_length`.
+    """
+    x_BTD = _embed(model, params, tokens_BT, jnp.arange(tokens_BT.shape[1])[None])
+    layers = []
+    for block, layer in zip(_blocks(model.config), params["layers"], strict=True):
+        x_BTD, key_values = _apply(block, layer, x_BTD)
+        layers.append(key_values)
+    return x_BTD, layers
+
+
 def prefill(model: GPT, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array, slots: int) -> tuple[jax.Array, Cache]:
     """Reads prompts.
 
@@ -44,16 +59,15 @@ def prefill(model: GPT, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array,
         holds no more than its band.
 
     Returns:
-      What the head reads at each row's last token (B, D), and the cache.
+      What the last layer writes at each row's last token (B, D), and the cache.
     """
-    x_BTD = _embed(model, params, tokens_BT, jnp.arange(tokens_BT.shape[1])[None])
+    x_BTD, layers = forward(model, params, tokens_BT)
     cache = []
-    for block, layer in zip(_blocks(model.config), params["layers"], strict=True):
-        x_BTD, key_values = _apply(block, layer, x_BTD)
+    for block, key_values in zip(_blocks(model.config), layers, strict=True):
         kept = min(slots, model.config.band_width) if block.attention == "banded" else slots
         cache.append(_spread(key_values.as_cache(lengths_B, kept)))
     last_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
-    return _normalise(model, params, last_BD), cache
+    return last_BD, cache
 
 
 def decode(
@@ -66,18 +80,19 @@ def decode(
       token_B: int, each row's token at `positions_B`, the position after those read so far.
 
     Returns:
-      What the head reads (B, D), and the cache with the token in it.
+      What the last layer writes (B, D), and the cache with the token in it.
     """
     x_B1D = _embed(model, params, token_B[:, None], positions_B[:, None])
     written = []
     for block, layer, key_values in zip(_blocks(model.config), params["layers"], cache, strict=True):
         x_B1D, key_values = _apply(block, layer, x_B1D, key_values, positions_B)
         written.append(_spread(key_values))
-    return _normalise(model, params, x_B1D[:, 0]), written
+    return x_B1D[:, 0], written
 
 
 def logits(model: GPT, params: Any, x_BD: jax.Array) -> jax.Array:
-    """What the head says, float32 (B, V), to what `prefill` or `decode` returned."""
+    """What the head says, float32 (..., V), to what `forward`, `prefill` or `decode` returned, (..., D)."""
+    x_BD = cast(jax.Array, model.apply({"params": params}, x_BD, method="normalise"))
     return unembed(x_BD, nn.unbox(head_embedding(params)), model.config.precision)
 
 
@@ -94,10 +109,6 @@ def _apply(block: Block, layer: Any, x_BTD: jax.Array, *cached: Any) -> tuple[ja
 def _embed(model: GPT, params: Any, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
     x_BTD = model.apply({"params": params}, tokens_BT, positions_BT, method="embed")
     return constrain(cast(jax.Array, x_BTD), "batch", "length", None)
-
-
-def _normalise(model: GPT, params: Any, x_BD: jax.Array) -> jax.Array:
-    return cast(jax.Array, model.apply({"params": params}, x_BD, method="normalise"))
 
 
 def _spread(key_values: KeyValues) -> KeyValues:

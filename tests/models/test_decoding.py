@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from gptjax.config import GPTConfig
-from gptjax.models.decoding import decode, prefill, unstack
-from gptjax.models.gpt import GPT, hidden_states
+from gptjax.models.decoding import decode, logits, prefill, unstack
+from gptjax.models.gpt import GPT
 
 BANDED = GPTConfig(
     vocab_size=61,
@@ -44,15 +44,15 @@ def test_prefill_and_decode_are_the_whole_forward_pass_at_every_position(name, p
     config = MODELS[name]
     model, params, context = GPT(config), init(config), config.context_length
     tokens_BT = jax.random.randint(jax.random.key(1), (len(LENGTHS), context), 0, config.vocab_size)
-    whole_BTD = np.asarray(jax.jit(partial(hidden_states, model))(params, tokens_BT))
+    whole_BTV = np.asarray(jax.jit(lambda tokens_BT: model.apply({"params": params}, tokens_BT))(tokens_BT))
 
     layers, lengths_B = unstack(config, params), jnp.array(LENGTHS)
     prompt = max(LENGTHS) + padding
     x_BD, cache = jax.jit(partial(prefill, model, slots=context))(layers, tokens_BT[:, :prompt], lengths_B)
-    step = jax.jit(partial(decode, model))
+    step, head = jax.jit(partial(decode, model)), jax.jit(partial(logits, model))
     rows_B = np.arange(len(LENGTHS))
     for position_B in (lengths_B + i for i in range(context)):
-        np.testing.assert_allclose(x_BD, whole_BTD[rows_B, np.minimum(position_B, context) - 1], atol=2e-5)
+        np.testing.assert_allclose(head(layers, x_BD), whole_BTV[rows_B, position_B - 1], atol=2e-5)
         if position_B.max() == context:  # the longest row is full
             break
         x_BD, cache = step(layers, cache, tokens_BT[rows_B, position_B], position_B)

@@ -48,16 +48,23 @@ class Int8(struct.PyTreeNode, nn.meta.AxisMetadata):
 
 
 # The axes that the product with a parameter sums over. All other parameters are vectors, or read a row at a time.
-SUMMED_AXES = {"qkv": (0,), "out": (0, 1), "up": (0,), "down": (0,), "token_embedding": (1,)}
+SUMMED_AXES: dict[str, tuple[int, ...]] = {
+    "qkv": (0,),
+    "out": (0, 1),
+    "up": (0,),
+    "down": (0,),
+    "token_embedding": (1,),
+}
 
 
 def prepare(model: GPT, params: Any, weights: Weights) -> tuple[GPT, Any]:
     """The model and its unstacked parameters, for `gptjax.models.decoding`.
 
     Args:
-      weights: "as_given": a copy, layer by layer; "bfloat16": one of 2 bytes a weight, activations too; "int8": one
-        with matrices and token embedding of 1 byte, computed with in the activations' dtype; "stacked": no copy, every
-        token cuts the layers out of their stack again, which takes longer.
+      weights: "as_given": a copy, layer by layer, its matrices of the activations' dtype, to which every token would
+        round them again; "bfloat16": activations, and so matrices, of 2 bytes; "int8": matrices of 1 byte, computed
+        with in the activations' dtype; "stacked": no copy, every token cuts the layers out of their stack again, which
+        takes longer. The token embedding is a matrix here.
 
     Raises:
       UserError: unknown `weights`.
@@ -68,16 +75,15 @@ def prepare(model: GPT, params: Any, weights: Weights) -> tuple[GPT, Any]:
         return model, params
     config = model.config
     if weights == "bfloat16":
-        config = dataclasses.replace(config, dtype="bfloat16", param_dtype="bfloat16")
+        config = dataclasses.replace(config, dtype="bfloat16")
     return GPT(config), jax.jit(partial(_prepare, config=config, int8=weights == "int8"))(params)
 
 
 def _prepare(params: Any, config: GPTConfig, int8: bool) -> Any:
     def convert(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array | Int8:
-        leaf = leaf.astype(config.param_dtype)
         layer, name = (key.key for key in path[-2:])
-        if not int8 or layer not in SUMMED_AXES or name == "bias":
+        if layer not in SUMMED_AXES or name == "bias":
             return leaf
-        return Int8.quantize(leaf, SUMMED_AXES[layer])
+        return Int8.quantize(leaf, SUMMED_AXES[layer]) if int8 else leaf.astype(config.dtype)
 
     return jax.tree_util.tree_map_with_path(convert, unstack(config, params))

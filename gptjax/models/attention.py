@@ -92,9 +92,12 @@ class KeyValues:
 
     def write(self, new: "KeyValues", positions_B: jax.Array) -> "KeyValues":
         """The cache with position `positions_B` of each row, `new` (B, H, 1, K), in its slot."""
-        row_B = jnp.arange(positions_B.shape[0])
+
+        def write_row(old_HSK: jax.Array, new_H1K: jax.Array, slot: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice(old_HSK, new_H1K, (0, slot, 0))
+
         slot_B = positions_B % self.slots
-        return jax.tree.map(lambda old, x_BH1K: old.at[row_B, :, slot_B].set(x_BH1K[:, :, 0]), self, new)
+        return jax.tree.map(lambda old_BHSK, new_BH1K: jax.vmap(write_row)(old_BHSK, new_BH1K, slot_B), self, new)
 
 
 def slot_positions(last_B: jax.Array, slots: int) -> jax.Array:

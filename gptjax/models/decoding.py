@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from gptjax.config import GPTConfig
 from gptjax.models.attention import KeyValues
-from gptjax.models.gpt import GPT, Block, head_embedding, unembed
+from gptjax.models.gpt import GPT, Block, embed, head_embedding, unembed
 from gptjax.parallel.mesh import constrain
 
 Cache = list[KeyValues]  # of each layer
@@ -107,8 +107,8 @@ def _apply(block: Block, layer: Any, x_BTD: jax.Array, *cached: Any) -> tuple[ja
 
 
 def _embed(model: GPT, params: Any, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    x_BTD = model.apply({"params": params}, tokens_BT, positions_BT, method="embed")
-    return constrain(cast(jax.Array, x_BTD), "batch", "length", None)
+    tables = (params[name]["embedding"] for name in ("token_embedding", "position_embedding"))
+    return constrain(embed(model.config, *tables, tokens_BT, positions_BT), "batch", "length", None)
 
 
 def _spread(key_values: KeyValues) -> KeyValues:

@@ -140,17 +140,13 @@ class GPT(nn.Module):
     def setup(self) -> None:
         config = self.config
         assert config.vocab_size is not None, "resolve model.vocab_size from the tokenizer first"
-        embed = partial(nn.Embed, features=config.embed_dim, dtype=config.dtype, param_dtype=config.param_dtype)
+        table = partial(nn.Embed, features=config.embed_dim, param_dtype=config.param_dtype)
         token_init = partitioned(nn.initializers.normal(config.token_init_std), "vocab", "embed")
         position_init = partitioned(nn.initializers.normal(config.position_init_std), "position", "embed")
-        self.token_embedding = embed(config.vocab_size, embedding_init=token_init)
-        self.position_embedding = embed(config.context_length, embedding_init=position_init)
+        self.token_embedding = table(config.vocab_size, embedding_init=token_init)
+        self.position_embedding = table(config.context_length, embedding_init=position_init)
         if config.norm_position == "pre":
             self.final_norm = layer_norm(config)
-
-    def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        """What the first layer reads, (B, T, D)."""
-        return self.token_embedding(tokens_BT) + self.position_embedding(positions_BT)
 
     def normalise(self, x_BTD: jax.Array) -> jax.Array:
         """What the head reads, of what the last layer wrote."""
@@ -178,7 +174,8 @@ class GPT(nn.Module):
         config = self.config
         if positions_BT is None:
             positions_BT = jnp.arange(tokens_BT.shape[1])[None]
-        x_BTD = self.embed(tokens_BT, positions_BT)
+        tables = self.token_embedding.embedding, self.position_embedding.embedding
+        x_BTD = embed(config, *tables, tokens_BT, positions_BT)
         x_BTD = nn.Dropout(config.embedding_dropout, deterministic=deterministic)(x_BTD)
         x_BTD = constrain(x_BTD, "batch", "length", None)
 
@@ -199,6 +196,20 @@ class GPT(nn.Module):
         """Next-token logits, float32 (B, T, V); arguments as of `hidden`."""
         x_BTD = self.hidden(*args, **kwargs)
         return unembed(x_BTD, nn.unbox(head_embedding(self.variables["params"])), self.config.precision)
+
+
+def embed(
+    config: GPTConfig, token_VD: Any, position_PD: Any, tokens_BT: jax.Array, positions_BT: jax.Array
+) -> jax.Array:
+    """What the first layer reads, (B, T, D); P is `context_length`.
+
+    Rows are picked before anything is done to them, be it rounding or unboxing: else all of a table would be read.
+    """
+
+    def rows(table: Any, ids_BT: jax.Array) -> jax.Array:
+        return nn.unbox(jax.tree.map(lambda leaf: jnp.take(leaf, ids_BT, axis=0), table))
+
+    return (rows(token_VD, tokens_BT) + rows(position_PD, positions_BT)).astype(config.dtype)
 
 
 def hidden_states(model: GPT, params: Any, tokens_BT: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:

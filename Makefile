@@ -5,16 +5,19 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint clean
+.PHONY: help demo test interop lint clean
 
 help: ## show this
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.installed-demo ## train a small GPT-2 on real text; again: print its report
 	$(BIN)/python -m gptjax.main --config=configs/gpt2.py:runlocal --workdir=runs/demo
 
 test: $(VENV)/.installed-test ## run the tests
 	$(BIN)/python -m pytest -n auto
+
+interop: $(VENV)/.installed-test $(VENV)/.installed-interop ## compare with torch, transformers and lm-eval, installing them
+	$(BIN)/python -m pytest -n auto tests/interop tests/inference tests/evaluation/test_harness.py
 
 lint: $(VENV)/.installed-dev ## check style and types
 	$(BIN)/ruff check .

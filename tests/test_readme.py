@@ -66,7 +66,7 @@ def test_configs_and_overrides_resolve(command: str, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("readme", READMES)
 def test_flags_exist(readme: str) -> None:
-    programs = [ROOT / "gptjax" / "main.py", *(ROOT / "benchmarks").glob("*.py")]
+    programs = [*(ROOT / "gptjax").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
     code = "".join(program.read_text() for program in programs)
     for name, key in re.findall(r"--([a-z_]+)(?:\.([\w.]*\w))?", read(readme)):
         assert f'"{name}"' in code, f"no flag --{name}"

@@ -27,6 +27,7 @@ from gptjax.parallel.mesh import batch_shards, constrain
 
 Prompt = str | npt.ArrayLike  # text, or token ids
 FinishReason = Literal["end_of_text", "stop", "length"]
+Overflow = Literal["error", "slide"]
 MIN_BUCKET = 16  # positions
 
 
@@ -82,10 +83,10 @@ class Engine:
     ) -> None:
         self.mesh = mesh
         self.tokenizer = tokenizer
-        with self._in_mesh():
-            self.model, self._params = prepare(model, params, weights)
+        with self.in_mesh():
+            self.model, self.params = prepare(model, params, weights)
         assert model.config.vocab_size is not None, "resolve model.vocab_size from the tokenizer first"
-        self._vocab_size = model.config.vocab_size
+        self.vocab_size = model.config.vocab_size
 
     def generate(
         self,
@@ -96,7 +97,7 @@ class Engine:
         seeds: int | Sequence[int] = 0,
         stop: Sequence[str] = (),
         ignore_end_of_text: bool = False,
-        overflow: Literal["error", "slide"] = "error",
+        overflow: Overflow = "error",
         on_text: Callable[[int, str], None] | None = None,
     ) -> list[Completion]:
         """A completion of each prompt.
@@ -119,7 +120,7 @@ class Engine:
           UserError: a text longer than the context, an empty prompt for a tokenizer without end-of-text, a token
             outside of the vocabulary.
         """
-        ids = [self._ids(prompt) for prompt in prompts]
+        ids = [self.ids(prompt) for prompt in prompts]
         seeds = [seeds + i for i in range(len(ids))] if isinstance(seeds, int) else seeds
         end_of_text = None if ignore_end_of_text else self.tokenizer.end_of_text
         rows = [_Row(TextStream(self.tokenizer, stop)) for _ in ids]
@@ -154,7 +155,7 @@ class Engine:
         sampling: Sampling | None = None,
         *,
         seeds: Sequence[int],
-        overflow: Literal["error", "slide"] = "error",
+        overflow: Overflow = "error",
     ) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]:
         """Token after token of all prompts: tokens and log-probabilities, (B,) each, whatever the tokens are.
 
@@ -163,8 +164,10 @@ class Engine:
         """
         sampling = Sampling() if sampling is None else sampling
         windows = [np.asarray(prompt, np.int32) for prompt in prompts]
-        program = Program(self.model, sampling.form, self._slots(windows, max_new_tokens, overflow))
-        rows = self._rows(len(windows))
+        if not windows:
+            return
+        program = Program(self.model, sampling.form, self.slots(windows, max_new_tokens, overflow))
+        rows = self.rows(len(windows))
         seen_BV = self._seen(windows, rows) if sampling.repetition_penalty is not None else None
         seeds_B = np.resize(np.asarray(seeds, np.int64), rows).astype(np.uint32)
         drawn: list[Drawn] = []  # since `windows` were read
@@ -174,13 +177,13 @@ class Engine:
             longest = max(len(window) for window in windows)
             if longest + len(drawn) > self.model.config.context_length:
                 windows, drawn = self._slide(windows, drawn), []
-            with self._in_mesh():
+            with self.in_mesh():
                 if not drawn:
-                    memory, new = _prefill(program, self._params, *self._pad(windows, rows), seen_BV, draw)
+                    memory, new = _prefill(program, self.params, *self.pad(windows, rows), seen_BV, draw)
                     length_B = np.resize([len(window) for window in windows], rows).astype(np.int32)
                 else:
                     position_B = length_B + np.int32(len(drawn) - 1)
-                    memory, new = _decode(program, self._params, memory, drawn[-1].token_B, position_B, draw)
+                    memory, new = _decode(program, self.params, memory, drawn[-1].token_B, position_B, draw)
             seen_BV = memory.seen_BV
             drawn.append(new)
             if last is not None:
@@ -189,34 +192,38 @@ class Engine:
         if last is not None:
             yield self._read(last, len(windows))
 
-    def _in_mesh(self) -> AbstractContextManager[Any]:
+    # What beam search builds on too.
+
+    def in_mesh(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
-    def _ids(self, prompt: Prompt) -> npt.NDArray[np.int32]:
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else np.asarray(prompt, np.int32)
+    def ids(self, prompt: Prompt) -> npt.NDArray[np.int32]:
+        """The tokens of a prompt; raises UserError as `generate` does."""
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else np.asarray(prompt, np.int64)
         if len(ids) == 0:
             if self.tokenizer.end_of_text is None:
                 raise UserError("this tokenizer has no end-of-text token to start from: give the prompt some text")
-            ids = np.array([self.tokenizer.end_of_text], np.int32)
-        if ids.min() < 0 or ids.max() >= self._vocab_size:
-            raise UserError(f"a prompt has a token outside of the model's vocabulary of {self._vocab_size}")
-        return ids
+            ids = np.array([self.tokenizer.end_of_text])
+        if ids.min() < 0 or ids.max() >= self.vocab_size:
+            raise UserError(f"a prompt has a token outside of the model's vocabulary of {self.vocab_size}")
+        return ids.astype(np.int32)
 
-    def _slots(self, windows: list[npt.NDArray[np.int32]], max_new_tokens: int, overflow: str) -> int:
-        """Slots of the cache: for the longest text, rounded up."""
+    def slots(self, windows: list[npt.NDArray[np.int32]], max_new_tokens: int, overflow: Overflow = "error") -> int:
+        """Slots of the cache: for the longest text, rounded up; raises UserError if the context is too short for it."""
         longest, context = max(len(window) for window in windows), self.model.config.context_length
         if longest + max_new_tokens > context and overflow == "error":
             raise UserError(
                 f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed the model's context of "
-                f"{context} tokens: shorten one, or let the context slide (overflow=slide)"
+                f"{context} tokens: shorten one; sampling can also let the context slide (overflow=slide)"
             )
         return min(_bucket(longest + max_new_tokens), context)
 
-    def _rows(self, prompts: int) -> int:
+    def rows(self, prompts: int) -> int:
+        """Rows of a batch: one a prompt, rounded up so that the mesh divides them evenly."""
         shards = 1 if self.mesh is None else batch_shards(self.mesh)
         return shards * _power_of_two(-(-prompts // shards))
 
-    def _pad(
+    def pad(
         self, windows: list[npt.NDArray[np.int32]], rows: int
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """tokens_BT and lengths_B; the rows after the windows repeat them."""
@@ -228,7 +235,7 @@ class Engine:
         return tokens_BT, np.resize([len(window) for window in windows], rows).astype(np.int32)
 
     def _seen(self, windows: list[npt.NDArray[np.int32]], rows: int) -> npt.NDArray[np.bool_]:
-        seen_BV = np.zeros((rows, self._vocab_size), bool)
+        seen_BV = np.zeros((rows, self.vocab_size), bool)
         for row, window in enumerate(windows):
             seen_BV[row, window] = True
         return seen_BV
@@ -236,7 +243,7 @@ class Engine:
     def _slide(self, windows: list[npt.NDArray[np.int32]], drawn: "list[Drawn]") -> list[npt.NDArray[np.int32]]:
         """The windows with what was drawn; of each that is longer than the context, the last half of a context."""
         context = self.model.config.context_length
-        tokens_NB = np.array([self._read(new, len(windows))[0] for new in drawn], np.int32)
+        tokens_NB = np.array([self._read(new, len(windows))[0] for new in drawn], np.int32).reshape(-1, len(windows))
         texts = [np.concatenate([window, tokens_NB[:, row]]) for row, window in enumerate(windows)]
         return [text[-(context // 2) :] if len(text) > context else text for text in texts]
 

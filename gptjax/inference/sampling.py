@@ -79,11 +79,26 @@ def sample(logits_BV: jax.Array, seen_BV: jax.Array | None, keys_B: jax.Array, f
       keys_B: a random key for each row: what a row draws does not depend on the others.
     """
     if seen_BV is not None:
-        penalty = knobs.repetition_penalty
-        logits_BV = jnp.where(seen_BV, jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
+        logits_BV = penalise(logits_BV, seen_BV, knobs.repetition_penalty)
     if form.greedy:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    # C: the candidates, in falling order where there is top_k, else the vocabulary as it is.
+    logits_BC, token_BC = candidates(logits_BV, form, knobs)
+    drawn_B = jax.vmap(jax.random.categorical)(keys_B, logits_BC).astype(jnp.int32)
+    return drawn_B if token_BC is None else jnp.take_along_axis(token_BC, drawn_B[:, None], axis=1)[:, 0]
+
+
+def penalise(logits_BV: jax.Array, seen_BV: jax.Array, penalty: jax.Array | np.float32) -> jax.Array:
+    """Logits with the repetition penalty."""
+    return jnp.where(seen_BV, jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
+
+
+def candidates(logits_BV: jax.Array, form: Form, knobs: Knobs) -> tuple[jax.Array, jax.Array | None]:
+    """What is drawn from, if not greedily.
+
+    Returns:
+      The candidates' logits over temperature (B, C), -inf of those that top-p or min-p leaves out, and their tokens:
+      the likeliest `top_k` in falling order, or None: the vocabulary as it is.
+    """
     logits_BC, token_BC = logits_BV / knobs.temperature, None
     if form.top_k is not None:
         logits_BC, token_BC = jax.lax.top_k(logits_BC, min(form.top_k, logits_BV.shape[-1]))
@@ -96,5 +111,4 @@ def sample(logits_BV: jax.Array, seen_BV: jax.Array | None, keys_B: jax.Array, f
     if form.has_min_p:
         least_B1 = jnp.max(logits_BC, axis=-1, keepdims=True) + jnp.log(knobs.min_p)
         logits_BC = jnp.where(logits_BC < least_B1, -jnp.inf, logits_BC)
-    drawn_B = jax.vmap(jax.random.categorical)(keys_B, logits_BC).astype(jnp.int32)
-    return drawn_B if token_BC is None else jnp.take_along_axis(token_BC, drawn_B[:, None], axis=1)[:, 0]
+    return logits_BC, token_BC

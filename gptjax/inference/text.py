@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from gptjax.config import UserError
 from gptjax.data.tokenizers import Tokenizer
 
 
@@ -11,10 +12,16 @@ class TextStream:
     Attributes:
       tokens: taken so far.
       text: what `push` has returned so far, joined.
-      stopped: a stop string came; `text` ends before it.
+      stopped: a stop string came; `text` ends before it. Of several, the one that is complete first counts, however
+        the text is cut into tokens.
+
+    Raises:
+      UserError: an empty stop string.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        if "" in stop:
+            raise UserError("a stop string is empty, and would stop every text before it starts")
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self.tokens: list[int] = []
@@ -40,10 +47,10 @@ class TextStream:
     def _emit(self, text: str, last: bool) -> str:
         if self.stopped:
             return ""
-        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
             self.stopped = True
-            text = text[: min(found)]
+            text = text[: min(found)[1]]
         elif not last:
             text = text[: len(text) - max((_overlap(text, stop) for stop in self._stop), default=0)]
         new = text[len(self.text) :]

@@ -107,8 +107,9 @@ def _apply(block: Block, layer: Any, x_BTD: jax.Array, *cached: Any) -> tuple[ja
 
 
 def _embed(model: GPT, params: Any, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    tables = (params[name]["embedding"] for name in ("token_embedding", "position_embedding"))
-    return constrain(embed(model.config, *tables, tokens_BT, positions_BT), "batch", "length", None)
+    token_VD, position_PD = (params[name]["embedding"] for name in ("token_embedding", "position_embedding"))
+    x_BTD = embed(model.config, token_VD, position_PD, tokens_BT, positions_BT)
+    return constrain(x_BTD, "batch", "length", None)
 
 
 def _spread(key_values: KeyValues) -> KeyValues:

@@ -1,0 +1,60 @@
+"""What fewer bytes a weight cost in quality: `python -m benchmarks.weights_quality --workdir=runs/demo`.
+
+Reads the held-out text of the workdir's own corpus by the code that generation uses, with each form of the weights.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from gptjax import cli
+from gptjax.config import UserError, read_config
+from gptjax.data.pipeline import batches, open_corpus
+from gptjax.inference.weights import prepare
+from gptjax.models.decoding import forward, logits
+from gptjax.models.gpt import GPT
+from gptjax.workdir import load_model
+
+FORMS: tuple[Any, ...] = ("as_given", "bfloat16", "int8")
+BATCH_SIZE = 8
+
+
+def score(model: GPT, params: Any, batch: dict[str, np.ndarray]) -> tuple[jax.Array, jax.Array]:
+    """Nats of each target and the likeliest token, (B, T) both."""
+    x_BTD, _ = forward(model, params, jnp.asarray(batch["tokens"]))
+    logits_BTV = logits(model, params, x_BTD)
+    target_BT1 = jnp.asarray(batch["targets"])[..., None]
+    nats_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - jnp.take_along_axis(logits_BTV, target_BT1, axis=-1)[..., 0]
+    return nats_BT * jnp.asarray(batch["weights"]), jnp.argmax(logits_BTV, axis=-1)
+
+
+def main() -> None:
+    if WORKDIR.value is None:
+        raise UserError("needs --workdir=DIR, such as --workdir=runs/demo")
+    trained = load_model(Path(WORKDIR.value))
+    config, context = read_config(Path(WORKDIR.value)), trained.model.config.context_length
+    corpus = open_corpus(config.data, context_length=context, seed=config.seed, tokenizer=trained.tokenizer)
+    read = batches(corpus.validation, start=0, batch_size=BATCH_SIZE, process_index=0, process_count=1, prefetch=2)
+    held_out = [batch for _, batch in zip(range(BATCHES.value), read, strict=False)]
+    targets = sum(float(batch["weights"].sum()) for batch in held_out)
+    print(f"{targets:,.0f} held-out tokens\n{'weights':10} {'bytes':>12} {'nats/token':>11} {'same top token':>15}")
+    top_BT: list[np.ndarray] = []
+    for form in FORMS:
+        model, params = prepare(trained.model, trained.params, form)
+        step = jax.jit(lambda params, batch, model=model: score(model, params, batch))
+        scores = [jax.device_get(step(params, batch)) for batch in held_out]
+        nats = sum(float(nats_BT.sum(dtype=np.float64)) for nats_BT, _ in scores) / targets
+        top_BT = top_BT or [top for _, top in scores]
+        same = np.mean([np.mean(top == first) for (_, top), first in zip(scores, top_BT, strict=True)])
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        print(f"{form:10} {size:12,} {nats:11.4f} {same:15.4f}")
+
+
+if __name__ == "__main__":
+    WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run.")
+    BATCHES = flags.DEFINE_integer("batches", 64, f"Batches of {BATCH_SIZE} sequences, at most.", lower_bound=1)
+    cli.run(main)

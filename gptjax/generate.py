@@ -1,0 +1,220 @@
+"""Generates text with the model of a workdir.
+
+python -m gptjax.generate --workdir=runs/demo --prompt="The Congress" --temperature=0.8 --top_k=50
+python -m gptjax.generate --workdir=runs/demo --prompts=prompts.jsonl --num_samples=4 --output=completions.jsonl
+echo "The Congress" | python -m gptjax.generate --workdir=runs/demo --num_beams=4
+
+One completion of one prompt is printed as text while it is generated. All else is JSON, a line for each completion:
+{"prompt": .., "text": .., "finish_reason": "end_of_text" | "stop" | "length", "num_tokens": .., "seed": ..}, the fields
+of the prompt's own line in a .jsonl file besides, and with --logprobs "tokens" and "logprobs". A beam has no seed.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from absl import flags
+
+from gptjax import cli
+from gptjax.config import UserError
+
+if TYPE_CHECKING:
+    from gptjax.inference.engine import Completion, Engine
+
+DEFAULT_NEW_TOKENS = 128
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run, or of imported weights.")
+PROMPT = flags.DEFINE_string("prompt", None, "Text to go on from; without --prompt and --prompts: standard input.")
+PROMPTS = flags.DEFINE_string(
+    "prompts", None, "File of prompts, one a line, or .jsonl with a field 'prompt'; - is stdin."
+)
+START_DOCUMENT = flags.DEFINE_bool("start_document", False, "Put end-of-text before the prompt: it begins a document.")
+MAX_NEW_TOKENS = flags.DEFINE_integer(
+    "max_new_tokens", None, "Tokens of a completion; default: 128, or what the context has room for.", lower_bound=1
+)
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Completions of each prompt.", lower_bound=1)
+TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0: always the likeliest token.")
+TOP_K = flags.DEFINE_integer("top_k", None, "Only the k likeliest tokens.")
+TOP_P = flags.DEFINE_float("top_p", None, "Only the fewest tokens that together have this probability.")
+MIN_P = flags.DEFINE_float("min_p", None, "Only tokens at least this times as probable as the likeliest.")
+REPETITION_PENALTY = flags.DEFINE_float(
+    "repetition_penalty", None, "Makes tokens that came before less likely; above 1."
+)
+NUM_BEAMS = flags.DEFINE_integer("num_beams", None, "Beam search instead of sampling.", lower_bound=1)
+LENGTH_PENALTY = flags.DEFINE_float("length_penalty", 1.0, "With --num_beams: above 0 favours longer completions.")
+STOP = flags.DEFINE_multi_string("stop", [], "Text that ends a completion, and is not part of it; may be repeated.")
+IGNORE_END_OF_TEXT = flags.DEFINE_bool("ignore_end_of_text", False, "Go on after the end of the document.")
+OVERFLOW = flags.DEFINE_enum(
+    "overflow", "error", ["error", "slide"], "When a text outgrows the context: refuse, or go on from its last half."
+)
+SEED = flags.DEFINE_integer("seed", 0, "Of the first completion; each further one counts up from it.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Completions generated together.", lower_bound=1)
+WEIGHTS = flags.DEFINE_enum(
+    "weights", "as_given", ["as_given", "bfloat16", "int8", "stacked"], "Bytes of a weight; stacked: no copy of them."
+)
+MESH = flags.DEFINE_string("mesh", "", "Layout over the devices, such as fsdp=2,tensor=4; default: all on data.")
+LOGPROBS = flags.DEFINE_bool("logprobs", False, "With the token ids and their log-probabilities, as JSON.")
+OUTPUT = flags.DEFINE_string("output", None, "Write JSON lines to this file.")
+
+
+def main() -> None:
+    if WORKDIR.value is None:
+        raise UserError("needs --workdir=DIR, such as --workdir=runs/demo --prompt='The'")
+    if PROMPT.value is not None and PROMPTS.value is not None:
+        raise UserError("--prompt and --prompts exclude each other")
+    if NUM_BEAMS.value is not None:
+        check_beams(NUM_BEAMS.value)
+    records = read_prompts()
+    output = None if OUTPUT.value is None else Path(OUTPUT.value).expanduser()
+    if output is not None and not output.parent.is_dir():
+        raise UserError(f"--output={output}: there is no directory {output.parent}")
+
+    from gptjax.inference.engine import Engine  # after the checks: it takes seconds to import
+    from gptjax.workdir import load_model, parse_mesh
+
+    trained = load_model(Path(WORKDIR.value), parse_mesh(MESH.value))
+    engine = Engine(trained.model, trained.params, trained.tokenizer, trained.mesh, cast(Any, WEIGHTS.value))
+    del trained  # the engine has its own copy
+    prompts = [encode(engine, record["prompt"]) for record in records]
+    max_new_tokens = check_lengths(prompts, engine.model.config.context_length)
+    as_text = len(records) * NUM_SAMPLES.value == 1 and output is None and not LOGPROBS.value and PROMPTS.value is None
+    if as_text:
+        print(records[0]["prompt"], end="", flush=True)
+        for _ in complete(engine, prompts, max_new_tokens, stream=True):
+            print()
+        return
+    with nullcontext(sys.stdout) if output is None else output.open("w", encoding="utf-8") as file:
+        completions = complete(engine, prompts, max_new_tokens, stream=False)
+        for number, completion in enumerate(progress(completions, len(prompts) * NUM_SAMPLES.value)):
+            line = describe(records[number // NUM_SAMPLES.value], completion, SEED.value + number)
+            print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
+
+
+def check_beams(num_beams: int) -> None:
+    """Raises UserError for flags that a beam search has no use for."""
+    sampling = (TEMPERATURE, TOP_K, TOP_P, MIN_P, REPETITION_PENALTY, STOP, OVERFLOW, SEED)
+    if given := [flag.name for flag in sampling if flag.present]:
+        raise UserError(f"--{given[0]} and --num_beams exclude each other")
+    if NUM_SAMPLES.value > num_beams:
+        raise UserError(f"--num_samples={NUM_SAMPLES.value} is more than --num_beams={num_beams} can find")
+
+
+def read_prompts() -> list[dict[str, Any]]:
+    """The prompts, each under "prompt" in a dict, with the other fields of its line in a .jsonl file."""
+    if PROMPT.value is not None:
+        return [{"prompt": PROMPT.value}]
+    if PROMPTS.value is None:
+        if sys.stdin.isatty():
+            raise UserError("needs --prompt=TEXT, --prompts=FILE, or text on standard input")
+        return [{"prompt": read_text("-").removesuffix("\n")}]
+    lines = read_text(PROMPTS.value).splitlines()
+    if not lines:
+        raise UserError(f"--prompts={PROMPTS.value} has no lines")
+    if not PROMPTS.value.endswith(".jsonl"):
+        return [{"prompt": line} for line in lines]
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{PROMPTS.value}:{number}: not JSON: {error}") from None
+        if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+            raise UserError(f'{PROMPTS.value}:{number}: a line must be an object with a text "prompt"')
+        records.append(record)
+    return records
+
+
+def read_text(path: str) -> str:
+    try:
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).expanduser().read_bytes()
+        return data.decode()
+    except OSError as error:
+        raise UserError(f"cannot read the prompts in {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"the prompts in {path} are not UTF-8: byte {error.start}") from None
+
+
+def encode(engine: "Engine", prompt: str) -> list[int]:
+    ids = engine.tokenizer.encode(prompt).tolist()
+    if START_DOCUMENT.value:
+        if engine.tokenizer.end_of_text is None:
+            raise UserError("--start_document: this tokenizer has no end-of-text token")
+        ids = [engine.tokenizer.end_of_text, *ids]
+    return ids
+
+
+def check_lengths(prompts: list[list[int]], context: int) -> int:
+    """The number of new tokens; UserError names the first prompt that leaves no room for them, before any is run."""
+    longest = max(map(len, prompts))
+    slides = OVERFLOW.value == "slide"
+    new = MAX_NEW_TOKENS.value
+    if new is None:
+        new = DEFAULT_NEW_TOKENS if slides else max(1, min(DEFAULT_NEW_TOKENS, context - longest))
+    if longest + new > context and not slides:
+        number, length = next((i, len(ids)) for i, ids in enumerate(prompts, start=1) if len(ids) + new > context)
+        raise UserError(
+            f"prompt {number} has {length} tokens, with --max_new_tokens={new} more than the model's context of "
+            f"{context}: shorten one, or pass --overflow=slide"
+        )
+    return new
+
+
+def complete(engine: "Engine", prompts: list[list[int]], max_new_tokens: int, stream: bool) -> Iterator["Completion"]:
+    """The completions of each prompt in turn, NUM_SAMPLES of each; streamed to the terminal if asked for."""
+    from gptjax.inference.beam import beam_search
+    from gptjax.inference.sampling import Sampling
+
+    if NUM_BEAMS.value is not None:
+        for start in range(0, len(prompts), BATCH_SIZE.value):
+            for beams in beam_search(
+                engine,
+                prompts[start : start + BATCH_SIZE.value],
+                max_new_tokens,
+                num_beams=NUM_BEAMS.value,
+                length_penalty=LENGTH_PENALTY.value,
+                num_return=NUM_SAMPLES.value,
+                ignore_end_of_text=IGNORE_END_OF_TEXT.value,
+            ):
+                if stream:
+                    print(beams[0].completion.text, end="")
+                yield from (beam.completion for beam in beams)
+        return
+    sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value, REPETITION_PENALTY.value)
+    repeated = [prompt for prompt in prompts for _ in range(NUM_SAMPLES.value)]
+    for start in range(0, len(repeated), BATCH_SIZE.value):
+        yield from engine.generate(
+            repeated[start : start + BATCH_SIZE.value],
+            max_new_tokens,
+            sampling,
+            seeds=SEED.value + start,
+            stop=STOP.value,
+            ignore_end_of_text=IGNORE_END_OF_TEXT.value,
+            overflow=cast(Any, OVERFLOW.value),
+            on_text=(lambda _, text: print(text, end="", flush=True)) if stream else None,
+        )
+
+
+def progress(completions: Iterator["Completion"], total: int) -> Iterator["Completion"]:
+    from tqdm import tqdm
+
+    return iter(tqdm(completions, total=total, unit="completion", disable=total == 1 or not sys.stderr.isatty()))
+
+
+def describe(record: dict[str, Any], completion: "Completion", seed: int) -> dict[str, Any]:
+    line = record | {
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "num_tokens": len(completion.tokens),
+    }
+    if NUM_BEAMS.value is None:
+        line["seed"] = seed
+    if LOGPROBS.value:
+        line |= {"tokens": completion.tokens.tolist(), "logprobs": [round(float(x), 6) for x in completion.logprobs]}
+    return line
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,274 @@
+"""Beam search: the completions that a search of a few beams side by side finds likeliest (Wu et al. 2016, section 7).
+
+The rules are those of transformers' `generate(num_beams=..., do_sample=False)`. The device extends the beams and gives
+the candidates of each step; which of them are finished, and when a search is over, the host keeps account of.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+
+from gptjax.config import UserError
+from gptjax.inference.engine import Completion, Engine, FinishReason, Prompt
+from gptjax.models.attention import KeyValues
+from gptjax.models.decoding import Cache, decode, logits, prefill, unstack
+from gptjax.models.gpt import GPT
+from gptjax.parallel.mesh import constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class Beam:
+    """A completion that the search has found.
+
+    Attributes:
+      score: sum of its log-probabilities, an end-of-text's among them, over (number of tokens) ** length_penalty.
+    """
+
+    completion: Completion
+    score: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What a search is for; see `beam_search`."""
+
+    num_beams: int
+    length_penalty: float
+    early_stopping: bool | Literal["never"]
+    end_of_text: int | None
+    max_new_tokens: int
+
+
+def beam_search(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    *,
+    num_beams: int = 4,
+    length_penalty: float = 1.0,
+    num_return: int = 1,
+    early_stopping: bool | Literal["never"] = False,
+    ignore_end_of_text: bool = False,
+) -> list[list[Beam]]:
+    """The `num_return` best completions of each prompt, best first.
+
+    In each step a prompt's beams have 2 * num_beams likeliest continuations, all together. Those among the first
+    num_beams that end the text are finished, and of all finished the best num_beams are kept; the first num_beams that
+    do not end it go on. The search is over when num_beams are finished and none that goes on is expected to be better.
+
+    Args:
+      prompts: of any lengths; an empty one means the start of a document.
+      max_new_tokens: at least 1.
+      num_beams: 1 is greedy decoding.
+      length_penalty: power of the length that scores are divided by; above 0 favours longer completions.
+      num_return: at most num_beams.
+      early_stopping: when num_beams are finished, and the best that goes on is expected to be no better than the worst
+        of them: by its score were it to end now (False), or at max_new_tokens if length_penalty is positive ("never");
+        or whatever is expected (True).
+      ignore_end_of_text: go on after it.
+
+    Raises:
+      UserError: a number out of range, or as `Engine.generate`.
+    """
+    for name, value, most in (
+        ("max_new_tokens", max_new_tokens, None),
+        ("num_beams", num_beams, engine.vocab_size // 2),  # that many continuations has a prompt
+        ("num_return", num_return, num_beams),
+    ):
+        if value < 1 or (most is not None and value > most):
+            raise UserError(f"{name}={value} must be at least 1{'' if most is None else f' and at most {most}'}")
+    rules = Rules(
+        num_beams,
+        length_penalty,
+        True if num_beams == 1 else early_stopping,  # the likeliest token, if it ends the text, ends it
+        None if ignore_end_of_text else engine.tokenizer.end_of_text,
+        max_new_tokens,
+    )
+    searches = [_Search(rules) for _ in prompts]
+    for candidates in _candidates(engine, [engine.ids(prompt) for prompt in prompts], rules):
+        for row, search in enumerate(searches):
+            if not search.over:
+                search.extend(Candidates(*(array[row] for array in candidates)))
+        if all(search.over for search in searches):
+            break
+    return [[found.beam(engine) for found in search.finished[:num_return]] for search in searches]
+
+
+# --- the host's account -----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Path:
+    """A token, and how it was come to; beams share what they have in common."""
+
+    parent: "_Path | None"
+    token: int
+    logprob: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Finished:
+    path: _Path
+    score: float
+    reason: FinishReason
+
+    def beam(self, engine: Engine) -> Beam:
+        last = self.path.parent if self.reason == "end_of_text" else self.path
+        steps: list[_Path] = []
+        while last is not None:
+            steps.append(last)
+            last = last.parent
+        tokens = np.array([step.token for step in reversed(steps)], np.int32)
+        logprobs = np.array([step.logprob for step in reversed(steps)], np.float32)
+        return Beam(Completion(tokens, logprobs, engine.tokenizer.decode(tokens), self.reason), self.score)
+
+
+class _Search:
+    """The search for completions of one prompt.
+
+    Attributes:
+      finished: the best so far, best first.
+      over: nothing more will be found.
+    """
+
+    def __init__(self, rules: Rules) -> None:
+        self.finished: list[_Finished] = []
+        self.over = False
+        self._rules = rules
+        self._beams: list[_Path | None] = [None]  # that go on
+        self._length = 0
+
+    def extend(self, candidates: "Candidates") -> None:
+        """Takes the candidates of one step, of this prompt alone: arrays (C,), and (K,) of those that go on."""
+        rules = self._rules
+        self._length += 1
+        columns = zip(candidates.parent_BC, candidates.token_BC, candidates.logprob_BC, strict=True)
+        paths = [_Path(self._beams[parent], int(token), float(logprob)) for parent, token, logprob in columns]
+        for path, total in list(zip(paths, candidates.total_BC, strict=True))[: rules.num_beams]:
+            if path.token == rules.end_of_text:
+                self.finished.append(_Finished(path, self._score(total, self._length), "end_of_text"))
+            elif self._length == rules.max_new_tokens:
+                self.finished.append(_Finished(path, self._score(total, self._length), "length"))
+        self.finished = sorted(self.finished, key=lambda found: -found.score)[: rules.num_beams]
+        self._beams = [paths[kept] for kept in candidates.kept_BK]
+
+        if len(self.finished) == rules.num_beams:
+            longest = rules.early_stopping == "never" and rules.length_penalty > 0
+            expected_length = rules.max_new_tokens if longest else self._length
+            expected = self._score(candidates.total_BC[candidates.kept_BK[0]], expected_length)
+            self.over = rules.early_stopping is True or expected <= self.finished[-1].score
+
+    def _score(self, total: npt.NDArray[np.float32], length: int) -> float:
+        return float(total / np.float32(length**self._rules.length_penalty))
+
+
+# --- the compiled programs --------------------------------------------------------------------------------------------
+
+
+class Program(NamedTuple):
+    """What they are compiled for, besides shapes."""
+
+    model: GPT
+    slots: int
+    num_beams: int
+    end_of_text: int | None
+
+
+class Memory(NamedTuple):
+    """What goes from one step to the next; donated. Rows R of the cache: the beams K of each prompt B in turn."""
+
+    cache: Cache
+    token_BK: jax.Array
+    total_BK: jax.Array  # float32, sum of the beam's log-probabilities
+
+
+class Candidates(NamedTuple):
+    """The likeliest continuations of each prompt's beams, best first; whole on every device: any process reads it.
+
+    Attributes:
+      parent_BC: which of the beams it continues.
+      token_BC: int32, by which token.
+      logprob_BC: float32, of that token.
+      total_BC: float32, of the beam and that token.
+      kept_BK: which candidates are the next beams, best first.
+    """
+
+    parent_BC: Any
+    token_BC: Any
+    logprob_BC: Any
+    total_BC: Any
+    kept_BK: Any
+
+
+def _candidates(engine: Engine, windows: list[npt.NDArray[np.int32]], rules: Rules) -> Iterator[Candidates]:
+    """Step after step of all prompts, in numpy; each is read while the device works on the next."""
+    if not windows:
+        return
+    program = Program(engine.model, engine.slots(windows, rules.max_new_tokens), rules.num_beams, rules.end_of_text)
+    tokens_BT, lengths_B = engine.pad(windows, engine.rows(len(windows)))
+    lengths_R = np.repeat(lengths_B, rules.num_beams)
+    with engine.in_mesh():
+        memory, last = _prefill(program, engine.params, tokens_BT, lengths_B)
+    for i in range(rules.max_new_tokens - 1):
+        with engine.in_mesh():
+            memory, new = _decode(program, engine.params, memory, lengths_R + np.int32(i))
+        yield Candidates(*map(np.asarray, last))
+        last = new
+    yield Candidates(*map(np.asarray, last))
+
+
+@partial(jax.jit, static_argnums=0)
+def _prefill(program: Program, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array) -> tuple[Memory, Candidates]:
+    """Reads the prompts and branches each into its first beams."""
+    params = unstack(program.model.config, params)
+    x_BD, cache = prefill(program.model, params, constrain(tokens_BT, "batch", None), lengths_B, program.slots)
+    return _branch(program, params, x_BD, cache, jnp.zeros((len(lengths_B), 1)))
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _decode(program: Program, params: Any, memory: Memory, position_R: jax.Array) -> tuple[Memory, Candidates]:
+    """Reads the token that each beam was last continued by, at `position_R`, and branches again."""
+    params = unstack(program.model.config, params)
+    x_RD, cache = decode(program.model, params, memory.cache, memory.token_BK.reshape(-1), position_R)
+    return _branch(program, params, x_RD, cache, memory.total_BK)
+
+
+def _branch(
+    program: Program, params: Any, x_RD: jax.Array, cache: Cache, total_BK: jax.Array
+) -> tuple[Memory, Candidates]:
+    """Candidates of the beams so far, and the beams that go on: K of them, each with its parent's cache."""
+    batch, beams = total_BK.shape
+    logprob_BKV = jax.nn.log_softmax(logits(program.model, params, x_RD)).reshape(batch, beams, -1)
+    vocab_size = logprob_BKV.shape[-1]
+    total_BC, at_BC = jax.lax.top_k((total_BK[:, :, None] + logprob_BKV).reshape(batch, -1), 2 * program.num_beams)
+    parent_BC, token_BC = at_BC // vocab_size, at_BC % vocab_size
+    logprob_BC = jnp.take_along_axis(logprob_BKV.reshape(batch, -1), at_BC, axis=1)
+    # At most one candidate of a beam ends the text, so as many as there are beams do not.
+    going_on_BC = (
+        total_BC if program.end_of_text is None else jnp.where(token_BC == program.end_of_text, -jnp.inf, total_BC)
+    )
+    _, kept_BK = jax.lax.top_k(going_on_BC, program.num_beams)
+    parent_BK, token_BK, total_BK = (
+        jnp.take_along_axis(x_BC, kept_BK, axis=1) for x_BC in (parent_BC, token_BC, total_BC)
+    )
+    memory = Memory([_reorder(layer, parent_BK) for layer in cache], token_BK, total_BK)
+    candidates = Candidates(parent_BC, token_BC, logprob_BC, total_BC, kept_BK)
+    return memory, Candidates(*(constrain(array, None, None) for array in candidates))
+
+
+def _reorder(layer: KeyValues, parent_BK: jax.Array) -> KeyValues:
+    """Each beam's parent's keys and values. The beams of a prompt lie on one device, so nothing is sent."""
+    batch, beams = parent_BK.shape
+
+    def reorder(x_RHSK: jax.Array) -> jax.Array:
+        x_BPHSK = x_RHSK.reshape(batch, -1, *x_RHSK.shape[1:])
+        x_BKHSK = jax.vmap(lambda x_PHSK, parent_K: jnp.take(x_PHSK, parent_K, axis=0))(x_BPHSK, parent_BK)
+        return constrain(x_BKHSK.reshape(batch * beams, *x_RHSK.shape[1:]), "batch", "heads", None, None)
+
+    return jax.tree.map(reorder, layer)

@@ -1,0 +1,112 @@
+"""The command `gptjax.generate` on a workdir of a tiny random model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+
+from gptjax import config as c
+from gptjax.data.tokenizers import BytesTokenizer
+from gptjax.inference.engine import Engine
+from gptjax.inference.sampling import Sampling
+from gptjax.models.gpt import GPT
+from gptjax.training.checkpoints import Checkpoints
+from gptjax.workdir import load_model
+
+ROOT = Path(__file__).parents[1]
+MODEL = c.GPTConfig(vocab_size=257, context_length=32, num_layers=1, num_heads=2, embed_dim=16, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("workdir")
+    run = c.Config(model=MODEL, data=c.DataConfig(tokenizer="bytes"), batch=c.BatchConfig(epochs=1.0))
+    (directory / "config.json").write_text(c.to_json(run))
+    BytesTokenizer().save(directory / "tokenizer")
+    params = nn.unbox(GPT(MODEL).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
+    with Checkpoints(directory, run.checkpoint) as checkpoints:
+        checkpoints.save_params(params)
+    return directory
+
+
+def generate(workdir: Path | None, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "gptjax.generate", *arguments]
+    if workdir is not None:
+        command.append(f"--workdir={workdir}")
+    return subprocess.run(command, input=stdin.encode(), capture_output=True, cwd=ROOT)
+
+
+def test_one_prompt_is_text_and_several_are_json_lines(workdir, tmp_path):
+    trained = load_model(workdir)
+    engine = Engine(trained.model, trained.params, trained.tokenizer, trained.mesh)
+
+    def text(prompt: str, seed: int) -> str:
+        return engine.generate([prompt], 8, Sampling(0.7, top_k=5), seeds=seed, ignore_end_of_text=True)[0].text
+
+    flags = ("--max_new_tokens=8", "--temperature=0.7", "--top_k=5", "--seed=3", "--ignore_end_of_text")
+    streamed = generate(workdir, *flags, stdin="a prompt\n")
+    assert streamed.returncode == 0, streamed.stderr.decode()
+    assert streamed.stdout.decode() == "a prompt" + text("a prompt", 3) + "\n"
+
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "one", "id": 7}\n{"prompt": "zwölf"}\n')
+    output = tmp_path / "out.jsonl"
+    written = generate(
+        workdir, *flags, f"--prompts={prompts}", "--num_samples=2", "--batch_size=3", "--logprobs", f"--output={output}"
+    )
+    assert written.returncode == 0, written.stderr.decode()
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(line["prompt"], line["seed"], line.get("id")) for line in lines] == [
+        ("one", 3, 7),
+        ("one", 4, 7),
+        ("zwölf", 5, None),
+        ("zwölf", 6, None),
+    ]
+    assert [line["text"] for line in lines] == [text(line["prompt"], line["seed"]) for line in lines]
+    assert all(len(line["tokens"]) == len(line["logprobs"]) == line["num_tokens"] == 8 for line in lines)
+    assert {line["finish_reason"] for line in lines} == {"length"}
+
+
+def test_beams(workdir):
+    result = generate(workdir, "--prompt=x", "--num_beams=3", "--num_samples=2", "--max_new_tokens=6", "--logprobs")
+    assert result.returncode == 0, result.stderr.decode()
+    lines = [json.loads(line) for line in result.stdout.decode().splitlines()]
+    assert len(lines) == 2
+    assert lines[0]["tokens"] != lines[1]["tokens"]
+    assert sum(lines[0]["logprobs"]) / lines[0]["num_tokens"] > sum(lines[1]["logprobs"]) / lines[1]["num_tokens"]
+    assert "seed" not in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--prompt=x", "--max_new_tokens=32"], ["prompt 1", "32", "--overflow=slide"]),
+        (["--prompt=x", "--top_p=3"], ["top_p=3.0", "(0, 1]"]),
+        (["--prompt=x", "--num_beams=2", "--top_k=5"], ["--top_k", "--num_beams"]),
+        (["--prompt=x", "--num_beams=2", "--num_samples=3"], ["--num_samples=3", "--num_beams=2"]),
+        (["--prompt=x", "--prompts=y"], ["--prompt", "exclude"]),
+        (["--prompts=/nowhere"], ["/nowhere", "No such file"]),
+        (["--prompt=x", "--mesh=tensr=2"], ["tensr", "did you mean 'tensor'"]),
+        (["--prompt=x", "--output=/nowhere/out.jsonl"], ["/nowhere"]),
+    ],
+)
+def test_mistakes_are_one_line(workdir, arguments, words):
+    result = generate(workdir, *arguments)
+    assert result.returncode == 2
+    (line,) = result.stderr.decode().strip().splitlines()
+    assert line.startswith("error: ")
+    for word in words:
+        assert word in line
+
+
+def test_a_bad_line_of_a_prompt_file_is_named(workdir, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "one"}\n{"text": "two"}\n')
+    result = generate(workdir, f"--prompts={prompts}")
+    assert result.returncode == 2
+    assert f'{prompts}:2: a line must be an object with a text "prompt"' in result.stderr.decode()

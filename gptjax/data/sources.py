@@ -351,19 +351,31 @@ class _TfdsSource(Source):
 
     @functools.cached_property
     def _opened(self) -> tuple[Any, Any]:
-        """The builder, and the split's examples by index; downloads and prepares the dataset when it is not there."""
-        tfds = importlib.import_module("tensorflow_datasets")
-        importlib.import_module("tensorflow_datasets.text")  # without TensorFlow, only this import registers them
-        try:
-            # tfds reads the variable when it is imported, which may have been before it was set.
-            data_dir = os.environ.get("TFDS_DATA_DIR")
-            builder = tfds.builder(self._name, data_dir=data_dir, file_format="array_record")
-            builder.download_and_prepare()
-            examples = builder.as_data_source(self._split)
-        except Exception as error:  # whatever a dataset's own code, its downloads or its file format come to
-            reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-            raise UserError(f"cannot open {self.spec}: {reason}") from error
+        """The builder, and the split's examples by index."""
+        builder, examples = open_tfds(self._name, self._split, self.spec)
         if self._field not in builder.info.features:
             fields = ", ".join(builder.info.features)
             raise UserError(f"{self.spec}: no field {self._field!r}; choose one with #FIELD: {fields}")
         return builder, examples
+
+
+def open_tfds(name: str, split: str, spec: str) -> tuple[Any, Any]:
+    """The builder of a dataset, and a split's examples by index; downloads and prepares it when it is not there.
+
+    Raises:
+      UserError: it cannot be had, for any reason; the message calls it `spec`.
+    """
+    tfds = importlib.import_module("tensorflow_datasets")
+    importlib.import_module("tensorflow_datasets.text")  # without TensorFlow, only this import registers them
+    # Its ten would keep a machine without a network waiting for minutes, each wait being twice the one before.
+    downloader: Any = importlib.import_module("tensorflow_datasets.core.download.downloader")
+    downloader.MAX_RETRIES = 4
+    try:
+        # tfds reads the variable when it is imported, which may have been before it was set.
+        data_dir = os.environ.get("TFDS_DATA_DIR")
+        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+        builder.download_and_prepare()
+        return builder, builder.as_data_source(split)
+    except Exception as error:  # whatever a dataset's own code, its downloads or its file format come to
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise UserError(f"cannot open {spec}: {reason}") from error

@@ -1,0 +1,70 @@
+"""Evaluates the newest weights of a workdir.
+
+python -m gptjax.evaluate --workdir=runs/gpt2 --tasks=lambada,hellaswag --num_fewshot=0
+python -m gptjax.evaluate --workdir=runs/gpt2 --tasks=mine.jsonl --num_fewshot=5 --limit=100
+python -m gptjax.evaluate --workdir=runs/gpt2 --tasks=perplexity --source=sotu --stride=512
+python -m gptjax.evaluate --workdir=runs/gpt2 --tasks=perplexity --source=text:wiki.test.tokens --detokenizer=wikitext
+
+A task is a benchmark of `gptjax/evaluation/catalogue.py` (read through tensorflow-datasets, downloaded on first use), a
+file of JSON lines (`gptjax/evaluation/tasks.py` shows its forms), or `perplexity`, of the text that --source names in
+any of the forms of `data.source`. The numbers go to stdout and, with all they depend on, to --output. An evaluation
+that was stopped goes on where it was when the same command is run again.
+"""
+
+from pathlib import Path
+from typing import Any, cast
+
+from absl import flags
+
+from gptjax import cli
+from gptjax.config import UserError
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run.")
+TASKS = flags.DEFINE_list("tasks", [], "What to evaluate, comma-separated: benchmarks, .jsonl files, perplexity.")
+NUM_FEWSHOT = flags.DEFINE_integer("num_fewshot", 0, "Examples shown before each example that is asked.", lower_bound=0)
+LIMIT = flags.DEFINE_integer(
+    "limit", None, "Only the first so many examples, or documents, of each task.", lower_bound=1
+)
+BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 8, "Sequences of full context length that are scored at once.", lower_bound=1
+)
+SEED = flags.DEFINE_integer("seed", 0, "Of the choice of examples to show.")
+SOURCE = flags.DEFINE_string("source", None, "For perplexity: text:GLOB, jsonl:GLOB#FIELD, tfds:NAME, sotu, ...")
+STRIDE = flags.DEFINE_integer(
+    "stride", None, "For perplexity: tokens a window scores; default: half of the context.", lower_bound=1
+)
+DETOKENIZER = flags.DEFINE_string("detokenizer", None, "For perplexity: wikitext, ptb, lm1b or lambada; default: none.")
+CONCATENATE = flags.DEFINE_bool("concatenate", False, "For perplexity: all documents as one stream, as in training.")
+MESH = flags.DEFINE_string("mesh", "", "Layout over the devices, such as data=2,tensor=4; default: all on data.")
+DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of activations; default: as trained.")
+OUTPUT = flags.DEFINE_string("output", None, "JSON file of the results; default: in WORKDIR/evaluation.")
+
+
+def main() -> None:
+    if WORKDIR.value is None:
+        raise UserError("needs --workdir=DIR, the directory of a run")
+    if not Path(WORKDIR.value).expanduser().is_dir():
+        raise UserError(f"there is no workdir {WORKDIR.value}")
+    from gptjax.evaluation.run import Options, evaluate  # takes seconds to import
+
+    evaluate(
+        Path(WORKDIR.value).expanduser(),
+        Options(
+            tasks=tuple(TASKS.value),
+            num_fewshot=NUM_FEWSHOT.value,
+            limit=LIMIT.value,
+            batch_size=BATCH_SIZE.value,
+            seed=SEED.value,
+            source=SOURCE.value,
+            stride=STRIDE.value,
+            detokenizer=DETOKENIZER.value,
+            concatenate=CONCATENATE.value,
+            mesh=MESH.value,
+            dtype=cast(Any, DTYPE.value),
+            output=None if OUTPUT.value is None else Path(OUTPUT.value).expanduser(),
+        ),
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

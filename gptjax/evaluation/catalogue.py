@@ -1,0 +1,155 @@
+"""Published benchmarks by name: where tensorflow-datasets has them, and how an example of theirs becomes ours.
+
+Prompts are those that Brown et al. 2020 print in Appendix G. Examples to show come from the training split, or, as
+theirs, from the development split where there is none.
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from gptjax.config import UserError
+from gptjax.data.sources import open_tfds
+from gptjax.evaluation import tasks
+from gptjax.evaluation.detokenizers import DETOKENIZERS
+from gptjax.evaluation.tasks import Example, Examples
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """Where a benchmark is.
+
+    Attributes:
+      dataset: name in tensorflow-datasets.
+      split: that is asked.
+      shots: split that is shown examples of; None: `split` itself has to do.
+      examples: the examples of a record, whose text is decoded.
+      few_shot_form: see `example_task`.
+    """
+
+    dataset: str
+    split: str
+    shots: str | None
+    examples: Callable[[dict[str, Any]], list[Example]]
+    few_shot_form: Callable[[Example], Example] | None = None
+
+
+def _lambada(record: dict[str, Any]) -> list[Example]:
+    # The release has tokens and lower case; OpenAI's own file, which their numbers are of, is a task file as it is.
+    return [tasks.last_word(DETOKENIZERS["lambada"].to_plain(record["passage"].strip()))]
+
+
+def _hellaswag(record: dict[str, Any]) -> list[Example]:
+    def plain(text: str) -> str:  # WikiHow's [title], [step] and [substeps] are marks of the format
+        text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+        return " ".join(text.split())
+
+    context = plain(f"{record['activity_label']}: {record['context']}")
+    return [tasks.choices(context, [plain(ending) for ending in record["endings"]], record["label"])]
+
+
+def _piqa(record: dict[str, Any]) -> list[Example]:
+    return [tasks.choices(record["goal"], [record["sol1"], record["sol2"]], record["label"])]
+
+
+def _arc(record: dict[str, Any]) -> list[Example]:
+    # A label is the place of a letter, and the letters of the choices need not begin with A.
+    answer = list(record["choices"]["label"]).index(record["answerKey"])
+    return [tasks.choices(f"Question: {record['question']}\nAnswer:", record["choices"]["text"], answer)]
+
+
+def _openbookqa(record: dict[str, Any]) -> list[Example]:
+    question = record["question"]
+    return [tasks.choices(question["stem"], [question[f"choice_{c}"] for c in "ABCD"], record["answerKey"])]
+
+
+def _race(record: dict[str, Any]) -> list[Example]:
+    return [
+        tasks.choices(f"Article: {record['article']}\n\nQ: {question}\n\nA:", options, "ABCD".index(answer))
+        for question, options, answer in zip(record["questions"], record["options"], record["answers"], strict=True)
+    ]
+
+
+def _story_cloze(record: dict[str, Any]) -> list[Example]:
+    return [tasks.choices(record["context"], record["endings"], record["label"] - 1)]  # counted from 1
+
+
+def _bool_q(record: dict[str, Any]) -> list[Example]:
+    context = f"{record['title']} -- {record['passage']}\nquestion: {record['question']}?\nanswer:"
+    return [tasks.choices(context, ["no", "yes"], int(record["answer"]))]
+
+
+def _winogrande(record: dict[str, Any]) -> list[Example]:
+    options = [record["option1"], record["option2"]]
+    return [tasks.both_contexts(record["sentence"], options, record["label"], blank="_")]
+
+
+def _wsc273(record: dict[str, Any]) -> list[Example]:
+    before, after = record["text"][: record["pronoun_start"]], record["text"][record["pronoun_end"] :]
+    options = [record["option1_normalized"], record["option2_normalized"]]
+    return [Example(tuple((before + option, after) for option in options), record["label"])]
+
+
+BENCHMARKS = {
+    "lambada": Benchmark("lambada", "test", "train", _lambada, tasks.as_blank),
+    "hellaswag": Benchmark("hellaswag", "validation", "train", _hellaswag),
+    "piqa": Benchmark("piqa", "validation", "train", _piqa),
+    "arc_easy": Benchmark("ai2_arc/ARC-Easy", "test", "train", _arc),
+    "arc_challenge": Benchmark("ai2_arc/ARC-Challenge", "test", "train", _arc),
+    "openbookqa": Benchmark("openbookqa", "test", "train", _openbookqa),
+    "race_middle": Benchmark("race/middle", "test", "train", _race),
+    "race_high": Benchmark("race/high", "test", "train", _race),
+    "story_cloze": Benchmark("story_cloze/2016", "test", "validation", _story_cloze),
+    "boolq": Benchmark("bool_q", "validation", "train", _bool_q),
+    "winogrande": Benchmark("winogrande", "validation", "train_xl", _winogrande),
+    "wsc273": Benchmark("wsc273", "test", None, _wsc273),
+}
+
+
+def check_name(name: str, others: tuple[str, ...]) -> None:
+    """Raises UserError unless `name` is a benchmark or one of the `others`."""
+    known = [*BENCHMARKS, *others]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+        raise UserError(f"unknown task {name!r}: {hint}; a file of your own is given by its path, ending in .jsonl")
+
+
+def read_benchmark(name: str, num_fewshot: int) -> Examples:
+    """The examples of a benchmark, downloaded on first use.
+
+    Raises:
+      UserError: it cannot be had, or its answers are withheld.
+    """
+    benchmark = BENCHMARKS[name]
+    asked = list(_read(benchmark, benchmark.split))
+    if num_fewshot == 0 or benchmark.shots is None:
+        return Examples(asked, asked)
+    return Examples(asked, list(_read(benchmark, benchmark.shots)))
+
+
+def _read(benchmark: Benchmark, split: str) -> Iterator[Example]:
+    what = f"tfds:{benchmark.dataset}@{split}"
+    _, records = open_tfds(benchmark.dataset, split, what)
+    for index, record in enumerate(records):
+        try:
+            examples = benchmark.examples(_decoded(record))
+        except ValueError as error:
+            raise UserError(f"example {index} of {what}: {error}") from None
+        for example in examples:
+            if not 0 <= example.answer < len(example.options):
+                raise UserError(f"example {index} of {what} has no answer among its choices: the split has no labels")
+            yield example
+
+
+def _decoded(value: Any) -> Any:
+    """A record with str for bytes, int for numpy's integers and lists for its arrays."""
+    if isinstance(value, dict):
+        return {name: _decoded(part) for name, part in value.items()}
+    if isinstance(value, list | tuple) or (hasattr(value, "ndim") and value.ndim > 0):
+        return [_decoded(part) for part in value]
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    return value.item() if hasattr(value, "item") else value

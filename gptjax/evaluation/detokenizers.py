@@ -1,0 +1,126 @@
+"""GPT-2's invertible de-tokenisers: benchmark files back to the text they were made of, and there again.
+
+Language-model benchmarks are distributed as tokens: punctuation stands apart, contractions are taken apart. To a model
+of raw text that is another language, so Radford et al. 2019, section 3.1, undo it, and still report the perplexity per
+token of the benchmark, which is fair as long as nothing is lost. Their de-tokenisers are not published; these are ours.
+
+A de-tokeniser is a list of rules, each a substitution and its inverse. Whether nothing was lost is a property of the
+text (a full stop that ended an abbreviation would be set apart), so `restored_lines` measures it.
+"""
+
+import dataclasses
+import re
+from typing import NamedTuple
+
+from gptjax.config import UserError
+
+
+class Rule(NamedTuple):
+    """Regular expressions with their substitutes: from the benchmark's form to plain text, and back."""
+
+    tokenised: str
+    plain_substitute: str
+    plain: str
+    tokenised_substitute: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Detokenizer:
+    """Applied line by line.
+
+    Attributes:
+      rules: in the order in which plain text is made.
+      padded_lines: the benchmark's lines begin and end with a blank, empty lines are one blank.
+    """
+
+    rules: tuple[Rule, ...]
+    padded_lines: bool = False
+
+    def to_plain(self, text: str) -> str:
+        return "\n".join(map(self._line_to_plain, text.split("\n")))
+
+    def to_tokenised(self, text: str) -> str:
+        """The inverse of `to_plain`, as far as the text allows."""
+        return "\n".join(map(self._line_to_tokenised, text.split("\n")))
+
+    def restored_lines(self, text: str) -> float:
+        """The share of the benchmark's lines that are had back, to the character, from their plain text."""
+        lines = text.removesuffix("\n").split("\n")
+        return sum(self._line_to_tokenised(self._line_to_plain(line)) == line for line in lines) / len(lines)
+
+    def _line_to_plain(self, line: str) -> str:
+        if self.padded_lines:
+            line = line.removeprefix(" ").removesuffix(" ")
+        for rule in self.rules:
+            line = re.sub(rule.tokenised, rule.plain_substitute, line)
+        return line
+
+    def _line_to_tokenised(self, line: str) -> str:
+        for rule in reversed(self.rules):
+            line = re.sub(rule.plain, rule.tokenised_substitute, line)
+        if self.padded_lines:
+            line = f" {line} " if line else " "
+        return line
+
+
+def original_tokens(text: str) -> int:
+    """How many tokens a benchmark counts in a text: the words between white space, and an end for each line."""
+    lines = text.removesuffix("\n").split("\n")
+    return len(text.split()) + len(lines)
+
+
+_PUNCTUATION = Rule(r" ([.,;:!?])(?= |$)", r"\1", r"(?<=[^ ])([.,;:!?])(?= |$|[.,;:!?])", r" \1")
+_BRACKETS = (
+    Rule(r"([(\[]) ", r"\1", r"([(\[])", r"\1 "),
+    Rule(r" ([)\]])", r"\1", r"([)\]])", r" \1"),
+)
+_QUOTES = Rule(r'" ([^"]*?) "', r'"\1"', r'"([^"]*?)"', r'" \1 "')
+_ENDINGS = Rule(r"(?<=\w) '(s|re|ll|d|ve|m)\b", r"'\1", r"(?<=\w)'(s|re|ll|d|ve|m)\b", r" '\1")  # John 's
+_PENN_NOT = Rule(r"(?<=\w) n't\b", "n't", r"(?<=\w)n't\b", " n't")  # do n't
+_MOSES_NOT = Rule(r"(?<=n) 't\b", "'t", r"(?<=n)'t\b", " 't")  # don 't
+
+DETOKENIZERS = {
+    # WikiText-2 and WikiText-103 (Merity et al. 2016).
+    "wikitext": Detokenizer(
+        (
+            Rule(r" @-@ ", "-", r"(?<=\w)-(?=\w)", " @-@ "),
+            Rule(r" @([,.])@ ", r"\1", r"(?<=\d)([,.])(?=\d)", r" @\1@ "),
+            Rule(r"= (?==)", "=", r"=(?==)", "= "),  # headings
+            _PUNCTUATION,
+            *_BRACKETS,
+            _QUOTES,
+            _ENDINGS,
+            _MOSES_NOT,
+        ),
+        padded_lines=True,
+    ),
+    # The Penn Treebank as Mikolov et al. 2010 prepared it: lower case, no punctuation, N for numbers.
+    "ptb": Detokenizer(
+        (
+            Rule(r"([$#]) N\b", r"\1N", r"([$#])N\b", r"\1 N"),
+            Rule(r"\bN %", "N%", r"\bN%", "N %"),
+            _PENN_NOT,
+            _ENDINGS,
+        ),
+        padded_lines=True,
+    ),
+    # The One Billion Word benchmark (Chelba et al. 2013).
+    "lm1b": Detokenizer((_PUNCTUATION, *_BRACKETS, _QUOTES, _ENDINGS, _MOSES_NOT)),
+    # LAMBADA as released (Paperno et al. 2016): lower case, `` and '' for quotation marks.
+    "lambada": Detokenizer(
+        (
+            _PUNCTUATION,
+            _PENN_NOT,
+            _ENDINGS,
+            Rule(r"(?<![^ ])`` ", '"', r'(?<![^ ])"(?=[^ ])', "`` "),
+            Rule(r" ''(?=[ ,.;:!?]|$)", '"', r'(?<=[^ ])"(?=[ ,.;:!?]|$)', " ''"),
+        )
+    ),
+}
+
+
+def get_detokenizer(name: str) -> Detokenizer:
+    """Raises UserError for an unknown name."""
+    if name not in DETOKENIZERS:
+        raise UserError(f"unknown detokenizer {name!r}: one of {', '.join(DETOKENIZERS)}")
+    return DETOKENIZERS[name]

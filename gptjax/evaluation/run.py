@@ -1,0 +1,209 @@
+"""What `python -m gptjax.evaluate` does: each task read, scored resumably, reported."""
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from gptjax.config import UserError
+from gptjax.data.sources import open_source
+from gptjax.evaluation.catalogue import BENCHMARKS, check_name, read_benchmark
+from gptjax.evaluation.detokenizers import get_detokenizer
+from gptjax.evaluation.metrics import Measurement
+from gptjax.evaluation.perplexity import PerplexityTask, perplexity_task
+from gptjax.evaluation.records import file_name, score_resumably
+from gptjax.evaluation.scoring import Scorer
+from gptjax.evaluation.tasks import Examples, ExampleTask, example_task, read_examples
+from gptjax.workdir import TrainedModel, load_model, parse_mesh
+
+PERPLEXITY = "perplexity"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The command's flags but for the workdir; `gptjax/evaluate.py` says what they mean."""
+
+    tasks: tuple[str, ...]
+    num_fewshot: int = 0
+    limit: int | None = None
+    batch_size: int = 8
+    seed: int = 0
+    source: str | None = None
+    stride: int | None = None
+    detokenizer: str | None = None
+    concatenate: bool = False
+    mesh: str = ""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    output: Path | None = None
+
+
+def check(options: Options) -> None:
+    """Raises UserError for what can be seen to be wrong before anything is read."""
+    if not options.tasks:
+        raise UserError(
+            "needs --tasks=NAME,...: " + ", ".join([PERPLEXITY, *BENCHMARKS]) + ", or a path ending in .jsonl"
+        )
+    for name in options.tasks:
+        if not name.endswith(".jsonl"):
+            check_name(name, (PERPLEXITY,))
+        elif not Path(name).expanduser().is_file():
+            raise UserError(f"there is no task file {name}")
+    names = [_short(name, options) for name in dict.fromkeys(options.tasks)]
+    if len(set(names)) < len(names):
+        raise UserError(f"--tasks={','.join(options.tasks)}: two files have the same name: evaluate them one by one")
+    if (options.source is not None) != (PERPLEXITY in options.tasks):
+        raise UserError("--tasks=perplexity and --source=SPEC need each other, as in --source=text:wiki.test.tokens")
+    if options.source is not None:
+        open_source(options.source)
+    elif options.stride is not None or options.detokenizer is not None or options.concatenate:
+        raise UserError("--stride, --detokenizer and --concatenate are for --tasks=perplexity")
+    if options.detokenizer is not None:
+        get_detokenizer(options.detokenizer)
+
+
+def evaluate(workdir: Path, options: Options) -> dict[str, Any]:
+    """Evaluates the newest weights of a workdir; prints a table and writes the report it returns.
+
+    Raises:
+      UserError: see `check` and `load_model`; a task that cannot be read or does not fit the model.
+    """
+    check(options)
+    trained = load_model(workdir, parse_mesh(options.mesh), options.dtype)
+    scorer = Scorer(trained.model, trained.params, trained.mesh, options.batch_size)
+    directory = workdir / "evaluation"
+    names = tuple(dict.fromkeys(options.tasks))
+    prepared = [(name, _prepare(name, options, trained)) for name in names]  # a bad task shows before any is scored
+    results = {}
+    for name, task in prepared:
+        short = _short(name, options)
+        scores = score_resumably(directory / "scores", short, scorer, trained.step, task.requests)
+        results[short] = {
+            "metrics": {metric: _json(measured) for metric, measured in task.metrics(scores).items()},
+            "requests": len(task.requests),
+            "truncated_requests": sum(map(scorer.is_truncated, task.requests)),
+            "source": options.source if name == PERPLEXITY else name,
+            **task.settings,
+        }
+    report = {
+        "workdir": str(workdir),
+        "step": trained.step,
+        "model": dataclasses.asdict(trained.model.config),
+        "tokenizer": trained.tokenizer.fingerprint,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "mesh": {axis: size for axis, size in trained.mesh.shape.items() if size > 1},
+        "batch_size": options.batch_size,
+        "versions": {
+            "python": platform.python_version(),
+            **{package: importlib.metadata.version(package) for package in ("gptjax", "jax", "numpy")},
+        },
+        "results": results,
+    }
+    shots = f"-{options.num_fewshot}shot" if names != (PERPLEXITY,) else ""
+    default = directory / f"{'+'.join(map(file_name, results))}{shots}-step{trained.step}.json"
+    output = default if options.output is None else options.output
+    _write(output, report)
+    print(table(report))
+    print(f"written to {output}")
+    return report
+
+
+def _prepare(name: str, options: Options, trained: TrainedModel) -> ExampleTask | PerplexityTask:
+    if name == PERPLEXITY:
+        assert options.source is not None
+        return perplexity_task(
+            open_source(options.source).documents(),
+            trained.tokenizer,
+            trained.model.config.context_length,
+            limit=options.limit,
+            stride=options.stride,
+            detokenizer=options.detokenizer,
+            concatenate=options.concatenate,
+        )
+    examples: Examples
+    if name.endswith(".jsonl"):
+        examples, form = read_examples(Path(name).expanduser()), None
+    else:
+        examples, form = read_benchmark(name, options.num_fewshot), BENCHMARKS[name].few_shot_form
+    return example_task(
+        examples,
+        trained.tokenizer,
+        num_fewshot=options.num_fewshot,
+        limit=options.limit,
+        seed=options.seed,
+        few_shot_form=form,
+    )
+
+
+def _short(name: str, options: Options) -> str:
+    """What the table calls a task."""
+    if name == PERPLEXITY:
+        return f"{PERPLEXITY}:{options.source}"
+    return Path(name).stem if name.endswith(".jsonl") else name
+
+
+def _json(measured: Measurement) -> dict[str, float | None]:
+    """As JSON can hold it, which knows neither infinity nor NaN."""
+    return {
+        field: value if value is not None and math.isfinite(value) else None
+        for field, value in measured._asdict().items()
+    }
+
+
+def _write(path: Path, report: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write --output={path}: {error.strerror}") from None
+
+
+# What the table says below the numbers, of what a task's entry has.
+_STATED = (
+    *("num_fewshot", "fewshot_seed", "stride", "context_length", "concatenated", "first_token_scored"),
+    *("documents", "tokens", "bytes", "detokenizer", "original_tokens", "detokenizer_restored_lines"),
+    *("examples", "examples_available", "truncated_requests"),
+)
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report's numbers in columns, and what they depend on."""
+    rows = [("task", "metric", "value", "stderr", "n")]
+    for name, entry in report["results"].items():
+        for metric, measured in entry["metrics"].items():
+            rows.append((name, metric, _number(measured["value"]), _number(measured["stderr"]), f"{measured['n']:,}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [_aligned(row, widths) for row in rows]
+    lines.insert(1, "-" * len(lines[0]))
+    lines.append("")
+    for name, entry in report["results"].items():
+        stated = ", ".join(f"{key} {_plain(entry[key])}" for key in _STATED if entry.get(key) is not None)
+        lines.append(f"{name}: {stated}")
+    lines.append(f"step {report['step']} of {report['workdir']}, {report['model']['dtype']}, {report['device']}")
+    return "\n".join(lines)
+
+
+def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
+    texts, numbers = row[:2], row[2:]
+    return "  ".join(
+        [text.ljust(width) for text, width in zip(texts, widths[:2], strict=True)]
+        + [number.rjust(width) for number, width in zip(numbers, widths[2:], strict=True)]
+    )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}" if abs(value) < 1000 else f"{value:,.1f}"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if isinstance(value, float) else str(value)

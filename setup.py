@@ -27,6 +27,7 @@ setup(
         "array_record>=0.8.3",
         "flax>=0.12.8",
         "grain>=0.2.18",
+        "huggingface_hub>=1.0",
         "importlib_resources>=7.1",  # tensorflow-datasets imports it to prepare a dataset, and does not require it
         "jax>=0.10",
         "matplotlib>=3.11",

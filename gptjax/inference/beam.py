@@ -60,7 +60,7 @@ def beam_search(
 
     In each step a prompt's beams have 2 * num_beams likeliest continuations, all together. Those among the first
     num_beams that end the text are finished, and of all finished the best num_beams are kept; the first num_beams that
-    do not end it go on. The search is over when num_beams are finished and none that goes on is expected to be better.
+    do not end it go on.
 
     Args:
       prompts: of any lengths; an empty one means the start of a document.
@@ -68,9 +68,9 @@ def beam_search(
       num_beams: 1 is greedy decoding.
       length_penalty: power of the length that scores are divided by; above 0 favours longer completions.
       num_return: at most num_beams.
-      early_stopping: when num_beams are finished, and the best that goes on is expected to be no better than the worst
-        of them: by its score were it to end now (False), or at max_new_tokens if length_penalty is positive ("never");
-        or whatever is expected (True).
+      early_stopping: True: a search is over as soon as num_beams are finished; False: when besides the best that goes
+        on, were it to end now, would score no better than the worst of them; "never": were it to reach max_new_tokens
+        without losing any probability, for a positive length_penalty.
       ignore_end_of_text: go on after it.
 
     Raises:
@@ -177,7 +177,6 @@ class Program(NamedTuple):
     model: GPT
     slots: int
     num_beams: int
-    end_of_text: int | None
 
 
 class Memory(NamedTuple):
@@ -210,37 +209,42 @@ def _candidates(engine: Engine, windows: list[npt.NDArray[np.int32]], rules: Rul
     """Step after step of all prompts, in numpy; each is read while the device works on the next."""
     if not windows:
         return
-    program = Program(engine.model, engine.slots(windows, rules.max_new_tokens), rules.num_beams, rules.end_of_text)
+    program = Program(engine.model, engine.slots(windows, rules.max_new_tokens), rules.num_beams)
     tokens_BT, lengths_B = engine.pad(windows, engine.rows(len(windows)))
+    end_of_text = np.int32(-1 if rules.end_of_text is None else rules.end_of_text)
     lengths_R = np.repeat(lengths_B, rules.num_beams)
     with engine.in_mesh():
-        memory, last = _prefill(program, engine.params, tokens_BT, lengths_B)
+        memory, last = _prefill(program, engine.params, tokens_BT, lengths_B, end_of_text)
     for i in range(rules.max_new_tokens - 1):
         with engine.in_mesh():
-            memory, new = _decode(program, engine.params, memory, lengths_R + np.int32(i))
+            memory, new = _decode(program, engine.params, memory, lengths_R + np.int32(i), end_of_text)
         yield Candidates(*map(np.asarray, last))
         last = new
     yield Candidates(*map(np.asarray, last))
 
 
 @partial(jax.jit, static_argnums=0)
-def _prefill(program: Program, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array) -> tuple[Memory, Candidates]:
+def _prefill(
+    program: Program, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array, end_of_text: jax.Array
+) -> tuple[Memory, Candidates]:
     """Reads the prompts and branches each into its first beams."""
     params = unstack(program.model.config, params)
     x_BD, cache = prefill(program.model, params, constrain(tokens_BT, "batch", None), lengths_B, program.slots)
-    return _branch(program, params, x_BD, cache, jnp.zeros((len(lengths_B), 1)))
+    return _branch(program, params, x_BD, cache, jnp.zeros((len(lengths_B), 1)), end_of_text)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _decode(program: Program, params: Any, memory: Memory, position_R: jax.Array) -> tuple[Memory, Candidates]:
+def _decode(
+    program: Program, params: Any, memory: Memory, position_R: jax.Array, end_of_text: jax.Array
+) -> tuple[Memory, Candidates]:
     """Reads the token that each beam was last continued by, at `position_R`, and branches again."""
     params = unstack(program.model.config, params)
     x_RD, cache = decode(program.model, params, memory.cache, memory.token_BK.reshape(-1), position_R)
-    return _branch(program, params, x_RD, cache, memory.total_BK)
+    return _branch(program, params, x_RD, cache, memory.total_BK, end_of_text)
 
 
 def _branch(
-    program: Program, params: Any, x_RD: jax.Array, cache: Cache, total_BK: jax.Array
+    program: Program, params: Any, x_RD: jax.Array, cache: Cache, total_BK: jax.Array, end_of_text: jax.Array
 ) -> tuple[Memory, Candidates]:
     """Candidates of the beams so far, and the beams that go on: K of them, each with its parent's cache."""
     batch, beams = total_BK.shape
@@ -250,9 +254,7 @@ def _branch(
     parent_BC, token_BC = at_BC // vocab_size, at_BC % vocab_size
     logprob_BC = jnp.take_along_axis(logprob_BKV.reshape(batch, -1), at_BC, axis=1)
     # At most one candidate of a beam ends the text, so as many as there are beams do not.
-    going_on_BC = (
-        total_BC if program.end_of_text is None else jnp.where(token_BC == program.end_of_text, -jnp.inf, total_BC)
-    )
+    going_on_BC = jnp.where(token_BC == end_of_text, -jnp.inf, total_BC)
     _, kept_BK = jax.lax.top_k(going_on_BC, program.num_beams)
     parent_BK, token_BK, total_BK = (
         jnp.take_along_axis(x_BC, kept_BK, axis=1) for x_BC in (parent_BC, token_BC, total_BC)

@@ -117,11 +117,13 @@ class Engine:
           on_text: called with the index of a prompt and the next piece of its text, as soon as it is certain.
 
         Raises:
-          UserError: a text longer than the context, an empty prompt for a tokenizer without end-of-text, a token
-            outside of the vocabulary.
+          UserError: not as many seeds as prompts, a text longer than the context, an empty prompt for a tokenizer
+            without end-of-text, a token outside of the vocabulary.
         """
         ids = [self.ids(prompt) for prompt in prompts]
-        seeds = [seeds + i for i in range(len(ids))] if isinstance(seeds, int) else seeds
+        seeds = [int(seeds) + i for i in range(len(ids))] if isinstance(seeds, int | np.integer) else seeds
+        if len(seeds) != len(ids):
+            raise UserError(f"{len(seeds)} seeds for {len(ids)} prompts: give one for each, or the first")
         end_of_text = None if ignore_end_of_text else self.tokenizer.end_of_text
         rows = [_Row(TextStream(self.tokenizer, stop)) for _ in ids]
         as_it_comes = bool(stop) or on_text is not None  # else the text is decoded once, at the end

@@ -26,11 +26,12 @@ class Int8(struct.PyTreeNode, nn.meta.AxisMetadata):
     """
 
     values: jax.Array  # int8
-    scale: jax.Array  # of the parameter's dtype; 1 along the axes that the product sums over
+    scale: jax.Array  # float32; 1 along the axes that the product sums over
 
     @classmethod
     def quantize(cls, kernel: jax.Array, summed_axes: tuple[int, ...]) -> "Int8":
         """Rounds to the nearest of 255 steps between minus and plus the largest weight of each output."""
+        kernel = kernel.astype(jnp.float32)  # bfloat16 quotients are too coarse: some round to 128, out of range
         scale = jnp.max(jnp.abs(kernel), axis=summed_axes, keepdims=True) / 127
         values = jnp.round(kernel / jnp.where(scale == 0, 1, scale)).astype(jnp.int8)
         return cls(values, scale)

@@ -1,0 +1,51 @@
+"""Eight simulated devices generate what one does, however they are arranged."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+SCRIPT = Path(__file__).with_name("decode_on_meshes.py")
+MESHES = ["data=8", "fsdp=2,tensor=4", "context=2,fsdp=2,tensor=2"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[str, Any]:
+    """What the script writes, run in a process of its own with eight devices."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    out = tmp_path_factory.mktemp("meshes") / "completions.json"
+    subprocess.run([sys.executable, SCRIPT, out, *MESHES], env={**os.environ, "XLA_FLAGS": flags}, check=True)
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("mesh", ["one", *MESHES])
+def test_decoding_is_the_whole_forward_pass_at_every_position(results, mesh):
+    assert 0 < results[mesh]["error"] < 5e-5
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_every_mesh_generates_what_one_device_does(results, mesh):
+    one, spread = results["one"], results[mesh]
+    for drawn in ("tokens", "sampled", "beams"):
+        assert spread[drawn] == one[drawn], drawn
+    for number in ("logprobs", "scores"):
+        np.testing.assert_allclose(np.hstack(spread[number]), np.hstack(one[number]), atol=1e-4)
+
+
+def test_what_is_compared_differs_from_prompt_to_prompt_and_from_way_to_way(results):
+    one = results["one"]
+    texts = [*one["tokens"], *one["sampled"], *one["beams"]]
+    assert min(len(set(tokens)) for tokens in texts) > 3
+    assert all(text != other for text, other in itertools.combinations(one["tokens"] + one["sampled"], 2))
+    assert all(best != second for best, second in zip(one["beams"][::2], one["beams"][1::2], strict=True))
+
+
+def test_the_cache_is_spread(results):
+    """The equality above would hold for a cache that every device keeps whole."""
+    assert [results[mesh]["share"] for mesh in ["one", *MESHES]] == [1, 1 / 8, 1 / 8, 1 / 4]

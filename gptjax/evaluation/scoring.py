@@ -19,11 +19,10 @@ from jax.sharding import Mesh
 
 from gptjax.config import UserError
 from gptjax.data.tokenizers import Tokenizer
+from gptjax.inference.engine import bucket, power_of_two
 from gptjax.models.gpt import GPT, head_embedding, hidden_states, unembed
 from gptjax.parallel.mesh import batch_shards, constrain
 from gptjax.training.losses import positions_per_chunk
-
-MIN_BUCKET = 16  # positions
 
 
 class Request(NamedTuple):
@@ -126,12 +125,12 @@ class Scorer:
         for (length, scored), indices in sorted(buckets.items(), reverse=True):
             indices.sort(key=lambda index: -len(requests[index].tokens))
             most = self._batch_size * max(1, self.context_length // length)
-            rows = -(-min(most, _power_of_two(len(indices))) // self._row_unit) * self._row_unit
+            rows = -(-min(most, power_of_two(len(indices))) // self._row_unit) * self._row_unit
             batches += [Batch(indices[i : i + rows], rows, length, scored) for i in range(0, len(indices), rows)]
         return batches
 
     def _bucket(self, length: int) -> int:
-        rounded = min(max(_power_of_two(length), MIN_BUCKET), self.context_length)
+        rounded = min(bucket(length), self.context_length)
         return -(-rounded // self._length_unit) * self._length_unit
 
     def score_batch(self, requests: Sequence[Request], batch: Batch) -> list[Score]:
@@ -191,11 +190,6 @@ def windows(tokens: npt.NDArray[np.int32], context_length: int, stride: int) -> 
         end = min(done + (stride if done > 1 else context_length), len(tokens))
         yield Request(tokens[max(0, end - 1 - context_length) : end], end - done)
         done = end
-
-
-def _power_of_two(number: int) -> int:
-    """The next one that is not smaller."""
-    return 1 << (number - 1).bit_length()
 
 
 @partial(jax.jit, static_argnums=(0, 5))

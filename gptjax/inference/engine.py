@@ -218,19 +218,19 @@ class Engine:
                 f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed the model's context of "
                 f"{context} tokens: shorten one; sampling can also let the context slide (overflow=slide)"
             )
-        return min(_bucket(longest + max_new_tokens), context)
+        return min(bucket(longest + max_new_tokens), context)
 
     def rows(self, prompts: int) -> int:
         """Rows of a batch: one a prompt, rounded up so that the mesh divides them evenly."""
         shards = 1 if self.mesh is None else batch_shards(self.mesh)
-        return shards * _power_of_two(-(-prompts // shards))
+        return shards * power_of_two(-(-prompts // shards))
 
     def pad(
         self, windows: list[npt.NDArray[np.int32]], rows: int
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """tokens_BT and lengths_B; the rows after the windows repeat them."""
         context = self.model.config.context_length
-        tokens_BT = np.zeros((rows, min(_bucket(max(map(len, windows))), context)), np.int32)
+        tokens_BT = np.zeros((rows, min(bucket(max(map(len, windows))), context)), np.int32)
         for row in range(rows):
             window = windows[row % len(windows)]
             tokens_BT[row, : len(window)] = window
@@ -253,11 +253,13 @@ class Engine:
         return np.asarray(drawn.token_B)[:rows], np.asarray(drawn.logprob_B)[:rows]
 
 
-def _bucket(positions: int) -> int:
-    return max(MIN_BUCKET, _power_of_two(positions))
+def bucket(positions: int) -> int:
+    """How many positions programs are compiled for when there are so many: few different numbers."""
+    return max(MIN_BUCKET, power_of_two(positions))
 
 
-def _power_of_two(number: int) -> int:
+def power_of_two(number: int) -> int:
+    """The next one that is not smaller."""
     return 1 << (number - 1).bit_length()
 
 

@@ -17,7 +17,7 @@ test: $(VENV)/.installed-test ## run the tests
 	$(BIN)/python -m pytest -n auto
 
 interop: $(VENV)/.installed-test $(VENV)/.installed-interop ## compare with torch, transformers and lm-eval, installing them
-	$(BIN)/python -m pytest -n auto tests/interop tests/inference tests/evaluation/test_harness.py
+	$(BIN)/python -m pytest -n auto $$(grep -rl --include='*.py' importorskip tests)
 
 lint: $(VENV)/.installed-dev ## check style and types
 	$(BIN)/ruff check .

@@ -212,7 +212,7 @@ def parse_arg(arg: str | None, **defaults: Any) -> dict[str, Any]:
     for item in filter(None, (arg or "").split(",")):
         key, has_value, text = item.partition("=")
         if key not in defaults:
-            raise UserError(f"unknown config argument {key!r}{_nearest(key, defaults)}")
+            raise UserError(f"unknown config argument {key!r}{nearest(key, defaults)}")
         kind = type(defaults[key])
         if kind is bool:
             if text.lower() not in ("", "true", "false"):
@@ -252,7 +252,7 @@ def check_key(key: str) -> None:
     for i, part in enumerate(parts := key.split(".")):
         hints = typing.get_type_hints(section) if dataclasses.is_dataclass(section) else {}
         if part not in hints:
-            raise UserError(f"unknown config key {key!r}{_nearest(part, hints, '.'.join(parts[:i]))}")
+            raise UserError(f"unknown config key {key!r}{nearest(part, hints, '.'.join(parts[:i]))}")
         section = hints[part]
     if dataclasses.is_dataclass(section):
         raise UserError(f"config key {key!r} is a group: set one of {', '.join(typing.get_type_hints(section))}")
@@ -303,7 +303,7 @@ def _build(section: Any, tree: Any, prefix: str) -> Any:
     hints = typing.get_type_hints(section)
     for key in tree:
         if key not in hints:
-            raise UserError(f"unknown config key {prefix + key!r}{_nearest(key, hints, prefix.rstrip('.'))}")
+            raise UserError(f"unknown config key {prefix + key!r}{nearest(key, hints, prefix.rstrip('.'))}")
     if missing := [key for key in hints if key not in tree]:
         raise UserError(f"config lacks the key {prefix + missing[0]!r}")
     values = {}
@@ -419,7 +419,7 @@ def _divisor_near(number: int, near: int) -> int:
     return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - near))
 
 
-def _nearest(name: str, known: Iterable[str], group: str = "") -> str:
+def nearest(name: str, known: Iterable[str], group: str = "") -> str:
     """The end of an "unknown name" message: the nearest of the known names of `group`, or all of them."""
     names = [f"{group}.{other}" if group else other for other in known]
     match = difflib.get_close_matches(f"{group}.{name}" if group else name, names, n=1)

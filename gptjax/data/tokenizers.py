@@ -266,7 +266,7 @@ def read_json(path: Path) -> HuggingFaceTokenizer:
 
 def _save_whole(tokenizer: Tokenizer, directory: Path) -> None:
     """Saves so that `directory` exists either whole or not at all, whoever else is saving it."""
-    unfinished = _unfinished(directory)
+    unfinished = unfinished_path(directory)
     try:
         tokenizer.save(unfinished)
         unfinished.rename(directory)
@@ -277,7 +277,7 @@ def _save_whole(tokenizer: Tokenizer, directory: Path) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _unfinished(path: Path) -> Path:
+def unfinished_path(path: Path) -> Path:
     """A name beside `path` that no other process uses, to be renamed to it when what it names is whole."""
     return path.with_name(f".{path.name}-{uuid.uuid4().hex}")
 
@@ -289,11 +289,29 @@ def _hash(value: object) -> str:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def _train_bpe(documents: Iterable[str], size: int) -> tokenizers.Tokenizer:
-    """Byte-level BPE (Radford et al. 2019, section 2.2)."""
-    tokenizer = tokenizers.Tokenizer(models.BPE())
+def gpt2_form(model: models.BPE) -> tokenizers.Tokenizer:
+    """A BPE over bytes, as GPT-2's."""
+    tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def gpt1_form(model: models.BPE) -> tokenizers.Tokenizer:
+    """A BPE over lower-cased words that end in </w>, with BERT's word splitter.
+
+    GPT-1 itself split words with spaCy; this is the stand-in that Hugging Face's openai-gpt uses.
+    """
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.BPEDecoder(suffix="</w>")
+    return tokenizer
+
+
+def _train_bpe(documents: Iterable[str], size: int) -> tokenizers.Tokenizer:
+    """Byte-level BPE (Radford et al. 2019, section 2.2)."""
+    tokenizer = gpt2_form(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=size,
         special_tokens=[END_OF_TEXT],
@@ -305,14 +323,8 @@ def _train_bpe(documents: Iterable[str], size: int) -> tokenizers.Tokenizer:
 
 
 def _train_gpt1_bpe(documents: Iterable[str], size: int) -> tokenizers.Tokenizer:
-    """BPE over characters of lower-cased words, as GPT-1's (Sennrich et al. 2016), with BERT's word splitter.
-
-    GPT-1 itself split words with spaCy; this is the stand-in that Hugging Face's openai-gpt uses.
-    """
-    tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.BPEDecoder(suffix="</w>")
+    """BPE over characters of lower-cased words, as GPT-1's (Sennrich et al. 2016)."""
+    tokenizer = gpt1_form(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
     trainer = trainers.BpeTrainer(
         vocab_size=size,
         special_tokens=["<unk>", END_OF_TEXT],
@@ -359,7 +371,7 @@ def _place_vocabulary(files: dict[str, str], package: Path, cache: Path) -> None
         target = cache / _cache_name(url)
         if not target.exists():
             content = (package / file).read_bytes()
-            unfinished = _unfinished(target)
+            unfinished = unfinished_path(target)
             unfinished.write_bytes(gzip.decompress(content) if file.endswith(".gz") else content)
             unfinished.replace(target)
 

@@ -5,12 +5,11 @@ theirs, from the development split where there is none.
 """
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from gptjax.config import UserError
+from gptjax.config import UserError, nearest
 from gptjax.data.sources import open_tfds
 from gptjax.evaluation import tasks
 from gptjax.evaluation.detokenizers import DETOKENIZERS
@@ -112,9 +111,9 @@ def check_name(name: str, others: tuple[str, ...]) -> None:
     """Raises UserError unless `name` is a benchmark or one of the `others`."""
     known = [*BENCHMARKS, *others]
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-        raise UserError(f"unknown task {name!r}: {hint}; a file of your own is given by its path, ending in .jsonl")
+        raise UserError(
+            f"unknown task {name!r}{nearest(name, known)}; a file of your own is given by its path, ending in .jsonl"
+        )
 
 
 def read_benchmark(name: str, num_fewshot: int) -> Examples:

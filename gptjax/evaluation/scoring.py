@@ -7,7 +7,6 @@ only, a chunk of them at a time.
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from gptjax.config import UserError
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.inference.engine import bucket, power_of_two
 from gptjax.models.gpt import GPT, head_embedding, hidden_states, unembed
-from gptjax.parallel.mesh import batch_shards, constrain
+from gptjax.parallel.mesh import batch_shards, constrain, use_mesh
 from gptjax.training.losses import positions_per_chunk
 
 
@@ -98,7 +97,7 @@ class Scorer:
     def __init__(self, model: GPT, params: Any, mesh: Mesh | None = None, batch_size: int = 8) -> None:
         self.model, self.context_length = model, model.config.context_length
         self._params, self._mesh, self._batch_size = params, mesh, batch_size
-        self._row_unit = 1 if mesh is None else batch_shards(mesh)
+        self._row_unit = batch_shards(mesh)
         self._length_unit = 1 if mesh is None else mesh.shape["context"]
 
     def is_truncated(self, request: Request) -> bool:
@@ -148,7 +147,7 @@ class Scorer:
             targets_BC[row, :scored] = tokens[-scored:]
             start_B[row] = len(inputs) - scored
         chunk = positions_per_chunk(batch.rows // self._row_unit)
-        with self._in_mesh():
+        with use_mesh(self._mesh):
             results = _score(self.model, self._params, tokens_BT, targets_BC, start_B, chunk)
         logprobs_BC, greedy_BC = (np.asarray(result) for result in results)
         scores = []
@@ -168,11 +167,8 @@ class Scorer:
 
     def fingerprint(self) -> int:
         """A checksum of the weights: equal for equal weights, however they are laid out."""
-        with self._in_mesh():
+        with use_mesh(self._mesh):
             return int(sum(np.asarray(_checksum(leaf), np.uint64) for leaf in jax.tree.leaves(self._params)) % 2**32)
-
-    def _in_mesh(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
 
 def windows(tokens: npt.NDArray[np.int32], context_length: int, stride: int) -> Iterator[Request]:

@@ -19,7 +19,7 @@ from gptjax.inference.engine import Completion, Engine, FinishReason, Prompt
 from gptjax.models.attention import KeyValues
 from gptjax.models.decoding import Cache, decode, logits, prefill, unstack
 from gptjax.models.gpt import GPT
-from gptjax.parallel.mesh import constrain
+from gptjax.parallel.mesh import constrain, use_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,10 +213,10 @@ def _candidates(engine: Engine, windows: list[npt.NDArray[np.int32]], rules: Rul
     tokens_BT, lengths_B = engine.pad(windows, engine.rows(len(windows)))
     end_of_text = np.int32(-1 if rules.end_of_text is None else rules.end_of_text)
     lengths_R = np.repeat(lengths_B, rules.num_beams)
-    with engine.in_mesh():
+    with use_mesh(engine.mesh):
         memory, last = _prefill(program, engine.params, tokens_BT, lengths_B, end_of_text)
     for i in range(rules.max_new_tokens - 1):
-        with engine.in_mesh():
+        with use_mesh(engine.mesh):
             memory, new = _decode(program, engine.params, memory, lengths_R + np.int32(i), end_of_text)
         yield Candidates(*map(np.asarray, last))
         last = new

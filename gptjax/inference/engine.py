@@ -6,7 +6,6 @@ each bucket of shapes: rows, prompt lengths and cache slots are rounded up to po
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -23,7 +22,7 @@ from gptjax.inference.text import TextStream
 from gptjax.inference.weights import Weights, prepare
 from gptjax.models.decoding import Cache, decode, logits, prefill, unstack
 from gptjax.models.gpt import GPT
-from gptjax.parallel.mesh import batch_shards, constrain
+from gptjax.parallel.mesh import batch_shards, constrain, use_mesh
 
 Prompt = str | npt.ArrayLike  # text, or token ids
 FinishReason = Literal["end_of_text", "stop", "length"]
@@ -83,7 +82,7 @@ class Engine:
     ) -> None:
         self.mesh = mesh
         self.tokenizer = tokenizer
-        with self.in_mesh():
+        with use_mesh(self.mesh):
             self.model, self.params = prepare(model, params, weights)
         assert model.config.vocab_size is not None, "resolve model.vocab_size from the tokenizer first"
         self.vocab_size = model.config.vocab_size
@@ -179,10 +178,10 @@ class Engine:
             longest = max(len(window) for window in windows)
             if longest + len(drawn) > self.model.config.context_length:
                 windows, drawn = self._slide(windows, drawn), []
-            with self.in_mesh():
+            with use_mesh(self.mesh):
                 if not drawn:
-                    memory, new = _prefill(program, self.params, *self.pad(windows, rows), seen_BV, draw)
-                    length_B = np.resize([len(window) for window in windows], rows).astype(np.int32)
+                    tokens_BT, length_B = self.pad(windows, rows)
+                    memory, new = _prefill(program, self.params, tokens_BT, length_B, seen_BV, draw)
                 else:
                     position_B = length_B + np.int32(len(drawn) - 1)
                     memory, new = _decode(program, self.params, memory, drawn[-1].token_B, position_B, draw)
@@ -195,9 +194,6 @@ class Engine:
             yield self._read(last, len(windows))
 
     # What beam search builds on too.
-
-    def in_mesh(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def ids(self, prompt: Prompt) -> npt.NDArray[np.int32]:
         """The tokens of a prompt; raises UserError as `generate` does."""
@@ -222,7 +218,7 @@ class Engine:
 
     def rows(self, prompts: int) -> int:
         """Rows of a batch: one a prompt, rounded up so that the mesh divides them evenly."""
-        shards = 1 if self.mesh is None else batch_shards(self.mesh)
+        shards = batch_shards(self.mesh)
         return shards * power_of_two(-(-prompts // shards))
 
     def pad(

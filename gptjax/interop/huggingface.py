@@ -10,7 +10,6 @@ import json
 import math
 import re
 import shutil
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -188,7 +187,7 @@ def check_new(directory: Path) -> None:
 def new_directory(directory: Path) -> Iterator[Path]:
     """A directory to write into, which becomes `directory` when nothing is raised, and is removed otherwise."""
     check_new(directory)
-    unfinished = directory.absolute().with_name(f".{directory.absolute().name}-{uuid.uuid4().hex}")
+    unfinished = tokenizers.unfinished_path(directory.absolute())
     try:
         unfinished.mkdir(parents=True)
         yield unfinished

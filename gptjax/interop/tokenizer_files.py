@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tiktoken
 import tokenizers as huggingface
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from gptjax.config import UserError
 from gptjax.data.tokenizers import (
@@ -15,6 +15,8 @@ from gptjax.data.tokenizers import (
     HuggingFaceTokenizer,
     TiktokenTokenizer,
     Tokenizer,
+    gpt1_form,
+    gpt2_form,
     read_json,
 )
 
@@ -43,15 +45,8 @@ def _read_vocabulary(directory: Path) -> huggingface.Tokenizer:
     vocab, merges = str(directory / "vocab.json"), str(directory / "merges.txt")
     vocabulary = json.loads(Path(vocab).read_text(encoding="utf-8"))
     if any(token.endswith("</w>") for token in vocabulary):
-        model = models.BPE.from_file(vocab, merges, unk_token="<unk>", end_of_word_suffix="</w>")
-        tokenizer = huggingface.Tokenizer(model)
-        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        tokenizer.decoder = decoders.BPEDecoder(suffix="</w>")
-        return tokenizer
-    tokenizer = huggingface.Tokenizer(models.BPE.from_file(vocab, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+        return gpt1_form(models.BPE.from_file(vocab, merges, unk_token="<unk>", end_of_word_suffix="</w>"))
+    tokenizer = gpt2_form(models.BPE.from_file(vocab, merges))
     tokenizer.add_special_tokens([END_OF_TEXT] if END_OF_TEXT in vocabulary else [])
     return tokenizer
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from gptjax.config import GPTConfig
 from gptjax.models.attention import KeyValues, SelfAttention, product_settings
-from gptjax.parallel.mesh import constrain, partitioned, shardings
+from gptjax.parallel.mesh import abstract_arrays, constrain, partitioned, shardings
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": partial(nn.gelu, approximate=True),
@@ -220,11 +220,7 @@ def hidden_states(model: GPT, params: Any, tokens_BT: jax.Array, *args: Any, **k
 def abstract_params(model: GPT, mesh: Mesh) -> Any:
     """Shapes, dtypes and shardings of the parameters on `mesh`: a tree of ShapeDtypeStructs."""
     boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        nn.unbox(boxed),
-        shardings(mesh, boxed),
-    )
+    return abstract_arrays(nn.unbox(boxed), shardings(mesh, boxed))
 
 
 def head_embedding(params: Any) -> jax.Array:

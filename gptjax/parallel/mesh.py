@@ -5,6 +5,7 @@ changes its parallelism by `--config.mesh.fsdp=8`, never by touching a layer.
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import flax.linen as nn
@@ -92,9 +93,14 @@ def _check_division(*needs: tuple[str, int, str, int]) -> None:
             )
 
 
-def batch_shards(mesh: Mesh) -> int:
-    """Over how many devices the sequences of a batch are spread."""
-    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+def batch_shards(mesh: Mesh | None) -> int:
+    """Over how many devices the sequences of a batch are spread; None: there is one device."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def use_mesh(mesh: Mesh | None) -> AbstractContextManager[Any]:
+    """In which programs run on `mesh`; None: on one device."""
+    return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def partition_spec(logical: PartitionSpec | tuple[str | None, ...]) -> PartitionSpec:
@@ -133,6 +139,13 @@ def shardings(mesh: Mesh, boxed: Any) -> Any:
         return NamedSharding(mesh, partition_spec(logical))
 
     return jax.tree.map(sharding, boxed, is_leaf=lambda leaf: isinstance(leaf, LogicalAxes))
+
+
+def abstract_arrays(shapes: Any, placement: Any) -> Any:
+    """The ShapeDtypeStructs of a tree, with the shardings of another: what a checkpoint is restored to."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, placement
+    )
 
 
 def batch_sharding(mesh: Mesh, *leading: None) -> NamedSharding:

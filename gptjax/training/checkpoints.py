@@ -25,6 +25,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from gptjax.config import CheckpointConfig, Config, UserError, differences, read_config
 from gptjax.data import tokenizers
+from gptjax.parallel.mesh import abstract_arrays
 from gptjax.training.state import TrainState, create_state, state_shardings
 
 # Fields of the model that weights do not depend on once they are there: training that starts from them may choose.
@@ -122,12 +123,12 @@ class Checkpoints:
     def stream_params(self, abstract_params: Any) -> Iterator[np.ndarray]:
         """The leaves of `restore_params`, in the tree's order, each read into host memory when it is asked for."""
         leaves, structure = jax.tree.flatten(abstract_params)
+        name = self._weights()
         for i, leaf in enumerate(leaves):
             others = [ocp.PLACEHOLDER] * len(leaves)
             one = jax.tree.unflatten(structure, [*others[:i], leaf, *others[i + 1 :]])
             args = [ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)] * len(leaves)
             restore = ocp.args.PyTreeRestore(one, restore_args=jax.tree.unflatten(structure, args))
-            name = self._weights()
             restored = self._manager.restore(self.latest_step(), args=ocp.args.Composite(**{name: restore}))[name]
             yield jax.tree.leaves(restored)[i]
 
@@ -208,6 +209,4 @@ def start_state(
 def _abstract_state(config: Config, init_params: Callable[[jax.Array], Any], mesh: Mesh) -> TrainState:
     placement = state_shardings(config, init_params, mesh)
     shapes = jax.eval_shape(lambda: create_state(config, init_params, mesh))
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, placement
-    )
+    return abstract_arrays(shapes, placement)

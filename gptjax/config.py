@@ -52,7 +52,12 @@ class GPTConfig:
     kernel_init_std: float = 0.02
     scale_residual_init: bool = True  # projections into the residual stream start at std / sqrt(2 * num_layers)
     layer_loop: Literal["scan", "unroll"] = "scan"  # scan: compile time flat in depth; unroll: often faster steps
-    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes: nothing, all but products, all
+    # What the backward pass recomputes: nothing; all but matrix products; all but what attention returned; all; all, and
+    # what one layer handed to the next waits in the host's memory.
+    remat: Literal["none", "dots", "attention", "full", "offload"] = "none"
+    # xla: any device and mask; cudnn: NVIDIA GPUs; splash: TPUs; auto: the fastest that the device, the dtype and the
+    # shapes allow
+    attention_backend: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of activations; softmax, norms and loss are float32 anyway
     param_dtype: Literal["float32", "bfloat16"] = "float32"
 

@@ -11,7 +11,10 @@ LIBRARY = sorted((ROOT / "gptjax").rglob("*.py"))
 ALL_FILES = sorted(path for folder in ("gptjax", "configs", "tests") for path in (ROOT / folder).rglob("*.py"))
 
 # Folder -> what its modules may import of gptjax, and what they may not.
-MAY_IMPORT_ONLY = {"gptjax.models": ("gptjax.models", "gptjax.config", "gptjax.parallel.mesh")}
+MAY_IMPORT_ONLY = {
+    "gptjax.models": ("gptjax.models", "gptjax.config", "gptjax.parallel.mesh", "gptjax.parallel.ring"),
+    "gptjax.parallel": ("gptjax.parallel", "gptjax.config"),
+}
 NEVER_IMPORTS = {
     "gptjax": ("gptjax.main",),
     "gptjax.data": ("gptjax.models", "gptjax.training"),

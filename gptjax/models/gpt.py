@@ -12,6 +12,7 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from gptjax.config import GPTConfig
@@ -24,7 +25,18 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nn.relu,
     "silu": nn.silu,
 }
-REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+# What the backward pass finds kept, by GPTConfig.remat; None: nothing. The names are given where the arrays are made.
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "full": None,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["block_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
 
 
 class MLP(nn.Module):
@@ -92,6 +104,7 @@ class Block(nn.Module):
         attention_norm, mlp_norm = layer_norm(config, "attention_norm"), layer_norm(config, "mlp_norm")
         dropout = nn.Dropout(config.residual_dropout, deterministic=deterministic)
 
+        x_BTD = checkpoint_name(x_BTD, "block_input")
         pre = config.norm_position == "pre"
         h_BTD, key_values = attention(
             attention_norm(x_BTD) if pre else x_BTD, segments_BT, deterministic, cache, positions_B

@@ -19,11 +19,14 @@ BATCH_AXES = ("data", "fsdp", "expert")
 
 # Logical axis -> mesh axes. Parameters are spread over fsdp by their model width and over tensor by what a device can
 # compute alone (heads, feed-forward units, vocabulary rows); activations over the batch, the positions and tensor.
+# Between the products positions are spread over tensor too ("sequence"; Korthikanti et al. 2022, section 4.2.2): sums
+# over tensor become reduce-scatters and all-gathers of the same volume, and what a layer keeps is spread.
 LOGICAL_AXES: dict[str | None, tuple[str, ...] | str | None] = {
     None: None,
     # of activations
     "batch": BATCH_AXES,
     "length": "context",
+    "sequence": ("context", "tensor"),
     "heads": "tensor",
     "ffw": "tensor",
     "vocab": "tensor",
@@ -101,6 +104,17 @@ def batch_shards(mesh: Mesh | None) -> int:
 def use_mesh(mesh: Mesh | None) -> AbstractContextManager[Any]:
     """In which programs run on `mesh`; None: on one device."""
     return nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def platform() -> str:
+    """What the programs traced here will run on: "cpu", "gpu" or "tpu", of the mesh in use or else JAX's default."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+
+
+def axis_size(axis: str) -> int:
+    """Devices along an axis of the mesh in use; 1 without a mesh."""
+    return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
 
 
 def partition_spec(logical: PartitionSpec | tuple[str | None, ...]) -> PartitionSpec:

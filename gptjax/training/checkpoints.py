@@ -25,14 +25,13 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from gptjax.config import CheckpointConfig, Config, UserError, differences, read_config
 from gptjax.data import tokenizers
-from gptjax.parallel.mesh import abstract_arrays
-from gptjax.training.state import TrainState, create_state, state_shardings
+from gptjax.training.state import TrainState, abstract_state, create_state
 
 # Fields of the model that weights do not depend on once they are there: training that starts from them may choose.
 _FREE_FIELDS = (
     *("embedding_dropout", "attention_dropout", "residual_dropout"),
     *("token_init_std", "position_init_std", "kernel_init_std", "scale_residual_init"),
-    *("layer_loop", "remat", "dtype", "param_dtype"),
+    *("layer_loop", "remat", "attention_backend", "dtype", "param_dtype"),
 )
 
 
@@ -188,7 +187,7 @@ def start_state(
       UserError: `init_from` has no weights, or those of another model.
     """
     if checkpoints.latest_step() is not None:
-        return checkpoints.restore(_abstract_state(config, init_params, mesh))
+        return checkpoints.restore(abstract_state(config, init_params, mesh))
     state = create_state(config, init_params, mesh)
     if config.init_from is None:
         return state, 0
@@ -200,13 +199,7 @@ def start_state(
     with Checkpoints(other, config.checkpoint) as source:
         if source.latest_step() is None:
             raise UserError(f"init_from={config.init_from} has no checkpoint")
-        params = source.restore_params(_abstract_state(config, init_params, mesh).params)
+        params = source.restore_params(abstract_state(config, init_params, mesh).params)
     # The average starts at the weights; a copy, as the step donates both.
     ema = None if state.ema is None else jax.tree.map(lambda p: p.copy(), params)
     return state.replace(params=params, ema=ema), 0
-
-
-def _abstract_state(config: Config, init_params: Callable[[jax.Array], Any], mesh: Mesh) -> TrainState:
-    placement = state_shardings(config, init_params, mesh)
-    shapes = jax.eval_shape(lambda: create_state(config, init_params, mesh))
-    return abstract_arrays(shapes, placement)

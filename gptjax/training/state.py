@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from gptjax.config import Config
-from gptjax.parallel.mesh import batch_sharding, shardings
+from gptjax.parallel.mesh import abstract_arrays, batch_sharding, shardings
 from gptjax.training.optimizers import adamw
 
 Batch = dict[str, jax.Array]
@@ -45,6 +45,12 @@ def init_state(config: Config, init_params: Callable[[jax.Array], Any]) -> Train
 def state_shardings(config: Config, init_params: Callable[[jax.Array], Any], mesh: Mesh) -> TrainState:
     """The NamedSharding of every leaf of the state: the optimizer's moments lie where their parameters lie."""
     return shardings(mesh, jax.eval_shape(lambda: init_state(config, init_params)))
+
+
+def abstract_state(config: Config, init_params: Callable[[jax.Array], Any], mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state, unboxed: a tree of ShapeDtypeStructs."""
+    shapes = jax.eval_shape(lambda: nn.unbox(init_state(config, init_params)))
+    return abstract_arrays(shapes, state_shardings(config, init_params, mesh))
 
 
 def create_state(config: Config, init_params: Callable[[jax.Array], Any], mesh: Mesh) -> TrainState:

@@ -163,7 +163,7 @@ CHANGES = {
     "param_dtype": "bfloat16",
 }
 # These change shapes of parameters or of inputs, or only how the same numbers are computed (tested above).
-OTHER_FIELDS = {"vocab_size", "context_length", "embed_dim", "qkv_bias", "layer_loop", "remat"}
+OTHER_FIELDS = {"vocab_size", "context_length", "embed_dim", "qkv_bias", "layer_loop", "remat", "attention_backend"}
 
 
 def test_every_field_is_tested():

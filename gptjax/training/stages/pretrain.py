@@ -38,12 +38,8 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
     config = dataclasses.replace(config, model=config.model.with_vocabulary(corpus.tokenizer.vocab_size))
     check_fit(config, mesh)
 
-    model = GPT(config.model)
-    microbatch = config.sequences_per_microbatch
-    loss = make_loss(model, positions_per_chunk(microbatch // batch_shards(mesh)))
-
-    def init_params(rng: jax.Array) -> Any:
-        return model.init(rng, jnp.zeros((microbatch, context), jnp.int32))["params"]
+    model, microbatch = GPT(config.model), config.sequences_per_microbatch
+    loss, init_params = make_program(config, mesh)
 
     def read(examples: PackedExamples, start: int) -> Iterator[dict[str, np.ndarray]]:
         return batches(
@@ -72,6 +68,21 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
         evaluate=_evaluate(loss, lambda: read(corpus.validation, 0), max_batches, corpus, mesh),
         sample=_sample(config, model, corpus.tokenizer, mesh) if config.evaluation.sample_tokens > 0 else None,
     )
+
+
+def make_program(config: Config, mesh: Mesh) -> tuple[Loss, Callable[[jax.Array], Any]]:
+    """What is learned, but for data: the loss, and the initial parameters (boxed) of a key.
+
+    Args:
+      config: with the vocabulary filled in.
+    """
+    model = GPT(config.model)
+    loss = make_loss(model, positions_per_chunk(config.sequences_per_microbatch // batch_shards(mesh)))
+
+    def init_params(rng: jax.Array) -> Any:
+        return model.init(rng, jnp.zeros((1, 1), jnp.int32))["params"]  # the same for tokens of any shape
+
+    return loss, init_params
 
 
 def make_loss(model: GPT, chunk: int) -> Loss:

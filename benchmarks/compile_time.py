@@ -36,7 +36,7 @@ def compile_seconds(num_layers: int, layer_loop: LayerLoop) -> float:
         return gpt.init(rng, tokens_BT)["params"]
 
     state = jax.eval_shape(lambda: create_state(config, init_params, mesh))
-    step = make_train_step(config, make_loss(gpt, chunk=64), mesh, state_shardings(config, init_params, mesh))
+    step = make_train_step(config, make_loss(gpt), mesh, state_shardings(config, init_params, mesh))
     batch = {"tokens": tokens_BT[None], "targets": tokens_BT[None], "weights": np.ones((1, 4, 64), np.float32)}
     with jax.set_mesh(mesh):
         start = time.perf_counter()

@@ -23,6 +23,7 @@ SIZES = {
     "13b": (40, 5120, 40, 1024, 1e-4),
     "175b": (96, 12288, 96, 1600, 6e-5),  # 3.2M
 }
+SPREAD_SIZES = ("xl", "2.7b", "6.7b", "13b")
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -62,7 +63,34 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         evaluation=c.EvaluationConfig(every_tokens=1_000_000_000),
         checkpoint=c.CheckpointConfig(every_tokens=5_000_000_000),
     )
-    return c.config_dict(runlocal(config) if args["runlocal"] else config)
+    if args["runlocal"]:
+        config = runlocal(config)
+    elif args["size"] == "175b":
+        config = for_a_pod(config)
+    elif args["size"] in SPREAD_SIZES:
+        config = spread(config)
+    return c.config_dict(config)
+
+
+def spread(config: c.Config) -> c.Config:
+    """Parameters and optimizer over all devices, and activations computed twice: what fits no single device."""
+    return c.replace(config, {"mesh": {"data": 1, "fsdp": -1}, "model": {"remat": "full"}})
+
+
+def for_a_pod(config: c.Config) -> c.Config:
+    """`spread`, each layer over 16 devices besides, and 64 sequences at a time; docs/scaling.md has the plan.
+
+    Two choices follow: the vocabulary has 47 rows that no text uses, so that 16 divides it, and the batch ramp starts
+    at 131k tokens, 64 sequences.
+    """
+    return c.replace(
+        spread(config),
+        {
+            "model": {"vocab_size": 50_304},
+            "mesh": {"tensor": 16},
+            "batch": {"microbatch_size": 64, "ramp_start_tokens": 64 * 2048},
+        },
+    )
 
 
 def runlocal(config: c.Config) -> c.Config:

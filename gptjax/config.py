@@ -52,11 +52,11 @@ class GPTConfig:
     kernel_init_std: float = 0.02
     scale_residual_init: bool = True  # projections into the residual stream start at std / sqrt(2 * num_layers)
     layer_loop: Literal["scan", "unroll"] = "scan"  # scan: compile time flat in depth; unroll: often faster steps
-    # What the backward pass recomputes: nothing; all but matrix products; all but what attention returned; all; all, and
-    # what one layer handed to the next waits in the host's memory.
+    # What the backward pass recomputes: nothing; all but matrix products; all but what attention returned; all; all,
+    # while what one layer handed to the next waits in the host's memory
     remat: Literal["none", "dots", "attention", "full", "offload"] = "none"
     # xla: any device and mask; cudnn: NVIDIA GPUs; splash: TPUs; auto: the fastest that the device, the dtype and the
-    # shapes allow
+    # shapes allow. Over a mesh axis "context" it is the ring, whatever stands here
     attention_backend: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of activations; softmax, norms and loss are float32 anyway
     param_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -137,6 +137,7 @@ class OptimizerConfig:
     decay_rules: tuple[tuple[str, float], ...] = ((".*/(bias|scale)", 0.0), (".*", 1.0))
     clip_norm: float | None = 1.0  # of the gradient, over all parameters
     ema_decay: float | None = None  # per step; evaluations and samples then use the average
+    offload: bool = False  # the moments wait in the host's memory from one step to the next
 
 
 @dataclasses.dataclass(frozen=True)

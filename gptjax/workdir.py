@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from gptjax.config import MeshConfig, UserError, parse_arg, read_config
 from gptjax.data import tokenizers
 from gptjax.models.gpt import GPT, abstract_params
+from gptjax.parallel import distributed
 from gptjax.parallel.mesh import check_model_fit, make_mesh
 from gptjax.training.checkpoints import Checkpoints
 
@@ -46,13 +47,15 @@ def load_model(
     """
     config = read_config(workdir)
     tokenizer = tokenizers.load(workdir / "tokenizer")
-    model_config = config.model.with_vocabulary(tokenizer.vocab_size)
+    # A backend that was named for the machine that trained may be none of this one's.
+    model_config = dataclasses.replace(config.model.with_vocabulary(tokenizer.vocab_size), attention_backend="auto")
     if dtype is not None:
         model_config = dataclasses.replace(model_config, dtype=dtype)
     model, device_mesh = GPT(model_config), make_mesh(MeshConfig() if mesh is None else mesh)
     check_model_fit(model_config, device_mesh)
     with Checkpoints(workdir, config.checkpoint, read_only=True) as checkpoints:
         step = checkpoints.latest_step()
+        distributed.check_same({"newest checkpoint": step}, "give all processes the same --workdir, on a shared disk")
         if step is None:
             raise UserError(f"{workdir} has no checkpoint yet")
         with jax.set_mesh(device_mesh):

@@ -8,62 +8,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from gptjax.config import GPTConfig
-from gptjax.parallel.mesh import constrain, partitioned
-
-
-def attention_mask(kind: str, band_width: int, length: int, segments_BT: jax.Array | None) -> jax.Array:
-    """What each position may see: True where position t may look at position s.
-
-    Args:
-      kind: "dense" (s <= t) or "banded" (t - band_width < s <= t).
-      band_width: positions a banded layer sees, its own included.
-      length: T.
-      segments_BT: int, documents packed into a row; attention stays within one. None: the row is one document.
-
-    Returns:
-      bool (1, 1, T, T), or (B, 1, T, T) with segments.
-    """
-    t_T1, s_1T = jnp.arange(length)[:, None], jnp.arange(length)[None, :]
-    mask_TS = s_1T <= t_T1
-    if kind == "banded":
-        mask_TS &= s_1T > t_T1 - band_width
-    if segments_BT is None:
-        return mask_TS[None, None]
-    same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
-    return (mask_TS[None] & same_BTS)[:, None]
-
-
-def dot_product_attention(
-    q_BTHK: jax.Array,
-    k_BSHK: jax.Array,
-    v_BSHK: jax.Array,
-    mask_BHTS: jax.Array,
-    dropout_rate: float = 0.0,
-    dropout_rng: jax.Array | None = None,
-    precision: str | None = None,
-    scale: float = 1.0,
-) -> jax.Array:
-    """softmax(scale * q k) v with scores and softmax in float32 (Vaswani et al. 2017, equation 1).
-
-    Args:
-      q_BTHK, k_BSHK, v_BSHK: of one dtype.
-      mask_BHTS: bool, broadcastable; False hides position s from position t.
-      dropout_rate: of the attention probabilities, when there is a dropout_rng.
-      precision: of the matrix products.
-      scale: of the scores; 1 / sqrt(K) in all GPTs but GPT-Neo.
-
-    Returns:
-      (B, T, H, K), of q's dtype.
-    """
-    scores_BHTS = scale * jnp.einsum(
-        "BTHK,BSHK->BHTS", q_BTHK, k_BSHK, precision=precision, preferred_element_type=jnp.float32
-    )
-    scores_BHTS = jnp.where(mask_BHTS, scores_BHTS, jnp.finfo(jnp.float32).min)
-    probs_BHTS = jax.nn.softmax(scores_BHTS, axis=-1).astype(v_BSHK.dtype)
-    if dropout_rng is not None and dropout_rate > 0:
-        keep_BHTS = jax.random.bernoulli(dropout_rng, 1 - dropout_rate, probs_BHTS.shape)
-        probs_BHTS = jnp.where(keep_BHTS, probs_BHTS / (1 - dropout_rate), 0)
-    return jnp.einsum("BHTS,BSHK->BTHK", probs_BHTS, v_BSHK, precision=precision)
+from gptjax.models.attention_backends import attention, score_scale
+from gptjax.parallel.mesh import constrain, partitioned, scattered
 
 
 @struct.dataclass
@@ -131,6 +77,7 @@ class SelfAttention(nn.Module):
     config: GPTConfig
     kind: str  # "dense" or "banded"
     out_init: nn.initializers.Initializer  # of the projection back into the residual stream
+    ring: bool = False  # positions lie in the balanced order of gptjax/parallel/ring.py
 
     @nn.compact
     def __call__(
@@ -164,21 +111,12 @@ class SelfAttention(nn.Module):
         qkv_BT3HK = constrain(qkv_BT3HK, "batch", "length", None, "heads", None)
         q_BTHK, k_BTHK, v_BTHK = (qkv_BT3HK[:, :, i] for i in range(3))
         key_values = KeyValues(k_BTHK.swapaxes(1, 2), v_BTHK.swapaxes(1, 2))
-        scale = config.head_dim**-0.5 if config.scale_attention else 1.0
         if cache is not None and positions_B is not None:
             key_values = cache.write(key_values, positions_B)
-            out_BTHK = cached_attention(q_BTHK, key_values, positions_B, config.precision, scale)
+            out_BTHK = cached_attention(q_BTHK, key_values, positions_B, config.precision, score_scale(config))
         else:
-            out_BTHK = dot_product_attention(
-                q_BTHK,
-                k_BTHK,
-                v_BTHK,
-                attention_mask(self.kind, config.band_width, x_BTD.shape[1], segments_BT),
-                config.attention_dropout,
-                self.make_rng("dropout") if config.attention_dropout > 0 and not deterministic else None,
-                config.precision,
-                scale,
-            )
+            dropout_rng = self.make_rng("dropout") if config.attention_dropout > 0 and not deterministic else None
+            out_BTHK = attention(config, self.kind, q_BTHK, k_BTHK, v_BTHK, segments_BT, dropout_rng, self.ring)
         out_BTHK = constrain(out_BTHK, "batch", "length", "heads", None)
         out_BTD = nn.DenseGeneral(
             config.embed_dim,
@@ -188,4 +126,4 @@ class SelfAttention(nn.Module):
             name="out",
             **product_settings(config),
         )(out_BTHK)
-        return out_BTD, key_values
+        return scattered(out_BTD), key_values

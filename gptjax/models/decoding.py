@@ -108,8 +108,7 @@ def _apply(block: Block, layer: Any, x_BTD: jax.Array, *cached: Any) -> tuple[ja
 
 def _embed(model: GPT, params: Any, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
     token_VD, position_PD = (params[name]["embedding"] for name in ("token_embedding", "position_embedding"))
-    x_BTD = embed(model.config, token_VD, position_PD, tokens_BT, positions_BT)
-    return constrain(x_BTD, "batch", "length", None)
+    return embed(model.config, token_VD, position_PD, tokens_BT, positions_BT)
 
 
 def _spread(key_values: KeyValues) -> KeyValues:

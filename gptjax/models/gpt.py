@@ -12,12 +12,23 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from gptjax.config import GPTConfig
 from gptjax.models.attention import KeyValues, SelfAttention, product_settings
-from gptjax.parallel.mesh import abstract_arrays, constrain, partitioned, shardings
+from gptjax.parallel.mesh import (
+    abstract_arrays,
+    axis_size,
+    constrain,
+    fitting_spec,
+    gathered,
+    partitioned,
+    scattered,
+    shardings,
+)
+from gptjax.parallel.ring import balance, balanced_positions, restore
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": partial(nn.gelu, approximate=True),
@@ -56,13 +67,14 @@ class MLP(nn.Module):
             **product_settings(config),
         )(x_BTD)
         h_BTF = constrain(ACTIVATIONS[config.activation](h_BTF), "batch", "length", "ffw")
-        return nn.Dense(
+        out_BTD = nn.Dense(
             config.embed_dim,
             kernel_init=partitioned(self.out_init, "ffw", "embed"),
             bias_init=partitioned(nn.initializers.zeros, "norm"),
             name="down",
             **product_settings(config),
         )(h_BTF)
+        return scattered(out_BTD)
 
 
 def layer_norm(config: GPTConfig, name: str | None = None) -> nn.LayerNorm:
@@ -83,6 +95,7 @@ class Block(nn.Module):
 
     config: GPTConfig
     attention: str  # "dense" or "banded"
+    ring: bool = False  # positions are in the balanced order of `gptjax.parallel.ring`
 
     @nn.compact
     def __call__(
@@ -99,7 +112,7 @@ class Block(nn.Module):
         if config.scale_residual_init:
             out_std /= math.sqrt(2 * config.num_layers)
         out_init = nn.initializers.normal(out_std)
-        attention = SelfAttention(config, self.attention, out_init, name="attention")
+        attention = SelfAttention(config, self.attention, out_init, self.ring, name="attention")
         mlp = MLP(config, out_init, name="mlp")
         attention_norm, mlp_norm = layer_norm(config, "attention_norm"), layer_norm(config, "mlp_norm")
         dropout = nn.Dropout(config.residual_dropout, deterministic=deterministic)
@@ -107,15 +120,15 @@ class Block(nn.Module):
         x_BTD = checkpoint_name(x_BTD, "block_input")
         pre = config.norm_position == "pre"
         h_BTD, key_values = attention(
-            attention_norm(x_BTD) if pre else x_BTD, segments_BT, deterministic, cache, positions_B
+            gathered(attention_norm(x_BTD) if pre else x_BTD), segments_BT, deterministic, cache, positions_B
         )
         if pre:
             x_BTD = x_BTD + dropout(h_BTD)
-            x_BTD = x_BTD + dropout(mlp(mlp_norm(x_BTD)))
+            x_BTD = x_BTD + dropout(mlp(gathered(mlp_norm(x_BTD))))
         else:
             x_BTD = attention_norm(x_BTD + dropout(h_BTD))
-            x_BTD = mlp_norm(x_BTD + dropout(mlp(x_BTD)))
-        return constrain(x_BTD, "batch", "length", None), key_values
+            x_BTD = mlp_norm(x_BTD + dropout(mlp(gathered(x_BTD))))
+        return x_BTD, key_values
 
 
 class Period(nn.Module):
@@ -123,6 +136,7 @@ class Period(nn.Module):
 
     config: GPTConfig
     deterministic: bool
+    ring: bool
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array | None) -> tuple[jax.Array, None]:
@@ -137,7 +151,7 @@ class Period(nn.Module):
                 static_argnums=(3,),
             )
         for i, attention in enumerate(config.attention_pattern):
-            x_BTD, _ = block(config, attention, name=f"block_{i}")(x_BTD, segments_BT, self.deterministic)
+            x_BTD, _ = block(config, attention, self.ring, name=f"block_{i}")(x_BTD, segments_BT, self.deterministic)
         return x_BTD, None
 
 
@@ -184,13 +198,17 @@ class GPT(nn.Module):
         Returns:
           (B, T, D), of the config's dtype.
         """
-        config = self.config
+        config, length = self.config, tokens_BT.shape[1]
+        context = axis_size("context")
+        rows_divide = fitting_spec(tokens_BT.shape, "batch", None)[0] is not None
+        ring = context > 1 and length % (2 * context) == 0 and rows_divide
+        if ring:
+            tokens_BT, segments_BT, positions_BT = jax.tree.map(balance, (tokens_BT, segments_BT, positions_BT))
         if positions_BT is None:
-            positions_BT = jnp.arange(tokens_BT.shape[1])[None]
+            positions_BT = jnp.asarray(balanced_positions(length, context) if ring else np.arange(length))[None]
         tables = self.token_embedding.embedding, self.position_embedding.embedding
         x_BTD = embed(config, *tables, tokens_BT, positions_BT)
         x_BTD = nn.Dropout(config.embedding_dropout, deterministic=deterministic)(x_BTD)
-        x_BTD = constrain(x_BTD, "batch", "length", None)
 
         periods = config.num_layers // len(config.attention_pattern)
         layers = nn.scan(
@@ -201,9 +219,10 @@ class GPT(nn.Module):
             length=periods,
             unroll=periods if config.layer_loop == "unroll" else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(config, deterministic, name="layers")
+        )(config, deterministic, ring, name="layers")
         x_BTD, _ = layers(x_BTD, segments_BT)
-        return self.normalise(x_BTD)
+        x_BTD = gathered(self.normalise(x_BTD))
+        return restore(x_BTD) if ring else x_BTD
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         """Next-token logits, float32 (B, T, V); arguments as of `hidden`."""
@@ -219,10 +238,36 @@ def embed(
     Rows are picked before anything is done to them, be it rounding or unboxing: else all of a table would be read.
     """
 
-    def rows(table: Any, ids_BT: jax.Array) -> jax.Array:
-        return nn.unbox(jax.tree.map(lambda leaf: jnp.take(leaf, ids_BT, axis=0), table))
+    token_BTD = nn.unbox(jax.tree.map(lambda leaf: take_rows(leaf, tokens_BT), token_VD))
+    position_BTD = nn.unbox(
+        jax.tree.map(lambda leaf: jnp.take(constrain(leaf, None, None), positions_BT, axis=0), position_PD)
+    )
+    return constrain((token_BTD + position_BTD).astype(config.dtype), "batch", "sequence", None)
 
-    return (rows(token_VD, tokens_BT) + rows(position_PD, positions_BT)).astype(config.dtype)
+
+def take_rows(table_VX: jax.Array, ids_BT: jax.Array) -> jax.Array:
+    """`table_VX[ids_BT]`, (B, T, X), of a table whose rows are spread over the mesh in use.
+
+    Each device takes the rows that it has, which are then summed. The partitioner would bring the whole table to every
+    device.
+    """
+    table, ids = fitting_spec(table_VX.shape, "vocab", "embed"), fitting_spec(ids_BT.shape, "batch", "length")
+    if axis_size("tensor") == 1 or ids[0] is None:
+        return jnp.take(constrain(table_VX, None, None), ids_BT, axis=0)
+    out = fitting_spec(ids_BT.shape, "batch", "sequence")
+    split = out[1] is not None
+
+    def on_device(table_VX: jax.Array, ids_BT: jax.Array) -> jax.Array:
+        if table[1] is not None:
+            table_VX = jax.lax.all_gather(table_VX, table[1], axis=1, tiled=True)
+        row_BT = ids_BT - jax.lax.axis_index("tensor") * len(table_VX)
+        here_BT = (row_BT >= 0) & (row_BT < len(table_VX))
+        rows_BTX = jnp.where(here_BT[..., None], jnp.take(table_VX, row_BT, axis=0, mode="clip"), 0)
+        if split:
+            return jax.lax.psum_scatter(rows_BTX, "tensor", scatter_dimension=1, tiled=True)
+        return jax.lax.psum(rows_BTX, "tensor")
+
+    return jax.shard_map(on_device, in_specs=(table, ids), out_specs=out if split else ids)(table_VX, ids_BT)
 
 
 def hidden_states(model: GPT, params: Any, tokens_BT: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:

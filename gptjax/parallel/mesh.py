@@ -10,6 +10,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
+import numpy.typing as npt
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gptjax.config import Config, GPTConfig, MeshConfig, UserError
@@ -43,8 +46,10 @@ LOGICAL_AXES: dict[str | None, tuple[str, ...] | str | None] = {
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """The mesh over `devices` (default: all), data outermost so that its traffic crosses the slowest links.
 
+    Of several TPU slices, each is a part of axis `data`: all other axes stay on the fast links within a slice.
+
     Raises:
-      UserError: the axes do not multiply to the number of devices.
+      UserError: the axes do not multiply to the number of devices, or data is not a multiple of the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
@@ -60,19 +65,40 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         )
     for axis in free:
         sizes[axis] = len(devices) // fixed
-    return jax.make_mesh(
-        tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
+    return Mesh(_arrange(sizes, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _arrange(sizes: dict[str, int], devices: list[jax.Device]) -> npt.NDArray[np.object_]:
+    """The devices, so that neighbours on the inner axes are neighbours on the links between chips."""
+    shape = tuple(sizes.values())
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if sizes["data"] % slices:
+        raise UserError(
+            f"mesh data={sizes['data']} is not a multiple of the {slices} slices: only data crosses from slice to slice"
+        )
+    within = (sizes["data"] // slices, *shape[1:])
+    return mesh_utils.create_hybrid_device_mesh(
+        within, (slices, *(1,) * len(within[1:])), devices, allow_split_physical_axes=True
     )
 
 
 def check_fit(config: Config, mesh: Mesh) -> None:
     """Raises UserError unless every sharded size of `config` that is known divides evenly over `mesh`."""
     key = "batch.tokens_per_batch / model.context_length" if config.batch.microbatch_size is None else None
-    shards = batch_shards(mesh)
+    context, tensor = mesh.shape["context"], mesh.shape["tensor"]
     _check_division(
-        (key or "batch.microbatch_size", config.sequences_per_microbatch, "data x fsdp x expert", shards),
-        ("model.context_length", config.model.context_length, "context", mesh.shape["context"]),
+        (key or "batch.microbatch_size", config.sequences_per_microbatch, "data x fsdp x expert", batch_shards(mesh)),
+        ("model.context_length", config.model.context_length, "context x tensor", context * tensor),
     )
+    if context > 1:  # the balanced order of the ring
+        _check_division(("model.context_length", config.model.context_length, "2 x context", 2 * context))
+        if config.model.attention_dropout > 0:
+            raise UserError(
+                f"model.attention_dropout={config.model.attention_dropout} is not to be had with mesh.context="
+                f"{context}: set it to 0, or take another mesh"
+            )
     check_model_fit(config.model, mesh)
 
 
@@ -122,6 +148,41 @@ def partition_spec(logical: PartitionSpec | tuple[str | None, ...]) -> Partition
     return PartitionSpec(*(LOGICAL_AXES[name] for name in logical))
 
 
+def gathered(x_BTD: jax.Array) -> jax.Array:
+    """`x_BTD` with the positions that are spread over tensor brought together: what a product over tensor reads.
+
+    Both layouts are named, so that its gradient is summed over tensor right into the parts.
+    """
+    return constrain(constrain(x_BTD, "batch", "sequence", None), "batch", "length", None)
+
+
+def scattered(x_BTD: jax.Array) -> jax.Array:
+    """`x_BTD`, of which a product over tensor leaves each device a term: summed, and the positions spread over tensor.
+
+    Where the positions are spread over context as well, the sum is named on its own: in one go the partitioner would
+    first bring together the positions of what is multiplied.
+    """
+    if axis_size("context") > 1:
+        x_BTD = constrain(x_BTD, "batch", "length", None)
+    return constrain(x_BTD, "batch", "sequence", None)
+
+
+def fitting_spec(shape: tuple[int, ...], *logical: str | None) -> PartitionSpec:
+    """`partition_spec` of an array of this shape over the mesh in use.
+
+    An axis that does not divide evenly, such as the one position that decoding reads, is spread over nothing.
+    """
+    spread = partition_spec(logical)
+    sizes = [math.prod(axis_size(axis) for axis in _axes(entry)) for entry in spread]
+    return PartitionSpec(
+        *(entry if length % size == 0 else None for entry, size, length in zip(spread, sizes, shape, strict=True))
+    )
+
+
+def _axes(entry: tuple[str, ...] | str | None) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
 class LogicalAxes(nn.Partitioned):
     """A parameter with the logical names of its axes. Unlike its base class it leaves layouts to `shardings`."""
 
@@ -135,14 +196,10 @@ def partitioned(init: nn.initializers.Initializer, *logical: str) -> nn.initiali
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
-    """Pins the layout of an activation with these logical axes to the mesh in use; without a mesh, returns `x`.
-
-    An axis of size 1, such as the one position that decoding reads, is spread over nothing.
-    """
+    """Pins the layout of an array with these logical axes to the mesh in use; without a mesh, returns `x`."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    spread = tuple(None if size == 1 else name for name, size in zip(logical, x.shape, strict=True))
-    return jax.lax.with_sharding_constraint(x, partition_spec(spread))
+    return jax.lax.with_sharding_constraint(x, fitting_spec(x.shape, *logical))
 
 
 def shardings(mesh: Mesh, boxed: Any) -> Any:

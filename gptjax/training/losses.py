@@ -1,22 +1,23 @@
 """Language-model loss that never holds float32 logits of a whole batch."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from gptjax.models.gpt import unembed
-from gptjax.parallel.mesh import constrain
+from gptjax.parallel.mesh import BATCH_AXES, axis_size, partition_spec, platform
 
 # Tokens that a device turns into logits at a time: enough to keep its products efficient. A CPU wants the logits of a
 # chunk in its cache.
 CHUNK_TOKENS, CPU_CHUNK_TOKENS = 2048, 256
 
 
-def positions_per_chunk(sequences_per_device: int) -> int:
-    """How many positions of every sequence make a chunk on the present devices."""
-    tokens = CPU_CHUNK_TOKENS if jax.default_backend() == "cpu" else CHUNK_TOKENS
-    return max(1, tokens // sequences_per_device)
+def positions_per_chunk(sequences: int) -> int:
+    """How many positions make a chunk on a device that has so many sequences."""
+    return max(1, (CPU_CHUNK_TOKENS if platform() == "cpu" else CHUNK_TOKENS) // sequences)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -25,7 +26,7 @@ def cross_entropy(
     embedding_VD: jax.Array,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
-    chunk: int,
+    chunk: int | None = None,
     precision: str | None = None,
 ) -> jax.Array:
     """Weighted sum of -log softmax(x embedding^T)[target] in nats, float32.
@@ -35,15 +36,15 @@ def cross_entropy(
     computation, so its cotangent only scales them, and nothing is recomputed.
 
     Args:
-      x_BTD: final hidden states.
+      x_BTD: final hidden states. With a mesh in use, B, T and V divide over it.
       embedding_VD: head matrix.
       targets_BT: int, token ids.
       weights_BT: float32; 0 leaves a target out. Not differentiated.
-      chunk: positions a chunk; the last one may be short.
+      chunk: positions a chunk; the last one may be short. None: what suits the device.
       precision: of the matrix products.
     """
-    loss, _ = _scan_chunks(x_BTD, embedding_VD, targets_BT, weights_BT, chunk, precision, with_gradients=False)
-    return loss
+    arrays = x_BTD, embedding_VD, targets_BT, weights_BT
+    return _spread(*arrays, chunk=chunk, precision=precision, with_gradients=False)[0]
 
 
 def _forward(
@@ -51,14 +52,15 @@ def _forward(
     embedding_VD: jax.Array,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
-    chunk: int,
+    chunk: int | None,
     precision: str | None,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _scan_chunks(x_BTD, embedding_VD, targets_BT, weights_BT, chunk, precision, with_gradients=True)
+) -> tuple[jax.Array, Any]:
+    arrays = x_BTD, embedding_VD, targets_BT, weights_BT
+    return _spread(*arrays, chunk=chunk, precision=precision, with_gradients=True)
 
 
 def _backward(
-    chunk: int, precision: str | None, gradients: tuple[jax.Array, jax.Array], cotangent: jax.Array
+    chunk: int | None, precision: str | None, gradients: tuple[jax.Array, jax.Array], cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array, None, None]:
     dx_BTD, dembedding_VD = gradients
     return (
@@ -72,24 +74,48 @@ def _backward(
 cross_entropy.defvjp(_forward, _backward)
 
 
+def _spread(
+    *arrays: jax.Array, chunk: int | None, precision: str | None, with_gradients: bool
+) -> tuple[jax.Array, Any]:
+    """The loss and its gradients with respect to x and the embedding (None unless asked for), over the mesh in use.
+
+    Each device takes its own sequences, positions and rows of the vocabulary. Gradients of the embedding are summed
+    over the devices once, at the end: the partitioner, left to itself, would do so for every chunk.
+    """
+    on_device = partial(_scan_chunks, chunk=chunk, precision=precision, with_gradients=with_gradients)
+    if jax.sharding.get_abstract_mesh().empty:
+        return on_device(*arrays)
+    batch, embedding = partition_spec(("batch", "length")), partition_spec(("vocab", "embed"))
+    gradients = (partition_spec(("batch", "sequence")), embedding) if with_gradients else (None, None)
+    return jax.shard_map(
+        on_device,
+        in_specs=(batch, embedding, batch, batch),
+        out_specs=(PartitionSpec(), gradients),
+        check_vma=False,
+    )(*arrays)
+
+
 def _scan_chunks(
     x_BTD: jax.Array,
     embedding_VD: jax.Array,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
-    chunk: int,
-    precision: str | None,
     *,
+    chunk: int | None,
+    precision: str | None,
     with_gradients: bool,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """The loss, and its gradients with respect to x and the embedding (empty unless asked for)."""
+) -> tuple[jax.Array, Any]:
+    """What `_spread` returns, of one device's arrays: x (B, T, D), V rows of the embedding of D / fsdp columns each."""
     batch, length, width = x_BTD.shape
-    chunk = min(chunk, length)
-    pad = -length % chunk
+    chunk = min(positions_per_chunk(batch) if chunk is None else chunk, length)
     head_VD = embedding_VD.astype(x_BTD.dtype)
+    if axis_size("fsdp") > 1:
+        head_VD = jax.lax.all_gather(head_VD, "fsdp", axis=1, tiled=True)
+    rows = len(head_VD)
+    first_row = jax.lax.axis_index("tensor") * rows if axis_size("tensor") > 1 else 0
 
     def chunks(a_BT: jax.Array) -> jax.Array:  # (B, T, ...) to (N, B, C, ...), padded with zeros: weight 0
-        a_BT = jnp.pad(a_BT, [(0, 0), (0, pad)] + [(0, 0)] * (a_BT.ndim - 2))
+        a_BT = jnp.pad(a_BT, [(0, 0), (0, -length % chunk)] + [(0, 0)] * (a_BT.ndim - 2))
         return jnp.moveaxis(a_BT.reshape(batch, -1, chunk, *a_BT.shape[2:]), 1, 0)
 
     def step(
@@ -97,10 +123,10 @@ def _scan_chunks(
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         loss, dhead_VD = carry
         x_BCD, targets_BC, weights_BC = inputs
-        logits_BCV = constrain(unembed(x_BCD, head_VD, precision), "batch", None, "vocab")
-        log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-        hit_BCV = jnp.arange(logits_BCV.shape[-1])[None, None] == targets_BC[..., None]
-        picked_BC = jnp.sum(jnp.where(hit_BCV, logits_BCV, 0), axis=-1)
+        logits_BCV = unembed(x_BCD, head_VD, precision)
+        log_z_BC = _logsumexp(logits_BCV)
+        hit_BCV = jnp.arange(rows)[None, None] == targets_BC[..., None] - first_row
+        picked_BC = _sum(jnp.sum(jnp.where(hit_BCV, logits_BCV, 0), axis=-1), "tensor")
         loss += jnp.sum(weights_BC * (log_z_BC - picked_BC))
         if not with_gradients:
             return (loss, dhead_VD), jnp.zeros((), x_BCD.dtype)
@@ -112,10 +138,34 @@ def _scan_chunks(
         )
         return (loss, dhead_VD), dx_BCD
 
-    dhead_shape = embedding_VD.shape if with_gradients else ()
-    start = (jnp.zeros((), jnp.float32), jnp.zeros(dhead_shape, jnp.float32))
+    start = (jnp.zeros((), jnp.float32), jnp.zeros(head_VD.shape if with_gradients else (), jnp.float32))
     (loss, dhead_VD), dx_NBCD = jax.lax.scan(step, start, (chunks(x_BTD), chunks(targets_BT), chunks(weights_BT)))
+    loss = _sum(loss, *BATCH_AXES, "context")
     if not with_gradients:
-        return loss, (dx_NBCD, dhead_VD)
+        return loss, (None, None)
     dx_BTD = jnp.moveaxis(dx_NBCD, 0, 1).reshape(batch, -1, width)[:, :length]
+    dx_BTD = _sum_and_split(dx_BTD, "tensor", axis=1)
+    dhead_VD = _sum_and_split(_sum(dhead_VD, "data", "expert", "context"), "fsdp", axis=1)
     return loss, (dx_BTD, dhead_VD.astype(embedding_VD.dtype))
+
+
+def _logsumexp(logits_BCV: jax.Array) -> jax.Array:
+    """Over the whole vocabulary, of which a device has the rows V; (B, C)."""
+    log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+    if axis_size("tensor") == 1:
+        return log_z_BC
+    largest_BC = jax.lax.pmax(log_z_BC, "tensor")
+    return largest_BC + jnp.log(_sum(jnp.exp(log_z_BC - largest_BC), "tensor"))
+
+
+def _sum(x: jax.Array, *axes: str) -> jax.Array:
+    """Over the devices along mesh axes."""
+    spread = [axis for axis in axes if axis_size(axis) > 1]
+    return jax.lax.psum(x, spread) if spread else x
+
+
+def _sum_and_split(x: jax.Array, mesh_axis: str, axis: int) -> jax.Array:
+    """`_sum`, of which each device keeps its part of `axis`."""
+    if axis_size(mesh_axis) == 1:
+        return x
+    return jax.lax.psum_scatter(x, mesh_axis, scatter_dimension=axis, tiled=True)

@@ -8,7 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from gptjax.config import Config
 from gptjax.parallel.mesh import abstract_arrays, batch_sharding, shardings
@@ -43,8 +43,19 @@ def init_state(config: Config, init_params: Callable[[jax.Array], Any]) -> Train
 
 
 def state_shardings(config: Config, init_params: Callable[[jax.Array], Any], mesh: Mesh) -> TrainState:
-    """The NamedSharding of every leaf of the state: the optimizer's moments lie where their parameters lie."""
-    return shardings(mesh, jax.eval_shape(lambda: init_state(config, init_params)))
+    """The NamedSharding of every leaf of the state: the optimizer's moments lie where their parameters lie.
+
+    With `optimizer.offload` they do so in the memory of the hosts.
+    """
+    boxed = jax.eval_shape(lambda: init_state(config, init_params))
+    placement = shardings(mesh, boxed)
+    if not config.optimizer.offload:
+        return placement
+
+    def in_host(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> NamedSharding:
+        return sharding.with_memory_kind("pinned_host") if leaf.ndim > 0 else sharding
+
+    return placement.replace(opt_state=jax.tree.map(in_host, nn.unbox(boxed).opt_state, placement.opt_state))
 
 
 def abstract_state(config: Config, init_params: Callable[[jax.Array], Any], mesh: Mesh) -> TrainState:
@@ -68,6 +79,7 @@ def make_train_step(config: Config, loss: Loss, mesh: Mesh, placement: TrainStat
     grad_norm (before clipping).
     """
     optimizer, ema_decay = adamw(config.optimizer), config.optimizer.ema_decay
+    on_device = jax.tree.map(lambda sharding: sharding.with_memory_kind("device"), placement.opt_state)
     has_dropout = max(config.model.embedding_dropout, config.model.attention_dropout, config.model.residual_dropout) > 0
 
     def accumulate(params: Any, batch: Batch, count: jax.Array, rng: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
@@ -77,7 +89,8 @@ def make_train_step(config: Config, loss: Loss, mesh: Mesh, placement: TrainStat
             rows = jax.tree.map(lambda a_MBT: a_MBT[i], batch)
             dropout_rng = jax.random.fold_in(rng, i) if has_dropout else None
             (loss_sum, weight), grads = jax.value_and_grad(loss, has_aux=True)(params, rows, dropout_rng)
-            return loss_sum, weight, grads
+            # Laid out as the parameters: what each device sums up is its own part.
+            return loss_sum, weight, jax.lax.with_sharding_constraint(grads, placement.params)
 
         if next(iter(batch.values())).shape[0] == 1:
             return microbatch(0)
@@ -90,7 +103,8 @@ def make_train_step(config: Config, loss: Loss, mesh: Mesh, placement: TrainStat
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         loss_sum, weight, grads = accumulate(state.params, batch, num_microbatches, rng)
         grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        opt_state = jax.device_put(state.opt_state, on_device) if config.optimizer.offload else state.opt_state
+        updates, opt_state = optimizer.update(grads, opt_state, state.params)
         params = jax.tree.map(lambda p, u: (p - lr * u).astype(p.dtype), state.params, updates)
         ema = state.ema
         if ema_decay is not None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gptjax.config import GPTConfig, resolve
-from gptjax.models.attention import attention_mask, dot_product_attention
+from gptjax.models.attention_backends import attention_mask, dot_product_attention
 from gptjax.models.gpt import GPT, head_embedding, hidden_states, unembed
 from gptjax.scaling.flops import parameter_count
 

@@ -1,9 +1,10 @@
 """Trains one tiny model on several meshes: `train_on_meshes.py OUT.json data=8 fsdp=4,data=2 ...`.
 
-Writes {"one" or mesh: {"losses": [...], "share": of the feed-forward kernel that a device holds, "sample": text}}.
+Writes {"one" or mesh: {"losses": [...], "share": of the feed-forward kernel that a device holds, "sample": text,
+"counts": how often a step does each kind of collective, "gathered": bytes of the largest array that devices gather}}.
+A change may follow the mesh, as in `fsdp=8+offload`.
 """
 
-import dataclasses
 import json
 import sys
 import tempfile
@@ -15,8 +16,11 @@ import numpy as np
 
 from gptjax import config as c
 from gptjax.parallel.mesh import make_mesh
+from gptjax.planning.program_text import collectives, count_by_kind
 from gptjax.training.stages import pretrain
 from gptjax.training.state import create_state, make_train_step, state_shardings
+
+ROWS, LENGTH, WIDTH = 16, 32, 32  # of a microbatch: more numbers than any parameter has
 
 
 def config(directory: Path) -> c.Config:
@@ -25,53 +29,76 @@ def config(directory: Path) -> c.Config:
     return c.Config(
         model=c.GPTConfig(
             vocab_size=264,  # the byte tokenizer's 257, rounded up to divide over the tensor axis
-            context_length=32,
+            context_length=LENGTH,
             num_layers=2,
             num_heads=4,
-            embed_dim=32,
+            embed_dim=WIDTH,
             attention_pattern=("dense", "banded"),
             band_width=8,
-            residual_dropout=0.1,  # the random bits do not depend on the mesh either
             dtype="float32",
         ),
         data=c.DataConfig(
             source=f"text:{directory}/*.txt", tokenizer="bytes", packing="segment", cache_dir=str(directory / "cache")
         ),
-        batch=c.BatchConfig(total_tokens=10_000, tokens_per_batch=2 * 8 * 32, microbatch_size=8),
+        batch=c.BatchConfig(total_tokens=10_000, tokens_per_batch=2 * ROWS * LENGTH, microbatch_size=ROWS),
         optimizer=c.OptimizerConfig(peak_lr=1e-2, schedule="constant"),
-        evaluation=c.EvaluationConfig(sample_tokens=4, sample_temperature=0.0),
+        evaluation=c.EvaluationConfig(sample_tokens=0, sample_temperature=0.0),
     )
 
 
+CHANGES = {
+    "dropout": {"model": {"residual_dropout": 0.1}},
+    "offload": {"optimizer": {"offload": True}, "model": {"remat": "offload"}},  # moments and activations to the host
+    "sample": {"evaluation": {"sample_tokens": 4}},
+}
+
+
 def train(config: c.Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """Losses of 6 steps and the held-out loss."""
+    """Losses of 10 steps and the held-out loss."""
     stage = pretrain.build(config, mesh, None)
     config = stage.config
     state = create_state(config, stage.init_params, mesh)
     step = make_train_step(config, stage.loss, mesh, state_shardings(config, stage.init_params, mesh))
     batches, losses = stage.batches(0), []
+
+    def arguments() -> tuple[Any, ...]:
+        rows = [next(batches), next(batches)]
+        batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        return state, batch, np.int32(2), np.float32(1e-2)
+
     with jax.set_mesh(mesh):
-        for _ in range(6):
-            rows = [next(batches), next(batches)]
-            batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-            state, metrics = step(state, batch, np.int32(2), np.float32(1e-2))
+        compiled = step.lower(*arguments()).compile()
+        batches = stage.batches(0)
+        for _ in range(10):
+            state, metrics = compiled(*arguments())
             losses.append(float(metrics["loss"]))
         losses.append(stage.evaluate(state.params)["loss"])
-        assert stage.sample is not None
-        sample = stage.sample(state.params)
+        sample = stage.sample(state.params) if stage.sample is not None else None
     up = state.params["layers"]["block_0"]["mlp"]["up"]["kernel"]
-    return {"losses": losses, "share": up.addressable_shards[0].data.size / up.size, "sample": sample}
+    found = collectives(compiled.as_text(), unknown_trip_count=2)
+    return {
+        "losses": losses,
+        "share": up.addressable_shards[0].data.size / up.size,
+        "sample": sample,
+        "counts": count_by_kind(found),
+        "gathered": max((found.payload for found in found if found.kind == "all-gather"), default=0),
+    }
 
 
 def main() -> None:
     out, *meshes = sys.argv[1:]
     with tempfile.TemporaryDirectory() as directory:
         base = config(Path(directory))
-        results = {"one": train(base, make_mesh(c.MeshConfig(), jax.devices()[:1]))}
+        results = {}
         for name in meshes:
-            axes = {"data": 1} | {axis: int(size) for axis, size in (part.split("=") for part in name.split(","))}
-            run = dataclasses.replace(base, mesh=c.MeshConfig(**axes))
-            results[name] = train(run, make_mesh(run.mesh))
+            axes, *changes = name.split("+")
+            run = base
+            for change in changes:
+                run = c.replace(run, CHANGES[change])
+            if axes != "one":
+                sizes = {"data": 1} | {axis: int(size) for axis, size in (part.split("=") for part in axes.split(","))}
+                run = c.replace(run, {"mesh": sizes})
+            results[name] = train(run, make_mesh(run.mesh, jax.devices()[:1] if axes == "one" else None))
     Path(out).write_text(json.dumps(results))
 
 

@@ -15,10 +15,13 @@ from gptjax.data.pipeline import Corpus, PackedExamples, batches, open_corpus
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.inference.engine import Engine
 from gptjax.inference.sampling import Sampling
+from gptjax.models.attention_backends import check_backend
 from gptjax.models.gpt import GPT, head_embedding, hidden_states
-from gptjax.parallel.mesh import batch_sharding, batch_shards, check_fit
+from gptjax.parallel import distributed
+from gptjax.parallel.mesh import batch_sharding, check_fit
+from gptjax.parallel.rows import global_array, process_rows
 from gptjax.training.loop import Stage
-from gptjax.training.losses import cross_entropy, positions_per_chunk
+from gptjax.training.losses import cross_entropy
 from gptjax.training.state import Batch, Loss
 
 
@@ -29,25 +32,33 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
       tokenizer: of the run that goes on; None: the one that the config names.
 
     Raises:
-      UserError: the corpus cannot be read or is too short, the model's vocabulary is smaller than the tokenizer's, or
-        sizes do not divide over the mesh.
+      UserError: the corpus cannot be read or is too short, the model's vocabulary is smaller than the tokenizer's,
+        sizes do not divide over the mesh, or the attention backend is not one of its devices.
     """
     check_fit(config, mesh)
+    check_backend(config.model, mesh.devices.flat[0].platform, has_segments=config.data.packing == "segment")
     context = config.model.context_length
-    corpus = open_corpus(config.data, context_length=context, seed=config.seed, tokenizer=tokenizer)
+    corpus = distributed.first_then_others(
+        lambda: open_corpus(config.data, context_length=context, seed=config.seed, tokenizer=tokenizer)
+    )
+    prepared = {
+        "tokenizer": corpus.tokenizer.fingerprint,
+        "data.source": corpus.train.split.content,
+        "data.validation_source": corpus.validation.split.content,
+    }
+    distributed.check_same(prepared, "the names are hashes of the content; give all processes the same files")
     config = dataclasses.replace(config, model=config.model.with_vocabulary(corpus.tokenizer.vocab_size))
     check_fit(config, mesh)
 
     model, microbatch = GPT(config.model), config.sequences_per_microbatch
-    loss, init_params = make_program(config, mesh)
+    loss, init_params = make_program(config)
 
     def read(examples: PackedExamples, start: int) -> Iterator[dict[str, np.ndarray]]:
         return batches(
             examples,
             start=start,
             batch_size=microbatch,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=process_rows(batch_sharding(mesh), microbatch),
             prefetch=config.data.prefetch_batches,
         )
 
@@ -65,28 +76,27 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
         init_params=init_params,
         loss=loss,
         batches=lambda start: read(corpus.train, start),
-        evaluate=_evaluate(loss, lambda: read(corpus.validation, 0), max_batches, corpus, mesh),
+        evaluate=_evaluate(loss, lambda: read(corpus.validation, 0), microbatch, max_batches, corpus, mesh),
         sample=_sample(config, model, corpus.tokenizer, mesh) if config.evaluation.sample_tokens > 0 else None,
     )
 
 
-def make_program(config: Config, mesh: Mesh) -> tuple[Loss, Callable[[jax.Array], Any]]:
+def make_program(config: Config) -> tuple[Loss, Callable[[jax.Array], Any]]:
     """What is learned, but for data: the loss, and the initial parameters (boxed) of a key.
 
     Args:
       config: with the vocabulary filled in.
     """
     model = GPT(config.model)
-    loss = make_loss(model, positions_per_chunk(config.sequences_per_microbatch // batch_shards(mesh)))
 
     def init_params(rng: jax.Array) -> Any:
         return model.init(rng, jnp.zeros((1, 1), jnp.int32))["params"]  # the same for tokens of any shape
 
-    return loss, init_params
+    return make_loss(model), init_params
 
 
-def make_loss(model: GPT, chunk: int) -> Loss:
-    """Cross entropy of the next token, `chunk` positions at a time."""
+def make_loss(model: GPT) -> Loss:
+    """Cross entropy of the next token."""
 
     def loss(params: Any, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         x_BTD = hidden_states(
@@ -99,7 +109,7 @@ def make_loss(model: GPT, chunk: int) -> Loss:
             rngs=None if rng is None else {"dropout": rng},
         )
         head_VD, weights_BT = head_embedding(params), batch["weights"]
-        nats = cross_entropy(x_BTD, head_VD, batch["targets"], weights_BT, chunk, model.config.precision)
+        nats = cross_entropy(x_BTD, head_VD, batch["targets"], weights_BT, None, model.config.precision)
         return nats, jnp.sum(weights_BT)
 
     return loss
@@ -108,20 +118,22 @@ def make_loss(model: GPT, chunk: int) -> Loss:
 def _evaluate(
     loss: Loss,
     read: Callable[[], Iterator[dict[str, np.ndarray]]],
+    batch_size: int,
     max_batches: int | None,
     corpus: Corpus,
     mesh: Mesh,
 ) -> Callable[[Any], dict[str, float]]:
     """Held-out loss (nats a token), perplexity and bits per byte of the first `max_batches`."""
     sharding, split = batch_sharding(mesh), corpus.validation.split
+    rows = process_rows(sharding, batch_size)
     sums_of = jax.jit(lambda params, batch: loss(params, batch, None))
 
     def evaluate(params: Any) -> dict[str, float]:
         sums = []
-        for i, rows in enumerate(read()):
+        for i, local in enumerate(read()):
             if i == max_batches:
                 break
-            batch = {name: jax.make_array_from_process_local_data(sharding, array) for name, array in rows.items()}
+            batch = {name: global_array(sharding, rows, array, batch_size) for name, array in local.items()}
             sums.append(sums_of(params, batch))
         total_nats, targets = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
         nats = float(total_nats / targets)

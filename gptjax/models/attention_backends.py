@@ -1,0 +1,311 @@
+"""Attention over whole sequences behind one function, `attention`, and the choice of what computes it.
+
+"xla" is the definition: plain array code that runs anywhere and writes all T x T scores to memory. "splash" (Pallas, on
+TPUs) and "cudnn" (on NVIDIA GPUs) are flash attention (Dao et al. 2022): they compute it in blocks that never leave the
+chip, and skip the blocks of which nothing is seen. cuDNN's gradients differ from run to run in their last bits, unless
+XLA_FLAGS has --xla_gpu_exclude_nondeterministic_ops=true. Attention over positions that are spread over devices is none
+of them, but `gptjax.parallel.ring`.
+"""
+
+import math
+from collections.abc import Callable
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    BlockSizes,
+    CausalMask,
+    LocalMask,
+    MultiHeadMask,
+    SegmentIds,
+    make_splash_mha,
+)
+from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SplashAttentionKernel
+
+from gptjax.config import GPTConfig, UserError
+from gptjax.parallel.mesh import BATCH_AXES, axis_size, partition_spec, platform
+from gptjax.parallel.ring import ring_attention
+
+NAME = "attention"  # of what attention returns, to the policies of rematerialisation
+TILE = 128  # the kernels take lengths that are multiples of it
+SPLASH_BLOCKS = (512, 256, 128)  # positions a block: the first that divides the length
+MIN_CAPABILITY = 8.0  # of GPUs on which cuDNN has flash attention: Ampere
+
+
+def attention(
+    config: GPTConfig,
+    kind: str,
+    q_BTHK: jax.Array,
+    k_BTHK: jax.Array,
+    v_BTHK: jax.Array,
+    segments_BT: jax.Array | None,
+    dropout_rng: jax.Array | None,
+    ring: bool = False,
+) -> jax.Array:
+    """Causal attention among T positions, by the backend that `choose_backend` says.
+
+    Args:
+      kind: "dense", or "banded" (position t sees t - config.band_width < s <= t).
+      q_BTHK, k_BTHK, v_BTHK: of one dtype.
+      segments_BT: int, documents packed into a row; attention stays within one. None: the row is one document.
+      dropout_rng: key of the attention dropout; None: there is none.
+      ring: positions lie in the balanced order of `gptjax.parallel.ring` over mesh axis "context"; the backend is then
+        the ring, and there is no dropout.
+
+    Returns:
+      (B, T, H, K), of q's dtype.
+
+    Raises:
+      UserError: config.attention_backend names a backend that cannot do this.
+    """
+    rows, length, heads, _ = q_BTHK.shape
+    scale = score_scale(config)
+    band_width = config.band_width if kind == "banded" and config.band_width < length else None
+    if ring:
+        assert dropout_rng is None, "the ring drops nothing out; mesh.check_fit says so to the user"
+        return ring_attention(
+            q_BTHK, k_BTHK, v_BTHK, segments_BT, band_width=band_width, scale=scale, precision=config.precision
+        )
+    backend = choose_backend(
+        config, platform(), length, segments_BT is not None, dropout_rng is not None, compute_capability()
+    )
+    if backend == "splash" and _divide_over_mesh(rows, heads):
+        return splash_attention(q_BTHK, k_BTHK, v_BTHK, segments_BT, band_width, scale)
+    if backend == "cudnn" and _divide_over_mesh(rows, heads):
+        out_BTHK = cudnn_attention(q_BTHK, k_BTHK, v_BTHK, band_width, scale)
+    else:
+        mask_BHTS = attention_mask(kind, config.band_width, length, segments_BT)
+        out_BTHK = dot_product_attention(
+            q_BTHK, k_BTHK, v_BTHK, mask_BHTS, config.attention_dropout, dropout_rng, config.precision, scale
+        )
+    return checkpoint_name(out_BTHK, NAME)
+
+
+def score_scale(config: GPTConfig) -> float:
+    """What scores are multiplied by before the softmax."""
+    return config.head_dim**-0.5 if config.scale_attention else 1.0
+
+
+# --- the choice -------------------------------------------------------------------------------------------------------
+
+
+def choose_backend(
+    config: GPTConfig, platform: str, length: int, has_segments: bool, has_dropout: bool, capability: float
+) -> str:
+    """Which of "xla", "cudnn" and "splash" attends among `length` positions.
+
+    "auto" takes the kernel of the platform where it can. A backend that config.attention_backend names is taken, or is
+    an error. To both there is one exception: lengths that no kernel takes, such as a short prompt's or the single
+    position that parameters are initialised with, go to xla.
+
+    Args:
+      platform: "cpu", "gpu" or "tpu".
+      capability: as of `compute_capability`; read on "gpu" only.
+
+    Raises:
+      UserError: the backend that config.attention_backend names cannot do it.
+    """
+    if length % TILE != 0:
+        return "xla"
+    named = config.attention_backend
+    backend = {"gpu": "cudnn", "tpu": "splash"}.get(platform, "xla") if named == "auto" else named
+    obstacle = _obstacle(backend, config, platform, has_segments, has_dropout, capability)
+    if obstacle is None:
+        return backend
+    if named == "auto":
+        return "xla"
+    raise UserError(f"model.attention_backend={backend} {obstacle}")
+
+
+def check_backend(config: GPTConfig, platform: str, has_segments: bool) -> None:
+    """Raises UserError when config.attention_backend names a backend that cannot train this model on this platform."""
+    named, length = config.attention_backend, config.context_length
+    choose_backend(config, platform, TILE, has_segments, config.attention_dropout > 0, compute_capability())
+    if named in ("cudnn", "splash") and length % TILE != 0:
+        raise UserError(
+            f"model.attention_backend={named} takes lengths that are multiples of {TILE}: "
+            f"model.context_length={length} could be {math.ceil(length / TILE) * TILE}, or leave the backend at auto"
+        )
+
+
+def compute_capability() -> float:
+    """NVIDIA's version of what this process's first GPU can do, such as 8.0 (Ampere); 0: it is not one of NVIDIA's."""
+    try:
+        return float(getattr(jax.local_devices()[0], "compute_capability", 0))
+    except ValueError:  # AMD's is a name
+        return 0.0
+
+
+def _obstacle(
+    backend: str, config: GPTConfig, platform: str, has_segments: bool, has_dropout: bool, capability: float
+) -> str | None:
+    """Why `backend` cannot do this, and the mend; None: it can."""
+    if backend == "xla":
+        return None
+    if backend == "splash" and platform != "tpu":
+        return f"needs a TPU and this is a {platform}: leave it at auto"
+    if backend == "cudnn" and (platform != "gpu" or capability < MIN_CAPABILITY):
+        return f"needs an NVIDIA GPU of compute capability {MIN_CAPABILITY} or later: leave it at auto"
+    # Splash cannot be told a precision, and multiplies at the TPU's default: float32 would not mean float32.
+    if config.dtype == "float32":
+        return "multiplies in bfloat16: set model.dtype=bfloat16, or leave it at auto"
+    if has_dropout:
+        return f"drops nothing out: set model.attention_dropout={config.attention_dropout} to 0, or leave it at auto"
+    if backend == "cudnn" and has_segments:
+        return "cannot tell packed documents apart: set data.packing=concatenate, or leave it at auto"
+    # As in jax/_src/cudnn/fused_attention_stablehlo.py, which would raise no UserError.
+    widest = 256 if capability >= 9 else 128
+    if backend == "cudnn" and (config.head_dim % 8 != 0 or config.head_dim > widest):
+        return f"needs heads of a width that is a multiple of 8 up to {widest}, not {config.head_dim}: leave it at auto"
+    return None
+
+
+def _divide_over_mesh(rows: int, heads: int) -> bool:
+    """Whether each device of the mesh in use can have whole rows and heads, and all positions of them."""
+    shards = math.prod(axis_size(axis) for axis in BATCH_AXES)
+    return axis_size("context") == 1 and rows % shards == 0 and heads % axis_size("tensor") == 0
+
+
+# --- the backends -----------------------------------------------------------------------------------------------------
+
+
+def attention_mask(kind: str, band_width: int, length: int, segments_BT: jax.Array | None) -> jax.Array:
+    """What each position may see: True where position t may look at position s.
+
+    Args:
+      kind: "dense" (s <= t) or "banded" (t - band_width < s <= t).
+      band_width: positions a banded layer sees, its own included.
+      length: T.
+      segments_BT: int, documents packed into a row; attention stays within one. None: the row is one document.
+
+    Returns:
+      bool (1, 1, T, T), or (B, 1, T, T) with segments.
+    """
+    t_T1, s_1T = jnp.arange(length)[:, None], jnp.arange(length)[None, :]
+    mask_TS = s_1T <= t_T1
+    if kind == "banded":
+        mask_TS &= s_1T > t_T1 - band_width
+    if segments_BT is None:
+        return mask_TS[None, None]
+    same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
+    return (mask_TS[None] & same_BTS)[:, None]
+
+
+def dot_product_attention(
+    q_BTHK: jax.Array,
+    k_BSHK: jax.Array,
+    v_BSHK: jax.Array,
+    mask_BHTS: jax.Array,
+    dropout_rate: float = 0.0,
+    dropout_rng: jax.Array | None = None,
+    precision: str | None = None,
+    scale: float = 1.0,
+) -> jax.Array:
+    """softmax(scale * q k) v with scores and softmax in float32 (Vaswani et al. 2017, equation 1).
+
+    Args:
+      q_BTHK, k_BSHK, v_BSHK: of one dtype.
+      mask_BHTS: bool, broadcastable; False hides position s from position t.
+      dropout_rate: of the attention probabilities, when there is a dropout_rng.
+      precision: of the matrix products.
+      scale: of the scores; 1 / sqrt(K) in all GPTs but GPT-Neo.
+
+    Returns:
+      (B, T, H, K), of q's dtype.
+    """
+    scores_BHTS = scale * jnp.einsum(
+        "BTHK,BSHK->BHTS", q_BTHK, k_BSHK, precision=precision, preferred_element_type=jnp.float32
+    )
+    scores_BHTS = jnp.where(mask_BHTS, scores_BHTS, jnp.finfo(jnp.float32).min)
+    probs_BHTS = jax.nn.softmax(scores_BHTS, axis=-1).astype(v_BSHK.dtype)
+    if dropout_rng is not None and dropout_rate > 0:
+        keep_BHTS = jax.random.bernoulli(dropout_rng, 1 - dropout_rate, probs_BHTS.shape)
+        probs_BHTS = jnp.where(keep_BHTS, probs_BHTS / (1 - dropout_rate), 0)
+    return jnp.einsum("BHTS,BSHK->BTHK", probs_BHTS, v_BSHK, precision=precision)
+
+
+def splash_attention(
+    q_BTHK: jax.Array,
+    k_BTHK: jax.Array,
+    v_BTHK: jax.Array,
+    segments_BT: jax.Array | None,
+    band_width: int | None,
+    scale: float,
+) -> jax.Array:
+    """`dot_product_attention` by the splash kernels, each device its own rows and heads; T is a multiple of 128.
+
+    On a CPU the kernels are interpreted, slowly: for tests.
+
+    Returns:
+      (B, T, H, K), of q's dtype. It and the log-sum-exp, which the backward pass needs as well, are named NAME.
+    """
+    interpret = platform() == "cpu"
+
+    def kernel(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+        _, length, heads, _ = q_BTHK.shape
+        row = splash_kernel(length, heads, band_width, interpret)
+        ids = None if segments_BT is None else SegmentIds(segments_BT, segments_BT)
+        q_BHTK, k_BHTK, v_BHTK = (x_BTHK.swapaxes(1, 2) for x_BTHK in (q_BTHK * scale, k_BTHK, v_BTHK))
+        return cast(jax.Array, jax.vmap(row)(q_BHTK, k_BHTK, v_BHTK, ids)).swapaxes(1, 2)
+
+    return _on_each_device(kernel, q_BTHK, k_BTHK, v_BTHK, segments_BT)
+
+
+def splash_kernel(length: int, heads: int, band_width: int | None, interpret: bool) -> SplashAttentionKernel:
+    """The kernel of one row, (H, T, K) each; `scale` is 1. Blocks outside the mask are not visited.
+
+    The backward pass has one kernel for the gradient of q and one for those of k and v: the kernel that makes all three
+    recomputes less, but visits all blocks of a banded layer, and writes the gradient of q once for every block of keys.
+    """
+    shape = (length, length)
+    mask = CausalMask(shape) if band_width is None else LocalMask(shape, (band_width - 1, 0), 0)
+    block = next(block for block in SPLASH_BLOCKS if length % block == 0)
+    return make_splash_mha(
+        MultiHeadMask([mask] * heads),
+        block_sizes=BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=NAME,
+        interpret=interpret,
+    )
+
+
+def cudnn_attention(
+    q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, band_width: int | None, scale: float
+) -> jax.Array:
+    """`dot_product_attention` of single documents by cuDNN, each device its own rows and heads; (B, T, H, K)."""
+
+    def kernel(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(
+            q_BTHK,
+            k_BTHK,
+            v_BTHK,
+            scale=scale,
+            is_causal=True,
+            local_window_size=None if band_width is None else (band_width - 1, 0),  # before and after a position
+            implementation="cudnn",
+        )
+
+    return _on_each_device(kernel, q_BTHK, k_BTHK, v_BTHK)
+
+
+def _on_each_device(kernel: Callable[..., jax.Array], *arrays: jax.Array | None) -> jax.Array:
+    """`kernel` of each device's own rows and heads: a kernel is opaque to the partitioner, which would gather all.
+
+    Args:
+      kernel: of (B, T, H, K) and (B, T) arrays to (B, T, H, K).
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return kernel(*arrays)
+    heads, rows = (partition_spec(names) for names in (("batch", None, "heads", None), ("batch", None)))
+    in_specs = tuple(None if x is None else heads if x.ndim == 4 else rows for x in arrays)
+    return jax.shard_map(kernel, in_specs=in_specs, out_specs=heads, check_vma=False)(*arrays)

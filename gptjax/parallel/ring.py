@@ -1,0 +1,395 @@
+"""Ring attention: causal self-attention of positions that are spread over the mesh axis "context".
+
+Keys and values travel from device to device while each device keeps its queries (Liu et al. 2023, section 3), and the
+softmax is gathered up as they come (Milakov and Gimelshein 2018, section 3). In natural order the last device would
+have all the causal work and the first nearly none, so attention works in *balanced order*: of 2C chunks of positions,
+device i of C holds chunks i and 2C-1-i, and all have the same (The Llama 3 Herd of Models, 2024, section 3.3.2).
+
+What a device holds it cuts into N tiles: q_NBHTK are tiles of T queries, k_NBHSK of S keys.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from jax.ad_checkpoint import checkpoint_name
+
+from gptjax.parallel.mesh import axis_size, partition_spec, platform
+
+MAX_TILE = 512  # queries, and keys, whose scores a device holds at a time
+_HIDDEN = float(np.finfo(np.float32).min)  # the score of what may not be seen
+_LOWEST = -1e30  # above _HIDDEN, below every other score: a row that has seen nothing yet counts nothing
+
+
+def chunks_of(device: Any, shards: int) -> tuple[Any, Any]:
+    """The chunks that device `device` of `shards` holds in balanced order, the lower one first."""
+    return device, 2 * shards - 1 - device
+
+
+def balanced_positions(length: int, shards: int) -> npt.NDArray[np.int32]:
+    """The natural position of each place in balanced order, int32 (T,); `length` T is divisible by 2 * `shards`."""
+    order = [chunk for device in range(shards) for chunk in chunks_of(device, shards)]
+    return np.arange(length, dtype=np.int32).reshape(2 * shards, -1)[order].reshape(-1)
+
+
+def balance(x_BT: jax.Array) -> jax.Array:
+    """Natural to balanced order of axis 1: every device sends its two chunks to where they belong, nothing else.
+
+    Args:
+      x_BT: (B, T, ...), with B over the batch axes of the mesh in use and T, divisible by 2C, over its context axis.
+
+    Returns:
+      Of the same shape, dtype and layout; `x_BT` itself without a mesh, or where C is 1.
+    """
+    return _reorder(x_BT, _balance_shard)
+
+
+def restore(x_BT: jax.Array) -> jax.Array:
+    """Balanced to natural order: undoes `balance`."""
+    return _reorder(x_BT, _restore_shard)
+
+
+def _reorder(x_BT: jax.Array, reorder_shard: Callable[[jax.Array, int], jax.Array]) -> jax.Array:
+    shards = axis_size("context")
+    if shards == 1:
+        return x_BT
+    spec = partition_spec(("batch", "length"))
+    return jax.shard_map(lambda x: reorder_shard(x, shards), in_specs=spec, out_specs=spec)(x_BT)
+
+
+def _moves(shards: int) -> list[list[tuple[int, int]]]:
+    """(from, to) of all even chunks, and of all odd ones: of each kind, every device sends one and gets one."""
+    owner = {chunk: device for device in range(shards) for chunk in chunks_of(device, shards)}
+    return [[(chunk // 2, owner[chunk]) for chunk in range(parity, 2 * shards, 2)] for parity in (0, 1)]
+
+
+def _balance_shard(x_BT: jax.Array, shards: int) -> jax.Array:
+    halves = jnp.split(x_BT, 2, axis=1)
+    even, odd = (jax.lax.ppermute(half, "context", moves) for half, moves in zip(halves, _moves(shards), strict=True))
+    lower_is_even = jax.lax.axis_index("context") % 2 == 0
+    return jnp.concatenate([jnp.where(lower_is_even, even, odd), jnp.where(lower_is_even, odd, even)], axis=1)
+
+
+def _restore_shard(x_BT: jax.Array, shards: int) -> jax.Array:
+    lower, upper = jnp.split(x_BT, 2, axis=1)
+    lower_is_even = jax.lax.axis_index("context") % 2 == 0
+    halves = jnp.where(lower_is_even, lower, upper), jnp.where(lower_is_even, upper, lower)
+    back = [[(there, here) for here, there in moves] for moves in _moves(shards)]
+    return jnp.concatenate(
+        [jax.lax.ppermute(half, "context", moves) for half, moves in zip(halves, back, strict=True)], axis=1
+    )
+
+
+def ring_attention(
+    q_BTHK: jax.Array,
+    k_BTHK: jax.Array,
+    v_BTHK: jax.Array,
+    segments_BT: jax.Array | None,
+    *,
+    band_width: int | None,
+    scale: float,
+    precision: str | None,
+) -> jax.Array:
+    """Causal self-attention in balanced order: `dot_product_attention`, but for the order of float32 sums.
+
+    B lies over the batch axes of the mesh in use, T over "context", heads over "tensor". No device holds the keys of
+    all positions, nor the scores of more than MAX_TILE x MAX_TILE. For the backward pass, which goes round once more,
+    the output and the logarithm of the softmax's denominators are kept, both named "attention" for `jax.checkpoint`.
+
+    Args:
+      q_BTHK, k_BTHK, v_BTHK: of one dtype; T divisible by 2C. Tiles are the largest divisor of T / 2C up to MAX_TILE:
+        fast when a high power of 2 divides T.
+      segments_BT: int, documents packed into a row; attention stays within one. None: the row is one document.
+      band_width: positions that each position sees, its own included. None: all that came before.
+      scale: of the scores.
+      precision: of the matrix products.
+
+    Returns:
+      (B, T, H, K), of q's dtype.
+    """
+    return _attention(q_BTHK, k_BTHK, v_BTHK, segments_BT, _Rules(band_width, scale, precision))
+
+
+class _Rules(NamedTuple):
+    """What `ring_attention` is told besides arrays."""
+
+    band_width: int | None
+    scale: float
+    precision: str | None
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attention(
+    q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, segments_BT: jax.Array | None, rules: _Rules
+) -> jax.Array:
+    return _on_each_device(partial(_forward, rules), q_BTHK, k_BTHK, v_BTHK, segments_BT)[0]
+
+
+def _attention_forward(
+    q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, segments_BT: jax.Array | None, rules: _Rules
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    outputs = _on_each_device(partial(_forward, rules), q_BTHK, k_BTHK, v_BTHK, segments_BT)
+    out_BTHK, logsumexp_BTH = checkpoint_name(outputs, "attention")
+    return out_BTHK, (q_BTHK, k_BTHK, v_BTHK, segments_BT, out_BTHK, logsumexp_BTH)
+
+
+def _attention_backward(rules: _Rules, kept: tuple[Any, ...], d_out_BTHK: jax.Array) -> tuple[jax.Array | None, ...]:
+    return *_on_each_device(partial(_backward, rules), *kept, d_out_BTHK), None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _on_each_device(function: Callable[..., tuple[jax.Array, ...]], *arrays: jax.Array | None) -> tuple[jax.Array, ...]:
+    """`function` of each device's part of `arrays`, which are (B, T) or (B, T, H, ...), as results are."""
+    logical = ("batch", "length", "heads")
+    return jax.shard_map(
+        function,
+        in_specs=jax.tree.map(lambda x: partition_spec(logical[: x.ndim]), arrays),
+        out_specs=partition_spec(logical),
+        check_vma=False,  # its checks serve the derivative, which is written by hand
+    )(*arrays)
+
+
+def _forward(
+    rules: _Rules, q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, segments_BT: jax.Array | None
+) -> tuple[jax.Array, ...]:
+    """The output, and the logarithm of the softmax's denominators, float32 (B, T, H)."""
+
+    def block(query: Any, key: Any, mask_BHTS: jax.Array, state: Any) -> tuple[Any, tuple[()]]:
+        (q_BHTK,), (k_BHSK, v_BHSK) = query, key
+        max_BHT, sum_BHT, out_BHTK = state
+        scores_BHTS = _scores(q_BHTK, k_BHSK, mask_BHTS, rules)
+        new_max_BHT = jnp.maximum(max_BHT, jnp.max(scores_BHTS, axis=-1))
+        shrink_BHT = jnp.exp(max_BHT - new_max_BHT)
+        probs_BHTS = jnp.exp(scores_BHTS - new_max_BHT[..., None])
+        sum_BHT = shrink_BHT * sum_BHT + jnp.sum(probs_BHTS, axis=-1)
+        seen_BHTK = _product("BHTS,BHSK->BHTK", probs_BHTS.astype(v_BHSK.dtype), v_BHSK, rules)
+        return (new_max_BHT, sum_BHT, shrink_BHT[..., None] * out_BHTK + seen_BHTK), ()
+
+    queries, keys = _tiles(((q_BTHK,), (k_BTHK, v_BTHK)))
+    zeros_NBHTK = jnp.zeros(queries[0].shape, jnp.float32)
+    state = jnp.full(zeros_NBHTK.shape[:-1], _LOWEST, jnp.float32), zeros_NBHTK[..., 0], zeros_NBHTK
+    state, _ = _go_round(block, queries, keys, _tiles(segments_BT), state, (), rules.band_width)
+    max_NBHT, sum_NBHT, out_NBHTK = state
+    out_NBHTK = (out_NBHTK / sum_NBHT[..., None]).astype(q_BTHK.dtype)
+    return _whole((out_NBHTK, max_NBHT + jnp.log(sum_NBHT)))
+
+
+def _backward(
+    rules: _Rules,
+    q_BTHK: jax.Array,
+    k_BTHK: jax.Array,
+    v_BTHK: jax.Array,
+    segments_BT: jax.Array | None,
+    out_BTHK: jax.Array,
+    logsumexp_BTH: jax.Array,
+    d_out_BTHK: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """The gradients of queries, keys and values (Dao et al. 2022, algorithm 4), of their dtype."""
+
+    def block(query: Any, key: Any, mask_BHTS: jax.Array, dq_BHTK: jax.Array) -> tuple[jax.Array, Any]:
+        (q_BHTK, d_out_BHTK, logsumexp_BHT, mean_BHT), (k_BHSK, v_BHSK) = query, key
+        probs_BHTS = jnp.exp(_scores(q_BHTK, k_BHSK, mask_BHTS, rules) - logsumexp_BHT[..., None])
+        d_probs_BHTS = _product("BHTK,BHSK->BHTS", d_out_BHTK, v_BHSK, rules)
+        d_scores_BHTS = rules.scale * probs_BHTS * (d_probs_BHTS - mean_BHT[..., None])
+        d_scores_BHTS = d_scores_BHTS.astype(q_BHTK.dtype)
+        dk_BHSK = _product("BHTS,BHTK->BHSK", d_scores_BHTS, q_BHTK, rules)
+        dv_BHSK = _product("BHTS,BHTK->BHSK", probs_BHTS.astype(v_BHSK.dtype), d_out_BHTK, rules)
+        return dq_BHTK + _product("BHTS,BHSK->BHTK", d_scores_BHTS, k_BHSK, rules), (dk_BHSK, dv_BHSK)
+
+    # The mean of the gradients of a row's probabilities, by these probabilities.
+    mean_BTH = jnp.sum(d_out_BTHK.astype(jnp.float32) * out_BTHK.astype(jnp.float32), axis=-1)
+    queries, keys = _tiles(((q_BTHK, d_out_BTHK, logsumexp_BTH, mean_BTH), (k_BTHK, v_BTHK)))
+    zeros_NBHTK = jnp.zeros(queries[0].shape, jnp.float32)
+    dq_NBHTK, shares = _go_round(
+        block, queries, keys, _tiles(segments_BT), zeros_NBHTK, (zeros_NBHTK, zeros_NBHTK), rules.band_width
+    )
+    return jax.tree.map(lambda x: x.astype(q_BTHK.dtype), _whole((dq_NBHTK, *shares)))
+
+
+def _scores(q_BHTK: jax.Array, k_BHSK: jax.Array, mask_BHTS: jax.Array, rules: _Rules) -> jax.Array:
+    return jnp.where(mask_BHTS, rules.scale * _product("BHTK,BHSK->BHTS", q_BHTK, k_BHSK, rules), _HIDDEN)
+
+
+def _product(axes: str, x: jax.Array, y: jax.Array, rules: _Rules) -> jax.Array:
+    return jnp.einsum(axes, x, y, precision=rules.precision, preferred_element_type=jnp.float32)
+
+
+def _tiles(arrays: Any) -> Any:
+    """A device's (B, T, ...) arrays cut into tiles: (N, B, T), (N, B, H, T) or (N, B, H, T, K)."""
+
+    def cut(x_BT: jax.Array) -> jax.Array:
+        batch, length, *others = x_BT.shape
+        chunk = length // 2
+        size = max(size for size in range(1, min(chunk, MAX_TILE) + 1) if chunk % size == 0)
+        x_NBT = jnp.moveaxis(x_BT.reshape(batch, -1, size, *others), 1, 0)
+        return x_NBT.swapaxes(2, 3) if others else x_NBT
+
+    return jax.tree.map(cut, arrays)
+
+
+def _whole(arrays: Any) -> Any:
+    """(N, B, H, T, ...) tiles put together again: (B, T, H, ...)."""
+
+    def join(x_NBHT: jax.Array) -> jax.Array:
+        x_BNTH = jnp.moveaxis(x_NBHT.swapaxes(2, 3), 0, 1)
+        return x_BNTH.reshape(x_BNTH.shape[0], -1, *x_BNTH.shape[3:])
+
+    return jax.tree.map(join, arrays)
+
+
+def routes(shards: int, reach: int) -> list[tuple[int, int]]:
+    """The ways that keys travel round `shards` devices, as (devices a hop goes, hops).
+
+    Neighbouring chunks lie on neighbouring devices: the lower ones one way round, the upper ones the other. So a layer
+    that looks `reach` chunks back asks so many neighbours on both sides, where that is shorter than all the way round.
+    """
+    if 2 * reach + 1 >= shards:
+        return [(1, shards - 1)] if shards > 1 else []
+    return [(1, reach), (-1, reach)] if reach > 0 else []
+
+
+def seen_tiles(query_tile: Any, key_chunk: Any, tiles: int, reach: int) -> tuple[Any, Any]:
+    """Which of the `tiles` of a chunk of keys a tile of queries sees something of: the first, and how many.
+
+    Args:
+      query_tile, key_chunk: int, both counted from position 0.
+      tiles: of a chunk.
+      reach: how many tiles back a tile of queries sees something.
+    """
+    ahead = query_tile - key_chunk * tiles
+    stop = jnp.clip(ahead + 1, 0, tiles)
+    first = jnp.clip(ahead - reach, 0, stop)
+    return first, stop - first
+
+
+def _reach(band_width: int | None, size: int, count: int) -> int:
+    """How many blocks of `size` positions back a block of queries sees something; there are `count` in all."""
+    return count if band_width is None else (band_width + size - 2) // size
+
+
+def _go_round(
+    block: Callable[[Any, Any, jax.Array, Any], tuple[Any, Any]],
+    queries: tuple[jax.Array, ...],
+    keys: tuple[jax.Array, ...],
+    segments_NBT: jax.Array | None,
+    state: Any,
+    no_shares: Any,
+    band_width: int | None,
+) -> tuple[Any, Any]:
+    """Brings the keys to all queries that see them; what the queries add for the keys travels on with them, and home.
+
+    Args:
+      block: (tile of queries, tile of keys, mask (B, 1, T, S), state) -> (state, share of these keys).
+      queries, keys: (N, ...) arrays of the device, the first of each (N, B, H, T, K).
+      state: tree of (N, ...) arrays that go with the queries.
+      no_shares: zeros to add the keys' shares to, a tree of (N, ...) arrays.
+
+    Returns:
+      The state, and the sums of the shares of the device's own keys.
+    """
+    shards, device = axis_size("context"), jax.lax.axis_index("context")
+    tiles, size = queries[0].shape[0] // 2, queries[0].shape[3]  # a chunk's tiles, and their positions
+    visit = partial(_visit, block, (queries, segments_NBT), device, no_shares, band_width)
+
+    def hop(arrays: Any, by: int) -> Any:
+        pairs = [(here, (here + by) % shards) for here in range(shards)]
+        return jax.tree.map(lambda x: jax.lax.ppermute(x, "context", pairs), arrays)
+
+    def travel(state: Any, by: int, hops: int) -> tuple[Any, Any]:
+        """The state after all visits on a route, and the shares of the own keys, come home."""
+
+        def stop(carry: Any, n: jax.Array) -> tuple[Any, None]:
+            state, visitors, shares = carry
+            # Sent before the visit, so that it is under way meanwhile.
+            visitors_after, shares_before = hop(visitors, by), hop(shares, by)
+            state, shares = visit(state, visitors, (device - by * n) % shards)
+            return (state, visitors_after, jax.tree.map(jnp.add, shares, shares_before)), None
+
+        visitors, shares_before = hop((keys, segments_NBT), by), no_shares
+        if hops > 1:
+            # XLA's CPU of JAX 0.10 now and then mistakes one hop for another in a loop within loops.
+            unroll = platform() == "cpu"
+            carry, _ = jax.lax.scan(stop, (state, visitors, no_shares), jnp.arange(1, hops), unroll=unroll)
+            state, visitors, shares_before = carry
+            shares_before = hop(shares_before, by)
+        state, shares = visit(state, visitors, (device - by * hops) % shards)
+        return state, hop(jax.tree.map(jnp.add, shares, shares_before), -by * hops)
+
+    state, total = visit(state, (keys, segments_NBT), device)
+    for by, hops in routes(shards, _reach(band_width, tiles * size, 2 * shards)):
+        state, shares = travel(state, by, hops)
+        total = jax.tree.map(jnp.add, total, shares)
+    return state, total
+
+
+def _visit(
+    block: Callable[[Any, Any, jax.Array, Any], tuple[Any, Any]],
+    own: tuple[tuple[jax.Array, ...], jax.Array | None],
+    device: jax.Array,
+    no_shares: Any,
+    band_width: int | None,
+    state: Any,
+    visitors: tuple[tuple[jax.Array, ...], jax.Array | None],
+    home: jax.Array,
+) -> tuple[Any, Any]:
+    """`block` of every tile of the own queries with every tile of the visiting keys that it sees something of.
+
+    Args:
+      own: queries of `device`, and their segments.
+      visitors: keys of the device `home`, and their segments.
+
+    Returns:
+      The state, and the shares of the visitors.
+    """
+    shards, count, size = axis_size("context"), own[0][0].shape[0], own[0][0].shape[3]
+    tiles = count // 2
+    reach = _reach(band_width, size, shards * count)
+
+    def place(holder: jax.Array, number: jax.Array) -> jax.Array:
+        """A device's tile `number`, counted from position 0."""
+        return jnp.where(number < tiles, *chunks_of(holder, shards)) * tiles + number % tiles
+
+    def attend(shares: Any, scanned: tuple[jax.Array, Any, Any]) -> tuple[Any, Any]:
+        number, (query, query_segments_BT), state = scanned
+        query_place = place(device, number)
+        seen = [seen_tiles(query_place, chunk, tiles, reach) for chunk in chunks_of(home, shards)]
+        (lower, lower_count), (upper, upper_count) = seen
+
+        def meet(i: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+            state, shares = carry
+            number = jnp.where(i < lower_count, lower + i, tiles + upper + i - lower_count)
+            key, key_segments_BS = jax.tree.map(lambda x_N: x_N[number], visitors)
+            distance = (query_place - place(home, number)) * size
+            mask_BHTS = _mask(distance, size, query_segments_BT, key_segments_BS, band_width)
+            state, share = block(query, key, mask_BHTS, state)
+            return state, jax.tree.map(lambda all_N, one: all_N.at[number].add(one), shares, share)
+
+        # As many rounds as there are tiles to be seen: what is masked out altogether is never computed.
+        state, shares = jax.lax.fori_loop(0, lower_count + upper_count, meet, (state, shares))
+        return shares, state
+
+    shares, state = jax.lax.scan(attend, no_shares, (jnp.arange(count), own, state))
+    return state, shares
+
+
+def _mask(
+    distance: jax.Array,
+    size: int,
+    query_segments_BT: jax.Array | None,
+    key_segments_BS: jax.Array | None,
+    band_width: int | None,
+) -> jax.Array:
+    """Where queries may look at keys `distance` before them, tile to tile: (1, 1, T, S), or (B, 1, T, S)."""
+    back_TS = distance + jnp.arange(size)[:, None] - jnp.arange(size)[None, :]
+    mask_TS = back_TS >= 0
+    if band_width is not None:
+        mask_TS &= back_TS < band_width
+    if query_segments_BT is None or key_segments_BS is None:
+        return mask_TS[None, None]
+    return (mask_TS[None] & (query_segments_BT[:, :, None] == key_segments_BS[:, None, :]))[:, None]

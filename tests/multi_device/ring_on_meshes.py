@@ -1,0 +1,143 @@
+"""Ring attention on 8 simulated devices, beside `dot_product_attention` on one: `ring_on_meshes.py OUT.json CASE...`.
+
+A case is MESH:BAND:SEGMENTS:DTYPE, such as context=8:5:segments:float32; a BAND of 0 is dense. Writes
+{"cases": {case: {"differences": the largest of out, dq, dk, dv, "sent": collectives of the program}}, "order": ...,
+"poison": ...}.
+"""
+
+import functools
+import json
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.config import MeshConfig
+from gptjax.models.attention_backends import attention_mask, dot_product_attention
+from gptjax.parallel import ring
+from gptjax.parallel.mesh import axis_size, batch_sharding, make_mesh
+
+LENGTH = 96  # in 2C chunks of 24, 16, 12 or 6
+SCALE = 0.3
+COLLECTIVES = r"\b(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+
+
+def mesh_of(text: str) -> jax.sharding.Mesh:
+    axes = {axis: int(size) for axis, size in (part.split("=") for part in text.split(","))}
+    return make_mesh(MeshConfig(**{"data": 1} | axes), jax.devices()[: math.prod(axes.values())])
+
+
+def arrays(dtype: str) -> tuple[jax.Array, ...]:
+    """Queries, keys, values and the gradient of the output; segments."""
+    rng = np.random.default_rng(0)
+    normal = [jnp.asarray(rng.normal(size=(2, LENGTH, 4, 8)), dtype) for _ in range(4)]
+    return *normal, jnp.asarray(np.sort(rng.integers(0, 5, (2, LENGTH)), axis=1))
+
+
+def on_the_ring(band_width: int | None) -> Callable[..., jax.Array]:
+    return functools.partial(ring.ring_attention, band_width=band_width, scale=SCALE, precision=None)
+
+
+def on_one_device(band_width: int | None) -> Callable[..., jax.Array]:
+    def attend(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+        kind = "dense" if band_width is None else "banded"
+        mask_BHTS = attention_mask(kind, band_width or 0, LENGTH, segments_BT)
+        return dot_product_attention(q_BTHK, k_BTHK, v_BTHK, mask_BHTS, scale=SCALE)
+
+    return attend
+
+
+def with_gradients(attend: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, ...]]:
+    """(q, k, v, d_out, segments) -> (out, dq, dk, dv)."""
+
+    def both(
+        q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, d_out_BTHK: jax.Array, segments_BT: jax.Array | None
+    ) -> tuple[jax.Array, ...]:
+        out_BTHK, backward = jax.vjp(lambda *qkv: attend(*qkv, segments_BT), q_BTHK, k_BTHK, v_BTHK)
+        return out_BTHK, *backward(d_out_BTHK)
+
+    return both
+
+
+def run(function: Callable[..., Any], *given: Any) -> tuple[Any, dict[str, int]]:
+    """The results, and how many collectives of each kind stand in the compiled program."""
+    compiled = jax.jit(function).lower(*given).compile()
+    return compiled(*given), Counter(re.findall(COLLECTIVES, compiled.as_text()))
+
+
+def compare(case: str) -> dict[str, Any]:
+    mesh, band, packing, dtype = case.split(":")
+    band_width = int(band) if int(band) > 0 else None
+    *given, segments_BT = arrays(dtype)
+    given.append(segments_BT if packing == "segments" else None)
+    expected, _ = run(with_gradients(on_one_device(band_width)), *given)
+    with jax.set_mesh(mesh_of(mesh)):
+        positions_T = ring.balanced_positions(LENGTH, axis_size("context"))
+        balanced = jax.tree.map(lambda x_BT: x_BT[:, positions_T], given)
+        results, sent = run(with_gradients(on_the_ring(band_width)), *balanced)
+    pairs = zip(results, (x_BT[:, positions_T] for x_BT in expected), strict=True)
+    largest = [float(np.abs(np.asarray(x, np.float32) - np.asarray(y, np.float32)).max()) for x, y in pairs]
+    return {"differences": largest, "sent": sent}
+
+
+def order(mesh: str) -> dict[str, Any]:
+    """Whether `balance`, `restore` and the gradient of `balance` are right, and what they send."""
+    mesh_in_use = mesh_of(mesh)
+    positions_T = ring.balanced_positions(LENGTH, mesh_in_use.shape["context"])
+    with jax.set_mesh(mesh_in_use):
+
+        def place(x: np.ndarray) -> jax.Array:
+            return jax.device_put(x, batch_sharding(mesh_in_use))
+
+        tokens_BT = np.arange(2 * LENGTH, dtype=np.int32).reshape(2, LENGTH)
+        x_BTD = np.random.default_rng(0).normal(size=(2, LENGTH, 3)).astype(np.float32)
+        tried = {
+            "balance": (tokens_BT[:, positions_T], run(ring.balance, place(tokens_BT))),
+            "restore": (x_BTD, run(ring.restore, place(x_BTD[:, positions_T]))),
+            "gradient": (
+                x_BTD,
+                run(lambda x, g: jax.vjp(ring.balance, x)[1](g)[0], place(x_BTD), place(x_BTD[:, positions_T])),
+            ),
+        }
+        return {
+            name: {"right": np.array_equal(result, expected), "sent": sent}
+            for name, (expected, (result, sent)) in tried.items()
+        }
+
+
+def poison(band_width: int | None, bad: slice) -> dict[str, list[int]]:
+    """The positions whose outputs and whose queries' gradients are finite when keys and values `bad` are not.
+
+    What is computed and masked shows all the same, since 0 * NaN is NaN.
+    """
+    positions_T = ring.balanced_positions(LENGTH, 4)
+    bad_T = np.isin(positions_T, np.arange(LENGTH)[bad])
+    q_BTHK, k_BTHK, v_BTHK, d_out_BTHK, segments_BT = arrays("float32")
+    k_BTHK, v_BTHK = k_BTHK.at[:, bad_T].set(jnp.nan), v_BTHK.at[:, bad_T].set(jnp.nan)
+    one_document = jnp.zeros_like(segments_BT) if band_width is None else None  # a program compiled for a case
+    with jax.set_mesh(mesh_of("context=4")):
+        results, _ = run(with_gradients(on_the_ring(band_width)), q_BTHK, k_BTHK, v_BTHK, d_out_BTHK, one_document)
+    finite = {name: np.isfinite(x).all(axis=(0, 2, 3)) for name, x in zip(("out", "dq"), results, strict=False)}
+    return {name: sorted(positions_T[finite_T].tolist()) for name, finite_T in finite.items()}
+
+
+def main() -> None:
+    out, *cases = sys.argv[1:]
+    ring.MAX_TILE = 4
+    results = {
+        "cases": {case: compare(case) for case in cases},
+        "order": {mesh: order(mesh) for mesh in ("context=2,tensor=2,fsdp=2", "context=3,data=2", "context=8")},
+        "poison": {"dense": poison(None, slice(48, None)), "banded": poison(6, slice(0, 24))},
+    }
+    Path(out).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Ring attention on eight simulated devices is attention on one, and sends and computes no more than it must."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("ring_on_meshes.py")
+# Chunks are of 24, 16, 12 and 6 positions with context=2, 3, 4 and 8; 0: dense.
+CASES = [
+    "context=2:0:segments:float32",
+    "context=4:0:segments:float32",
+    "context=8:0:segments:float32",
+    "context=8:1:whole:float32",  # a position sees itself only
+    "context=4:6:whole:float32",  # half a chunk
+    "context=8:6:whole:float32",  # a chunk
+    "context=8:13:segments:float32",  # two neighbours on each side
+    "context=8:40:segments:float32",  # all the way round
+    "context=2,tensor=2,fsdp=2:0:whole:float32",
+    "context=3,tensor=2:16:segments:float32",
+    "context=4,expert=2:20:segments:float32",
+    "context=4:0:segments:bfloat16",
+]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[str, Any]:
+    """What the script writes, run in a process of its own with eight devices."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    out = tmp_path_factory.mktemp("ring") / "results.json"
+    subprocess.run([sys.executable, SCRIPT, out, *CASES], env={**os.environ, "XLA_FLAGS": flags}, check=True)
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients_are_those_of_one_device(results, case):
+    # Of float32 sums in another order; or of the last bit of bfloat16 values between 2 and 4.
+    tolerance = 5e-6 if case.endswith("float32") else 0.02
+    assert results["cases"][case]["differences"] == pytest.approx([0, 0, 0, 0], abs=tolerance)
+
+
+@pytest.mark.parametrize("mesh", ["context=2,tensor=2,fsdp=2", "context=3,data=2", "context=8"])
+def test_balanced_order_is_a_permutation_that_two_sends_make_and_two_undo(results, mesh):
+    expected = {"right": True, "sent": {"collective-permute": 2}}
+    assert results["order"][mesh] == dict.fromkeys(("balance", "restore", "gradient"), expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_keys_and_values_are_sent_from_device_to_device_and_never_gathered(results, case):
+    """Of a band of 1 there is nothing to send."""
+    sent = {"collective-permute"} if ":1:" not in case else set()
+    assert set(results["cases"][case]["sent"]) == sent
+
+
+@pytest.mark.parametrize("layer", ["6:whole:float32", "0:segments:float32"], ids=["banded", "dense"])
+def test_programs_and_what_a_banded_layer_sends_do_not_grow_with_the_devices(results, layer):
+    """A dense layer's sends are in a loop, a banded layer's are not."""
+    assert results["cases"][f"context=8:{layer}"]["sent"] == results["cases"][f"context=4:{layer}"]["sent"]
+
+
+@pytest.mark.parametrize("array", ["out", "dq"])
+def test_tiles_that_the_mask_hides_are_not_computed(results, array):
+    """With tiles of 4 and a band of 6: queries 32 to 35 are the first to see no tile before position 24."""
+    assert results["poison"]["dense"][array] == list(range(48))
+    assert results["poison"]["banded"][array] == list(range(32, 96))

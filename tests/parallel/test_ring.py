@@ -1,0 +1,85 @@
+"""Ring attention on one device, and the plain arithmetic of who meets whom; several devices: tests/multi_device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax.config import MeshConfig
+from gptjax.parallel import ring
+from gptjax.parallel.mesh import make_mesh
+
+
+def attend(q_BTHK: jax.Array) -> jax.Array:
+    return ring.ring_attention(q_BTHK, q_BTHK, q_BTHK, None, band_width=None, scale=1.0, precision=None)
+
+
+def tiles_met(shards: int, tiles: int, reach: int) -> np.ndarray:
+    """How many tiles of keys that live on each device (axis 1) each device (axis 0) computes with its queries."""
+    places, chunks = np.arange(2 * shards * tiles)[:, None], np.arange(2 * shards)[None, :]
+    _, counts = ring.seen_tiles(places, chunks, tiles, reach)
+    by_chunk = np.asarray(counts).reshape(2 * shards, tiles, 2 * shards).sum(axis=1)
+    held = [list(ring.chunks_of(device, shards)) for device in range(shards)]
+    return np.array([[by_chunk[np.ix_(queries, keys)].sum() for keys in held] for queries in held])
+
+
+@pytest.mark.parametrize("shards", [2, 3, 8])
+def test_balanced_positions_pair_an_early_chunk_with_a_late_one(shards):
+    positions = ring.balanced_positions(4 * shards, shards).reshape(shards, 2, 2)
+    assert sorted(positions.ravel()) == list(range(4 * shards))
+    for device in range(shards):
+        assert positions[device, 0].tolist() == [2 * device, 2 * device + 1]
+        assert (positions[device, 0] + positions[device, 1][::-1]).tolist() == [4 * shards - 1] * 2
+
+
+@pytest.mark.parametrize("shards", [2, 3, 8])
+def test_every_device_has_the_same_causal_work_with_every_visitor(shards):
+    met = tiles_met(shards, tiles=1, reach=2 * shards)
+    off_diagonal = ~np.eye(shards, dtype=bool)
+    assert set(np.diag(met)) == {3}  # of 4 pairs of chunks
+    assert set(met[off_diagonal]) == {2}
+    finer = tiles_met(shards, tiles=4, reach=8 * shards)
+    assert set(np.diag(finer)) == {2 * 10 + 16}  # two triangles and a square
+    assert set(finer[off_diagonal]) == {2 * 16}
+
+
+@pytest.mark.parametrize("band_width", [None, 1, 3, 4, 5, 9, 30])
+def test_the_tiles_computed_are_those_of_which_the_mask_shows_something(band_width):
+    size, tiles, chunks = 4, 3, 4
+    length = size * tiles * chunks
+    t_T1, s_1T = np.arange(length)[:, None], np.arange(length)[None, :]
+    mask_TS = s_1T <= t_T1
+    if band_width is not None:
+        mask_TS &= s_1T > t_T1 - band_width
+    shown = mask_TS.reshape(length // size, size, length // size, size).any(axis=(1, 3))
+    reach = ring._reach(band_width, size, tiles * chunks)
+    places, key_chunks = np.arange(tiles * chunks)[:, None], np.arange(chunks)[None, :]
+    first, count = (np.asarray(x)[:, :, None] for x in ring.seen_tiles(places, key_chunks, tiles, reach))
+    computed = (np.arange(tiles) >= first) & (np.arange(tiles) < first + count)
+    np.testing.assert_array_equal(computed.reshape(shown.shape), shown)
+
+
+@pytest.mark.parametrize("shards", [2, 3, 4, 8])
+def test_routes_lead_past_every_device_that_is_needed_once_and_no_further_than_needed(shards):
+    for reach in range(2 * shards + 1):
+        met = tiles_met(shards, 1, reach)
+        needed = {(i - j) % shards for i, j in zip(*np.nonzero(met), strict=True)} - {0}
+        visited = [by * n % shards for by, hops in ring.routes(shards, reach) for n in range(1, hops + 1)]
+        assert len(visited) == len(set(visited))
+        assert needed <= set(visited)
+        assert len(visited) == min(2 * reach, shards - 1)
+
+
+def test_without_a_context_axis_order_stays_natural():
+    x_BT = jnp.arange(12).reshape(2, 6)
+    assert ring.balance(x_BT) is x_BT
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+        assert ring.restore(x_BT) is x_BT
+
+
+@pytest.mark.parametrize(("names", "rings"), [(["attention"], 2), ([], 3)])
+def test_a_policy_that_keeps_attention_spares_the_backward_pass_a_second_forward_ring(names, rings):
+    layer = jax.checkpoint(attend, policy=jax.checkpoint_policies.save_only_these_names(*names))
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+        program = jax.make_jaxpr(jax.grad(lambda q_BTHK: jnp.sum(layer(q_BTHK))))(jnp.ones((1, 8, 2, 4)))
+    assert str(program).count("shard_map[") == rings

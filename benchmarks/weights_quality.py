@@ -38,7 +38,7 @@ def main() -> None:
     trained = load_model(Path(WORKDIR.value))
     config, context = read_config(Path(WORKDIR.value)), trained.model.config.context_length
     corpus = open_corpus(config.data, context_length=context, seed=config.seed, tokenizer=trained.tokenizer)
-    read = batches(corpus.validation, start=0, batch_size=BATCH_SIZE, process_index=0, process_count=1, prefetch=2)
+    read = batches(corpus.validation, start=0, batch_size=BATCH_SIZE, prefetch=2)
     held_out = [batch for _, batch in zip(range(BATCHES.value), read, strict=False)]
     targets = sum(float(batch["weights"].sum()) for batch in held_out)
     print(f"{targets:,.0f} held-out tokens\n{'weights':10} {'bytes':>12} {'nats/token':>11} {'same top token':>15}")

@@ -2,28 +2,80 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 from absl import app, flags, logging
 
 from gptjax.config import UserError, check_key
+from gptjax.parallel import distributed
+from gptjax.parallel.peers import FAILED, STOPPED
+
+INTERRUPTED = 130  # exit code, as a shell has it
+
+COORDINATOR_ADDRESS = flags.DEFINE_string(
+    "coordinator_address", None, "Of several processes: HOST:PORT, a free port of process 0's machine."
+)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Of several processes: how many; 1: this one alone.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of several processes: which this is, from 0.")
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None], *, joins: bool = False) -> None:
     """Parses the flags and calls `main`; ends the process.
 
-    Exit codes: 0 done, 2 a mistake that the user can mend (`UserError`), 130 interrupted.
+    Exit codes: 0 done, 2 a mistake that the user can mend (`UserError`), 130 interrupted, 1 anything else. Of several
+    processes all end with the code of the first that fails; 1 when one is gone without a word.
+
+    Args:
+      joins: `main` calls `join`, so that several processes can run the command as one.
     """
+
+    def checked() -> None:
+        place = given_place()
+        if not joins and (place is not None or (NUM_PROCESSES.value != 1 and distributed.launcher() is not None)):
+            raise UserError("this command runs as one process: start it once, with --num_processes=1")
+        main()
+        distributed.finish()
+
     try:
-        app.run(lambda _: main(), flags_parser=_parse)
+        app.run(lambda _: checked(), flags_parser=_parse)
     except UserError as error:
+        if distributed.is_one_of_several():
+            distributed.stop(str(error), STOPPED)
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(2)  # a failed save leaves threads behind that print tracebacks while the interpreter shuts down
     except KeyboardInterrupt:
+        if distributed.is_one_of_several():
+            distributed.stop("interrupted", INTERRUPTED)
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
+    except Exception:
+        if not distributed.is_one_of_several():
+            raise
+        distributed.stop("failed, see its traceback", FAILED, traceback.format_exc())
+
+
+def given_place() -> distributed.Place | None:
+    """The place among several processes that the flags give; UserError when they contradict each other."""
+    return distributed.given_place(COORDINATOR_ADDRESS.value, NUM_PROCESSES.value, PROCESS_ID.value)
+
+
+def join() -> None:
+    """Joins the other processes, if this is one of several: when the flags are checked, before JAX has devices.
+
+    Raises:
+      UserError: see `gptjax.parallel.distributed`.
+    """
+    place = given_place()
+    if place is None and NUM_PROCESSES.value is None:
+        place = distributed.detected_place()
+    # Process 0 may call its own machine by another name; the config is compared key by key, when it is resolved.
+    own = ("process_id", "coordinator_address", "config")
+    present = (name for name in flags.FLAGS if flags.FLAGS[name].present)
+    same = {f"--{name}": str(flags.FLAGS[name].value) for name in present if name.partition(".")[0] not in own}
+    distributed.start(place, same)
 
 
 def _parse(argv: list[str]) -> list[str]:

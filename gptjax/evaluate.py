@@ -45,6 +45,7 @@ def main() -> None:
         raise UserError("needs --workdir=DIR, the directory of a run")
     if not Path(WORKDIR.value).expanduser().is_dir():
         raise UserError(f"there is no workdir {WORKDIR.value}")
+    cli.join()
     from gptjax.evaluation.run import Options, evaluate  # takes seconds to import
 
     evaluate(
@@ -67,4 +68,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, joins=True)

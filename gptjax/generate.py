@@ -10,6 +10,7 @@ of the prompt's own line in a .jsonl file besides, and with --logprobs "tokens" 
 """
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -20,6 +21,7 @@ from absl import flags
 
 from gptjax import cli
 from gptjax.config import UserError
+from gptjax.parallel import distributed
 
 if TYPE_CHECKING:
     from gptjax.inference.engine import Completion, Engine
@@ -67,8 +69,11 @@ def main() -> None:
         raise UserError("--prompt and --prompts exclude each other")
     if NUM_BEAMS.value is not None:
         check_beams(NUM_BEAMS.value)
-    records = read_prompts()
-    output = None if OUTPUT.value is None else Path(OUTPUT.value).expanduser()
+    cli.join()
+    records = distributed.of_first(read_prompts)
+    output = None
+    if OUTPUT.value is not None:
+        output = Path(OUTPUT.value if distributed.is_first() else os.devnull).expanduser()
     if output is not None and not output.parent.is_dir():
         raise UserError(f"--output={output}: there is no directory {output.parent}")
 
@@ -200,7 +205,8 @@ def complete(engine: "Engine", prompts: list[list[int]], max_new_tokens: int, st
 def progress(completions: Iterator["Completion"], total: int) -> Iterator["Completion"]:
     from tqdm import tqdm
 
-    return iter(tqdm(completions, total=total, unit="completion", disable=total == 1 or not sys.stderr.isatty()))
+    hidden = total == 1 or not sys.stderr.isatty() or not distributed.is_first()
+    return iter(tqdm(completions, total=total, unit="completion", disable=hidden))
 
 
 def describe(record: dict[str, Any], completion: "Completion", seed: int) -> dict[str, Any]:
@@ -217,4 +223,4 @@ def describe(record: dict[str, Any], completion: "Completion", seed: int) -> dic
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, joins=True)

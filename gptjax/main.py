@@ -22,10 +22,11 @@ def main() -> None:
     if CONFIG.value is None or WORKDIR.value is None:
         raise UserError("needs --config=FILE and --workdir=DIR, such as --config=configs/gpt2.py:runlocal")
     config = resolve(CONFIG.value)
+    cli.join()
     from gptjax.training.run import run  # after the checks: it takes seconds to import
 
     run(config, Path(WORKDIR.value), profile=PROFILE.value, allow_config_changes=ALLOW_CHANGES.value)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, joins=True)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -123,8 +123,7 @@ def batches(
     *,
     start: int,
     batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     prefetch: int,
 ) -> Iterator[Example]:
     """Batches of consecutive examples, read ahead by a thread.
@@ -133,22 +132,13 @@ def batches(
       examples: any number of them; the last batch is filled up with all-zero rows, so all have one shape.
       start: examples consumed before. As it counts examples, a run may go on with another batch size or other hosts.
       batch_size: rows of the batch over all processes.
-      process_index: which equal share of consecutive rows of each batch to yield, of
-      process_count: shares.
+      rows: which of them to yield, in this order; None: all.
       prefetch: batches kept ready.
 
     Yields:
-      The arrays of the examples, stacked to (batch_size // process_count, ...).
-
-    Raises:
-      UserError: the processes cannot share a batch equally.
+      The arrays of the examples, stacked to (len(rows), ...).
     """
-    rows, rest = divmod(batch_size, process_count)
-    if rest:
-        raise UserError(
-            f"{process_count} processes cannot share batches of {batch_size} sequences equally: "
-            f"choose a multiple of {process_count}"
-        )
+    wanted = range(batch_size) if rows is None else rows
     last = len(examples) - 1
 
     def row(index: int) -> Example:
@@ -157,9 +147,9 @@ def batches(
         return {name: np.zeros_like(value) for name, value in examples[last].items()}
 
     def batch(number: int) -> Example:
-        first = start + number * batch_size + process_index * rows
-        shares = [row(index) for index in range(first, first + rows)]
-        return {name: np.stack([share[name] for share in shares]) for name in shares[0]}
+        first = start + number * batch_size
+        read = [row(first + offset) for offset in wanted]
+        return {name: np.stack([example[name] for example in read]) for name in read[0]}
 
     num_batches = max(0, -(-(len(examples) - start) // batch_size))
     # One thread makes millions of tokens a second; more are slower, for they contend for the interpreter's lock.

@@ -52,6 +52,7 @@ class PreparedSplit:
       num_documents, num_tokens: of the split; tokens include the end-of-text of each document.
       text_bytes: UTF-8 bytes of the text, the denominator of bits per byte.
       end_of_text: the token id that ends each document.
+      content: 24 hex digits, equal for equal documents and tokens wherever they were prepared.
     """
 
     def __init__(self, directory: Path, name: str, metadata: dict[str, Any]):
@@ -65,6 +66,7 @@ class PreparedSplit:
         self.num_tokens = int(self.lengths.sum())
         self.text_bytes: int = counts["text_bytes"]
         self.end_of_text: int = metadata["end_of_text"]
+        self.content = directory.name
         self._directory = directory
         self._dtype = np.dtype(metadata["dtype"])
         self._starts = np.cumsum(self.lengths) - self.lengths

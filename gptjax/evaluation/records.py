@@ -12,12 +12,14 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from gptjax.config import UserError
 from gptjax.evaluation.scoring import Request, Score, Scorer
+from gptjax.parallel import distributed
 
 
 def score_resumably(directory: Path, name: str, scorer: Scorer, step: int, requests: Sequence[Request]) -> list[Score]:
@@ -35,18 +37,25 @@ def score_resumably(directory: Path, name: str, scorer: Scorer, step: int, reque
       UserError: a request that is too long (see `Scorer.plan`), or a directory that cannot be written.
     """
     batches = scorer.plan(requests)
-    path = directory / f"{file_name(name)}-{_key(scorer, step, requests)}.jsonl"
-    scores = _read(path)
+    key = _key(scorer, step, requests)
+    distributed.check_same({f"requests of {name}": key}, "give all processes the same files")
+    path = directory / f"{file_name(name)}-{key}.jsonl"
+    # One process's records decide for all which batches are computed, as all compute each of them together.
+    recorded: list[Any] = distributed.of_first(lambda: list(_read(path).items()))
+    scores = {index: Score(*score) for index, score in recorded}
+    is_first = distributed.is_first()
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        if is_first:
+            directory.mkdir(parents=True, exist_ok=True)
         with (
-            path.open("a", encoding="utf-8") as file,
+            (path if is_first else Path(os.devnull)).open("a", encoding="utf-8") as file,
             tqdm(
                 total=len(requests),
                 desc=name,
                 unit="req",
                 dynamic_ncols=True,
                 mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds; a log file gets a line now and then
+                disable=not is_first,
             ) as bar,
         ):
             for batch in batches:

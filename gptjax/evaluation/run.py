@@ -21,6 +21,7 @@ from gptjax.evaluation.perplexity import PerplexityTask, perplexity_task
 from gptjax.evaluation.records import file_name, score_resumably
 from gptjax.evaluation.scoring import Scorer
 from gptjax.evaluation.tasks import Examples, ExampleTask, example_task, read_examples
+from gptjax.parallel import distributed
 from gptjax.workdir import TrainedModel, load_model, parse_mesh
 
 PERPLEXITY = "perplexity"
@@ -79,7 +80,8 @@ def evaluate(workdir: Path, options: Options) -> dict[str, Any]:
     scorer = Scorer(trained.model, trained.params, trained.mesh, options.batch_size)
     directory = workdir / "evaluation"
     names = tuple(dict.fromkeys(options.tasks))
-    prepared = [(name, _prepare(name, options, trained)) for name in names]  # a bad task shows before any is scored
+    # All before any is scored, so that a bad task shows at once; process 0 first, which downloads for all.
+    prepared = distributed.first_then_others(lambda: [(name, _prepare(name, options, trained)) for name in names])
     results = {}
     for name, task in prepared:
         short = _short(name, options)
@@ -108,7 +110,8 @@ def evaluate(workdir: Path, options: Options) -> dict[str, Any]:
     shots = f"-{options.num_fewshot}shot" if names != (PERPLEXITY,) else ""
     default = directory / f"{'+'.join(map(file_name, results))}{shots}-step{trained.step}.json"
     output = default if options.output is None else options.output
-    _write(output, report)
+    if distributed.is_first():
+        _write(output, report)
     print(table(report))
     print(f"written to {output}")
     return report

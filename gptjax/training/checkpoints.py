@@ -25,6 +25,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from gptjax.config import CheckpointConfig, Config, UserError, differences, read_config
 from gptjax.data import tokenizers
+from gptjax.parallel import distributed
 from gptjax.training.state import TrainState, abstract_state, create_state
 
 # Fields of the model that weights do not depend on once they are there: training that starts from them may choose.
@@ -92,7 +93,7 @@ class Checkpoints:
             manager.save(0, args=ocp.args.Composite(params=ocp.args.PyTreeSave(params)))
 
     def _check_room(self, arrays: Any) -> None:
-        size = sum(shard.data.nbytes for leaf in jax.tree.leaves(arrays) for shard in leaf.addressable_shards)
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
         free = shutil.disk_usage(self._directory).free
         if 1.1 * size > free:  # indices and metadata come on top
             raise UserError(
@@ -140,6 +141,8 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         """Waits for the saves under way; raises UserError when one of them failed."""
+        if error is not None and jax.process_count() > 1:
+            return  # the other processes may never come to where a save waits for them
         with self._errors_named():
             self._manager.wait_until_finished()
             self._manager.close()
@@ -186,7 +189,9 @@ def start_state(
     Raises:
       UserError: `init_from` has no weights, or those of another model.
     """
-    if checkpoints.latest_step() is not None:
+    newest = checkpoints.latest_step()
+    distributed.check_same({"newest checkpoint": newest}, "give all processes the same --workdir, on a shared disk")
+    if newest is not None:
         return checkpoints.restore(abstract_state(config, init_params, mesh))
     state = create_state(config, init_params, mesh)
     if config.init_from is None:

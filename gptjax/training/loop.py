@@ -10,11 +10,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from gptjax.config import Config, config_hash
 from gptjax.data.tokenizers import Tokenizer
+from gptjax.parallel import distributed
 from gptjax.parallel.mesh import batch_sharding
+from gptjax.parallel.rows import global_array, process_rows
 from gptjax.scaling import flops
 from gptjax.training.checkpoints import Checkpoints, start_state
 from gptjax.training.metrics import MetricsWriter, plot_loss
@@ -116,6 +118,7 @@ class _Run:
         # Room for the largest batch; a batch ramp fills less of it.
         self._room = config.batch.tokens_per_batch // (self._microbatch * config.model.context_length)
         self._batch_sharding = batch_sharding(mesh, None)
+        self._rows = process_rows(batch_sharding(mesh), self._microbatch)
         self._batches = stage.batches(examples)
         placement = state_shardings(config, stage.init_params, mesh)
         self._train_step = make_train_step(config, stage.loss, mesh, placement)
@@ -136,7 +139,7 @@ class _Run:
         """Dispatches one step; its metrics are read when the next one is under way."""
         config = self.stage.config
         count = num_microbatches(config.batch, config.model.context_length, self.tokens)
-        batch = _assemble(self._batches, count, self._room, self._batch_sharding)
+        batch = self._next_batch(count)
         self.examples += count * self._microbatch
         lr = learning_rate(config.optimizer, self.tokens, self.stage.total_tokens)
         arguments = (self.state, batch, np.int32(count), np.float32(lr))
@@ -160,6 +163,7 @@ class _Run:
         """Compiles ahead of the first call: an executable cannot recompile unseen, and tells its memory."""
         start = time.perf_counter()
         compiled = self._train_step.lower(*arguments).compile()
+        distributed.gather(None)  # gloo gives up on a process that comes half a minute later to a first collective
         memory = compiled.memory_analysis()
         need = 0 if memory is None else memory.argument_size_in_bytes + memory.temp_size_in_bytes
         self.say(f"compiled the training step in {time.perf_counter() - start:.1f} s; {need / 1e9:.2f} GB a device")
@@ -193,18 +197,16 @@ class _Run:
             self._saved = self.step
             self._progress.restart()
 
+    def _next_batch(self, count: int) -> Batch:
+        """The next `count` microbatches as (M, B, T) global arrays, M the room there is; what `count` leaves is 0."""
+        microbatches = [next(self._batches) for _ in range(count)]
 
-def _assemble(batches: Iterator[dict[str, np.ndarray]], count: int, room: int, sharding: NamedSharding) -> Batch:
-    """The next `count` microbatches as (room, B, T) global arrays; what `count` leaves is zeros."""
-    microbatches = [next(batches) for _ in range(count)]
+        def stack(*local_BT: np.ndarray) -> jax.Array:
+            local_MBT = np.zeros((self._room, *local_BT[0].shape), local_BT[0].dtype)
+            local_MBT[:count] = local_BT
+            return global_array(self._batch_sharding, self._rows, local_MBT, self._microbatch)
 
-    def stack(*rows_BT: np.ndarray) -> jax.Array:
-        local_MBT = np.zeros((room, *rows_BT[0].shape), rows_BT[0].dtype)
-        local_MBT[:count] = rows_BT
-        batch = rows_BT[0].shape[0] * jax.process_count()
-        return jax.make_array_from_process_local_data(sharding, local_MBT, (room, batch, rows_BT[0].shape[1]))
-
-    return jax.tree.map(stack, *microbatches)
+        return jax.tree.map(stack, *microbatches)
 
 
 def _header(config: Config, mesh: Mesh) -> dict[str, Any]:

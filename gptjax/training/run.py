@@ -1,13 +1,16 @@
 """A whole run, from a config to its report: what `python -m gptjax.main` does, callable from a notebook."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from gptjax.config import Config, UserError, differences, read_config, to_json
 from gptjax.data import tokenizers
+from gptjax.parallel import distributed
 from gptjax.parallel.mesh import make_mesh
 from gptjax.scaling import flops
 from gptjax.training import loop
@@ -28,9 +31,11 @@ def run(config: Config, workdir: Path, *, profile: bool = False, allow_config_ch
     Raises:
       UserError: anything that the user can mend, before anything slow where it can be known.
     """
+    distributed.check_same(_leaves(dataclasses.asdict(config), "config"), "give all processes the same config")
     mesh = make_mesh(config.mesh)
     if config.init_from is not None:
         read_config(Path(config.init_from).expanduser())  # before the corpus is prepared
+    distributed.check_shared(workdir)
     goes_on = _check_workdir(config, workdir, allow_config_changes)
     stage = STAGES[config.stage](config, mesh, tokenizers.load(workdir / "tokenizer") if goes_on else None)
     _check_tokenizer(config, stage.tokenizer)
@@ -41,6 +46,13 @@ def run(config: Config, workdir: Path, *, profile: bool = False, allow_config_ch
     if jax.process_index() == 0:
         print(_report(report, workdir))
     return report
+
+
+def _leaves(tree: Any, name: str) -> dict[str, Any]:
+    """The values of nested dicts under names such as "config.model.num_layers"."""
+    if not isinstance(tree, dict):
+        return {name: tree}
+    return {leaf: value for key, part in tree.items() for leaf, value in _leaves(part, f"{name}.{key}").items()}
 
 
 def _check_workdir(config: Config, workdir: Path, allow_changes: bool) -> bool:

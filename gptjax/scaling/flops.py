@@ -151,6 +151,34 @@ DEVICE_PEAKS = tuple(
     )
 )
 
+
+@dataclasses.dataclass(frozen=True)
+class TPUChip:
+    """A kind of TPU that is rented in slices: how its chips are connected."""
+
+    name: str  # in topologies such as v5p:2x2x1
+    device: str  # its name in DEVICE_PEAKS; a chip is one JAX device
+    link: float  # bytes per second and direction of one link between neighbouring chips
+    network: float  # bytes per second and direction of a chip's share in the links between slices
+    dimensions: int  # of the torus
+    wraps_at: int  # a dimension that is a multiple of it closes to a ring
+    max_chips: int  # of a slice
+
+
+# https://cloud.google.com/tpu/docs (v4, v5e, v5p, v6e), which gives the bandwidth of all links of a chip in both
+# directions (v5e 400, v5p 1200, v6e 800 GB/s; v4 2400 Gb/s in one): here divided by links and directions. Between
+# slices: per chip for v5p (50 Gb/s), per pod for v5e (6.4 Tb/s) and v6e (25.6 Tb/s); v4, whose figure is not there, as
+# "How to Scale Your Model" (Austin et al. 2025, part 2) has it, which also tells where a torus closes.
+TPU_CHIPS = {
+    chip.name: chip
+    for chip in (
+        TPUChip("v4", "TPU v4", 50 * GB, 6.25 * GB, 3, 4, 4096),
+        TPUChip("v5e", "TPU v5e", 50 * GB, 3.125 * GB, 2, 16, 256),
+        TPUChip("v5p", "TPU v5p", 100 * GB, 6.25 * GB, 3, 4, 6144),
+        TPUChip("v6e", "TPU v6e", 100 * GB, 12.5 * GB, 2, 16, 256),
+    )
+}
+
 # Words that make another, slower or faster, device of a name in the table.
 VARIANT = re.compile(r"\b(MIG|Laptop|Max-Q|Ti|D)\b", re.IGNORECASE)
 

@@ -1,0 +1,246 @@
+"""Plans a run on TPUs that need not be there: compiles the real training step and tells memory, traffic and time.
+
+python -m gptjax.plan --config=configs/gpt2.py:size=124m --topology=v5e:2x2 --search
+python -m gptjax.plan --config=configs/gpt3.py:size=175b --topology=v5p:8x8x16 --config.model.vocab_size=50304 \
+    --config.mesh.data=1 --config.mesh.fsdp=64 --config.mesh.tensor=16 --config.batch.microbatch_size=64 \
+    --config.batch.ramp_start_tokens=131072 --config.model.remat=full
+
+It needs libtpu, which has the compiler for TPUs (pip install 'gptjax[tpu]'), and no TPU. `--topology=cpu:8` compiles
+for simulated CPU devices.
+"""
+
+import json
+import os
+import re
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from absl import flags
+from ml_collections import config_flags
+
+from gptjax import cli
+from gptjax.config import Config, UserError, replace, resolve
+
+if TYPE_CHECKING:
+    from gptjax.planning.report import Step
+    from gptjax.planning.topology import Topology
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, its arguments after a colon.")
+TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "CHIP:SHAPE, such as v5e:4x4 or v5p:8x8x16; all: an overview of many; cpu:N: simulated devices."
+)
+NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "Slices of that shape, joined by the data centre's network.")
+SEARCH = flags.DEFINE_bool("search", False, "Find mesh, microbatch and rematerialisation, and print their flags.")
+SEARCH_LIMIT = flags.DEFINE_integer("search_limit", 4, "Programs that a search compiles at most.", lower_bound=1)
+DECODE = flags.DEFINE_bool("decode", False, "Plan generating instead of training.")
+WEIGHTS = flags.DEFINE_enum("weights", "bfloat16", ["as_given", "bfloat16", "int8"], "Of --decode: bytes of a weight.")
+JSON = flags.DEFINE_string("json", None, "Write the numbers to this file; -: to standard output, instead of the table.")
+CACHE = flags.DEFINE_bool("cache", True, "Keep what was compiled in ~/.cache/gptjax/plans.")
+
+# Compiling needs no machine with TPUs: libtpu neither looks for one, nor complains that it is not there.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",  # what is compiled without a client cannot be read back
+}
+
+
+def main() -> None:
+    if CONFIG.value is None or TOPOLOGY.value is None:
+        raise UserError("needs --config=FILE and --topology=CHIP:SHAPE, such as --topology=v5e:2x2")
+    config = resolve(CONFIG.value)
+    if DECODE.value and (SEARCH.value or TOPOLOGY.value == "all"):
+        raise UserError("--decode plans for the mesh of --config.mesh on one topology: leave out --search and all")
+    set_environment(TOPOLOGY.value)
+    from gptjax.data.tokenizers import vocab_size
+    from gptjax.planning import topology
+
+    model = config.model.with_vocabulary(vocab_size(config.data.tokenizer))
+    config = replace(config, {"model": {"vocab_size": model.vocab_size}})
+    if TOPOLOGY.value == "all":
+        plan_all(config)
+        return
+    where = topology.parse(TOPOLOGY.value, NUM_SLICES.value)
+    topology.check_libtpu(where)
+    if where.chip is None and (SEARCH.value or DECODE.value):
+        raise UserError("--search and --decode need a TPU's topology: how much memory cpu:N may use is not known")
+    if DECODE.value:
+        plan_decoding(config, where)
+    elif SEARCH.value:
+        plan_search(config, where)
+    else:
+        plan_step(config, where)
+
+
+def set_environment(topology: str) -> None:
+    """For JAX, which reads it when it is imported; a plan for TPUs runs nothing but this machine's CPU."""
+    os.environ.update(ENVIRONMENT)
+    if (devices := re.fullmatch(r"cpu:(\d+)", topology)) is not None:
+        count = f"--xla_force_host_platform_device_count={devices[1]}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}"
+
+
+def plan_step(config: Config, where: "Topology") -> None:
+    """The config as it is; UserError if it does not fit."""
+    from gptjax.planning import topology
+    from gptjax.planning.compile import TooBig
+    from gptjax.planning.estimate import communicate, estimate
+    from gptjax.planning.report import step_json, step_table
+
+    mesh = topology.lay_out(config.mesh, where)
+    say(f"compiling the training step for {where.name}")
+    compiled = compile_step(where)(config, mesh)
+    if isinstance(compiled, TooBig):
+        needed, capacity = compiled.needed / 2**30, compiled.capacity / 2**30
+        raise UserError(
+            f"the training step does not fit {where.name}: it needs {needed:.2f} GiB of a device's {capacity:.2f}, "
+            f"{needed - capacity:.2f} too many: --search looks for a layout that does"
+        )
+    communication = communicate(compiled.collectives, mesh, where)
+    step = make_step(config, where, mesh, compiled, communication, estimate(config, mesh, where, communication))
+    output(step_table(step), step_json(step))
+
+
+def plan_search(config: Config, where: "Topology") -> None:
+    """The best layouts that were found, with the flags that set them."""
+    from gptjax.planning.report import step_json, step_table
+    from gptjax.planning.search import flags as flags_of
+
+    steps = search_steps(config, where, SEARCH_LIMIT.value)
+    if not steps:
+        raise UserError(
+            f"no layout was found that fits {where.name} in {SEARCH_LIMIT.value} tries: take more or larger chips "
+            "(--topology=all shows which), or raise --search_limit"
+        )
+    texts, trees = [], []
+    for number, step in enumerate(steps, start=1):
+        line = " ".join(flags_of(config, step.config))
+        texts.append(
+            f"plan {number} of {len(steps)}, by the time of a step without overlap\n\n{step_table(step)}\n\n{line}"
+        )
+        trees.append(step_json(step) | {"flags": line})
+    output("\n\n".join(texts[::-1]), {"plans": trees})
+
+
+def plan_all(config: Config) -> None:
+    """For each topology the first plan that fits."""
+    from gptjax.planning.report import overview, step_json
+    from gptjax.planning.search import flags as flags_of
+    from gptjax.planning.topology import all_topologies, check_libtpu
+
+    rows: list[tuple[str, Step | str]] = []
+    trees: dict[str, Any] = {}
+    for where in all_topologies():
+        check_libtpu(where)
+        steps = search_steps(config, where, SEARCH_LIMIT.value, enough=1)
+        rows.append((where.name, steps[0] if steps else "does not fit"))
+        trees[where.name] = (
+            step_json(steps[0]) | {"flags": " ".join(flags_of(config, steps[0].config))} if steps else None
+        )
+    output(overview(rows), trees)
+
+
+def search_steps(config: Config, where: "Topology", limit: int, enough: int | None = None) -> "list[Step]":
+    """The plans that fit, of up to `limit` compiled; no more than `enough`."""
+    from tqdm import tqdm
+
+    from gptjax.planning import topology
+    from gptjax.planning.compile import Fits
+    from gptjax.planning.search import search
+
+    capacity = topology.hbm_bytes(where)
+    assert capacity is not None, "a TPU's memory is known"
+    steps: list[Step] = []
+    with tqdm(total=limit, desc=where.name, unit="plan", disable=not sys.stderr.isatty()) as bar:
+        for number, trial in enumerate(search(config, where, capacity, compile_step(where)), start=1):
+            tried = trial.candidate.config
+            if isinstance(trial.compiled, Fits):
+                parts = (trial.compiled, trial.communication or [], trial.estimate)
+                steps.append(make_step(tried, where, trial.mesh, *parts))
+                verdict = f"fits, {trial.compiled.memory.total / 2**30:.2f} GiB"
+            else:
+                verdict = f"does not fit, {trial.compiled.needed / 2**30:.2f} GiB"
+            axes = ",".join(f"{axis}={size}" for axis, size in trial.mesh.shape.items() if size > 1)
+            name = f"{axes or 'one device'} microbatch {tried.batch.microbatch_size} remat {tried.model.remat}"
+            tqdm.write(f"{where.name} {name}: {verdict}", file=sys.stderr)
+            bar.update()
+            if number == limit or len(steps) == enough:
+                break
+    return sorted(steps, key=lambda step: step.serial)
+
+
+def plan_decoding(config: Config, where: "Topology") -> None:
+    """Generating with the config's model on its mesh."""
+    from gptjax.planning import cache, decoding, topology
+    from gptjax.planning.report import decoding_json, decoding_table
+
+    mesh = topology.lay_out(config.mesh, where)
+    capacity = topology.hbm_bytes(where)
+    assert capacity is not None, "a TPU's memory is known"
+    say(f"compiling prefill and decoding for {where.name}")
+    plan = decoding.plan_decoding(
+        config,
+        mesh,
+        where,
+        capacity,
+        cast(Any, WEIGHTS.value),
+        lambda what, make: cache.compiled(what, config, where, cache_directory(), make),
+    )
+    output(decoding_table(plan, capacity), decoding_json(plan))
+
+
+def compile_step(where: "Topology") -> Any:
+    """Compiles a config's training step on a mesh of `where`, or finds it in the cache."""
+    from gptjax.planning import cache
+    from gptjax.planning.compile import compile_training_step
+
+    def compile(config: Config, mesh: Any) -> Any:
+        make = partial(compile_training_step, config, mesh)
+        return cache.compiled("training step", config, where, cache_directory(), make)
+
+    return compile
+
+
+def make_step(config: Config, where: "Topology", mesh: Any, compiled: Any, communication: Any, estimate: Any) -> "Step":
+    from gptjax.planning.compile import state_bytes
+    from gptjax.planning.report import Step
+    from gptjax.planning.topology import hbm_bytes
+
+    return Step(config, where, mesh, state_bytes(config, mesh), compiled, communication, estimate, hbm_bytes(where))
+
+
+def cache_directory() -> Path | None:
+    from gptjax.planning import cache
+
+    return cache.DIRECTORY if CACHE.value else None
+
+
+def say(text: str) -> None:
+    """On stderr: what is printed to standard output is the plan."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def output(table: str, tree: dict[str, Any]) -> None:
+    """The table, and the JSON where the flag sends it."""
+    text = json.dumps(tree, indent=2)
+    if JSON.value == "-":
+        print(text)
+        return
+    if JSON.value is not None:
+        try:
+            Path(JSON.value).expanduser().write_text(text + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write --json={JSON.value}: {error.strerror}") from None
+    print(table)
+
+
+if __name__ == "__main__":
+    cli.run(main)

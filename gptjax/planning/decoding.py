@@ -1,0 +1,190 @@
+"""What generating needs: the cache by formula, and the engine's programs compiled for a mesh that need not be there."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from gptjax.config import Config, GPTConfig, UserError
+from gptjax.inference import engine
+from gptjax.inference.sampling import Sampling
+from gptjax.inference.weights import Weights, prepare
+from gptjax.models.gpt import GPT, abstract_params
+from gptjax.parallel.mesh import batch_shards, check_model_fit, partition_spec
+from gptjax.planning.compile import Compiled, Fits, compile_lowered
+from gptjax.planning.topology import Topology
+from gptjax.scaling.flops import forward_flops_per_token
+
+ROOM = 0.98  # of the memory that is left, for a guess at the batch: programs have temporaries too
+TRIES = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """Generating at full context.
+
+    Attributes:
+      cache_bytes: of one sequence, over all devices, by formula.
+      weight_bytes: on a device.
+      batch: the most sequences that fit while their tokens are decoded.
+      decode: the compiled step of that batch.
+      prefill: the compiled reading of prompts as long as the context, one a batch shard; None: it does not fit.
+      prefill_batch: prompts of that length that can be read at once.
+      token_seconds: of a token of each sequence at least: every weight and all of the cache are read once, and products
+        run at the peak. None on a CPU.
+    """
+
+    cache_bytes: int
+    weight_bytes: int
+    batch: int
+    decode: Fits
+    prefill: Fits | None
+    prefill_batch: int
+    token_seconds: float | None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        return None if self.token_seconds is None else self.batch / self.token_seconds
+
+
+def cache_bytes(model: GPTConfig) -> int:
+    """Keys and values of one sequence at full context; a banded layer keeps no more than its band."""
+    pattern = model.attention_pattern
+    kept = {"dense": model.context_length, "banded": min(model.band_width, model.context_length)}
+    slots = sum(kept[pattern[layer % len(pattern)]] for layer in range(model.num_layers))
+    return 2 * slots * model.embed_dim * jnp.dtype(model.dtype).itemsize
+
+
+def plan_decoding(
+    config: Config,
+    mesh: Mesh,
+    topology: Topology,
+    capacity: int,
+    weights: Weights,
+    compile: Callable[[str, Callable[[], Compiled]], Compiled],
+) -> Decoding:
+    """The largest batch at full context, and what its programs need.
+
+    Args:
+      config: with the vocabulary filled in.
+      capacity: bytes of a device.
+      weights: as of `gptjax.inference.engine.Engine`.
+      compile: (name of a program, how to compile it) -> the compiled program; may know it already.
+
+    Raises:
+      UserError: the model does not divide over the mesh, or not even one sequence a batch shard fits.
+    """
+    check_model_fit(config.model, mesh)
+    model, params = abstract_weights(config.model, mesh, weights)
+    weight_bytes = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)
+    )
+    shards, each = batch_shards(mesh), cache_bytes(model.config)
+    per_shard = -(-each // mesh.shape["tensor"])
+
+    def compiled(program: str, rows: int) -> Compiled:
+        make = {"decode": _lower_decode, "prefill": _lower_prefill}[program]
+        name = f"{program} {rows} rows, weights {weights}"
+        return compile(name, lambda: compile_lowered(lambda: make(model, params, rows), mesh))
+
+    rows = int(ROOM * (capacity - weight_bytes) // per_shard)
+    decode = None
+    for _ in range(TRIES):
+        if rows < 1:
+            break
+        result = compiled("decode", rows * shards)
+        if isinstance(result, Fits):
+            decode = result
+            break
+        share = (result.capacity - weight_bytes) / (result.needed - weight_bytes)
+        rows = min(rows - 1, int(ROOM * rows * share))
+    if decode is None:
+        raise UserError(
+            f"decoding does not fit {topology.name}: weights take {weight_bytes / 2**30:.2f} GiB and the cache of a "
+            f"sequence {per_shard / 2**30:.2f} GiB of a device's {capacity / 2**30:.2f}: spread them by "
+            "--config.mesh.tensor or --config.mesh.fsdp, or try --weights=int8"
+        )
+    prefill = compiled("prefill", shards)
+    prefill_batch = 0
+    if isinstance(prefill, Fits):
+        growing = max(1, prefill.memory.total - weight_bytes)
+        prefill_batch = shards * min(rows, max(1, (capacity - weight_bytes) // growing))
+    return Decoding(
+        cache_bytes=each,
+        weight_bytes=weight_bytes,
+        batch=rows * shards,
+        decode=decode,
+        prefill=prefill if isinstance(prefill, Fits) else None,
+        prefill_batch=prefill_batch,
+        token_seconds=_token_seconds(model.config, topology, weight_bytes + rows * per_shard, rows, mesh),
+    )
+
+
+def abstract_weights(model: GPTConfig, mesh: Mesh, weights: Weights) -> tuple[GPT, Any]:
+    """The engine's model and weights, as shapes with the shardings that the engine's own conversion gives them."""
+    converted: list[GPT] = []
+
+    def convert(params: Any) -> Any:
+        new_model, new_params = prepare(GPT(model), params, weights)
+        converted.append(new_model)
+        return new_params
+
+    with jax.set_mesh(mesh):
+        given = abstract_params(GPT(model), mesh)
+        shapes = jax.eval_shape(convert, given)
+        placement = jax.jit(convert).lower(given).compile().output_shardings
+    return converted[0], jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, placement
+    )
+
+
+def _program(model: GPT) -> engine.Program:
+    return engine.Program(model, Sampling().form, model.config.context_length)
+
+
+def _prompts(model: GPT, rows: int) -> tuple[Any, ...]:
+    """Arguments of the engine's prefill for prompts as long as the context."""
+    length = model.config.context_length
+    tokens_BT, lengths_B = np.zeros((rows, length), np.int32), np.full(rows, length, np.int32)
+    return tokens_BT, lengths_B, None, _draw(rows)
+
+
+def _draw(rows: int) -> engine.Draw:
+    return engine.Draw(np.zeros(rows, np.uint32), np.int32(0), Sampling().knobs)
+
+
+def _lower_prefill(model: GPT, params: Any, rows: int) -> jax.stages.Lowered:
+    return engine._prefill.lower(_program(model), params, *_prompts(model, rows))
+
+
+def _lower_decode(model: GPT, params: Any, rows: int) -> jax.stages.Lowered:
+    row_B = np.zeros(rows, np.int32)
+    memory = abstract_memory(model, params, rows)
+    return engine._decode.lower(_program(model), params, memory, row_B, row_B, _draw(rows))
+
+
+def abstract_memory(model: GPT, params: Any, rows: int) -> engine.Memory:
+    """What goes from token to token, with the layout that prefill gives it: batch and heads spread, slots together."""
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    sharding = NamedSharding(mesh, partition_spec(("batch", "heads", None, None)))
+    prefill = partial(engine._prefill, _program(model))
+    memory, _ = jax.eval_shape(prefill, params, *_prompts(model, rows))
+    return cast(
+        engine.Memory,
+        jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), memory),
+    )
+
+
+def _token_seconds(model: GPTConfig, topology: Topology, bytes_read: int, rows: int, mesh: Mesh) -> float | None:
+    peak = topology.peak
+    flops = None if peak is None else getattr(peak, model.dtype)
+    if peak is None or flops is None:
+        return None
+    compute = rows * batch_shards(mesh) * forward_flops_per_token(model) / (topology.num_devices * flops)
+    return max(bytes_read / peak.bandwidth, compute)

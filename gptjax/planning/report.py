@@ -1,0 +1,230 @@
+"""Plans as tables for people and as JSON for programs.
+
+The table says of each number whether the compiler gave it, or a formula.
+"""
+
+import dataclasses
+from typing import Any
+
+from jax.sharding import Mesh
+
+from gptjax.config import Config
+from gptjax.planning.compile import Fits, StateBytes, microbatches
+from gptjax.planning.decoding import Decoding
+from gptjax.planning.estimate import Estimate, Traffic, training
+from gptjax.planning.topology import Topology
+from gptjax.scaling.flops import flops_per_token, memory_summary, parameter_count
+
+GiB, MiB = 2**30, 2**20
+Rows = list[tuple[str, str, str]]  # what, value, remark
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A training step that fits, and all that is known of it."""
+
+    config: Config
+    topology: Topology
+    mesh: Mesh
+    state: StateBytes
+    compiled: Fits
+    communication: list[Traffic]
+    estimate: Estimate | None  # None: a CPU, whose peaks are not published
+    capacity: int | None  # bytes of a device
+
+    @property
+    def serial(self) -> float:
+        """Seconds without overlap, by which plans are ranked."""
+        assert self.estimate is not None, "TPUs have published peaks"
+        return self.estimate.serial
+
+
+def step_json(step: Step) -> dict[str, Any]:
+    """All numbers of a step: bytes, FLOPs, seconds."""
+    config, memory, estimate = step.config, step.compiled.memory, step.estimate
+    tree: dict[str, Any] = {
+        "topology": step.topology.name,
+        "devices": step.topology.num_devices,
+        "mesh": dict(step.mesh.shape),
+        "microbatch_size": config.sequences_per_microbatch,
+        "microbatches": microbatches(config),
+        "remat": config.model.remat,
+        "vocab_size": config.model.vocab_size,
+        "parameters": parameter_count(config.model),
+        "memory": dataclasses.asdict(step.state) | dataclasses.asdict(memory) | {"capacity": step.capacity},
+        "flops_per_token": flops_per_token(config.model),
+        "communication": [dataclasses.asdict(part) for part in step.communication],
+        "compile_seconds": step.compiled.seconds,
+    }
+    if estimate is not None:
+        tree["estimate"] = dataclasses.asdict(estimate)
+        for name, seconds in bounds(estimate).items():
+            run = training(config, estimate, seconds)
+            tree["estimate"][name] = {
+                "seconds": seconds,
+                "mfu": estimate.mfu(seconds),
+                "tokens_per_second": estimate.tokens / seconds,
+                "training": None if run is None else dataclasses.asdict(run),
+            }
+    return tree
+
+
+def bounds(estimate: Estimate) -> dict[str, float]:
+    """The two bounds of a step, in seconds."""
+    return {"overlapped": estimate.overlapped, "serial": estimate.serial}
+
+
+def step_table(step: Step) -> str:
+    """A step for people."""
+    config, mesh = step.config, step.mesh
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+    whole = f"microbatch {config.sequences_per_microbatch} x {microbatches(config)}"
+    lines = [
+        f"{step.topology.name}: {step.topology.num_devices} devices, mesh {axes}, {whole}, remat {config.model.remat}",
+        f"{parameter_count(config.model):,} parameters, {flops_per_token(config.model) / 1e9:,.2f} GFLOP a token",
+        "",
+        *_table("memory of a device", _memory_rows(step)),
+        *_table("collectives of a device in a step, found in the compiled program", _communication_rows(step)),
+    ]
+    if step.estimate is not None:
+        title = f"a step of {step.estimate.tokens:,} tokens, bounds by formula at the data sheets' peaks"
+        lines += _table(title, _time_rows(step, step.estimate))
+    cached = f"compiled in {step.compiled.seconds:.1f} s"
+    return "\n".join([*lines, cached])
+
+
+def _memory_rows(step: Step) -> Rows:
+    memory, state = step.compiled.memory, step.state
+    shards = step.mesh.shape["fsdp"] * step.mesh.shape["tensor"]
+    gradients = memory_summary(step.config.model, step.config.optimizer, shards).gradients
+    batch = memory.arguments - state.parameters - state.optimizer - state.average
+    rows = [
+        ("parameters", gib(state.parameters), "exact"),
+        ("optimizer state", gib(state.optimizer), "exact"),
+        *([("their average", gib(state.average), "exact")] if state.average else []),
+        ("batch and padding", gib(batch), "compiled: the rest of the arguments"),
+        ("temporaries", gib(memory.temporaries), f"compiled: activations and gradients ({gib(gradients)} by formula)"),
+    ]
+    if memory.host:
+        rows.append(("on the host", gib(memory.host), "compiled: activations that wait there"))
+    if step.capacity is None:
+        return [*rows, ("in all", gib(memory.total), "compiled")]
+    free = f"compiled; {gib(step.capacity - memory.total)} of {gib(step.capacity)} free"
+    return [*rows, ("in all", gib(memory.total), free)]
+
+
+def _communication_rows(step: Step) -> Rows:
+    rows = []
+    for part in step.communication:
+        if part.bytes < 1e-4 * sum(other.bytes for other in step.communication):
+            continue
+        times = [
+            f"{seconds:.3f} s on the {links}"
+            for seconds, links in ((part.ici_seconds, "links"), (part.dcn_seconds, "network between slices"))
+            if seconds
+        ]
+        what = f"{part.kind} over {', '.join(part.axes)}"
+        rows.append((what, f"{part.bytes / 1e9:,.3f} GB", ", ".join([f"{part.count:,} times", *times])))
+    return rows or [("none", "0 GB", "")]
+
+
+def _time_rows(step: Step, estimate: Estimate) -> Rows:
+    ratio = estimate.executed_flops / estimate.model_flops
+    again = f"{estimate.executed_flops:.3g} FLOP, {ratio:.2f} times the model's for what is computed again"
+    rows = [
+        ("arithmetic", f"{estimate.compute:.3f} s", again),
+        ("memory", f"{estimate.hbm:.3f} s", "a rough count of what must be read and written"),
+        ("links", f"{estimate.ici:.3f} s", f"the collectives above; {estimate.busiest:.3f} s over the busiest axes"),
+    ]
+    if step.topology.num_slices > 1:
+        rows.append(("network", f"{estimate.dcn:.3f} s", "the same, between slices"))
+    names = {"overlapped": "all at once", "serial": "one by one"}
+    remarks = {
+        "overlapped": "no step is faster: the slowest of these (links: the busiest), all else behind it",
+        "serial": "communication overlaps with nothing",
+    }
+    for name, seconds in bounds(estimate).items():
+        rate = f"MFU {estimate.mfu(seconds):.1%}, {estimate.tokens / seconds:,.0f} tokens/s; {remarks[name]}"
+        rows.append((names[name], f"{seconds:.3f} s", rate))
+    runs = [training(step.config, estimate, seconds) for seconds in bounds(estimate).values()]
+    if (first := runs[0]) is not None and (last := runs[1]) is not None:
+        days = (
+            f"{first.days:,.2f} to {last.days:,.2f} days, {first.chip_hours:,.0f} to {last.chip_hours:,.0f} chip-hours"
+        )
+        rows.append(("training", f"{first.steps:,} steps", days))
+    return rows
+
+
+def decoding_json(decoding: Decoding) -> dict[str, Any]:
+    """All numbers of a decoding plan: bytes, seconds."""
+    return {
+        "cache_bytes_per_sequence": decoding.cache_bytes,
+        "weight_bytes": decoding.weight_bytes,
+        "batch": decoding.batch,
+        "decode_memory": dataclasses.asdict(decoding.decode.memory),
+        "prefill_memory": None if decoding.prefill is None else dataclasses.asdict(decoding.prefill.memory),
+        "prefill_batch": decoding.prefill_batch,
+        "token_seconds": decoding.token_seconds,
+        "tokens_per_second": decoding.tokens_per_second,
+    }
+
+
+def decoding_table(decoding: Decoding, capacity: int) -> str:
+    """A decoding plan for people."""
+    used = f"compiled, of {gib(capacity)}"
+    rows = [
+        ("cache of a sequence", gib(decoding.cache_bytes), "by formula, over all devices"),
+        ("weights", gib(decoding.weight_bytes), "of a device, exact"),
+        ("largest batch", f"{decoding.batch:,}", "sequences, all at full context"),
+        ("decoding it", gib(decoding.decode.memory.total), used),
+    ]
+    if decoding.prefill is None:
+        rows.append(("prefill", "none", "prompts as long as the context do not fit: read shorter ones"))
+    else:
+        rows.append(("prefill", gib(decoding.prefill.memory.total), f"{used}: one full prompt a batch shard"))
+        rows.append(("prompts at once", f"{decoding.prefill_batch:,}", "of full length, from the line above"))
+    if decoding.token_seconds is not None and decoding.tokens_per_second is not None:
+        bound = f"{decoding.tokens_per_second:,.0f} tokens/s: bound by formula, weights and cache read once a token"
+        rows.append(("a token of each", f"{decoding.token_seconds * 1e3:.2f} ms", bound))
+    return "\n".join(_table("generating, of a device", rows))
+
+
+def overview(rows: list[tuple[str, Step | str]]) -> str:
+    """One line a topology: the quickest plan that was found, or why there is none."""
+    header = ("topology", "chips", "memory", "mesh", "microbatch", "remat", "step, s", "MFU", "days", "chip-hours")
+    cells = [header]
+    for name, step in rows:
+        if isinstance(step, str):
+            cells.append((name, "", step, "", "", "", "", "", "", ""))
+            continue
+        estimate = step.estimate
+        assert estimate is not None, "TPUs have published peaks"
+        axes = ",".join(f"{axis}={size}" for axis, size in step.mesh.shape.items() if size > 1) or "one device"
+        run = training(step.config, estimate, estimate.serial)
+        time = ("", "") if run is None else (f"{run.days:,.2f}", f"{run.chip_hours:,.0f}")
+        cells.append(
+            (
+                name,
+                str(step.topology.num_devices),
+                gib(step.compiled.memory.total),
+                axes,
+                f"{step.config.sequences_per_microbatch} x {microbatches(step.config)}",
+                step.config.model.remat,
+                f"{estimate.serial:.3f}",
+                f"{estimate.mfu(estimate.serial):.1%}",
+                *time,
+            )
+        )
+    widths = [max(len(row[i]) for row in cells if row[1] or i == 0) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
+    )
+
+
+def gib(size: float) -> str:
+    return f"{size / GiB:,.2f} GiB" if size >= 0.01 * GiB else f"{size / MiB:,.2f} MiB"
+
+
+def _table(title: str, rows: Rows) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    return [title, *(f"  {a.ljust(widths[0])}  {b.rjust(widths[1])}  {c}".rstrip() for a, b, c in rows), ""]

@@ -1,0 +1,49 @@
+"""The planner's numbers for eight simulated CPU devices are those of what a run compiles and keeps there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("count_on_cpus.py")
+STEPS = ["fsdp", "fsdp, two microbatches", "tensor"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[str, Any]:
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    out = tmp_path_factory.mktemp("plans") / "counts.json"
+    subprocess.run([sys.executable, SCRIPT, out], env={**os.environ, "XLA_FLAGS": flags}, check=True)
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("trips", [3, 9])
+def test_a_collective_in_a_loop_counts_for_each_of_its_turns(results, trips):
+    found = [item for item in results[f"loop of {trips}"]["collectives"] if item["kind"] == "all-reduce"]
+    assert [(item["payload"], item["count"]) for item in found] == [(16 * 16 * 4, trips)]
+    assert found[0]["members"] == [0, 4]
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_planned_memory_is_that_of_the_step_that_a_run_compiles(results, name):
+    step = results[name]
+    assert {kind: step["planned"][kind] for kind in step["real"]} == step["real"]
+    assert step["counts"] == step["real_counts"]
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_planned_state_is_what_lies_on_a_device(results, name):
+    step = results[name]
+    assert step["state"]["parameters"] == step["live"]["parameters"]
+    assert step["state"]["optimizer"] == step["live"]["optimizer"]
+    # The program's own arguments are the number of microbatches and the learning rate.
+    assert step["planned"]["arguments"] == pytest.approx(step["live_arguments"] + 8, abs=256)
+
+
+def test_what_is_gathered_doubles_with_the_microbatches(results):
+    once, twice = (results[name]["counts"]["all-gather"] for name in STEPS[:2])
+    assert once < twice <= 2 * once

@@ -1,0 +1,102 @@
+"""`python -m gptjax.plan`: mistakes in its flags, and a plan for simulated CPU devices."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gptjax.config import DataConfig, UserError
+from gptjax.data.tokenizers import get_tokenizer, vocab_size
+from gptjax.planning.topology import check_libtpu, parse
+
+ROOT = Path(__file__).parents[1]
+TINY = """
+from gptjax import config as c
+
+def get_config(arg=None):
+    return c.config_dict(c.Config(
+        model=c.GPTConfig(context_length=128, num_layers=2, num_heads=2, embed_dim=64, dtype="float32"),
+        data=c.DataConfig(tokenizer="bytes"),
+        batch=c.BatchConfig(total_tokens=100_000, tokens_per_batch=8 * 128, microbatch_size=4),
+    ))
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("home")
+    (directory / "tiny.py").write_text(TINY)
+    return directory
+
+
+def plan(home: Path, *arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "gptjax.plan", f"--config={home / 'tiny.py'}", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "HOME": str(home)})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["needs --config=FILE and --topology=CHIP:SHAPE"]),
+        (["--topology=v9:2x2"], ["--topology=v9:2x2", "no chip 'v9'", "v4, v5e, v5p, v6e"]),
+        (["--topology=cpu:4", "--search"], ["--search", "a TPU's topology"]),
+        (["--topology=all", "--decode"], ["--decode", "leave out --search and all"]),
+        (["--topology=cpu:4", "--config.mesh.fsdp=3"], ["fsdp=3", "4 device(s)"]),
+        (["--topology=cpu:4", "--config.model.vocab_size=100"], ["model.vocab_size=100", "257 tokens"]),
+        (["--topology=cpu:4", "--config.mesh.data=1", "--config.mesh.tensor=4"], ["model.num_heads=2", "tensor=4"]),
+    ],
+)
+def test_mistakes_are_one_line(home, arguments, words):
+    result = plan(home, *arguments)
+    assert result.returncode == 2, result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in last
+    assert not (home / ".cache/gptjax/plans").exists()
+
+
+def test_a_missing_libtpu_is_named_with_its_mend(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs libtpu, their compiler \(no TPU\): pip install 'gptjax\[tpu\]'"):
+        check_libtpu(parse("v5e:2x2"))
+    check_libtpu(parse("cpu:8"))
+
+
+def test_a_plan_is_printed_written_and_kept(home):
+    arguments = ("--topology=cpu:4", "--config.mesh.data=2", "--config.mesh.fsdp=2", f"--json={home / 'plan.json'}")
+    first = plan(home, *arguments)
+    assert first.returncode == 0, first.stderr
+    assert "cpu:4: 4 devices, mesh data 2 x fsdp 2, microbatch 4 x 2, remat none" in first.stdout
+    assert "all-gather over fsdp" in first.stdout
+    numbers = json.loads((home / "plan.json").read_text())
+    assert numbers["vocab_size"] == 257
+    memory = numbers["memory"]
+    assert memory["arguments"] > memory["parameters"] + memory["optimizer"] > 0
+    assert "estimate" not in numbers  # a CPU has no published peaks
+
+    (kept,) = (home / ".cache/gptjax/plans").iterdir()
+    tree = json.loads(kept.read_text())
+    tree["result"]["seconds"] = 12345.6  # what is found there is what is printed
+    kept.write_text(json.dumps(tree))
+    again = plan(home, *arguments[:3], "--json=-")
+    assert json.loads(again.stdout)["compile_seconds"] == 12345.6
+    assert json.loads(again.stdout)["memory"] == memory
+
+
+@pytest.mark.parametrize("spec", ["gpt2", "cl100k_base", "cl100k", "bytes"])
+def test_a_vocabulary_that_its_name_tells_is_the_tokenizers(spec, tmp_path):
+    cache = Path(DataConfig.cache_dir).expanduser()
+    tokenizer = get_tokenizer(spec, train_documents=list, corpus_fingerprint="", cache_dir=cache)
+    assert vocab_size(spec) == tokenizer.vocab_size
+
+
+def test_a_trained_vocabulary_is_as_large_as_asked_for():
+    assert (vocab_size("bpe:4096"), vocab_size("gpt1_bpe:2000")) == (4096, 2000)
+    with pytest.raises(UserError, match="unknown tokenizer 'gpt3'"):
+        vocab_size("gpt3")

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test interop lint clean
+.PHONY: help demo test interop tpu lint clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
@@ -17,7 +17,10 @@ test: $(VENV)/.installed-test ## run the tests
 	$(BIN)/python -m pytest -n auto
 
 interop: $(VENV)/.installed-test $(VENV)/.installed-interop ## compare with torch, transformers and lm-eval, installing them
-	$(BIN)/python -m pytest -n auto $$(grep -rl --include='*.py' importorskip tests)
+	$(BIN)/python -m pytest -n auto $$(grep -rlE --include='*.py' 'importorskip\("(torch|lm_eval)"' tests)
+
+tpu: $(VENV)/.installed-test $(VENV)/.installed-tpu ## compile for TPUs that are not there, installing their compiler
+	$(BIN)/python -m pytest -n auto $$(grep -rl --include='*.py' 'importorskip("libtpu")' tests)
 
 lint: $(VENV)/.installed-dev ## check style and types
 	$(BIN)/ruff check .

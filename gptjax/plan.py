@@ -66,6 +66,7 @@ def main() -> None:
     model = config.model.with_vocabulary(vocab_size(config.data.tokenizer))
     config = replace(config, {"model": {"vocab_size": model.vocab_size}})
     if TOPOLOGY.value == "all":
+        check_ranking(config)
         plan_all(config)
         return
     where = topology.parse(TOPOLOGY.value, NUM_SLICES.value)
@@ -75,9 +76,19 @@ def main() -> None:
     if DECODE.value:
         plan_decoding(config, where)
     elif SEARCH.value:
+        check_ranking(config)
         plan_search(config, where)
     else:
         plan_step(config, where)
+
+
+def check_ranking(config: Config) -> None:
+    """Raises UserError when a search could not tell which plan is the quickest."""
+    if config.model.dtype == "float32":
+        raise UserError(
+            "plans are ranked by time, and no TPU's peak for model.dtype=float32 is published: search with "
+            "--config.model.dtype=bfloat16"
+        )
 
 
 def set_environment(topology: str) -> None:

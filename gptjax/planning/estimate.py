@@ -3,6 +3,7 @@
 Bounds, not promises: peak arithmetic, peak memory bandwidth and peak links of the data sheets. Two are given, between
 which a real step is seldom: everything overlaps (the slowest part alone counts), and no communication overlaps with
 anything (parts add up). Left out: latencies, the time between kernels, the input pipeline, the ramp of the batch.
+Attention counts as MFU counts it, all of a dense layer's square: a kernel that skips the masked half is quicker.
 """
 
 import dataclasses
@@ -49,7 +50,7 @@ class Estimate:
       hbm: the bytes that memory must at least move, at its peak bandwidth.
       ici, dcn: of all collectives, one after the other.
       busiest: of those over the mesh axes that ici spends most on; others may have links of their own.
-      overlapped: the longest of compute, hbm, busiest and dcn: no step is faster.
+      overlapped: the longest of compute, hbm, busiest and dcn.
       serial: compute or hbm, then ici, then dcn.
     """
 

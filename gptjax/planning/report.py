@@ -87,7 +87,7 @@ def step_table(step: Step) -> str:
         *_table("collectives of a device in a step, found in the compiled program", _communication_rows(step)),
     ]
     if step.estimate is not None:
-        title = f"a step of {step.estimate.tokens:,} tokens, bounds by formula at the data sheets' peaks"
+        title = f"a step of {step.estimate.tokens:,} tokens, estimates by formula at the data sheets' peaks"
         lines += _table(title, _time_rows(step, step.estimate))
     cached = f"compiled in {step.compiled.seconds:.1f} s"
     return "\n".join([*lines, cached])
@@ -140,7 +140,7 @@ def _time_rows(step: Step, estimate: Estimate) -> Rows:
         rows.append(("network", f"{estimate.dcn:.3f} s", "the same, between slices"))
     names = {"overlapped": "all at once", "serial": "one by one"}
     remarks = {
-        "overlapped": "no step is faster: the slowest of these (links: the busiest), all else behind it",
+        "overlapped": "the slowest of these (links: the busiest), all else behind it",
         "serial": "communication overlaps with nothing",
     }
     for name, seconds in bounds(estimate).items():

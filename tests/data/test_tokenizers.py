@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiktoken
+import tiktoken.load
 import tokenizers as huggingface
 from tokenizers import models, pre_tokenizers
 

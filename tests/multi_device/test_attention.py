@@ -1,24 +1,13 @@
 """Attention kernels on a mesh: each device computes its own rows and heads, and where it cannot there is no kernel."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).with_name("attend_on_meshes.py")
-
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> dict[str, Any]:
-    """What the script writes, run in a process of its own with four devices."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
-    out = tmp_path_factory.mktemp("attention") / "results.json"
-    subprocess.run([sys.executable, SCRIPT, out], env={**os.environ, "XLA_FLAGS": flags}, check=True)
-    return json.loads(out.read_text())
+def results(run_script) -> dict[str, Any]:
+    return run_script("attend_on_meshes.py", devices=4)
 
 
 @pytest.mark.parametrize("case", ["rows and heads", "rows that do not divide", "positions"])

@@ -1,27 +1,17 @@
 """Eight simulated devices generate what one does, however they are arranged."""
 
 import itertools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-SCRIPT = Path(__file__).with_name("decode_on_meshes.py")
 MESHES = ["data=8", "fsdp=2,tensor=4", "context=2,fsdp=2,tensor=2"]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> dict[str, Any]:
-    """What the script writes, run in a process of its own with eight devices."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    out = tmp_path_factory.mktemp("meshes") / "completions.json"
-    subprocess.run([sys.executable, SCRIPT, out, *MESHES], env={**os.environ, "XLA_FLAGS": flags}, check=True)
-    return json.loads(out.read_text())
+def results(run_script) -> dict[str, Any]:
+    return run_script("decode_on_meshes.py", *MESHES)
 
 
 @pytest.mark.parametrize("mesh", ["one", *MESHES])

@@ -1,23 +1,15 @@
 """Eight simulated devices give the scores of one, however they are arranged."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).with_name("score_on_meshes.py")
 MESHES = ["data=8", "fsdp=4,data=2", "tensor=4,data=2", "context=2,data=4"]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    out = tmp_path_factory.mktemp("scores") / "scores.json"
-    subprocess.run([sys.executable, SCRIPT, out, *MESHES], env={**os.environ, "XLA_FLAGS": flags}, check=True)
-    return json.loads(out.read_text())
+def results(run_script) -> dict[str, Any]:
+    return run_script("score_on_meshes.py", *MESHES)
 
 
 @pytest.mark.parametrize("mesh", MESHES)

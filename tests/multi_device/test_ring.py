@@ -47,7 +47,9 @@ def test_keys_and_values_are_sent_from_device_to_device_and_never_gathered(resul
 
 
 def test_what_a_banded_layer_sends_does_not_grow_with_the_devices(results):
-    assert results["cases"]["context=8:6:whole:float32"]["sent"] == results["cases"]["context=4:6:whole:float32"]["sent"]
+    assert (
+        results["cases"]["context=8:6:whole:float32"]["sent"] == results["cases"]["context=4:6:whole:float32"]["sent"]
+    )
 
 
 @pytest.mark.parametrize("array", ["out", "dq"])

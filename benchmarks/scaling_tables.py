@@ -1,4 +1,4 @@
-"""The plans of docs/scaling.md: for every size of GPT-2 and GPT-3 one that fits, on v5e, v5p and v6e.
+"""Plans for every size of GPT-2 and GPT-3: one that fits, on each of v5e, v5p and v6e.
 
 python -m benchmarks.scaling_tables
 

@@ -1,10 +1,33 @@
 """All tests run on CPU and raise on silent broadcasting; compiled programs are kept from one test run to the next."""
 
+import json
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 # Environment variables, before anything imports jax: processes that tests start inherit them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path("~/.cache/gptjax/compiled-tests").expanduser()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+@pytest.fixture(scope="module")
+def run_script(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """`run_script(path, *arguments, devices=8)`: what a script writes to its first argument, as JSON.
+
+    It runs in a process of its own, which alone can have several devices.
+    """
+
+    def run(path: Path, *arguments: str, devices: int = 8) -> Any:
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+        out = tmp_path_factory.mktemp("script") / "results.json"
+        subprocess.run([sys.executable, path, out, *arguments], env={**os.environ, "XLA_FLAGS": flags}, check=True)
+        return json.loads(out.read_text())
+
+    return run

@@ -1,5 +1,6 @@
 """Attention kernels on a mesh: each device computes its own rows and heads, and where it cannot there is no kernel."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def results(run_script) -> dict[str, Any]:
-    return run_script("attend_on_meshes.py", devices=4)
+    return run_script(Path(__file__).with_name("attend_on_meshes.py"), devices=4)
 
 
 @pytest.mark.parametrize("case", ["rows and heads", "rows that do not divide", "positions"])

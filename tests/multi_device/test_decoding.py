@@ -1,6 +1,7 @@
 """Eight simulated devices generate what one does, however they are arranged."""
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ MESHES = ["data=8", "fsdp=2,tensor=4", "context=2,fsdp=2,tensor=2"]
 
 @pytest.fixture(scope="module")
 def results(run_script) -> dict[str, Any]:
-    return run_script("decode_on_meshes.py", *MESHES)
+    return run_script(Path(__file__).with_name("decode_on_meshes.py"), *MESHES)
 
 
 @pytest.mark.parametrize("mesh", ["one", *MESHES])

@@ -1,5 +1,6 @@
 """Eight simulated devices give the scores of one, however they are arranged."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ MESHES = ["data=8", "fsdp=4,data=2", "tensor=4,data=2", "context=2,data=4"]
 
 @pytest.fixture(scope="module")
 def results(run_script) -> dict[str, Any]:
-    return run_script("score_on_meshes.py", *MESHES)
+    return run_script(Path(__file__).with_name("score_on_meshes.py"), *MESHES)
 
 
 @pytest.mark.parametrize("mesh", MESHES)

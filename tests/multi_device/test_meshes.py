@@ -23,7 +23,7 @@ def of_one_device(mesh: str) -> str:
 
 @pytest.fixture(scope="module")
 def results(run_script) -> dict[str, Any]:
-    return run_script("train_on_meshes.py", "one", "one+dropout+sample", *MESHES)
+    return run_script(Path(__file__).with_name("train_on_meshes.py"), "one", "one+dropout+sample", *MESHES)
 
 
 @pytest.mark.parametrize("mesh", MESHES)

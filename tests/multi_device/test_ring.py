@@ -1,5 +1,6 @@
 """Ring attention on eight simulated devices is attention on one, and sends and computes no more than it must."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def results(run_script) -> dict[str, Any]:
-    return run_script("ring_on_meshes.py", *CASES)
+    return run_script(Path(__file__).with_name("ring_on_meshes.py"), *CASES)
 
 
 @pytest.mark.parametrize("case", CASES)

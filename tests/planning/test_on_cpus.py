@@ -1,24 +1,16 @@
 """The planner's numbers for eight simulated CPU devices are those of what a run compiles and keeps there."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).with_name("count_on_cpus.py")
 STEPS = ["fsdp", "fsdp, two microbatches", "tensor"]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> dict[str, Any]:
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    out = tmp_path_factory.mktemp("plans") / "counts.json"
-    subprocess.run([sys.executable, SCRIPT, out], env={**os.environ, "XLA_FLAGS": flags}, check=True)
-    return json.loads(out.read_text())
+def results(run_script) -> dict[str, Any]:
+    return run_script(Path(__file__).with_name("count_on_cpus.py"))
 
 
 @pytest.mark.parametrize("trips", [3, 9])

@@ -170,6 +170,21 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class StabilityConfig:
+    """What is done about numbers that go wrong."""
+
+    # An update whose loss or gradient is not finite is skipped; so many in a row stop the run
+    max_skipped_updates: int = 10
+    # A loss so many standard deviations above the mean of the spike_window steps before it is a spike; None: none is
+    spike_deviations: float | None = None
+    spike_window: int = 128
+    # rewind: go back to the newest checkpoint, and pass over the data from there to the spike and of so many more
+    # batches (Chowdhery et al. 2022, section 5.1)
+    on_spike: Literal["log", "rewind"] = "log"
+    rewind_batches: int = 100
+
+
+@dataclasses.dataclass(frozen=True)
 class LoggingConfig:
     every_steps: int = 10  # training records in metrics.jsonl
     tensorboard: bool = True
@@ -190,6 +205,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    stability: StabilityConfig = StabilityConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @property
@@ -418,6 +434,12 @@ def check(config: Config) -> None:
     require(config.evaluation.sample_temperature >= 0, "evaluation.sample_temperature must not be negative")
     require(config.evaluation.sample_tokens >= 0, "evaluation.sample_tokens must not be negative")
     positive(config.checkpoint, "checkpoint", "every_tokens", "keep_last")
+    positive(config.stability, "stability", "max_skipped_updates", "spike_deviations")
+    require(
+        config.stability.spike_window >= 8,
+        f"stability.spike_window={config.stability.spike_window} is too short to know what is usual: 8 at least",
+    )
+    require(config.stability.rewind_batches >= 0, "stability.rewind_batches must not be negative")
     positive(config.logging, "logging", "every_steps")
 
 

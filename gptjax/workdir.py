@@ -59,7 +59,7 @@ def load_model(
         if step is None:
             raise UserError(f"{workdir} has no checkpoint yet")
         with jax.set_mesh(device_mesh):
-            params = checkpoints.restore_params(abstract_params(model, device_mesh))
+            params, step = checkpoints.restore_params(abstract_params(model, device_mesh))
     return TrainedModel(model, params, tokenizer, device_mesh, step)
 
 

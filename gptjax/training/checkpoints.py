@@ -1,4 +1,4 @@
-"""Checkpoints of a workdir, and where a run starts from.
+"""Checkpoints of a workdir, what is done about damaged ones, and where a run starts from.
 
 A run starts from the first of these that there is:
   1. the newest checkpoint of its own workdir: it goes on as if it had never stopped;
@@ -7,26 +7,34 @@ A run starts from the first of these that there is:
 """
 
 import dataclasses
+import functools
+import itertools
+import json
 import re
 import shutil
+import sys
+import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from logging import LogRecord
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from jax.sharding import Mesh
+from jax.tree_util import keystr
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from gptjax.config import CheckpointConfig, Config, UserError, differences, read_config
 from gptjax.data import tokenizers
 from gptjax.parallel import distributed
+from gptjax.training.checksums import checksums
 from gptjax.training.state import TrainState, abstract_state, create_state
+
+T = TypeVar("T")
 
 # Fields of the model that weights do not depend on once they are there: training that starts from them may choose.
 _FREE_FIELDS = (
@@ -36,22 +44,41 @@ _FREE_FIELDS = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """Where a run is, besides its arrays.
+
+    Attributes:
+      examples: that the run was trained on.
+      skipped_examples: that it passed over, where it went back before a spike of the loss.
+      progress: what the numbers it shows go on from, as JSON can hold it.
+    """
+
+    examples: int = 0
+    skipped_examples: int = 0
+    progress: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
 class Checkpoints:
     """The checkpoints in `<workdir>/checkpoints/`, written in the background, each device its own shards.
 
     One checkpoint has the items `params`, `ema` (where there is one), `train` (step, optimizer state and random key)
-    and `position` (JSON: the examples consumed); imported weights are `params` alone. Kept are the newest `keep_last`
-    and the one of the lowest validation loss.
+    and `manifest` (JSON: the `Position`, and the checksum of each array); imported weights are `params` and `manifest`.
+    Kept are the newest `keep_last` and the one of the lowest validation loss.
+
+    What is read is checked. A checkpoint that fails is reported, moved to `<workdir>/damaged/` unless `read_only`, and
+    the one before it is read.
     """
 
     def __init__(self, workdir: Path, config: CheckpointConfig, read_only: bool = False):
         self._directory = workdir.absolute() / "checkpoints"
+        self._read_only = read_only
         if read_only and not self._directory.is_dir():
             raise UserError(f"{workdir} has no checkpoint: there is no {self._directory.name}/ in it")
         policy = AnyPreservationPolicy(
             [LatestN(config.keep_last), BestN(get_metric_fn=lambda metrics: -metrics["loss"], n=1)]
         )
-        logging.get_absl_handler().addFilter(_not_from_orbax)
+        _silence_threads()
         with self._errors_named():
             self._manager = ocp.CheckpointManager(
                 self._directory,
@@ -63,22 +90,31 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, examples: int, validation_loss: float) -> None:
+    def save(self, step: int, state: TrainState, position: Position, validation_loss: float | None) -> None:
         """Starts saving; returns once the arrays are copied off the devices.
+
+        Args:
+          validation_loss: None: not known, and never the best.
 
         Raises:
           UserError: the disk has no room for it, or the save before this one failed. Earlier checkpoints are whole.
         """
         self._check_room(state)
+        items = _items(state)
         with self._errors_named():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    position=ocp.args.JsonSave({"examples": examples}),
-                    **{name: ocp.args.StandardSave(item) for name, item in _items(state).items()},
+                    manifest=ocp.args.JsonSave(_make_manifest(position, items)),
+                    **{name: ocp.args.StandardSave(item) for name, item in items.items()},
                 ),
-                metrics={"loss": validation_loss},
+                metrics=None if validation_loss is None else {"loss": validation_loss},
             )
+
+    def wait(self) -> None:
+        """Returns once what is being saved is on the disk; raises as `save`."""
+        with self._errors_named():
+            self._manager.wait_until_finished()
 
     def save_params(self, params: Any) -> None:
         """Saves weights that no training here has made, as step 0: commands can use them, no run can go on from them.
@@ -88,9 +124,18 @@ class Checkpoints:
         """
         self._check_room(params)
         # Compressing, which saves a tenth, takes a second copy of all weights in memory.
-        handlers = {"params": ocp.PyTreeCheckpointHandler(use_compression=False)}
+        handlers = {
+            "params": ocp.PyTreeCheckpointHandler(use_compression=False),
+            "manifest": ocp.JsonCheckpointHandler(),
+        }
+        items = {"params": params}
         with self._errors_named(), ocp.CheckpointManager(self._directory, item_handlers=handlers) as manager:
-            manager.save(0, args=ocp.args.Composite(params=ocp.args.PyTreeSave(params)))
+            manager.save(
+                0,
+                args=ocp.args.Composite(
+                    manifest=ocp.args.JsonSave(_make_manifest(Position(), items)), params=ocp.args.PyTreeSave(params)
+                ),
+            )
 
     def _check_room(self, arrays: Any) -> None:
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
@@ -101,40 +146,108 @@ class Checkpoints:
                 f"{self._last_good()}; free some space and run the same command again"
             )
 
-    def restore(self, abstract: TrainState) -> tuple[TrainState, int]:
-        """The newest state, placed as `abstract`'s shardings say, and the number of examples it has consumed."""
-        restored = self._manager.restore(
-            self.latest_step(),
-            args=ocp.args.Composite(
-                position=ocp.args.JsonRestore(),
-                **{name: ocp.args.StandardRestore(item) for name, item in _items(abstract).items()},
-            ),
-        )
-        state = TrainState(params=restored.params, ema=restored.get("ema"), **restored.train)
-        return state, restored.position["examples"]
+    def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, Position]:
+        """The newest whole state, or that of `step`, placed as `abstract`'s shardings say.
 
-    def restore_params(self, abstract_params: Any) -> Any:
-        """The newest weights: their moving average where the run kept one."""
-        name = self._weights()
-        return self._manager.restore(
-            self.latest_step(), args=ocp.args.Composite(**{name: ocp.args.StandardRestore(abstract_params)})
-        )[name]
+        Raises:
+          UserError: there is no whole checkpoint, or it lacks what `abstract` has.
+        """
+
+        def read(step: int) -> tuple[TrainState, Position]:
+            items, position = self._read(step, _items(abstract))
+            return TrainState(params=items["params"], ema=items.get("ema"), **items["train"]), position
+
+        return self._newest_whole(read, step)
+
+    def restore_params(self, abstract_params: Any) -> tuple[Any, int]:
+        """The newest whole weights, their average where the run kept one, and their step; raises as `restore`."""
+
+        def read(step: int) -> tuple[Any, int]:
+            name = self._weights(step)
+            return self._read(step, {name: abstract_params})[0][name], step
+
+        return self._newest_whole(read)
 
     def stream_params(self, abstract_params: Any) -> Iterator[np.ndarray]:
-        """The leaves of `restore_params`, in the tree's order, each read into host memory when it is asked for."""
-        leaves, structure = jax.tree.flatten(abstract_params)
-        name = self._weights()
-        for i, leaf in enumerate(leaves):
-            others = [ocp.PLACEHOLDER] * len(leaves)
-            one = jax.tree.unflatten(structure, [*others[:i], leaf, *others[i + 1 :]])
-            args = [ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)] * len(leaves)
-            restore = ocp.args.PyTreeRestore(one, restore_args=jax.tree.unflatten(structure, args))
-            restored = self._manager.restore(self.latest_step(), args=ocp.args.Composite(**{name: restore}))[name]
-            yield jax.tree.leaves(restored)[i]
+        """The newest weights, leaf by leaf in the tree's order, each read into host memory when it is asked for.
 
-    def _weights(self) -> str:
-        """The newest checkpoint's item of the weights to use."""
-        return "ema" if (self._directory / str(self.latest_step()) / "ema").is_dir() else "params"
+        Raises:
+          UserError: at the first that is damaged.
+        """
+        named, structure = jax.tree_util.tree_flatten_with_path(abstract_params)
+        step = self.latest_step()
+        assert step is not None, self._directory
+        try:
+            expected, name = self._manifest(step)["checksums"], self._weights(step)
+            for i, (path, leaf) in enumerate(named):
+                others = [ocp.PLACEHOLDER] * len(named)
+                one = jax.tree.unflatten(structure, [*others[:i], leaf, *others[i + 1 :]])
+                args = [ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)] * len(named)
+                restore = ocp.args.PyTreeRestore(one, restore_args=jax.tree.unflatten(structure, args))
+                restored = self._manager.restore(step, args=ocp.args.Composite(**{name: restore}))[name]
+                array = jax.tree.leaves(restored)[i]
+                _check({f"{name}/{keystr(path, simple=True, separator='/')}": array}, expected)
+                yield array
+        except Exception as error:
+            if not _is_damage(error):
+                raise
+            raise UserError(
+                f"checkpoint {step} in {self._directory} is damaged ({_first_line(error)}): move it away, and the one "
+                "before it is read"
+            ) from None
+
+    def _newest_whole(self, read: Callable[[int], T], only: int | None = None) -> T:
+        """What `read` makes of the newest step that it finds undamaged, or of `only`."""
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        if only is not None and only not in steps:
+            raise UserError(f"there is no checkpoint {only} in {self._directory}: there are {steps}")
+        for step in steps if only is None else [only]:
+            try:
+                return read(step)
+            except Exception as error:
+                if not _is_damage(error):
+                    raise
+                reason = f"checkpoint {step} in {self._directory} is damaged ({_first_line(error)})"
+            if self._read_only:
+                print(f"{reason}: the one before it is read", file=sys.stderr)
+            else:
+                reason += f" and now in {self._set_aside(step)}"
+                print(f"{reason}: the one before it is read", file=sys.stderr)
+            if jax.process_count() > 1:  # the others may have read it, and wait for this one
+                raise UserError(f"{reason}: run the same command again, and it goes on from the one before")
+        raise UserError(f"no checkpoint in {self._directory} is whole: start again with another --workdir")
+
+    def _set_aside(self, step: int) -> Path:
+        """Moves a damaged checkpoint out of the way of the one that will be saved at its step, and keeps it."""
+        damaged = self._directory.parent / "damaged"
+        damaged.mkdir(exist_ok=True)
+        place = next(path for i in itertools.count() if not (path := damaged / f"{step}.{i}").exists())
+        with suppress(FileNotFoundError):  # another process was faster
+            (self._directory / str(step)).rename(place)
+        self._manager.reload()
+        return place
+
+    def _read(self, step: int, abstract: dict[str, Any]) -> tuple[dict[str, Any], Position]:
+        """Items of a checkpoint, checked: an error for which `_is_damage` holds if they are not as they were saved."""
+        manifest = self._manifest(step)
+        if "ema" in abstract and not any(name.startswith("ema/") for name in manifest["checksums"]):
+            raise UserError(f"{self._directory.parent} keeps no moving average: leave optimizer.ema_decay unset")
+        args = {name: ocp.args.StandardRestore(item) for name, item in abstract.items()}
+        restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+        items = {name: restored[name] for name in abstract}
+        _check(items, manifest["checksums"])
+        return items, Position(**manifest["position"])
+
+    def _manifest(self, step: int) -> dict[str, Any]:
+        args = ocp.args.Composite(manifest=ocp.args.JsonRestore())
+        manifest = self._manager.restore(step, args=args)["manifest"]
+        if manifest.pop("crc32") != _crc32(manifest):
+            raise _DamageError("its manifest is not what was saved")
+        return manifest
+
+    def _weights(self, step: int) -> str:
+        """A checkpoint's item of the weights to use."""
+        return "ema" if any(name.startswith("ema/") for name in self._manifest(step)["checksums"]) else "params"
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -176,15 +289,62 @@ def _items(state: TrainState) -> dict[str, Any]:
     return items if state.ema is None else items | {"ema": state.ema}
 
 
-def _not_from_orbax(record: LogRecord) -> bool:
-    """A log filter: what fails in orbax's threads is logged there, at length, and raised here, where it is one line."""
-    return "/orbax/" not in record.pathname
+def _make_manifest(position: Position, items: dict[str, Any]) -> dict[str, Any]:
+    """What `Checkpoints._manifest` reads again, its own checksum in it."""
+    manifest = {"position": dataclasses.asdict(position), "checksums": checksums(items)}
+    return manifest | {"crc32": _crc32(manifest)}
+
+
+def _crc32(manifest: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
+
+
+class _DamageError(Exception):
+    """What was read is not what was saved."""
+
+
+def _check(items: dict[str, Any], expected: dict[str, int]) -> None:
+    """Raises _DamageError unless the arrays of `items` have the checksums expected."""
+    for name, checksum in checksums(items).items():
+        if checksum != expected.get(name):
+            raise _DamageError(f"{name} is not what was saved")
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether an error in reading a checkpoint means that its files are at fault.
+
+    Nearly all do: what the libraries raise depends on the byte that changed.
+    """
+    return not isinstance(error, (UserError, MemoryError)) and "RESOURCE_EXHAUSTED" not in str(error)
+
+
+def _first_line(error: Exception) -> str:
+    line = next(iter(str(error).splitlines()), "").partition(". See full")[0] or type(error).__name__
+    return line if len(line) <= 120 else f"{line[:117]}..."
+
+
+@functools.cache
+def _silence_threads() -> None:
+    """Keeps what fails in threads of orbax and tensorstore from being shown there: it is raised here, and one line.
+
+    They log it, print it as an exception that nobody awaits, and print that a loop has ended before their answers came.
+    """
+    absl_handler = logging.get_absl_handler()
+    absl_handler.addFilter(lambda record: "/orbax/" not in record.pathname and record.name != "asyncio")
+    show, show_unraisable = sys.excepthook, sys.unraisablehook
+
+    def theirs(error: BaseException | None) -> bool:
+        text = "" if error is None else str(error)
+        return "TensorStore" in text or text == "Event loop is closed"
+
+    sys.excepthook = lambda kind, error, at: None if theirs(error) else show(kind, error, at)
+    sys.unraisablehook = lambda seen: None if theirs(seen.exc_value) else show_unraisable(seen)
 
 
 def start_state(
     config: Config, init_params: Callable[[jax.Array], Any], mesh: Mesh, checkpoints: Checkpoints
-) -> tuple[TrainState, int]:
-    """The state a run starts from, by the precedence above, and the number of examples already consumed.
+) -> tuple[TrainState, Position]:
+    """The state a run starts from, by the precedence above, and where in the data and its numbers.
 
     Raises:
       UserError: `init_from` has no weights, or those of another model.
@@ -195,16 +355,16 @@ def start_state(
         return checkpoints.restore(abstract_state(config, init_params, mesh))
     state = create_state(config, init_params, mesh)
     if config.init_from is None:
-        return state, 0
+        return state, Position()
     other = Path(config.init_from).expanduser()
     other_model = read_config(other).model.with_vocabulary(tokenizers.load(other / "tokenizer").vocab_size)
     free = {name: getattr(config.model, name) for name in _FREE_FIELDS}
     if changed := differences(dataclasses.replace(other_model, **free), config.model, "model."):
         raise UserError(f"init_from={config.init_from} has another model: {'; '.join(changed)}")
-    with Checkpoints(other, config.checkpoint) as source:
+    with Checkpoints(other, config.checkpoint, read_only=True) as source:
         if source.latest_step() is None:
             raise UserError(f"init_from={config.init_from} has no checkpoint")
-        params = source.restore_params(abstract_state(config, init_params, mesh).params)
+        params, _ = source.restore_params(abstract_state(config, init_params, mesh).params)
     # The average starts at the weights; a copy, as the step donates both.
     ema = None if state.ema is None else jax.tree.map(lambda p: p.copy(), params)
-    return state.replace(params=params, ema=ema), 0
+    return state.replace(params=params, ema=ema), Position()

@@ -2,29 +2,33 @@
 
 import dataclasses
 import importlib.metadata
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gptjax.config import Config, config_hash
+from gptjax.config import Config, UserError, config_hash
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.parallel import distributed
 from gptjax.parallel.mesh import batch_sharding
 from gptjax.parallel.rows import global_array, process_rows
 from gptjax.scaling import flops
-from gptjax.training.checkpoints import Checkpoints, start_state
+from gptjax.training.bundles import save_bundle
+from gptjax.training.checkpoints import Checkpoints, Position, start_state
 from gptjax.training.metrics import MetricsWriter, plot_loss
 from gptjax.training.optimizers import learning_rate, num_microbatches
 from gptjax.training.progress import Progress
-from gptjax.training.state import Batch, Loss, TrainState, make_train_step, state_shardings
+from gptjax.training.stability import LossSpikeError, NotFiniteError
+from gptjax.training.state import Batch, Loss, TrainState, abstract_state, make_train_step, state_shardings
 
 PROFILED_STEPS = range(5, 8)  # counted from the start of the process: the first ones compile and fill queues
+MAX_REWINDS = 3  # to one checkpoint: other data does not help it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,31 +65,48 @@ def train(stage: Stage, mesh: Mesh, workdir: Path, *, profile: bool = False) -> 
       profile: write a trace of a few steps to `<workdir>/profile/`.
 
     Raises:
-      UserError: the disk is full, or the loss is no longer finite. Checkpoints already saved are whole.
+      UserError: the disk is full, the data cannot be read, or too many updates in a row were skipped, as the numbers
+        were not finite. Checkpoints already saved are whole.
     """
     config = stage.config
     with jax.set_mesh(mesh), ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint))
-        state, examples = start_state(config, stage.init_params, mesh, checkpoints)
-        run = _Run(stage, mesh, workdir, checkpoints, state, examples, stack)
+        state, position = start_state(config, stage.init_params, mesh, checkpoints)
+        run = _Run(stage, mesh, workdir, checkpoints, state, position, stack)
         if run.step == 0:
             run.evaluate()
-        while run.tokens < stage.total_tokens:
-            before = run.tokens
-            if profile and run.steps_here == PROFILED_STEPS.start:
-                run.profile_steps()
-            else:
-                run.train_step()
-            if _due(config.evaluation.every_tokens, before, run.tokens):
-                run.evaluate()
-            if _due(config.checkpoint.every_tokens, before, run.tokens):
-                run.save()
-        run.save()
+        if run.step == 0 and config.stability.on_spike == "rewind":
+            run.save()  # so that there is always something to go back to
+        finished = False
+        while not finished:
+            try:
+                _train_on(run, profile)
+                finished = True
+            except LossSpikeError as spike:
+                run.rewind(spike)
+            except NotFiniteError as error:
+                run.give_up(error)
         if profile and run.steps_here <= PROFILED_STEPS.start:
             run.say(f"no profile: the run ended before step {PROFILED_STEPS.start + 1} of this process")
         if jax.process_index() == 0:
             plot_loss(workdir)
         return Report(run.step, run.tokens, run.validation, run.sample)
+
+
+def _train_on(run: "_Run", profile: bool) -> None:
+    """Trains from where the run is to its end."""
+    config, total_tokens = run.stage.config, run.stage.total_tokens
+    while run.tokens < total_tokens:
+        before = run.tokens
+        if profile and run.steps_here == PROFILED_STEPS.start:
+            run.profile_steps()
+        else:
+            run.train_step()
+        if _due(config.evaluation.every_tokens, before, run.tokens):
+            run.evaluate()
+        if _due(config.checkpoint.every_tokens, before, run.tokens):
+            run.save()
+    run.save()
 
 
 def _due(every: int | None, before: int, after: int) -> bool:
@@ -103,46 +124,52 @@ class _Run:
         workdir: Path,
         checkpoints: Checkpoints,
         state: TrainState,
-        examples: int,
+        position: Position,
         stack: ExitStack,
     ):
         self.stage, self.workdir, self.checkpoints = stage, workdir, checkpoints
-        self.state, self.examples = state, examples
+        self.state, self.examples, self.skipped_examples = state, position.examples, position.skipped_examples
         config = stage.config
         self.step, self.steps_here = int(state.step), 0
         self.validation: dict[str, float] = {}
         self.sample: str | None = None
         self._evaluated: int | None = None  # the step that `validation` and `sample` are of
-        self._resumed = self._saved = checkpoints.latest_step()
+        self._saved = checkpoints.latest_step()
+        self._rewinds = 0  # to the checkpoint `_saved`
         self._microbatch = config.sequences_per_microbatch
         # Room for the largest batch; a batch ramp fills less of it.
         self._room = config.batch.tokens_per_batch // (self._microbatch * config.model.context_length)
         self._batch_sharding = batch_sharding(mesh, None)
         self._rows = process_rows(batch_sharding(mesh), self._microbatch)
-        self._batches = stage.batches(examples)
+        self._batches = stage.batches(self.examples + self.skipped_examples)
+        self._batch: Batch = {}  # of the newest step, and how many of its microbatches count
+        self._count = 0
+        self._abstract_state = abstract_state(config, stage.init_params, mesh)
         placement = state_shardings(config, stage.init_params, mesh)
         self._train_step = make_train_step(config, stage.loss, mesh, placement)
         self._compiled: jax.stages.Compiled | None = None
         self._writer: MetricsWriter | None = None  # of process 0 alone
         if jax.process_index() == 0:
-            writer = MetricsWriter(workdir, _header(config, mesh), config.logging, resume_step=self._resumed)
+            writer = MetricsWriter(workdir, _header(config, mesh), config.logging, resume_step=self._saved)
             self._writer = stack.enter_context(writer)
-        self._progress = stack.enter_context(Progress(config, self._writer, self.tokens, stage.total_tokens))
+        self._progress = stack.enter_context(
+            Progress(config, self._writer, self.tokens, stage.total_tokens, position.progress)
+        )
         self.say = self._progress.say
 
     @property
     def tokens(self) -> int:
-        """Tokens seen."""
+        """Tokens trained on."""
         return self.examples * self.stage.config.model.context_length
 
     def train_step(self) -> None:
         """Dispatches one step; its metrics are read when the next one is under way."""
         config = self.stage.config
-        count = num_microbatches(config.batch, config.model.context_length, self.tokens)
-        batch = self._next_batch(count)
-        self.examples += count * self._microbatch
+        self._count = num_microbatches(config.batch, config.model.context_length, self.tokens)
+        self._batch = self._next_batch(self._count)
+        self.examples += self._count * self._microbatch
         lr = learning_rate(config.optimizer, self.tokens, self.stage.total_tokens)
-        arguments = (self.state, batch, np.int32(count), np.float32(lr))
+        arguments = (self.state, self._batch, np.int32(self._count), np.float32(lr))
         if self._compiled is None:
             self._compiled = self._compile(arguments)
         self.state, metrics = self._compiled(*arguments)
@@ -177,7 +204,7 @@ class _Run:
         self.validation = self.stage.evaluate(params)
         self.sample = None if self.stage.sample is None else self.stage.sample(params)
         self._evaluated = self.step
-        if self._writer is not None and self.step != self._resumed:  # of that step there is a record already
+        if self._writer is not None and not self._writer.has(self.step, "validation"):  # a run that goes on has one
             self._writer.write(self.step, self.tokens, "validation", **self.validation)
             values = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in self.validation.items())
             self.say(f"step {self.step}: validation {values}")
@@ -188,14 +215,62 @@ class _Run:
                 self._writer.write_text(self.step, "sample", self.sample)
         self._progress.restart()
 
-    def save(self) -> None:
-        """Saves this step, once, with its held-out loss: the best checkpoint is kept besides the newest."""
-        if self._evaluated != self.step:
+    def save(self, *, evaluate: bool = True) -> None:
+        """Saves this step, once, with its held-out loss: the best checkpoint is kept besides the newest.
+
+        Args:
+          evaluate: for that loss, where this step has none yet; without one a checkpoint is never the best.
+        """
+        self._progress.flush()
+        if evaluate and self._evaluated != self.step:
             self.evaluate()
         if self._saved != self.step:
-            self.checkpoints.save(self.step, self.state, self.examples, self.validation["loss"])
-            self._saved = self.step
+            if self._writer is not None:
+                self._writer.sync()
+            position = Position(self.examples, self.skipped_examples, self._progress.state())
+            loss = self.validation["loss"] if self._evaluated == self.step else math.nan
+            self.checkpoints.save(self.step, self.state, position, loss if math.isfinite(loss) else None)
+            self._saved, self._rewinds = self.step, 0
             self._progress.restart()
+
+    def rewind(self, spike: LossSpikeError) -> None:
+        """Goes back to the newest checkpoint, and on with the data that follows the spike (`StabilityConfig`).
+
+        Raises:
+          UserError: the loss has spiked after this checkpoint too often.
+        """
+        self._rewinds += 1
+        if self._rewinds > MAX_REWINDS:
+            raise UserError(
+                f"{spike}: it spiked {self._rewinds} times after checkpoint {self._saved}, whatever the data; lower "
+                "optimizer.peak_lr or raise stability.spike_deviations, and go on by --allow_config_changes"
+            )
+        self.checkpoints.wait()
+        self.state, position = self.checkpoints.restore(self._abstract_state)
+        config = self.stage.config
+        per_batch = config.batch.tokens_per_batch // config.model.context_length
+        since = spike.tokens // config.model.context_length - position.examples
+        self.skipped_examples += since + config.stability.rewind_batches * per_batch
+        self.step, self.examples = int(self.state.step), position.examples
+        self._batches = self.stage.batches(self.examples + self.skipped_examples)
+        self._progress.go_back(self.tokens, position.progress)
+        self._evaluated = None
+        self.say(f"{spike}: back to step {self.step}, on with the data after the spike")
+        if self._writer is not None:
+            self._writer.go_back(self.step)
+            # Of the next step, so that a run that resumes at this one, and meets the spike again, has it once.
+            numbers = {"loss": spike.loss, "usual": spike.usual, "skipped_examples": self.skipped_examples}
+            self._writer.write(self.step + 1, self.tokens, "rewind", spike_step=spike.step, **numbers)
+
+    def give_up(self, error: NotFiniteError) -> NoReturn:
+        """Saves what is needed to find out why the numbers are not finite, and the run; raises UserError."""
+        bundle = save_bundle(self.workdir, self.stage.config, self.stage.loss, self.state, self._batch, self._count)
+        self.save(evaluate=False)
+        raise UserError(
+            f"{error}: {self.stage.config.stability.max_skipped_updates} updates in a row were skipped; see where it "
+            f"began by python -m gptjax.replay --bundle={bundle}, lower optimizer.peak_lr or lengthen "
+            "optimizer.warmup_tokens; the same command goes on with the data that follows"
+        )
 
     def _next_batch(self, count: int) -> Batch:
         """The next `count` microbatches as (M, B, T) global arrays, M the room there is; what `count` leaves is 0."""

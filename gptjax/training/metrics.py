@@ -35,20 +35,41 @@ class MetricsWriter:
     def __init__(
         self, workdir: Path, run: dict[str, Any], logging: LoggingConfig, resume_step: int | None = None
     ) -> None:
+        self._workdir, self._run, self._logging = workdir, run, logging
         self._tensorboard: Any = None
         self._wandb: Any = None
         if logging.wandb_project is not None:
             self._wandb = _start_wandb(workdir, logging.wandb_project, run)
-        path = workdir / METRICS_FILE
+        self._open(resume_step)
+
+    def _open(self, resume_step: int | None) -> None:
+        """Opens the files to go on after the records of `resume_step`."""
+        path = self._workdir / METRICS_FILE
         header, records = ({}, []) if resume_step is None else _read(path)
-        kept = [{"run": header or run}, *(record for record in records if record["step"] <= (resume_step or 0))]
-        _replace(path, "".join(_line(record) for record in kept))
+        kept = [record for record in records if record["step"] <= (resume_step or 0)]
+        _replace(path, "".join(_line(record) for record in [{"run": header or self._run}, *kept]))
+        self._last = {record["split"]: record["step"] for record in kept}
         self._file = path.open("a", encoding="utf-8")
-        if logging.tensorboard:
+        if self._logging.tensorboard:
             from tensorboardX import SummaryWriter
 
             purge_step = 0 if resume_step is None else resume_step + 1
-            self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=purge_step)
+            self._tensorboard = SummaryWriter(str(self._workdir / "tensorboard"), purge_step=purge_step)
+
+    def go_back(self, step: int) -> None:
+        """Drops the records of later steps."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        self._open(step)
+
+    def has(self, step: int, split: str) -> bool:
+        """Whether the newest record of `split` is that of `step`."""
+        return self._last.get(split) == step
+
+    def sync(self) -> None:
+        """Has the disk itself take all records, which so outlive a machine that loses power."""
+        os.fsync(self._file.fileno())
 
     def write(self, step: int, tokens: int, split: str, **values: Any) -> None:
         """Appends one record, on disk when this returns.
@@ -61,6 +82,7 @@ class MetricsWriter:
         numbers = {name: _number(value) for name, value in values.items()}
         self._file.write(_line({"step": step, "tokens": tokens, "split": split, **numbers}))
         self._file.flush()
+        self._last[split] = step
         known = {f"{split}/{name}": value for name, value in numbers.items() if value is not None}
         if self._tensorboard is not None:
             for tag, value in known.items():

@@ -1,29 +1,35 @@
 """What a run shows while it trains: the progress bar, and the training records of metrics.jsonl."""
 
-import math
 import sys
 import time
 from types import TracebackType
+from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from gptjax.config import Config, UserError
+from gptjax.config import Config
 from gptjax.scaling import flops
 from gptjax.training.metrics import MetricsWriter
+from gptjax.training.stability import Watch
 
 
 class Progress:
     """Reads each step's metrics when the next one is under way, so that logging never stalls the devices.
 
-    Every `logging.every_steps` steps it writes a training record: `loss` (mean over the steps since the last record,
-    nats a token), `grad_norm` and `learning_rate` of the step, `tokens_per_second` and `mfu` (share of the devices'
-    peak FLOP/s) of the time spent training since then, evaluations and saves excluded.
+    Every `logging.every_steps` steps it writes a training record: `loss` (mean over the steps since the last record
+    whose updates were not skipped, nats a token), `grad_norm` and `learning_rate` of the step, `skipped_updates` (of
+    the run, so far), `tokens_per_second` and `mfu` (share of the devices' peak FLOP/s) of the time spent training since
+    then, evaluations and saves excluded. A spike of the loss is a record of its own, of split "spike".
     """
 
-    def __init__(self, config: Config, writer: MetricsWriter | None, tokens: int, total_tokens: int):
+    def __init__(
+        self, config: Config, writer: MetricsWriter | None, tokens: int, total_tokens: int, state: dict[str, Any]
+    ):
+        """Args: state: what `state()` returned, of a run that goes on; empty: of none."""
         self._writer = writer
+        self._stability = config.stability
         self._every = config.logging.every_steps
         self._flops_per_token = flops.flops_per_token(config.model)
         peak = flops.peak_flops(jax.devices()[0], config.model.dtype)
@@ -37,16 +43,26 @@ class Progress:
             mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds; a log file gets a line now and then
             disable=writer is None,
         )
-        self._pending: tuple[int, int, float, dict[str, jax.Array]] | None = None
-        self._tokens = tokens  # trained by the steps whose metrics have been read
-        self._losses: list[float] = []
-        self.restart()
+        self.go_back(tokens, state)
 
     def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._bar.close()
+
+    def state(self) -> dict[str, Any]:
+        """What the records of a run that goes on depend on, as JSON can hold it; all steps must have been read."""
+        return {"losses": self._losses, "watch": self._watch.state()}
+
+    def go_back(self, tokens: int, state: dict[str, Any]) -> None:
+        """Goes on from an earlier place in the run, and the state it had there; steps not read yet are forgotten."""
+        self._pending: tuple[int, int, float, dict[str, jax.Array]] | None = None
+        self._tokens = tokens  # trained by the steps whose metrics have been read
+        self._losses: list[float] = list(state.get("losses", []))  # since the last record
+        self._watch = Watch(self._stability, state.get("watch"))
+        self._bar.update(tokens - self._bar.n)
+        self.restart()
 
     def restart(self) -> None:
         """Starts the clock anew, after compiling, evaluating or saving."""
@@ -56,10 +72,12 @@ class Progress:
         """Takes the metrics of the step just dispatched, and reads those of the one before.
 
         Raises:
-          UserError: that step's loss is not finite.
+          NotFiniteError, LossSpikeError: see `gptjax.training.stability`; no step after the former's is dispatched.
         """
         self.flush()
         self._pending = (step, tokens, lr, metrics)
+        if self._watch.next_may_stop:
+            self.flush()
 
     def flush(self) -> None:
         """Reads the metrics of the last step, waiting for it; raises as `add` does."""
@@ -67,30 +85,38 @@ class Progress:
             return
         step, tokens, lr, metrics = self._pending
         self._pending = None
-        loss, grad_norm = (float(np.asarray(metrics[name])) for name in ("loss", "grad_norm"))
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss} at step {step}: lower optimizer.peak_lr or lengthen optimizer.warmup_tokens; "
-                "the same command goes on from the last checkpoint"
-            )
+        loss, grad_norm, skipped = (float(np.asarray(metrics[name])) for name in ("loss", "grad_norm", "skipped"))
+        usual = self._watch.add(step, tokens, loss, grad_norm, skipped > 0)
         self._bar.update(tokens - self._tokens)
         self._bar.set_postfix_str(f"step {step} loss {loss:.3f}", refresh=False)
         self._tokens = tokens
-        self._losses.append(loss)
-        if step % self._every == 0 and self._writer is not None:
-            speed = (tokens - self._clock_tokens) / (time.perf_counter() - self._clock)
-            self._writer.write(
-                step,
-                tokens,
-                "train",
-                loss=sum(self._losses) / len(self._losses),
-                grad_norm=grad_norm,
-                learning_rate=lr,
-                tokens_per_second=speed,
-                mfu=None if self._peak_flops is None else speed * self._flops_per_token / self._peak_flops,
-            )
+        if skipped:
+            self.say(f"step {step}: loss {loss}, gradient norm {grad_norm}: the update was skipped")
+        else:
+            self._losses.append(loss)
+        if usual is not None:
+            self.say(f"step {step}: the loss spikes, {loss:.3f} after {usual:.3f}")
+            if self._writer is not None:
+                self._writer.write(step, tokens, "spike", loss=loss, usual=usual)
+        if step % self._every == 0:
+            if self._writer is not None:
+                self._write(self._writer, step, tokens, lr, grad_norm)
             self._losses = []
             self.restart()
+
+    def _write(self, writer: MetricsWriter, step: int, tokens: int, lr: float, grad_norm: float) -> None:
+        speed = (tokens - self._clock_tokens) / (time.perf_counter() - self._clock)
+        writer.write(
+            step,
+            tokens,
+            "train",
+            loss=sum(self._losses) / len(self._losses) if self._losses else None,
+            grad_norm=grad_norm,
+            learning_rate=lr,
+            skipped_updates=self._watch.skipped,
+            tokens_per_second=speed,
+            mfu=None if self._peak_flops is None else speed * self._flops_per_token / self._peak_flops,
+        )
 
     def say(self, text: str) -> None:
         """Prints above the bar."""

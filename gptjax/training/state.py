@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from gptjax.config import Config
+from gptjax.config import Config, GPTConfig
 from gptjax.parallel.mesh import abstract_arrays, batch_sharding, shardings
 from gptjax.training.optimizers import adamw
 
@@ -70,6 +70,13 @@ def create_state(config: Config, init_params: Callable[[jax.Array], Any], mesh: 
     return jax.jit(lambda: nn.unbox(init_state(config, init_params)), out_shardings=placement)()
 
 
+def dropout_rng(model: GPTConfig, rng: jax.Array, step: jax.Array | int, microbatch: jax.Array | int) -> Any:
+    """The key of a step's microbatch, from the key data of the state; None without dropout."""
+    if max(model.embedding_dropout, model.attention_dropout, model.residual_dropout) == 0:
+        return None
+    return jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(rng), step), microbatch)
+
+
 def make_train_step(config: Config, loss: Loss, mesh: Mesh, placement: TrainState) -> jax.stages.Wrapped:
     """The jitted step: `step(state, batch, num_microbatches, lr)` to `(state, metrics)`.
 
@@ -80,15 +87,14 @@ def make_train_step(config: Config, loss: Loss, mesh: Mesh, placement: TrainStat
     """
     optimizer, ema_decay = adamw(config.optimizer), config.optimizer.ema_decay
     on_device = jax.tree.map(lambda sharding: sharding.with_memory_kind("device"), placement.opt_state)
-    has_dropout = max(config.model.embedding_dropout, config.model.attention_dropout, config.model.residual_dropout) > 0
 
-    def accumulate(params: Any, batch: Batch, count: jax.Array, rng: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
+    def accumulate(state: TrainState, batch: Batch, count: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
         """Sums over the microbatches: loss, weight, gradient."""
 
         def microbatch(i: jax.Array | int) -> tuple[jax.Array, jax.Array, Any]:
             rows = jax.tree.map(lambda a_MBT: a_MBT[i], batch)
-            dropout_rng = jax.random.fold_in(rng, i) if has_dropout else None
-            (loss_sum, weight), grads = jax.value_and_grad(loss, has_aux=True)(params, rows, dropout_rng)
+            rng = dropout_rng(config.model, state.rng, state.step, i)
+            (loss_sum, weight), grads = jax.value_and_grad(loss, has_aux=True)(state.params, rows, rng)
             # Laid out as the parameters: what each device sums up is its own part.
             return loss_sum, weight, jax.lax.with_sharding_constraint(grads, placement.params)
 
@@ -100,17 +106,21 @@ def make_train_step(config: Config, loss: Loss, mesh: Mesh, placement: TrainStat
     def step(
         state: TrainState, batch: Batch, num_microbatches: jax.Array, lr: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        loss_sum, weight, grads = accumulate(state.params, batch, num_microbatches, rng)
+        loss_sum, weight, grads = accumulate(state, batch, num_microbatches)
         grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
-        opt_state = jax.device_put(state.opt_state, on_device) if config.optimizer.offload else state.opt_state
-        updates, opt_state = optimizer.update(grads, opt_state, state.params)
+        if config.optimizer.offload:
+            state = state.replace(opt_state=jax.device_put(state.opt_state, on_device))
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: (p - lr * u).astype(p.dtype), state.params, updates)
         ema = state.ema
         if ema_decay is not None:
             ema = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, ema, params)
-        metrics = {"loss": loss_sum / weight, "grad_norm": optax.tree.norm(grads)}
-        return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
+        loss, grad_norm = loss_sum / weight, optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        metrics = {"loss": loss, "grad_norm": grad_norm, "skipped": 1.0 - finite}
+        new = state.replace(params=params, opt_state=opt_state, ema=ema)
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+        return kept.replace(step=state.step + 1), metrics
 
     return jax.jit(
         step,

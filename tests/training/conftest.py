@@ -1,5 +1,6 @@
 """A run small enough to train in a test."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,19 @@ import pytest
 from gptjax import config as c
 
 
+@pytest.fixture(scope="session")
+def make_tiny() -> Callable[[Path], c.Config]:
+    return _tiny
+
+
 @pytest.fixture
 def tiny(tmp_path: Path) -> c.Config:
-    """Two layers on a generated text; 6 steps of 2 microbatches, with dropout and an average of the weights."""
-    text = tmp_path / "text"
+    return _tiny(tmp_path)
+
+
+def _tiny(directory: Path) -> c.Config:
+    """Two layers on a text made in `directory`; 6 steps of 2 microbatches, with dropout and averaged weights."""
+    text = directory / "text"
     text.mkdir()
     for i in range(40):
         (text / f"{i:02}.txt").write_text(f"document {i} says: " + f"{i} and {i + 1} are neighbours. " * 8)
@@ -20,7 +30,7 @@ def tiny(tmp_path: Path) -> c.Config:
             context_length=16, num_layers=2, num_heads=2, embed_dim=16, residual_dropout=0.1, dtype="float32"
         ),
         data=c.DataConfig(
-            source=f"text:{text}/*.txt", tokenizer="bytes", validation_fraction=0.1, cache_dir=str(tmp_path / "cache")
+            source=f"text:{text}/*.txt", tokenizer="bytes", validation_fraction=0.1, cache_dir=str(directory / "cache")
         ),
         batch=c.BatchConfig(total_tokens=6 * tokens_per_batch, tokens_per_batch=tokens_per_batch, microbatch_size=4),
         optimizer=c.OptimizerConfig(peak_lr=1e-2, warmup_tokens=tokens_per_batch, ema_decay=0.9),

@@ -1,0 +1,57 @@
+"""Computes a step again whose numbers were not finite, from the debug bundle that the run left.
+
+python -m gptjax.replay --bundle=runs/gpt2/debug/step_00000123
+python -m gptjax.replay --bundle=runs/gpt2/debug/step_00000123 --dtype=float32 --debug_nans
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from gptjax import cli
+from gptjax.config import UserError, read_config, replace
+
+BUNDLE = flags.DEFINE_string("bundle", None, "Debug bundle: a directory WORKDIR/debug/step_....")
+DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of activations; as trained, if not given.")
+MESH = flags.DEFINE_string("mesh", "", "Devices by axis, such as fsdp=2,tensor=4; data takes what is left.")
+DEBUG_NANS = flags.DEFINE_bool("debug_nans", False, "Stop at the first operation that makes a NaN, with its traceback.")
+
+
+def main() -> None:
+    if BUNDLE.value is None:
+        raise UserError("needs --bundle=WORKDIR/debug/step_...")
+    import jax  # after the checks: these take seconds to import
+
+    from gptjax.data import tokenizers
+    from gptjax.parallel.mesh import check_fit, make_mesh
+    from gptjax.training.bundles import diagnose, load_bundle
+    from gptjax.training.checkpoints import Checkpoints
+    from gptjax.training.stages.pretrain import make_program
+    from gptjax.training.state import abstract_state
+    from gptjax.workdir import parse_mesh
+
+    bundle = Path(BUNDLE.value)
+    step, batch = load_bundle(bundle)
+    workdir = bundle.absolute().parent.parent
+    config = read_config(workdir)
+    vocab_size = config.model.with_vocabulary(tokenizers.load(workdir / "tokenizer").vocab_size).vocab_size
+    dtype = config.model.dtype if DTYPE.value is None else DTYPE.value
+    # A backend that was named for the machine that trained may be none of this one's.
+    config = replace(config, {"model": {"vocab_size": vocab_size, "dtype": dtype, "attention_backend": "auto"}})
+    mesh = make_mesh(parse_mesh(MESH.value))
+    check_fit(config, mesh)
+    jax.config.update("jax_debug_nans", DEBUG_NANS.value)
+    loss, init_params = make_program(config)
+    with jax.set_mesh(mesh), Checkpoints(workdir, config.checkpoint, read_only=True) as checkpoints:
+        state, _ = checkpoints.restore(abstract_state(config, init_params, mesh), step)
+        report = diagnose(config, loss, state, batch)
+    for i, numbers in enumerate(report["microbatches"]):
+        print(f"microbatch {i}: loss {numbers['loss']}, gradient norm {numbers['grad_norm']}")
+    print(f"\nmicrobatch {report['worst']}\n{'parameter':<44} {'norm':>12} {'gradient':>12} {'not finite':>10}")
+    for name, row in report["norms"].items():
+        norm, gradient = float(row["parameter"]), float(row["gradient"])
+        print(f"{name:<44} {norm:>12.4g} {gradient:>12.4g} {row['not_finite']:>10}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

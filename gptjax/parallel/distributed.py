@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from gptjax.config import UserError
-from gptjax.parallel.peers import Peers, relay
+from gptjax.parallel.peers import Boundaries, Peers, relay
 
 START_TIMEOUT = 300  # seconds, as jax.distributed's: the machines of a job start minutes apart
 APPEARS_WITHIN = 10  # seconds: what one machine writes, another sees late through NFS or a mounted bucket
@@ -29,6 +29,7 @@ _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID",
 _BY_HAND = "--coordinator_address=HOST:PORT --num_processes=N --process_id=I"
 
 _peers: Peers | None = None  # None: one process
+_boundaries = Boundaries()  # of one process
 
 T = TypeVar("T")
 
@@ -192,7 +193,7 @@ def stop(message: str, code: int, details: str = "") -> NoReturn:
     """Ends all processes of which there are several: this one says `message`, the others that it stopped, and why.
 
     Args:
-      code: the exit code of all, `STOPPED` or `FAILED` of `gptjax.parallel.peers`.
+      code: the exit code of all, one of those in `gptjax.parallel.peers`.
       details: for this one to say before.
     """
     assert _peers is not None
@@ -220,6 +221,19 @@ def gather(value: Any) -> list[Any]:
       value: what JSON can hold.
     """
     return [value] if _peers is None else _peers.gather(value)
+
+
+def ask_to_stop(why: str) -> None:
+    """Has `reach_boundary` answer `why`, in all processes from the same boundary on; any thread may call this."""
+    if _peers is None:
+        _boundaries.decide(_boundaries.freeze() + 1, why)
+    else:
+        _peers.ask_to_stop(why)
+
+
+def reach_boundary() -> str | None:
+    """Why to stop at this place, which all processes come to in the same order; None: go on."""
+    return (_boundaries if _peers is None else _peers.boundaries).reach()
 
 
 def of_first(function: Callable[[], T]) -> T:

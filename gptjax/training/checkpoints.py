@@ -52,11 +52,13 @@ class Position:
       examples: that the run was trained on.
       skipped_examples: that it passed over, where it went back before a spike of the loss.
       progress: what the numbers it shows go on from, as JSON can hold it.
+      owes_evaluation: the run was asked to stop before the held-out loss due at this step was there.
     """
 
     examples: int = 0
     skipped_examples: int = 0
     progress: dict[str, Any] = dataclasses.field(default_factory=dict)
+    owes_evaluation: bool = False
 
 
 class Checkpoints:

@@ -12,6 +12,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -198,6 +199,20 @@ def stop(message: str, code: int, details: str = "") -> NoReturn:
     """
     assert _peers is not None
     _peers.stop(message, code, details)
+
+
+def end(message: str, code: int) -> NoReturn:
+    """Ends this process, and the others where there are several, from any thread and at once.
+
+    It clears nothing up, and need not: what is on the disk is good whenever a process dies.
+    """
+    if is_one_of_several():
+        stop(message.removeprefix("error: "), code)
+    with suppress(Exception):
+        sys.stdout.flush()
+    # Neither print nor sys.exit: the main thread may hold a lock.
+    os.write(sys.stderr.fileno(), f"\n{message}\n".encode())
+    os._exit(code)
 
 
 def is_one_of_several() -> bool:

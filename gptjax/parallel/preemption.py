@@ -15,7 +15,6 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import NoReturn
 
 from gptjax.parallel import distributed
 from gptjax.parallel.peers import INTERRUPTED, PREEMPTED
@@ -79,26 +78,16 @@ def _listen(read: int) -> None:
                 continue
             count += 1
             if count > 1:
-                _end("interrupted", INTERRUPTED)
+                distributed.end("interrupted", INTERRUPTED)
             _ask(signal.Signals(number[0]).name)
 
 
 def _ask(why: str) -> None:
     with _deciding:
         if not _deferring:
-            _end(f"stopped by {why}, with nothing to save: the same command starts again", PREEMPTED)
+            distributed.end(f"stopped by {why}, with nothing to save: the same command starts again", PREEMPTED)
     os.write(sys.stderr.fileno(), f"\n{why}: saving after this step; another signal stops at once\n".encode())
     distributed.ask_to_stop(why)
-
-
-def _end(message: str, code: int) -> NoReturn:
-    """Ends the process from any thread; what is on the disk needs no clearing up."""
-    if distributed.is_one_of_several():
-        distributed.stop(message, code)
-    with suppress(Exception):
-        sys.stdout.flush()
-    os.write(sys.stderr.fileno(), f"\n{message}\n".encode())
-    os._exit(code)
 
 
 def watch_machine() -> None:

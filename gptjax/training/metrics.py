@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from gptjax.config import LoggingConfig, UserError
+from gptjax.files import write_whole
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -47,7 +48,7 @@ class MetricsWriter:
         path = self._workdir / METRICS_FILE
         header, records = ({}, []) if resume_step is None else _read(path)
         kept = [record for record in records if record["step"] <= (resume_step or 0)]
-        _replace(path, "".join(_line(record) for record in [{"run": header or self._run}, *kept]))
+        write_whole(path, "".join(_line(record) for record in [{"run": header or self._run}, *kept]))
         self._last = {record["split"]: record["step"] for record in kept}
         self._file = path.open("a", encoding="utf-8")
         if self._logging.tensorboard:
@@ -144,16 +145,6 @@ def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path}:{number} is not a metrics record: mend or remove the line") from None
     return header, records
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes the whole file or, if that fails (a full disk), leaves the old one as it was."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -102,6 +102,8 @@ class DataConfig:
     packing: Literal["concatenate", "segment"] = "concatenate"
     document_separator: str | None = None  # text files that hold many documents: the line between them
     invalid_utf8: Literal["replace", "error"] = "replace"  # replaced bytes are counted and reported
+    # A file, line or record that is damaged or cannot be read stops the run, or is left out, counted and reported
+    on_corrupt: Literal["error", "skip"] = "error"
     cache_dir: str = "~/.cache/gptjax"  # prepared corpora and trained tokenizers
     prefetch_batches: int = 8  # microbatches read ahead of the device
 

@@ -44,6 +44,10 @@ FORMAT_VERSION = 1  # of the files, PIECE_TOKENS included; part of the key, so a
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 
 
+class DamagedCorpusError(UserError):
+    """A part of a prepared corpus is not what was written, or is gone."""
+
+
 class PreparedSplit:
     """The documents of one split, on disk; threads may share it.
 
@@ -83,10 +87,18 @@ class PreparedSplit:
         first, last = begin // PIECE_TOKENS, (end - 1) // PIECE_TOKENS
         try:
             pieces = [np.frombuffer(self._pieces[i], self._dtype) for i in range(first, last + 1)]
-        except RuntimeError as error:  # what ArrayRecord raises when a record does not match its hash
-            raise UserError(f"prepared corpus is damaged, delete {self._directory} and start again: {error}") from error
-        tokens = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-        return tokens[begin - first * PIECE_TOKENS : end - first * PIECE_TOKENS]
+            joined = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+            tokens = joined[begin - first * PIECE_TOKENS : end - first * PIECE_TOKENS]
+            if len(tokens) != stop - start:  # of a shard cut short, ArrayRecord gives empty records
+                raise ValueError(f"{len(tokens)} tokens where {stop - start} were written")
+        except (
+            RuntimeError,
+            ValueError,
+        ) as error:  # of a record that is gone or not its hash's
+            raise DamagedCorpusError(
+                f"prepared corpus is damaged, delete {self._directory} and start again: {error}"
+            ) from error
+        return tokens
 
 
 def prepare(
@@ -202,6 +214,8 @@ def _write_corpus(source: Source, tokenizer: Tokenizer, directory: Path, identit
             source.replaced_bytes,
             source.replaced_documents,
         )
+    if source.skipped:
+        logging.warning("%s: %d damaged files, lines or records were left out.", source.spec, source.skipped)
     metadata = identity | {
         "source": source.spec,
         "vocab_size": tokenizer.vocab_size,
@@ -209,6 +223,7 @@ def _write_corpus(source: Source, tokenizer: Tokenizer, directory: Path, identit
         "dtype": dtype.str,
         "replaced_bytes": source.replaced_bytes,
         "replaced_documents": source.replaced_documents,
+        "skipped": source.skipped,
         "splits": splits,
     }
     with _writing(directory):

@@ -75,6 +75,8 @@ def train(stage: Stage, mesh: Mesh, workdir: Path, *, profile: bool = False) -> 
         checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint))
         state, position = start_state(config, stage.init_params, mesh, checkpoints)
         run = _Run(stage, mesh, workdir, checkpoints, state, position, stack)
+        if run.step > 0:
+            run.say(f"going on from step {run.step}")
         if run.owes_evaluation:
             run.evaluate()
         if run.step == 0 and config.stability.on_spike == "rewind":

@@ -20,6 +20,8 @@ from typing import Any, Literal
 import ml_collections
 from ml_collections import config_dict as mlc
 
+from gptjax.files import read_json
+
 
 class UserError(Exception):
     """A mistake the user can mend: one line naming the culprit and the mend. Commands print it and exit with code 2."""
@@ -358,7 +360,10 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
             _typed(part, kind, f"{name}[{i}]") for i, (part, kind) in enumerate(zip(value, kinds, strict=True))
         )
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise UserError(f"{name} is too large a number") from None
     if type(value) is not hint:
         raise UserError(f"{name}={value!r} is not of type {hint.__name__}")
     return value
@@ -470,7 +475,7 @@ def read_config(workdir: Path) -> Config:
     """
     path = workdir / "config.json"
     try:
-        return resolve(_merge(dataclasses.asdict(Config()), json.loads(path.read_text())))
+        return resolve(_merge(dataclasses.asdict(Config()), read_json(path)))
     except FileNotFoundError:
         raise UserError(f"{workdir} is not a workdir: it has no config.json") from None
     except (OSError, ValueError) as error:

@@ -34,6 +34,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from gptjax.config import UserError
 from gptjax.data.sources import Source
 from gptjax.data.tokenizers import Tokenizer
+from gptjax.files import is_plain_name, read_json
 
 PIECE_TOKENS = 8192
 SHARD_BYTES = 2**28  # a read takes time in proportion to the records of its shard: 2 ns each
@@ -63,13 +64,16 @@ class PreparedSplit:
         """Opens split `name` of a prepared corpus; OSError, ValueError or RuntimeError when its files are damaged."""
         counts = metadata["splits"][name]
         for file, size in counts["files"].items():
+            if not is_plain_name(file):
+                raise ValueError(f"metadata.json names {file!r}, which is not beside it")
             if (directory / file).stat().st_size != size:
                 raise ValueError(f"{directory / file} does not have {size} bytes")
-        self.lengths = np.load(directory / f"{name}_lengths.npy")
+        self.lengths = np.load(directory / f"{name}_lengths.npy", allow_pickle=False)
+        if self.lengths.dtype != np.int64 or self.lengths.ndim != 1 or np.any(self.lengths < 1):
+            raise ValueError(f"{name}_lengths.npy does not hold numbers of tokens")
         self.num_documents = len(self.lengths)
         self.num_tokens = int(self.lengths.sum())
-        self.text_bytes: int = counts["text_bytes"]
-        self.end_of_text: int = metadata["end_of_text"]
+        self.text_bytes, self.end_of_text = int(counts["text_bytes"]), int(metadata["end_of_text"])
         self.content = directory.name
         self._directory = directory
         self._dtype = np.dtype(metadata["dtype"])
@@ -319,9 +323,9 @@ def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, s
 def _open(directory: Path) -> tuple[PreparedSplit, PreparedSplit] | None:
     """The train and validation split in a directory; None when there are none or they are damaged."""
     try:
-        metadata = json.loads((directory / "metadata.json").read_text())
+        metadata = read_json(directory / "metadata.json")
         return PreparedSplit(directory, "train", metadata), PreparedSplit(directory, "validation", metadata)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RuntimeError):
         return None
 
 

@@ -22,6 +22,7 @@ import tiktoken
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from gptjax import files
 from gptjax.config import DataConfig, UserError
 from gptjax.files import unfinished_path, write_whole
 
@@ -250,9 +251,9 @@ def load(directory: Path, cache_dir: Path | None = None) -> Tokenizer:
       UserError: files are missing or damaged, or a vocabulary is neither installed nor reachable.
     """
     try:
-        spec = json.loads((directory / "spec.json").read_text())
-        kind, name = spec["kind"], spec.get("name")
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        spec = files.read_json(directory / "spec.json")
+        kind, name = str(spec["kind"]), str(spec.get("name"))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"no tokenizer in {directory}: spec.json is missing or damaged ({error!r})") from None
     if kind == "bytes":
         return BytesTokenizer()

@@ -238,7 +238,10 @@ class Checkpoints:
         restored = self._manager.restore(step, args=ocp.args.Composite(**args))
         items = {name: restored[name] for name in abstract}
         _check(items, manifest["checksums"])
-        return items, Position(**manifest["position"])
+        position = Position(**manifest["position"])
+        if [type(value) for value in vars(position).values()] != [type(value) for value in vars(Position()).values()]:
+            raise _DamageError("its manifest is not one of a run")
+        return items, position
 
     def _manifest(self, step: int) -> dict[str, Any]:
         args = ocp.args.Composite(manifest=ocp.args.JsonRestore())
@@ -278,7 +281,7 @@ class Checkpoints:
             ) from None
 
     def _last_good(self) -> str:
-        steps = sorted(int(path.name) for path in self._directory.glob("*") if path.name.isdigit())
+        steps = sorted(int(path.name) for path in self._directory.glob("*") if path.name.isdecimal())
         return f"the last good checkpoint is step {steps[-1]}" if steps else "there is no checkpoint yet"
 
 

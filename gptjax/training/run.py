@@ -66,7 +66,7 @@ def _leaves(tree: Any, name: str) -> dict[str, Any]:
 def _check_workdir(config: Config, workdir: Path, allow_changes: bool) -> bool:
     """Whether `workdir` has checkpoints to go on from; UserError when they are of another config, or weights alone."""
     checkpoints = workdir / "checkpoints"
-    steps = [path for path in checkpoints.iterdir() if path.name.isdigit()] if checkpoints.exists() else []
+    steps = [path for path in checkpoints.iterdir() if path.name.isdecimal()] if checkpoints.exists() else []
     if not steps:
         return False
     if not any((step / "train").is_dir() for step in steps):

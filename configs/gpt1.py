@@ -41,7 +41,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             weight_decay=0.01,  # not on biases and gains: the default decay_rules
         ),
         evaluation=c.EvaluationConfig(every_tokens=1000 * tokens_per_batch),
-        checkpoint=c.CheckpointConfig(every_tokens=5000 * tokens_per_batch),
+        checkpoint=c.CheckpointConfig(every_tokens=1000 * tokens_per_batch),
     )
     return c.config_dict(runlocal(config) if args["runlocal"] else config)
 

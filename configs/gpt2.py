@@ -30,7 +30,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         batch=c.BatchConfig(total_tokens=10_000_000_000, tokens_per_batch=512 * 1024, microbatch_size=32),
         optimizer=c.OptimizerConfig(peak_lr=peak_lr, warmup_tokens=375_000_000),
         evaluation=c.EvaluationConfig(every_tokens=250_000_000),
-        checkpoint=c.CheckpointConfig(every_tokens=1_000_000_000),
+        checkpoint=c.CheckpointConfig(every_tokens=250_000_000),
     )
     return c.config_dict(runlocal(config) if args["runlocal"] else config)
 

@@ -61,7 +61,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             clip_norm=1.0,
         ),
         evaluation=c.EvaluationConfig(every_tokens=1_000_000_000),
-        checkpoint=c.CheckpointConfig(every_tokens=5_000_000_000),
+        checkpoint=c.CheckpointConfig(every_tokens=1_000_000_000),
     )
     if args["runlocal"]:
         config = runlocal(config)

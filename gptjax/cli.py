@@ -10,9 +10,8 @@ from absl import app, flags, logging
 
 from gptjax.config import UserError, check_key
 from gptjax.parallel import distributed
-from gptjax.parallel.peers import FAILED, STOPPED
-
-INTERRUPTED = 130  # exit code, as a shell has it
+from gptjax.parallel.peers import FAILED, INTERRUPTED, PREEMPTED, STOPPED
+from gptjax.parallel.preemption import PreemptedError
 
 COORDINATOR_ADDRESS = flags.DEFINE_string(
     "coordinator_address", None, "Of several processes: HOST:PORT, a free port of process 0's machine."
@@ -24,8 +23,9 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of several processes: whi
 def run(main: Callable[[], None], *, joins: bool = False) -> None:
     """Parses the flags and calls `main`; ends the process.
 
-    Exit codes: 0 done, 2 a mistake that the user can mend (`UserError`), 130 interrupted, 1 anything else. Of several
-    processes all end with the code of the first that fails; 1 when one is gone without a word.
+    Exit codes: 0 done, 2 a mistake that the user can mend (`UserError`), 75 stopped on request with all of it saved,
+    130 interrupted, 1 anything else. Of several processes all end with the code of the first that fails; 1 when one is
+    gone without a word.
 
     Args:
       joins: `main` calls `join`, so that several processes can run the command as one.
@@ -46,6 +46,10 @@ def run(main: Callable[[], None], *, joins: bool = False) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(2)  # a failed save leaves threads behind that print tracebacks while the interpreter shuts down
+    except PreemptedError as request:
+        distributed.finish()
+        print(f"stopped by {request}: the same command goes on from here", file=sys.stderr)
+        sys.exit(PREEMPTED)
     except KeyboardInterrupt:
         if distributed.is_one_of_several():
             distributed.stop("interrupted", INTERRUPTED)

@@ -20,6 +20,8 @@ from typing import Any, Literal
 import ml_collections
 from ml_collections import config_dict as mlc
 
+from gptjax.files import read_json
+
 
 class UserError(Exception):
     """A mistake the user can mend: one line naming the culprit and the mend. Commands print it and exit with code 2."""
@@ -102,6 +104,8 @@ class DataConfig:
     packing: Literal["concatenate", "segment"] = "concatenate"
     document_separator: str | None = None  # text files that hold many documents: the line between them
     invalid_utf8: Literal["replace", "error"] = "replace"  # replaced bytes are counted and reported
+    # A file, line or record that is damaged or cannot be read stops the run, or is left out, counted and reported
+    on_corrupt: Literal["error", "skip"] = "error"
     cache_dir: str = "~/.cache/gptjax"  # prepared corpora and trained tokenizers
     prefetch_batches: int = 8  # microbatches read ahead of the device
 
@@ -165,6 +169,8 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
+    """What a kill costs at most, and a signal does not. `python -m benchmarks.checkpoint` measures what saving costs."""
+
     every_tokens: int | None = None  # None: only at the end
     keep_last: int = 2  # besides the one with the best validation loss
 
@@ -356,7 +362,10 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
             _typed(part, kind, f"{name}[{i}]") for i, (part, kind) in enumerate(zip(value, kinds, strict=True))
         )
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise UserError(f"{name} is too large a number") from None
     if type(value) is not hint:
         raise UserError(f"{name}={value!r} is not of type {hint.__name__}")
     return value
@@ -468,7 +477,7 @@ def read_config(workdir: Path) -> Config:
     """
     path = workdir / "config.json"
     try:
-        return resolve(_merge(dataclasses.asdict(Config()), json.loads(path.read_text())))
+        return resolve(_merge(dataclasses.asdict(Config()), read_json(path)))
     except FileNotFoundError:
         raise UserError(f"{workdir} is not a workdir: it has no config.json") from None
     except (OSError, ValueError) as error:

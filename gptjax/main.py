@@ -11,6 +11,7 @@ from ml_collections import config_flags
 
 from gptjax import cli
 from gptjax.config import UserError, resolve
+from gptjax.parallel import preemption
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, its arguments after a colon.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; a run found there goes on.")
@@ -22,10 +23,11 @@ def main() -> None:
     if CONFIG.value is None or WORKDIR.value is None:
         raise UserError("needs --config=FILE and --workdir=DIR, such as --config=configs/gpt2.py:runlocal")
     config = resolve(CONFIG.value)
-    cli.join()
-    from gptjax.training.run import run  # after the checks: it takes seconds to import
+    with preemption.watch():
+        cli.join()
+        from gptjax.training.run import run  # after the checks: it takes seconds to import
 
-    run(config, Path(WORKDIR.value), profile=PROFILE.value, allow_config_changes=ALLOW_CHANGES.value)
+        run(config, Path(WORKDIR.value), profile=PROFILE.value, allow_config_changes=ALLOW_CHANGES.value)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,11 @@ from typing import Literal, NamedTuple
 
 import grain
 import numpy as np
+from absl import logging
 
 from gptjax.config import DataConfig, UserError
 from gptjax.data import sources, tokenizers
-from gptjax.data.preparation import PreparedSplit, prepare, split_documents
+from gptjax.data.preparation import DamagedCorpusError, PreparedSplit, prepare, split_documents
 from gptjax.data.sources import Source
 from gptjax.data.tokenizers import Tokenizer
 
@@ -46,6 +47,7 @@ class PackedExamples:
     Attributes:
       split: the documents.
       examples_per_epoch: T tokens each.
+      skipped: damaged examples read so far, with on_corrupt="skip": they are all padding.
     """
 
     def __init__(
@@ -55,8 +57,9 @@ class PackedExamples:
         *,
         packing: Literal["concatenate", "segment"] = "concatenate",
         seed: int | None,
+        on_corrupt: Literal["error", "skip"] = "error",
     ):
-        self.split = split
+        self.split, self.skipped, self._on_corrupt = split, 0, on_corrupt
         self.examples_per_epoch = (split.num_tokens + (0 if seed is not None else context_length - 1)) // context_length
         if self.examples_per_epoch > 2**32:  # index_shuffle would silently wrap around
             raise UserError(
@@ -81,9 +84,18 @@ class PackedExamples:
             last = self.examples_per_epoch - 1
             example = grain.experimental.index_shuffle(example, max_index=last, seed=epoch.shuffle_seed, rounds=4)
         start = example * self._context_length
-        window = self._window(epoch, start)
         target_positions = np.arange(start, start + self._context_length)
         padding = target_positions >= self.split.num_tokens
+        try:
+            window = self._window(epoch, start)
+        except DamagedCorpusError as error:
+            if self._on_corrupt == "error":
+                raise
+            self.skipped += 1
+            if self.skipped <= sources.MAX_LOGGED or self.skipped % 1000 == 0:
+                logging.warning("left out: example %d (%d so far): %s", index, self.skipped, error)
+            window = np.full(self._context_length + 1, self.split.end_of_text, np.int32)
+            padding = np.ones_like(padding)
         arrays = {"tokens": window[:-1], "targets": window[1:], "weights": (~padding).astype(np.float32)}
         if self._packing == "segment":
             documents = np.searchsorted(epoch.ends, target_positions, side="right")
@@ -202,15 +214,20 @@ def open_corpus(data: DataConfig, *, context_length: int, seed: int, tokenizer: 
         )
     if validation.num_tokens == 0:
         raise UserError(f"data.source={data.source!r} leaves no validation documents: set data.validation_source")
-    return Corpus(
-        tokenizer,
-        PackedExamples(train, context_length, packing=data.packing, seed=seed),
-        PackedExamples(validation, context_length, packing=data.packing, seed=None),
-    )
+
+    def packed(split: PreparedSplit, seed: int | None) -> PackedExamples:
+        return PackedExamples(split, context_length, packing=data.packing, seed=seed, on_corrupt=data.on_corrupt)
+
+    return Corpus(tokenizer, packed(train, seed), packed(validation, None))
 
 
 def _open_sources(data: DataConfig) -> tuple[Source, Source | None]:
     def open_(spec: str) -> Source:
-        return sources.open_source(spec, document_separator=data.document_separator, invalid_utf8=data.invalid_utf8)
+        return sources.open_source(
+            spec,
+            document_separator=data.document_separator,
+            invalid_utf8=data.invalid_utf8,
+            on_corrupt=data.on_corrupt,
+        )
 
     return open_(data.source), None if data.validation_source is None else open_(data.validation_source)

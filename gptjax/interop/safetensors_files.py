@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config import UserError
+from gptjax.files import is_plain_name, read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = SINGLE_FILE + ".index.json"
@@ -73,12 +74,12 @@ def read_headers(directory: Path) -> dict[str, Tensor]:
 def _read_index(path: Path) -> dict[str, str]:
     """Name of each tensor: name of its file, which lies beside the index."""
     try:
-        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        files = read_json(path)["weight_map"]
         pairs = list(files.items())
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"cannot read {path}: {error!r}") from None
     for name, file in pairs:
-        if not isinstance(file, str) or Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
+        if not is_plain_name(file) or not file.endswith(".safetensors"):
             raise UserError(f"{path} looks for the tensor {name} in {file!r}: not the name of a file beside it")
     return files
 
@@ -94,7 +95,7 @@ def _read_header(path: Path) -> dict[str, Tensor]:
         header = json.loads(content)
         header.pop("__metadata__", None)
         items = list(header.items())
-    except (ValueError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} has a damaged header ({error}): fetch it again") from None
     return {name: _tensor(path, size, 8 + header_bytes, name, entry) for name, entry in items}
 

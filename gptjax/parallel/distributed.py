@@ -12,12 +12,13 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from gptjax.config import UserError
-from gptjax.parallel.peers import Peers, relay
+from gptjax.parallel.peers import Boundaries, Peers, relay
 
 START_TIMEOUT = 300  # seconds, as jax.distributed's: the machines of a job start minutes apart
 APPEARS_WITHIN = 10  # seconds: what one machine writes, another sees late through NFS or a mounted bucket
@@ -29,6 +30,7 @@ _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID",
 _BY_HAND = "--coordinator_address=HOST:PORT --num_processes=N --process_id=I"
 
 _peers: Peers | None = None  # None: one process
+_boundaries = Boundaries()  # of one process
 
 T = TypeVar("T")
 
@@ -192,11 +194,25 @@ def stop(message: str, code: int, details: str = "") -> NoReturn:
     """Ends all processes of which there are several: this one says `message`, the others that it stopped, and why.
 
     Args:
-      code: the exit code of all, `STOPPED` or `FAILED` of `gptjax.parallel.peers`.
+      code: the exit code of all, one of those in `gptjax.parallel.peers`.
       details: for this one to say before.
     """
     assert _peers is not None
     _peers.stop(message, code, details)
+
+
+def end(message: str, code: int) -> NoReturn:
+    """Ends this process, and the others where there are several, from any thread and at once.
+
+    It clears nothing up, and need not: what is on the disk is good whenever a process dies.
+    """
+    if is_one_of_several():
+        stop(message.removeprefix("error: "), code)
+    with suppress(Exception):
+        sys.stdout.flush()
+    # Neither print nor sys.exit: the main thread may hold a lock.
+    os.write(sys.stderr.fileno(), f"\n{message}\n".encode())
+    os._exit(code)
 
 
 def is_one_of_several() -> bool:
@@ -220,6 +236,19 @@ def gather(value: Any) -> list[Any]:
       value: what JSON can hold.
     """
     return [value] if _peers is None else _peers.gather(value)
+
+
+def ask_to_stop(why: str) -> None:
+    """Has `reach_boundary` answer `why`, in all processes from the same boundary on; any thread may call this."""
+    if _peers is None:
+        _boundaries.decide(_boundaries.freeze() + 1, why)
+    else:
+        _peers.ask_to_stop(why)
+
+
+def reach_boundary() -> str | None:
+    """Why to stop at this place, which all processes come to in the same order; None: go on."""
+    return (_boundaries if _peers is None else _peers.boundaries).reach()
 
 
 def of_first(function: Callable[[], T]) -> T:

@@ -23,7 +23,43 @@ from gptjax.config import UserError
 
 SILENCE = 30  # seconds
 GRACE = 2  # seconds: the end of another process often shows as a failed collective, before it shows here
-STOPPED, FAILED = 2, 1  # exit codes: a mistake that the user can mend, anything else
+# Exit codes: a mistake that the user can mend; anything else; stopped on request, to go on when it is started again
+# (EX_TEMPFAIL of sysexits.h); interrupted at once, as a shell has it.
+STOPPED, FAILED, PREEMPTED, INTERRUPTED = 2, 1, 75, 130
+
+
+class Boundaries:
+    """Places where a program can stop, which all processes pass in the same order, counted from 1.
+
+    Passing one costs nothing and waits for nobody, until a stop is asked for: then a process waits at its next boundary
+    to be told at which one, that nobody has passed yet, all are to stop.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._passed = 0
+        self._frozen = False
+        self._stop: tuple[int, str] | None = None
+
+    def freeze(self) -> int:
+        """Lets no further boundary be passed until `decide`; how many have been."""
+        with self._changed:
+            self._frozen = True
+            return self._passed
+
+    def decide(self, boundary: int, why: str) -> None:
+        """Has all boundaries from `boundary` on answer `why`."""
+        with self._changed:
+            self._stop = boundary, why
+            self._changed.notify_all()
+
+    def reach(self) -> str | None:
+        """Passes the next boundary: None; or why to stop there."""
+        with self._changed:
+            while self._frozen and self._stop is None:
+                self._changed.wait()
+            self._passed += 1
+            return self._stop[1] if self._stop is not None and self._passed >= self._stop[0] else None
 
 
 class Peers:
@@ -32,6 +68,7 @@ class Peers:
     Attributes:
       process, count: this one's number, and how many there are.
       service_port: where process 0 is to start JAX's coordination service; the same in all processes.
+      boundaries: where this process can stop together with the others, when one calls `ask_to_stop`.
     """
 
     def __init__(self, host: str, port: int, process: int, count: int, timeout: float):
@@ -42,8 +79,11 @@ class Peers:
             after `timeout` seconds at most.
         """
         self.process, self.count = process, count
-        self._ending = threading.Lock()
+        self._ending, self._sending, self._agreeing = threading.Lock(), threading.Lock(), threading.Lock()
         self._leaving = False
+        self.boundaries = Boundaries()
+        self._why: str | None = None  # process 0: a stop is asked for
+        self._passed: dict[int, int] = {}  # process 0: boundaries, by process
         if process == 0:
             self._sockets = _accept(port, count, timeout)
             self.service_port = _free_port()
@@ -70,6 +110,31 @@ class Peers:
             self._send(peer, {"value": values})
         return values
 
+    def ask_to_stop(self, why: str) -> None:
+        """Has all processes stop at the same one of their boundaries; any thread of any process may call this."""
+        if self.process != 0:
+            self._send(0, {"ask": why})
+            return
+        with self._agreeing:
+            if self._why is not None:
+                return
+            self._why = why
+        for peer in self._sockets:
+            self._send(peer, {"freeze": True})
+        self._learn(0, self.boundaries.freeze())
+
+    def _learn(self, process: int, passed: int) -> None:
+        """Process 0: takes how many boundaries a process has passed, and decides when it knows that of all."""
+        with self._agreeing:
+            self._passed[process] = passed
+            if len(self._passed) < self.count:
+                return
+        assert self._why is not None
+        decision = (max(self._passed.values()) + 1, self._why)
+        for peer in self._sockets:
+            self._send(peer, {"decision": decision})
+        self.boundaries.decide(*decision)
+
     def stop(self, message: str, code: int, details: str) -> NoReturn:
         """Ends this process and all others, which say that this one stopped, and why."""
         time.sleep(GRACE)
@@ -81,22 +146,39 @@ class Peers:
         self._leaving = True
 
     def _send(self, peer: int, message: dict[str, Any]) -> None:
-        with suppress(OSError):  # of a closed connection `_listen` hears
-            self._sockets[peer].sendall(json.dumps(message).encode() + b"\n")
+        # Threads send too. One that never gets through, as nobody reads, must not keep the process from ending.
+        locked = self._sending.acquire(timeout=GRACE if self._ending.locked() else -1)
+        try:
+            with suppress(OSError):  # of a closed connection `_listen` hears
+                self._sockets[peer].sendall(json.dumps(message).encode() + b"\n")
+        finally:
+            if locked:
+                self._sending.release()
 
     def _listen(self, peer: int) -> None:
         with suppress(OSError), self._sockets[peer].makefile("rb") as lines:
             for line in lines:
-                message = json.loads(line)
-                if "stop" in message:
-                    self._end(message["stop"], message["stop"], message["code"])
-                self._inbox[peer].put(message["value"])
+                self._take(peer, json.loads(line))
         if not self._leaving:
             gone = (
                 f"process {peer} is gone: it was killed, or its machine is out of reach; "
                 "run the same command again in all processes, and it goes on from what was saved"
             )
             self._end(gone, gone, FAILED)
+
+    def _take(self, peer: int, message: dict[str, Any]) -> None:
+        if "value" in message:
+            self._inbox[peer].put(message["value"])
+        elif "stop" in message:
+            self._end(message["stop"], message["stop"], message["code"])
+        elif "ask" in message:
+            self.ask_to_stop(message["ask"])
+        elif "freeze" in message:
+            self._send(peer, {"passed": self.boundaries.freeze()})
+        elif "passed" in message:
+            self._learn(peer, message["passed"])
+        else:
+            self.boundaries.decide(*message["decision"])
 
     def _end(self, line: str, line_of_others: str, code: int, details: str = "") -> NoReturn:
         """Says `line` and ends the process; process 0 tells the others first, as they hear of each other through it."""

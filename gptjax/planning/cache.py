@@ -11,7 +11,7 @@ from typing import Any
 
 import gptjax
 from gptjax.config import Config
-from gptjax.data.tokenizers import unfinished_path
+from gptjax.files import unfinished_path
 from gptjax.planning.compile import Compiled, Fits, Memory, TooBig
 from gptjax.planning.program_text import Collective
 from gptjax.planning.topology import Topology

@@ -41,7 +41,7 @@ def load_bundle(directory: Path) -> tuple[int, dict[str, np.ndarray]]:
     if step is None:
         raise UserError(f"{directory} is not a debug bundle: give a directory such as WORKDIR/debug/step_00000123")
     try:
-        with np.load(directory / "batch.npz", allow_pickle=False) as arrays:
+        with (directory / "batch.npz").open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return int(step[1]), dict(arrays)
     except Exception as error:  # of a damaged zip: one of many kinds
         raise UserError(f"cannot read {directory / 'batch.npz'}: {error}") from None

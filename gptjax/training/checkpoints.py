@@ -52,11 +52,13 @@ class Position:
       examples: that the run was trained on.
       skipped_examples: that it passed over, where it went back before a spike of the loss.
       progress: what the numbers it shows go on from, as JSON can hold it.
+      owes_evaluation: the run was asked to stop before the held-out loss due at this step was there.
     """
 
     examples: int = 0
     skipped_examples: int = 0
     progress: dict[str, Any] = dataclasses.field(default_factory=dict)
+    owes_evaluation: bool = False
 
 
 class Checkpoints:
@@ -236,7 +238,10 @@ class Checkpoints:
         restored = self._manager.restore(step, args=ocp.args.Composite(**args))
         items = {name: restored[name] for name in abstract}
         _check(items, manifest["checksums"])
-        return items, Position(**manifest["position"])
+        position = Position(**manifest["position"])
+        if [type(value) for value in vars(position).values()] != [type(value) for value in vars(Position()).values()]:
+            raise _DamageError("its manifest is not one of a run")
+        return items, position
 
     def _manifest(self, step: int) -> dict[str, Any]:
         args = ocp.args.Composite(manifest=ocp.args.JsonRestore())
@@ -276,7 +281,7 @@ class Checkpoints:
             ) from None
 
     def _last_good(self) -> str:
-        steps = sorted(int(path.name) for path in self._directory.glob("*") if path.name.isdigit())
+        steps = sorted(int(path.name) for path in self._directory.glob("*") if path.name.isdecimal())
         return f"the last good checkpoint is step {steps[-1]}" if steps else "there is no checkpoint yet"
 
 

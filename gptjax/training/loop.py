@@ -15,8 +15,9 @@ from jax.sharding import Mesh
 
 from gptjax.config import Config, UserError, config_hash
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.parallel import distributed
+from gptjax.parallel import distributed, preemption
 from gptjax.parallel.mesh import batch_sharding
+from gptjax.parallel.preemption import PreemptedError
 from gptjax.parallel.rows import global_array, process_rows
 from gptjax.scaling import flops
 from gptjax.training.bundles import save_bundle
@@ -67,13 +68,16 @@ def train(stage: Stage, mesh: Mesh, workdir: Path, *, profile: bool = False) -> 
     Raises:
       UserError: the disk is full, the data cannot be read, or too many updates in a row were skipped, as the numbers
         were not finite. Checkpoints already saved are whole.
+      PreemptedError: the run was asked to stop, and is saved up to its last step.
     """
     config = stage.config
     with jax.set_mesh(mesh), ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint))
         state, position = start_state(config, stage.init_params, mesh, checkpoints)
         run = _Run(stage, mesh, workdir, checkpoints, state, position, stack)
-        if run.step == 0:
+        if run.step > 0:
+            run.say(f"going on from step {run.step}")
+        if run.owes_evaluation:
             run.evaluate()
         if run.step == 0 and config.stability.on_spike == "rewind":
             run.save()  # so that there is always something to go back to
@@ -94,19 +98,23 @@ def train(stage: Stage, mesh: Mesh, workdir: Path, *, profile: bool = False) -> 
 
 
 def _train_on(run: "_Run", profile: bool) -> None:
-    """Trains from where the run is to its end."""
+    """Trains from where the run is to its end, or until it is asked to stop."""
     config, total_tokens = run.stage.config, run.stage.total_tokens
-    while run.tokens < total_tokens:
-        before = run.tokens
-        if profile and run.steps_here == PROFILED_STEPS.start:
-            run.profile_steps()
-        else:
-            run.train_step()
-        if _due(config.evaluation.every_tokens, before, run.tokens):
-            run.evaluate()
-        if _due(config.checkpoint.every_tokens, before, run.tokens):
-            run.save()
-    run.save()
+    try:
+        while run.tokens < total_tokens:
+            before = run.tokens
+            if profile and run.steps_here == PROFILED_STEPS.start:
+                run.profile_steps()
+            else:
+                run.train_step()
+            if _due(config.evaluation.every_tokens, before, run.tokens):
+                run.evaluate()
+            if _due(config.checkpoint.every_tokens, before, run.tokens):
+                run.save()
+            preemption.check()
+        run.save()
+    except PreemptedError as request:
+        run.stop(request)
 
 
 def _due(every: int | None, before: int, after: int) -> bool:
@@ -134,6 +142,7 @@ class _Run:
         self.validation: dict[str, float] = {}
         self.sample: str | None = None
         self._evaluated: int | None = None  # the step that `validation` and `sample` are of
+        self.owes_evaluation = self.step == 0 or position.owes_evaluation
         self._saved = checkpoints.latest_step()
         self._rewinds = 0  # to the checkpoint `_saved`
         self._microbatch = config.sequences_per_microbatch
@@ -191,6 +200,7 @@ class _Run:
         start = time.perf_counter()
         compiled = self._train_step.lower(*arguments).compile()
         distributed.gather(None)  # gloo gives up on a process that comes half a minute later to a first collective
+        preemption.defer()  # from here on there is something to save
         memory = compiled.memory_analysis()
         need = 0 if memory is None else memory.argument_size_in_bytes + memory.temp_size_in_bytes
         self.say(f"compiled the training step in {time.perf_counter() - start:.1f} s; {need / 1e9:.2f} GB a device")
@@ -200,10 +210,11 @@ class _Run:
     def evaluate(self) -> None:
         """Held-out loss and a sample of the present weights (their average where there is one)."""
         self._progress.flush()
+        self.owes_evaluation = True
         params = self.state.params if self.state.ema is None else self.state.ema
         self.validation = self.stage.evaluate(params)
         self.sample = None if self.stage.sample is None else self.stage.sample(params)
-        self._evaluated = self.step
+        self._evaluated, self.owes_evaluation = self.step, False
         if self._writer is not None and not self._writer.has(self.step, "validation"):  # a run that goes on has one
             self._writer.write(self.step, self.tokens, "validation", **self.validation)
             values = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in self.validation.items())
@@ -227,11 +238,18 @@ class _Run:
         if self._saved != self.step:
             if self._writer is not None:
                 self._writer.sync()
-            position = Position(self.examples, self.skipped_examples, self._progress.state())
+            progress = self._progress.state()
+            position = Position(self.examples, self.skipped_examples, progress, self.owes_evaluation)
             loss = self.validation["loss"] if self._evaluated == self.step else math.nan
             self.checkpoints.save(self.step, self.state, position, loss if math.isfinite(loss) else None)
             self._saved, self._rewinds = self.step, 0
             self._progress.restart()
+
+    def stop(self, request: PreemptedError) -> NoReturn:
+        """Saves this step; raises PreemptedError."""
+        self.save(evaluate=False)
+        self.checkpoints.wait()
+        raise PreemptedError(f"{request}, step {self.step} is saved") from None
 
     def rewind(self, spike: LossSpikeError) -> None:
         """Goes back to the newest checkpoint, and on with the data that follows the spike (`StabilityConfig`).
@@ -254,7 +272,7 @@ class _Run:
         self.step, self.examples = int(self.state.step), position.examples
         self._batches = self.stage.batches(self.examples + self.skipped_examples)
         self._progress.go_back(self.tokens, position.progress)
-        self._evaluated = None
+        self._evaluated, self.owes_evaluation = None, False
         self.say(f"{spike}: back to step {self.step}, on with the data after the spike")
         if self._writer is not None:
             self._writer.go_back(self.step)

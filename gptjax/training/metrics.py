@@ -8,14 +8,18 @@ null, for JSON has neither.
 import json
 import math
 import os
+import re
 import uuid
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from gptjax.config import LoggingConfig, UserError
+from gptjax.files import write_whole
 
 METRICS_FILE = "metrics.jsonl"
+_PLACE = {"step": int, "tokens": int, "split": str}  # in every record
+_WANDB_ID = re.compile(r"[\w-]{1,64}")
 
 
 class MetricsWriter:
@@ -47,7 +51,7 @@ class MetricsWriter:
         path = self._workdir / METRICS_FILE
         header, records = ({}, []) if resume_step is None else _read(path)
         kept = [record for record in records if record["step"] <= (resume_step or 0)]
-        _replace(path, "".join(_line(record) for record in [{"run": header or self._run}, *kept]))
+        write_whole(path, "".join(_line(record) for record in [{"run": header or self._run}, *kept]))
         self._last = {record["split"]: record["step"] for record in kept}
         self._file = path.open("a", encoding="utf-8")
         if self._logging.tensorboard:
@@ -137,23 +141,14 @@ def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         try:
             record = json.loads(line)
             if number == 1:
-                header = record["run"]
+                header = dict(record["run"])
             else:
-                record["step"], record["tokens"], record["split"]
+                if not all(type(record[name]) is kind for name, kind in _PLACE.items()):
+                    raise ValueError(record)
                 records.append(record)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{path}:{number} is not a metrics record: mend or remove the line") from None
     return header, records
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes the whole file or, if that fails (a full disk), leaves the old one as it was."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _line(record: dict[str, Any]) -> str:
@@ -178,10 +173,11 @@ def _start_wandb(workdir: Path, project: str, run: dict[str, Any]) -> Any:
     id_file = workdir / "wandb" / "run_id"
     if not id_file.exists():
         id_file.parent.mkdir(exist_ok=True)
-        id_file.write_text(uuid.uuid4().hex[:8])
-    started = wandb.init(
-        project=project, name=workdir.name, id=id_file.read_text(), resume="allow", dir=workdir, config=run
-    )
+        write_whole(id_file, uuid.uuid4().hex[:8])
+    run_id = id_file.read_bytes().decode(errors="replace")
+    if not _WANDB_ID.fullmatch(run_id):
+        raise UserError(f"{id_file} does not hold the id of a run: remove it, and the records go to a new one")
+    started = wandb.init(project=project, name=workdir.name, id=run_id, resume="allow", dir=workdir, config=run)
     # Their own step may only grow; ours goes back when a killed run resumes from its last checkpoint.
     started.define_metric("*", step_metric="step")
     return started

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ from jax.sharding import Mesh
 
 from gptjax.config import Config, UserError, differences, read_config, to_json
 from gptjax.data import tokenizers
+from gptjax.files import write_whole
 from gptjax.parallel import distributed
 from gptjax.parallel.mesh import make_mesh
 from gptjax.scaling import flops
 from gptjax.training import loop
+from gptjax.training.lock import locked
 from gptjax.training.stages import pretrain
 
 STAGES: dict[str, Callable[[Config, Mesh, tokenizers.Tokenizer | None], loop.Stage]] = {"pretrain": pretrain.build}
@@ -36,6 +39,11 @@ def run(config: Config, workdir: Path, *, profile: bool = False, allow_config_ch
     if config.init_from is not None:
         read_config(Path(config.init_from).expanduser())  # before the corpus is prepared
     distributed.check_shared(workdir)
+    with locked(workdir) if distributed.is_first() else nullcontext():
+        return _run_alone(config, workdir, mesh, profile, allow_config_changes)
+
+
+def _run_alone(config: Config, workdir: Path, mesh: Mesh, profile: bool, allow_config_changes: bool) -> loop.Report:
     goes_on = _check_workdir(config, workdir, allow_config_changes)
     stage = STAGES[config.stage](config, mesh, tokenizers.load(workdir / "tokenizer") if goes_on else None)
     _check_tokenizer(config, stage.tokenizer)
@@ -58,7 +66,7 @@ def _leaves(tree: Any, name: str) -> dict[str, Any]:
 def _check_workdir(config: Config, workdir: Path, allow_changes: bool) -> bool:
     """Whether `workdir` has checkpoints to go on from; UserError when they are of another config, or weights alone."""
     checkpoints = workdir / "checkpoints"
-    steps = [path for path in checkpoints.iterdir() if path.name.isdigit()] if checkpoints.exists() else []
+    steps = [path for path in checkpoints.iterdir() if path.name.isdecimal()] if checkpoints.exists() else []
     if not steps:
         return False
     if not any((step / "train").is_dir() for step in steps):
@@ -92,8 +100,7 @@ def _check_tokenizer(config: Config, tokenizer: tokenizers.Tokenizer) -> None:
 
 def _write_workdir(config: Config, workdir: Path, tokenizer: tokenizers.Tokenizer) -> None:
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "config.json").write_text(to_json(config))
+        write_whole(workdir / "config.json", to_json(config))
         tokenizer.save(workdir / "tokenizer")
     except OSError as error:
         raise UserError(f"cannot write in --workdir={workdir}: {error.strerror}") from None

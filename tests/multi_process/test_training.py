@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -184,3 +185,30 @@ def test_a_process_killed_while_training_ends_the_other(runs, processes, reason)
     result, _ = started.wait()
     assert result.returncode == 1
     assert reason(result).startswith("error: process 1 is gone")
+
+
+def test_a_signal_to_one_process_saves_the_same_step_in_all_and_the_run_goes_on_as_if_undisturbed(runs, processes):
+    workdirs = [runs.directory / name for name in ("signalled", "undisturbed")]
+    command = ["-m", "gptjax.main", *flags(runs.directory), "--allow_config_changes"]
+    for workdir in workdirs:
+        shutil.copytree(runs.half, workdir)
+    long = f"--config.batch.total_tokens={10**6 * STEP}"
+    started = processes(*command, long, f"--workdir={workdirs[0]}")
+    first, second = started.processes
+    assert first.stdout is not None
+    for line in first.stdout:
+        if "compiled the training step" in line:
+            second.send_signal(signal.SIGTERM)
+            break
+    results = started.wait()
+    assert [result.returncode for result in results] == [75, 75], results[0].stderr + results[1].stderr
+    step = max(int(path.name) for path in (workdirs[0] / "checkpoints").iterdir())
+    for result in results:
+        said = result.stderr.splitlines()[-1]
+        assert said == f"stopped by SIGTERM, step {step} is saved: the same command goes on from here"
+    end = f"--config.batch.total_tokens={(step + 2) * STEP}"
+    under_way = [processes(*command, end, f"--workdir={workdir}") for workdir in workdirs]
+    for result in [result for each in under_way for result in each.wait()]:
+        assert result.returncode == 0, result.stderr
+    (_, *signalled), (_, *undisturbed) = (metrics(workdir) for workdir in workdirs)
+    assert signalled == undisturbed

@@ -13,6 +13,7 @@ import pytest
 from gptjax.config import Config, UserError, replace
 from gptjax.models.gpt import GPT, abstract_params
 from gptjax.parallel.mesh import make_mesh
+from gptjax.training import checkpoints as checkpoints_module
 from gptjax.training.checkpoints import Checkpoints, Position
 from gptjax.training.run import run
 from gptjax.training.stages.pretrain import make_program
@@ -113,6 +114,26 @@ def test_every_array_and_the_position_are_checked(trained, tmp_path, capsys):
         assert int(restore(config, copy)[0].step) == BEFORE
         assert "checkpoint 6 in" in (line := capsys.readouterr().err)
         assert "is damaged (its manifest is not what was saved)" in line
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"position": {"examples": "24"}},
+        {"position": {"examples": 24, "skipped_examples": 0, "progress": [], "owes_evaluation": False}},
+        {"position": {"examples": 24, "other": 1}},
+        {"position": None},
+        {"checksums": None},
+        {"checksums": {"ema/head/bias": "../x"}},
+    ],
+)
+def test_a_manifest_that_anybody_may_have_written_is_none(trained, change):
+    config, workdir = trained
+    path = workdir / "checkpoints" / str(NEWEST) / "manifest" / "metadata"
+    manifest = json.loads(path.read_text()) | change
+    del manifest["crc32"]
+    path.write_text(json.dumps(manifest | {"crc32": checkpoints_module._crc32(manifest)}))
+    assert int(restore(config, workdir)[0].step) == BEFORE
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_as_if_undisturbed(trained, tmp_path, capsys):

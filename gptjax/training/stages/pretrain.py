@@ -17,7 +17,7 @@ from gptjax.inference.engine import Engine
 from gptjax.inference.sampling import Sampling
 from gptjax.models.attention_backends import check_backend
 from gptjax.models.gpt import GPT, head_embedding, hidden_states
-from gptjax.parallel import distributed
+from gptjax.parallel import distributed, preemption
 from gptjax.parallel.mesh import batch_sharding, check_fit
 from gptjax.parallel.rows import global_array, process_rows
 from gptjax.training.loop import Stage
@@ -133,6 +133,7 @@ def _evaluate(
         for i, local in enumerate(read()):
             if i == max_batches:
                 break
+            preemption.check()
             batch = {name: global_array(sharding, rows, array, batch_size) for name, array in local.items()}
             sums.append(sums_of(params, batch))
         total_nats, targets = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)

@@ -1,0 +1,266 @@
+"""Workdirs, imported directories and data may be anybody's: whatever is in them is data, or one line that refuses it.
+
+Each test reads files that hypothesis makes up, or that it changes in one place; nothing but a UserError may come of it.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import gzip
+import json
+import string
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gptjax import config as c
+from gptjax.config import UserError
+from gptjax.data import preparation, tokenizers
+from gptjax.data.sources import open_source
+from gptjax.files import is_plain_name
+from gptjax.interop import families, safetensors_files
+from gptjax.training import lock
+from gptjax.training.bundles import load_bundle
+from gptjax.training.metrics import read_metrics
+
+FIXTURES = Path(__file__).parent / "fixtures" / "huggingface"
+
+fuzz = settings(
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+scalars |= st.sampled_from(["../x", "/etc/passwd", 10**400, -1, 0, 1e999, "\ud800", "a" * 300])
+values = st.recursive(scalars, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=8), v, max_size=3))
+deep = st.just(b"[" * 100_000)
+
+
+def places(tree: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The paths of all parts of a JSON value."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    return [at, *(place for key, part in items for place in places(part, (*at, key)))]
+
+
+def changed(draw: Any, tree: Any) -> bytes:
+    """A JSON document like `tree`, with one part replaced or left out; or bytes that are none."""
+    if draw(st.integers(0, 9)) == 0:
+        return draw(st.binary(max_size=50) | deep)
+    place = draw(st.sampled_from(places(tree)))
+    tree, value = copy.deepcopy(tree), draw(values)
+    if not place:
+        return json.dumps(value).encode()
+    part = tree
+    for key in place[:-1]:
+        part = part[key]
+    if draw(st.booleans()):
+        part[place[-1]] = value
+    else:
+        del part[place[-1]]
+    return json.dumps(tree).encode()
+
+
+# --- configs and their arguments --------------------------------------------------------------------------------------
+
+
+@fuzz
+@given(st.data())
+def test_configs_of_workdirs(tmp_path, data):
+    config = c.Config(batch=c.BatchConfig(epochs=1.0, tokens_per_batch=1024))
+    (tmp_path / "config.json").write_bytes(changed(data.draw, json.loads(c.to_json(config))))
+    with contextlib.suppress(UserError):
+        assert isinstance(c.read_config(tmp_path), c.Config)
+
+
+@fuzz
+@given(st.text(alphabet=string.printable, max_size=40) | st.text(max_size=20), st.data())
+def test_config_arguments(text, data):
+    defaults = {"size": "124m", "layers": 3, "rate": 0.1, "runlocal": False}
+    parts = st.sampled_from([*defaults, "=", ",", "true", "1e9", "nan", "3", ""])
+    for argument in (text, "".join(data.draw(st.lists(parts, max_size=8)))):
+        with contextlib.suppress(UserError):
+            found = c.parse_arg(argument, **defaults)
+            assert {name: type(value) for name, value in found.items()} == {k: type(v) for k, v in defaults.items()}
+        with contextlib.suppress(UserError):
+            c.check_key(argument)
+        with contextlib.suppress(UserError):
+            tokenizers.check_spec(argument)
+        with contextlib.suppress(UserError):
+            open_source(argument.replace("tfds", ""))
+
+
+@pytest.mark.parametrize("number", [10**400, -(10**400)])
+def test_numbers_beyond_a_float(tmp_path, number):
+    tree = json.loads(c.to_json(c.Config()))
+    tree["optimizer"]["eps"] = number
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=r"optimizer\.eps is too large a number"):
+        c.read_config(tmp_path)
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+line = st.sampled_from([b'{"text": "a"}', b'{"text": "\\ud800"}', b'{"text": 1}', b"{}", b"[]", b"\xff", b"", b"\0"])
+lines = st.lists(line | st.binary(max_size=20) | deep, max_size=5).map(b"\n".join)
+
+
+@fuzz
+@given(content=lines, suffix=st.sampled_from(["", ".gz", ".zst"]), cut=st.integers(0, 60), whole=st.booleans())
+def test_text_and_jsonl(tmp_path, content, suffix, cut, whole):
+    packed = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[suffix](content)
+    (tmp_path / f"a{suffix}").write_bytes(packed if whole else packed[:cut] + packed[cut + 1 :])
+    for kind in ("text", "jsonl"):
+        for policy in ("error", "skip"):
+            for utf8 in ("error", "replace"):
+                with contextlib.suppress(UserError):
+                    source = open_source(f"{kind}:{tmp_path}/a{suffix}", invalid_utf8=utf8, on_corrupt=policy)
+                    for document in source.documents():
+                        document.encode()
+                    source.fingerprint()
+
+
+# --- a workdir's other files ------------------------------------------------------------------------------------------
+
+
+@fuzz
+@given(st.data())
+def test_tokenizers_of_workdirs(tmp_path, data):
+    specs = [{"kind": "bytes"}, {"kind": "huggingface", "name": "x"}, {"kind": "tiktoken", "name": "none"}]
+    (tmp_path / "spec.json").write_bytes(changed(data.draw, data.draw(st.sampled_from(specs))))
+    (tmp_path / "tokenizer.json").write_bytes(changed(data.draw, {"version": "1.0", "model": {"type": "BPE"}}))
+    with contextlib.suppress(UserError):
+        tokenizers.load(tmp_path)
+    with contextlib.suppress(UserError):
+        tokenizers.read_json(tmp_path / "tokenizer.json")
+
+
+@fuzz
+@given(st.data())
+def test_metrics(tmp_path, data):
+    records = [{"run": {"parameters": 1, "devices": "cpu"}}, {"step": 1, "tokens": 2, "split": "train", "loss": 3.0}]
+    content = b"\n".join(changed(data.draw, record) for record in records) + b"\n"
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    with contextlib.suppress(UserError):
+        for record in read_metrics(tmp_path)[1]:
+            assert type(record["step"]) is type(record["tokens"]) is int
+
+
+@fuzz
+@given(st.data())
+def test_locks(tmp_path, data):
+    (tmp_path / "run.lock").write_bytes(changed(data.draw, lock._describe()))
+    owner, beat = lock._read(tmp_path / "run.lock")
+    assert isinstance(owner, dict)
+    assert beat is not None
+
+
+@fuzz
+@given(st.binary(max_size=80), st.integers(0, 400))
+def test_debug_bundles(tmp_path, content, cut):
+    (directory := tmp_path / "step_00000001").mkdir(exist_ok=True)
+    np.savez(directory / "batch.npz", tokens=np.zeros((1, 2, 3), np.int32))
+    good = (directory / "batch.npz").read_bytes()
+    for damaged in (content, good[:cut] + content + good[cut + len(content) :]):
+        (directory / "batch.npz").write_bytes(damaged)
+        with contextlib.suppress(UserError):
+            load_bundle(directory)
+
+
+def test_arrays_that_are_pickles_are_refused(tmp_path):
+    (tmp_path / "step_00000001").mkdir()
+    np.savez(tmp_path / "step_00000001" / "batch.npz", tokens=np.array([{"any": "code"}], dtype=object))
+    with pytest.raises(UserError, match="allow_pickle=False"):
+        load_bundle(tmp_path / "step_00000001")
+
+
+# --- prepared corpora -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    (tmp_path / "a.txt").write_text("a text " * 100)
+    source = open_source(f"text:{tmp_path}/a.txt")
+    preparation.prepare(source, tokenizers.BytesTokenizer(), tmp_path, validation_fraction=0.5)
+    (metadata,) = tmp_path.glob("corpora/*/metadata.json")
+    return metadata.parent
+
+
+@fuzz
+@given(data=st.data())
+def test_prepared_corpora(corpus, data):
+    original = (corpus / "metadata.json").read_bytes()
+    (corpus / "metadata.json").write_bytes(changed(data.draw, json.loads(original)))
+    try:
+        for split in preparation._open(corpus) or ():
+            with contextlib.suppress(UserError):
+                assert split.read(0, 0, 5).shape == (5,)
+    finally:
+        (corpus / "metadata.json").write_bytes(original)
+
+
+@pytest.mark.parametrize("name", ["../a.txt", "/etc/hostname", "..", "x/../../a.txt"])
+def test_a_corpus_names_no_file_elsewhere(corpus, name):
+    metadata = json.loads((corpus / "metadata.json").read_text())
+    path = corpus / name
+    metadata["splits"]["train"]["files"][name] = path.stat().st_size if path.exists() else 0
+    (corpus / "metadata.json").write_text(json.dumps(metadata))
+    assert preparation._open(corpus) is None
+
+
+# --- imported directories ---------------------------------------------------------------------------------------------
+
+
+def header(tree: bytes) -> bytes:
+    return len(tree).to_bytes(8, "little") + tree + bytes(64)
+
+
+TENSORS = {
+    "__metadata__": {"format": "pt"},
+    "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+    "b": {"dtype": "BF16", "shape": [4], "data_offsets": [24, 32]},
+}
+
+
+@fuzz
+@given(st.data())
+def test_safetensors(tmp_path, data):
+    content = header(changed(data.draw, TENSORS))
+    if data.draw(st.booleans()):
+        content = content[: data.draw(st.integers(0, len(content)))]
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with contextlib.suppress(UserError):
+        for tensor in safetensors_files.read_headers(tmp_path).values():
+            assert tensor.start + tensor.num_bytes <= len(content)
+            if tensor.dtype in safetensors_files.DTYPES:
+                assert safetensors_files.read(tensor).nbytes == tensor.num_bytes
+
+
+@fuzz
+@given(st.data())
+def test_safetensors_indices(tmp_path, data):
+    (tmp_path / "x.safetensors").write_bytes(header(json.dumps(TENSORS).encode()))
+    index = {"metadata": {}, "weight_map": {"a": "x.safetensors", "b": "x.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_bytes(changed(data.draw, index))
+    with contextlib.suppress(UserError):
+        for tensor in safetensors_files.read_headers(tmp_path).values():
+            assert tensor.file.parent == tmp_path
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "a/x.safetensors", "..\\x.safetensors", "\0.x"])
+def test_an_index_names_no_file_elsewhere(tmp_path, name):
+    assert not is_plain_name(name)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(UserError, match="not the name of a file beside it"):
+        safetensors_files.read_headers(tmp_path)
+
+
+@fuzz
+@given(st.sampled_from(sorted(path.name for path in FIXTURES.iterdir())), st.data())
+def test_configs_of_imported_models(tmp_path, name, data):
+    theirs = json.loads((FIXTURES / name / "config.json").read_text())
+    (tmp_path / "config.json").write_bytes(changed(data.draw, theirs))
+    with contextlib.suppress(UserError):
+        assert dataclasses.is_dataclass(families.read_config(tmp_path)[1])

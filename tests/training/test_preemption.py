@@ -1,0 +1,107 @@
+"""A run that is asked to stop loses nothing: what goes on from there is the run that was never stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gptjax.config import Config, replace, to_json
+from gptjax.parallel import distributed
+from gptjax.parallel.peers import Boundaries
+from gptjax.parallel.preemption import PreemptedError
+from gptjax.training.run import run
+from tests.training.test_loop import records, saved
+
+ROOT = Path(__file__).parents[2]
+
+
+def stop_at(boundary: int, config: Config, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Trains until a boundary; what is said there."""
+    monkeypatch.setattr(distributed, "_boundaries", boundaries := Boundaries())
+    boundaries.decide(boundary, "SIGTERM")
+    with pytest.raises(PreemptedError) as request:
+        run(config, workdir)
+    monkeypatch.setattr(distributed, "_boundaries", Boundaries())
+    return str(request.value)
+
+
+def test_stopped_anywhere_it_goes_on_as_if_undisturbed(tiny, tmp_path, monkeypatch):
+    # 4 batches an evaluation; before step 1 there are 4 boundaries, and one after every step.
+    config = replace(tiny, {"batch": {"ramp_start_tokens": 64, "ramp_tokens": 256}, "logging": {"every_steps": 3}})
+    run(config, tmp_path / "whole")
+    workdir = tmp_path / "stopped"
+    assert stop_at(5, config, workdir, monkeypatch) == "SIGTERM, step 1 is saved"
+    # Then after step 2, and at the second batch of the evaluation due at step 4, which makes up for it when it goes on.
+    assert stop_at(1, config, workdir, monkeypatch) == "SIGTERM, step 2 is saved"
+    assert stop_at(1 + 2, config, workdir, monkeypatch) == "SIGTERM, step 4 is saved"
+    monkeypatch.setattr(distributed, "_boundaries", Boundaries())
+    run(config, workdir)
+    whole, stopped = saved(tmp_path / "whole"), saved(workdir)
+    assert whole.keys() == stopped.keys()
+    for name, array in whole.items():
+        np.testing.assert_array_equal(array, stopped[name], err_msg=name)
+    for split in ("train", "validation"):
+        assert records(tmp_path / "whole", split) == records(workdir, split)
+
+
+def start(config: Config, workdir: Path) -> subprocess.Popen[str]:
+    """`python -m gptjax.main` with a config as it is."""
+    file = workdir.with_suffix(".py")
+    file.write_text(
+        "import json\nfrom gptjax.config import config_dict, resolve\n"
+        f"def get_config(arg=None):\n    return config_dict(resolve(json.loads({to_json(config)!r})))\n"
+    )
+    command = [sys.executable, "-m", "gptjax.main", f"--config={file}", f"--workdir={workdir}"]
+    return subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(text: str, process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(process.communicate())
+
+
+def test_signals_end_the_command_with_their_exit_codes(tiny, tmp_path):
+    long = replace(tiny, {"batch": {"total_tokens": 10**8}, "evaluation": {"every_tokens": None}})
+    long = replace(long, {"checkpoint": {"every_tokens": None}})
+    workdir = tmp_path / "run"
+    process = start(long, workdir)
+    wait_for("compiled the training step", process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate()
+    assert process.returncode == 75, err
+    assert err.splitlines()[-1].startswith("stopped by SIGTERM, step ")
+    assert err.splitlines()[-1].endswith(" is saved: the same command goes on from here")
+    assert "Traceback" not in err
+    (step,) = (int(path.name) for path in (workdir / "checkpoints").iterdir())
+    last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (last["step"], last["split"]) == (step, "train")
+
+    process = start(long, workdir)  # Before the first step there is nothing to save: it does not wait for one.
+    wait_for('"stage": "pretrain"', process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 75, err
+    assert err.splitlines()[-1] == "stopped by SIGINT, with nothing to save: the same command starts again"
+
+
+def test_a_second_signal_ends_the_command_at_once(tiny, tmp_path):
+    long = replace(tiny, {"batch": {"total_tokens": 10**8}, "evaluation": {"every_tokens": None}})
+    process = start(replace(long, {"checkpoint": {"every_tokens": None}}), tmp_path / "run")
+    wait_for("compiled the training step", process)
+    process.send_signal(signal.SIGSTOP)  # both are there when it wakes up
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGCONT)
+    _, err = process.communicate()
+    assert process.returncode == 130, err
+    assert err.splitlines()[-1] == "interrupted"

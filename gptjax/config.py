@@ -107,6 +107,54 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """Stage "finetune": what is to be told of a text (Radford et al. 2018, section 3.2).
+
+    `data.source` and `data.validation_source` then name labelled rows, in the forms of `gptjax/data/labelled.py`.
+    """
+
+    kind: Literal[
+        "classification",
+        "entailment",
+        "similarity",
+        "multiple_choice",
+        "regression",
+        "tagging",
+        "question_answering",
+    ] = "classification"
+    # (what the task reads, the column that has it), such as (("text", "tweet"),); a column not named has its own name
+    columns: tuple[tuple[str, str], ...] = ()
+    labels: tuple[str, ...] = ()  # in the order of the head's outputs; empty: those of the training rows, sorted
+    test_source: str | None = None  # labelled rows for the report at the end; None: the validation rows
+    lm_weight: float = 0.5  # of the language-model loss beside the task's (section 3.2, equation 5)
+    head_dropout: float = 0.1
+    class_weights: Literal["none", "balanced"] = "none"  # balanced: the rarer a label, the more an example counts
+
+
+@dataclasses.dataclass(frozen=True)
+class PeftConfig:
+    """Parameter-efficient fine-tuning: what is trained of the weights that `init_from` names."""
+
+    # none: all weights; lora: Hu et al. 2021; adalora: Zhang et al. 2023; adapters: Houlsby et al. 2019; head: what is
+    # new; top_layers: that and the last layers
+    method: Literal["none", "lora", "adalora", "adapters", "head", "top_layers"] = "none"
+    # Regular expressions over parameter paths: the matrices that lora and adalora change
+    targets: tuple[str, ...] = ("layers/.*/attention/(qkv|out)/kernel",)
+    rank: int = 8  # of lora; of adalora the average over the targets at the end
+    alpha: float = 16.0  # the product of two low-rank matrices counts alpha / rank times
+    dropout: float = 0.0  # of what lora's and adalora's matrices read
+    initial_rank: int = 12  # the rest is adalora's: of each target at the start
+    initial_fraction: float = 0.1  # share of training before the budget shrinks
+    final_fraction: float = 0.3  # share of training with the final budget
+    prune_every_steps: int = 10
+    sensitivity_beta: float = 0.85  # smooths the importance of a singular value, and its uncertainty
+    uncertainty_beta: float = 0.85
+    orthogonality: float = 0.1  # weight of the penalty that keeps P and Q orthogonal
+    adapter_dim: int = 64  # adapters: width of the bottleneck
+    num_layers: int = 2  # top_layers: how many
+
+
+@dataclasses.dataclass(frozen=True)
 class BatchConfig:
     """How much is trained, and on how many tokens a step."""
 
@@ -126,6 +174,7 @@ class OptimizerConfig:
     peak_lr: float = 6e-4
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     warmup_tokens: int = 0  # linear from 0
+    warmup_fraction: float | None = None  # the same, as a share of the whole training
     decay_tokens: int | None = None  # cosine, linear: where the floor is reached; wsd: length of the last descent;
     # None: cosine and linear reach it at the end, wsd takes the last tenth
     floor_lr_fraction: float = 0.1  # of peak_lr
@@ -137,6 +186,7 @@ class OptimizerConfig:
     decay_rules: tuple[tuple[str, float], ...] = ((".*/(bias|scale)", 0.0), (".*", 1.0))
     clip_norm: float | None = 1.0  # of the gradient, over all parameters
     ema_decay: float | None = None  # per step; evaluations and samples then use the average
+    layer_lr_decay: float = 1.0  # a layer's learning rate is so many times that of the layer above it
     offload: bool = False  # the moments wait in the host's memory from one step to the next
 
 
@@ -156,7 +206,10 @@ class EvaluationConfig:
     """Held-out loss and samples, while training and at the end."""
 
     every_tokens: int | None = None  # None: only at the start and at the end
+    every_epochs: float | None = None  # the same, counted in epochs of the training data
     max_tokens: int | None = 1_000_000  # of the validation split; None: all of it
+    metric: str = "loss"  # by which a checkpoint is the best: a validation metric; but for loss, the higher the better
+    patience: int | None = None  # stop after so many evaluations in a row that are no better; None: train to the end
     sample_prompt: str = "The"
     sample_tokens: int = 128  # 0: no samples
     sample_temperature: float = 0.8
@@ -166,7 +219,8 @@ class EvaluationConfig:
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     every_tokens: int | None = None  # None: only at the end
-    keep_last: int = 2  # besides the one with the best validation loss
+    every_epochs: float | None = None  # the same, counted in epochs of the training data
+    keep_last: int = 2  # besides the one of the best evaluation.metric
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,11 +249,13 @@ class LoggingConfig:
 class Config:
     """One run."""
 
-    stage: Literal["pretrain"] = "pretrain"
+    stage: Literal["pretrain", "finetune"] = "pretrain"
     seed: int = 0  # of initialisation, dropout, data order and samples
     init_from: str | None = None  # a workdir whose newest weights to start from
     model: GPTConfig = GPTConfig()
     data: DataConfig = DataConfig()
+    task: TaskConfig = TaskConfig()
+    peft: PeftConfig = PeftConfig()
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
@@ -397,6 +453,27 @@ def check(config: Config) -> None:
     require(0 < data.validation_fraction < 1, f"data.validation_fraction={data.validation_fraction} must be in (0, 1)")
     positive(data, "data", "prefetch_batches")
 
+    task, peft = config.task, config.peft
+    require(task.lm_weight >= 0, f"task.lm_weight={task.lm_weight} must not be negative")
+    require(0 <= task.head_dropout < 1, f"task.head_dropout={task.head_dropout} must be in [0, 1)")
+    require(0 <= peft.dropout < 1, f"peft.dropout={peft.dropout} must be in [0, 1)")
+    positive(peft, "peft", "rank", "alpha", "prune_every_steps", "adapter_dim", "num_layers")
+    require(
+        peft.initial_rank >= peft.rank or peft.method != "adalora",
+        f"peft.initial_rank={peft.initial_rank} is below the final peft.rank={peft.rank}: adalora starts at or above it",
+    )
+    for name in ("sensitivity_beta", "uncertainty_beta"):
+        require(0 <= getattr(peft, name) < 1, f"peft.{name}={getattr(peft, name)} must be in [0, 1)")
+    require(
+        min(peft.initial_fraction, peft.final_fraction) >= 0 and peft.initial_fraction + peft.final_fraction < 1,
+        f"peft.initial_fraction={peft.initial_fraction} and peft.final_fraction={peft.final_fraction} must leave "
+        "a part of the training between them",
+    )
+    require(
+        peft.method == "none" or config.init_from is not None,
+        f"peft.method={peft.method} trains a part of given weights: name their workdir by init_from",
+    )
+
     positive(batch, "batch", "total_tokens", "epochs", "tokens_per_batch", "microbatch_size")
     positive(batch, "batch", "ramp_start_tokens", "ramp_tokens")
     require(
@@ -430,10 +507,24 @@ def check(config: Config) -> None:
     ema = optimizer.ema_decay
     require(ema is None or 0 < ema < 1, f"optimizer.ema_decay={ema} must be in (0, 1)")
 
-    positive(config.evaluation, "evaluation", "every_tokens", "max_tokens", "sample_top_k")
+    fraction = optimizer.warmup_fraction
+    require(fraction is None or 0 <= fraction < 1, f"optimizer.warmup_fraction={fraction} must be in [0, 1)")
+    require(
+        fraction is None or optimizer.warmup_tokens == 0,
+        "set one of optimizer.warmup_tokens and optimizer.warmup_fraction, and the other to 0 or None",
+    )
+    require(0 < optimizer.layer_lr_decay <= 1, f"optimizer.layer_lr_decay={optimizer.layer_lr_decay} must be in (0, 1]")
+
+    for name, section in (("evaluation", config.evaluation), ("checkpoint", config.checkpoint)):
+        positive(section, name, "every_tokens", "every_epochs")
+        require(
+            section.every_tokens is None or section.every_epochs is None,
+            f"set one of {name}.every_tokens and {name}.every_epochs, and the other to None",
+        )
+    positive(config.evaluation, "evaluation", "max_tokens", "sample_top_k", "patience")
     require(config.evaluation.sample_temperature >= 0, "evaluation.sample_temperature must not be negative")
     require(config.evaluation.sample_tokens >= 0, "evaluation.sample_tokens must not be negative")
-    positive(config.checkpoint, "checkpoint", "every_tokens", "keep_last")
+    positive(config.checkpoint, "checkpoint", "keep_last")
     positive(config.stability, "stability", "max_skipped_updates", "spike_deviations")
     require(
         config.stability.spike_window >= 8,

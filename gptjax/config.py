@@ -128,6 +128,8 @@ class TaskConfig:
     test_source: str | None = None  # labelled rows for the report at the end; None: the validation rows
     lm_weight: float = 0.5  # of the language-model loss beside the task's (section 3.2, equation 5)
     head_dropout: float = 0.1
+    # tagging: the piece of a word whose output is its tag; one that reads from left to right knows a word at its last
+    label_piece: Literal["first", "last"] = "first"
     class_weights: Literal["none", "balanced"] = "none"  # balanced: the rarer a label, the more an example counts
 
 

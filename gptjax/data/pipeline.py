@@ -19,6 +19,18 @@ from gptjax.data.tokenizers import Tokenizer
 Example = dict[str, np.ndarray]
 
 
+class Microbatch(NamedTuple):
+    """What the training loop reads.
+
+    Attributes:
+      arrays: this process's rows of (B, ...) arrays; of those with two axes or more the last is the positions'.
+      num_tokens: of all B rows, padding left out.
+    """
+
+    arrays: dict[str, np.ndarray]
+    num_tokens: int
+
+
 class _Epoch(NamedTuple):
     """The order of one epoch."""
 

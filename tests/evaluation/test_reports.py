@@ -346,6 +346,7 @@ def test_sentences_of_other_lengths_are_refused():
         ("10 a.m.", ["10", "am"]),  # punctuation goes before articles do
         ("Theatre and Anthem", ["theatre", "and", "anthem"]),
         ("“Ünï” 中文", ["“ünï”", "中文"]),  # ASCII punctuation only
+        ("x–the–y", ["x–", "–y"]),  # an article leaves a space
         ("the a.", []),
     ],
 )

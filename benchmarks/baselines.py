@@ -98,7 +98,8 @@ def main() -> None:
         train_labels, gold = ([row["label"] for row in side] for side in (train, validation))
         texts, train_texts = ([row["text"] for row in side] for side in (validation, train))
         predicted, labels = tfidf_baseline(train_texts, train_labels, texts), sorted({*train_labels, *gold})
-        report = classification_report(*([labels.index(label) for label in side] for side in (gold, predicted)), labels)
+        gold_ids, predicted_ids = ([labels.index(label) for label in side] for side in (gold, predicted))
+        report = classification_report(gold_ids, predicted_ids, labels)
     print(f"{len(train):,} examples to learn from\n{report.text}", end="")
 
 

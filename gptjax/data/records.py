@@ -29,6 +29,7 @@ _FORMS = {
     "folders": "folders:DIR_OR_GLOB",
     "tfds": "tfds:NAME[@SPLIT]",
 }
+CONLL_U_COLUMNS = 10
 UNLABELLED = object()  # the value of a class, or of a list of them, that a record of tensorflow-datasets does not tell
 
 Record = tuple[Mapping[str, Any], str]
@@ -214,14 +215,20 @@ def _with_a_blank_line_behind(lines: Iterable[str]) -> Iterator[str]:
 def _words(lines: list[tuple[int, list[str]]]) -> list[tuple[int, list[str]]]:
     """Those lines of a sentence that are words of it."""
 
-    def is_comment(cells: list[str]) -> bool:  # a word "#" looks alike, but for the number of its columns
-        return cells[0].startswith("#") and (len(cells) != len(lines[-1][1]) or "=" in cells)
+    lines = [(number, cells) for number, cells in lines if cells[0] != "-DOCSTART-"]
+
+    def is_comment(cells: list[str]) -> bool:
+        num_columns = len(lines[-1][1])
+        if num_columns == CONLL_U_COLUMNS:
+            return cells[0].startswith("#")
+        # A word "#" begins its line as a comment does, but has a word's columns.
+        return cells[0] == "#" and (len(cells) != num_columns or any("=" in cell for cell in cells))
 
     first = 0
     while first < len(lines) and is_comment(lines[first][1]):
         first += 1
-    words = [(number, cells) for number, cells in lines[first:] if cells[0] != "-DOCSTART-"]
-    if words and len(words[0][1]) == 10:  # CoNLL-U: 1-2 is the words 1 and 2 together, and 1.1 is not in the text
+    words = lines[first:]
+    if words and len(words[0][1]) == CONLL_U_COLUMNS:  # 1-2 is the words 1 and 2 together, and 1.1 is not in the text
         words = [(number, cells) for number, cells in words if not re.fullmatch(r"\d+[-.]\d+", cells[0])]
     return words
 

@@ -11,7 +11,7 @@ TEST = [*DEMO, *WANDB, "pytest>=9.0", "pytest-xdist>=3.8", "hypothesis>=6.170"]
 LM_EVAL = ["lm-eval>=0.4.13,<0.5"]
 # What models are compared with, by tests that are skipped without it; the library never imports it. This torch is the
 # CPU's on Python 3.11; elsewhere the package index has it with CUDA, which is some gigabytes.
-INTEROP = ["torch==2.13.0", "transformers>=5.23", *LM_EVAL]
+INTEROP = ["torch==2.13.0", "transformers>=5.23", "peft>=0.21", *LM_EVAL]
 
 setup(
     name="gptjax",

@@ -153,6 +153,8 @@ def test_twenty_steps_are_those_of_algorithm_1(every):
             for a, b in zip(ours, theirs, strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
         assert np.sum(np.concatenate([matrix[1] for matrix in by_matrix(params)]) != 0) == budget
+        for tree, theirs in ((state[0].smoothed, numpy.smoothed), (state[0].uncertainty, numpy.uncertainty)):
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), by_matrix(tree), theirs)
         kept.append(budget)
     assert step._cache_size() == 1  # the budget is a number, not a shape
     assert kept[0] == 24

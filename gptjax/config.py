@@ -51,6 +51,7 @@ class GPTConfig:
     position_init_std: float = 0.01
     kernel_init_std: float = 0.02
     scale_residual_init: bool = True  # projections into the residual stream start at std / sqrt(2 * num_layers)
+    adapter_dim: int | None = None  # bottleneck of Houlsby et al. 2019's adapters; None: there are none
     layer_loop: Literal["scan", "unroll"] = "scan"  # scan: compile time flat in depth; unroll: often faster steps
     # What the backward pass recomputes: nothing; all but matrix products; all but what attention returned; all; all,
     # while what one layer handed to the next waits in the host's memory
@@ -106,6 +107,10 @@ class DataConfig:
     prefetch_batches: int = 8  # microbatches read ahead of the device
 
 
+# Of stage "finetune", behind the tokenizer's vocabulary: start, delimiter, extract, and what word dropout leaves
+NUM_SPECIAL_TOKENS = 4
+
+
 @dataclasses.dataclass(frozen=True)
 class TaskConfig:
     """Stage "finetune": what is to be told of a text (Radford et al. 2018, section 3.2).
@@ -130,7 +135,25 @@ class TaskConfig:
     head_dropout: float = 0.1
     # tagging: the piece of a word whose output is its tag; one that reads from left to right knows a word at its last
     label_piece: Literal["first", "last"] = "first"
-    class_weights: Literal["none", "balanced"] = "none"  # balanced: the rarer a label, the more an example counts
+    label_weights: tuple[float, ...] = ()  # how much an example of each label counts; empty: all the same
+    balanced_labels: bool = False  # the same, by how rare the labels are in the training rows
+    # regression: what the head gives is (target - mean) / std; None: those of the training rows
+    target_mean: float | None = None
+    target_std: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RegularisationConfig:
+    """Stage "finetune": what keeps a model from learning few rows by heart. The kinds of dropout are in `model`."""
+
+    label_smoothing: float = 0.0  # share of the probability that all labels get alike (Szegedy et al. 2016, section 7)
+    word_dropout: float = 0.0  # share of a text's tokens that are blanked (Iyyer et al. 2015, section 3.1)
+    token_replacement: float = 0.0  # share of them that become any token (Wang et al. 2018, section 3)
+    mixup_alpha: float | None = None  # texts and labels are mixed in pairs, Beta(a, a) (senMixup of Guo et al. 2019)
+    adversarial_epsilon: float | None = None  # length of the step against the loss (Miyato et al. 2017, section 3)
+    augmented_copies: int = 0  # of each training row, changed by the two that follow; a turn is a line of the text
+    drop_turns: float = 0.0  # probability that a copy loses its oldest turns, up to a turn drawn alike
+    shuffle_turns: float = 0.0  # probability that the turns before the last come in another order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +233,7 @@ class EvaluationConfig:
     every_tokens: int | None = None  # None: only at the start and at the end
     every_epochs: float | None = None  # the same, counted in epochs of the training data
     max_tokens: int | None = 1_000_000  # of the validation split; None: all of it
-    metric: str = "loss"  # by which a checkpoint is the best: a validation metric; but for loss, the higher the better
+    metric: str = "loss"  # of the validation, by which a checkpoint is the best
     patience: int | None = None  # stop after so many evaluations in a row that are no better; None: train to the end
     sample_prompt: str = "The"
     sample_tokens: int = 128  # 0: no samples
@@ -257,6 +280,7 @@ class Config:
     model: GPTConfig = GPTConfig()
     data: DataConfig = DataConfig()
     task: TaskConfig = TaskConfig()
+    regularisation: RegularisationConfig = RegularisationConfig()
     peft: PeftConfig = PeftConfig()
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -265,6 +289,25 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     stability: StabilityConfig = StabilityConfig()
     logging: LoggingConfig = LoggingConfig()
+
+    def completed(self, vocab_size: int, found: dict[str, Any] | None = None) -> "Config":
+        """What a run computes with, once its data is known.
+
+        Args:
+          vocab_size: of the tokenizer; special tokens of the stage come behind it.
+          found: fields of `task` that the training rows decide, such as its labels.
+
+        Raises:
+          UserError: model.vocab_size is set, and too small.
+        """
+        model, task = self.model, self.task
+        if self.stage == "finetune":
+            task = dataclasses.replace(task, **(found or {}))
+            size = max(vocab_size + NUM_SPECIAL_TOKENS, model.vocab_size or 0)
+            model = dataclasses.replace(model, vocab_size=size)
+        if self.peft.method == "adapters":
+            model = dataclasses.replace(model, adapter_dim=self.peft.adapter_dim)
+        return dataclasses.replace(self, model=model.with_vocabulary(vocab_size), task=task)
 
     @property
     def sequences_per_microbatch(self) -> int:
@@ -434,7 +477,7 @@ def check(config: Config) -> None:
             require(value is None or value > 0, f"{prefix}.{name}={value} must be positive")
 
     positive(model, "model", "vocab_size", "context_length", "num_layers", "num_heads", "embed_dim", "ffw_dim")
-    positive(model, "model", "band_width", "norm_eps")
+    positive(model, "model", "band_width", "norm_eps", "adapter_dim")
     require(
         model.embed_dim % model.num_heads == 0,
         f"model.num_heads={model.num_heads} does not divide model.embed_dim={model.embed_dim}: "
@@ -458,11 +501,31 @@ def check(config: Config) -> None:
     task, peft = config.task, config.peft
     require(task.lm_weight >= 0, f"task.lm_weight={task.lm_weight} must not be negative")
     require(0 <= task.head_dropout < 1, f"task.head_dropout={task.head_dropout} must be in [0, 1)")
+    require(task.target_std is None or task.target_std > 0, f"task.target_std={task.target_std} must be positive")
+    require(not (task.label_weights and task.balanced_labels), "set one of task.label_weights and task.balanced_labels")
+    require(
+        all(weight > 0 for weight in task.label_weights), f"task.label_weights={task.label_weights} must be positive"
+    )
+    regularisation = config.regularisation
+    for name in ("label_smoothing", "word_dropout", "token_replacement", "drop_turns", "shuffle_turns"):
+        value = getattr(regularisation, name)
+        require(0 <= value <= 1, f"regularisation.{name}={value} must be in [0, 1]")
+    positive(regularisation, "regularisation", "mixup_alpha", "adversarial_epsilon")
+    copies = regularisation.augmented_copies
+    require(copies >= 0, f"regularisation.augmented_copies={copies} must not be negative")
+    require(
+        (copies > 0) == (max(regularisation.drop_turns, regularisation.shuffle_turns) > 0),
+        "regularisation.augmented_copies and what changes the copies, drop_turns or shuffle_turns, need each other",
+    )
+    require(
+        regularisation.mixup_alpha is None or task.kind not in ("tagging", "question_answering"),
+        f"regularisation.mixup_alpha mixes whole texts, and task.kind={task.kind} is about places in them: unset it",
+    )
     require(0 <= peft.dropout < 1, f"peft.dropout={peft.dropout} must be in [0, 1)")
     positive(peft, "peft", "rank", "alpha", "prune_every_steps", "adapter_dim", "num_layers")
     require(
         peft.initial_rank >= peft.rank or peft.method != "adalora",
-        f"peft.initial_rank={peft.initial_rank} is below the final peft.rank={peft.rank}: adalora starts at or above it",
+        f"peft.initial_rank={peft.initial_rank} is below peft.rank={peft.rank}, at which adalora ends: raise it",
     )
     for name in ("sensitivity_beta", "uncertainty_beta"):
         require(0 <= getattr(peft, name) < 1, f"peft.{name}={getattr(peft, name)} must be in [0, 1)")

@@ -37,12 +37,13 @@ def _sums(leaves: list[jax.Array]) -> jax.Array:
 
 def _sum(array: jax.Array) -> jax.Array:
     """The sum of what a mixer makes of each element's bits and its place: uint32 ()."""
-    if array.dtype == jnp.bool_:
-        array = array.astype(jnp.uint8)
+    # As whole numbers from the first: a CPU that slices bfloat16 by way of float32 makes 0 of the smallest.
+    array = array.astype(jnp.uint8) if array.dtype == jnp.bool_ else array
+    array = jax.lax.bitcast_convert_type(array, _UNSIGNED[array.dtype.itemsize])
     size = math.prod(array.shape[1:])
 
     def of_row(row: jax.Array, first: jax.Array | int) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(row, _UNSIGNED[row.dtype.itemsize]).astype(jnp.uint32)
+        bits = row.astype(jnp.uint32)
         place = jnp.uint32(first)
         for axis in range(row.ndim):
             stride = np.uint32(math.prod(row.shape[axis + 1 :]) % 2**32)

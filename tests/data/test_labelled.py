@@ -33,11 +33,9 @@ def test_columns_of_the_config_come_first(write):
 
 
 def test_a_column_given_to_one_role_is_not_taken_for_another(write):
-    path = write("a.jsonl", {"question": "q", "sentence": "s", "text": "t", "label": "x"})
-    columns = {"hypothesis": "question", "premise": "text"}
-    assert fields(read_rows(f"jsonl:{path}", "entailment", columns)) == [
-        {"premise": "t", "hypothesis": "q", "label": "x"}
-    ]
+    path = write("a.jsonl", {"question": "q", "sentence1": "s", "label": "x"})
+    rows = read_rows(f"jsonl:{path}", "entailment", {"hypothesis": "sentence1"})
+    assert fields(rows) == [{"premise": "q", "hypothesis": "s", "label": "x"}]
 
 
 @pytest.mark.parametrize(
@@ -197,6 +195,14 @@ def test_datasets_with_lists(name, tmp_path, monkeypatch):
     assert set(example) == set(builder.info.features)
     monkeypatch.setattr(records, "open_tfds", lambda name, split, spec: (builder, [example]))
     assert fields(read_rows(f"tfds:{name}", kind)) == [EXPECTED[name]]
+
+
+def test_secret_scores_are_no_scores(tmp_path, monkeypatch):
+    builder = tfds.builder("glue/stsb", data_dir=tmp_path, file_format="array_record")
+    examples = [{"sentence1": b"a", "sentence2": b"b", "label": np.float32(-1), "idx": np.int32(0)}] * 2
+    monkeypatch.setattr(records, "open_tfds", lambda name, split, spec: (builder, examples))
+    with pytest.raises(UserError, match=r"^tfds:glue/stsb@test has no labels: all of its 2 have -1"):
+        read_rows("tfds:glue/stsb@test", "regression")
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------

@@ -248,6 +248,14 @@ def test_a_word_of_a_later_window_has_half_a_window_before_it() -> None:
         assert np.flatnonzero(example.words >= 0)[0] > 10
 
 
+def test_windows_within_one_endless_word_tell_nothing_and_are_left_out() -> None:
+    words = {"tokens": ["a" * 100, "b"], "tags": ["n", "y"]}
+    for piece in ("first", "last"):
+        examples = encoded("tagging", words, labels=("n", "y"), context_length=12, label_piece=piece)
+        assert [(example.words >= 0).any() for example in examples] == [True] * len(examples)
+        assert decode_tags(examples, [example.targets["labels"] for example in examples], ("n", "y")) == [["n", "y"]]
+
+
 def test_a_word_that_the_tokenizer_reads_nothing_of_has_a_tag(get: Callable[[str], Tokenizer]) -> None:
     tokenizer = get("gpt1_bpe:1000")
     assert len(tokenizer.encode("\x00")) == 0

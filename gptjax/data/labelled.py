@@ -158,7 +158,8 @@ def _choose_columns(
     chosen: dict[str, list[str]] = {}
     for role in wanted:
         if role in given:
-            names = [given[role]] if given[role] in found else given[role].split(",")
+            several = given[role] not in found and role not in TARGETS
+            names = given[role].split(",") if several else [given[role]]
             for name in names:
                 if name not in found:
                     raise UserError(f"{place} has no column {name!r}, which task.columns has for {role}: {columns}")

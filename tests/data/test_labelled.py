@@ -217,6 +217,10 @@ MISTAKES = {
         "csv", "classification", {"text": "body"}, "text,label\na,1\n",
         r":2 has no column 'body', which task\.columns has for text: its columns are text, label$",
     ),
+    "two columns for a label": (
+        "csv", "classification", {"label": "a,b"}, "text,a,b\nx,1,2\n",
+        r":2 has no column 'a,b', which task\.columns has for label: its columns are text, a, b$",
+    ),
     "ambiguous": (
         "csv", "classification", {}, "review,tweet,label\na,b,1\n",
         r":2 has several columns for text, review, tweet: choose by task\.columns$",

@@ -30,6 +30,7 @@ LORA = PeftConfig(method="lora", targets=ALL, rank=3, alpha=6.0)
 ADALORA = PeftConfig(method="adalora", targets=ALL, rank=3, initial_rank=5, alpha=6.0)
 TOKENS_BT = jax.random.randint(jax.random.key(1), (2, 16), 0, TINY.vocab_size)
 PATTERN = len(TINY.attention_pattern)
+low_rank = jax.jit(peft.low_rank, static_argnums=0)  # compiled whole: op by op, it takes longer
 
 
 @partial(jax.jit, static_argnums=0)
@@ -46,7 +47,7 @@ def shapes(params):
 
 def drawn(config: PeftConfig, params):
     """`params` with low-rank leaves, all of which are random."""
-    leaves = peft.flatten(peft.low_rank(config, params, jax.random.key(2)))
+    leaves = peft.flatten(jax.eval_shape(lambda: peft.low_rank(config, params, jax.random.key(2))))
     leaves = {
         path: jax.random.normal(jax.random.fold_in(jax.random.key(3), i), leaf.shape, leaf.dtype) * 0.25
         for i, (path, leaf) in enumerate(leaves.items())
@@ -103,7 +104,8 @@ def test_applied_is_merged(config, change):
 @pytest.mark.parametrize("config", [LORA, ADALORA], ids=lambda config: config.method)
 def test_nothing_changes_at_first(config):
     params = nn.unbox(boxed(TINY))
-    with_leaves = peft.join(params, peft.low_rank(config, params, jax.random.key(2)))
+    config = dataclasses.replace(config, targets=("layers/block_1/.*/kernel",))
+    with_leaves = peft.join(params, low_rank(config, params, jax.random.key(2)))
     np.testing.assert_array_equal(logits(TINY, config, with_leaves), logits(TINY, config, params))
     equal(peft.merge(config, with_leaves), params)
     equal(peft.merge(config, params), params)
@@ -139,12 +141,14 @@ def test_adalora_in_its_svd_form():
 
 def test_initial_values():
     model = dataclasses.replace(TINY, embed_dim=128, num_heads=4)
-    leaves = peft.flatten(peft.low_rank(LORA, nn.unbox(boxed(model)), jax.random.key(0)))
-    leaves |= peft.flatten(peft.low_rank(ADALORA, nn.unbox(boxed(model)), jax.random.key(0)))
+    kernel, up = "layers/block_0/(attention|mlp)/.*/kernel", "layers/block_1/mlp/up/kernel"
+    params = nn.unbox(boxed(model))
+    leaves = peft.flatten(low_rank(dataclasses.replace(LORA, targets=(kernel, up)), params, jax.random.key(0)))
+    leaves |= peft.flatten(low_rank(dataclasses.replace(ADALORA, targets=(kernel,)), params, jax.random.key(0)))
     assert leaves["layers/block_0/attention/qkv/lora_a"].shape == (2, 128, 3)
     assert leaves["layers/block_0/attention/qkv/lora_b"].shape == (2, 3, 3, 4, 32)
-    assert leaves["layers/block_1/attention/out/lora_a"].shape == (2, 4, 32, 3)
-    assert leaves["layers/block_1/attention/out/lora_b"].shape == (2, 3, 128)
+    assert leaves["layers/block_0/attention/out/lora_a"].shape == (2, 4, 32, 3)
+    assert leaves["layers/block_0/attention/out/lora_b"].shape == (2, 3, 128)
     assert leaves["layers/block_0/mlp/down/lora_p"].shape == (2, 512, 5)
     assert leaves["layers/block_0/mlp/down/lora_lambda"].shape == (2, 5)
     for path, leaf in leaves.items():
@@ -154,7 +158,7 @@ def test_initial_values():
     assert not np.array_equal(*leaves["layers/block_0/mlp/up/lora_a"])  # layers differ
     assert not np.array_equal(leaves["layers/block_0/mlp/up/lora_a"], leaves["layers/block_1/mlp/up/lora_a"])
     fewer = dataclasses.replace(LORA, targets=("layers/block_0/mlp/up/kernel",))
-    alone = peft.flatten(peft.low_rank(fewer, nn.unbox(boxed(model)), jax.random.key(0)))
+    alone = peft.flatten(low_rank(fewer, params, jax.random.key(0)))
     np.testing.assert_array_equal(alone["layers/block_0/mlp/up/lora_a"], leaves["layers/block_0/mlp/up/lora_a"])
 
 
@@ -237,7 +241,7 @@ def start(method: str, **fields):
     model = dataclasses.replace(TINY, adapter_dim=4 if method == "adapters" else None)
     params = boxed(model)
     if method in ("lora", "adalora"):
-        params = peft.join(params, peft.low_rank(config, params, jax.random.key(5)))
+        params = peft.join(params, low_rank(config, params, jax.random.key(5)))
     given = shapes({name: tree for name, tree in boxed(TINY).items() if name != "head"})
     return config, params, given | {"token_embedding/embedding": (59, 16)}
 
@@ -347,7 +351,11 @@ def test_weights_of_another_model_are_refused():
 
 
 def test_matrices_are_counted_by_layers():
-    _, params, _ = start("adalora", targets=("layers/.*/attention/(qkv|out)/kernel", "layers/block_1/mlp/up/kernel"))
-    assert peft.count_matrices(params) == peft.count_matrices(nn.unbox(params)) == 4 * 2 + 2
-    assert peft.count_matrices(start("lora")[1]) == 4 * 4
+    config = dataclasses.replace(
+        ADALORA, targets=("layers/.*/attention/(qkv|out)/kernel", "layers/block_1/mlp/up/kernel")
+    )
+    leaves = jax.eval_shape(lambda: peft.low_rank(config, boxed(TINY), jax.random.key(0)))
+    assert peft.count_matrices(leaves) == peft.count_matrices(nn.unbox(leaves)) == 4 * 2 + 2
+    leaves = jax.eval_shape(lambda: peft.low_rank(LORA, boxed(TINY), jax.random.key(0)))
+    assert peft.count_matrices(leaves) == 4 * 4
     assert peft.count_matrices(boxed(TINY)) == 0

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
-from gptjax.config import Config, MeshConfig, UserError, parse_arg
+from gptjax.config import Config, MeshConfig, UserError, parse_arg, replace
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.models.gpt import GPT
 from gptjax.parallel.mesh import make_mesh
@@ -56,12 +56,19 @@ def load_model(
     device_mesh = make_mesh(MeshConfig() if mesh is None else mesh)
     with jax.set_mesh(device_mesh):
         weights = load_weights(workdir, device_mesh, best=best)
-    # A backend that was named for the machine that trained may be none of this one's.
-    model = dataclasses.replace(weights.config.model, attention_backend="auto")
+    config = predicting(weights.config)
     if dtype is not None:
-        model = dataclasses.replace(model, dtype=dtype)
-    config = dataclasses.replace(weights.config, model=model)
-    return TrainedModel(config, GPT(model), weights.gpt, weights.head, weights.tokenizer, device_mesh, weights.step)
+        config = replace(config, {"model": {"dtype": dtype}})
+    model = GPT(config.model)
+    return TrainedModel(config, model, weights.gpt, weights.head, weights.tokenizer, device_mesh, weights.step)
+
+
+def predicting(config: Config) -> Config:
+    """`config` for a command that uses the model.
+
+    An attention backend that was named for the machine that trained may be none of this one's.
+    """
+    return replace(config, {"model": {"attention_backend": "auto"}})
 
 
 def parse_mesh(text: str) -> MeshConfig:

@@ -1,7 +1,7 @@
 """What a fine-tuned model says of rows, and what that is worth where they have labels."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -38,11 +38,26 @@ class Predictions:
 class Predictor:
     """Applies a model and its head to rows, in batches of like length, on the mesh in use."""
 
-    def __init__(self, model: TaskModel, tokenizer: Tokenizer, mesh: Mesh, batch_size: int):
-        """Args: batch_size: rows at once, over all devices; a multiple of those that batches are spread over."""
+    def __init__(
+        self,
+        model: TaskModel,
+        tokenizer: Tokenizer,
+        mesh: Mesh,
+        batch_size: int,
+        assemble: Callable[[Any], Any] = lambda params: params,
+    ):
+        """Takes a model.
+
+        Args:
+          batch_size: rows at once, over all devices; a multiple of those that batches are spread over.
+          assemble: what is called with -> parameters of `model`, low-rank matrices folded in.
+        """
         self._model, self._tokenizer, self._mesh, self._batch_size = model, tokenizer, mesh, batch_size
         # All processes get the predictions of all rows.
-        self._predict = jax.jit(model.predict, out_shardings=jax.NamedSharding(mesh, PartitionSpec()))
+        self._predict = jax.jit(
+            lambda params, batch: model.predict(assemble(params), batch),
+            out_shardings=jax.NamedSharding(mesh, PartitionSpec()),
+        )
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded]:
         """The rows as the model reads them; raises as `task_inputs.encode`."""
@@ -53,7 +68,7 @@ class Predictor:
         """What the model says.
 
         Args:
-          params: the GPT's, low-rank matrices folded in, and the head's under "head".
+          params: what `assemble` takes.
           encoded: what `encode` makes of the rows.
         """
         buckets = Buckets(

@@ -54,20 +54,29 @@ def start_state(program: Program, mesh: Mesh, checkpoints: Checkpoints) -> tuple
     return state.replace(base=base, params=params, ema=ema), Position()
 
 
-def given_params(program: Program, mesh: Mesh) -> tuple[Any, Any]:
-    """Base and trained parameters as `init_from` has them, and what it lacks from the seed; `mesh` in use."""
+def given_params(program: Program, mesh: Mesh, given: Any = None) -> tuple[Any, Any]:
+    """Base and trained parameters as `init_from` has them, and what it lacks from the seed; `mesh` in use.
+
+    Args:
+      given: the weights of `init_from`, if they are there already; the base shares their memory.
+    """
     config = program.config
-    assert config.init_from is not None
-    source = Path(config.init_from).expanduser()
+    source = _source(config)
     _check_model(config, completed_config(source)[0])
-    given = load_weights(source, mesh).gpt
+    given = load_weights(source, mesh).gpt if given is None else given
     abstract = abstract_state(program, mesh)
-    placement = jax.tree.map(lambda leaf: leaf.sharding, (abstract.base, abstract.params))
+    base = None if abstract.base is None else _first_rows(given, abstract.base)
 
-    def place(given: Any) -> tuple[Any, Any]:
-        return program.split(_graft(nn.unbox(fresh_params(program)), given))
+    def trained(given: Any) -> Any:
+        return program.split(_graft(nn.unbox(fresh_params(program)), given))[1]
 
-    return jax.jit(place, donate_argnums=0, out_shardings=placement)(given)
+    placement = jax.tree.map(lambda leaf: leaf.sharding, abstract.params)
+    return base, jax.jit(trained, donate_argnums=() if base is not None else 0, out_shardings=placement)(given)
+
+
+def _source(config: Config) -> Path:
+    assert config.init_from is not None
+    return Path(config.init_from).expanduser().resolve()
 
 
 def _check_model(config: Config, given: Config) -> None:
@@ -86,6 +95,63 @@ def _graft(fresh: Any, given: Any) -> Any:
     if not isinstance(given, dict):
         return fresh.at[: len(given)].set(given.astype(fresh.dtype))
     return fresh | {name: _graft(fresh[name], part) for name, part in given.items()}
+
+
+def _first_rows(given: Any, wanted: Any) -> Any:
+    """Of the leaves of `given` those that `wanted` has, and of each as many rows; whole ones are not copied."""
+    if isinstance(wanted, dict):
+        return {name: _first_rows(given[name], part) for name, part in wanted.items()}
+    rows = given if given.shape == wanted.shape else given[: len(wanted)]
+    return jax.device_put(rows.astype(wanted.dtype), wanted.sharding)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a workdir holds, what is trained apart from what it started from.
+
+    Attributes:
+      step: of the checkpoint.
+    """
+
+    program: Program
+    tokenizer: Tokenizer
+    base: Any
+    trained: Any
+    step: int
+
+    def join(self, base_and_trained: tuple[Any, Any]) -> Any:
+        """All parameters, low-rank matrices folded in."""
+        return plain(self.program.config, self.program.join(*base_and_trained))
+
+
+def load_parts(workdir: Path, mesh: Mesh, *, best: bool = False, given: dict[Path, Any] | None = None) -> Parts:
+    """The newest weights of a workdir, their moving average where the run kept one; `mesh` is in use.
+
+    Args:
+      best: those of the best checkpoint instead.
+      given: weights that others started from, by workdir, which this one may share; its own is added.
+
+    Raises:
+      UserError: not a workdir, no checkpoint in it, or a mesh that does not fit.
+    """
+    config, tokenizer = completed_config(workdir)
+    check_model_fit(config.model, mesh)
+    program = make_program(config)
+    with Checkpoints(workdir, config.checkpoint, read_only=True) as checkpoints:
+        newest = checkpoints.latest_step()
+        distributed.check_same({"newest checkpoint": newest}, "give all processes the same --workdir, on a shared disk")
+        if newest is None:
+            raise UserError(f"{workdir} has no checkpoint yet")
+        wanted = checkpoints.best_step() if best else None
+        trained, step = checkpoints.restore_params(abstract_state(program, mesh).params, wanted)
+        base = None
+        if program.given is not None:
+            given = {} if given is None else given
+            source = _source(config)
+            given[source] = given[source] if source in given else load_weights(source, mesh).gpt
+            base = given_params(program, mesh, given[source])[0]
+            checkpoints.check_base(step, base)
+    return Parts(program, tokenizer, base, trained, step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,27 +173,8 @@ class Weights:
 
 
 def load_weights(workdir: Path, mesh: Mesh, *, best: bool = False) -> Weights:
-    """The newest weights of a workdir, their moving average where the run kept one; `mesh` is in use.
-
-    Args:
-      best: those of the best checkpoint instead.
-
-    Raises:
-      UserError: not a workdir, no checkpoint in it, or a mesh that does not fit.
-    """
-    config, tokenizer = completed_config(workdir)
-    check_model_fit(config.model, mesh)
-    program = make_program(config)
-    with Checkpoints(workdir, config.checkpoint, read_only=True) as checkpoints:
-        newest = checkpoints.latest_step()
-        distributed.check_same({"newest checkpoint": newest}, "give all processes the same --workdir, on a shared disk")
-        if newest is None:
-            raise UserError(f"{workdir} has no checkpoint yet")
-        wanted = checkpoints.best_step() if best else None
-        params, step = checkpoints.restore_params(abstract_state(program, mesh).params, wanted)
-        if program.given is not None:
-            base = given_params(program, mesh)[0]
-            checkpoints.check_base(step, base)
-            params = plain(config, program.join(base, params))
-    head = params.get("head")
-    return Weights(config, tokenizer, {name: tree for name, tree in params.items() if name != "head"}, head, step)
+    """As `load_parts`, all in one."""
+    parts = load_parts(workdir, mesh, best=best)
+    params = dict(parts.join((parts.base, parts.trained)))
+    head = params.pop("head", None)
+    return Weights(parts.program.config, parts.tokenizer, params, head, parts.step)

@@ -53,6 +53,8 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
     """
     if config.batch.ramp_start_tokens is not None:
         raise UserError("batch.ramp_start_tokens is for stage pretrain: unset it")
+    if mesh.shape["context"] > 1:
+        raise UserError(f"mesh.context={mesh.shape['context']} is for stage pretrain, whose rows are long: set it to 1")
     check_backend(config.model, mesh.devices.flat[0].platform, has_segments=False)
     rows = distributed.first_then_others(lambda: read(config))
     if tokenizer is None:
@@ -62,14 +64,15 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
         task_inputs.check_labels(other, found["labels"])
     config = config.completed(tokenizer.vocab_size, found)
     task, context = config.task, config.model.context_length
-    predictor = Predictor(TaskModel(config), tokenizer, mesh, config.sequences_per_microbatch)
+    size = config.sequences_per_microbatch
+    predictor = Predictor(TaskModel(config), tokenizer, mesh, size, assemble=lambda params: plain(config, params))
     train = with_copies(rows.train, config.regularisation, config.seed)
     encoded = task_inputs.encode(train, task, task.labels, tokenizer, context)
     examples = Buckets(
         encoded,
         context_length=context,
         batch_size=config.batch.tokens_per_batch // context,
-        microbatch_size=config.sequences_per_microbatch,
+        microbatch_size=size,
         seed=config.seed,
     )
     config = in_tokens(config, examples.tokens_per_epoch)
@@ -80,9 +83,7 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
         program=make_program(config),
         tokenizer=tokenizer,
         total_tokens=batch.total_tokens or math.ceil(epochs * examples.tokens_per_epoch),
-        batches=lambda start: examples.microbatches(
-            start, process_rows(mesh, config.sequences_per_microbatch), config.data.prefetch_batches
-        ),
+        batches=lambda start: examples.microbatches(start, process_rows(mesh, size), config.data.prefetch_batches),
         evaluate=_evaluate(config, predictor, rows.validation),
         sample=None,
         conclude=_conclude(config, predictor, rows.test),
@@ -146,10 +147,9 @@ def _decided_by(rows: list[Row], config: Config) -> dict[str, Any]:
 def _evaluate(config: Config, predictor: Predictor, rows: list[Row]) -> Callable[[Any], dict[str, float]]:
     """The task's loss and metrics on the validation rows."""
     encoded = predictor.encode(rows)
-    fold = jax.jit(lambda params: plain(config, params))
 
     def evaluate(params: Any) -> dict[str, float]:
-        return measure(config.task, rows, predictor(fold(params), rows, encoded)).metrics
+        return measure(config.task, rows, predictor(params, rows, encoded)).metrics
 
     return evaluate
 
@@ -158,7 +158,7 @@ def _conclude(config: Config, predictor: Predictor, rows: list[Row]) -> Callable
     """Writes the report of the test rows, and returns it."""
 
     def conclude(params: Any, workdir: Path) -> str:
-        predictions = predictor(jax.jit(lambda params: plain(config, params))(params), rows, predictor.encode(rows))
+        predictions = predictor(params, rows, predictor.encode(rows))
         report = measure(config.task, rows, predictions)
         if jax.process_index() == 0:
             (workdir / METRICS_FILE).write_text(json.dumps(report.metrics, indent=2) + "\n")

@@ -1,7 +1,7 @@
 """Fine-tuning methods side by side: from scratch, all weights, LoRA, AdaLoRA, adapters, and a classical baseline.
 
     python -m benchmarks.finetuning --init_from=runs/demo --workdir=runs/finetuning
-    python -m benchmarks.finetuning --init_from=runs/demo --workdir=runs/finetuning --task=tagging --source=brown:DIR
+    python -m benchmarks.finetuning --init_from=runs/demo --workdir=runs/tagging --task=tagging --source=brown:DIR
 
 Each method trains on the same rows with several seeds. Prints the score of each, its spread over the seeds, its share of
 the score of fine-tuning all weights, and of their number; writes them to WORKDIR/TASK.json. A run that is finished is

@@ -130,8 +130,11 @@ class Checkpoints:
         with self._errors_named():
             self._manager.wait_until_finished()
 
-    def save_params(self, params: Any) -> None:
+    def save_params(self, params: Any, base: Any = None) -> None:
         """Saves weights that no training here has made, as step 0: commands can use them, no run can go on from them.
+
+        Args:
+          base: parameters beside them that stay as another workdir has them; None: there are none.
 
         Raises:
           UserError: the disk has no room for them, or the save failed.
@@ -142,12 +145,13 @@ class Checkpoints:
             "params": ocp.PyTreeCheckpointHandler(use_compression=False),
             "manifest": ocp.JsonCheckpointHandler(),
         }
-        items = {"params": params}
+        fixed = {} if base is None else {"base": base}
         with self._errors_named(), ocp.CheckpointManager(self._directory, item_handlers=handlers) as manager:
             manager.save(
                 0,
                 args=ocp.args.Composite(
-                    manifest=ocp.args.JsonSave(_make_manifest(Position(), items)), params=ocp.args.PyTreeSave(params)
+                    manifest=ocp.args.JsonSave(_make_manifest(Position(), {"params": params} | fixed)),
+                    params=ocp.args.PyTreeSave(params),
                 ),
             )
 

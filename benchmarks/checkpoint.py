@@ -20,7 +20,7 @@ from gptjax import config as c
 from gptjax.parallel.mesh import make_mesh
 from gptjax.training.checkpoints import Checkpoints, Position
 from gptjax.training.optimizers import num_microbatches
-from gptjax.training.stages.pretrain import make_program
+from gptjax.training.programs import make_program
 from gptjax.training.state import TrainState, create_state, make_train_step, state_shardings
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -38,16 +38,16 @@ class Trainer:
 
     def __init__(self, config: c.Config):
         mesh = make_mesh(config.mesh)
-        loss, init_params = make_program(config)
-        self.state: TrainState = create_state(config, init_params, mesh)
+        program = make_program(config)
+        self.state: TrainState = create_state(program, mesh)
         self.tokens_per_step, context = config.batch.tokens_per_batch, config.model.context_length
         rows = config.sequences_per_microbatch
         shape_MBT = (self.tokens_per_step // (rows * context), rows, context)
         tokens = np.random.default_rng(0).integers(0, config.model.vocab_size or 0, shape_MBT, np.int32)
         batch = {"tokens": tokens, "targets": tokens, "weights": np.ones(shape_MBT, np.float32)}
-        step = make_train_step(config, loss, mesh, state_shardings(config, init_params, mesh))
+        step = make_train_step(program, state_shardings(program, mesh))
         full = num_microbatches(config.batch, context, 10**18)
-        self._arguments: tuple[Any, ...] = (batch, np.int32(full), np.float32(1e-5))
+        self._arguments: tuple[Any, ...] = (batch, np.int32(full), {"lr": np.float32(1e-5)})
         self._step = step.lower(self.state, *self._arguments).compile()
 
     def train(self, steps: int) -> None:

@@ -6,16 +6,15 @@ the programs, and no compilation cache is used. The model is narrow, which chang
 
 import statistics
 import time
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
 from absl import app, flags
 
 from gptjax import config as c
-from gptjax.models.gpt import GPT
 from gptjax.parallel.mesh import make_mesh
-from gptjax.training.stages.pretrain import make_loss
+from gptjax.training.programs import make_program
 from gptjax.training.state import create_state, make_train_step, state_shardings
 
 LayerLoop = Literal["scan", "unroll"]
@@ -29,18 +28,14 @@ def compile_seconds(num_layers: int, layer_loop: LayerLoop) -> float:
     )
     config = c.Config(model=model, batch=c.BatchConfig(total_tokens=1, tokens_per_batch=4 * 64))
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    gpt = GPT(model)
     tokens_BT = np.zeros((4, 64), np.int32)
-
-    def init_params(rng: jax.Array) -> dict[str, Any]:
-        return gpt.init(rng, tokens_BT)["params"]
-
-    state = jax.eval_shape(lambda: create_state(config, init_params, mesh))
-    step = make_train_step(config, make_loss(gpt), mesh, state_shardings(config, init_params, mesh))
+    program = make_program(config)
+    state = jax.eval_shape(lambda: create_state(program, mesh))
+    step = make_train_step(program, state_shardings(program, mesh))
     batch = {"tokens": tokens_BT[None], "targets": tokens_BT[None], "weights": np.ones((1, 4, 64), np.float32)}
     with jax.set_mesh(mesh):
         start = time.perf_counter()
-        step.lower(state, batch, np.int32(1), np.float32(1e-3)).compile()
+        step.lower(state, batch, np.int32(1), {"lr": np.float32(1e-3)}).compile()
         return time.perf_counter() - start
 
 

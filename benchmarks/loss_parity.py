@@ -123,7 +123,8 @@ def learning_rates(stage: Stage, steps: int) -> list[float]:
 def read_windows(stage: Stage, steps: int) -> np.ndarray:
     """The run's first batches, int32 (N, B, T + 1): inputs and, one further, targets."""
     batches = itertools.islice(stage.batches(0), steps)  # whole ones: make_config sets no microbatch_size
-    return np.stack([np.concatenate([batch["tokens"], batch["targets"][:, -1:]], axis=1) for batch in batches])
+    arrays = [batch.arrays for batch in batches]
+    return np.stack([np.concatenate([rows["tokens"], rows["targets"][:, -1:]], axis=1) for rows in arrays])
 
 
 # --- ours -------------------------------------------------------------------------------------------------------------
@@ -152,16 +153,16 @@ def train_gptjax(stage: Stage, mesh: Mesh, weights: Weights, windows_NBS: np.nda
     logits = jax.jit(lambda params: GPT(config.model).apply({"params": params}, windows_NBS[0, :, :-1]))
     losses, grad_norms = [], []
     with jax.set_mesh(mesh):
-        placement = state_shardings(config, stage.init_params, mesh)
-        state = create_state(config, stage.init_params, mesh)
+        placement = state_shardings(stage.program, mesh)
+        state = create_state(stage.program, mesh)
         state = state.replace(params=jax.device_put(to_params(weights, state.params), placement.params))
         first_logits = logits(state.params)
-        step = make_train_step(config, stage.loss, mesh, placement)
+        step = make_train_step(stage.program, placement)
         for window_BS, lr in zip(windows_NBS, learning_rates(stage, len(windows_NBS)), strict=True):
             tokens_MBT = window_BS[:, :-1].reshape(-1, microbatch, context)
             targets_MBT = window_BS[:, 1:].reshape(-1, microbatch, context)
             batch = {"tokens": tokens_MBT, "targets": targets_MBT, "weights": np.ones(targets_MBT.shape, np.float32)}
-            state, metrics = step(state, batch, np.int32(len(tokens_MBT)), np.float32(lr))
+            state, metrics = step(state, batch, np.int32(len(tokens_MBT)), {"lr": np.float32(lr)})
             losses.append(metrics["loss"])
             grad_norms.append(metrics["grad_norm"])
         return Curve(*map(np.asarray, (losses, grad_norms, first_logits, logits(state.params))))

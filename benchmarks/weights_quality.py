@@ -12,7 +12,7 @@ import numpy as np
 from absl import flags
 
 from gptjax import cli
-from gptjax.config import UserError, read_config
+from gptjax.config import UserError
 from gptjax.data.pipeline import batches, open_corpus
 from gptjax.inference.weights import prepare
 from gptjax.models.decoding import forward, logits
@@ -36,10 +36,10 @@ def main() -> None:
     if WORKDIR.value is None:
         raise UserError("needs --workdir=DIR, such as --workdir=runs/demo")
     trained = load_model(Path(WORKDIR.value))
-    config, context = read_config(Path(WORKDIR.value)), trained.model.config.context_length
+    config, context = trained.config, trained.model.config.context_length
     corpus = open_corpus(config.data, context_length=context, seed=config.seed, tokenizer=trained.tokenizer)
     read = batches(corpus.validation, start=0, batch_size=BATCH_SIZE, prefetch=2)
-    held_out = [batch for _, batch in zip(range(BATCHES.value), read, strict=False)]
+    held_out = [batch.arrays for _, batch in zip(range(BATCHES.value), read, strict=False)]
     targets = sum(float(batch["weights"].sum()) for batch in held_out)
     print(f"{targets:,.0f} held-out tokens\n{'weights':10} {'bytes':>12} {'nats/token':>11} {'same top token':>15}")
     top_BT: list[np.ndarray] = []

@@ -53,6 +53,7 @@ class GPTConfig:
     position_init_std: float = 0.01
     kernel_init_std: float = 0.02
     scale_residual_init: bool = True  # projections into the residual stream start at std / sqrt(2 * num_layers)
+    adapter_dim: int | None = None  # bottleneck of Houlsby et al. 2019's adapters; None: there are none
     layer_loop: Literal["scan", "unroll"] = "scan"  # scan: compile time flat in depth; unroll: often faster steps
     # What the backward pass recomputes: nothing; all but matrix products; all but what attention returned; all; all,
     # while what one layer handed to the next waits in the host's memory
@@ -110,6 +111,78 @@ class DataConfig:
     prefetch_batches: int = 8  # microbatches read ahead of the device
 
 
+# Of stage "finetune", behind the tokenizer's vocabulary: start, delimiter, extract, and what word dropout leaves
+NUM_SPECIAL_TOKENS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """Stage "finetune": what is to be told of a text (Radford et al. 2018, section 3.2).
+
+    `data.source` and `data.validation_source` then name labelled rows, in the forms of `gptjax/data/labelled.py`.
+    """
+
+    kind: Literal[
+        "classification",
+        "entailment",
+        "similarity",
+        "multiple_choice",
+        "regression",
+        "tagging",
+        "question_answering",
+    ] = "classification"
+    # (what the task reads, the column that has it), such as (("text", "tweet"),); a column not named has its own name
+    columns: tuple[tuple[str, str], ...] = ()
+    labels: tuple[str, ...] = ()  # in the order of the head's outputs; empty: those of the training rows, sorted
+    test_source: str | None = None  # labelled rows for the report at the end; None: the validation rows
+    lm_weight: float = 0.5  # of the language-model loss beside the task's (section 3.2, equation 5)
+    head_dropout: float = 0.1
+    # tagging: the piece of a word whose output is its tag; one that reads from left to right knows a word at its last
+    label_piece: Literal["first", "last"] = "first"
+    label_weights: tuple[float, ...] = ()  # how much an example of each label counts; empty: all the same
+    balanced_labels: bool = False  # the same, by how rare the labels are in the training rows
+    # regression: what the head gives is (target - mean) / std; None: those of the training rows
+    target_mean: float | None = None
+    target_std: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RegularisationConfig:
+    """Stage "finetune": what keeps a model from learning few rows by heart. The kinds of dropout are in `model`."""
+
+    label_smoothing: float = 0.0  # share of the probability that all labels get alike (Szegedy et al. 2016, section 7)
+    word_dropout: float = 0.0  # share of a text's tokens that are blanked (Iyyer et al. 2015, section 3.1)
+    token_replacement: float = 0.0  # share of them that become any token (Wang et al. 2018, section 3)
+    mixup_alpha: float | None = None  # texts and labels are mixed in pairs, Beta(a, a) (senMixup of Guo et al. 2019)
+    adversarial_epsilon: float | None = None  # length of the step against the loss (Miyato et al. 2017, section 3)
+    augmented_copies: int = 0  # of each training row, changed by the two that follow; a turn is a line of the text
+    drop_turns: float = 0.0  # probability that a copy loses its oldest turns, up to a turn drawn alike
+    shuffle_turns: float = 0.0  # probability that the turns before the last come in another order
+
+
+@dataclasses.dataclass(frozen=True)
+class PeftConfig:
+    """Parameter-efficient fine-tuning: what is trained of the weights that `init_from` names."""
+
+    # none: all weights; lora: Hu et al. 2021; adalora: Zhang et al. 2023; adapters: Houlsby et al. 2019; head: what is
+    # new; top_layers: that and the last layers
+    method: Literal["none", "lora", "adalora", "adapters", "head", "top_layers"] = "none"
+    # Regular expressions over parameter paths: the matrices that lora and adalora change
+    targets: tuple[str, ...] = ("layers/.*/attention/(qkv|out)/kernel",)
+    rank: int = 8  # of lora; of adalora the average over the targets at the end
+    alpha: float = 16.0  # the product of two low-rank matrices counts alpha / rank times
+    dropout: float = 0.0  # of what lora's and adalora's matrices read
+    initial_rank: int = 12  # the rest is adalora's: of each target at the start
+    initial_fraction: float = 0.1  # share of training before the budget shrinks
+    final_fraction: float = 0.3  # share of training with the final budget
+    prune_every_steps: int = 10
+    sensitivity_beta: float = 0.85  # smooths the importance of a singular value, and its uncertainty
+    uncertainty_beta: float = 0.85
+    orthogonality: float = 0.1  # weight of the penalty that keeps P and Q orthogonal
+    adapter_dim: int = 64  # adapters: width of the bottleneck
+    num_layers: int = 2  # top_layers: how many
+
+
 @dataclasses.dataclass(frozen=True)
 class BatchConfig:
     """How much is trained, and on how many tokens a step."""
@@ -130,6 +203,7 @@ class OptimizerConfig:
     peak_lr: float = 6e-4
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     warmup_tokens: int = 0  # linear from 0
+    warmup_fraction: float | None = None  # the same, as a share of the whole training
     decay_tokens: int | None = None  # cosine, linear: where the floor is reached; wsd: length of the last descent;
     # None: cosine and linear reach it at the end, wsd takes the last tenth
     floor_lr_fraction: float = 0.1  # of peak_lr
@@ -141,6 +215,7 @@ class OptimizerConfig:
     decay_rules: tuple[tuple[str, float], ...] = ((".*/(bias|scale)", 0.0), (".*", 1.0))
     clip_norm: float | None = 1.0  # of the gradient, over all parameters
     ema_decay: float | None = None  # per step; evaluations and samples then use the average
+    layer_lr_decay: float = 1.0  # a layer's learning rate is so many times that of the layer above it
     offload: bool = False  # the moments wait in the host's memory from one step to the next
 
 
@@ -160,7 +235,10 @@ class EvaluationConfig:
     """Held-out loss and samples, while training and at the end."""
 
     every_tokens: int | None = None  # None: only at the start and at the end
+    every_epochs: float | None = None  # the same, counted in epochs of the training data
     max_tokens: int | None = 1_000_000  # of the validation split; None: all of it
+    metric: str = "loss"  # of the validation, by which a checkpoint is the best
+    patience: int | None = None  # stop after so many evaluations in a row that are no better; None: train to the end
     sample_prompt: str = "The"
     sample_tokens: int = 128  # 0: no samples
     sample_temperature: float = 0.8
@@ -169,10 +247,11 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """What a kill costs at most, and a signal does not. `python -m benchmarks.checkpoint` measures what saving costs."""
+    """What a kill costs at most, and a signal does not. What saving costs: `python -m benchmarks.checkpoint`."""
 
     every_tokens: int | None = None  # None: only at the end
-    keep_last: int = 2  # besides the one with the best validation loss
+    every_epochs: float | None = None  # the same, counted in epochs of the training data
+    keep_last: int = 2  # besides the one of the best evaluation.metric
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,11 +280,14 @@ class LoggingConfig:
 class Config:
     """One run."""
 
-    stage: Literal["pretrain"] = "pretrain"
+    stage: Literal["pretrain", "finetune"] = "pretrain"
     seed: int = 0  # of initialisation, dropout, data order and samples
     init_from: str | None = None  # a workdir whose newest weights to start from
     model: GPTConfig = GPTConfig()
     data: DataConfig = DataConfig()
+    task: TaskConfig = TaskConfig()
+    regularisation: RegularisationConfig = RegularisationConfig()
+    peft: PeftConfig = PeftConfig()
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
@@ -213,6 +295,25 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     stability: StabilityConfig = StabilityConfig()
     logging: LoggingConfig = LoggingConfig()
+
+    def completed(self, vocab_size: int, found: dict[str, Any] | None = None) -> "Config":
+        """What a run computes with, once its data is known.
+
+        Args:
+          vocab_size: of the tokenizer; special tokens of the stage come behind it.
+          found: fields of `task` that the training rows decide, such as its labels.
+
+        Raises:
+          UserError: model.vocab_size is set, and too small.
+        """
+        model, task = self.model, self.task
+        if self.stage == "finetune":
+            task = dataclasses.replace(task, **(found or {}))
+            size = max(vocab_size + NUM_SPECIAL_TOKENS, model.vocab_size or 0)
+            model = dataclasses.replace(model, vocab_size=size)
+        if self.peft.method == "adapters":
+            model = dataclasses.replace(model, adapter_dim=self.peft.adapter_dim)
+        return dataclasses.replace(self, model=model.with_vocabulary(vocab_size), task=task)
 
     @property
     def sequences_per_microbatch(self) -> int:
@@ -385,7 +486,7 @@ def check(config: Config) -> None:
             require(value is None or value > 0, f"{prefix}.{name}={value} must be positive")
 
     positive(model, "model", "vocab_size", "context_length", "num_layers", "num_heads", "embed_dim", "ffw_dim")
-    positive(model, "model", "band_width", "norm_eps")
+    positive(model, "model", "band_width", "norm_eps", "adapter_dim")
     require(
         model.embed_dim % model.num_heads == 0,
         f"model.num_heads={model.num_heads} does not divide model.embed_dim={model.embed_dim}: "
@@ -405,6 +506,47 @@ def check(config: Config) -> None:
 
     require(0 < data.validation_fraction < 1, f"data.validation_fraction={data.validation_fraction} must be in (0, 1)")
     positive(data, "data", "prefetch_batches")
+
+    task, peft = config.task, config.peft
+    require(task.lm_weight >= 0, f"task.lm_weight={task.lm_weight} must not be negative")
+    require(0 <= task.head_dropout < 1, f"task.head_dropout={task.head_dropout} must be in [0, 1)")
+    require(task.target_std is None or task.target_std > 0, f"task.target_std={task.target_std} must be positive")
+    require(not (task.label_weights and task.balanced_labels), "set one of task.label_weights and task.balanced_labels")
+    require(
+        all(weight > 0 for weight in task.label_weights), f"task.label_weights={task.label_weights} must be positive"
+    )
+    regularisation = config.regularisation
+    for name in ("label_smoothing", "word_dropout", "token_replacement", "drop_turns", "shuffle_turns"):
+        value = getattr(regularisation, name)
+        require(0 <= value <= 1, f"regularisation.{name}={value} must be in [0, 1]")
+    positive(regularisation, "regularisation", "mixup_alpha", "adversarial_epsilon")
+    copies = regularisation.augmented_copies
+    require(copies >= 0, f"regularisation.augmented_copies={copies} must not be negative")
+    require(
+        (copies > 0) == (max(regularisation.drop_turns, regularisation.shuffle_turns) > 0),
+        "regularisation.augmented_copies and what changes the copies, drop_turns or shuffle_turns, need each other",
+    )
+    require(
+        regularisation.mixup_alpha is None or task.kind not in ("tagging", "question_answering"),
+        f"regularisation.mixup_alpha mixes whole texts, and task.kind={task.kind} is about places in them: unset it",
+    )
+    require(0 <= peft.dropout < 1, f"peft.dropout={peft.dropout} must be in [0, 1)")
+    positive(peft, "peft", "rank", "alpha", "prune_every_steps", "adapter_dim", "num_layers")
+    require(
+        peft.initial_rank >= peft.rank or peft.method != "adalora",
+        f"peft.initial_rank={peft.initial_rank} is below peft.rank={peft.rank}, at which adalora ends: raise it",
+    )
+    for name in ("sensitivity_beta", "uncertainty_beta"):
+        require(0 <= getattr(peft, name) < 1, f"peft.{name}={getattr(peft, name)} must be in [0, 1)")
+    require(
+        min(peft.initial_fraction, peft.final_fraction) >= 0 and peft.initial_fraction + peft.final_fraction < 1,
+        f"peft.initial_fraction={peft.initial_fraction} and peft.final_fraction={peft.final_fraction} must leave "
+        "a part of the training between them",
+    )
+    require(
+        peft.method == "none" or config.init_from is not None,
+        f"peft.method={peft.method} trains a part of given weights: name their workdir by init_from",
+    )
 
     positive(batch, "batch", "total_tokens", "epochs", "tokens_per_batch", "microbatch_size")
     positive(batch, "batch", "ramp_start_tokens", "ramp_tokens")
@@ -439,10 +581,24 @@ def check(config: Config) -> None:
     ema = optimizer.ema_decay
     require(ema is None or 0 < ema < 1, f"optimizer.ema_decay={ema} must be in (0, 1)")
 
-    positive(config.evaluation, "evaluation", "every_tokens", "max_tokens", "sample_top_k")
+    fraction = optimizer.warmup_fraction
+    require(fraction is None or 0 <= fraction < 1, f"optimizer.warmup_fraction={fraction} must be in [0, 1)")
+    require(
+        fraction is None or optimizer.warmup_tokens == 0,
+        "set one of optimizer.warmup_tokens and optimizer.warmup_fraction, and the other to 0 or None",
+    )
+    require(0 < optimizer.layer_lr_decay <= 1, f"optimizer.layer_lr_decay={optimizer.layer_lr_decay} must be in (0, 1]")
+
+    for name, section in (("evaluation", config.evaluation), ("checkpoint", config.checkpoint)):
+        positive(section, name, "every_tokens", "every_epochs")
+        require(
+            section.every_tokens is None or section.every_epochs is None,
+            f"set one of {name}.every_tokens and {name}.every_epochs, and the other to None",
+        )
+    positive(config.evaluation, "evaluation", "max_tokens", "sample_top_k", "patience")
     require(config.evaluation.sample_temperature >= 0, "evaluation.sample_temperature must not be negative")
     require(config.evaluation.sample_tokens >= 0, "evaluation.sample_tokens must not be negative")
-    positive(config.checkpoint, "checkpoint", "every_tokens", "keep_last")
+    positive(config.checkpoint, "checkpoint", "keep_last")
     positive(config.stability, "stability", "max_skipped_updates", "spike_deviations")
     require(
         config.stability.spike_window >= 8,

@@ -1,8 +1,10 @@
-"""Makes a workdir of a Hugging Face model, or a Hugging Face model of a workdir.
+"""Makes a workdir of a Hugging Face model, or a Hugging Face model of a workdir; and the same of LoRA matrices.
 
 python -m gptjax.convert --from_hf=DIR --workdir=runs/imported
 python -m gptjax.convert --from_hf=openai-community/gpt2 --workdir=runs/gpt2_124m --dtype=bfloat16
 python -m gptjax.convert --workdir=runs/gpt2 --to_hf=DIR
+python -m gptjax.convert --from_peft=DIR --base=runs/gpt2_124m --workdir=runs/lora
+python -m gptjax.convert --workdir=runs/lora --to_peft=DIR
 """
 
 from pathlib import Path
@@ -13,9 +15,16 @@ from absl import flags
 from gptjax import cli
 from gptjax.config import UserError
 
-FROM_HF = flags.DEFINE_string("from_hf", None, "Hugging Face directory, or OWNER/NAME on its Hub, to import.")
-TO_HF = flags.DEFINE_string("to_hf", None, "Directory to write the model of --workdir to; it must be new.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Workdir to read, or with --from_hf to make.")
+WAYS = {
+    "from_hf": "Hugging Face directory, or OWNER/NAME on its Hub, to import.",
+    "to_hf": "Directory to write the model of --workdir to, LoRA folded in; it must be new.",
+    "from_peft": "Directory of Hugging Face PEFT with LoRA matrices to import, beside the weights of --base.",
+    "to_peft": "Directory to write the LoRA matrices of --workdir to; it must be new.",
+}
+for name, text in WAYS.items():
+    flags.DEFINE_string(name, None, text)
+WORKDIR = flags.DEFINE_string("workdir", None, "Workdir to read, or with --from_hf and --from_peft to make.")
+BASE = flags.DEFINE_string("base", None, "With --from_peft: workdir of the weights that the matrices are for.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of activations, with --from_hf.")
 TOKENIZER = flags.DEFINE_string(
     "tokenizer", None, "With --from_hf: gpt2, cl100k_base, bytes or json:PATH, in place of the directory's own."
@@ -23,20 +32,31 @@ TOKENIZER = flags.DEFINE_string(
 
 
 def main() -> None:
-    source, target = FROM_HF.value, TO_HF.value
-    if WORKDIR.value is None or (source is None) == (target is None):
-        raise UserError("needs --workdir=DIR and one of --from_hf=DIR (to import) and --to_hf=DIR (to export)")
-    if source is None and (DTYPE.present or TOKENIZER.present):
+    given = {name: flags.FLAGS[name].value for name in WAYS}
+    ways = [name for name, value in given.items() if value is not None]
+    if WORKDIR.value is None or len(ways) != 1:
+        raise UserError(
+            "needs --workdir=DIR and one of --from_hf=DIR, --from_peft=DIR (to import), --to_hf=DIR and --to_peft=DIR "
+            "(to export)"
+        )
+    (way,) = ways
+    if way != "from_hf" and (DTYPE.present or TOKENIZER.present):
         raise UserError("--dtype and --tokenizer are of an import: a workdir is exported with its own")
-    from gptjax.interop import huggingface  # after the checks: it takes seconds to import
+    if (way == "from_peft") != (BASE.value is not None):
+        raise UserError("--from_peft and --base need each other: LoRA matrices are for the weights of a workdir")
+    from gptjax.interop import adapters, huggingface  # after the checks: it takes seconds to import
 
-    workdir = Path(WORKDIR.value).expanduser()
-    if source is not None:
-        huggingface.import_workdir(source, workdir, cast(huggingface.DType, DTYPE.value), TOKENIZER.value)
-        print(f"imported {source} into {workdir}")
-    if target is not None:
-        huggingface.export_workdir(workdir, Path(target).expanduser())
-        print(f"exported {workdir} to {target}")
+    workdir, place = Path(WORKDIR.value).expanduser(), str(given[way])
+    directory = Path(place).expanduser()
+    if way == "from_hf":
+        huggingface.import_workdir(place, workdir, cast(huggingface.DType, DTYPE.value), TOKENIZER.value)
+    elif way == "to_hf":
+        huggingface.export_workdir(workdir, directory)
+    elif way == "from_peft":
+        adapters.import_adapter(directory, Path(str(BASE.value)).expanduser(), workdir)
+    else:
+        adapters.export_adapter(workdir, directory)
+    print(f"imported {place} into {workdir}" if way.startswith("from") else f"exported {workdir} to {place}")
 
 
 if __name__ == "__main__":

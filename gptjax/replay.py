@@ -9,7 +9,7 @@ from pathlib import Path
 from absl import flags
 
 from gptjax import cli
-from gptjax.config import UserError, read_config, replace
+from gptjax.config import UserError, replace
 
 BUNDLE = flags.DEFINE_string("bundle", None, "Debug bundle: a directory WORKDIR/debug/step_....")
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of activations; as trained, if not given.")
@@ -22,29 +22,30 @@ def main() -> None:
         raise UserError("needs --bundle=WORKDIR/debug/step_...")
     import jax  # after the checks: these take seconds to import
 
-    from gptjax.data import tokenizers
     from gptjax.parallel.mesh import check_fit, make_mesh
     from gptjax.training.bundles import diagnose, load_bundle
     from gptjax.training.checkpoints import Checkpoints
-    from gptjax.training.stages.pretrain import make_program
+    from gptjax.training.programs import completed_config, make_program
+    from gptjax.training.start import given_params
     from gptjax.training.state import abstract_state
     from gptjax.workdir import parse_mesh
 
     bundle = Path(BUNDLE.value)
     step, batch = load_bundle(bundle)
     workdir = bundle.absolute().parent.parent
-    config = read_config(workdir)
-    vocab_size = config.model.with_vocabulary(tokenizers.load(workdir / "tokenizer").vocab_size).vocab_size
+    config, _ = completed_config(workdir)
     dtype = config.model.dtype if DTYPE.value is None else DTYPE.value
     # A backend that was named for the machine that trained may be none of this one's.
-    config = replace(config, {"model": {"vocab_size": vocab_size, "dtype": dtype, "attention_backend": "auto"}})
+    config = replace(config, {"model": {"dtype": dtype, "attention_backend": "auto"}})
     mesh = make_mesh(parse_mesh(MESH.value))
     check_fit(config, mesh)
     jax.config.update("jax_debug_nans", DEBUG_NANS.value)
-    loss, init_params = make_program(config)
+    program = make_program(config)
     with jax.set_mesh(mesh), Checkpoints(workdir, config.checkpoint, read_only=True) as checkpoints:
-        state, _ = checkpoints.restore(abstract_state(config, init_params, mesh), step)
-        report = diagnose(config, loss, state, batch)
+        state, _ = checkpoints.restore(abstract_state(program, mesh), step)
+        if program.given is not None:
+            state = state.replace(base=given_params(program, mesh)[0])
+        report = diagnose(program, state, batch)
     for i, numbers in enumerate(report["microbatches"]):
         print(f"microbatch {i}: loss {numbers['loss']}, gradient norm {numbers['grad_norm']}")
     print(f"\nmicrobatch {report['worst']}\n{'parameter':<44} {'norm':>12} {'gradient':>12} {'not finite':>10}")

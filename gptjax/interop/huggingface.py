@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gptjax.config import BatchConfig, Config, DataConfig, GPTConfig, MeshConfig, UserError, read_config, to_json
+from gptjax.config import BatchConfig, Config, DataConfig, GPTConfig, MeshConfig, UserError, to_json
 from gptjax.data import tokenizers
 from gptjax.files import unfinished_path
 from gptjax.interop import families, safetensors_files
@@ -28,6 +28,8 @@ from gptjax.interop.tokenizer_files import read_tokenizer, write_tokenizer
 from gptjax.models.gpt import GPT, abstract_params
 from gptjax.parallel.mesh import make_mesh
 from gptjax.training.checkpoints import Checkpoints
+from gptjax.training.programs import completed_config
+from gptjax.training.start import load_weights
 
 DType = Literal["float32", "bfloat16"]
 
@@ -162,17 +164,25 @@ def import_workdir(source: str, workdir: Path, dtype: DType = "float32", tokeniz
 
 
 def export_workdir(workdir: Path, directory: Path) -> None:
-    """Writes the newest weights of a workdir as a Hugging Face directory (`save_pretrained`)."""
+    """Writes the newest weights of a workdir's GPT as a Hugging Face directory (`save_pretrained`).
+
+    What low-rank matrices of fine-tuning change is in them; a head for a task is left out.
+    """
     check_new(directory)
-    config = read_config(workdir)
-    tokenizer = tokenizers.load(workdir / "tokenizer")
-    model = config.model.with_vocabulary(tokenizer.vocab_size)
-    families.family_of(model)  # before the checkpoint is opened
+    config, tokenizer = completed_config(workdir)
+    families.family_of(config.model)  # before the checkpoint is opened
+    mesh = make_mesh(MeshConfig())
+    abstract = abstract_params(GPT(config.model), mesh)
+    if config.stage != "pretrain" or config.peft.method != "none":
+        with jax.set_mesh(mesh):
+            params = load_weights(workdir, mesh).gpt
+        arrays = (np.asarray(leaf) for leaf in jax.tree.leaves(params))
+        _save(config.model, _by_path(abstract), arrays, directory, tokenizer)
+        return
     with Checkpoints(workdir, config.checkpoint, read_only=True) as checkpoints:
         if checkpoints.latest_step() is None:
             raise UserError(f"{workdir} has no checkpoint yet")
-        abstract = abstract_params(GPT(model), make_mesh(MeshConfig()))
-        _save(model, _by_path(abstract), checkpoints.stream_params(abstract), directory, tokenizer)
+        _save(config.model, _by_path(abstract), checkpoints.stream_params(abstract), directory, tokenizer)
 
 
 # --- what is written is whole -----------------------------------------------------------------------------------------

@@ -90,6 +90,33 @@ def layer_norm(config: GPTConfig, name: str | None = None) -> nn.LayerNorm:
     )
 
 
+class Adapter(nn.Module):
+    """A bottleneck beside the identity, near which it starts (Houlsby et al. 2019, section 2.1); (B, T, D)."""
+
+    config: GPTConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        config = self.config
+        assert config.adapter_dim is not None
+        init = nn.initializers.truncated_normal(1e-2)
+        h_BTA = nn.Dense(
+            config.adapter_dim,
+            kernel_init=partitioned(init, "embed", "adapter"),
+            bias_init=partitioned(nn.initializers.zeros, "adapter"),
+            name="down",
+            **product_settings(config),
+        )(x_BTD)
+        out_BTD = nn.Dense(
+            config.embed_dim,
+            kernel_init=partitioned(init, "adapter", "embed"),
+            bias_init=partitioned(nn.initializers.zeros, "norm"),
+            name="up",
+            **product_settings(config),
+        )(ACTIVATIONS[config.activation](h_BTA))
+        return x_BTD + out_BTD
+
+
 class Block(nn.Module):
     """One transformer layer; (B, T, D) to (B, T, D)."""
 
@@ -117,17 +144,18 @@ class Block(nn.Module):
         attention_norm, mlp_norm = layer_norm(config, "attention_norm"), layer_norm(config, "mlp_norm")
         dropout = nn.Dropout(config.residual_dropout, deterministic=deterministic)
 
+        def adapted(h_BTD: jax.Array, name: str) -> jax.Array:
+            return h_BTD if config.adapter_dim is None else Adapter(config, name=name)(h_BTD)
+
         x_BTD = checkpoint_name(x_BTD, "block_input")
         pre = config.norm_position == "pre"
         h_BTD, key_values = attention(
             gathered(attention_norm(x_BTD) if pre else x_BTD), segments_BT, deterministic, cache, positions_B
         )
-        if pre:
-            x_BTD = x_BTD + dropout(h_BTD)
-            x_BTD = x_BTD + dropout(mlp(gathered(mlp_norm(x_BTD))))
-        else:
-            x_BTD = attention_norm(x_BTD + dropout(h_BTD))
-            x_BTD = mlp_norm(x_BTD + dropout(mlp(gathered(x_BTD))))
+        h_BTD = adapted(dropout(h_BTD), "attention_adapter")
+        x_BTD = x_BTD + h_BTD if pre else attention_norm(x_BTD + h_BTD)
+        h_BTD = adapted(dropout(mlp(gathered(mlp_norm(x_BTD) if pre else x_BTD))), "mlp_adapter")
+        x_BTD = x_BTD + h_BTD if pre else mlp_norm(x_BTD + h_BTD)
         return x_BTD, key_values
 
 

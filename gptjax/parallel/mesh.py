@@ -39,6 +39,10 @@ LOGICAL_AXES: dict[str | None, tuple[str, ...] | str | None] = {
     "qkv": None,
     "head_dim": None,
     "norm": None,
+    "adapter": None,
+    "rank": None,
+    "vocab_part": None,  # rows of a table that is kept in two parts, which need not divide
+    "outputs": None,
     "position": None,
 }
 
@@ -219,6 +223,11 @@ def abstract_arrays(shapes: Any, placement: Any) -> Any:
     )
 
 
-def batch_sharding(mesh: Mesh, *leading: None) -> NamedSharding:
-    """Of a (B, T) batch array, behind any unsharded `leading` axes."""
-    return NamedSharding(mesh, PartitionSpec(*leading, *partition_spec(("batch", "length"))))
+def batch_sharding(mesh: Mesh, *leading: None, rank: int = 2) -> NamedSharding:
+    """Of an array of a batch, behind any unsharded `leading` axes.
+
+    Args:
+      rank: of the array without those: 1 for (B,), 2 for (B, T), 3 for (B, C, T), ...
+    """
+    logical = ("batch", *(None,) * (rank - 2), "length")[:rank]
+    return NamedSharding(mesh, PartitionSpec(*leading, *partition_spec(logical)))

@@ -5,35 +5,39 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 import numpy.typing as npt
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh
+
+from gptjax.parallel.mesh import batch_sharding
 
 
-def process_rows(sharding: NamedSharding, batch_size: int) -> list[int]:
-    """The rows of a (B, T) batch that this process's devices hold, in rising order.
+def process_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """The rows of a batch of `batch_size` that this process's devices hold, in rising order.
 
     They need be neither consecutive nor an equal share: where the processes divide the positions or the heads between
     them, each holds all rows.
-
-    Args:
-      sharding: of the (B, T) arrays; it must divide both sizes.
-      batch_size: B.
     """
-    length = sharding.mesh.size  # any multiple of what the positions are spread over
-    indices = sharding.addressable_devices_indices_map((batch_size, length)).values()
+    indices = batch_sharding(mesh, rank=1).addressable_devices_indices_map((batch_size,)).values()
     return sorted({row for index in indices if index is not None for row in range(*index[0].indices(batch_size))})
 
 
 def global_array(
-    sharding: NamedSharding, rows: Sequence[int], local: npt.NDArray[np.generic], batch_size: int
+    mesh: Mesh, rows: Sequence[int], local: npt.NDArray[np.generic], batch_size: int, *leading: None
 ) -> jax.Array:
-    """The (..., B, T) array of which this process has the rows `rows` of `process_rows`, (..., len(rows), T)."""
-    shape = (*local.shape[:-2], batch_size, local.shape[-1])
+    """The array of a batch of which this process has the rows `rows` of `process_rows`.
+
+    Args:
+      local: the rows, (len(rows), ...), behind as many unsharded axes as there are in `leading`.
+      batch_size: all rows.
+      leading: as of `batch_sharding`.
+    """
+    axis = len(leading)
+    shape = (*local.shape[:axis], batch_size, *local.shape[axis + 1 :])
 
     def shard(index: tuple[slice, ...] | None) -> npt.NDArray[np.generic]:
         assert index is not None
-        *leading, of_rows, of_length = index
-        start, stop, _ = of_rows.indices(batch_size)
+        start, stop, _ = index[axis].indices(batch_size)
         first = int(np.searchsorted(rows, start))
-        return local[(*leading, slice(first, first + stop - start), of_length)]
+        return local[(*index[:axis], slice(first, first + stop - start), *index[axis + 1 :])]
 
+    sharding = batch_sharding(mesh, *leading, rank=local.ndim - axis)
     return jax.make_array_from_callback(shape, sharding, shard)

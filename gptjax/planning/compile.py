@@ -14,7 +14,8 @@ from gptjax.config import Config
 from gptjax.parallel.mesh import batch_sharding, check_fit
 from gptjax.planning.program_text import Collective, collectives
 from gptjax.planning.topology import parse_bytes
-from gptjax.training.stages.pretrain import make_program
+from gptjax.training.optimizers import schedule
+from gptjax.training.programs import make_program
 from gptjax.training.state import abstract_state, make_train_step, state_shardings
 
 
@@ -104,8 +105,8 @@ def compile_training_step(config: Config, mesh: Mesh) -> Compiled:
     count = microbatches(config)
 
     def trace() -> jax.stages.Lowered:
-        loss, init_params = make_program(config)
-        step = make_train_step(config, loss, mesh, state_shardings(config, init_params, mesh))
+        program = make_program(config)
+        step = make_train_step(program, state_shardings(program, mesh))
         shape, sharding = (
             (count, config.sequences_per_microbatch, config.model.context_length),
             batch_sharding(mesh, None),
@@ -114,8 +115,8 @@ def compile_training_step(config: Config, mesh: Mesh) -> Compiled:
         if config.data.packing == "segment":
             kinds |= {"segments": np.int32, "positions": np.int32}
         batch = {name: jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for name, kind in kinds.items()}
-        scalars = (jax.ShapeDtypeStruct((), np.int32), jax.ShapeDtypeStruct((), np.float32))
-        return step.lower(abstract_state(config, init_params, mesh), batch, *scalars)
+        scalars = (np.int32(count), schedule(config, 1, 1, 1))
+        return step.lower(abstract_state(program, mesh), batch, *scalars)
 
     return compile_lowered(trace, mesh, unknown_trip_count=count)
 
@@ -136,9 +137,9 @@ class StateBytes:
 
 def state_bytes(config: Config, mesh: Mesh) -> StateBytes:
     """Of the training state's shards; config with the vocabulary filled in."""
-    _, init_params = make_program(config)
+    program = make_program(config)
     with jax.set_mesh(mesh):
-        state = abstract_state(config, init_params, mesh)
+        state = abstract_state(program, mesh)
 
     def size(tree: Any) -> int:
         return sum(

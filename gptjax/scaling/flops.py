@@ -29,8 +29,9 @@ def non_embedding_parameter_count(model: GPTConfig) -> int:
     attention = (D + model.qkv_bias) * 3 * D + (D + 1) * D
     feed_forward = (D + 1) * F + (F + 1) * D
     norm = 2 * D
+    adapter = 0 if model.adapter_dim is None else 2 * D * model.adapter_dim + model.adapter_dim + D
     final_norm = norm if model.norm_position == "pre" else 0
-    return model.num_layers * (attention + feed_forward + 2 * norm) + final_norm
+    return model.num_layers * (attention + feed_forward + 2 * norm + 2 * adapter) + final_norm
 
 
 def forward_flops_per_token(model: GPTConfig) -> int:
@@ -42,7 +43,7 @@ def forward_flops_per_token(model: GPTConfig) -> int:
     Embedding look-ups, biases, norms, softmax and activations are not counted.
     """
     D, F = model.embed_dim, model.feed_forward_dim
-    layer_products = 2 * (3 * D * D + D * D + 2 * D * F)
+    layer_products = 2 * (3 * D * D + D * D + 2 * D * F) + 2 * (4 * D * (model.adapter_dim or 0))
     head = 2 * D * _vocab_size(model)
     seen = {"dense": model.context_length, "banded": min(model.band_width, model.context_length)}
     pattern = model.attention_pattern
@@ -78,14 +79,21 @@ class MemorySummary:
         return self.parameters + self.gradients + self.moments + self.ema
 
 
-def memory_summary(model: GPTConfig, optimizer: OptimizerConfig, shards: int = 1) -> MemorySummary:
+def memory_summary(
+    model: GPTConfig, optimizer: OptimizerConfig, shards: int = 1, trained: int | None = None
+) -> MemorySummary:
     """Bytes per device when each array is spread over `shards` devices, the mesh's fsdp * tensor.
 
     Slightly low when sharded: norms, some biases and position embeddings stay whole on every device or axis.
+
+    Args:
+      trained: parameters that are trained; None: all.
     """
-    tree = -(-parameter_count(model) * jnp.dtype(model.param_dtype).itemsize // shards)
+    parameters, width = parameter_count(model), jnp.dtype(model.param_dtype).itemsize
+    trained = parameters if trained is None else trained
+    every, tree = (-(-count * width // shards) for count in (parameters, trained))
     return MemorySummary(
-        parameters=tree, gradients=tree, moments=2 * tree, ema=0 if optimizer.ema_decay is None else tree
+        parameters=every, gradients=tree, moments=2 * tree, ema=0 if optimizer.ema_decay is None else tree
     )
 
 

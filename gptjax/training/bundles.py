@@ -1,6 +1,6 @@
 """Debug bundles: what a run that stops for numbers that are not finite leaves, to find out where they began.
 
-`<workdir>/debug/step_00000123/` has batch.npz, the (M, B, T) arrays of the step's microbatches, and report.json, what
+`<workdir>/debug/step_00000123/` has batch.npz, the (M, B, ...) arrays of the step's microbatches, and report.json, what
 `diagnose` finds in them. The parameters are those of checkpoint 123: a skipped update has changed nothing.
 """
 
@@ -14,20 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from gptjax.config import Config, UserError
-from gptjax.training.state import Batch, Loss, TrainState, dropout_rng
+from gptjax.config import UserError
+from gptjax.training.state import Batch, Program, TrainState, dropout_rng
 
 
-def save_bundle(workdir: Path, config: Config, loss: Loss, state: TrainState, batch: Batch, count: int) -> Path:
+def save_bundle(workdir: Path, program: Program, state: TrainState, batch: Batch, count: int) -> Path:
     """Writes the bundle of the step that led to `state`, process 0 alone; returns its directory.
 
     Args:
-      batch: (M, B, T) arrays on the mesh in use, of which `count` microbatches were trained on.
+      batch: (M, B, ...) arrays on the mesh in use, of which `count` microbatches were trained on.
     """
     directory = workdir / "debug" / f"step_{int(state.step):08d}"
     whole = jax.jit(lambda batch: batch, out_shardings=PartitionSpec())(batch)
     microbatches = {name: np.asarray(array_MBT)[:count] for name, array_MBT in whole.items()}
-    report = diagnose(config, loss, state, microbatches)
+    report = diagnose(program, state, microbatches)
     if jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
         np.savez(directory / "batch.npz", **microbatches)  # type: ignore[arg-type]
@@ -36,7 +36,7 @@ def save_bundle(workdir: Path, config: Config, loss: Loss, state: TrainState, ba
 
 
 def load_bundle(directory: Path) -> tuple[int, dict[str, np.ndarray]]:
-    """The step of a bundle and the (M, B, T) arrays of its microbatches; UserError when it cannot be read."""
+    """The step of a bundle and the (M, B, ...) arrays of its microbatches; UserError when it cannot be read."""
     step = re.fullmatch(r"step_(\d+)", directory.name)
     if step is None:
         raise UserError(f"{directory} is not a debug bundle: give a directory such as WORKDIR/debug/step_00000123")
@@ -47,8 +47,8 @@ def load_bundle(directory: Path) -> tuple[int, dict[str, np.ndarray]]:
         raise UserError(f"cannot read {directory / 'batch.npz'}: {error}") from None
 
 
-def diagnose(config: Config, loss: Loss, state: TrainState, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Computes the loss and the gradient of each microbatch (M, B, T) again, with the dropout they had.
+def diagnose(program: Program, state: TrainState, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Computes the loss and the gradient of each microbatch (M, B, ...) again, with the dropout they had.
 
     Args:
       state: after the step, the parameters being those before it.
@@ -60,8 +60,11 @@ def diagnose(config: Config, loss: Loss, state: TrainState, batch: dict[str, np.
     """
 
     @jax.jit
-    def numbers(params: Any, rows: Batch, rng: Any) -> Any:
-        (loss_sum, weight), grads = jax.value_and_grad(loss, has_aux=True)(params, rows, rng)
+    def numbers(base: Any, params: Any, rows: Batch, rng: Any) -> Any:
+        def loss(trained: Any) -> tuple[jax.Array, jax.Array]:
+            return program.loss(program.join(base, trained), rows, rng)
+
+        (loss_sum, weight), grads = jax.value_and_grad(loss, has_aux=True)(params)
         grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
         norms = {}
         for (path, param), grad in zip(
@@ -73,14 +76,14 @@ def diagnose(config: Config, loss: Loss, state: TrainState, batch: dict[str, np.
 
     found = []
     for i in range(next(iter(batch.values())).shape[0]):
-        rng = dropout_rng(config.model, state.rng, state.step - 1, i)
+        rng = dropout_rng(state.rng, state.step - 1, i)
         rows = {name: array_MBT[i] for name, array_MBT in batch.items()}
-        found.append(jax.device_get(numbers(state.params, rows, rng)))
+        found.append(jax.device_get(numbers(state.base, state.params, rows, rng)))
     grad_norms = [float(np.sqrt(sum(np.sum(leaf[:, 1] ** 2) for leaf in norms.values()))) for _, norms in found]
     losses = [float(loss) for loss, _ in found]
     finite = np.isfinite(losses) & np.isfinite(grad_norms)
     worst = int(np.argmax(grad_norms) if finite.all() else np.argmin(finite))
-    period = len(config.model.attention_pattern)
+    period = len(program.config.model.attention_pattern)
     return {
         "step": int(state.step),
         "microbatches": [

@@ -1,10 +1,4 @@
-"""Checkpoints of a workdir, what is done about damaged ones, and where a run starts from.
-
-A run starts from the first of these that there is:
-  1. the newest checkpoint of its own workdir: it goes on as if it had never stopped;
-  2. the weights of the workdir that `init_from` names: a new run with a fresh optimizer;
-  3. its seed.
-"""
+"""Checkpoints of a workdir, and what is done about damaged ones."""
 
 import dataclasses
 import functools
@@ -24,24 +18,33 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from jax.sharding import Mesh
 from jax.tree_util import keystr
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from gptjax.config import CheckpointConfig, Config, UserError, differences, read_config
-from gptjax.data import tokenizers
-from gptjax.parallel import distributed
+from gptjax.config import CheckpointConfig, UserError
 from gptjax.training.checksums import checksums
-from gptjax.training.state import TrainState, abstract_state, create_state
+from gptjax.training.state import TrainState
 
 T = TypeVar("T")
 
-# Fields of the model that weights do not depend on once they are there: training that starts from them may choose.
-_FREE_FIELDS = (
-    *("embedding_dropout", "attention_dropout", "residual_dropout"),
-    *("token_init_std", "position_init_std", "kernel_init_std", "scale_residual_init"),
-    *("layer_loop", "remat", "attention_backend", "dtype", "param_dtype"),
-)
+
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """The best validation so far.
+
+    Attributes:
+      score: the higher the better; None: there was none.
+      evaluations_since: how many were no better.
+    """
+
+    score: float | None = None
+    evaluations_since: int = 0
+
+    def after(self, score: float | None) -> "Best":
+        """With the score of one more evaluation; None: it is not finite."""
+        if score is not None and (self.score is None or score > self.score):
+            return Best(score)
+        return Best(self.score, self.evaluations_since + 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +53,16 @@ class Position:
 
     Attributes:
       examples: that the run was trained on.
+      tokens: in them, padding left out.
       skipped_examples: that it passed over, where it went back before a spike of the loss.
       progress: what the numbers it shows go on from, as JSON can hold it.
       owes_evaluation: the run was asked to stop before the held-out loss due at this step was there.
     """
 
     examples: int = 0
+    tokens: int = 0
     skipped_examples: int = 0
+    best: Best = Best()
     progress: dict[str, Any] = dataclasses.field(default_factory=dict)
     owes_evaluation: bool = False
 
@@ -66,7 +72,8 @@ class Checkpoints:
 
     One checkpoint has the items `params`, `ema` (where there is one), `train` (step, optimizer state and random key)
     and `manifest` (JSON: the `Position`, and the checksum of each array); imported weights are `params` and `manifest`.
-    Kept are the newest `keep_last` and the one of the lowest validation loss.
+    Parameters that stay as another workdir has them are not in it, but their checksums are. Kept are the newest
+    `keep_last` and the one of the highest score.
 
     What is read is checked. A checkpoint that fails is reported, moved to `<workdir>/damaged/` unless `read_only`, and
     the one before it is read.
@@ -78,7 +85,7 @@ class Checkpoints:
         if read_only and not self._directory.is_dir():
             raise UserError(f"{workdir} has no checkpoint: there is no {self._directory.name}/ in it")
         policy = AnyPreservationPolicy(
-            [LatestN(config.keep_last), BestN(get_metric_fn=lambda metrics: -metrics["loss"], n=1)]
+            [LatestN(config.keep_last), BestN(get_metric_fn=lambda metrics: metrics["score"], n=1)]
         )
         _silence_threads()
         with self._errors_named():
@@ -92,25 +99,32 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, position: Position, validation_loss: float | None) -> None:
+    def best_step(self) -> int | None:
+        """The step of the highest score; the newest where none has one."""
+        metrics = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
+        scores = {step: values["score"] for step, values in metrics.items() if values is not None}
+        return max(scores, key=lambda step: (scores[step], step)) if scores else self.latest_step()
+
+    def save(self, step: int, state: TrainState, position: Position, score: float | None) -> None:
         """Starts saving; returns once the arrays are copied off the devices.
 
         Args:
-          validation_loss: None: not known, and never the best.
+          score: of the validation, the higher the better; None: not known, and never the best.
 
         Raises:
           UserError: the disk has no room for it, or the save before this one failed. Earlier checkpoints are whole.
         """
-        self._check_room(state)
         items = _items(state)
+        self._check_room(items)
+        fixed = {} if state.base is None else {"base": state.base}
         with self._errors_named():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    manifest=ocp.args.JsonSave(_make_manifest(position, items)),
+                    manifest=ocp.args.JsonSave(_make_manifest(position, items | fixed)),
                     **{name: ocp.args.StandardSave(item) for name, item in items.items()},
                 ),
-                metrics=None if validation_loss is None else {"loss": validation_loss},
+                metrics=None if score is None else {"score": score},
             )
 
     def wait(self) -> None:
@@ -118,8 +132,11 @@ class Checkpoints:
         with self._errors_named():
             self._manager.wait_until_finished()
 
-    def save_params(self, params: Any) -> None:
+    def save_params(self, params: Any, base: Any = None) -> None:
         """Saves weights that no training here has made, as step 0: commands can use them, no run can go on from them.
+
+        Args:
+          base: parameters beside them that stay as another workdir has them; None: there are none.
 
         Raises:
           UserError: the disk has no room for them, or the save failed.
@@ -130,12 +147,13 @@ class Checkpoints:
             "params": ocp.PyTreeCheckpointHandler(use_compression=False),
             "manifest": ocp.JsonCheckpointHandler(),
         }
-        items = {"params": params}
+        fixed = {} if base is None else {"base": base}
         with self._errors_named(), ocp.CheckpointManager(self._directory, item_handlers=handlers) as manager:
             manager.save(
                 0,
                 args=ocp.args.Composite(
-                    manifest=ocp.args.JsonSave(_make_manifest(Position(), items)), params=ocp.args.PyTreeSave(params)
+                    manifest=ocp.args.JsonSave(_make_manifest(Position(), {"params": params} | fixed)),
+                    params=ocp.args.PyTreeSave(params),
                 ),
             )
 
@@ -149,7 +167,7 @@ class Checkpoints:
             )
 
     def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, Position]:
-        """The newest whole state, or that of `step`, placed as `abstract`'s shardings say.
+        """The newest whole state, or that of `step`, placed as `abstract`'s shardings say; it lacks its `base`.
 
         Raises:
           UserError: there is no whole checkpoint, or it lacks what `abstract` has.
@@ -161,14 +179,28 @@ class Checkpoints:
 
         return self._newest_whole(read, step)
 
-    def restore_params(self, abstract_params: Any) -> tuple[Any, int]:
-        """The newest whole weights, their average where the run kept one, and their step; raises as `restore`."""
+    def check_base(self, step: int, base: Any) -> None:
+        """Raises UserError unless `base` holds what the state saved at `step` had."""
+        try:
+            _check({"base": base}, self._manifest(step)["checksums"])
+        except _DamageError as error:
+            raise UserError(
+                f"the weights that {self._directory.parent} started from are not what they were ({error}): "
+                "put its init_from back"
+            ) from None
+
+    def restore_params(self, abstract_params: Any, step: int | None = None) -> tuple[Any, int]:
+        """The newest whole weights, or those of `step`, and their step: their average where the run kept one.
+
+        Raises:
+          UserError: as `restore`.
+        """
 
         def read(step: int) -> tuple[Any, int]:
             name = self._weights(step)
             return self._read(step, {name: abstract_params})[0][name], step
 
-        return self._newest_whole(read)
+        return self._newest_whole(read, step)
 
     def stream_params(self, abstract_params: Any) -> Iterator[np.ndarray]:
         """The newest weights, leaf by leaf in the tree's order, each read into host memory when it is asked for.
@@ -238,7 +270,7 @@ class Checkpoints:
         restored = self._manager.restore(step, args=ocp.args.Composite(**args))
         items = {name: restored[name] for name in abstract}
         _check(items, manifest["checksums"])
-        position = Position(**manifest["position"])
+        position = Position(**manifest["position"] | {"best": Best(**manifest["position"]["best"])})
         if [type(value) for value in vars(position).values()] != [type(value) for value in vars(Position()).values()]:
             raise _DamageError("its manifest is not one of a run")
         return items, position
@@ -344,32 +376,3 @@ def _silence_threads() -> None:
 
     sys.excepthook = lambda kind, error, at: None if theirs(error) else show(kind, error, at)
     sys.unraisablehook = lambda seen: None if theirs(seen.exc_value) else show_unraisable(seen)
-
-
-def start_state(
-    config: Config, init_params: Callable[[jax.Array], Any], mesh: Mesh, checkpoints: Checkpoints
-) -> tuple[TrainState, Position]:
-    """The state a run starts from, by the precedence above, and where in the data and its numbers.
-
-    Raises:
-      UserError: `init_from` has no weights, or those of another model.
-    """
-    newest = checkpoints.latest_step()
-    distributed.check_same({"newest checkpoint": newest}, "give all processes the same --workdir, on a shared disk")
-    if newest is not None:
-        return checkpoints.restore(abstract_state(config, init_params, mesh))
-    state = create_state(config, init_params, mesh)
-    if config.init_from is None:
-        return state, Position()
-    other = Path(config.init_from).expanduser()
-    other_model = read_config(other).model.with_vocabulary(tokenizers.load(other / "tokenizer").vocab_size)
-    free = {name: getattr(config.model, name) for name in _FREE_FIELDS}
-    if changed := differences(dataclasses.replace(other_model, **free), config.model, "model."):
-        raise UserError(f"init_from={config.init_from} has another model: {'; '.join(changed)}")
-    with Checkpoints(other, config.checkpoint, read_only=True) as source:
-        if source.latest_step() is None:
-            raise UserError(f"init_from={config.init_from} has no checkpoint")
-        params, _ = source.restore_params(abstract_state(config, init_params, mesh).params)
-    # The average starts at the weights; a copy, as the step donates both.
-    ema = None if state.ema is None else jax.tree.map(lambda p: p.copy(), params)
-    return state.replace(params=params, ema=ema), Position()

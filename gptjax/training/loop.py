@@ -4,7 +4,7 @@ import dataclasses
 import importlib.metadata
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,21 +14,23 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gptjax.config import Config, UserError, config_hash
+from gptjax.data.pipeline import Microbatch
 from gptjax.data.tokenizers import Tokenizer
+from gptjax.models import peft
 from gptjax.parallel import distributed, preemption
-from gptjax.parallel.mesh import batch_sharding
 from gptjax.parallel.preemption import PreemptedError
 from gptjax.parallel.rows import global_array, process_rows
-from gptjax.scaling import flops
 from gptjax.training.bundles import save_bundle
-from gptjax.training.checkpoints import Checkpoints, Position, start_state
+from gptjax.training.checkpoints import Checkpoints, Position
 from gptjax.training.metrics import MetricsWriter, plot_loss
-from gptjax.training.optimizers import learning_rate, num_microbatches
+from gptjax.training.optimizers import num_microbatches, schedule
 from gptjax.training.progress import Progress
 from gptjax.training.stability import LossSpikeError, NotFiniteError
-from gptjax.training.state import Batch, Loss, TrainState, abstract_state, make_train_step, state_shardings
+from gptjax.training.start import start_state
+from gptjax.training.state import Batch, Program, TrainState, abstract_state, make_train_step, state_shardings
 
 PROFILED_STEPS = range(5, 8)  # counted from the start of the process: the first ones compile and fill queues
+LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "mean_squared_error")  # of the validation's metrics
 MAX_REWINDS = 3  # to one checkpoint: other data does not help it
 
 
@@ -36,14 +38,19 @@ MAX_REWINDS = 3  # to one checkpoint: other data does not help it
 class Stage:
     """What a stage supplies."""
 
-    config: Config  # with the vocabulary filled in
+    program: Program
     tokenizer: Tokenizer
-    total_tokens: int
-    init_params: Callable[[jax.Array], Any]  # key -> parameters boxed with their logical axes
-    loss: Loss  # pure
-    batches: Callable[[int], Iterator[dict[str, np.ndarray]]]  # examples consumed -> microbatches, this process's rows
-    evaluate: Callable[[Any], dict[str, float]]  # parameters -> {"loss": ..., ...} on held-out data
-    sample: Callable[[Any], str] | None  # parameters -> text
+    total_tokens: int  # to train on, padding left out
+    batches: Callable[[int], Iterator[Microbatch]]  # examples consumed -> what follows
+    evaluate: Callable[[Any], dict[str, float]]  # all parameters -> {"loss": ..., ...} on held-out data
+    sample: Callable[[Any], str] | None  # all parameters -> text
+    # The best checkpoint's parameters, workdir -> text: what is left to do at the end, by all processes
+    conclude: Callable[[Any, Path], str] | None = None
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of the workdir, by name: what the data decided
+
+    @property
+    def config(self) -> Config:
+        return self.program.config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +61,7 @@ class Report:
     tokens: int
     validation: dict[str, float]
     sample: str | None
+    conclusion: str | None
 
 
 def train(stage: Stage, mesh: Mesh, workdir: Path, *, profile: bool = False) -> Report:
@@ -73,7 +81,7 @@ def train(stage: Stage, mesh: Mesh, workdir: Path, *, profile: bool = False) -> 
     config = stage.config
     with jax.set_mesh(mesh), ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint))
-        state, position = start_state(config, stage.init_params, mesh, checkpoints)
+        state, position = start_state(stage.program, mesh, checkpoints)
         run = _Run(stage, mesh, workdir, checkpoints, state, position, stack)
         if run.step > 0:
             run.say(f"going on from step {run.step}")
@@ -94,14 +102,15 @@ def train(stage: Stage, mesh: Mesh, workdir: Path, *, profile: bool = False) -> 
             run.say(f"no profile: the run ended before step {PROFILED_STEPS.start + 1} of this process")
         if jax.process_index() == 0:
             plot_loss(workdir)
-        return Report(run.step, run.tokens, run.validation, run.sample)
+        conclusion = None if stage.conclude is None else stage.conclude(run.best_params(), workdir)
+        return Report(run.step, run.tokens, run.validation, run.sample, conclusion)
 
 
 def _train_on(run: "_Run", profile: bool) -> None:
     """Trains from where the run is to its end, or until it is asked to stop."""
     config, total_tokens = run.stage.config, run.stage.total_tokens
     try:
-        while run.tokens < total_tokens:
+        while run.tokens < total_tokens and not run.out_of_patience:
             before = run.tokens
             if profile and run.steps_here == PROFILED_STEPS.start:
                 run.profile_steps()
@@ -137,29 +146,31 @@ class _Run:
     ):
         self.stage, self.workdir, self.checkpoints = stage, workdir, checkpoints
         self.state, self.examples, self.skipped_examples = state, position.examples, position.skipped_examples
+        self.tokens = position.tokens  # trained on
         config = stage.config
         self.step, self.steps_here = int(state.step), 0
         self.validation: dict[str, float] = {}
         self.sample: str | None = None
         self._evaluated: int | None = None  # the step that `validation` and `sample` are of
         self.owes_evaluation = self.step == 0 or position.owes_evaluation
+        self._best = position.best
         self._saved = checkpoints.latest_step()
         self._rewinds = 0  # to the checkpoint `_saved`
         self._microbatch = config.sequences_per_microbatch
         # Room for the largest batch; a batch ramp fills less of it.
         self._room = config.batch.tokens_per_batch // (self._microbatch * config.model.context_length)
-        self._batch_sharding = batch_sharding(mesh, None)
-        self._rows = process_rows(batch_sharding(mesh), self._microbatch)
+        self._mesh, self._rows = mesh, process_rows(mesh, self._microbatch)
         self._batches = stage.batches(self.examples + self.skipped_examples)
         self._batch: Batch = {}  # of the newest step, and how many of its microbatches count
         self._count = 0
-        self._abstract_state = abstract_state(config, stage.init_params, mesh)
-        placement = state_shardings(config, stage.init_params, mesh)
-        self._train_step = make_train_step(config, stage.loss, mesh, placement)
-        self._compiled: jax.stages.Compiled | None = None
+        self._abstract_state = abstract_state(stage.program, mesh)
+        self._train_step = make_train_step(stage.program, state_shardings(stage.program, mesh))
+        self._compiled: dict[Any, jax.stages.Compiled] = {}  # by the shapes of the batch
+        self._matrices = peft.count_matrices(self._abstract_state.params)
         self._writer: MetricsWriter | None = None  # of process 0 alone
         if jax.process_index() == 0:
-            writer = MetricsWriter(workdir, _header(config, mesh), config.logging, resume_step=self._saved)
+            header = _header(config, mesh, self._abstract_state)
+            writer = MetricsWriter(workdir, header, config.logging, resume_step=self._saved)
             self._writer = stack.enter_context(writer)
         self._progress = stack.enter_context(
             Progress(config, self._writer, self.tokens, stage.total_tokens, position.progress)
@@ -167,24 +178,42 @@ class _Run:
         self.say = self._progress.say
 
     @property
-    def tokens(self) -> int:
-        """Tokens trained on."""
-        return self.examples * self.stage.config.model.context_length
+    def params(self) -> Any:
+        """All parameters, those that are trained as their average where there is one."""
+        trained = self.state.params if self.state.ema is None else self.state.ema
+        return self.stage.program.join(self.state.base, trained)
+
+    def best_params(self) -> Any:
+        """All parameters, as in the best checkpoint."""
+        self.checkpoints.wait()
+        best = self.checkpoints.best_step()
+        if best is None or best == self.step:
+            return self.params
+        trained, _ = self.checkpoints.restore_params(self._abstract_state.params, best)
+        return self.stage.program.join(self.state.base, trained)
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether so many evaluations in a row were no better that the run stops."""
+        patience = self.stage.config.evaluation.patience
+        return patience is not None and self._best.evaluations_since >= patience
 
     def train_step(self) -> None:
         """Dispatches one step; its metrics are read when the next one is under way."""
         config = self.stage.config
         self._count = num_microbatches(config.batch, config.model.context_length, self.tokens)
-        self._batch = self._next_batch(self._count)
+        self._batch, num_tokens = self._next_batch(self._count)
         self.examples += self._count * self._microbatch
-        lr = learning_rate(config.optimizer, self.tokens, self.stage.total_tokens)
-        arguments = (self.state, self._batch, np.int32(self._count), np.float32(lr))
-        if self._compiled is None:
-            self._compiled = self._compile(arguments)
-        self.state, metrics = self._compiled(*arguments)
+        self.tokens += num_tokens
         self.step += 1
         self.steps_here += 1
-        self._progress.add(self.step, self.tokens, lr, metrics)
+        values = schedule(config, self.step, self.tokens, self.stage.total_tokens, self._matrices)
+        arguments = (self.state, self._batch, np.int32(self._count), values)
+        shapes = tuple(array.shape for array in self._batch.values())
+        if shapes not in self._compiled:
+            self._compiled[shapes] = self._compile(arguments)
+        self.state, metrics = self._compiled[shapes](*arguments)
+        self._progress.add(self.step, self.tokens, self.examples, float(values["lr"]), metrics)
 
     def profile_steps(self) -> None:
         """Takes the steps of PROFILED_STEPS under the profiler."""
@@ -200,7 +229,8 @@ class _Run:
         start = time.perf_counter()
         compiled = self._train_step.lower(*arguments).compile()
         distributed.gather(None)  # gloo gives up on a process that comes half a minute later to a first collective
-        preemption.defer()  # from here on there is something to save
+        if not self._compiled:
+            preemption.defer()  # from here on there is something to save
         memory = compiled.memory_analysis()
         need = 0 if memory is None else memory.argument_size_in_bytes + memory.temp_size_in_bytes
         self.say(f"compiled the training step in {time.perf_counter() - start:.1f} s; {need / 1e9:.2f} GB a device")
@@ -211,10 +241,12 @@ class _Run:
         """Held-out loss and a sample of the present weights (their average where there is one)."""
         self._progress.flush()
         self.owes_evaluation = True
-        params = self.state.params if self.state.ema is None else self.state.ema
+        params = self.params
         self.validation = self.stage.evaluate(params)
         self.sample = None if self.stage.sample is None else self.stage.sample(params)
         self._evaluated, self.owes_evaluation = self.step, False
+        if self.step > 0:
+            self._best = self._best.after(self.score())
         if self._writer is not None and not self._writer.has(self.step, "validation"):  # a run that goes on has one
             self._writer.write(self.step, self.tokens, "validation", **self.validation)
             values = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in self.validation.items())
@@ -238,10 +270,16 @@ class _Run:
         if self._saved != self.step:
             if self._writer is not None:
                 self._writer.sync()
-            progress = self._progress.state()
-            position = Position(self.examples, self.skipped_examples, progress, self.owes_evaluation)
-            loss = self.validation["loss"] if self._evaluated == self.step else math.nan
-            self.checkpoints.save(self.step, self.state, position, loss if math.isfinite(loss) else None)
+            position = Position(
+                self.examples,
+                self.tokens,
+                self.skipped_examples,
+                self._best,
+                self._progress.state(),
+                self.owes_evaluation,
+            )
+            score = self.score() if self._evaluated == self.step else None
+            self.checkpoints.save(self.step, self.state, position, score)
             self._saved, self._rewinds = self.step, 0
             self._progress.restart()
 
@@ -250,6 +288,20 @@ class _Run:
         self.save(evaluate=False)
         self.checkpoints.wait()
         raise PreemptedError(f"{request}, step {self.step} is saved") from None
+
+    def score(self) -> float | None:
+        """Of the newest validation, the higher the better; None where it is not finite.
+
+        Raises:
+          UserError: the validation has no such metric.
+        """
+        name = self.stage.config.evaluation.metric
+        if name not in self.validation:
+            raise UserError(f"evaluation.metric={name!r} is not measured: one of {', '.join(self.validation)}")
+        value = self.validation[name]
+        if not math.isfinite(value):
+            return None
+        return -value if name in LOWER_IS_BETTER else value
 
     def rewind(self, spike: LossSpikeError) -> None:
         """Goes back to the newest checkpoint, and on with the data that follows the spike (`StabilityConfig`).
@@ -264,12 +316,13 @@ class _Run:
                 "optimizer.peak_lr or raise stability.spike_deviations, and go on by --allow_config_changes"
             )
         self.checkpoints.wait()
-        self.state, position = self.checkpoints.restore(self._abstract_state)
+        restored, position = self.checkpoints.restore(self._abstract_state)
+        self.state = restored.replace(base=self.state.base)
         config = self.stage.config
-        per_batch = config.batch.tokens_per_batch // config.model.context_length
-        since = spike.tokens // config.model.context_length - position.examples
-        self.skipped_examples += since + config.stability.rewind_batches * per_batch
-        self.step, self.examples = int(self.state.step), position.examples
+        since = spike.examples - position.examples
+        self.skipped_examples += since + config.stability.rewind_batches * self._room * self._microbatch
+        self.step, self.examples, self.tokens = int(self.state.step), position.examples, position.tokens
+        self._best = position.best
         self._batches = self.stage.batches(self.examples + self.skipped_examples)
         self._progress.go_back(self.tokens, position.progress)
         self._evaluated, self.owes_evaluation = None, False
@@ -282,7 +335,7 @@ class _Run:
 
     def give_up(self, error: NotFiniteError) -> NoReturn:
         """Saves what is needed to find out why the numbers are not finite, and the run; raises UserError."""
-        bundle = save_bundle(self.workdir, self.stage.config, self.stage.loss, self.state, self._batch, self._count)
+        bundle = save_bundle(self.workdir, self.stage.program, self.state, self._batch, self._count)
         self.save(evaluate=False)
         raise UserError(
             f"{error}: {self.stage.config.stability.max_skipped_updates} updates in a row were skipped; see where it "
@@ -290,24 +343,29 @@ class _Run:
             "optimizer.warmup_tokens; the same command goes on with the data that follows"
         )
 
-    def _next_batch(self, count: int) -> Batch:
-        """The next `count` microbatches as (M, B, T) global arrays, M the room there is; what `count` leaves is 0."""
+    def _next_batch(self, count: int) -> tuple[Batch, int]:
+        """The next `count` microbatches as (M, B, ...) global arrays, M the room there is, and their tokens.
+
+        What `count` leaves of the room is 0.
+        """
         microbatches = [next(self._batches) for _ in range(count)]
 
-        def stack(*local_BT: np.ndarray) -> jax.Array:
-            local_MBT = np.zeros((self._room, *local_BT[0].shape), local_BT[0].dtype)
-            local_MBT[:count] = local_BT
-            return global_array(self._batch_sharding, self._rows, local_MBT, self._microbatch)
+        def stack(*local_B: np.ndarray) -> jax.Array:
+            local_MB = np.zeros((self._room, *local_B[0].shape), local_B[0].dtype)
+            local_MB[:count] = local_B
+            return global_array(self._mesh, self._rows, local_MB, self._microbatch, None)
 
-        return jax.tree.map(stack, *microbatches)
+        arrays = jax.tree.map(stack, *(microbatch.arrays for microbatch in microbatches))
+        return arrays, sum(microbatch.num_tokens for microbatch in microbatches)
 
 
-def _header(config: Config, mesh: Mesh) -> dict[str, Any]:
+def _header(config: Config, mesh: Mesh, state: TrainState) -> dict[str, Any]:
     """What metrics.jsonl says of the run before its records."""
     return {
         "stage": config.stage,
         "config_hash": config_hash(config),
-        "parameters": flops.parameter_count(config.model),
+        "parameters": peft.count(state.base) + peft.count(state.params),
+        "trained_parameters": peft.count(state.params),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "processes": jax.process_count(),
         "mesh": dict(mesh.shape),

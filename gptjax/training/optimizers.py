@@ -1,13 +1,34 @@
-"""AdamW, its learning-rate schedules, and the batch ramp. Schedules count tokens, on the host, in exact integers."""
+"""AdamW, and what changes while a run trains: learning rate, batch ramp, AdaLoRA's budget.
+
+Schedules count tokens, on the host, in exact integers.
+"""
 
 import math
 import re
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
-from gptjax.config import BatchConfig, OptimizerConfig, UserError
+from gptjax.config import BatchConfig, Config, OptimizerConfig, UserError
+from gptjax.training import adalora
+
+
+def schedule(config: Config, step: int, tokens: int, total_tokens: int, num_matrices: int = 0) -> dict[str, np.generic]:
+    """What the step of number `step`, which brings the tokens seen to `tokens`, is to know of the schedules.
+
+    Args:
+      num_matrices: that AdaLoRA changes.
+
+    Returns:
+      lr: float32.
+      rank_budget: int32, with peft.method="adalora" only: singular values that are kept, of all matrices.
+    """
+    values: dict[str, np.generic] = {"lr": np.float32(learning_rate(config.optimizer, tokens, total_tokens))}
+    if config.peft.method == "adalora":
+        values["rank_budget"] = np.int32(adalora.budget_of_step(config.peft, step, tokens, total_tokens, num_matrices))
+    return values
 
 
 def learning_rate(config: OptimizerConfig, tokens: int, total_tokens: int) -> float:
@@ -18,15 +39,16 @@ def learning_rate(config: OptimizerConfig, tokens: int, total_tokens: int) -> fl
     `decay_tokens`; "constant".
     """
     floor = config.peak_lr * config.floor_lr_fraction
-    if tokens < config.warmup_tokens:
-        return config.peak_lr * tokens / config.warmup_tokens
+    warmup = config.warmup_tokens if config.warmup_fraction is None else round(config.warmup_fraction * total_tokens)
+    if tokens < warmup:
+        return config.peak_lr * tokens / warmup
     if config.schedule == "constant":
         return config.peak_lr
     if config.schedule == "wsd":
         descent = math.ceil(total_tokens / 10) if config.decay_tokens is None else config.decay_tokens
-        start, end = max(config.warmup_tokens, total_tokens - descent), total_tokens
+        start, end = max(warmup, total_tokens - descent), total_tokens
     else:
-        start, end = config.warmup_tokens, total_tokens if config.decay_tokens is None else config.decay_tokens
+        start, end = warmup, total_tokens if config.decay_tokens is None else config.decay_tokens
     progress = min(1.0, max(0.0, (tokens - start) / max(1, end - start)))
     if config.schedule == "cosine":
         progress = (1 - math.cos(math.pi * progress)) / 2
@@ -44,14 +66,44 @@ def num_microbatches(config: BatchConfig, context_length: int, tokens: int) -> i
     return max(1, full // (config.microbatch_size * context_length))
 
 
-def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
+def make_optimizer(config: Config) -> optax.GradientTransformation:
     """Clipping, then AdamW with decoupled decay; without the factor -learning_rate, which the step applies."""
-    transforms = [optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps)]
-    if config.clip_norm is not None:
-        transforms.insert(0, optax.clip_by_global_norm(config.clip_norm))
-    if config.weight_decay > 0:
-        transforms.append(_decayed_weights(config))
+    optimizer = config.optimizer
+    transforms = [optax.scale_by_adam(b1=optimizer.beta1, b2=optimizer.beta2, eps=optimizer.eps)]
+    if optimizer.clip_norm is not None:
+        transforms.insert(0, optax.clip_by_global_norm(optimizer.clip_norm))
+    if config.peft.method == "adalora":
+        transforms.insert(0, adalora.track(config.peft))  # of the gradients as they are
+    if optimizer.weight_decay > 0:
+        transforms.append(_decayed_weights(optimizer))
+    if optimizer.layer_lr_decay < 1:
+        transforms.append(_decayed_by_layer(config))
     return optax.chain(*transforms)
+
+
+def _decayed_by_layer(config: Config) -> optax.GradientTransformation:
+    """Multiplies each update by the factor of its layer: `optimizer.layer_lr_decay`."""
+
+    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+        return jax.tree_util.tree_map_with_path(lambda path, u: u * layer_factor(config, path, u.shape), updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def layer_factor(config: Config, path: tuple[Any, ...], shape: tuple[int, ...]) -> float | np.ndarray:
+    """The learning rate of a parameter as a share of the head's (Howard & Ruder 2018, section 3.2).
+
+    Of `num_layers` L, layer l counted from 0 has decay^(L - l), the embeddings below have decay^(L + 1). Of parameters
+    of stacked layers, (rows, ...), there may be the last ones alone.
+    """
+    decay, model = config.optimizer.layer_lr_decay, config.model
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    if (block := re.match(r"layers/block_(\d+)/", name)) is not None:
+        period = len(model.attention_pattern)
+        rows = np.arange(model.num_layers // period)[-shape[0] :]
+        factors = decay ** (model.num_layers - (rows * period + int(block[1])))
+        return factors.astype(np.float32).reshape(-1, *[1] * (len(shape) - 1))
+    return decay ** (model.num_layers + 1) if re.match(r"(token|position)_embedding/", name) else 1.0
 
 
 def _decayed_weights(config: OptimizerConfig) -> optax.GradientTransformation:

@@ -57,7 +57,7 @@ class Progress:
 
     def go_back(self, tokens: int, state: dict[str, Any]) -> None:
         """Goes on from an earlier place in the run, and the state it had there; steps not read yet are forgotten."""
-        self._pending: tuple[int, int, float, dict[str, jax.Array]] | None = None
+        self._pending: tuple[int, int, int, float, dict[str, jax.Array]] | None = None
         self._tokens = tokens  # trained by the steps whose metrics have been read
         self._losses: list[float] = list(state.get("losses", []))  # since the last record
         self._watch = Watch(self._stability, state.get("watch"))
@@ -68,14 +68,14 @@ class Progress:
         """Starts the clock anew, after compiling, evaluating or saving."""
         self._clock, self._clock_tokens = time.perf_counter(), self._tokens
 
-    def add(self, step: int, tokens: int, lr: float, metrics: dict[str, jax.Array]) -> None:
+    def add(self, step: int, tokens: int, examples: int, lr: float, metrics: dict[str, jax.Array]) -> None:
         """Takes the metrics of the step just dispatched, and reads those of the one before.
 
         Raises:
           NotFiniteError, LossSpikeError: see `gptjax.training.stability`; no step after the former's is dispatched.
         """
         self.flush()
-        self._pending = (step, tokens, lr, metrics)
+        self._pending = (step, tokens, examples, lr, metrics)
         if self._watch.next_may_stop:
             self.flush()
 
@@ -83,10 +83,10 @@ class Progress:
         """Reads the metrics of the last step, waiting for it; raises as `add` does."""
         if self._pending is None:
             return
-        step, tokens, lr, metrics = self._pending
+        step, tokens, examples, lr, metrics = self._pending
         self._pending = None
         loss, grad_norm, skipped = (float(np.asarray(metrics[name])) for name in ("loss", "grad_norm", "skipped"))
-        usual = self._watch.add(step, tokens, loss, grad_norm, skipped > 0)
+        usual = self._watch.add(step, examples, loss, grad_norm, skipped > 0)
         self._bar.update(tokens - self._tokens)
         self._bar.set_postfix_str(f"step {step} loss {loss:.3f}", refresh=False)
         self._tokens = tokens

@@ -12,14 +12,19 @@ from jax.sharding import Mesh
 from gptjax.config import Config, UserError, differences, read_config, to_json
 from gptjax.data import tokenizers
 from gptjax.files import write_whole
+from gptjax.models import peft
 from gptjax.parallel import distributed
 from gptjax.parallel.mesh import make_mesh
 from gptjax.scaling import flops
 from gptjax.training import loop
 from gptjax.training.lock import locked
-from gptjax.training.stages import pretrain
+from gptjax.training.stages import finetune, pretrain
+from gptjax.training.state import abstract_state
 
-STAGES: dict[str, Callable[[Config, Mesh, tokenizers.Tokenizer | None], loop.Stage]] = {"pretrain": pretrain.build}
+STAGES: dict[str, Callable[[Config, Mesh, tokenizers.Tokenizer | None], loop.Stage]] = {
+    "pretrain": pretrain.build,
+    "finetune": finetune.build,
+}
 
 
 def run(config: Config, workdir: Path, *, profile: bool = False, allow_config_changes: bool = False) -> loop.Report:
@@ -48,7 +53,7 @@ def _run_alone(config: Config, workdir: Path, mesh: Mesh, profile: bool, allow_c
     stage = STAGES[config.stage](config, mesh, tokenizers.load(workdir / "tokenizer") if goes_on else None)
     _check_tokenizer(config, stage.tokenizer)
     if jax.process_index() == 0:
-        _write_workdir(config, workdir, stage.tokenizer)
+        _write_workdir(config, workdir, stage)
         print(_summary(stage, mesh))
     report = loop.train(stage, mesh, workdir, profile=profile)
     if jax.process_index() == 0:
@@ -98,10 +103,12 @@ def _check_tokenizer(config: Config, tokenizer: tokenizers.Tokenizer) -> None:
         )
 
 
-def _write_workdir(config: Config, workdir: Path, tokenizer: tokenizers.Tokenizer) -> None:
+def _write_workdir(config: Config, workdir: Path, stage: loop.Stage) -> None:
     try:
         write_whole(workdir / "config.json", to_json(config))
-        tokenizer.save(workdir / "tokenizer")
+        stage.tokenizer.save(workdir / "tokenizer")
+        for name, text in stage.files.items():
+            write_whole(workdir / name, text)
     except OSError as error:
         raise UserError(f"cannot write in --workdir={workdir}: {error.strerror}") from None
 
@@ -110,11 +117,16 @@ def _summary(stage: loop.Stage, mesh: Mesh) -> str:
     """The resolved config, and what it costs."""
     config = stage.config
     model, device = config.model, jax.devices()[0]
-    memory = flops.memory_summary(model, config.optimizer, mesh.shape["fsdp"] * mesh.shape["tensor"])
+    state = abstract_state(stage.program, mesh)
+    trained = peft.count(state.params)
+    parameters = trained + peft.count(state.base)
+    share = "" if trained == parameters else f", {trained:,} of them trained ({100 * trained / parameters:.2g} %)"
+    shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    memory = flops.memory_summary(model, config.optimizer, shards, trained)
     per_token = flops.flops_per_token(model)
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     rows = {
-        "parameters": f"{flops.parameter_count(model):,}",
+        "parameters": f"{parameters:,}{share}",
         "training": f"{stage.total_tokens:,} tokens, {config.batch.tokens_per_batch:,} a batch",
         "compute": f"{per_token / 1e6:,.1f} MFLOP a token, {per_token * stage.total_tokens:.3g} FLOP in all",
         "state": f"{memory.total / 1e9:.2f} GB a device (parameters, gradients, optimizer)",
@@ -127,5 +139,7 @@ def _summary(stage: loop.Stage, mesh: Mesh) -> str:
 def _report(report: loop.Report, workdir: Path) -> str:
     values = "\n".join(f"{name.replace('_', ' '):<19} {value:.4f}" for name, value in report.validation.items())
     sample = "" if report.sample is None else f"\n--- sample ---\n{report.sample}\n--------------\n"
+    if report.conclusion is not None:
+        sample += f"\n{report.conclusion}\n"
     trained = f"trained on {report.tokens:,} tokens in {report.step:,} steps"
     return f"\n{trained}\n{values}\n{sample}\nloss curve: {workdir / 'loss.png'}"

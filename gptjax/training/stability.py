@@ -11,17 +11,17 @@ from gptjax.config import StabilityConfig
 class LossSpikeError(Exception):
     """The loss of a step is far above what it was: `stability.on_spike` says to go back."""
 
-    def __init__(self, step: int, tokens: int, loss: float, usual: float):
+    def __init__(self, step: int, examples: int, loss: float, usual: float):
         super().__init__(f"the loss of step {step} is {loss:.3f}, after {usual:.3f}")
-        self.step, self.tokens, self.loss, self.usual = step, tokens, loss, usual
+        self.step, self.examples, self.loss, self.usual = step, examples, loss, usual
 
 
 class NotFiniteError(Exception):
     """`stability.max_skipped_updates` in a row were skipped."""
 
-    def __init__(self, step: int, tokens: int, loss: float, grad_norm: float):
+    def __init__(self, step: int, loss: float, grad_norm: float):
         super().__init__(f"the loss of step {step} is {loss}, the norm of its gradient {grad_norm}")
-        self.step, self.tokens, self.loss, self.grad_norm = step, tokens, loss, grad_norm
+        self.step, self.loss, self.grad_norm = step, loss, grad_norm
 
 
 class Watch:
@@ -53,8 +53,8 @@ class Watch:
         """Whether the next step is the last if it is skipped: none is to be dispatched after it before it is seen."""
         return self._in_a_row + 1 >= self._config.max_skipped_updates
 
-    def add(self, step: int, tokens: int, loss: float, grad_norm: float, skipped: bool) -> float | None:
-        """Takes the numbers of a step.
+    def add(self, step: int, examples: int, loss: float, grad_norm: float, skipped: bool) -> float | None:
+        """Takes the numbers of a step, after which the run has read so many examples.
 
         Returns:
           The mean loss of the steps before, if this one's is a spike and the first of it; None otherwise.
@@ -67,7 +67,7 @@ class Watch:
         self.skipped += skipped
         if self._in_a_row >= self._config.max_skipped_updates:
             self._in_a_row = 0  # the run that goes on with other data may skip as many
-            raise NotFiniteError(step, tokens, loss, grad_norm)
+            raise NotFiniteError(step, loss, grad_norm)
         if not math.isfinite(loss) or self._config.spike_deviations is None:
             return None
         usual = statistics.fmean(self._losses) if len(self._losses) == self._config.spike_window else math.inf
@@ -76,7 +76,7 @@ class Watch:
         spiking = loss > usual + self._config.spike_deviations * deviation
         first = spiking and not self._spiking
         if first and self._config.on_spike == "rewind":
-            raise LossSpikeError(step, tokens, loss, usual)
+            raise LossSpikeError(step, examples, loss, usual)
         self._losses.append(loss)
         self._spiking = spiking
         return usual if first else None

@@ -1,6 +1,7 @@
 """The training state and the one pure step that changes it."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -10,46 +11,83 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from gptjax.config import Config, GPTConfig
-from gptjax.parallel.mesh import abstract_arrays, batch_sharding, shardings
-from gptjax.training.optimizers import adamw
+from gptjax.config import Config
+from gptjax.models import peft
+from gptjax.parallel.mesh import abstract_arrays, shardings
+from gptjax.training import adalora
+from gptjax.training.optimizers import make_optimizer
 
 Batch = dict[str, jax.Array]
 # (params, microbatch, dropout key or None) -> (sum of the loss over targets, sum of their weights), both float32
 Loss = Callable[[Any, Batch, jax.Array | None], tuple[jax.Array, jax.Array]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What is learned, but for data.
+
+    Attributes:
+      config: complete, as `Config.completed` makes it.
+      init_params: key -> all parameters, boxed with their logical axes.
+      loss: pure, of all parameters.
+      given: the shapes, by path, of the weights that the run starts from, where a part of them stays as it is; None:
+        all parameters are trained.
+    """
+
+    config: Config
+    init_params: Callable[[jax.Array], Any]
+    loss: Loss
+    given: Mapping[str, tuple[int, ...]] | None = None
+
+    def split(self, params: Any) -> tuple[Any, Any]:
+        """All parameters as those that stay as they are (None: there are none), and those that are trained."""
+        return (None, params) if self.given is None else peft.split(self.config.peft, params, self.given)
+
+    def join(self, base: Any, trained: Any) -> Any:
+        """What `split` has split."""
+        return trained if self.given is None else peft.join(base, trained)
+
+
 class TrainState(flax.struct.PyTreeNode):
-    """All that a step changes. Tokens seen are not here: they overflow int32, so the host counts them."""
+    """All that a step changes, and `base`. Tokens seen are not here: they overflow int32, so the host counts them."""
 
     step: jax.Array  # int32 (): steps done
-    params: Any
+    params: Any  # that are trained
     opt_state: optax.OptState
     ema: Any  # a tree like params, or None without an average
     rng: jax.Array  # uint32: key data that every step's dropout key is folded from
+    base: Any = None  # the parameters that stay as they are; None: there are none
 
 
-def init_state(config: Config, init_params: Callable[[jax.Array], Any]) -> TrainState:
+def fresh_params(program: Program) -> Any:
+    """All parameters that the seed makes, boxed."""
+    init_rng, _ = jax.random.split(jax.random.key(program.config.seed))
+    return program.init_params(init_rng)
+
+
+def init_state(program: Program) -> TrainState:
     """A fresh state; its leaves are boxed with their logical axes, as `init_params` returns them."""
-    init_rng, train_rng = jax.random.split(jax.random.key(config.seed))
-    params = init_params(init_rng)
+    config = program.config
+    _, train_rng = jax.random.split(jax.random.key(config.seed))
+    base, params = program.split(fresh_params(program))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=adamw(config.optimizer).init(params),
+        opt_state=make_optimizer(config).init(params),
         ema=None if config.optimizer.ema_decay is None else params,
         rng=jax.random.key_data(train_rng),
+        base=base,
     )
 
 
-def state_shardings(config: Config, init_params: Callable[[jax.Array], Any], mesh: Mesh) -> TrainState:
+def state_shardings(program: Program, mesh: Mesh) -> TrainState:
     """The NamedSharding of every leaf of the state: the optimizer's moments lie where their parameters lie.
 
     With `optimizer.offload` they do so in the memory of the hosts.
     """
-    boxed = jax.eval_shape(lambda: init_state(config, init_params))
+    boxed = jax.eval_shape(lambda: init_state(program))
     placement = shardings(mesh, boxed)
-    if not config.optimizer.offload:
+    if not program.config.optimizer.offload:
         return placement
 
     def in_host(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> NamedSharding:
@@ -58,34 +96,33 @@ def state_shardings(config: Config, init_params: Callable[[jax.Array], Any], mes
     return placement.replace(opt_state=jax.tree.map(in_host, nn.unbox(boxed).opt_state, placement.opt_state))
 
 
-def abstract_state(config: Config, init_params: Callable[[jax.Array], Any], mesh: Mesh) -> TrainState:
+def abstract_state(program: Program, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, unboxed: a tree of ShapeDtypeStructs."""
-    shapes = jax.eval_shape(lambda: nn.unbox(init_state(config, init_params)))
-    return abstract_arrays(shapes, state_shardings(config, init_params, mesh))
+    shapes = jax.eval_shape(lambda: nn.unbox(init_state(program)))
+    return abstract_arrays(shapes, state_shardings(program, mesh))
 
 
-def create_state(config: Config, init_params: Callable[[jax.Array], Any], mesh: Mesh) -> TrainState:
+def create_state(program: Program, mesh: Mesh) -> TrainState:
     """A fresh state on the mesh: every device makes its own shards, none ever holds the whole."""
-    placement = state_shardings(config, init_params, mesh)
-    return jax.jit(lambda: nn.unbox(init_state(config, init_params)), out_shardings=placement)()
+    placement = state_shardings(program, mesh)
+    return jax.jit(lambda: nn.unbox(init_state(program)), out_shardings=placement)()
 
 
-def dropout_rng(model: GPTConfig, rng: jax.Array, step: jax.Array | int, microbatch: jax.Array | int) -> Any:
-    """The key of a step's microbatch, from the key data of the state; None without dropout."""
-    if max(model.embedding_dropout, model.attention_dropout, model.residual_dropout) == 0:
-        return None
+def dropout_rng(rng: jax.Array, step: jax.Array | int, microbatch: jax.Array | int) -> jax.Array:
+    """The key of a step's microbatch, from the key data of the state."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(rng), step), microbatch)
 
 
-def make_train_step(config: Config, loss: Loss, mesh: Mesh, placement: TrainState) -> jax.stages.Wrapped:
-    """The jitted step: `step(state, batch, num_microbatches, lr)` to `(state, metrics)`.
+def make_train_step(program: Program, placement: TrainState) -> jax.stages.Wrapped:
+    """The jitted step: `step(state, batch, num_microbatches, schedule)` to `(state, metrics)`.
 
-    `batch` holds (M, B, T) arrays: room for the largest batch in M microbatches, of which `num_microbatches` (int32)
-    count. So a batch ramp changes a number and never recompiles. The gradient is that of the mean loss over the whole
-    batch's weights, however it is cut. `state` is donated. Metrics are float32 scalars: loss (nats a target),
-    grad_norm (before clipping).
+    `batch` holds (M, B, ...) arrays: room for the largest batch in M microbatches, of which `num_microbatches` (int32)
+    count. So a batch ramp changes a number and never recompiles. `schedule` is what `optimizers.schedule` returns. The
+    gradient is that of the mean loss over the whole batch's weights, however it is cut. `state` is donated. Metrics are
+    float32 scalars: loss (nats a target), grad_norm (before clipping).
     """
-    optimizer, ema_decay = adamw(config.optimizer), config.optimizer.ema_decay
+    config = program.config
+    optimizer, ema_decay = make_optimizer(config), config.optimizer.ema_decay
     on_device = jax.tree.map(lambda sharding: sharding.with_memory_kind("device"), placement.opt_state)
 
     def accumulate(state: TrainState, batch: Batch, count: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
@@ -93,8 +130,12 @@ def make_train_step(config: Config, loss: Loss, mesh: Mesh, placement: TrainStat
 
         def microbatch(i: jax.Array | int) -> tuple[jax.Array, jax.Array, Any]:
             rows = jax.tree.map(lambda a_MBT: a_MBT[i], batch)
-            rng = dropout_rng(config.model, state.rng, state.step, i)
-            (loss_sum, weight), grads = jax.value_and_grad(loss, has_aux=True)(state.params, rows, rng)
+            rng = dropout_rng(state.rng, state.step, i)
+
+            def loss(trained: Any) -> tuple[jax.Array, jax.Array]:
+                return program.loss(program.join(state.base, trained), rows, rng)
+
+            (loss_sum, weight), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
             # Laid out as the parameters: what each device sums up is its own part.
             return loss_sum, weight, jax.lax.with_sharding_constraint(grads, placement.params)
 
@@ -104,27 +145,29 @@ def make_train_step(config: Config, loss: Loss, mesh: Mesh, placement: TrainStat
         return jax.lax.fori_loop(0, count, lambda i, sums: jax.tree.map(jnp.add, sums, microbatch(i)), zeros)
 
     def step(
-        state: TrainState, batch: Batch, num_microbatches: jax.Array, lr: jax.Array
+        state: TrainState, batch: Batch, num_microbatches: jax.Array, schedule: dict[str, jax.Array]
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         loss_sum, weight, grads = accumulate(state, batch, num_microbatches)
         grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
         if config.optimizer.offload:
             state = state.replace(opt_state=jax.device_put(state.opt_state, on_device))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: (p - lr * u).astype(p.dtype), state.params, updates)
+        params = jax.tree.map(lambda p, u: (p - schedule["lr"] * u).astype(p.dtype), state.params, updates)
+        if config.peft.method == "adalora":
+            params = adalora.prune(config.peft, params, opt_state, schedule["rank_budget"])
         ema = state.ema
         if ema_decay is not None:
             ema = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, ema, params)
         loss, grad_norm = loss_sum / weight, optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         metrics = {"loss": loss, "grad_norm": grad_norm, "skipped": 1.0 - finite}
-        new = state.replace(params=params, opt_state=opt_state, ema=ema)
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
-        return kept.replace(step=state.step + 1), metrics
+        new, old = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
+        params, opt_state, ema = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
     return jax.jit(
         step,
         donate_argnums=0,
-        in_shardings=(placement, batch_sharding(mesh, None), None, None),
+        in_shardings=(placement, None, None, None),  # a batch lies as `batch_sharding` has laid it
         out_shardings=(placement, None),
     )

@@ -147,7 +147,7 @@ def test_packing_by_hand(tmp_path: Path) -> None:
 def rows(examples: Any, count: int, **arguments: Any) -> np.ndarray:
     """The targets of the first `count` rows of batches, int32 (count, T)."""
     iterator = batches(examples, prefetch=2, **arguments)
-    found = np.concatenate([next(iterator)["targets"] for _ in range(-(-count // arguments["batch_size"]))])
+    found = np.concatenate([next(iterator).arrays["targets"] for _ in range(-(-count // arguments["batch_size"]))])
     return found[:count]
 
 
@@ -168,17 +168,18 @@ def test_processes_read_the_rows_they_need_of_the_same_batch(numbers: PreparedSp
     shares = [batches(examples, start=5, batch_size=6, rows=rows, prefetch=3) for rows in shares_of_rows]
     for _ in range(12):
         expected, parts = next(whole), [next(share) for share in shares]
-        for name, value in expected.items():
-            for part, rows in zip(parts, shares_of_rows, strict=True):
-                np.testing.assert_array_equal(part[name], value[list(rows)])
+        for part, rows in zip(parts, shares_of_rows, strict=True):
+            assert part.num_tokens == expected.num_tokens == 6 * 16
+            for name, value in expected.arrays.items():
+                np.testing.assert_array_equal(part.arrays[name], value[list(rows)])
 
 
 @pytest.mark.parametrize("wanted", [[0, 1, 2, 3], [0], [3], [1, 3]])
 def test_last_validation_batch_is_filled_up(numbers: PreparedSplit, wanted: list[int]) -> None:
     examples = PackedExamples(numbers, 64, seed=None)  # 15 examples
     share = list(batches(examples, start=0, batch_size=4, rows=wanted, prefetch=2))
-    assert [batch["targets"].shape for batch in share] == [(len(wanted), 64)] * 4
-    whole_rows = np.concatenate([batch["weights"] for batch in share]).all(axis=1)
+    assert [batch.arrays["targets"].shape for batch in share] == [(len(wanted), 64)] * 4
+    whole_rows = np.concatenate([batch.arrays["weights"] for batch in share]).all(axis=1)
     assert whole_rows.tolist() == [4 * number + row < 15 for number in range(4) for row in wanted]
 
 

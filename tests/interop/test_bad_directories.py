@@ -267,7 +267,7 @@ def convert(*flags: object, limits: str = "") -> str:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ([], "needs --workdir=DIR and one of --from_hf=DIR (to import) and --to_hf=DIR (to export)"),
+        ([], "needs --workdir=DIR and one of --from_hf=DIR, --from_peft=DIR"),
         (["--workdir=a"], "one of --from_hf"),
         (["--workdir=a", "--from_hf=b", "--to_hf=c"], "one of --from_hf"),
         (["--workdir=a", "--to_hf=c", "--dtype=float32"], "--dtype and --tokenizer are of an import"),

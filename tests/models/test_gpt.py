@@ -159,6 +159,7 @@ CHANGES = {
     "position_init_std": 0.2,
     "kernel_init_std": 0.2,
     "scale_residual_init": False,
+    "adapter_dim": 4,
     "dtype": "bfloat16",
     "param_dtype": "bfloat16",
 }

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from gptjax import config as c
-from gptjax.parallel.mesh import make_mesh
+from gptjax.parallel.mesh import batch_sharding, make_mesh
 from gptjax.planning.program_text import collectives, count_by_kind
 from gptjax.training.stages import pretrain
 from gptjax.training.state import create_state, make_train_step, state_shardings
@@ -56,15 +56,14 @@ CHANGES = {
 def train(config: c.Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Losses of 10 steps and the held-out loss."""
     stage = pretrain.build(config, mesh, None)
-    config = stage.config
-    state = create_state(config, stage.init_params, mesh)
-    step = make_train_step(config, stage.loss, mesh, state_shardings(config, stage.init_params, mesh))
+    state = create_state(stage.program, mesh)
+    step = make_train_step(stage.program, state_shardings(stage.program, mesh))
     batches, losses = stage.batches(0), []
 
     def arguments() -> tuple[Any, ...]:
-        rows = [next(batches), next(batches)]
+        rows = [next(batches).arrays, next(batches).arrays]
         batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-        return state, batch, np.int32(2), np.float32(1e-2)
+        return state, jax.device_put(batch, batch_sharding(mesh, None)), np.int32(2), {"lr": np.float32(1e-2)}
 
     with jax.set_mesh(mesh):
         compiled = step.lower(*arguments()).compile()

@@ -173,13 +173,13 @@ def test_a_directory_that_cannot_be_written(tmp_path, monkeypatch):
 
 
 def test_one_process_reads_all_rows():
-    sharding = batch_sharding(make_mesh(MeshConfig(), jax.devices()[:1]))
-    assert process_rows(sharding, 6) == [0, 1, 2, 3, 4, 5]
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    assert process_rows(mesh, 6) == [0, 1, 2, 3, 4, 5]
 
 
 def test_rows_and_columns_land_where_they_belong():
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     local_MBT = np.arange(2 * 3 * 4).reshape(2, 3, 4)
-    array = global_array(batch_sharding(mesh, None), [0, 1, 2], local_MBT, 3)
+    array = global_array(mesh, [0, 1, 2], local_MBT, 3, None)
     np.testing.assert_array_equal(array, local_MBT)
     assert array.sharding == batch_sharding(mesh, None)

@@ -15,8 +15,8 @@ from gptjax.models.gpt import GPT, abstract_params
 from gptjax.parallel.mesh import make_mesh
 from gptjax.training import checkpoints as checkpoints_module
 from gptjax.training.checkpoints import Checkpoints, Position
+from gptjax.training.programs import make_program
 from gptjax.training.run import run
-from gptjax.training.stages.pretrain import make_program
 from gptjax.training.state import TrainState, abstract_state
 
 NEWEST, BEFORE = 6, 4
@@ -47,7 +47,7 @@ def trained(original: tuple[Config, Path], tmp_path: Path) -> tuple[Config, Path
 def restore(config: Config, workdir: Path) -> tuple[TrainState, Position]:
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh), Checkpoints(workdir, config.checkpoint) as checkpoints:
-        state, position = checkpoints.restore(abstract_state(config, make_program(config)[1], mesh))
+        state, position = checkpoints.restore(abstract_state(make_program(config), mesh))
         return jax.device_get(state), position
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from gptjax.config import BatchConfig, OptimizerConfig, UserError
-from gptjax.training.optimizers import adamw, decay_factors, learning_rate, num_microbatches
+from gptjax.config import BatchConfig, Config, OptimizerConfig, UserError
+from gptjax.training.optimizers import decay_factors, learning_rate, make_optimizer, num_microbatches
 
 GPT3 = OptimizerConfig(
     peak_lr=6e-5, schedule="cosine", warmup_tokens=375_000_000, decay_tokens=260_000_000_000, floor_lr_fraction=0.1
@@ -90,10 +90,11 @@ def test_equals_optax_adamw(clip_norm):
     if clip_norm is not None:
         reference = optax.chain(optax.clip_by_global_norm(clip_norm), reference)
     ours, theirs = PARAMS, PARAMS
-    state, reference_state = adamw(config).init(ours), reference.init(theirs)
+    optimizer = make_optimizer(Config(optimizer=config))
+    state, reference_state = optimizer.init(ours), reference.init(theirs)
     for step in range(5):
         grads = jax.tree.map(lambda p, step=step: jnp.sin(p + step), PARAMS)
-        updates, state = adamw(config).update(grads, state, ours)
+        updates, state = optimizer.update(grads, state, ours)
         ours = jax.tree.map(lambda p, u: p - 0.01 * u, ours, updates)
         updates, reference_state = reference.update(grads, reference_state, theirs)
         theirs = optax.apply_updates(theirs, updates)

@@ -30,13 +30,14 @@ def with_bad_examples(monkeypatch, first: int, stop: int, factor: float) -> None
         def batches(start: int):
             for number, batch in enumerate(stage.batches(start)):
                 begin = start + number * size
-                yield batch | {"bad": np.full_like(batch["weights"], factor if first <= begin < stop else 1.0)}
+                bad = np.full_like(batch.arrays["weights"], factor if first <= begin < stop else 1.0)
+                yield batch._replace(arrays=batch.arrays | {"bad": bad})
 
         def loss(params, batch, rng):
-            total, weight = stage.loss(params, batch, rng)
+            total, weight = stage.program.loss(params, batch, rng)
             return total * jnp.max(batch["bad"]), weight
 
-        return dataclasses.replace(stage, batches=batches, loss=loss)
+        return dataclasses.replace(stage, batches=batches, program=dataclasses.replace(stage.program, loss=loss))
 
     monkeypatch.setitem(STAGES, "pretrain", build)
 
@@ -75,7 +76,7 @@ def test_a_watch_goes_on_from_its_state():
             try:
                 watch.add(step, 10 * step, loss, 1.0, skipped)
             except LossSpikeError as spike:
-                return f"{spike.step} {spike.tokens} {spike.loss} {spike.usual} {watch.skipped}"
+                return f"{spike.step} {spike.examples} {spike.loss} {spike.usual} {watch.skipped}"
         return "nothing"
 
     assert go(watches=True) == go(watches=False) == "12 120 9.0 3.0 2"
@@ -100,23 +101,23 @@ def test_only_updates_skipped_in_a_row_stop_a_run():
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_an_update_that_is_not_finite_changes_the_step_alone(tiny, bad):
     stage = pretrain.build(tiny, make_mesh(tiny.mesh), None)
-    mesh, config = make_mesh(tiny.mesh), stage.config
-    rows = next(stage.batches(0))
+    mesh = make_mesh(tiny.mesh)
+    rows = next(stage.batches(0)).arrays
     with jax.set_mesh(mesh):
-        placement = state_shardings(config, stage.init_params, mesh)
+        placement = state_shardings(stage.program, mesh)
 
         def loss(params, batch, rng):
-            total, weight = stage.loss(params, batch, rng)
+            total, weight = stage.program.loss(params, batch, rng)
             # The loss stays finite where only a gradient is not: sqrt' at 0 is infinite.
             return total + jnp.sum(jnp.sqrt(params["final_norm"]["bias"])) * (np.isinf(bad)) + (
                 bad if np.isnan(bad) else 0.0
             ), weight
 
-        step = make_train_step(config, loss, mesh, placement)
-        state = create_state(config, stage.init_params, mesh)
+        step = make_train_step(dataclasses.replace(stage.program, loss=loss), placement)
+        state = create_state(stage.program, mesh)
         before = jax.device_get(state)
         batch = {name: jnp.stack([array, array]) for name, array in rows.items()}
-        state, metrics = step(state, batch, np.int32(2), np.float32(1e-2))
+        state, metrics = step(state, batch, np.int32(2), {"lr": np.float32(1e-2)})
         after = jax.device_get(state)
     assert metrics["skipped"] == 1
     assert bool(np.isfinite(metrics["loss"])) == np.isinf(bad)
@@ -152,7 +153,7 @@ def test_many_skipped_updates_stop_the_run_with_a_bundle_that_replays(tiny, tmp_
     step, batch = load_bundle(bundle)
     assert step == 4
     monkeypatch.undo()
-    whole = next(pretrain.build(tiny, make_mesh(tiny.mesh), None).batches(24))
+    whole = next(pretrain.build(tiny, make_mesh(tiny.mesh), None).batches(24)).arrays
     np.testing.assert_array_equal(batch["tokens"][0], whole["tokens"])
     # The data that follows is good: the same command goes on, from the state before the first skipped update.
     assert run(config, tmp_path / "run").step == 6

@@ -1,7 +1,5 @@
 """The step: accumulation equals one big batch, whatever the room; the average of the weights; donated memory."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
@@ -24,18 +22,18 @@ def step_of(tiny):
         mesh = make_mesh(config.mesh)
         stage = pretrain.build(config, mesh, None)
         config = stage.config
-        state = create_state(config, stage.init_params, mesh)
-        train_step = make_train_step(config, stage.loss, mesh, state_shardings(config, stage.init_params, mesh))
+        state = create_state(stage.program, mesh)
+        train_step = make_train_step(stage.program, state_shardings(stage.program, mesh))
         count = len(rows["tokens"]) // microbatch
         batch = {}
         for name, array in rows.items():
             batch[name] = np.zeros((room, microbatch, array.shape[1]), array.dtype)
             batch[name][:count] = array.reshape(count, microbatch, -1)
         with jax.set_mesh(mesh):
-            state, metrics = train_step(state, batch, np.int32(count), np.float32(0.01))
+            state, metrics = train_step(state, batch, np.int32(count), {"lr": np.float32(0.01)})
         return jax.device_get((metrics, state.params, state.ema))
 
-    rows = next(iter(pretrain.build(tiny, make_mesh(tiny.mesh), None).batches(0)))
+    rows = next(iter(pretrain.build(tiny, make_mesh(tiny.mesh), None).batches(0))).arrays
     return step, rows
 
 
@@ -53,7 +51,7 @@ def test_the_average_follows_the_weights(step_of, tiny):
     _, params, ema = step(rows, 4, room=1)
     mesh = make_mesh(tiny.mesh)
     stage = pretrain.build(tiny, mesh, None)
-    start = jax.device_get(create_state(dataclasses.replace(stage.config), stage.init_params, mesh).params)
+    start = jax.device_get(create_state(stage.program, mesh).params)
     expected = jax.tree.map(lambda s, p: 0.9 * s + 0.1 * p, start, params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), ema, expected)
 
@@ -63,17 +61,17 @@ def test_every_step_and_microbatch_draws_its_own_dropout(tiny):
     mesh = make_mesh(config.mesh)
     stage = pretrain.build(config, mesh, None)
     config = stage.config
-    state = create_state(config, stage.init_params, mesh)
-    train_step = make_train_step(config, stage.loss, mesh, state_shardings(config, stage.init_params, mesh))
-    rows = next(iter(stage.batches(0)))
+    state = create_state(stage.program, mesh)
+    train_step = make_train_step(stage.program, state_shardings(stage.program, mesh))
+    rows = next(iter(stage.batches(0))).arrays
     batch = {name: np.stack([array, array]) for name, array in rows.items()}
     losses = []
     with jax.set_mesh(mesh):
         for count in (1, 1):  # at a learning rate of 0 only the dropout differs
-            state, metrics = train_step(state, batch, np.int32(count), np.float32(0))
+            state, metrics = train_step(state, batch, np.int32(count), {"lr": np.float32(0)})
             losses.append(float(metrics["loss"]))
     assert losses[0] != losses[1]
-    state = create_state(config, stage.init_params, mesh)
+    state = create_state(stage.program, mesh)
     with jax.set_mesh(mesh):
-        _, both = train_step(state, batch, np.int32(2), np.float32(0))
+        _, both = train_step(state, batch, np.int32(2), {"lr": np.float32(0)})
     assert float(both["loss"]) != pytest.approx(losses[0], abs=1e-7)  # the second microbatch is not the first again

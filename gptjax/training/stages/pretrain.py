@@ -1,28 +1,27 @@
 """Stage "pretrain": next-token prediction on packed documents, GPT-1 to GPT-3."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from gptjax.config import Config
-from gptjax.data.pipeline import Corpus, PackedExamples, batches, open_corpus
+from gptjax.data.pipeline import Corpus, Microbatch, PackedExamples, batches, open_corpus
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.inference.engine import Engine
 from gptjax.inference.sampling import Sampling
 from gptjax.models.attention_backends import check_backend
-from gptjax.models.gpt import GPT, head_embedding, hidden_states
+from gptjax.models.gpt import GPT
 from gptjax.parallel import distributed, preemption
-from gptjax.parallel.mesh import batch_sharding, check_fit
+from gptjax.parallel.mesh import check_fit
 from gptjax.parallel.rows import global_array, process_rows
 from gptjax.training.loop import Stage
-from gptjax.training.losses import cross_entropy
-from gptjax.training.state import Batch, Loss
+from gptjax.training.programs import make_program, plain
+from gptjax.training.stages.intervals import in_tokens
+from gptjax.training.state import Loss, Program
 
 
 def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
@@ -47,18 +46,17 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
         "data.validation_source": corpus.validation.split.content,
     }
     distributed.check_same(prepared, "the names are hashes of the content; give all processes the same files")
-    config = dataclasses.replace(config, model=config.model.with_vocabulary(corpus.tokenizer.vocab_size))
+    config = in_tokens(config.completed(corpus.tokenizer.vocab_size), corpus.train.split.num_tokens)
     check_fit(config, mesh)
 
-    model, microbatch = GPT(config.model), config.sequences_per_microbatch
-    loss, init_params = make_program(config)
+    program, microbatch = make_program(config), config.sequences_per_microbatch
 
-    def read(examples: PackedExamples, start: int) -> Iterator[dict[str, np.ndarray]]:
+    def read(examples: PackedExamples, start: int) -> Iterator[Microbatch]:
         return batches(
             examples,
             start=start,
             batch_size=microbatch,
-            rows=process_rows(batch_sharding(mesh), microbatch),
+            rows=process_rows(mesh, microbatch),
             prefetch=config.data.prefetch_batches,
         )
 
@@ -70,62 +68,25 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
     max_tokens = config.evaluation.max_tokens
     max_batches = None if max_tokens is None else math.ceil(max_tokens / (microbatch * context))
     return Stage(
-        config=config,
+        program=program,
         tokenizer=corpus.tokenizer,
         total_tokens=total_tokens,
-        init_params=init_params,
-        loss=loss,
         batches=lambda start: read(corpus.train, start),
-        evaluate=_evaluate(loss, lambda: read(corpus.validation, 0), microbatch, max_batches, corpus, mesh),
-        sample=_sample(config, model, corpus.tokenizer, mesh) if config.evaluation.sample_tokens > 0 else None,
+        evaluate=_evaluate(program.loss, lambda: read(corpus.validation, 0), microbatch, max_batches, corpus, mesh),
+        sample=_sample(program, corpus.tokenizer, mesh) if config.evaluation.sample_tokens > 0 else None,
     )
-
-
-def make_program(config: Config) -> tuple[Loss, Callable[[jax.Array], Any]]:
-    """What is learned, but for data: the loss, and the initial parameters (boxed) of a key.
-
-    Args:
-      config: with the vocabulary filled in.
-    """
-    model = GPT(config.model)
-
-    def init_params(rng: jax.Array) -> Any:
-        return model.init(rng, jnp.zeros((1, 1), jnp.int32))["params"]  # the same for tokens of any shape
-
-    return make_loss(model), init_params
-
-
-def make_loss(model: GPT) -> Loss:
-    """Cross entropy of the next token."""
-
-    def loss(params: Any, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        x_BTD = hidden_states(
-            model,
-            params,
-            batch["tokens"],
-            batch.get("segments"),
-            batch.get("positions"),
-            deterministic=rng is None,
-            rngs=None if rng is None else {"dropout": rng},
-        )
-        head_VD, weights_BT = head_embedding(params), batch["weights"]
-        nats = cross_entropy(x_BTD, head_VD, batch["targets"], weights_BT, None, model.config.precision)
-        return nats, jnp.sum(weights_BT)
-
-    return loss
 
 
 def _evaluate(
     loss: Loss,
-    read: Callable[[], Iterator[dict[str, np.ndarray]]],
+    read: Callable[[], Iterator[Microbatch]],
     batch_size: int,
     max_batches: int | None,
     corpus: Corpus,
     mesh: Mesh,
 ) -> Callable[[Any], dict[str, float]]:
     """Held-out loss (nats a token), perplexity and bits per byte of the first `max_batches`."""
-    sharding, split = batch_sharding(mesh), corpus.validation.split
-    rows = process_rows(sharding, batch_size)
+    rows, split = process_rows(mesh, batch_size), corpus.validation.split
     sums_of = jax.jit(lambda params, batch: loss(params, batch, None))
 
     def evaluate(params: Any) -> dict[str, float]:
@@ -134,7 +95,7 @@ def _evaluate(
             if i == max_batches:
                 break
             preemption.check()
-            batch = {name: global_array(sharding, rows, array, batch_size) for name, array in local.items()}
+            batch = {name: global_array(mesh, rows, array, batch_size) for name, array in local.arrays.items()}
             sums.append(sums_of(params, batch))
         total_nats, targets = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
         nats = float(total_nats / targets)
@@ -148,12 +109,14 @@ def _evaluate(
     return evaluate
 
 
-def _sample(config: Config, model: GPT, tokenizer: Tokenizer, mesh: Mesh) -> Callable[[Any], str]:
+def _sample(program: Program, tokenizer: Tokenizer, mesh: Mesh) -> Callable[[Any], str]:
     """The prompt and its continuation, the same draws every time."""
+    config, model = program.config, GPT(program.config.model)
     settings = config.evaluation
 
     def sample(params: Any) -> str:
-        engine = Engine(model, params, tokenizer, mesh, weights="stacked")  # no second copy beside the training state
+        # No second copy beside the training state.
+        engine = Engine(model, plain(config, params), tokenizer, mesh, weights="stacked")
         prompt = np.concatenate([[tokenizer.end_of_text], tokenizer.encode(settings.sample_prompt)])
         completion = engine.generate(
             [prompt],

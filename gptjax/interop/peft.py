@@ -1,0 +1,296 @@
+"""LoRA matrices in and out of Hugging Face PEFT's directories: adapter_config.json and adapter_model.safetensors.
+
+Theirs are (r, inputs) and (outputs, r) for each layer by itself, ours (layers, inputs, r) and (layers, r, outputs).
+Where a family keeps queries, keys and values in a matrix each (`families.Placement.part`), ours share lora_a and have
+a third of lora_b each.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.config import GPTConfig, PeftConfig, UserError
+from gptjax.interop import families, safetensors_files
+from gptjax.interop.families import Placement, placements
+from gptjax.interop.huggingface import new_directory
+from gptjax.interop.safetensors_files import DTYPES, Declared, Tensor
+from gptjax.models import peft
+from gptjax.models.gpt import GPT
+
+CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+_PREFIX = "base_model.model."
+_NAME = re.compile(r"(.+)\.lora_([AB])\.weight")
+Pair = tuple[np.ndarray, np.ndarray]  # (inputs, r) and (r, outputs), float32
+_CONTAINER_DTYPE = {str(dtype): name for name, dtype in DTYPES.items()}
+
+# Keys of an adapter_config.json that are read below, or that change nothing once the tensors are there.
+_READ = ("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "bias")
+_WITHOUT_EFFECT = (
+    *("auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "exclude_modules", "fan_in_fan_out"),
+    *("inference_mode", "layers_pattern", "layers_to_transform", "megatron_core", "peft_version", "qalora_group_size"),
+    *("revision", "target_modules", "task_type"),
+)
+# The others, such as pissa, change the weights beside the matrices.
+_INITS = (True, False, "gaussian", "orthogonal")
+
+
+def save_lora(
+    directory: str | Path, config: PeftConfig, model: GPTConfig, leaves: Any, base: str | None = None
+) -> None:
+    """Writes a directory that PEFT's PeftModel.from_pretrained loads over what `save_pretrained` writes of the model.
+
+    Args:
+      directory: made; it must not exist, or be empty.
+      config: of method lora.
+      model: resolved.
+      leaves: lora_a and lora_b as `low_rank` places them, unboxed, and nothing else.
+      base: what the file says the model is called or where it is. None: nothing.
+
+    Raises:
+      UserError: no family can express the model, something else than LoRA is in `leaves`, or `directory` is not new.
+    """
+    family = families.family_of(model)
+    arrays = peft.flatten(leaves)
+    if others := [path for path in arrays if not path.startswith("layers/") or not path.endswith(peft.LORA)]:
+        raise UserError(f"{others[0]} is not of LoRA on a layer of the model, and PEFT's files have no place for it")
+    declared: list[Declared] = []
+    values: list[np.ndarray] = []
+    modules: list[str] = []
+    for path, shape in _kernel_shapes(model).items():
+        place = path.removesuffix("kernel")
+        a, b = (arrays.pop(place + name, None) for name in peft.LORA)
+        if a is None or b is None:
+            continue
+        assert (*a.shape[:-1], *b.shape[2:]) == shape
+        assert a.shape[-1] == b.shape[1] == config.rank
+        for where in placements(family, len(model.attention_pattern), path, shape):
+            module = where.name.removesuffix(".weight")
+            modules.append(module)
+            for name, theirs in zip("AB", _to_theirs(where, np.asarray(a), np.asarray(b)), strict=True):
+                full_name = f"{_PREFIX}{families.PREFIX}{module}.lora_{name}.weight"
+                declared.append(Declared(full_name, _CONTAINER_DTYPE[str(theirs.dtype)], theirs.shape))
+                values.append(theirs)
+    if arrays or not declared:
+        raise UserError(f"{next(iter(arrays), 'nothing')} is no LoRA of a kernel that the model has")
+    theirs_config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": config.rank,
+        "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": _target_modules(modules, model.num_layers),
+        "fan_in_fan_out": not family.transposed,
+        "bias": "none",
+    }
+    with new_directory(Path(directory).expanduser()) as unfinished:
+        (unfinished / CONFIG_FILE).write_text(json.dumps(theirs_config, indent=2) + "\n")
+        safetensors_files.write(unfinished, declared, values, max_file_bytes=sum(t.num_bytes for t in declared))
+        (unfinished / safetensors_files.SINGLE_FILE).rename(unfinished / WEIGHTS_FILE)
+
+
+def load_lora(directory: str | Path, model: GPTConfig) -> tuple[PeftConfig, dict[str, Any]]:
+    """The LoRA matrices of a PEFT directory, for a model that `load_pretrained` has read.
+
+    Queries, keys and values with a matrix lora_A each become one: where these differ, its rank is the sum of theirs,
+    and lora_b is 0 where one does not belong to another. Kernels with fewer are filled up by zeros, which stay 0.
+
+    Returns:
+      method, targets, rank, alpha and dropout, the rest at its defaults; and the nested dict of lora_a and lora_b, to
+      `join` to the model's parameters: numpy arrays of its param_dtype.
+
+    Raises:
+      UserError: something is missing, damaged, left over, of another shape, or beyond LoRA on the layers' kernels.
+    """
+    directory = Path(directory).expanduser()
+    config = _read_config(directory / CONFIG_FILE)
+    family = families.family_of(model)
+    tensors = _read_headers(directory)
+    kernels: list[_Kernel] = []
+    for path, shape in _kernel_shapes(model).items():
+        pairs: dict[tuple[int, int], Pair] = {}
+        missing: list[Placement] = []
+        places = list(placements(family, len(model.attention_pattern), path, shape))
+        for where in places:
+            module = where.name.removesuffix(".weight")
+            a, b = tensors.pop((module, "A"), None), tensors.pop((module, "B"), None)
+            if a is None and b is None:
+                missing.append(where)
+            else:
+                assert where.row is not None  # a kernel of a layer
+                pairs[where.row, where.part or 0] = _read_pair(directory, where, (a, b), config.rank)
+        if pairs:
+            rows = {row for row, _ in pairs}
+            if gaps := [where.name for where in missing if where.row not in rows]:
+                raise UserError(f"{directory} has LoRA beside {gaps[0]} of other layers and not of this one")
+            kernels.append(_Kernel(path, shape, len(places) // shape[0], config.rank, pairs))
+    if tensors:
+        module, name = next(iter(tensors))
+        raise UserError(f"{directory / WEIGHTS_FILE} has {module}.lora_{name}, which is beside no kernel of the model")
+    if not kernels:
+        raise UserError(f"{directory / WEIGHTS_FILE} has no tensors")
+    width = max(kernel.width for kernel in kernels)
+    leaves: dict[str, Any] = {}
+    for kernel in kernels:
+        for name, leaf in zip(peft.LORA, kernel.to_ours(width), strict=True):
+            leaves[kernel.path.removesuffix("kernel") + name] = leaf.astype(jnp.dtype(model.param_dtype))
+    targets = tuple(kernel.path for kernel in kernels)  # regular expressions of themselves
+    alpha = config.alpha / config.rank * width
+    return dataclasses.replace(config, targets=targets, rank=width, alpha=alpha), peft.unflatten(leaves)
+
+
+def _kernel_shapes(model: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """Of the layers' kernels, by path."""
+    abstract = jax.eval_shape(lambda: nn.unbox(GPT(model).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))))
+    leaves = peft.flatten(abstract["params"]["layers"])
+    return {f"layers/{path}": leaf.shape for path, leaf in leaves.items() if path.endswith("/kernel")}
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+def _to_theirs(where: Placement, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """lora_A (r, inputs) and lora_B (outputs, r) of one of their matrices."""
+    rank = a.shape[-1]
+    part = b[where.row] if where.part is None else b[where.row][:, where.part]
+    return a[where.row].reshape(-1, rank).T, part.reshape(rank, -1).T
+
+
+def _target_modules(modules: list[str], num_layers: int) -> list[str]:
+    """The names by which PEFT finds the modules: without the layer where all layers have them."""
+    kinds: dict[str, list[str]] = {}
+    for module in modules:
+        kinds.setdefault(re.sub(r"^h\.\d+\.", "", module), []).append(module)
+    names: list[str] = []
+    for kind, same in kinds.items():
+        names += [kind] if len(same) == num_layers else [families.PREFIX + module for module in same]
+    return names
+
+
+# --- what is read -----------------------------------------------------------------------------------------------------
+
+
+def _read_config(path: Path) -> PeftConfig:
+    """method, rank, alpha and dropout of an adapter_config.json."""
+    try:
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} is no directory of PEFT: it has no {CONFIG_FILE}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if not isinstance(theirs, dict) or theirs.get("peft_type") != "LORA":
+        kind = theirs.get("peft_type") if isinstance(theirs, dict) else None
+        raise UserError(f"{path}: peft_type={json.dumps(kind)} is not supported: only LORA")
+    for key, value in theirs.items():
+        known = key in _WITHOUT_EFFECT or key in _READ
+        if not known and value not in (None, False, {}, []):
+            raise UserError(f"{path}: {key}={json.dumps(value)} is not supported: gptjax knows plain LoRA")
+    for key, allowed in (("bias", ("none",)), ("init_lora_weights", _INITS), ("use_rslora", (False, True))):
+        if (value := theirs.get(key, allowed[0])) not in allowed:
+            raise UserError(f"{path}: {key}={json.dumps(value)} is not supported: one of {json.dumps(allowed)}")
+    rank, alpha, dropout = theirs.get("r", 8), theirs.get("lora_alpha", 8), theirs.get("lora_dropout", 0.0)
+    numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (rank, alpha, dropout))
+    if not numbers or not isinstance(rank, int) or rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
+        raise UserError(f"{path}: r={rank!r}, lora_alpha={alpha!r} and lora_dropout={dropout!r} cannot be")
+    if theirs.get("use_rslora", False):  # their product counts alpha / sqrt(r) times, ours alpha / r
+        alpha *= math.sqrt(rank)
+    return PeftConfig(method="lora", rank=rank, alpha=float(alpha), dropout=float(dropout))
+
+
+def _read_headers(directory: Path) -> dict[tuple[str, str], Tensor]:
+    """The tensors of a directory by their module, without prefixes, and A or B."""
+    path = directory / WEIGHTS_FILE
+    if not path.is_file():
+        found = f"{PICKLE_FILE} is" if (directory / PICKLE_FILE).is_file() else "pickled weights are"
+        raise UserError(
+            f"{directory} has no {WEIGHTS_FILE}, and {found} not read, as a pickle can run any code: load it by PEFT, "
+            "if you trust it, and save it again with safe_serialization=True"
+        )
+    tensors: dict[tuple[str, str], Tensor] = {}
+    for name, tensor in safetensors_files._read_header(path).items():
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise UserError(
+                f"{path} has the tensor {name}, which is not LoRA on a kernel: gptjax knows no more of PEFT"
+            )
+        key = (match[1].removeprefix(_PREFIX).removeprefix(families.PREFIX), match[2])
+        if key in tensors:
+            raise UserError(f"{path} has {match[1]} twice, with and without {families.PREFIX!r}")
+        if tensor.dtype not in DTYPES:
+            raise UserError(
+                f"{path}: the tensor {name} is of dtype {tensor.dtype}: save it as one of {', '.join(DTYPES)}"
+            )
+        tensors[key] = tensor
+    return tensors
+
+
+def _read_pair(directory: Path, where: Placement, pair: tuple[Tensor | None, Tensor | None], rank: int) -> Pair:
+    inputs, outputs = where.shape[::-1] if where.transposed else where.shape
+    arrays = []
+    for name, tensor, shape in zip("AB", pair, ((rank, inputs), (outputs, rank)), strict=True):
+        full_name = f"{where.name.removesuffix('weight')}lora_{name}.weight"
+        if tensor is None:
+            raise UserError(f"{directory / WEIGHTS_FILE} lacks the tensor {full_name} {list(shape)}")
+        if tensor.shape != shape:
+            raise UserError(
+                f"{tensor.file}: the tensor {full_name} has shape {list(tensor.shape)}, but r={rank} and the model ask "
+                f"for {list(shape)}"
+            )
+        array = safetensors_files.read(tensor).astype(np.float32)
+        if not np.isfinite(array).all():
+            raise UserError(f"{tensor.file}: the tensor {full_name} has values that are not finite numbers")
+        arrays.append(array.T)
+    return arrays[0], arrays[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kernel:
+    """What there is beside one of our kernels.
+
+    Attributes:
+      shape: of the kernel, (L, inputs, outputs).
+      num_parts: matrices of theirs that make up a layer's.
+      rank: of each pair.
+      pairs: by the layer's row and the part; not all parts need have one.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    num_parts: int
+    rank: int
+    pairs: dict[tuple[int, int], Pair]
+
+    def _rows(self) -> Iterator[tuple[int, dict[int, Pair], bool]]:
+        """The pairs of each layer by their parts, and whether all have the same A."""
+        for row in range(self.shape[0]):
+            pairs = {part: pair for (other, part), pair in self.pairs.items() if other == row}
+            first = next(iter(pairs.values()))
+            yield row, pairs, all(np.array_equal(pair[0], first[0]) for pair in pairs.values())
+
+    @property
+    def width(self) -> int:
+        """The rank that ours need."""
+        return max(self.rank if shared else self.rank * len(pairs) for _, pairs, shared in self._rows())
+
+    def to_ours(self, width: int) -> Pair:
+        """lora_a (L, inputs, width) and lora_b (L, width, outputs)."""
+        layers, second = self.shape[0], 1 + peft.input_axes(self.path)
+        a_LDR = np.zeros((layers, math.prod(self.shape[1:second]), width), np.float32)
+        # The parts are the first of the outputs' axes.
+        part_size = math.prod(self.shape[second:]) // self.num_parts
+        b_LRPF = np.zeros((layers, width, self.num_parts, part_size), np.float32)
+        for row, pairs, shared in self._rows():
+            for i, (part, (a_DR, b_RF)) in enumerate(pairs.items()):
+                ranks = slice(0, self.rank) if shared else slice(i * self.rank, (i + 1) * self.rank)
+                a_LDR[row, :, ranks], b_LRPF[row, ranks, part] = a_DR, b_RF
+        return a_LDR.reshape(*self.shape[:second], width), b_LRPF.reshape(layers, width, *self.shape[second:])

@@ -1,0 +1,129 @@
+"""Says of new texts what a fine-tuned model has learned to say.
+
+python -m gptjax.predict --workdir=runs/tweets --input=texts.txt
+echo "What a day!" | python -m gptjax.predict --workdir=runs/tweets
+python -m gptjax.predict --workdir=runs/mnli_lora,runs/tweets_lora --source=jsonl:new.jsonl --output=said.jsonl
+
+A line of --input is a text; of tagging its words, with blanks between; of tasks that read several texts a JSON object
+with them by name. Each line of the output is a JSON object: what was read and, as "predicted", the label, value, tags
+or answer. Several workdirs that started from the same weights share them in memory.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from gptjax import cli
+from gptjax.config import TaskConfig, UserError
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a fine-tuned run; several, with commas between.")
+INPUT = flags.DEFINE_string("input", None, "File with an example a line; default, and -: standard input.")
+SOURCE = flags.DEFINE_string("source", None, "Instead: rows in a form of data.source, such as csv:new.csv.")
+COLUMNS = flags.DEFINE_string("columns", None, "Of --source: ROLE=COLUMN,...; default: the run's task.columns.")
+OUTPUT = flags.DEFINE_string("output", None, "File for the predictions; default: standard output.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Examples at once, over all devices.", lower_bound=1)
+MESH = flags.DEFINE_string("mesh", "", "Devices by axis, such as fsdp=2,tensor=4; data takes what is left.")
+
+
+def main() -> None:
+    if WORKDIR.value is None:
+        raise UserError("needs --workdir=DIR of a fine-tuned run")
+    if INPUT.value is not None and SOURCE.value is not None:
+        raise UserError("--input and --source are two ways to say the same: give one")
+    import jax  # after the checks: these take seconds to import
+
+    from gptjax.evaluation.predictions import Predictor
+    from gptjax.evaluation.report_files import write_predictions
+    from gptjax.parallel.mesh import batch_shards, make_mesh
+    from gptjax.training.start import load_parts
+    from gptjax.training.task_model import TaskModel
+    from gptjax.workdir import parse_mesh, predicting
+
+    mesh = make_mesh(parse_mesh(MESH.value))
+    batch_size = -(-BATCH_SIZE.value // batch_shards(mesh)) * batch_shards(mesh)
+    workdirs = [Path(part) for part in WORKDIR.value.split(",")]
+    given: dict[Path, Any] = {}
+    said: list[list[dict[str, Any]]] = []
+    with jax.set_mesh(mesh):
+        for workdir in workdirs:
+            parts = load_parts(workdir, mesh, best=True, given=given)
+            config = predicting(parts.program.config)
+            if config.stage != "finetune":
+                raise UserError(f"{workdir} is of stage {config.stage}, which learns to write: use gptjax.generate")
+            rows = read_rows(config.task)
+            predictor = Predictor(TaskModel(config), parts.tokenizer, mesh, batch_size, parts.join)
+            said.append(predictor((parts.base, parts.trained), rows, predictor.encode(rows)).details)
+    records = [
+        row.fields
+        | {"predicted": of_row[0] if len(workdirs) == 1 else dict(zip(map(str, workdirs), of_row, strict=True))}
+        for row, of_row in zip(rows, zip(*said, strict=True), strict=True)
+    ]
+    if OUTPUT.value is not None:
+        write_predictions(Path(OUTPUT.value), records)
+        return
+    for record in records:
+        print(json.dumps(record, ensure_ascii=False))
+
+
+def read_rows(task: TaskConfig) -> list[Any]:
+    """The rows to predict, without labels; UserError names the line of one that cannot be read."""
+    from gptjax.data import labelled
+
+    columns = dict(task.columns)
+    if COLUMNS.value is not None:
+        columns = dict(part.split("=", 1) for part in COLUMNS.value.split(",") if "=" in part)
+    if SOURCE.value is not None:
+        labelled.check_spec(SOURCE.value)
+        return labelled.read_rows(SOURCE.value, task.kind, columns, labelled=False)
+    rows = []
+    for place, line in _lines():
+        if line.strip():
+            rows.append(labelled.Row(_fields(task, line, place), place))
+    if not rows:
+        raise UserError("there is nothing to predict: each line of --input is an example")
+    return rows
+
+
+def _lines() -> Iterator[tuple[str, str]]:
+    """The lines of the input, and where each is from."""
+    if INPUT.value in (None, "-"):
+        yield from ((f"standard input:{number}", line) for number, line in enumerate(sys.stdin, start=1))
+        return
+    try:
+        with Path(INPUT.value).expanduser().open(encoding="utf-8") as file:
+            yield from ((f"{INPUT.value}:{number}", line) for number, line in enumerate(file, start=1))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read --input={INPUT.value}: {error}") from None
+
+
+def _fields(task: TaskConfig, line: str, place: str) -> dict[str, Any]:
+    """What the task reads of a line."""
+    from gptjax.data.labelled import ROLES, TARGETS
+
+    line = line.strip()
+    roles = [role for role in ROLES[task.kind] if role not in TARGETS]
+    if line.startswith("{"):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{place} is not JSON: {error}") from None
+        fields = {role: record[role] for role in roles if role in record}
+    elif task.kind == "tagging":
+        fields = {"tokens": line.split()}
+    else:
+        fields = {roles[0]: line}
+    optional = ("second",) if task.kind == "regression" else ()
+    for role in roles:
+        value = fields.get(role)
+        kind = list if role in ("tokens", "choices") else str
+        if not (role in optional and value is None) and not (isinstance(value, kind) and value):
+            raise UserError(f"{place} has no {role}: {task.kind} reads {', '.join(roles)}, as JSON objects")
+    return fields
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,118 @@
+"""What is learned in each stage, but for data: as the training loop, the planner and all that reads weights have it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gptjax.config import Config, UserError, read_config
+from gptjax.data import tokenizers
+from gptjax.models import peft
+from gptjax.models.gpt import GPT, head_embedding, hidden_states
+from gptjax.training import adalora
+from gptjax.training.losses import cross_entropy
+from gptjax.training.regularisation import regularised
+from gptjax.training.state import Batch, Loss, Program
+from gptjax.training.task_model import TaskModel
+
+TASK_FILE = "task.json"  # of a workdir of stage "finetune": what its rows decided of TaskConfig
+
+
+def completed_config(workdir: Path) -> tuple[Config, tokenizers.Tokenizer]:
+    """The config of a run as it computes with it, and its tokenizer.
+
+    Raises:
+      UserError: not a workdir, or a file of it is damaged.
+    """
+    config, tokenizer = read_config(workdir), tokenizers.load(workdir / "tokenizer")
+    found = _read_task(workdir / TASK_FILE) if config.stage == "finetune" else None
+    return config.completed(tokenizer.vocab_size, found), tokenizer
+
+
+def _read_task(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+        labels, weights = tuple(map(str, found["labels"])), tuple(map(float, found["label_weights"]))
+        mean, std = (None if found[name] is None else float(found[name]) for name in ("target_mean", "target_std"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    return {"labels": labels, "label_weights": weights, "target_mean": mean, "target_std": std}
+
+
+def make_program(config: Config) -> Program:
+    """What the stage of `config` learns.
+
+    Args:
+      config: complete.
+
+    Raises:
+      UserError: `peft` trains a part of weights that are not there, or names none of the model's matrices.
+    """
+    loss: Loss
+    if config.stage == "finetune":
+        task_model = TaskModel(config)
+        init, loss = task_model.init, regularised(config, task_model.loss)
+    else:
+        gpt = GPT(config.model)
+        init, loss = lambda rng: _init_gpt(gpt, rng), make_loss(gpt)
+    if config.peft.method in ("lora", "adalora"):
+        init, loss = _with_low_rank(config, init, loss)
+    return Program(config, init, loss, None if config.peft.method == "none" else _given_shapes(config))
+
+
+def _init_gpt(model: GPT, rng: jax.Array) -> Any:
+    return model.init(rng, jnp.zeros((1, 1), jnp.int32))["params"]  # the same for tokens of any shape
+
+
+def make_loss(model: GPT) -> Loss:
+    """Cross entropy of the next token."""
+
+    def loss(params: Any, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        x_BTD = hidden_states(
+            model,
+            params,
+            batch["tokens"],
+            batch.get("segments"),
+            batch.get("positions"),
+            deterministic=rng is None,
+            rngs=None if rng is None else {"dropout": rng},
+        )
+        head_VD, weights_BT = head_embedding(params), batch["weights"]
+        nats = cross_entropy(x_BTD, head_VD, batch["targets"], weights_BT, None, model.config.precision)
+        return nats, jnp.sum(weights_BT)
+
+    return loss
+
+
+def _with_low_rank(config: Config, init: Any, loss: Loss) -> tuple[Any, Loss]:
+    """With the matrices of LoRA or AdaLoRA beside the weights."""
+
+    def init_all(rng: jax.Array) -> Any:
+        params = init(rng)
+        return peft.join(params, peft.low_rank(config.peft, params, jax.random.fold_in(rng, 1)))
+
+    def loss_of_all(params: Any, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        with peft.applied(config.peft, deterministic=rng is None):
+            total, weight = loss(params, batch, rng)
+        if config.peft.method == "adalora" and rng is not None:
+            total += weight * config.peft.orthogonality * adalora.penalty(params)
+        return total, weight
+
+    return init_all, loss_of_all
+
+
+def _given_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Shapes, by path, of the weights that `init_from` names."""
+    assert config.init_from is not None  # config.check
+    given, _ = completed_config(Path(config.init_from).expanduser())
+    shapes = nn.unbox(jax.eval_shape(lambda: _init_gpt(GPT(given.model), jax.random.key(0))))
+    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
+
+
+def plain(config: Config, params: Any) -> Any:
+    """All parameters, low-rank matrices folded into the weights: what commands that only use a model take."""
+    return peft.merge(config.peft, params)

@@ -1,0 +1,180 @@
+"""Where a run starts from, and the weights that it leaves.
+
+A run starts from the first of these that there is:
+  1. the newest checkpoint of its own workdir: it goes on as if it had never stopped;
+  2. the weights of the workdir that `init_from` names: a new run with a fresh optimizer;
+  3. its seed.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh
+
+from gptjax.config import Config, UserError, differences
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.parallel import distributed
+from gptjax.parallel.mesh import check_model_fit
+from gptjax.training.checkpoints import Checkpoints, Position
+from gptjax.training.programs import completed_config, make_program, plain
+from gptjax.training.state import Program, TrainState, abstract_state, create_state, fresh_params
+
+# Fields of the model that weights do not depend on once they are there: training that starts from them may choose.
+_FREE_FIELDS = (
+    *("embedding_dropout", "attention_dropout", "residual_dropout"),
+    *("token_init_std", "position_init_std", "kernel_init_std", "scale_residual_init"),
+    *("layer_loop", "remat", "attention_backend", "dtype", "param_dtype"),
+)
+
+
+def start_state(program: Program, mesh: Mesh, checkpoints: Checkpoints) -> tuple[TrainState, Position]:
+    """The state a run starts from, by the precedence above, and where in the data and its numbers; `mesh` in use.
+
+    Raises:
+      UserError: `init_from` has no weights, or those of another model; or they are not what they were when the run
+        started from them.
+    """
+    newest = checkpoints.latest_step()
+    distributed.check_same({"newest checkpoint": newest}, "give all processes the same --workdir, on a shared disk")
+    if newest is not None:
+        state, position = checkpoints.restore(abstract_state(program, mesh))
+        if program.given is not None:
+            state = state.replace(base=given_params(program, mesh)[0])
+            checkpoints.check_base(int(state.step), state.base)
+        return state, position
+    state = create_state(program, mesh)
+    if program.config.init_from is None:
+        return state, Position()
+    base, params = given_params(program, mesh)
+    # The average starts at the weights; a copy, as the step donates both.
+    ema = None if state.ema is None else jax.tree.map(lambda p: p.copy(), params)
+    return state.replace(base=base, params=params, ema=ema), Position()
+
+
+def given_params(program: Program, mesh: Mesh, given: Any = None) -> tuple[Any, Any]:
+    """Base and trained parameters as `init_from` has them, and what it lacks from the seed; `mesh` in use.
+
+    Args:
+      given: the weights of `init_from`, if they are there already; the base shares their memory.
+    """
+    config = program.config
+    source = _source(config)
+    _check_model(config, completed_config(source)[0])
+    given = load_weights(source, mesh).gpt if given is None else given
+    abstract = abstract_state(program, mesh)
+    base = None if abstract.base is None else _first_rows(given, abstract.base)
+
+    def trained(given: Any) -> Any:
+        return program.split(_graft(nn.unbox(fresh_params(program)), given))[1]
+
+    placement = jax.tree.map(lambda leaf: leaf.sharding, abstract.params)
+    return base, jax.jit(trained, donate_argnums=() if base is not None else 0, out_shardings=placement)(given)
+
+
+def _source(config: Config) -> Path:
+    assert config.init_from is not None
+    return Path(config.init_from).expanduser().resolve()
+
+
+def _check_model(config: Config, given: Config) -> None:
+    """Raises UserError when the weights of a run `given` do not fit the model of `config`."""
+    free: dict[str, Any] = {name: getattr(config.model, name) for name in _FREE_FIELDS}
+    if given.model.adapter_dim is None:
+        free["adapter_dim"] = config.model.adapter_dim
+    if config.stage == "finetune" and (given.model.vocab_size or 0) <= (config.model.vocab_size or 0):
+        free["vocab_size"] = config.model.vocab_size  # special tokens are new
+    if changed := differences(dataclasses.replace(given.model, **free), config.model, "model."):
+        raise UserError(f"init_from={config.init_from} has another model: {'; '.join(changed)}")
+
+
+def _graft(fresh: Any, given: Any) -> Any:
+    """`fresh` with the leaves of `given` in their places; a longer leaf keeps what it has behind them."""
+    if not isinstance(given, dict):
+        return fresh.at[: len(given)].set(given.astype(fresh.dtype))
+    return fresh | {name: _graft(fresh[name], part) for name, part in given.items()}
+
+
+def _first_rows(given: Any, wanted: Any) -> Any:
+    """Of the leaves of `given` those that `wanted` has, and of each as many rows; whole ones are not copied."""
+    if isinstance(wanted, dict):
+        return {name: _first_rows(given[name], part) for name, part in wanted.items()}
+    rows = given if given.shape == wanted.shape else given[: len(wanted)]
+    return jax.device_put(rows.astype(wanted.dtype), wanted.sharding)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a workdir holds, what is trained apart from what it started from.
+
+    Attributes:
+      step: of the checkpoint.
+    """
+
+    program: Program
+    tokenizer: Tokenizer
+    base: Any
+    trained: Any
+    step: int
+
+    def join(self, base_and_trained: tuple[Any, Any]) -> Any:
+        """All parameters, low-rank matrices folded in."""
+        return plain(self.program.config, self.program.join(*base_and_trained))
+
+
+def load_parts(workdir: Path, mesh: Mesh, *, best: bool = False, given: dict[Path, Any] | None = None) -> Parts:
+    """The newest weights of a workdir, their moving average where the run kept one; `mesh` is in use.
+
+    Args:
+      best: those of the best checkpoint instead.
+      given: weights that others started from, by workdir, which this one may share; its own is added.
+
+    Raises:
+      UserError: not a workdir, no checkpoint in it, or a mesh that does not fit.
+    """
+    config, tokenizer = completed_config(workdir)
+    check_model_fit(config.model, mesh)
+    program = make_program(config)
+    with Checkpoints(workdir, config.checkpoint, read_only=True) as checkpoints:
+        newest = checkpoints.latest_step()
+        distributed.check_same({"newest checkpoint": newest}, "give all processes the same --workdir, on a shared disk")
+        if newest is None:
+            raise UserError(f"{workdir} has no checkpoint yet")
+        wanted = checkpoints.best_step() if best else None
+        trained, step = checkpoints.restore_params(abstract_state(program, mesh).params, wanted)
+        base = None
+        if program.given is not None:
+            given = {} if given is None else given
+            source = _source(config)
+            given[source] = given[source] if source in given else load_weights(source, mesh).gpt
+            base = given_params(program, mesh, given[source])[0]
+            checkpoints.check_base(step, base)
+    return Parts(program, tokenizer, base, trained, step)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """What a workdir holds.
+
+    Attributes:
+      config: complete.
+      gpt: parameters of its GPT, low-rank matrices folded in.
+      head: of its head; None where the stage has none.
+      step: of the checkpoint.
+    """
+
+    config: Config
+    tokenizer: Tokenizer
+    gpt: Any
+    head: Any
+    step: int
+
+
+def load_weights(workdir: Path, mesh: Mesh, *, best: bool = False) -> Weights:
+    """As `load_parts`, all in one."""
+    parts = load_parts(workdir, mesh, best=best)
+    params = dict(parts.join((parts.base, parts.trained)))
+    head = params.pop("head", None)
+    return Weights(parts.program.config, parts.tokenizer, params, head, parts.step)

@@ -544,6 +544,10 @@ def check(config: Config) -> None:
         "a part of the training between them",
     )
     require(
+        peft.method != "adalora" or optimizer.ema_decay is None,
+        "peft.method=adalora prunes weights, and their average would keep what is pruned: unset optimizer.ema_decay",
+    )
+    require(
         peft.method == "none" or config.init_from is not None,
         f"peft.method={peft.method} trains a part of given weights: name their workdir by init_from",
     )

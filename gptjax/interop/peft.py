@@ -217,7 +217,7 @@ def _read_headers(directory: Path) -> dict[tuple[str, str], Tensor]:
             "if you trust it, and save it again with safe_serialization=True"
         )
     tensors: dict[tuple[str, str], Tensor] = {}
-    for name, tensor in safetensors_files._read_header(path).items():
+    for name, tensor in safetensors_files.read_header(path).items():
         match = _NAME.fullmatch(name)
         if match is None:
             raise UserError(

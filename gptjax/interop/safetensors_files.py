@@ -46,7 +46,7 @@ def read_headers(directory: Path) -> dict[str, Tensor]:
     """
     single, index = directory / SINGLE_FILE, directory / INDEX_FILE
     if single.is_file():
-        return _read_header(single)
+        return read_header(single)
     if not index.is_file():
         found = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
         other = f"its {found[0]} is" if found else "pickled weights are"
@@ -60,7 +60,7 @@ def read_headers(directory: Path) -> dict[str, Tensor]:
     for file in sorted(set(files.values())):
         if not (directory / file).is_file():
             raise UserError(f"{directory / file} is missing, which {INDEX_FILE} names")
-        for name, tensor in _read_header(directory / file).items():
+        for name, tensor in read_header(directory / file).items():
             if files.get(name) != file:
                 raise UserError(f"{tensor.file} has the tensor {name}, which {INDEX_FILE} does not say is there")
             tensors[name] = tensor
@@ -84,7 +84,7 @@ def _read_index(path: Path) -> dict[str, str]:
     return files
 
 
-def _read_header(path: Path) -> dict[str, Tensor]:
+def read_header(path: Path) -> dict[str, Tensor]:
     size = path.stat().st_size
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")

@@ -36,7 +36,7 @@ def draw(config: PeftConfig, model: GPTConfig):
 
 
 def read(directory: Path) -> dict[str, np.ndarray]:
-    headers = safetensors_files._read_header(directory / "adapter_model.safetensors")
+    headers = safetensors_files.read_header(directory / "adapter_model.safetensors")
     return {name: safetensors_files.read(tensor) for name, tensor in headers.items()}
 
 

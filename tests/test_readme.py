@@ -11,7 +11,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from gptjax.config import Config, resolve
+from gptjax.config import Config, resolve, to_json
 from gptjax.scaling.flops import parameter_count
 
 ROOT = Path(__file__).parents[1]
@@ -59,9 +59,12 @@ def test_modules_exist(readme: str) -> None:
 
 
 @pytest.mark.parametrize("command", sorted({command for readme in READMES for command in trainings(readme)}))
-def test_configs_and_overrides_resolve(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configs_and_overrides_resolve(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(ROOT)
-    load([word for word in command.split() if word.startswith("--config")])
+    # The weights that a command starts from are what an earlier one has left.
+    (tmp_path / "config.json").write_text(to_json(load(["--config=configs/gpt2.py:runlocal"])))
+    words = [re.sub(r"init_from=runs/\w+", f"init_from={tmp_path}", word) for word in command.split()]
+    load([word for word in words if word.startswith("--config")])
 
 
 @pytest.mark.parametrize("readme", READMES)

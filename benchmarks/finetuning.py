@@ -2,10 +2,11 @@
 
     python -m benchmarks.finetuning --init_from=runs/demo --workdir=runs/finetuning
     python -m benchmarks.finetuning --init_from=runs/demo --workdir=runs/tagging --task=tagging --source=brown:DIR
+    python -m benchmarks.finetuning --init_from=runs/demo --workdir=runs/finetuning --variants=regularisation
 
-Each method trains on the same rows with several seeds. Prints the score of each, its spread over the seeds, its share
-of the score of fine-tuning all weights, and of their number; writes them to WORKDIR/TASK.json. A run that is finished
-is not run again, so a benchmark that was stopped goes on.
+Each variant trains on the same rows with several seeds. Prints the median score of each, its spread over the seeds, its
+share of the score of fine-tuning all weights, and of their number; writes them to WORKDIR/TASK-VARIANTS.json. A run that
+is finished is not run again, so a benchmark that was stopped goes on.
 """
 
 import dataclasses
@@ -33,18 +34,32 @@ ROWS = flags.DEFINE_integer("rows", 4000, "Training rows.", lower_bound=2)
 TEST_ROWS = flags.DEFINE_integer("test_rows", 2000, "Rows that the score is of.", lower_bound=1)
 SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each method.", lower_bound=1)
 EPOCHS = flags.DEFINE_float("epochs", 3.0, "Of each run.")
-METHODS = flags.DEFINE_list("methods", ["scratch", "none", "lora", "adalora", "adapters"], "Which to run.")
+VARIANTS = flags.DEFINE_list("variants", ["methods"], "Names of variants, or of groups of them.")
 
-NAMES = {"scratch": "all weights, from scratch", "none": "all weights"}
-PEAK_LR = {
-    "scratch": 2e-3,
-    "none": 1e-3,
-    "lora": 5e-3,
-    "adalora": 1e-2,
-    "adapters": 5e-3,
-    "head": 1e-2,
-    "top_layers": 2e-3,
+# What a variant changes of fine-tuning all weights: sections of the config. Step sizes were chosen on other rows.
+METHODS: dict[str, dict[str, dict[str, Any]]] = {
+    "scratch": {"optimizer": {"peak_lr": 2e-3}},
+    "all weights": {},
+    "lora": {"peft": {"method": "lora"}, "optimizer": {"peak_lr": 5e-3}},
+    "adalora": {"peft": {"method": "adalora"}, "optimizer": {"peak_lr": 1e-2}},
+    "adapters": {"peft": {"method": "adapters", "adapter_dim": 32}, "optimizer": {"peak_lr": 5e-3}},
+    "head": {"peft": {"method": "head"}, "optimizer": {"peak_lr": 1e-2}},
+    "top layers": {"peft": {"method": "top_layers"}, "optimizer": {"peak_lr": 2e-3}},
 }
+NO_DROPOUT = {"embedding_dropout": 0.0, "attention_dropout": 0.0, "residual_dropout": 0.0}
+REGULARISERS: dict[str, dict[str, dict[str, Any]]] = {
+    "all weights": {},
+    "no language loss": {"task": {"lm_weight": 0.0}},
+    "no dropout": {"model": NO_DROPOUT, "task": {"head_dropout": 0.0}},
+    "label smoothing": {"regularisation": {"label_smoothing": 0.1}},
+    "word dropout": {"regularisation": {"word_dropout": 0.1}},
+    "token replacement": {"regularisation": {"token_replacement": 0.1}},
+    "mixup": {"regularisation": {"mixup_alpha": 0.2}},
+    "adversarial": {"regularisation": {"adversarial_epsilon": 0.1}},
+    "layer decay": {"optimizer": {"layer_lr_decay": 0.8}},
+    "balanced labels": {"task": {"balanced_labels": True}},
+}
+GROUPS = {"methods": ["scratch", "all weights", "lora", "adalora", "adapters"], "regularisation": list(REGULARISERS)}
 
 
 def main(_: list[str]) -> None:
@@ -56,12 +71,13 @@ def main(_: list[str]) -> None:
         write_predictions(path, (row.fields for row in rows))
     metric = MAIN_METRIC[TASK.value]
     results = {}
-    for method in METHODS.value:
-        found = [run_once(method, seed, files, root) for seed in range(SEEDS.value)]
-        results[method] = {"trained": found[0]["trained"], "scores": [of_seed[metric] for of_seed in found]}
+    for variant in [name for part in VARIANTS.value for name in GROUPS.get(part, [part])]:
+        found = [run_once(variant, seed, files, root) for seed in range(SEEDS.value)]
+        results[variant] = {"trained": found[0]["trained"], "scores": [of_seed[metric] for of_seed in found]}
     results["baseline"] = {"trained": None, "scores": [baseline(train, test)[metric]]}
     settings = {name: flags.FLAGS[name].value for name in ("init_from", "source", "rows", "test_rows", "epochs")}
-    (root / f"{TASK.value}.json").write_text(json.dumps({"settings": settings, "results": results}, indent=2) + "\n")
+    name = f"{TASK.value}-{'-'.join(VARIANTS.value)}.json"
+    (root / name).write_text(json.dumps({"settings": settings, "results": results}, indent=2) + "\n")
     print_table(results, metric)
 
 
@@ -77,33 +93,32 @@ def all_rows() -> list[Row]:
     return read_rows(SOURCE.value, TASK.value, {})
 
 
-def run_once(method: str, seed: int, files: list[Path], root: Path) -> dict[str, Any]:
+def run_once(variant: str, seed: int, files: list[Path], root: Path) -> dict[str, Any]:
     """The report of a run, and how many parameters it trained."""
-    workdir = root / f"{TASK.value}-{method}-{seed}"
+    workdir = root / f"{TASK.value}-{variant.replace(' ', '_')}-{seed}"
     report = workdir / "report.json"
     if not report.exists():
-        run(make_config(method, seed, files), workdir)
+        run(make_config(variant, seed, files), workdir)
     header, _ = read_metrics(workdir)
     return json.loads(report.read_text()) | {"trained": header["trained_parameters"]}
 
 
-def make_config(method: str, seed: int, files: list[Path]) -> c.Config:
-    """That of configs/finetune.py at this size."""
+def make_config(variant: str, seed: int, files: list[Path]) -> c.Config:
+    """That of configs/finetune.py at this size, changed."""
+    changes = c.choose(METHODS | REGULARISERS, variant, "variant")
     get_config = runpy.run_path("configs/finetune.py")["get_config"]
-    peft = "none" if method == "scratch" else method
-    argument = f"task={TASK.value},data=jsonl:{files[0]},method={peft},init_from={INIT_FROM.value},runlocal"
+    argument = f"task={TASK.value},data=jsonl:{files[0]},init_from={INIT_FROM.value},runlocal"
     config = c.resolve(get_config(argument))
     sections: dict[str, dict[str, Any]] = {
         "data": {"validation_source": f"jsonl:{files[1]}"},
         "batch": {"epochs": EPOCHS.value},
-        "optimizer": {"peak_lr": PEAK_LR[method], "warmup_fraction": 0.1},
+        "optimizer": {"peak_lr": 1e-3, "warmup_fraction": 0.1},
         "evaluation": {"every_epochs": None},
         "checkpoint": {"every_epochs": None},
-        "peft": {"adapter_dim": 32},
         "logging": {"tensorboard": False},
     }
-    config = dataclasses.replace(c.replace(config, sections), seed=seed)
-    if method == "scratch":  # the same model and tokenizer, and none of the weights
+    config = dataclasses.replace(c.replace(c.replace(config, sections), changes), seed=seed)
+    if variant == "scratch":  # the same model and tokenizer, and none of the weights
         tokenizer = Path(INIT_FROM.value).absolute() / "tokenizer" / "tokenizer.json"
         config = dataclasses.replace(c.replace(config, {"data": {"tokenizer": f"json:{tokenizer}"}}), init_from=None)
     return config
@@ -129,17 +144,17 @@ def baseline(train: list[Row], test: list[Row]) -> dict[str, float]:
 
 
 def print_table(results: dict[str, dict[str, Any]], metric: str) -> None:
-    whole = results.get("none")
-    print(f"\n| method | trained parameters | {metric}, mean of {SEEDS.value} | spread | of all weights' |")
+    whole = results.get("all weights")
+    print(f"\n| variant | trained parameters | {metric}, median of {SEEDS.value} | spread | of all weights' |")
     print("|---|---|---|---|---|")
-    for method, found in results.items():
-        mean = statistics.fmean(found["scores"])
+    for variant, found in results.items():
+        median = statistics.median(found["scores"])
         spread = f"{min(found['scores']):.4f} to {max(found['scores']):.4f}" if len(found["scores"]) > 1 else ""
-        share = "" if whole is None else f"{mean / statistics.fmean(whole['scores']):.3f}"
+        share = "" if whole is None else f"{median / statistics.median(whole['scores']):.3f}"
         trained = "" if found["trained"] is None else f"{found['trained']:,}"
         if whole is not None and found["trained"] is not None:
             trained += f" ({100 * found['trained'] / whole['trained']:.1f} %)"
-        print(f"| {NAMES.get(method, method)} | {trained} | {mean:.4f} | {spread} | {share} |")
+        print(f"| {variant} | {trained} | {median:.4f} | {spread} | {share} |")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
     python -m benchmarks.finetuning --init_from=runs/demo --workdir=runs/finetuning --variants=regularisation
 
 Each variant trains on the same rows with several seeds. Prints the median score of each, its spread over the seeds, its
-share of the score of fine-tuning all weights, and of their number; writes them to WORKDIR/TASK-VARIANTS.json. A run that
-is finished is not run again, so a benchmark that was stopped goes on.
+share of the score of fine-tuning all weights, and of their number; writes them to WORKDIR/TASK-VARIANTS.json. A run
+that is finished is not run again, so a benchmark that was stopped goes on.
 """
 
 import dataclasses

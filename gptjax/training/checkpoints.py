@@ -101,8 +101,8 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """The step of the highest score; the newest where none has one."""
-        metrics = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
-        scores = {step: values["score"] for step, values in metrics.items() if values is not None}
+        metrics = {step: self._manager.metrics(step) or {} for step in self._manager.all_steps()}
+        scores = {step: values["score"] for step, values in metrics.items() if isinstance(values.get("score"), float)}
         return max(scores, key=lambda step: (scores[step], step)) if scores else self.latest_step()
 
     def save(self, step: int, state: TrainState, position: Position, score: float | None) -> None:

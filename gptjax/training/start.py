@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from gptjax.config import Config, UserError, differences
 from gptjax.data.tokenizers import Tokenizer
+from gptjax.models import peft
 from gptjax.parallel import distributed
 from gptjax.parallel.mesh import check_model_fit
 from gptjax.training.checkpoints import Checkpoints, Position
@@ -67,11 +68,20 @@ def given_params(program: Program, mesh: Mesh, given: Any = None) -> tuple[Any, 
     abstract = abstract_state(program, mesh)
     base = None if abstract.base is None else _first_rows(given, abstract.base)
 
-    def trained(given: Any) -> Any:
-        return program.split(_graft(nn.unbox(fresh_params(program)), given))[1]
+    def trained(given: Any, longer: Any) -> Any:
+        return program.split(_graft(nn.unbox(fresh_params(program)), peft.join(given, longer)))[1]
 
     placement = jax.tree.map(lambda leaf: leaf.sharding, abstract.params)
-    return base, jax.jit(trained, donate_argnums=() if base is not None else 0, out_shardings=placement)(given)
+    if base is not None:
+        return base, jax.jit(trained, out_shardings=placement)(given, {})
+    # Memory of one size can be given back for another's, and no other.
+    wanted, leaves = peft.flatten(abstract.params), peft.flatten(given)
+    whole = {
+        path for path, leaf in leaves.items() if (leaf.shape, leaf.dtype) == (wanted[path].shape, wanted[path].dtype)
+    }
+    same, longer = ({p: leaf for p, leaf in leaves.items() if (p in whole) == kept} for kept in (True, False))
+    make = jax.jit(trained, donate_argnums=0, out_shardings=placement)
+    return None, make(peft.unflatten(same), peft.unflatten(longer))
 
 
 def _source(config: Config) -> Path:

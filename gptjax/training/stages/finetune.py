@@ -63,8 +63,9 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
     if tokenizer is None:
         tokenizer = find_tokenizer(config, rows.train)
     found = _decided_by(rows.train, config)
-    for other in (rows.validation, rows.test):
-        task_inputs.check_labels(other, found["labels"])
+    if config.task.kind in task_inputs.NAMED:
+        for other in (rows.validation, rows.test):
+            task_inputs.check_labels(other, found["labels"])
     config = config.completed(tokenizer.vocab_size, found)
     task, context = config.task, config.model.context_length
     size = config.sequences_per_microbatch

@@ -169,7 +169,7 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """What a kill costs at most, and a signal does not. `python -m benchmarks.checkpoint` measures what saving costs."""
+    """What a kill costs at most; `python -m benchmarks.checkpoint` measures what saving costs."""
 
     every_tokens: int | None = None  # None: only at the end
     keep_last: int = 2  # besides the one with the best validation loss

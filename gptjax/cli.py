@@ -1,5 +1,6 @@
 """What all commands share: flags parsed, a user's mistake answered in one line with exit code 2."""
 
+import errno
 import os
 import sys
 import traceback
@@ -12,6 +13,8 @@ from gptjax.config import UserError, check_key
 from gptjax.parallel import distributed
 from gptjax.parallel.peers import FAILED, INTERRUPTED, PREEMPTED, STOPPED
 from gptjax.parallel.preemption import PreemptedError
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # of a disk, a quota, a limit
 
 COORDINATOR_ADDRESS = flags.DEFINE_string(
     "coordinator_address", None, "Of several processes: HOST:PORT, a free port of process 0's machine."
@@ -35,7 +38,15 @@ def run(main: Callable[[], None], *, joins: bool = False) -> None:
         place = given_place()
         if not joins and (place is not None or (NUM_PROCESSES.value != 1 and distributed.launcher() is not None)):
             raise UserError("this command runs as one process: start it once, with --num_processes=1")
-        main()
+        try:
+            main()
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            where = "" if error.filename is None else f" {error.filename}"
+            raise UserError(
+                f"cannot write{where}: {error.strerror}; free some space and run the same command again"
+            ) from None
         distributed.finish()
 
     try:

@@ -247,7 +247,7 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """What a kill costs at most, and a signal does not. What saving costs: `python -m benchmarks.checkpoint`."""
+    """What a kill costs at most; `python -m benchmarks.checkpoint` measures what saving costs."""
 
     every_tokens: int | None = None  # None: only at the end
     every_epochs: float | None = None  # the same, counted in epochs of the training data

@@ -169,3 +169,13 @@ def test_a_full_disk_while_saving_loses_nothing(tmp_path):
     again = train(4)
     assert again.returncode == 0, again.stderr
     assert "in 4 steps" in again.stdout
+
+
+def test_a_disk_that_is_full_for_records_stops_the_run_with_one_line(tmp_path):
+    flags = [*small_run(tmp_path), "--config.logging.every_steps=1", "--allow_config_changes"]
+    assert main(*flags, "--config.batch.total_tokens=64", workdir=tmp_path / "run").returncode == 0
+    # 80 kB a file, of which TensorBoard's is the first to be too large.
+    full = main(*flags, "--config.batch.total_tokens=19200", workdir=tmp_path / "run", limits="-f 80")
+    assert full.returncode == 2, full.stderr
+    last = full.stderr.strip().splitlines()[-1]
+    assert last == "error: cannot write: File too large; free some space and run the same command again"

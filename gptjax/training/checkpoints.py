@@ -84,9 +84,9 @@ class Checkpoints:
         self._read_only = read_only
         if read_only and not self._directory.is_dir():
             raise UserError(f"{workdir} has no checkpoint: there is no {self._directory.name}/ in it")
-        policy = AnyPreservationPolicy(
-            [LatestN(config.keep_last), BestN(get_metric_fn=lambda metrics: metrics["score"], n=1)]
-        )
+        # One that was saved without a score, as on request, is kept for no longer than the newest are.
+        best = BestN(get_metric_fn=lambda metrics: metrics["score"], n=1, keep_checkpoints_without_metrics=False)
+        policy = AnyPreservationPolicy([LatestN(config.keep_last), best])
         _silence_threads()
         with self._errors_named():
             self._manager = ocp.CheckpointManager(

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -88,7 +89,7 @@ class MetricsWriter:
         self._file.flush()
         self._last[split] = step
         known = {f"{split}/{name}": value for name, value in numbers.items() if value is not None}
-        if self._tensorboard is not None:
+        if self._tensorboard is not None and self._tensorboard_lives():
             for tag, value in known.items():
                 self._tensorboard.add_scalar(tag, value, step)
         if self._wandb is not None:
@@ -96,14 +97,20 @@ class MetricsWriter:
 
     def write_text(self, step: int, name: str, text: str) -> None:
         """Shows `text`, such as a sample, in TensorBoard; metrics.jsonl holds numbers only."""
-        if self._tensorboard is not None:
+        if self._tensorboard is not None and self._tensorboard_lives():
             # TensorBoard reads Markdown: a code block keeps the line breaks.
             self._tensorboard.add_text(name, "".join(f"    {line}\n" for line in text.splitlines()), step)
 
+    def _tensorboard_lives(self) -> bool:
+        """Whether its thread does: one that died of a full disk would have all who write wait without end."""
+        events = self._tensorboard.file_writer.event_writer
+        return events._worker is not None and events._worker.is_alive()
+
     def close(self) -> None:
         """Flushes and closes all that is open; more than once does no harm."""
-        self._file.close()
-        if self._tensorboard is not None:
+        with suppress(OSError):  # each record was flushed; what a full disk did not take, it will not take now
+            self._file.close()
+        if self._tensorboard is not None and self._tensorboard_lives():
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()

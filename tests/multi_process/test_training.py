@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -169,46 +170,46 @@ def test_a_workdir_that_is_not_shared_is_named_in_both(runs, processes, reason):
     assert not list(runs.directory.glob("machine*/run/*"))
 
 
-def test_a_process_killed_while_training_ends_the_other(runs, processes, reason):
-    workdir = runs.directory / "killed"
-    shutil.copytree(runs.half, workdir)
-    long = f"--config.batch.total_tokens={10**6 * STEP}"
-    started = processes(
-        "-m", "gptjax.main", *flags(runs.directory), long, "--allow_config_changes", f"--workdir={workdir}"
-    )
-    first, second = started.processes
-    assert first.stdout is not None
-    for line in first.stdout:
+def test_signalled_and_killed_a_run_goes_on_as_if_undisturbed(runs, processes, reason):
+    disturbed, undisturbed = (runs.directory / name for name in ("disturbed", "undisturbed"))
+    command = ["-m", "gptjax.main", *flags(runs.directory), "--allow_config_changes"]
+    command.append(f"--config.checkpoint.every_tokens={4 * STEP}")
+    for workdir in (disturbed, undisturbed):
+        shutil.copytree(runs.half, workdir)
+
+    def start(workdir: Path, steps: int) -> Any:
+        return processes(*command, f"--config.batch.total_tokens={steps * STEP}", f"--workdir={workdir}")
+
+    def newest() -> int:
+        return max(int(path.name) for path in (disturbed / "checkpoints").iterdir() if path.name.isdecimal())
+
+    # A signal to one: both save the same step.
+    started = start(disturbed, 10**6)
+    for line in started.processes[0].stdout:
         if "compiled the training step" in line:
-            second.kill()
+            started.processes[1].send_signal(signal.SIGTERM)
             break
+    results = started.wait()
+    assert [result.returncode for result in results] == [75, 75], results[0].stderr + results[1].stderr
+    step = newest()
+    for result in results:
+        said = result.stderr.splitlines()[-1]
+        assert said == f"stopped by SIGTERM, step {step} is saved: the same command goes on from here"
+
+    # One is killed: the other ends.
+    started = start(disturbed, 10**6)
+    first, second = started.processes
+    while newest() <= step and first.poll() is None:
+        time.sleep(0.01)
+    second.kill()
+    first.wait(60)
     result, _ = started.wait()
     assert result.returncode == 1
     assert reason(result).startswith("error: process 1 is gone")
 
-
-def test_a_signal_to_one_process_saves_the_same_step_in_all_and_the_run_goes_on_as_if_undisturbed(runs, processes):
-    workdirs = [runs.directory / name for name in ("signalled", "undisturbed")]
-    command = ["-m", "gptjax.main", *flags(runs.directory), "--allow_config_changes"]
-    for workdir in workdirs:
-        shutil.copytree(runs.half, workdir)
-    long = f"--config.batch.total_tokens={10**6 * STEP}"
-    started = processes(*command, long, f"--workdir={workdirs[0]}")
-    first, second = started.processes
-    assert first.stdout is not None
-    for line in first.stdout:
-        if "compiled the training step" in line:
-            second.send_signal(signal.SIGTERM)
-            break
-    results = started.wait()
-    assert [result.returncode for result in results] == [75, 75], results[0].stderr + results[1].stderr
-    step = max(int(path.name) for path in (workdirs[0] / "checkpoints").iterdir())
-    for result in results:
-        said = result.stderr.splitlines()[-1]
-        assert said == f"stopped by SIGTERM, step {step} is saved: the same command goes on from here"
-    end = f"--config.batch.total_tokens={(step + 2) * STEP}"
-    under_way = [processes(*command, end, f"--workdir={workdir}") for workdir in workdirs]
+    steps = newest() + 3
+    under_way = [start(disturbed, steps), start(undisturbed, steps)]
     for result in [result for each in under_way for result in each.wait()]:
         assert result.returncode == 0, result.stderr
-    (_, *signalled), (_, *undisturbed) = (metrics(workdir) for workdir in workdirs)
-    assert signalled == undisturbed
+    (_, *one), (_, *other) = (metrics(workdir) for workdir in (disturbed, undisturbed))
+    assert one == other

@@ -15,7 +15,7 @@ from gptjax.parallel import distributed
 from gptjax.parallel.peers import Boundaries
 from gptjax.parallel.preemption import PreemptedError
 from gptjax.training.run import run
-from tests.training.test_loop import records, saved
+from tests.training.test_loop import records, saved, steps
 
 ROOT = Path(__file__).parents[2]
 
@@ -105,3 +105,14 @@ def test_a_second_signal_ends_the_command_at_once(tiny, tmp_path):
     _, err = process.communicate()
     assert process.returncode == 130, err
     assert err.splitlines()[-1] == "interrupted"
+
+
+def test_the_best_checkpoint_is_known_after_a_stop(tiny, tmp_path, monkeypatch):
+    config = replace(tiny, {"optimizer": {"schedule": "constant", "peak_lr": 3.0, "ema_decay": None}})  # gets worse
+    workdir = tmp_path / "run"
+    assert "step 5 is saved" in stop_at(4 + 2 + 4 + 2 + 4 + 1, config, workdir, monkeypatch)
+    run(config, workdir)
+    losses = {r["step"]: r["loss"] for r in records(workdir, "validation") if r["step"] > 0}
+    best = min(losses, key=losses.get)
+    assert best < 5
+    assert steps(workdir) == [best, 6]

@@ -31,3 +31,11 @@ def run_script(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
         return json.loads(out.read_text())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workdir of tiny weights to fine-tune; nobody may change it."""
+    from tests.tiny_tasks import save_pretrained
+
+    return save_pretrained(tmp_path_factory.mktemp("pretrained"))

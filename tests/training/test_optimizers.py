@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from gptjax import config as c
 from gptjax.config import BatchConfig, Config, OptimizerConfig, UserError
 from gptjax.training.optimizers import decay_factors, learning_rate, make_optimizer, num_microbatches
 
@@ -99,3 +100,45 @@ def test_equals_optax_adamw(clip_norm):
         updates, reference_state = reference.update(grads, reference_state, theirs)
         theirs = optax.apply_updates(theirs, updates)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, theirs)
+
+
+def test_warmup_as_a_share_of_training():
+    config = OptimizerConfig(peak_lr=1.0, schedule="linear", warmup_fraction=0.1, floor_lr_fraction=0.0)
+    tokens = (50, 100, 550, 1000)
+    assert [learning_rate(config, t, 1000) for t in tokens] == pytest.approx([0.5, 1.0, 0.5, 0.0])
+    in_tokens = dataclasses.replace(config, warmup_fraction=None, warmup_tokens=100)
+    assert [learning_rate(config, t, 1000) for t in tokens] == [learning_rate(in_tokens, t, 1000) for t in tokens]
+    without = dataclasses.replace(config, warmup_fraction=0.0)
+    assert learning_rate(without, 0, 1000) == 1.0
+
+
+def test_each_layer_below_learns_more_slowly():
+    """Howard & Ruder 2018, section 3.2, over layers that are dense and banded in turn."""
+    layers = c.GPTConfig(num_layers=4, embed_dim=16, num_heads=2, attention_pattern=("dense", "banded"), band_width=4)
+    config = Config(model=layers, optimizer=OptimizerConfig(layer_lr_decay=0.5, weight_decay=0.0, clip_norm=None))
+    params = {
+        "token_embedding": {"embedding": jnp.zeros((7, 3))},
+        "layers": {f"block_{i}": {"mlp": {"kernel": jnp.zeros((2, 3, 5))}} for i in (0, 1)},
+        "final_norm": {"scale": jnp.zeros((3,))},
+        "head": {"linear": {"kernel": jnp.zeros((3, 2))}},
+    }
+
+    def updates(config: Config, params: dict) -> dict:
+        optimizer = make_optimizer(config)
+        ones = jax.tree.map(jnp.ones_like, params)
+        return optimizer.update(ones, optimizer.init(params), params)[0]
+
+    plain = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, layer_lr_decay=1.0))
+
+    def factors(params: dict) -> dict:
+        return jax.tree.map(lambda u, p: np.asarray(u / p), updates(config, params), updates(plain, params))
+
+    found = factors(params)
+    np.testing.assert_allclose(found["token_embedding"]["embedding"], 0.5**5)
+    for i, of_rows in ((0, (0.5**4, 0.5**2)), (1, (0.5**3, 0.5**1))):  # layers 0 and 2; 1 and 3
+        kernel = found["layers"][f"block_{i}"]["mlp"]["kernel"]
+        np.testing.assert_allclose(kernel, np.broadcast_to(np.reshape(of_rows, (2, 1, 1)), kernel.shape), rtol=1e-6)
+    np.testing.assert_allclose(found["final_norm"]["scale"], 1)
+    np.testing.assert_allclose(found["head"]["linear"]["kernel"], 1)
+    last = {"layers": {"block_1": {"mlp": {"kernel": jnp.zeros((1, 3, 5))}}}}  # where the last layer alone is trained
+    np.testing.assert_allclose(factors(last)["layers"]["block_1"]["mlp"]["kernel"], 0.5)

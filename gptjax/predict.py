@@ -12,6 +12,7 @@ or answer. Several workdirs that started from the same weights share them in mem
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -46,22 +47,26 @@ def main() -> None:
     mesh = make_mesh(parse_mesh(MESH.value))
     batch_size = -(-BATCH_SIZE.value // batch_shards(mesh)) * batch_shards(mesh)
     workdirs = [Path(part) for part in WORKDIR.value.split(",")]
+    lines: list[tuple[str, str]] | None = None
     given: dict[Path, Any] = {}
     said: list[list[dict[str, Any]]] = []
+    records: list[dict[str, Any]] = []
     with jax.set_mesh(mesh):
         for workdir in workdirs:
             parts = load_parts(workdir, mesh, best=True, given=given)
             config = predicting(parts.program.config)
             if config.stage != "finetune":
                 raise UserError(f"{workdir} is of stage {config.stage}, which learns to write: use gptjax.generate")
-            rows = read_rows(config.task)
+            if lines is None:  # once: standard input ends
+                lines = list(_lines()) if SOURCE.value is None else []
+            rows = read_rows(config.task, lines)
             predictor = Predictor(TaskModel(config), parts.tokenizer, mesh, batch_size, parts.join)
             said.append(predictor((parts.base, parts.trained), rows, predictor.encode(rows)).details)
-    records = [
-        row.fields
-        | {"predicted": of_row[0] if len(workdirs) == 1 else dict(zip(map(str, workdirs), of_row, strict=True))}
-        for row, of_row in zip(rows, zip(*said, strict=True), strict=True)
-    ]
+            # Of tasks that read different parts of a row, all of them.
+            read = records or [{} for _ in rows]
+            records = [record | row.fields for record, row in zip(read, rows, strict=True)]
+    for record, of_row in zip(records, zip(*said, strict=True), strict=True):
+        record["predicted"] = of_row[0] if len(workdirs) == 1 else dict(zip(map(str, workdirs), of_row, strict=True))
     if OUTPUT.value is not None:
         write_predictions(Path(OUTPUT.value), records)
         return
@@ -69,18 +74,25 @@ def main() -> None:
         print(json.dumps(record, ensure_ascii=False))
 
 
-def read_rows(task: TaskConfig) -> list[Any]:
-    """The rows to predict, without labels; UserError names the line of one that cannot be read."""
+def read_rows(task: TaskConfig, lines: list[tuple[str, str]]) -> list[Any]:
+    """The rows to predict, without labels: of --source, or of `lines` and their places.
+
+    Raises:
+      UserError: names the line of one that cannot be read.
+    """
     from gptjax.data import labelled
 
     columns = dict(task.columns)
     if COLUMNS.value is not None:
-        columns = dict(part.split("=", 1) for part in COLUMNS.value.split(",") if "=" in part)
+        parts = [part.partition("=") for part in COLUMNS.value.split(",")]
+        if not all(role and column for role, _, column in parts):
+            raise UserError(f"--columns={COLUMNS.value} is not of the form ROLE=COLUMN,...")
+        columns = {role: column for role, _, column in parts}
     if SOURCE.value is not None:
         labelled.check_spec(SOURCE.value)
         return labelled.read_rows(SOURCE.value, task.kind, columns, labelled=False)
     rows = []
-    for place, line in _lines():
+    for place, line in lines:
         if line.strip():
             rows.append(labelled.Row(_fields(task, line, place), place))
     if not rows:
@@ -90,14 +102,13 @@ def read_rows(task: TaskConfig) -> list[Any]:
 
 def _lines() -> Iterator[tuple[str, str]]:
     """The lines of the input, and where each is from."""
-    if INPUT.value in (None, "-"):
-        yield from ((f"standard input:{number}", line) for number, line in enumerate(sys.stdin, start=1))
-        return
+    path = None if INPUT.value in (None, "-") else Path(INPUT.value).expanduser()
+    name = "standard input" if path is None else INPUT.value
     try:
-        with Path(INPUT.value).expanduser().open(encoding="utf-8") as file:
-            yield from ((f"{INPUT.value}:{number}", line) for number, line in enumerate(file, start=1))
+        with nullcontext(sys.stdin) if path is None else path.open(encoding="utf-8") as file:
+            yield from ((f"{name}:{number}", line) for number, line in enumerate(file, start=1))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read --input={INPUT.value}: {error}") from None
+        raise UserError(f"cannot read {name}: {error}") from None
 
 
 def _fields(task: TaskConfig, line: str, place: str) -> dict[str, Any]:
@@ -119,8 +130,11 @@ def _fields(task: TaskConfig, line: str, place: str) -> dict[str, Any]:
     optional = ("second",) if task.kind == "regression" else ()
     for role in roles:
         value = fields.get(role)
-        kind = list if role in ("tokens", "choices") else str
-        if not (role in optional and value is None) and not (isinstance(value, kind) and value):
+        if role in optional and value is None:
+            continue
+        several = role in ("tokens", "choices")
+        texts = value if several and isinstance(value, list) else [] if several else [value]
+        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
             raise UserError(f"{place} has no {role}: {task.kind} reads {', '.join(roles)}, as JSON objects")
     return fields
 

@@ -77,16 +77,17 @@ def save_workdir(directory: Path, task: c.TaskConfig) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("period", "start", "name"),
+    ("date", "period", "start", "name"),
     [
-        ("day", "2021-01-03", "2021-01-03"),
-        ("week", "2020-12-28", "2020-W53"),
-        ("month", "2021-01-01", "2021-01"),
-        ("year", "2021-01-01", "2021"),
+        ("2021-01-03", "day", "2021-01-03", "2021-01-03"),
+        ("2021-01-03", "week", "2020-12-28", "2020-W53"),  # a Sunday
+        ("2020-01-01", "week", "2019-12-30", "2020-W01"),
+        ("2021-01-03", "month", "2021-01-01", "2021-01"),
+        ("2021-12-31", "year", "2021-01-01", "2021"),
     ],
 )
-def test_a_sunday_is_in_the_periods_that_began_before(period, start, name, monitoring):
-    found = monitoring.period_start(datetime.date(2021, 1, 3), period)
+def test_a_day_is_in_the_periods_that_began_before(date, period, start, name, monitoring):
+    found = monitoring.period_start(datetime.date.fromisoformat(date), period)
     assert found == datetime.date.fromisoformat(start)
     assert monitoring.period_name(found, period) == name
 
@@ -158,6 +159,12 @@ def test_a_state_that_lasts_becomes_the_usual_one(monitoring):
     assert [alert.start.day for alert in found] == [5]
 
 
+def test_what_was_before_the_window_is_forgotten(monitoring):
+    shares = trend(monitoring, *[(90, 5, 5)] * 3, *[(20, 60, 20)] * 3, (40, 30, 30))
+    found = monitoring.alerts(shares, "negative", 3, 3.0, 20)
+    assert [alert.start.day for alert in found] == [7]
+
+
 def test_windows_without_a_negative_text_do_not_make_one_an_alert(monitoring):
     assert not monitoring.alerts(trend(monitoring, *[(0, 50, 50)] * 4, (1, 50, 49)), "negative", 4, 3.0, 20)
 
@@ -182,6 +189,7 @@ def test_speeches_are_a_stream(monitoring):
     assert len(texts) > 20_000
     assert texts[0].date == datetime.date(1790, 1, 8)
     assert texts[0].text.startswith("Fellow-Citizens of the Senate")
+    assert min(len(text.text.split()) for text in texts) == 5
 
 
 def test_a_model_says_the_label_of_each_text(monitoring, tmp_path):
@@ -214,8 +222,10 @@ def speeches(recommendation):
     return recommendation.read_speeches()
 
 
-def test_no_paragraph_and_no_user_is_in_two_parts(recommendation, speeches):
-    parts = {part: recommendation.rows_of_speeches(speeches[part][:3000]) for part in recommendation.PARTS}
+def test_no_paragraph_and_no_user_is_in_two_parts(recommendation, monkeypatch):
+    monkeypatch.setattr(recommendation, "STARTS", (1938, 1971))  # when Roosevelt and Nixon had begun
+    speeches = recommendation.read_speeches()
+    parts = {part: recommendation.rows_of_speeches(speeches[part]) for part in recommendation.PARTS}
     assert min(len(rows) for rows in parts.values()) > 50
     for what in ("texts", "users"):
         sets = [
@@ -289,6 +299,7 @@ def test_ranks_of_the_first_of_some_scores(scores, hit, reciprocal, recommendati
 def test_the_error_of_a_mean_is_larger_where_a_users_values_are_alike(recommendation):
     assert recommendation.mean_and_error([1, 1, 0, 0], "abcd") == pytest.approx((0.5, math.sqrt(4 / 3) / 4))
     assert recommendation.mean_and_error([1, 1, 0, 0], "aabb") == pytest.approx((0.5, 0.5))
+    assert recommendation.mean_and_error([1, 0, 1, 0], "aabb") == pytest.approx((0.5, 0))
     assert math.isnan(recommendation.mean_and_error([1, 0], "aa")[1])
 
 

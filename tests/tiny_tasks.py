@@ -32,7 +32,7 @@ def records(kind: str, count: int) -> list[dict]:
         made.append(
             {
                 "classification": {"text": f"{label} {word}", "label": label},
-                "entailment": {"premise": f"{word} is", "hypothesis": f"a {label}", "label": ("no", "yes")[i % 2]},
+                "entailment": {"premise": f"{word} is", "hypothesis": f"a {label}", "label": label},
                 "similarity": {"first": f"{label} {i}", "second": word, "label": ("other", "same")[i % 2]},
                 "regression": {"first": f"{label} {word}", "second": "so", "label": 2.5 * (i % 3) + 1},
                 "multiple_choice": {"context": word, "choices": [f"a{i}", f"bb{i}", "c"], "label": i % 3},

@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from jax.tree_util import keystr
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from orbax.checkpoint import checkpoint_managers as policies
 
 from gptjax.config import CheckpointConfig, UserError
 from gptjax.training.checksums import checksums
@@ -71,9 +71,9 @@ class Checkpoints:
     """The checkpoints in `<workdir>/checkpoints/`, written in the background, each device its own shards.
 
     One checkpoint has the items `params`, `ema` (where there is one), `train` (step, optimizer state and random key)
-    and `manifest` (JSON: the `Position`, and the checksum of each array); imported weights are `params` and `manifest`.
-    Parameters that stay as another workdir has them are not in it, but their checksums are. Kept are the newest
-    `keep_last` and the one of the highest score.
+    and `manifest` (JSON: the `Position`, the score, and the checksum of each array); imported weights are `params` and
+    `manifest`. Parameters that stay as another workdir has them are not in it, but their checksums are. Kept are the
+    newest `keep_last` and the one of the highest score.
 
     What is read is checked. A checkpoint that fails is reported, moved to `<workdir>/damaged/` unless `read_only`, and
     the one before it is read.
@@ -84,31 +84,35 @@ class Checkpoints:
         self._read_only = read_only
         if read_only and not self._directory.is_dir():
             raise UserError(f"{workdir} has no checkpoint: there is no {self._directory.name}/ in it")
-        # One that was saved without a score, as on request, is kept for no longer than the newest are.
-        best = BestN(get_metric_fn=lambda metrics: metrics["score"], n=1, keep_checkpoints_without_metrics=False)
-        policy = AnyPreservationPolicy([LatestN(config.keep_last), best])
+        policy = policies.AnyPreservationPolicy([policies.LatestN(config.keep_last), _KeepBest(self.best_step)])
+        self._scores: dict[int, float | None] = {}  # by step
         _silence_threads()
         with self._errors_named():
-            self._manager = _Manager(
+            self._manager = ocp.CheckpointManager(
                 self._directory,
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=policy,
-                    best_fn=lambda metrics: metrics[
-                        "score"
-                    ],  # without it they are not written, and known to no restart
-                    create=not read_only,
-                    read_only=read_only,
+                    preservation_policy=policy, create=not read_only, read_only=read_only
                 ),
             )
+        self._scores = {step: self._saved_score(step) for step in self._manager.all_steps()}
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
     def best_step(self) -> int | None:
         """The step of the highest score; the newest where none has one."""
-        metrics = {step: self._manager.metrics(step) or {} for step in self._manager.all_steps()}
-        scores = {step: values["score"] for step, values in metrics.items() if values}
+        scores = {step: score for step in self._manager.all_steps() if (score := self._scores.get(step)) is not None}
         return max(scores, key=lambda step: (scores[step], step)) if scores else self.latest_step()
+
+    def _saved_score(self, step: int) -> float | None:
+        """Of a checkpoint; None: it has none, or is damaged, which is for those to say who read it."""
+        try:
+            score: float | None = self._manifest(step).get("score")
+        except Exception as error:
+            if not _is_damage(error):
+                raise
+            return None
+        return score
 
     def save(self, step: int, state: TrainState, position: Position, score: float | None) -> None:
         """Starts saving; returns once the arrays are copied off the devices.
@@ -122,14 +126,14 @@ class Checkpoints:
         items = _items(state)
         self._check_room(items)
         fixed = {} if state.base is None else {"base": state.base}
+        self._scores[step] = score
         with self._errors_named():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    manifest=ocp.args.JsonSave(_make_manifest(position, items | fixed)),
+                    manifest=ocp.args.JsonSave(_make_manifest(position, items | fixed, score)),
                     **{name: ocp.args.StandardSave(item) for name, item in items.items()},
                 ),
-                metrics=None if score is None else {"score": score},
             )
 
     def wait(self) -> None:
@@ -322,16 +326,6 @@ class Checkpoints:
         return f"the last good checkpoint is step {steps[-1]}" if steps else "there is no checkpoint yet"
 
 
-class _Manager(ocp.CheckpointManager):
-    """Takes a score that cannot be read, which only says what is the best, for none."""
-
-    def metrics(self, step: int) -> dict[str, float] | None:
-        try:
-            return {"score": float(super().metrics(step)["score"])}
-        except Exception:  # there is none; or what its bytes come to
-            return None
-
-
 def _items(state: TrainState) -> dict[str, Any]:
     """The arrays of a state, by the item of a checkpoint that holds them."""
     items = {
@@ -341,14 +335,27 @@ def _items(state: TrainState) -> dict[str, Any]:
     return items if state.ema is None else items | {"ema": state.ema}
 
 
-def _make_manifest(position: Position, items: dict[str, Any]) -> dict[str, Any]:
+def _make_manifest(position: Position, items: dict[str, Any], score: float | None = None) -> dict[str, Any]:
     """What `Checkpoints._manifest` reads again, its own checksum in it."""
-    manifest = {"position": dataclasses.asdict(position), "checksums": checksums(items)}
+    manifest = {"position": dataclasses.asdict(position), "score": score, "checksums": checksums(items)}
     return manifest | {"crc32": _crc32(manifest)}
 
 
 def _crc32(manifest: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
+
+
+class _KeepBest(policies.PreservationPolicy):
+    """Orbax's own policy knows only the scores that it was told in this process."""
+
+    def __init__(self, best_step: Callable[[], int | None]):
+        self._best_step = best_step
+
+    def should_preserve(
+        self, checkpoints: Sequence[policies.PolicyCheckpointInfo], *, context: policies.PreservationContext
+    ) -> Sequence[bool]:
+        best = self._best_step()
+        return [checkpoint.step == best for checkpoint in checkpoints]
 
 
 class _DamageError(Exception):

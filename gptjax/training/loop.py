@@ -245,8 +245,9 @@ class _Run:
         self.validation = self.stage.evaluate(params)
         self.sample = None if self.stage.sample is None else self.stage.sample(params)
         self._evaluated, self.owes_evaluation = self.step, False
+        score = self.score()  # at step 0 too: a metric that is not measured is known before anything is trained
         if self.step > 0:
-            self._best = self._best.after(self.score())
+            self._best = self._best.after(score)
         if self._writer is not None and not self._writer.has(self.step, "validation"):  # a run that goes on has one
             self._writer.write(self.step, self.tokens, "validation", **self.validation)
             values = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in self.validation.items())

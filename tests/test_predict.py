@@ -1,0 +1,161 @@
+"""The command `gptjax.predict`: what it says of new texts, of several workdirs side by side, and what it refuses."""
+
+import importlib
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+from gptjax.config import Config, UserError, replace
+from gptjax.training import start
+from gptjax.training.run import run
+from tests.tiny_tasks import records, run_config, with_method
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def command() -> Iterator[Callable[..., list[dict]]]:
+    """`command(*arguments, stdin="")`: the records that it prints, in this process."""
+    others, modules = set(flags.FLAGS), set(sys.modules)
+    predict = importlib.import_module("gptjax.predict")
+
+    def command(*arguments: str, stdin: str = "") -> list[dict]:
+        with pytest.MonkeyPatch.context() as patch:
+            out = io.StringIO()
+            patch.setattr(sys, "stdin", io.StringIO(stdin))
+            patch.setattr(sys, "stdout", out)
+            flags.FLAGS.unparse_flags()
+            for name in set(flags.FLAGS) - others:
+                flags.FLAGS[name].value = flags.FLAGS[name].default
+            flags.FLAGS(["predict", *arguments])
+            predict.main()
+        return [json.loads(line) for line in out.getvalue().splitlines()]
+
+    yield command
+    for name in set(flags.FLAGS) - others:  # as other commands have flags of the same names
+        delattr(flags.FLAGS, name)
+    for name in ("gptjax.predict", "gptjax.cli"):
+        if name not in modules:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def workdir_of(pretrained, tmp_path_factory) -> Callable[..., Path]:
+    """The workdir of a short run."""
+    directory = tmp_path_factory.mktemp("runs")
+    made: dict[str, Path] = {}
+
+    def workdir_of(kind: str, method: str = "head") -> Path:
+        name = f"{kind}_{method}"
+        if name not in made:
+            config: Config = replace(run_config(directory, kind, pretrained), {"batch": {"epochs": 0.5}})
+            run(with_method(config, method), directory / name)
+            made[name] = directory / name
+        return made[name]
+
+    return workdir_of
+
+
+def test_says_of_each_line_what_the_run_said_of_the_same_text(command, workdir_of, tmp_path):
+    workdir = workdir_of("classification", "lora")
+    said = [json.loads(line) for line in (workdir / "predictions.jsonl").read_text().splitlines()]
+    stdin = "\n\n".join(record["text"] for record in said) + "\n"  # lines with nothing on them are none
+    found = command(f"--workdir={workdir}", stdin=stdin)
+    assert [record["text"] for record in found] == [record["text"] for record in said]
+    for record, of_run in zip(found, said, strict=True):
+        assert record.keys() == {"text", "predicted"}
+        assert record["predicted"]["label"] == of_run["predicted"]["label"]
+        assert record["predicted"]["probabilities"] == pytest.approx(of_run["predicted"]["probabilities"], abs=2e-6)
+    (tmp_path / "texts").write_text(stdin)
+    arguments = [f"--workdir={workdir}", f"--input={tmp_path / 'texts'}"]
+    assert command(*arguments) == found
+    assert command(*arguments, "--batch_size=2") == found
+    assert command(*arguments, f"--output={tmp_path / 'said'}") == []
+    assert [json.loads(line) for line in (tmp_path / "said").read_text().splitlines()] == found
+
+
+def test_several_adapters_share_one_base(command, workdir_of, monkeypatch):
+    workdirs = [workdir_of("classification", "lora"), workdir_of("classification", "head")]
+    loaded, load = [], start.load_weights
+    monkeypatch.setattr(start, "load_weights", lambda *args, **kwargs: loaded.append(args[0]) or load(*args, **kwargs))
+    both = command(f"--workdir={workdirs[0]},{workdirs[1]}", stdin="good 12\nbad 3\n")
+    assert len(loaded) == 1
+    for workdir in workdirs:
+        alone = command(f"--workdir={workdir}", stdin="good 12\nbad 3\n")
+        assert [record["predicted"][str(workdir)] for record in both] == [record["predicted"] for record in alone]
+
+
+def test_the_words_of_a_line_get_tags(command, workdir_of):
+    found = command(f"--workdir={workdir_of('tagging')}", stdin="to  Rome we go\nat home\n")
+    assert [record["tokens"] for record in found] == [["to", "Rome", "we", "go"], ["at", "home"]]
+    assert [len(record["predicted"]["tags"]) for record in found] == [4, 2]
+    assert {tag for record in found for tag in record["predicted"]["tags"]} <= {"O", "B-LOC"}
+
+
+def test_rows_of_a_file_and_its_columns(command, workdir_of, tmp_path):
+    (tmp_path / "new.csv").write_text("id,message\n1,good 1\n2,bad 2\n")
+    workdir, source = workdir_of("classification", "head"), f"--source=csv:{tmp_path / 'new.csv'}"
+    found = command(f"--workdir={workdir}", source, "--columns=text=message")
+    assert [record["text"] for record in found] == ["good 1", "bad 2"]
+    with pytest.raises(UserError, match="no column for text"):
+        command(f"--workdir={workdir}", source)
+
+
+def test_tasks_of_several_texts_read_json(command, workdir_of):
+    workdir = workdir_of("multiple_choice")
+    rows = records("multiple_choice", 3)
+    found = command(f"--workdir={workdir}", stdin="".join(json.dumps(row) + "\n" for row in rows))
+    assert [record["choices"] for record in found] == [row["choices"] for row in rows]
+    assert all(len(record["predicted"]["probabilities"]) == 3 for record in found)
+
+
+@pytest.mark.parametrize(
+    ("kind", "stdin", "words"),
+    [
+        ("classification", "", ["there is nothing to predict"]),
+        ("classification", "\n \n", ["there is nothing to predict"]),
+        ("classification", 'fine\n{"text": "cut', ["standard input:2 is not JSON"]),
+        ("classification", '{"txt": "x"}\n', ["standard input:1 has no text"]),
+        ("multiple_choice", "a plain line\n", ["standard input:1 has no choices", "context, choices"]),
+        ("multiple_choice", '{"context": "a", "choices": "b"}\n', ["standard input:1 has no choices"]),
+        ("multiple_choice", '{"context": "a", "choices": ["b", 3, "c"]}\n', ["standard input:1"]),
+        ("tagging", '{"tokens": ["a", ""]}\n', ["standard input:1"]),
+    ],
+)
+def test_lines_that_cannot_be_read(command, workdir_of, kind, stdin, words):
+    with pytest.raises(UserError) as error:
+        command(f"--workdir={workdir_of(kind)}", stdin=stdin)
+    for word in words:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_flags_that_make_no_sense(command, workdir_of, pretrained, tmp_path):
+    workdir = workdir_of("classification")
+    for arguments, words in [
+        ([], "--workdir"),
+        ([f"--workdir={pretrained}"], "stage pretrain"),
+        ([f"--workdir={tmp_path}"], "is not a workdir"),
+        ([f"--workdir={workdir}", "--input=none.txt"], "none.txt"),
+        ([f"--workdir={workdir}", "--input=a", "--source=csv:b"], "give one"),
+        ([f"--workdir={workdir}", "--columns=text"], "--columns"),
+    ]:
+        with pytest.raises(UserError) as error:
+            command(*arguments, stdin="text\n")
+        assert words in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(pretrained):
+    arguments = [sys.executable, "-m", "gptjax.predict", f"--workdir={pretrained}"]
+    result = subprocess.run(arguments, input="text\n", capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 2, result.stderr
+    assert result.stdout == ""
+    assert result.stderr.strip().splitlines()[-1].startswith(f"error: {pretrained} is of stage pretrain")
+    assert "Traceback" not in result.stderr

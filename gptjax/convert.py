@@ -15,14 +15,14 @@ from absl import flags
 from gptjax import cli
 from gptjax.config import UserError
 
-WAYS = {
-    "from_hf": "Hugging Face directory, or OWNER/NAME on its Hub, to import.",
-    "to_hf": "Directory to write the model of --workdir to, LoRA folded in; it must be new.",
-    "from_peft": "Directory of Hugging Face PEFT with LoRA matrices to import, beside the weights of --base.",
-    "to_peft": "Directory to write the LoRA matrices of --workdir to; it must be new.",
-}
-for name, text in WAYS.items():
-    flags.DEFINE_string(name, None, text)
+FROM_HF = flags.DEFINE_string("from_hf", None, "Hugging Face directory, or OWNER/NAME on its Hub, to import.")
+TO_HF = flags.DEFINE_string(
+    "to_hf", None, "Directory to write the model of --workdir to, LoRA folded in; it must be new."
+)
+FROM_PEFT = flags.DEFINE_string(
+    "from_peft", None, "Directory of Hugging Face PEFT with LoRA matrices to import, beside the weights of --base."
+)
+TO_PEFT = flags.DEFINE_string("to_peft", None, "Directory to write the LoRA matrices of --workdir to; it must be new.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Workdir to read, or with --from_hf and --from_peft to make.")
 BASE = flags.DEFINE_string("base", None, "With --from_peft: workdir of the weights that the matrices are for.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of activations, with --from_hf.")
@@ -32,7 +32,7 @@ TOKENIZER = flags.DEFINE_string(
 
 
 def main() -> None:
-    given = {name: flags.FLAGS[name].value for name in WAYS}
+    given = {flag.name: flag.value for flag in (FROM_HF, TO_HF, FROM_PEFT, TO_PEFT)}
     ways = [name for name, value in given.items() if value is not None]
     if WORKDIR.value is None or len(ways) != 1:
         raise UserError(

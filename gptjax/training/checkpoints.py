@@ -83,7 +83,6 @@ class Checkpoints:
         if read_only and not self._directory.is_dir():
             raise UserError(f"{workdir} has no checkpoint: there is no {self._directory.name}/ in it")
         policy = policies.AnyPreservationPolicy([policies.LatestN(config.keep_last), _KeepBest(self.best_step)])
-        self._scores: dict[int, float | None] = {}  # by step
         _silence_threads()
         with self._errors_named():
             self._manager = ocp.CheckpointManager(
@@ -92,7 +91,6 @@ class Checkpoints:
                     preservation_policy=policy, create=not read_only, read_only=read_only
                 ),
             )
-        self._scores = {step: self._saved_score(step) for step in self._manager.all_steps()}
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
@@ -101,6 +99,11 @@ class Checkpoints:
         """The step of the highest score; the newest where none has one."""
         scores = {step: score for step in self._manager.all_steps() if (score := self._scores.get(step)) is not None}
         return max(scores, key=lambda step: (scores[step], step)) if scores else self.latest_step()
+
+    @functools.cached_property
+    def _scores(self) -> dict[int, float | None]:
+        """By step; read only when it is needed, as by then several processes have agreed on the steps."""
+        return {step: self._saved_score(step) for step in self._manager.all_steps()}
 
     def _saved_score(self, step: int) -> float | None:
         """Of a checkpoint; None: it has none, or is damaged, which is for those to say who read it."""

@@ -73,7 +73,7 @@ def run_config(directory: Path, kind: str, pretrained: Path | None) -> c.Config:
             tokenizer="bytes",
             cache_dir=str(directory / "cache"),
         ),
-        task=c.TaskConfig(kind=kind),  # type: ignore[arg-type]
+        task=c.TaskConfig(kind=kind),
         peft=c.PeftConfig(rank=2, initial_rank=3, alpha=4.0, adapter_dim=3, num_layers=1, prune_every_steps=1),
         batch=c.BatchConfig(epochs=1.0, tokens_per_batch=BATCH * CONTEXT),
         optimizer=c.OptimizerConfig(peak_lr=1e-2, schedule="constant"),
@@ -99,4 +99,4 @@ def save_pretrained(workdir: Path, seed: int = 0, settings: c.GPTConfig = MODEL)
 
 
 def with_method(config: c.Config, method: str) -> c.Config:
-    return dataclasses.replace(config, peft=dataclasses.replace(config.peft, method=method))  # type: ignore[arg-type]
+    return dataclasses.replace(config, peft=dataclasses.replace(config.peft, method=method))

@@ -84,34 +84,34 @@ class Checkpoints:
         self._read_only = read_only
         if read_only and not self._directory.is_dir():
             raise UserError(f"{workdir} has no checkpoint: there is no {self._directory.name}/ in it")
-        policy = policies.AnyPreservationPolicy([policies.LatestN(config.keep_last), _KeepBest(self.best_step)])
         self._scores: dict[int, float | None] = {}  # by step
+        policy = policies.AnyPreservationPolicy([policies.LatestN(config.keep_last), _KeepBest(self._scores)])
         _silence_threads()
+        options = ocp.CheckpointManagerOptions(preservation_policy=policy, create=not read_only, read_only=read_only)
         with self._errors_named():
-            self._manager = ocp.CheckpointManager(
-                self._directory,
-                options=ocp.CheckpointManagerOptions(
-                    preservation_policy=policy, create=not read_only, read_only=read_only
-                ),
-            )
-        self._scores = {step: self._saved_score(step) for step in self._manager.all_steps()}
+            self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
     def best_step(self) -> int | None:
         """The step of the highest score; the newest where none has one."""
-        scores = {step: score for step in self._manager.all_steps() if (score := self._scores.get(step)) is not None}
-        return max(scores, key=lambda step: (scores[step], step)) if scores else self.latest_step()
+        return _best(self._known_scores(), self._manager.all_steps(), self.latest_step())
+
+    def _known_scores(self) -> dict[int, float | None]:
+        """By step; read only when they are needed, as by then several processes have agreed on the steps."""
+        new = [step for step in self._manager.all_steps() if step not in self._scores]
+        self._scores.update({step: self._saved_score(step) for step in new})
+        return self._scores
 
     def _saved_score(self, step: int) -> float | None:
         """Of a checkpoint; None: it has none, or is damaged, which is for those to say who read it."""
         try:
             score: float | None = self._manifest(step).get("score")
         except Exception as error:
-            if not _is_damage(error):
-                raise
-            return None
+            if _is_damage(error):
+                return None
+            raise
         return score
 
     def save(self, step: int, state: TrainState, position: Position, score: float | None) -> None:
@@ -126,7 +126,7 @@ class Checkpoints:
         items = _items(state)
         self._check_room(items)
         fixed = {} if state.base is None else {"base": state.base}
-        self._scores[step] = score
+        self._known_scores()[step] = score
         with self._errors_named():
             self._manager.save(
                 step,
@@ -345,17 +345,21 @@ def _crc32(manifest: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
 
 
+@dataclasses.dataclass(frozen=True)
 class _KeepBest(policies.PreservationPolicy):
     """Orbax's own policy knows only the scores that it was told in this process."""
 
-    def __init__(self, best_step: Callable[[], int | None]):
-        self._best_step = best_step
+    scores: dict[int, float | None]
 
     def should_preserve(
         self, checkpoints: Sequence[policies.PolicyCheckpointInfo], *, context: policies.PreservationContext
     ) -> Sequence[bool]:
-        best = self._best_step()
+        best = _best(self.scores, [checkpoint.step for checkpoint in checkpoints], None)
         return [checkpoint.step == best for checkpoint in checkpoints]
+
+
+def _best(scores: dict[int, float | None], steps: Sequence[int], default: int | None) -> int | None:
+    return max(((score, s) for s in steps if (score := scores.get(s)) is not None), default=(0, default))[1]
 
 
 class _DamageError(Exception):

@@ -343,3 +343,6 @@ def test_stops_out_of_patience_and_reports_the_best(config_of, tmp_path):
     shutil.rmtree(workdir / "checkpoints" / str(ended.step))
     assert run(config, workdir).step == ended.step  # and knows how much of it was left
     assert json.loads((workdir / finetune.METRICS_FILE).read_text()) == report
+    kept = {int(path.name) for path in (workdir / "checkpoints").iterdir()}
+    assert best in kept  # although the process that found it the best is gone
+    assert len(kept) <= 3  # it, and the newest two

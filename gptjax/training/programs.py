@@ -105,12 +105,18 @@ def _with_low_rank(config: Config, init: Any, loss: Loss) -> tuple[Any, Loss]:
 
 
 def _given_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Shapes, by path, of the weights that `init_from` names."""
+    """Shapes, by path, of the weights that `init_from` names.
+
+    Rows of the embedding behind the tokenizer's vocabulary, where special tokens have their place, count as missing.
+    """
     assert config.init_from is not None  # config.check
-    given, _ = completed_config(Path(config.init_from).expanduser())
+    given, tokenizer = completed_config(Path(config.init_from).expanduser())
     shapes = nn.unbox(jax.eval_shape(lambda: _init_gpt(GPT(given.model), jax.random.key(0))))
-    leaves = jax.tree_util.tree_leaves_with_path(shapes)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
+    found = {path: leaf.shape for path, leaf in peft.flatten(shapes).items()}
+    if config.stage == "finetune":
+        rows, width = found["token_embedding/embedding"]
+        found["token_embedding/embedding"] = (min(rows, tokenizer.vocab_size), width)
+    return found
 
 
 def plain(config: Config, params: Any) -> Any:

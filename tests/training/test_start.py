@@ -14,7 +14,7 @@ from gptjax.parallel.mesh import make_mesh
 from gptjax.training import start
 from gptjax.training.programs import make_program
 from gptjax.workdir import load_model
-from tests.tiny_tasks import LABELS, run_config, with_method
+from tests.tiny_tasks import LABELS, MODEL, run_config, save_pretrained, with_method
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,15 @@ def test_what_is_trained_of_the_top_layers_is_apart_from_what_stays(config, give
         np.testing.assert_array_equal(rows[: len(leaf)], leaf, err_msg=path)
     assert trained["layers/block_0/mlp/up/kernel"].shape == base["layers/block_0/mlp/up/kernel"].shape == (1, 16, 64)
     assert trained["token_embedding/embedding"].shape == (4, 16)
+
+
+def test_special_tokens_are_trained_where_the_vocabulary_was_rounded_up(config, tmp_path):
+    rounded = save_pretrained(tmp_path / "rounded", settings=dataclasses.replace(MODEL, vocab_size=264))
+    lora = with_method(replace(config, {"model": {"vocab_size": 264}}), "lora")
+    base, trained = start_of(dataclasses.replace(lora, init_from=str(rounded)))
+    assert base["token_embedding/embedding"].shape == (257, 16)
+    table = np.asarray(load_model(rounded).params["token_embedding"]["embedding"])
+    np.testing.assert_array_equal(trained["token_embedding/embedding"], table[257:])
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,10 @@ def step(mesh: MeshConfig, microbatch: int) -> dict[str, Any]:
         "planned": dataclasses.asdict(planned.memory),
         "state": dataclasses.asdict(planning.state_bytes(config, laid_out)),
         "counts": count_by_kind(planned.collectives),
-        "real": {"arguments": analysis.argument_size_in_bytes, "temporaries": analysis.temp_size_in_bytes},
+        "real": {
+            "arguments": analysis.argument_size_in_bytes,
+            "temporaries": analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
+        },
         "real_counts": count_by_kind(collectives(real.as_text(), shape[0])),
         "live": {"parameters": live(state.params), "optimizer": live(state.opt_state)},
         "live_arguments": live(state) + live(arrays),

@@ -18,8 +18,9 @@ from ml_collections import config_flags
 
 from gptjax import config as c
 from gptjax.parallel.mesh import make_mesh
-from gptjax.training.checkpoints import Checkpoints, Position
+from gptjax.training.checkpoints import Checkpoints
 from gptjax.training.optimizers import num_microbatches
+from gptjax.training.position import Position
 from gptjax.training.programs import make_program
 from gptjax.training.state import TrainState, create_state, make_train_step, state_shardings
 

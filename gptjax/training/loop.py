@@ -21,9 +21,10 @@ from gptjax.parallel import distributed, preemption
 from gptjax.parallel.preemption import PreemptedError
 from gptjax.parallel.rows import global_array, process_rows
 from gptjax.training.bundles import save_bundle
-from gptjax.training.checkpoints import Checkpoints, Position
+from gptjax.training.checkpoints import Checkpoints
 from gptjax.training.metrics import MetricsWriter, plot_loss
 from gptjax.training.optimizers import num_microbatches, schedule
+from gptjax.training.position import Position
 from gptjax.training.progress import Progress
 from gptjax.training.stability import LossSpikeError, NotFiniteError
 from gptjax.training.start import start_state

@@ -19,7 +19,8 @@ from gptjax.data.tokenizers import Tokenizer
 from gptjax.models import peft
 from gptjax.parallel import distributed
 from gptjax.parallel.mesh import check_model_fit
-from gptjax.training.checkpoints import Checkpoints, Position
+from gptjax.training.checkpoints import Checkpoints
+from gptjax.training.position import Position
 from gptjax.training.programs import completed_config, make_program, plain
 from gptjax.training.state import Program, TrainState, abstract_state, create_state, fresh_params
 

@@ -14,7 +14,8 @@ from gptjax.config import Config, UserError, replace
 from gptjax.models.gpt import GPT, abstract_params
 from gptjax.parallel.mesh import make_mesh
 from gptjax.training import checkpoints as checkpoints_module
-from gptjax.training.checkpoints import Checkpoints, Position
+from gptjax.training.checkpoints import Checkpoints
+from gptjax.training.position import Position
 from gptjax.training.programs import make_program
 from gptjax.training.run import run
 from gptjax.training.state import TrainState, abstract_state

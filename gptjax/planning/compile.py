@@ -26,7 +26,8 @@ class Memory:
     Attributes:
       arguments: what is there before it runs.
       temporaries: what it needs besides, its results where they do not take an argument's place included: at most at a
-        time on a TPU; all together on a CPU, whose compiler does not tell its peak.
+        time on a TPU; all together, which may be more, on a CPU and where the host's memory is used, as the compiler
+        does not tell the peak there.
       total: both, and its code.
       host: what it keeps in the memory of the host.
     """
@@ -76,12 +77,12 @@ def compile_lowered(trace: Any, mesh: Mesh, unknown_trip_count: int = 1) -> Comp
     analysis = compiled.memory_analysis()
     assert analysis is not None, "XLA tells the memory on CPUs, GPUs and TPUs"
     arguments = analysis.argument_size_in_bytes
-    if mesh.devices.flat[0].platform == "tpu":
+    host = analysis.host_temp_size_in_bytes + analysis.host_argument_size_in_bytes
+    if mesh.devices.flat[0].platform == "tpu" and host == 0:  # the peak counts what waits in the host's memory too
         temporaries = analysis.peak_memory_in_bytes - arguments
     else:
         temporaries = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     total = arguments + temporaries + analysis.generated_code_size_in_bytes
-    host = analysis.host_temp_size_in_bytes + analysis.host_argument_size_in_bytes
     memory = Memory(arguments, temporaries, total, host)
     return Fits(memory, collectives(compiled.as_text(), unknown_trip_count), seconds)
 

@@ -59,7 +59,7 @@ def row(name: str, topology: str) -> str:
     assert step.capacity is not None
     mesh = ", ".join(f"{axis} {size}" for axis, size in step.mesh.shape.items() if size > 1)
     count = config.batch.tokens_per_batch // (step.config.sequences_per_microbatch * config.model.context_length)
-    memory = f"{step.compiled.memory.total / 2**30:.1f} of {step.capacity / 2**30:.1f}"
+    memory = f"{step.memory / 2**30:.1f} of {step.capacity / 2**30:.1f}"
     run = training(step.config, step.estimate, step.serial)
     assert run is not None
     return (

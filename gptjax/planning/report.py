@@ -33,6 +33,15 @@ class Step:
     capacity: int | None  # bytes of a device
 
     @property
+    def memory(self) -> int:
+        """Bytes of a device that the step needs at most.
+
+        It fits, or it would not have compiled; a sum of temporaries that are not all there at once may still be more.
+        """
+        total = self.compiled.memory.total
+        return total if self.capacity is None else min(total, self.capacity)
+
+    @property
     def serial(self) -> float:
         """Seconds without overlap, by which plans are ranked."""
         assert self.estimate is not None, "TPUs have published peaks"
@@ -109,8 +118,8 @@ def _memory_rows(step: Step) -> Rows:
         rows.append(("on the host", gib(memory.host), "compiled: activations that wait there"))
     if step.capacity is None:
         return [*rows, ("in all", gib(memory.total), "compiled")]
-    free = f"compiled; {gib(step.capacity - memory.total)} of {gib(step.capacity)} free"
-    return [*rows, ("in all", gib(memory.total), free)]
+    free = f"compiled; {gib(step.capacity - step.memory)} of {gib(step.capacity)} free"
+    return [*rows, ("in all", gib(step.memory), free)]
 
 
 def _communication_rows(step: Step) -> Rows:
@@ -206,7 +215,7 @@ def overview(rows: list[tuple[str, Step | str]]) -> str:
             (
                 name,
                 str(step.topology.num_devices),
-                gib(step.compiled.memory.total),
+                gib(step.memory),
                 axes,
                 f"{step.config.sequences_per_microbatch} x {microbatches(step.config)}",
                 step.config.model.remat,

@@ -38,7 +38,7 @@ SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each method.", lower_bound=1)
 EPOCHS = flags.DEFINE_float("epochs", 3.0, "Of each run.")
 VARIANTS = flags.DEFINE_list("variants", ["methods"], "Names of variants, or of groups of them.")
 
-# What a variant changes of fine-tuning all weights: sections of the config. Step sizes were chosen on other rows.
+# What a variant changes of fine-tuning all weights: sections of the config. Step sizes are choices, and were not tuned.
 METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "scratch": {"optimizer": {"peak_lr": 2e-3}},
     "all weights": {},

@@ -474,142 +474,170 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
 
 def check(config: Config) -> None:
     """Raises UserError when values of `config` are out of range or contradict each other."""
-    model, data, batch, optimizer = config.model, config.data, config.batch, config.optimizer
+    _check_model(config.model)
+    _check_data(config)
+    _check_peft(config)
+    _check_batch(config)
+    _check_optimizer(config.optimizer)
+    _check_intervals(config)
 
-    def require(condition: bool, message: str) -> None:
-        if not condition:
-            raise UserError(message)
 
-    def positive(section: Any, prefix: str, *names: str) -> None:
-        for name in names:
-            value = getattr(section, name)
-            require(value is None or value > 0, f"{prefix}.{name}={value} must be positive")
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
 
-    positive(model, "model", "vocab_size", "context_length", "num_layers", "num_heads", "embed_dim", "ffw_dim")
-    positive(model, "model", "band_width", "norm_eps", "adapter_dim")
-    require(
+
+def _positive(section: Any, prefix: str, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        _require(value is None or value > 0, f"{prefix}.{name}={value} must be positive")
+
+
+def _check_model(model: GPTConfig) -> None:
+    _positive(model, "model", "vocab_size", "context_length", "num_layers", "num_heads", "embed_dim", "ffw_dim")
+    _positive(model, "model", "band_width", "norm_eps", "adapter_dim")
+    _require(
         model.embed_dim % model.num_heads == 0,
         f"model.num_heads={model.num_heads} does not divide model.embed_dim={model.embed_dim}: "
         f"choose one that does, such as {_divisor_near(model.embed_dim, model.num_heads)}",
     )
-    require(len(model.attention_pattern) > 0, 'model.attention_pattern is empty: ("dense",) is the plain GPT')
+    _require(len(model.attention_pattern) > 0, 'model.attention_pattern is empty: ("dense",) is the plain GPT')
     for kind in model.attention_pattern:
-        require(kind in ("dense", "banded"), f"model.attention_pattern has {kind!r}: its parts are 'dense' or 'banded'")
-    require(
+        _require(
+            kind in ("dense", "banded"), f"model.attention_pattern has {kind!r}: its parts are 'dense' or 'banded'"
+        )
+    _require(
         model.num_layers % len(model.attention_pattern) == 0,
         f"model.num_layers={model.num_layers} is not a whole number of model.attention_pattern="
         f"{model.attention_pattern}: make it a multiple of {len(model.attention_pattern)}",
     )
     for name in ("embedding_dropout", "attention_dropout", "residual_dropout"):
         value = getattr(model, name)
-        require(0 <= value < 1, f"model.{name}={value} must be in [0, 1)")
+        _require(0 <= value < 1, f"model.{name}={value} must be in [0, 1)")
 
-    require(0 < data.validation_fraction < 1, f"data.validation_fraction={data.validation_fraction} must be in (0, 1)")
-    positive(data, "data", "prefetch_batches")
 
-    task, peft = config.task, config.peft
-    require(task.lm_weight >= 0, f"task.lm_weight={task.lm_weight} must not be negative")
-    require(0 <= task.head_dropout < 1, f"task.head_dropout={task.head_dropout} must be in [0, 1)")
-    require(task.target_std is None or task.target_std > 0, f"task.target_std={task.target_std} must be positive")
-    require(not (task.label_weights and task.balanced_labels), "set one of task.label_weights and task.balanced_labels")
-    require(
+def _check_data(config: Config) -> None:
+    data, task, regularisation = config.data, config.task, config.regularisation
+    _require(0 < data.validation_fraction < 1, f"data.validation_fraction={data.validation_fraction} must be in (0, 1)")
+    _positive(data, "data", "prefetch_batches")
+
+    _require(task.lm_weight >= 0, f"task.lm_weight={task.lm_weight} must not be negative")
+    _require(0 <= task.head_dropout < 1, f"task.head_dropout={task.head_dropout} must be in [0, 1)")
+    _require(task.target_std is None or task.target_std > 0, f"task.target_std={task.target_std} must be positive")
+    _require(
+        not (task.label_weights and task.balanced_labels), "set one of task.label_weights and task.balanced_labels"
+    )
+    _require(
         all(weight > 0 for weight in task.label_weights), f"task.label_weights={task.label_weights} must be positive"
     )
-    regularisation = config.regularisation
+
     for name in ("label_smoothing", "word_dropout", "token_replacement", "drop_turns", "shuffle_turns"):
         value = getattr(regularisation, name)
-        require(0 <= value <= 1, f"regularisation.{name}={value} must be in [0, 1]")
-    positive(regularisation, "regularisation", "mixup_alpha", "adversarial_epsilon")
+        _require(0 <= value <= 1, f"regularisation.{name}={value} must be in [0, 1]")
+    _positive(regularisation, "regularisation", "mixup_alpha", "adversarial_epsilon")
     copies = regularisation.augmented_copies
-    require(copies >= 0, f"regularisation.augmented_copies={copies} must not be negative")
-    require(
+    _require(copies >= 0, f"regularisation.augmented_copies={copies} must not be negative")
+    _require(
         (copies > 0) == (max(regularisation.drop_turns, regularisation.shuffle_turns) > 0),
         "regularisation.augmented_copies and what changes the copies, drop_turns or shuffle_turns, need each other",
     )
-    require(
+    _require(
         regularisation.mixup_alpha is None or task.kind not in ("tagging", "question_answering"),
         f"regularisation.mixup_alpha mixes whole texts, and task.kind={task.kind} is about places in them: unset it",
     )
-    require(0 <= peft.dropout < 1, f"peft.dropout={peft.dropout} must be in [0, 1)")
-    positive(peft, "peft", "rank", "alpha", "prune_every_steps", "adapter_dim", "num_layers")
-    require(
+
+
+def _check_peft(config: Config) -> None:
+    peft = config.peft
+    _require(0 <= peft.dropout < 1, f"peft.dropout={peft.dropout} must be in [0, 1)")
+    _positive(peft, "peft", "rank", "alpha", "prune_every_steps", "adapter_dim", "num_layers")
+    _require(
         peft.initial_rank >= peft.rank or peft.method != "adalora",
         f"peft.initial_rank={peft.initial_rank} is below peft.rank={peft.rank}, at which adalora ends: raise it",
     )
     for name in ("sensitivity_beta", "uncertainty_beta"):
-        require(0 <= getattr(peft, name) < 1, f"peft.{name}={getattr(peft, name)} must be in [0, 1)")
-    require(
+        _require(0 <= getattr(peft, name) < 1, f"peft.{name}={getattr(peft, name)} must be in [0, 1)")
+    _require(
         min(peft.initial_fraction, peft.final_fraction) >= 0 and peft.initial_fraction + peft.final_fraction < 1,
         f"peft.initial_fraction={peft.initial_fraction} and peft.final_fraction={peft.final_fraction} must leave "
         "a part of the training between them",
     )
-    require(
-        peft.method != "adalora" or optimizer.ema_decay is None,
+    _require(
+        peft.method != "adalora" or config.optimizer.ema_decay is None,
         "peft.method=adalora prunes weights, and their average would keep what is pruned: unset optimizer.ema_decay",
     )
-    require(
+    _require(
         peft.method == "none" or config.init_from is not None,
         f"peft.method={peft.method} trains a part of given weights: name their workdir by init_from",
     )
 
-    positive(batch, "batch", "total_tokens", "epochs", "tokens_per_batch", "microbatch_size")
-    positive(batch, "batch", "ramp_start_tokens", "ramp_tokens")
-    require(
+
+def _check_batch(config: Config) -> None:
+    model, batch = config.model, config.batch
+    _positive(batch, "batch", "total_tokens", "epochs", "tokens_per_batch", "microbatch_size")
+    _positive(batch, "batch", "ramp_start_tokens", "ramp_tokens")
+    _require(
         (batch.total_tokens is None) != (batch.epochs is None),
         f"set one of batch.total_tokens ({batch.total_tokens}) and batch.epochs ({batch.epochs}) and the other to None",
     )
     unit = (batch.microbatch_size or 1) * model.context_length
-    require(
+    _require(
         batch.tokens_per_batch % unit == 0,
         f"batch.tokens_per_batch={batch.tokens_per_batch} is not a whole number of microbatches of {unit} tokens "
         f"(batch.microbatch_size x model.context_length): try {max(1, round(batch.tokens_per_batch / unit)) * unit}",
     )
-    require(
+    _require(
         (batch.ramp_start_tokens is None) == (batch.ramp_tokens is None),
         "a batch ramp needs both batch.ramp_start_tokens and batch.ramp_tokens",
     )
     if batch.ramp_start_tokens is not None:
-        require(
+        _require(
             batch.microbatch_size is not None and unit <= batch.ramp_start_tokens <= batch.tokens_per_batch,
             f"batch.ramp_start_tokens={batch.ramp_start_tokens} must lie between a microbatch (batch.microbatch_size x "
             f"model.context_length={unit} tokens) and batch.tokens_per_batch={batch.tokens_per_batch}",
         )
 
-    positive(optimizer, "optimizer", "peak_lr", "decay_tokens", "eps", "clip_norm")
-    require(0 <= optimizer.beta1 < 1, f"optimizer.beta1={optimizer.beta1} must be in [0, 1)")
-    require(0 <= optimizer.beta2 < 1, f"optimizer.beta2={optimizer.beta2} must be in [0, 1)")
-    require(optimizer.weight_decay >= 0, f"optimizer.weight_decay={optimizer.weight_decay} must not be negative")
-    require(optimizer.warmup_tokens >= 0, f"optimizer.warmup_tokens={optimizer.warmup_tokens} must not be negative")
+
+def _check_optimizer(optimizer: OptimizerConfig) -> None:
+    _positive(optimizer, "optimizer", "peak_lr", "decay_tokens", "eps", "clip_norm")
+    _require(0 <= optimizer.beta1 < 1, f"optimizer.beta1={optimizer.beta1} must be in [0, 1)")
+    _require(0 <= optimizer.beta2 < 1, f"optimizer.beta2={optimizer.beta2} must be in [0, 1)")
+    _require(optimizer.weight_decay >= 0, f"optimizer.weight_decay={optimizer.weight_decay} must not be negative")
+    _require(optimizer.warmup_tokens >= 0, f"optimizer.warmup_tokens={optimizer.warmup_tokens} must not be negative")
     floor = optimizer.floor_lr_fraction
-    require(0 <= floor <= 1, f"optimizer.floor_lr_fraction={floor} must be in [0, 1]")
+    _require(0 <= floor <= 1, f"optimizer.floor_lr_fraction={floor} must be in [0, 1]")
     ema = optimizer.ema_decay
-    require(ema is None or 0 < ema < 1, f"optimizer.ema_decay={ema} must be in (0, 1)")
+    _require(ema is None or 0 < ema < 1, f"optimizer.ema_decay={ema} must be in (0, 1)")
 
     fraction = optimizer.warmup_fraction
-    require(fraction is None or 0 <= fraction < 1, f"optimizer.warmup_fraction={fraction} must be in [0, 1)")
-    require(
+    _require(fraction is None or 0 <= fraction < 1, f"optimizer.warmup_fraction={fraction} must be in [0, 1)")
+    _require(
         fraction is None or optimizer.warmup_tokens == 0,
         "set one of optimizer.warmup_tokens and optimizer.warmup_fraction, and the other to 0 or None",
     )
-    require(0 < optimizer.layer_lr_decay <= 1, f"optimizer.layer_lr_decay={optimizer.layer_lr_decay} must be in (0, 1]")
+    _require(
+        0 < optimizer.layer_lr_decay <= 1, f"optimizer.layer_lr_decay={optimizer.layer_lr_decay} must be in (0, 1]"
+    )
 
+
+def _check_intervals(config: Config) -> None:
     for name, section in (("evaluation", config.evaluation), ("checkpoint", config.checkpoint)):
-        positive(section, name, "every_tokens", "every_epochs")
-        require(
+        _positive(section, name, "every_tokens", "every_epochs")
+        _require(
             section.every_tokens is None or section.every_epochs is None,
             f"set one of {name}.every_tokens and {name}.every_epochs, and the other to None",
         )
-    positive(config.evaluation, "evaluation", "max_tokens", "sample_top_k", "patience")
-    require(config.evaluation.sample_temperature >= 0, "evaluation.sample_temperature must not be negative")
-    require(config.evaluation.sample_tokens >= 0, "evaluation.sample_tokens must not be negative")
-    positive(config.checkpoint, "checkpoint", "keep_last")
-    positive(config.stability, "stability", "max_skipped_updates", "spike_deviations")
-    require(
+    _positive(config.evaluation, "evaluation", "max_tokens", "sample_top_k", "patience")
+    _require(config.evaluation.sample_temperature >= 0, "evaluation.sample_temperature must not be negative")
+    _require(config.evaluation.sample_tokens >= 0, "evaluation.sample_tokens must not be negative")
+    _positive(config.checkpoint, "checkpoint", "keep_last")
+    _positive(config.stability, "stability", "max_skipped_updates", "spike_deviations")
+    _require(
         config.stability.spike_window >= 8,
         f"stability.spike_window={config.stability.spike_window} is too short to know what is usual: 8 at least",
     )
-    require(config.stability.rewind_batches >= 0, "stability.rewind_batches must not be negative")
-    positive(config.logging, "logging", "every_steps")
+    _require(config.stability.rewind_batches >= 0, "stability.rewind_batches must not be negative")
+    _positive(config.logging, "logging", "every_steps")
 
 
 def _divisor_near(number: int, near: int) -> int:

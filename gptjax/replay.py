@@ -26,7 +26,7 @@ def main() -> None:
     from gptjax.training.bundles import diagnose, load_bundle
     from gptjax.training.checkpoints import Checkpoints
     from gptjax.training.programs import completed_config, make_program
-    from gptjax.training.start import given_params
+    from gptjax.training.start import given_base, load_given
     from gptjax.training.state import abstract_state
     from gptjax.workdir import parse_mesh
 
@@ -44,7 +44,7 @@ def main() -> None:
     with jax.set_mesh(mesh), Checkpoints(workdir, config.checkpoint, read_only=True) as checkpoints:
         state, _ = checkpoints.restore(abstract_state(program, mesh), step)
         if program.given is not None:
-            state = state.replace(base=given_params(program, mesh)[0])
+            state = state.replace(base=given_base(program, load_given(program, mesh), mesh))
         report = diagnose(program, state, batch)
     for i, numbers in enumerate(report["microbatches"]):
         print(f"microbatch {i}: loss {numbers['loss']}, gradient norm {numbers['grad_norm']}")

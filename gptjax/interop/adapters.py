@@ -12,7 +12,7 @@ from gptjax.models import peft
 from gptjax.parallel.mesh import make_mesh
 from gptjax.training.checkpoints import Checkpoints
 from gptjax.training.programs import completed_config, make_program
-from gptjax.training.start import given_params, load_parts
+from gptjax.training.start import given_base, load_given, load_parts
 from gptjax.training.state import abstract_state
 
 
@@ -60,7 +60,7 @@ def import_adapter(directory: Path, base: Path, workdir: Path) -> None:
         program = make_program(config)
         wanted = abstract_state(program, mesh).params
         params = jax.tree.map(lambda leaf, like: jax.device_put(leaf.astype(like.dtype), like.sharding), leaves, wanted)
-        fixed = given_params(program, mesh)[0]
+        fixed = given_base(program, load_given(program, mesh), mesh)
         with new_directory(workdir) as unfinished:
             (unfinished / "config.json").write_text(to_json(config))
             tokenizer.save(unfinished / "tokenizer")

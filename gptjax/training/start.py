@@ -44,7 +44,7 @@ def start_state(program: Program, mesh: Mesh, checkpoints: Checkpoints) -> tuple
     if newest is not None:
         state, position = checkpoints.restore(abstract_state(program, mesh))
         if program.given is not None:
-            state = state.replace(base=given_params(program, mesh)[0])
+            state = state.replace(base=given_base(program, load_given(program, mesh), mesh))
             checkpoints.check_base(int(state.step), state.base)
         return state, position
     state = create_state(program, mesh)
@@ -56,18 +56,31 @@ def start_state(program: Program, mesh: Mesh, checkpoints: Checkpoints) -> tuple
     return state.replace(base=base, params=params, ema=ema), Position()
 
 
-def given_params(program: Program, mesh: Mesh, given: Any = None) -> tuple[Any, Any]:
-    """Base and trained parameters as `init_from` has them, and what it lacks from the seed; `mesh` in use.
+def load_given(program: Program, mesh: Mesh, loaded: dict[Path, Any] | None = None) -> Any:
+    """The weights that `init_from` names; UserError when they are of another model.
 
     Args:
-      given: the weights of `init_from`, if they are there already; the base shares their memory.
+      loaded: those that are there already, by workdir; these are added.
     """
-    config = program.config
-    source = _source(config)
-    _check_model(config, completed_config(source)[0])
-    given = load_weights(source, mesh).gpt if given is None else given
-    abstract = abstract_state(program, mesh)
-    base = None if abstract.base is None else _first_rows(given, abstract.base)
+    loaded = {} if loaded is None else loaded
+    assert program.config.init_from is not None
+    source = Path(program.config.init_from).expanduser().resolve()
+    _check_model(program.config, completed_config(source)[0])
+    if source not in loaded:
+        loaded[source] = load_weights(source, mesh).gpt
+    return loaded[source]
+
+
+def given_base(program: Program, given: Any, mesh: Mesh) -> Any:
+    """What stays as it is of the weights `given`, whose memory it shares; None: nothing does."""
+    wanted = abstract_state(program, mesh).base
+    return None if wanted is None else _first_rows(given, wanted)
+
+
+def given_params(program: Program, mesh: Mesh) -> tuple[Any, Any]:
+    """Base and trained parameters as `init_from` has them, and what it lacks from the seed; `mesh` in use."""
+    given = load_given(program, mesh)
+    base, abstract = given_base(program, given, mesh), abstract_state(program, mesh)
 
     def trained(given: Any, longer: Any) -> Any:
         return program.split(_graft(nn.unbox(fresh_params(program)), peft.join(given, longer)))[1]
@@ -83,11 +96,6 @@ def given_params(program: Program, mesh: Mesh, given: Any = None) -> tuple[Any, 
     same, longer = ({p: leaf for p, leaf in leaves.items() if (p in whole) == kept} for kept in (True, False))
     make = jax.jit(trained, donate_argnums=0, out_shardings=placement)
     return None, make(peft.unflatten(same), peft.unflatten(longer))
-
-
-def _source(config: Config) -> Path:
-    assert config.init_from is not None
-    return Path(config.init_from).expanduser().resolve()
 
 
 def _check_model(config: Config, given: Config) -> None:
@@ -157,10 +165,7 @@ def load_parts(workdir: Path, mesh: Mesh, *, best: bool = False, given: dict[Pat
         trained, step = checkpoints.restore_params(abstract_state(program, mesh).params, wanted)
         base = None
         if program.given is not None:
-            given = {} if given is None else given
-            source = _source(config)
-            given[source] = given[source] if source in given else load_weights(source, mesh).gpt
-            base = given_params(program, mesh, given[source])[0]
+            base = given_base(program, load_given(program, mesh, given), mesh)
             checkpoints.check_base(step, base)
     return Parts(program, tokenizer, base, trained, step)
 

@@ -108,14 +108,13 @@ def test_weights_that_are_not_there(config, pretrained, tmp_path):
 
 def test_several_share_the_weights_that_they_start_from(config):
     mesh = make_mesh(config.mesh)
-    given: dict = {}
+    loaded: dict = {}
     bases = []
-    source = start._source(config)
     with jax.set_mesh(mesh):
-        weights = start.load_weights(source, mesh).gpt
         for method in ("head", "lora"):
-            given[source] = weights
-            bases.append(peft.flatten(start.given_params(make_program(with_method(config, method)), mesh, weights)[0]))
+            program = make_program(with_method(config, method))
+            bases.append(peft.flatten(start.given_base(program, start.load_given(program, mesh, loaded), mesh)))
+    (weights,) = loaded.values()
     path = "layers/block_0/mlp/up/kernel"
     memory = {leaf[path].unsafe_buffer_pointer() for leaf in [*bases, peft.flatten(weights)]}
     assert len(memory) == 1

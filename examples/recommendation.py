@@ -230,25 +230,19 @@ def predict(workdir: Path, rows: Sequence[Mapping[str, Any]], batch_size: int) -
     import jax
 
     from gptjax.data.labelled import Row
-    from gptjax.evaluation.predictions import Predictor
-    from gptjax.parallel.mesh import batch_shards, make_mesh
-    from gptjax.training.start import load_parts
-    from gptjax.training.task_model import TaskModel
-    from gptjax.workdir import predicting
+    from gptjax.evaluation.predictions import load_predictor
+    from gptjax.parallel.mesh import make_mesh
 
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
-        parts = load_parts(workdir, mesh, best=True)
-        config = predicting(parts.program.config)
-        if config.stage != "finetune" or config.task.kind != "multiple_choice":
+        config, predict = load_predictor(workdir, mesh, batch_size)
+        if config.task.kind != "multiple_choice":
             raise UserError(f"{workdir} is no run of stage finetune with task.kind=multiple_choice")
         examples = [
             Row({"context": context(row["history"]), "choices": row["candidates"]}, f"row {i}")
             for i, row in enumerate(rows)
         ]
-        batch_size = -(-batch_size // batch_shards(mesh)) * batch_shards(mesh)
-        predictor = Predictor(TaskModel(config), parts.tokenizer, mesh, batch_size, parts.join)
-        predictions = predictor((parts.base, parts.trained), examples, predictor.encode(examples))
+        predictions = predict(examples)
     return [details["probabilities"] for details in predictions.details]
 
 

@@ -222,24 +222,18 @@ def classify(workdir: Path, texts: Sequence[Dated], batch_size: int, watched: st
     import jax
 
     from gptjax.data.labelled import Row
-    from gptjax.evaluation.predictions import Predictor
-    from gptjax.parallel.mesh import batch_shards, make_mesh
-    from gptjax.training.start import load_parts
-    from gptjax.training.task_model import TaskModel
-    from gptjax.workdir import predicting
+    from gptjax.evaluation.predictions import load_predictor
+    from gptjax.parallel.mesh import make_mesh
 
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
-        parts = load_parts(workdir, mesh, best=True)
-        config = predicting(parts.program.config)
-        if config.stage != "finetune" or config.task.kind != "classification":
+        config, predict = load_predictor(workdir, mesh, batch_size)
+        if config.task.kind != "classification":
             raise UserError(f"{workdir} is no run of stage finetune with task.kind=classification")
         if watched not in config.task.labels:
             raise UserError(f"{workdir} does not tell {watched!r}: --label is one of {', '.join(config.task.labels)}")
         rows = [Row({"text": text.text}, text.place) for text in texts]
-        batch_size = -(-batch_size // batch_shards(mesh)) * batch_shards(mesh)
-        predictor = Predictor(TaskModel(config), parts.tokenizer, mesh, batch_size, parts.join)
-        predictions = predictor((parts.base, parts.trained), rows, predictor.encode(rows))
+        predictions = predict(rows)
     return predictions.details, config.task.labels
 
 

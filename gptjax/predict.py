@@ -37,15 +37,12 @@ def main() -> None:
         raise UserError("--input and --source are two ways to say the same: give one")
     import jax  # after the checks: these take seconds to import
 
-    from gptjax.evaluation.predictions import Predictor
+    from gptjax.evaluation.predictions import load_predictor
     from gptjax.evaluation.report_files import write_predictions
-    from gptjax.parallel.mesh import batch_shards, make_mesh
-    from gptjax.training.start import load_parts
-    from gptjax.training.task_model import TaskModel
-    from gptjax.workdir import parse_mesh, predicting
+    from gptjax.parallel.mesh import make_mesh
+    from gptjax.workdir import parse_mesh
 
     mesh = make_mesh(parse_mesh(MESH.value))
-    batch_size = -(-BATCH_SIZE.value // batch_shards(mesh)) * batch_shards(mesh)
     workdirs = [Path(part) for part in WORKDIR.value.split(",")]
     lines: list[tuple[str, str]] | None = None
     given: dict[Path, Any] = {}
@@ -53,15 +50,11 @@ def main() -> None:
     records: list[dict[str, Any]] = []
     with jax.set_mesh(mesh):
         for workdir in workdirs:
-            parts = load_parts(workdir, mesh, best=True, given=given)
-            config = predicting(parts.program.config)
-            if config.stage != "finetune":
-                raise UserError(f"{workdir} is of stage {config.stage}, which learns to write: use gptjax.generate")
+            config, predict = load_predictor(workdir, mesh, BATCH_SIZE.value, given=given)
             if lines is None:  # once: standard input ends
                 lines = list(_lines()) if SOURCE.value is None else []
             rows = read_rows(config.task, lines)
-            predictor = Predictor(TaskModel(config), parts.tokenizer, mesh, batch_size, parts.join)
-            said.append(predictor((parts.base, parts.trained), rows, predictor.encode(rows)).details)
+            said.append(predict(rows).details)
             # Of tasks that read different parts of a row, all of them.
             read = records or [{} for _ in rows]
             records = [record | row.fields for record, row in zip(read, rows, strict=True)]

@@ -1,22 +1,27 @@
 """What a fine-tuned model says of rows, and what that is worth where they have labels."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from gptjax.config import TaskConfig
+from gptjax.config import Config, TaskConfig, UserError
 from gptjax.data.buckets import Buckets
 from gptjax.data.labelled import Row
 from gptjax.data.task_inputs import Encoded, decode_spans, decode_tags, encode
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.evaluation.reports import Report, report
 from gptjax.parallel import preemption
+from gptjax.parallel.mesh import batch_shards
 from gptjax.parallel.rows import global_array, process_rows
+from gptjax.training.start import load_parts
 from gptjax.training.task_model import TaskModel
+from gptjax.workdir import predicting
 
 PREFETCH = 4  # microbatches
 
@@ -34,6 +39,29 @@ class Predictions:
     values: list[Any]
     details: list[dict[str, Any]]
     loss: float | None
+
+
+def load_predictor(
+    workdir: Path, mesh: Mesh, batch_size: int, *, given: dict[Path, Any] | None = None
+) -> tuple[Config, Callable[[Sequence[Row]], Predictions]]:
+    """The config of a fine-tuned run, complete, and what its best checkpoint says of rows; `mesh` is in use for both.
+
+    Args:
+      batch_size: rows at once, rounded up to a multiple of the devices that they are spread over.
+      given: as of `load_parts`.
+
+    Raises:
+      UserError: as of `load_parts`; or the run is of another stage.
+    """
+    parts = load_parts(workdir, mesh, best=True, given=given)
+    config = predicting(parts.program.config)
+    if config.stage != "finetune":
+        raise UserError(f"{workdir} is of stage {config.stage}, which learns to write: use gptjax.generate")
+    shards = batch_shards(mesh)
+    predictor = Predictor(
+        TaskModel(config), parts.tokenizer, mesh, math.ceil(batch_size / shards) * shards, assemble=parts.join
+    )
+    return config, lambda rows: predictor((parts.base, parts.trained), rows, predictor.encode(rows))
 
 
 class Predictor:

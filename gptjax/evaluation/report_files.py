@@ -1,8 +1,6 @@
 """What an evaluation on labelled examples leaves on disk: a picture of the confusions, and each prediction."""
 
-import contextlib
 import json
-import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gptjax.config import UserError
+from gptjax.files import write_whole
 from gptjax.training.metrics import GRID_COLOR, TRAIN_COLOR
 
 DARK_COLOR = "#1f4e8c"  # TRAIN_COLOR's hue, for a share of 1
@@ -93,23 +92,15 @@ def write_predictions(path: Path, records: Iterable[Mapping[str, Any]]) -> int:
     Raises:
       UserError: `path` cannot be written.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    count = 0
+    # numpy's scalars and arrays are no numbers and lists to json.
+    lines = [
+        json.dumps(record, ensure_ascii=False, allow_nan=False, default=lambda value: value.tolist()) + "\n"
+        for record in records
+    ]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Half a surrogate pair, which UTF-8 cannot hold, is escaped; so JSON writes it too.
-        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            for record in records:
-                # numpy's scalars and arrays are no numbers and lists to json.
-                line = json.dumps(record, ensure_ascii=False, allow_nan=False, default=lambda value: value.tolist())
-                file.write(line + "\n")
-                count += 1
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_whole(path, "".join(lines).encode(errors="backslashreplace"))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from None
-    finally:
-        with contextlib.suppress(OSError):  # there is none, if all went well
-            temporary.unlink()
-    return count
+    return len(lines)

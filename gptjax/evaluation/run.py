@@ -4,7 +4,6 @@ import dataclasses
 import importlib.metadata
 import json
 import math
-import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from gptjax.evaluation.perplexity import PerplexityTask, perplexity_task
 from gptjax.evaluation.records import file_name, score_resumably
 from gptjax.evaluation.scoring import Scorer
 from gptjax.evaluation.tasks import Examples, ExampleTask, example_task, read_examples
+from gptjax.files import write_whole
 from gptjax.parallel import distributed
 from gptjax.workdir import TrainedModel, load_model, parse_mesh
 
@@ -160,11 +160,9 @@ def _json(measured: Measurement) -> dict[str, float | None]:
 
 
 def _write(path: Path, report: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_whole(path, json.dumps(report, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"cannot write --output={path}: {error.strerror}") from None
 

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import threading
 import uuid
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ from gptjax.config import LoggingConfig, UserError
 from gptjax.files import write_whole
 
 METRICS_FILE = "metrics.jsonl"
+CLOSING_SECONDS = 5  # that TensorBoard's file has to take what is left
 _PLACE = {"step": int, "tokens": int, "split": str}  # in every record
 _WANDB_ID = re.compile(r"[\w-]{1,64}")
 
@@ -111,7 +113,10 @@ class MetricsWriter:
         with suppress(OSError):  # each record was flushed; what a full disk did not take, it will not take now
             self._file.close()
         if self._tensorboard is not None and self._tensorboard_lives():
-            self._tensorboard.close()
+            # Its thread may still die, of a disk that is full, and then this waits for it without end.
+            closing = threading.Thread(target=self._tensorboard.close, daemon=True)
+            closing.start()
+            closing.join(CLOSING_SECONDS)
         if self._wandb is not None:
             self._wandb.finish()
             self._wandb = None

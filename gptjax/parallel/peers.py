@@ -188,8 +188,12 @@ class Peers:
             self._send(peer, {"stop": line_of_others, "code": code})
             with suppress(OSError):
                 self._sockets[peer].shutdown(socket.SHUT_WR)
-        # Neither print nor sys.exit: the main thread may hold a lock, or wait in a collective without end.
-        os.write(sys.stderr.fileno(), f"\n{details}error: {line}\n".encode())
+        # Neither print nor sys.exit: the main thread may hold a lock, or wait in a collective without end. It may as well
+        # be drawing its progress: what it still says goes nowhere, so that this line is the last.
+        stderr = os.dup(sys.stderr.fileno())
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stderr.fileno())
+        os.write(stderr, f"\n{details}error: {line}\n".encode())
         if self.process == 0:
             time.sleep(0.5)  # a connection that closes with lines unread loses those on their way
         os._exit(code)

@@ -25,7 +25,7 @@ from gptjax.models.gpt import GPT
 from gptjax.parallel.mesh import batch_shards, constrain, use_mesh
 
 Prompt = str | npt.ArrayLike  # text, or token ids
-FinishReason = Literal["end_of_text", "stop", "length"]
+FinishReason = Literal["end_of_text", "end_of_turn", "stop", "length"]
 Overflow = Literal["error", "slide"]
 MIN_BUCKET = 16  # positions
 
@@ -35,10 +35,11 @@ class Completion:
     """What was generated after one prompt.
 
     Attributes:
-      tokens: int32 (N,), without the end-of-text that ended them; a stop string's tokens are among them.
+      tokens: int32 (N,), without the end-of-text or end token that ended them; a stop string's tokens are among them,
+        and so are tokens behind the tokenizer's vocabulary, of which the text has nothing.
       logprobs: float32 (N,), of the tokens under the model itself: before temperature, penalty and filters.
       text: of the tokens, up to the stop string.
-      finish_reason: "end_of_text", "stop" (a stop string) or "length" (max_new_tokens).
+      finish_reason: "end_of_text", "end_of_turn" (an end token), "stop" (a stop string) or "length" (max_new_tokens).
     """
 
     tokens: npt.NDArray[np.int32]
@@ -95,6 +96,7 @@ class Engine:
         *,
         seeds: int | Sequence[int] = 0,
         stop: Sequence[str] = (),
+        end_tokens: Sequence[int] = (),
         ignore_end_of_text: bool = False,
         overflow: Overflow = "error",
         on_text: Callable[[int, str], None] | None = None,
@@ -110,20 +112,25 @@ class Engine:
           sampling: None: temperature 1.
           seeds: of the draws, one for each prompt; an int counts up from it.
           stop: strings that end a completion; what is before the first of them is kept.
-          ignore_end_of_text: go on after it.
+          end_tokens: end a completion as end-of-text does, which may be one of them; such as the end of a turn.
+          ignore_end_of_text: go on after it, if it is none of the end tokens.
           overflow: a text that outgrows the model's context is an error, found before anything runs; or it "slides":
             when the context is full, the last half of it becomes a new one, which is read again.
           on_text: called with the index of a prompt and the next piece of its text, as soon as it is certain.
 
         Raises:
           UserError: not as many seeds as prompts, a text longer than the context, an empty prompt for a tokenizer
-            without end-of-text, a token outside of the vocabulary.
+            without end-of-text, a token outside of the model's vocabulary.
         """
         ids = [self.ids(prompt) for prompt in prompts]
         seeds = [int(seeds) + i for i in range(len(ids))] if isinstance(seeds, int | np.integer) else seeds
         if len(seeds) != len(ids):
             raise UserError(f"{len(seeds)} seeds for {len(ids)} prompts: give one for each, or the first")
-        end_of_text = None if ignore_end_of_text else self.tokenizer.end_of_text
+        reasons: dict[int, FinishReason] = {int(token): "end_of_turn" for token in end_tokens}
+        if outside := [token for token in reasons if not 0 <= token < self.vocab_size]:
+            raise UserError(f"the end token {outside[0]} is outside of the model's vocabulary of {self.vocab_size}")
+        if self.tokenizer.end_of_text is not None and not ignore_end_of_text:
+            reasons.setdefault(self.tokenizer.end_of_text, "end_of_text")
         rows = [_Row(TextStream(self.tokenizer, stop)) for _ in ids]
         as_it_comes = bool(stop) or on_text is not None  # else the text is decoded once, at the end
 
@@ -135,8 +142,8 @@ class Engine:
             for i, row in enumerate(rows):
                 if row.reason is not None:
                     continue
-                if (token := int(tokens_B[i])) == end_of_text:
-                    row.reason = "end_of_text"
+                if (token := int(tokens_B[i])) in reasons:
+                    row.reason = reasons[token]
                     emit(i, row.stream.flush())
                     continue
                 row.logprobs.append(float(logprobs_B[i]))

@@ -77,9 +77,10 @@ def prepare(model: GPT, params: Any, weights: Weights) -> tuple[GPT, Any]:
     config = model.config
     if weights == "bfloat16":
         config = dataclasses.replace(config, dtype="bfloat16")
-    return GPT(config), jax.jit(partial(_prepare, config=config, int8=weights == "int8"))(params)
+    return GPT(config), _prepare(params, config=config, int8=weights == "int8")
 
 
+@partial(jax.jit, static_argnames=("config", "int8"))
 def _prepare(params: Any, config: GPTConfig, int8: bool) -> Any:
     def convert(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array | Int8:
         layer, name = (key.key for key in path[-2:])

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -50,6 +51,12 @@ def params_of(name: str):
         return jnp.asarray(rng.normal(name == "scale", std, leaf.shape), jnp.float32)
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@pytest.fixture(scope="session")
+def model_of() -> Callable[[str], tuple[GPT, Any]]:
+    """A new model of CONFIGS, equal to all others of its name, and its parameters."""
+    return lambda name: (GPT(dataclasses.replace(CONFIGS[name])), params_of(name))
 
 
 @pytest.fixture(scope="session")

@@ -100,6 +100,52 @@ def test_end_of_text_ends_a_completion_and_is_no_part_of_it(engine, greedy, prom
     assert tokens_of(engine.generate(prompts, NEW, GREEDY, ignore_end_of_text=True)) == greedy
 
 
+def test_end_tokens_end_a_completion_and_are_no_part_of_it(engine, greedy, prompts, monkeypatch):
+    """As they come first, be they end-of-text too, or an end of text that is ignored."""
+    one = next(token for token in greedy[1][2:] if token not in greedy[2])
+    other = next(token for token in greedy[2][2:] if token not in greedy[1])
+    for end_of_text, ignored in ((60, True), (one, False), (one, True)):
+        monkeypatch.setattr(engine.tokenizer, "end_of_text", end_of_text)
+        pieces: list[str] = []
+        completions = engine.generate(
+            prompts[1:],
+            NEW,
+            GREEDY,
+            end_tokens=[other, np.int32(one)],
+            ignore_end_of_text=ignored,
+            on_text=lambda i, piece: pieces.append(piece) if i == 0 else None,  # noqa: B023
+        )
+        for tokens, completion in zip(greedy[1:], completions, strict=True):
+            tokens = tokens[: min(tokens.index(end) for end in (one, other) if end in tokens)]
+            assert completion.tokens.tolist() == tokens
+            assert len(completion.logprobs) == len(tokens)
+            assert completion.text == engine.tokenizer.decode(tokens)
+            assert completion.finish_reason == "end_of_turn"
+        assert "".join(pieces) == completions[0].text
+    completions = engine.generate(prompts[1:], NEW, GREEDY, end_tokens=[other])
+    assert {completion.finish_reason for completion in completions} == {"end_of_text", "end_of_turn"}
+
+
+@pytest.mark.parametrize("token", [-1, 61])
+def test_an_end_token_that_the_model_does_not_have_is_an_error(engine, token):
+    with pytest.raises(UserError, match=rf"end token {token} is outside of the model's vocabulary of 61"):
+        engine.generate([[3]], 1, end_tokens=[4, token])
+
+
+def test_tokens_behind_the_tokenizers_vocabulary_have_no_text(engine, greedy, prompts, pieces, monkeypatch):
+    """A model may have some: for special tokens, or to round up."""
+    behind = sorted(set(greedy[1]))[len(set(greedy[1])) // 2]
+    letters = pieces([bytes([65 + i]) for i in range(behind)])
+    monkeypatch.setattr(engine, "tokenizer", letters)
+    streamed: list[str] = []
+    for on_text in (None, lambda _, piece: streamed.append(piece)):
+        (completion,) = engine.generate([prompts[1]], NEW, GREEDY, on_text=on_text)
+        assert completion.tokens.tolist() == greedy[1]
+        assert completion.text == "".join(chr(65 + token) for token in greedy[1] if token < behind)
+    assert 0 < len(completion.text) < NEW
+    assert "".join(streamed) == completion.text
+
+
 def test_stop_strings_end_the_text(engine, greedy, prompts):
     texts = [engine.tokenizer.decode(tokens) for tokens in greedy]
     stop = texts[1][5:10]  # of more than one token

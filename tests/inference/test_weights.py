@@ -9,6 +9,7 @@ import pytest
 from hypothesis import strategies as st
 
 from gptjax.config import UserError
+from gptjax.inference import weights as weights_module
 from gptjax.inference.engine import Engine
 from gptjax.inference.sampling import Sampling
 from gptjax.inference.weights import SUMMED_AXES, Int8, prepare
@@ -95,3 +96,15 @@ def test_unknown_weights_are_an_error(engine_of):
     engine = engine_of("banded")
     with pytest.raises(UserError, match=r"weights='int4' is not one of as_given, bfloat16, int8, stacked"):
         prepare(engine.model, engine.params, "int4")
+
+
+@pytest.mark.parametrize("weights", ["as_given", "bfloat16", "int8"])
+def test_a_second_engine_of_a_model_compiles_nothing(engine_of, model_of, weights):
+    """Whatever its weights are; and it has its own."""
+    first = engine_of("banded", weights)
+    compiled = weights_module._prepare._cache_size()
+    model, params = model_of("banded")
+    second = Engine(model, jax.tree.map(lambda leaf: 2 * leaf, params), first.tokenizer, weights=weights)
+    assert weights_module._prepare._cache_size() == compiled
+    biases = [engine.params["layers"][1]["mlp"]["up"]["bias"] for engine in (first, second)]
+    np.testing.assert_array_equal(biases[1], 2 * biases[0])

@@ -35,6 +35,8 @@ setup(
         "numpy>=2.4",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
+        "rouge-score>=0.1.2",
+        "sacrebleu>=2.6",
         "scikit-learn>=1.9",
         "scipy>=1.17",
         "seqeval>=1.2.2",

@@ -25,7 +25,7 @@ from gptjax.models.gpt import GPT
 from gptjax.parallel.mesh import batch_shards, constrain, use_mesh
 
 Prompt = str | npt.ArrayLike  # text, or token ids
-FinishReason = Literal["end_of_text", "stop", "length"]
+FinishReason = Literal["end_of_text", "end_of_turn", "stop", "length"]
 Overflow = Literal["error", "slide"]
 MIN_BUCKET = 16  # positions
 
@@ -35,10 +35,11 @@ class Completion:
     """What was generated after one prompt.
 
     Attributes:
-      tokens: int32 (N,), without the end-of-text that ended them; a stop string's tokens are among them.
+      tokens: int32 (N,), without the token that ended them; a stop string's tokens are among them.
       logprobs: float32 (N,), of the tokens under the model itself: before temperature, penalty and filters.
       text: of the tokens, up to the stop string.
-      finish_reason: "end_of_text", "stop" (a stop string) or "length" (max_new_tokens).
+      finish_reason: "end_of_text", "end_of_turn" (one of end_tokens), "stop" (a stop string) or "length"
+        (max_new_tokens).
     """
 
     tokens: npt.NDArray[np.int32]
@@ -96,6 +97,7 @@ class Engine:
         seeds: int | Sequence[int] = 0,
         stop: Sequence[str] = (),
         ignore_end_of_text: bool = False,
+        end_tokens: Sequence[int] = (),
         overflow: Overflow = "error",
         on_text: Callable[[int, str], None] | None = None,
     ) -> list[Completion]:
@@ -111,6 +113,7 @@ class Engine:
           seeds: of the draws, one for each prompt; an int counts up from it.
           stop: strings that end a completion; what is before the first of them is kept.
           ignore_end_of_text: go on after it.
+          end_tokens: others that end a completion, such as a chat format's end of turn.
           overflow: a text that outgrows the model's context is an error, found before anything runs; or it "slides":
             when the context is full, the last half of it becomes a new one, which is read again.
           on_text: called with the index of a prompt and the next piece of its text, as soon as it is certain.
@@ -135,8 +138,9 @@ class Engine:
             for i, row in enumerate(rows):
                 if row.reason is not None:
                     continue
-                if (token := int(tokens_B[i])) == end_of_text:
-                    row.reason = "end_of_text"
+                token = int(tokens_B[i])
+                if token == end_of_text or token in end_tokens:
+                    row.reason = "end_of_turn" if token in end_tokens else "end_of_text"
                     emit(i, row.stream.flush())
                     continue
                 row.logprobs.append(float(logprobs_B[i]))

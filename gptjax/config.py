@@ -214,7 +214,7 @@ class PeftConfig:
     sensitivity_beta: float = 0.85  # smooths the importance of a singular value, and its uncertainty
     uncertainty_beta: float = 0.85
     orthogonality: float = 0.1  # weight of the penalty that keeps P and Q orthogonal
-    adapter_dim: int = 64  # adapters: width of the bottleneck
+    adapter_dim: int = 32  # adapters: width of the bottleneck
     num_layers: int = 2  # top_layers: how many
 
 

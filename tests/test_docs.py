@@ -47,4 +47,6 @@ def test_modules_and_paths_exist(page: Path) -> None:
 
 
 def test_there_are_pages() -> None:
-    assert {"multi_host.md", "finetuning.md", "chat.md", "slurm.sbatch", "gke_jobset.yaml"} <= {page.name for page in PAGES}
+    assert {"multi_host.md", "finetuning.md", "chat.md", "slurm.sbatch", "gke_jobset.yaml"} <= {
+        page.name for page in PAGES
+    }

@@ -279,13 +279,9 @@ def _chatterbot(spec: str) -> Iterator[Conversation]:
     """A conversation is a list of utterances, the first of them a user's."""
     import yaml
 
-    class TextLoader(yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader):  # type: ignore[misc]
-        """Leaves `yes` and `1984` the texts that they are."""
-
-    TextLoader.yaml_implicit_resolvers = {}
     for folder in _language_folders(spec):
         for path in sorted(folder.glob("*.yml")):
-            tree = yaml.load(path.read_text(encoding="utf-8"), TextLoader)  # a SafeLoader
+            tree = yaml.safe_load(path.read_text(encoding="utf-8"))
             for number, turns in enumerate(tree["conversations"]):
                 texts = [str(turn).strip() for turn in turns]
                 texts = texts[: len(texts) // 2 * 2]

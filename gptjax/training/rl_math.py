@@ -18,12 +18,13 @@ def ranking_loss(scores_BK: jax.Array, present_BK: jax.Array) -> tuple[jax.Array
         loss = -1 / (K choose 2)  sum over pairs i before j of  log sigmoid(score_i - score_j)
 
     Args:
-      present_BK: bool; an answer that is not there is in no pair.
+      present_BK: a mask; an answer that is not there is in no pair.
 
     Returns:
       losses_B in nats, and accuracies_B: the share of the pairs of which the better one has the higher score. Both are
       the mean over a prompt's pairs, 0 where it has none.
     """
+    scores_BK, present_BK = _float32(scores_BK), present_BK.astype(bool)
     better, worse = np.triu_indices(scores_BK.shape[1], 1)
     margins_BP = scores_BK[:, better] - scores_BK[:, worse]
     there_BP = present_BK[:, better] & present_BK[:, worse]
@@ -51,7 +52,7 @@ def dpo_loss(
     Returns:
       The losses in nats and the margins, (B, P) each.
     """
-    margins_BP = beta * ((better_BP - reference_better_BP) - (worse_BP - reference_worse_BP))
+    margins_BP = beta * (kl_k1(better_BP, reference_better_BP) - kl_k1(worse_BP, reference_worse_BP))
     right_BP, wrong_BP = jax.nn.log_sigmoid(margins_BP), jax.nn.log_sigmoid(-margins_BP)
     return -(1 - label_smoothing) * right_BP - label_smoothing * wrong_BP, margins_BP
 

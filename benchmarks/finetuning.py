@@ -100,8 +100,9 @@ def text_of(row: Row) -> str:
 
 
 def every(rows: list[Row], count: int) -> list[Row]:
-    """`count` rows, spread evenly."""
-    return rows[:: max(1, len(rows) // count)][:count]
+    """`count` rows, or all if there are fewer, spread evenly from the first to the last."""
+    count = min(count, len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]
 
 
 def pretrain(texts: Path, workdir: Path) -> Path:

@@ -115,6 +115,41 @@ class DataConfig:
 NUM_SPECIAL_TOKENS = 4
 
 
+# What learns from conversations
+CHAT_STAGES = ("sft", "reward", "dpo")
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatConfig:
+    """The stages of chat: how the conversations are read that `data.source` and `data.validation_source` then name.
+
+    Their forms are in `gptjax/data/conversations.py`, what the templates are in `gptjax/data/templates.py`.
+    """
+
+    template: Literal["plain", "chatml", "custom"] = "chatml"
+    # custom: text around the {content} of a message; <|name|> is a special token, <|endoftext|> that of the tokenizer
+    system_format: str = ""
+    user_format: str = ""
+    assistant_format: str = ""  # a special token right behind {content} ends the turn
+    # A conversation whose last exchange alone is longer than the context stops the run, or is left out and counted
+    on_too_long: Literal["error", "skip"] = "error"
+    pack: bool = True  # several conversations in a row, none of which sees another; false: one a row
+    # sft: rows of text as in stage pretrain, and their share of all rows (Ouyang et al. 2022, appendix C.3)
+    pretraining_source: str | None = None
+    pretraining_share: float = 0.0
+    # reward, dpo: the answer of each turn is ranked above so many answers of other conversations; 0: the source has
+    # rankings
+    random_answers: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class DPOConfig:
+    """Stage "dpo": direct preference optimization (Rafailov et al. 2023)."""
+
+    beta: float = 0.1  # how dear it is to leave the reference
+    label_smoothing: float = 0.0  # share of the rankings taken to be the wrong way round (Mitchell 2023)
+
+
 @dataclasses.dataclass(frozen=True)
 class TaskConfig:
     """Stage "finetune": what is to be told of a text (Radford et al. 2018, section 3.2).
@@ -179,7 +214,7 @@ class PeftConfig:
     sensitivity_beta: float = 0.85  # smooths the importance of a singular value, and its uncertainty
     uncertainty_beta: float = 0.85
     orthogonality: float = 0.1  # weight of the penalty that keeps P and Q orthogonal
-    adapter_dim: int = 64  # adapters: width of the bottleneck
+    adapter_dim: int = 32  # adapters: width of the bottleneck
     num_layers: int = 2  # top_layers: how many
 
 
@@ -280,11 +315,13 @@ class LoggingConfig:
 class Config:
     """One run."""
 
-    stage: Literal["pretrain", "finetune"] = "pretrain"
+    stage: Literal["pretrain", "finetune", "sft", "reward", "dpo"] = "pretrain"
     seed: int = 0  # of initialisation, dropout, data order and samples
     init_from: str | None = None  # a workdir whose newest weights to start from
     model: GPTConfig = GPTConfig()
     data: DataConfig = DataConfig()
+    chat: ChatConfig = ChatConfig()
+    dpo: DPOConfig = DPOConfig()
     task: TaskConfig = TaskConfig()
     regularisation: RegularisationConfig = RegularisationConfig()
     peft: PeftConfig = PeftConfig()
@@ -300,7 +337,7 @@ class Config:
         """What a run computes with, once its data is known.
 
         Args:
-          vocab_size: of the tokenizer; special tokens of the stage come behind it.
+          vocab_size: of the tokenizer, or of the chat format over it; special tokens of a fine-tuned task come behind.
           found: fields of `task` that the training rows decide, such as its labels.
 
         Raises:
@@ -309,8 +346,9 @@ class Config:
         model, task = self.model, self.task
         if self.stage == "finetune":
             task = dataclasses.replace(task, **(found or {}))
-            size = max(vocab_size + NUM_SPECIAL_TOKENS, model.vocab_size or 0)
-            model = dataclasses.replace(model, vocab_size=size)
+            vocab_size += NUM_SPECIAL_TOKENS
+        if self.stage != "pretrain":  # what is read may be new to the model
+            model = dataclasses.replace(model, vocab_size=max(vocab_size, model.vocab_size or 0))
         if self.peft.method == "adapters":
             model = dataclasses.replace(model, adapter_dim=self.peft.adapter_dim)
         return dataclasses.replace(self, model=model.with_vocabulary(vocab_size), task=task)
@@ -476,6 +514,7 @@ def check(config: Config) -> None:
     """Raises UserError when values of `config` are out of range or contradict each other."""
     _check_model(config.model)
     _check_data(config)
+    _check_chat(config)
     _check_peft(config)
     _check_batch(config)
     _check_optimizer(config.optimizer)
@@ -544,6 +583,28 @@ def _check_data(config: Config) -> None:
     _require(
         regularisation.mixup_alpha is None or task.kind not in ("tagging", "question_answering"),
         f"regularisation.mixup_alpha mixes whole texts, and task.kind={task.kind} is about places in them: unset it",
+    )
+
+
+def _check_chat(config: Config) -> None:
+    chat, dpo = config.chat, config.dpo
+    formats = (chat.system_format, chat.user_format, chat.assistant_format)
+    _require(
+        all(formats) if chat.template == "custom" else not any(formats),
+        "chat.template=custom needs chat.system_format, chat.user_format and chat.assistant_format, other templates "
+        f"have their own, and chat.template={chat.template}: give all three or none",
+    )
+    _require(0 <= chat.pretraining_share < 1, f"chat.pretraining_share={chat.pretraining_share} must be in [0, 1)")
+    _require(
+        (chat.pretraining_share > 0) == (chat.pretraining_source is not None),
+        "chat.pretraining_source and chat.pretraining_share need each other",
+    )
+    _require(chat.random_answers >= 0, f"chat.random_answers={chat.random_answers} must not be negative")
+    _positive(dpo, "dpo", "beta")
+    _require(0 <= dpo.label_smoothing < 0.5, f"dpo.label_smoothing={dpo.label_smoothing} must be in [0, 0.5)")
+    _require(
+        config.stage != "dpo" or config.init_from is not None,
+        "stage dpo learns how to leave the model it starts from: name its workdir by init_from",
     )
 
 

@@ -39,7 +39,7 @@ def test_flags_and_config_keys_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_modules_and_paths_exist(page: Path) -> None:
     text = page.read_text()
-    modules = re.findall(r"\b(gptjax\.(?:main|evaluate|generate|convert|plan|predict)|benchmarks\.\w+)\b", text)
+    modules = re.findall(r"\b(gptjax\.(?:main|evaluate|generate|convert|plan|predict|chat)|benchmarks\.\w+)\b", text)
     assert not [module for module in modules if importlib.util.find_spec(module) is None]
     links = {page.parent / link for link in re.findall(r"\]\((?!http|#)([^)#]+)", text)}
     paths = {ROOT / path for path in re.findall(r"(?<![\w/.-])((?:gptjax|configs|tests|examples)/[\w./-]*\w)", text)}
@@ -47,4 +47,6 @@ def test_modules_and_paths_exist(page: Path) -> None:
 
 
 def test_there_are_pages() -> None:
-    assert {"multi_host.md", "finetuning.md", "slurm.sbatch", "gke_jobset.yaml"} <= {page.name for page in PAGES}
+    assert {"multi_host.md", "finetuning.md", "chat.md", "slurm.sbatch", "gke_jobset.yaml"} <= {
+        page.name for page in PAGES
+    }

@@ -175,7 +175,7 @@ def batches(
         read = [row(first + offset) for offset in wanted]
         arrays = {name: np.stack([example[name] for example in read]) for name in read[0]}
         full_rows = min(batch_size, last + 1 - first)
-        return Microbatch(arrays, full_rows * arrays["tokens"].shape[1])
+        return Microbatch(arrays, full_rows * arrays["tokens"][0].size)
 
     num_batches = max(0, -(-(len(examples) - start) // batch_size))
     # One thread makes millions of tokens a second; more are slower, for they contend for the interpreter's lock.

@@ -188,8 +188,8 @@ class Peers:
             self._send(peer, {"stop": line_of_others, "code": code})
             with suppress(OSError):
                 self._sockets[peer].shutdown(socket.SHUT_WR)
-        # Neither print nor sys.exit: the main thread may hold a lock, or wait in a collective without end. It may as well
-        # be drawing its progress: what it still says goes nowhere, so that this line is the last.
+        # Neither print nor sys.exit: the main thread may hold a lock, or wait in a collective without end. Or it
+        # draws its progress: what it still says goes nowhere, so that this line is the last.
         stderr = os.dup(sys.stderr.fileno())
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stderr.fileno())

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from gptjax.config import UserError
-from gptjax.training.state import Batch, Program, TrainState, dropout_rng
+from gptjax.training.state import Batch, Program, TrainState, dropout_rng, loss_and_gradient
 
 
 def save_bundle(workdir: Path, program: Program, state: TrainState, batch: Batch, count: int) -> Path:
@@ -61,10 +61,7 @@ def diagnose(program: Program, state: TrainState, batch: dict[str, np.ndarray]) 
 
     @jax.jit
     def numbers(base: Any, params: Any, rows: Batch, rng: Any) -> Any:
-        def loss(trained: Any) -> tuple[jax.Array, jax.Array]:
-            return program.loss(program.join(base, trained), rows, rng)
-
-        (loss_sum, weight), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        (loss_sum, (weight, _)), grads = loss_and_gradient(program, base, params, rows, rng)
         grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
         norms = {}
         for (path, param), grad in zip(

@@ -47,6 +47,35 @@ def cross_entropy(
     return _spread(*arrays, chunk=chunk, precision=precision, with_gradients=False)[0]
 
 
+def target_logprobs(
+    x_BTD: jax.Array, embedding_VD: jax.Array, targets_BT: jax.Array, precision: str | None = None
+) -> jax.Array:
+    """log softmax(x embedding^T)[target] in nats, float32 (B, T), for losses that are not a sum over the targets.
+
+    The logits exist for a chunk of positions at a time, and are computed again where a gradient is asked for.
+    Arguments as of `cross_entropy`.
+    """
+    batch, length, _ = x_BTD.shape
+    chunk = min(positions_per_chunk(batch), length)
+    head_VD = embedding_VD.astype(x_BTD.dtype)
+
+    @jax.checkpoint
+    def of_chunk(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+        x_BCD, targets_BC = inputs
+        logits_BCV = unembed(x_BCD, head_VD, precision)
+        picked_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+        return picked_BC - jax.nn.logsumexp(logits_BCV, axis=-1)
+
+    chunks = (_chunks(x_BTD, chunk), _chunks(targets_BT, chunk))
+    return jnp.moveaxis(jax.lax.map(of_chunk, chunks), 0, 1).reshape(batch, -1)[:, :length]
+
+
+def _chunks(a_BT: jax.Array, chunk: int) -> jax.Array:
+    """(B, T, ...) to (N, B, C, ...), padded with zeros."""
+    a_BT = jnp.pad(a_BT, [(0, 0), (0, -a_BT.shape[1] % chunk)] + [(0, 0)] * (a_BT.ndim - 2))
+    return jnp.moveaxis(a_BT.reshape(len(a_BT), -1, chunk, *a_BT.shape[2:]), 1, 0)
+
+
 def _forward(
     x_BTD: jax.Array,
     embedding_VD: jax.Array,
@@ -114,10 +143,6 @@ def _scan_chunks(
     rows = len(head_VD)
     first_row = jax.lax.axis_index("tensor") * rows if axis_size("tensor") > 1 else 0
 
-    def chunks(a_BT: jax.Array) -> jax.Array:  # (B, T, ...) to (N, B, C, ...), padded with zeros: weight 0
-        a_BT = jnp.pad(a_BT, [(0, 0), (0, -length % chunk)] + [(0, 0)] * (a_BT.ndim - 2))
-        return jnp.moveaxis(a_BT.reshape(batch, -1, chunk, *a_BT.shape[2:]), 1, 0)
-
     def step(
         carry: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, jax.Array, jax.Array]
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
@@ -138,8 +163,9 @@ def _scan_chunks(
         )
         return (loss, dhead_VD), dx_BCD
 
+    chunks = (_chunks(x_BTD, chunk), _chunks(targets_BT, chunk), _chunks(weights_BT, chunk))
     start = (jnp.zeros((), jnp.float32), jnp.zeros(head_VD.shape if with_gradients else (), jnp.float32))
-    (loss, dhead_VD), dx_NBCD = jax.lax.scan(step, start, (chunks(x_BTD), chunks(targets_BT), chunks(weights_BT)))
+    (loss, dhead_VD), dx_NBCD = jax.lax.scan(step, start, chunks)
     loss = _sum(loss, *BATCH_AXES, "context")
     if not with_gradients:
         return loss, (None, None)

@@ -75,7 +75,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     if config.peft.method == "adalora":
         transforms.insert(0, adalora.track(config.peft))  # of the gradients as they are
     if optimizer.weight_decay > 0:
-        transforms.append(_decayed_weights(optimizer))
+        transforms.append(_decayed_weights(optimizer, whole=config.peft.method == "none"))
     if optimizer.layer_lr_decay < 1:
         transforms.append(_decayed_by_layer(config))
     return optax.chain(*transforms)
@@ -106,19 +106,22 @@ def layer_factor(config: Config, path: tuple[Any, ...], shape: tuple[int, ...]) 
     return decay ** (model.num_layers + 1) if re.match(r"(token|position)_embedding/", name) else 1.0
 
 
-def _decayed_weights(config: OptimizerConfig) -> optax.GradientTransformation:
+def _decayed_weights(config: OptimizerConfig, whole: bool) -> optax.GradientTransformation:
     """Adds weight_decay x the factor of `decay_rules` x the parameter to each update."""
 
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
-        factors = decay_factors(config, params)
+        factors = decay_factors(config, params, whole)
         decayed = jax.tree.map(lambda u, p, factor: u + config.weight_decay * factor * p, updates, params, factors)
         return decayed, state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def decay_factors(config: OptimizerConfig, params: Any) -> Any:
+def decay_factors(config: OptimizerConfig, params: Any, whole: bool = True) -> Any:
     """The factor of weight_decay for every parameter: a tree like `params` of floats.
+
+    Args:
+      whole: `params` are all there are; of a part, some rules may match nothing.
 
     Raises:
       UserError: a parameter that no rule matches, a rule that matches nothing, or a regex that does not parse.
@@ -139,6 +142,6 @@ def decay_factors(config: OptimizerConfig, params: Any) -> Any:
 
     factors = jax.tree_util.tree_map_with_path(factor, params)
     for pattern, _, _ in rules:
-        if pattern not in used:
+        if whole and pattern not in used:
             raise UserError(f"optimizer.decay_rules: {pattern!r} is the first match of no parameter: remove or mend it")
     return factors

@@ -1,5 +1,7 @@
 """What is learned in each stage, but for data: as the training loop, the planner and all that reads weights have it."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -7,15 +9,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gptjax.config import Config, UserError, read_config
+from gptjax.config import CHAT_STAGES, Config, UserError, read_config
 from gptjax.data import tokenizers
+from gptjax.data.templates import chat_format
 from gptjax.files import read_json
 from gptjax.models import peft
 from gptjax.models.gpt import GPT, head_embedding, hidden_states
 from gptjax.training import adalora
 from gptjax.training.losses import cross_entropy
+from gptjax.training.preferences import REFERENCE, RewardModel, dpo_loss
 from gptjax.training.regularisation import regularised
-from gptjax.training.state import Batch, Loss, Program
+from gptjax.training.state import Batch, Loss, Measures, Program
 from gptjax.training.task_model import TaskModel
 
 TASK_FILE = "task.json"  # of a workdir of stage "finetune": what its rows decided of TaskConfig
@@ -28,6 +32,8 @@ def completed_config(workdir: Path) -> tuple[Config, tokenizers.Tokenizer]:
       UserError: not a workdir, or a file of it is damaged.
     """
     config, tokenizer = read_config(workdir), tokenizers.load(workdir / "tokenizer")
+    if config.stage in CHAT_STAGES:
+        return config.completed(chat_format(config.chat, tokenizer).vocab_size), tokenizer
     found = _read_task(workdir / TASK_FILE) if config.stage == "finetune" else None
     return config.completed(tokenizer.vocab_size, found), tokenizer
 
@@ -51,16 +57,24 @@ def make_program(config: Config) -> Program:
     Raises:
       UserError: `peft` trains a part of weights that are not there, or names none of the model's matrices.
     """
+    gpt, frozen = GPT(config.model), tuple[str, ...]()
+    init: Callable[[jax.Array], Any] = partial(_init_gpt, gpt)
     loss: Loss
     if config.stage == "finetune":
         task_model = TaskModel(config)
         init, loss = task_model.init, regularised(config, task_model.loss)
+    elif config.stage == "reward":
+        reward_model = RewardModel(config)
+        init, loss = reward_model.init, reward_model.loss
+    elif config.stage == "dpo":
+        loss, frozen = dpo_loss(config), (REFERENCE,)
     else:
-        gpt = GPT(config.model)
-        init, loss = lambda rng: _init_gpt(gpt, rng), make_loss(gpt)
+        loss = make_loss(gpt)
     if config.peft.method in ("lora", "adalora"):
         init, loss = _with_low_rank(config, init, loss)
-    return Program(config, init, loss, None if config.peft.method == "none" else _given_shapes(config))
+    if frozen:
+        init = _with_reference(init, gpt)
+    return Program(config, init, loss, None if config.peft.method == "none" else _given_shapes(config), frozen)
 
 
 def _init_gpt(model: GPT, rng: jax.Array) -> Any:
@@ -70,7 +84,7 @@ def _init_gpt(model: GPT, rng: jax.Array) -> Any:
 def make_loss(model: GPT) -> Loss:
     """Cross entropy of the next token."""
 
-    def loss(params: Any, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    def loss(params: Any, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array, Measures]:
         x_BTD = hidden_states(
             model,
             params,
@@ -82,7 +96,7 @@ def make_loss(model: GPT) -> Loss:
         )
         head_VD, weights_BT = head_embedding(params), batch["weights"]
         nats = cross_entropy(x_BTD, head_VD, batch["targets"], weights_BT, None, model.config.precision)
-        return nats, jnp.sum(weights_BT)
+        return nats, jnp.sum(weights_BT), {}
 
     return loss
 
@@ -94,14 +108,19 @@ def _with_low_rank(config: Config, init: Any, loss: Loss) -> tuple[Any, Loss]:
         params = init(rng)
         return peft.join(params, peft.low_rank(config.peft, params, jax.random.fold_in(rng, 1)))
 
-    def loss_of_all(params: Any, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    def loss_of_all(params: Any, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array, Measures]:
         with peft.applied(config.peft, deterministic=rng is None):
-            total, weight = loss(params, batch, rng)
+            total, weight, measures = loss(params, batch, rng)
         if config.peft.method == "adalora" and rng is not None:
             total += weight * config.peft.orthogonality * adalora.penalty(params)
-        return total, weight
+        return total, weight, measures
 
     return init_all, loss_of_all
+
+
+def _with_reference(init: Callable[[jax.Array], Any], gpt: GPT) -> Callable[[jax.Array], Any]:
+    """With a second copy of the GPT's own weights, as they are before the first step."""
+    return lambda rng: init(rng) | {REFERENCE: _init_gpt(gpt, rng)}
 
 
 def _given_shapes(config: Config) -> dict[str, tuple[int, ...]]:

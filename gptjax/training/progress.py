@@ -18,10 +18,11 @@ from gptjax.training.stability import Watch
 class Progress:
     """Reads each step's metrics when the next one is under way, so that logging never stalls the devices.
 
-    Every `logging.every_steps` steps it writes a training record: `loss` (mean over the steps since the last record
-    whose updates were not skipped, nats a token), `grad_norm` and `learning_rate` of the step, `skipped_updates` (of
-    the run, so far), `tokens_per_second` and `mfu` (share of the devices' peak FLOP/s) of the time spent training since
-    then, evaluations and saves excluded. A spike of the loss is a record of its own, of split "spike".
+    Every `logging.every_steps` steps it writes a training record: `loss` (nats a token) and what else the stage
+    measures, as means over the steps since the last record whose updates were not skipped; `grad_norm` and
+    `learning_rate` of the step, `skipped_updates` (of the run, so far), `tokens_per_second` and `mfu` (share of the
+    devices' peak FLOP/s) of the time spent training since then, evaluations and saves excluded. A spike of the loss is
+    a record of its own, of split "spike".
     """
 
     def __init__(
@@ -53,13 +54,15 @@ class Progress:
 
     def state(self) -> dict[str, Any]:
         """What the records of a run that goes on depend on, as JSON can hold it; all steps must have been read."""
-        return {"losses": self._losses, "watch": self._watch.state()}
+        return {"losses": self._losses, "measured": self._measured, "watch": self._watch.state()}
 
     def go_back(self, tokens: int, state: dict[str, Any]) -> None:
         """Goes on from an earlier place in the run, and the state it had there; steps not read yet are forgotten."""
         self._pending: tuple[int, int, int, float, dict[str, jax.Array]] | None = None
         self._tokens = tokens  # trained by the steps whose metrics have been read
         self._losses: list[float] = list(state.get("losses", []))  # since the last record
+        # What the stage measures besides
+        self._measured: dict[str, list[float]] = {name: list(of) for name, of in state.get("measured", {}).items()}
         self._watch = Watch(self._stability, state.get("watch"))
         self._bar.update(tokens - self._bar.n)
         self.restart()
@@ -85,7 +88,8 @@ class Progress:
             return
         step, tokens, examples, lr, metrics = self._pending
         self._pending = None
-        loss, grad_norm, skipped = (float(np.asarray(metrics[name])) for name in ("loss", "grad_norm", "skipped"))
+        values = {name: float(np.asarray(value)) for name, value in metrics.items()}
+        loss, grad_norm, skipped = (values.pop(name) for name in ("loss", "grad_norm", "skipped"))
         usual = self._watch.add(step, examples, loss, grad_norm, skipped > 0)
         self._bar.update(tokens - self._tokens)
         self._bar.set_postfix_str(f"step {step} loss {loss:.3f}", refresh=False)
@@ -94,6 +98,8 @@ class Progress:
             self.say(f"step {step}: loss {loss}, gradient norm {grad_norm}: the update was skipped")
         else:
             self._losses.append(loss)
+            for name, value in values.items():
+                self._measured.setdefault(name, []).append(value)
         if usual is not None:
             self.say(f"step {step}: the loss spikes, {loss:.3f} after {usual:.3f}")
             if self._writer is not None:
@@ -101,7 +107,7 @@ class Progress:
         if step % self._every == 0:
             if self._writer is not None:
                 self._write(self._writer, step, tokens, lr, grad_norm)
-            self._losses = []
+            self._losses, self._measured = [], {}
             self.restart()
 
     def _write(self, writer: MetricsWriter, step: int, tokens: int, lr: float, grad_norm: float) -> None:
@@ -111,6 +117,7 @@ class Progress:
             tokens,
             "train",
             loss=sum(self._losses) / len(self._losses) if self._losses else None,
+            **{name: sum(of) / len(of) for name, of in self._measured.items()},
             grad_norm=grad_norm,
             learning_rate=lr,
             skipped_updates=self._watch.skipped,

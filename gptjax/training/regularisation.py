@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from gptjax.config import NUM_SPECIAL_TOKENS, Config
-from gptjax.training.state import Batch, Loss
+from gptjax.training.state import Batch, Loss, Measures
 
 
 def regularised(config: Config, loss: Loss) -> Loss:
@@ -21,7 +21,7 @@ def regularised(config: Config, loss: Loss) -> Loss:
     if max(settings.word_dropout, settings.token_replacement) == 0:
         return loss
 
-    def corrupting(params: Any, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    def corrupting(params: Any, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array, Measures]:
         if rng is None:
             return loss(params, batch, None)
         rng, drop_rng, replace_rng = jax.random.split(rng, 3)
@@ -58,18 +58,18 @@ def adversarial(loss: Loss, epsilon: float) -> Loss:
     The step is made by the table of token embeddings, in the direction of the gradient.
     """
 
-    def of_both(params: Any, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    def of_both(params: Any, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array, Measures]:
         if rng is None:
             return loss(params, batch, None)
 
         def total_of(table: Any) -> jax.Array:
             return loss(params | {"token_embedding": table}, batch, rng)[0]
 
-        total, weight = loss(params, batch, rng)
+        total, weight, measures = loss(params, batch, rng)
         gradient = jax.lax.stop_gradient(jax.grad(total_of)(params["token_embedding"]))
         step = epsilon / jnp.maximum(optax.tree.norm(gradient), 1e-12)
         moved = jax.tree.map(lambda p, g: p + (step * g).astype(p.dtype), params["token_embedding"], gradient)
-        return (total + total_of(moved)) / 2, weight
+        return (total + total_of(moved)) / 2, weight, measures
 
     return of_both
 

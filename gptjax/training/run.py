@@ -18,12 +18,15 @@ from gptjax.parallel.mesh import make_mesh
 from gptjax.scaling import flops
 from gptjax.training import loop
 from gptjax.training.lock import locked
-from gptjax.training.stages import finetune, pretrain
+from gptjax.training.stages import dpo, finetune, pretrain, reward, sft
 from gptjax.training.state import abstract_state
 
 STAGES: dict[str, Callable[[Config, Mesh, tokenizers.Tokenizer | None], loop.Stage]] = {
     "pretrain": pretrain.build,
     "finetune": finetune.build,
+    "sft": sft.build,
+    "reward": reward.build,
+    "dpo": dpo.build,
 }
 
 

@@ -43,8 +43,8 @@ def start_state(program: Program, mesh: Mesh, checkpoints: Checkpoints) -> tuple
     distributed.check_same({"newest checkpoint": newest}, "give all processes the same --workdir, on a shared disk")
     if newest is not None:
         state, position = checkpoints.restore(abstract_state(program, mesh))
-        if program.given is not None:
-            state = state.replace(base=given_base(program, load_given(program, mesh), mesh))
+        if program.has_base:
+            state = state.replace(base=whole_base(program, load_given(program, mesh), mesh))
             checkpoints.check_base(int(state.step), state.base)
         return state, position
     state = create_state(program, mesh)
@@ -72,21 +72,38 @@ def load_given(program: Program, mesh: Mesh, loaded: dict[Path, Any] | None = No
 
 
 def given_base(program: Program, given: Any, mesh: Mesh) -> Any:
-    """What stays as it is of the weights `given`, whose memory it shares; None: nothing does."""
+    """What stays as it is of the weights `given`, whose memory it shares, frozen models apart; None: nothing does."""
+    if program.given is None:
+        return None
     wanted = abstract_state(program, mesh).base
-    return None if wanted is None else _first_rows(given, wanted)
+    return _first_rows(given, {name: part for name, part in wanted.items() if name not in program.frozen})
+
+
+def whole_base(program: Program, given: Any, mesh: Mesh) -> Any:
+    """`given_base`, and the frozen models: copies of `given`, of which what it lacks is as the seed makes it."""
+    base = given_base(program, given, mesh)
+    if not program.frozen:
+        return base
+    abstract = {name: abstract_state(program, mesh).base[name] for name in program.frozen}
+
+    def copies(given: Any) -> dict[str, Any]:
+        fresh = nn.unbox(fresh_params(program))
+        return {name: _graft(fresh[name], given) for name in program.frozen}
+
+    models = jax.jit(copies, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(given)
+    return {**(base or {}), **models}
 
 
 def given_params(program: Program, mesh: Mesh) -> tuple[Any, Any]:
     """Base and trained parameters as `init_from` has them, and what it lacks from the seed; `mesh` in use."""
     given = load_given(program, mesh)
-    base, abstract = given_base(program, given, mesh), abstract_state(program, mesh)
+    base, abstract = whole_base(program, given, mesh), abstract_state(program, mesh)
 
     def trained(given: Any, longer: Any) -> Any:
         return program.split(_graft(nn.unbox(fresh_params(program)), peft.join(given, longer)))[1]
 
     placement = jax.tree.map(lambda leaf: leaf.sharding, abstract.params)
-    if base is not None:
+    if program.given is not None:
         return base, jax.jit(trained, out_shardings=placement)(given, {})
     # Memory of one size can be given back for another's, and no other.
     wanted, leaves = peft.flatten(abstract.params), peft.flatten(given)
@@ -95,7 +112,7 @@ def given_params(program: Program, mesh: Mesh) -> tuple[Any, Any]:
     }
     same, longer = ({p: leaf for p, leaf in leaves.items() if (p in whole) == kept} for kept in (True, False))
     make = jax.jit(trained, donate_argnums=0, out_shardings=placement)
-    return None, make(peft.unflatten(same), peft.unflatten(longer))
+    return base, make(peft.unflatten(same), peft.unflatten(longer))
 
 
 def _check_model(config: Config, given: Config) -> None:
@@ -103,7 +120,7 @@ def _check_model(config: Config, given: Config) -> None:
     free: dict[str, Any] = {name: getattr(config.model, name) for name in _FREE_FIELDS}
     if given.model.adapter_dim is None:
         free["adapter_dim"] = config.model.adapter_dim
-    if config.stage == "finetune" and (given.model.vocab_size or 0) <= (config.model.vocab_size or 0):
+    if config.stage != "pretrain" and (given.model.vocab_size or 0) <= (config.model.vocab_size or 0):
         free["vocab_size"] = config.model.vocab_size  # special tokens are new
     if changed := differences(dataclasses.replace(given.model, **free), config.model, "model."):
         raise UserError(f"init_from={config.init_from} has another model: {'; '.join(changed)}")

@@ -18,8 +18,10 @@ from gptjax.training import adalora
 from gptjax.training.optimizers import make_optimizer
 
 Batch = dict[str, jax.Array]
-# (params, microbatch, dropout key or None) -> (sum of the loss over targets, sum of their weights), both float32
-Loss = Callable[[Any, Batch, jax.Array | None], tuple[jax.Array, jax.Array]]
+Measures = dict[str, jax.Array]
+# (params, microbatch, dropout key or None) -> sum of the loss over targets, sum of their weights, and sums of what else
+# is told of them while training, by name; all float32 scalars
+Loss = Callable[[Any, Batch, jax.Array | None], tuple[jax.Array, jax.Array, Measures]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,20 +34,30 @@ class Program:
       loss: pure, of all parameters.
       given: the shapes, by path, of the weights that the run starts from, where a part of them stays as it is; None:
         all parameters are trained.
+      frozen: keys of the parameters under which whole models lie that stay as they are, such as the reference.
     """
 
     config: Config
     init_params: Callable[[jax.Array], Any]
     loss: Loss
     given: Mapping[str, tuple[int, ...]] | None = None
+    frozen: tuple[str, ...] = ()
+
+    @property
+    def has_base(self) -> bool:
+        """Whether a part of the parameters stays as it is."""
+        return self.given is not None or bool(self.frozen)
 
     def split(self, params: Any) -> tuple[Any, Any]:
         """All parameters as those that stay as they are (None: there are none), and those that are trained."""
-        return (None, params) if self.given is None else peft.split(self.config.peft, params, self.given)
+        models = {name: params[name] for name in self.frozen}
+        rest = {name: part for name, part in params.items() if name not in models}
+        base, trained = (None, rest) if self.given is None else peft.split(self.config.peft, rest, self.given)
+        return ({**(base or {}), **models} if models else base), trained
 
     def join(self, base: Any, trained: Any) -> Any:
         """What `split` has split."""
-        return trained if self.given is None else peft.join(base, trained)
+        return trained if base is None else peft.join(base, trained)
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -113,31 +125,39 @@ def dropout_rng(rng: jax.Array, step: jax.Array | int, microbatch: jax.Array | i
     return jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(rng), step), microbatch)
 
 
+def loss_and_gradient(program: Program, base: Any, trained: Any, batch: Batch, rng: jax.Array) -> tuple[Any, Any]:
+    """(sum of the loss, (sum of the weights, what is measured)) of a microbatch, and the sum's gradient."""
+
+    def loss(trained: Any) -> tuple[jax.Array, tuple[jax.Array, Measures]]:
+        total, weight, measures = program.loss(program.join(base, trained), batch, rng)
+        return total, (weight, measures)
+
+    return jax.value_and_grad(loss, has_aux=True)(trained)
+
+
 def make_train_step(program: Program, placement: TrainState) -> jax.stages.Wrapped:
     """The jitted step: `step(state, batch, num_microbatches, schedule)` to `(state, metrics)`.
 
     `batch` holds (M, B, ...) arrays: room for the largest batch in M microbatches, of which `num_microbatches` (int32)
     count. So a batch ramp changes a number and never recompiles. `schedule` is what `optimizers.schedule` returns. The
     gradient is that of the mean loss over the whole batch's weights, however it is cut. `state` is donated. Metrics are
-    float32 scalars: loss (nats a target), grad_norm (before clipping).
+    float32 scalars: loss (nats a target), grad_norm (before clipping), skipped (0 or 1), and the means of what the loss
+    measures besides.
     """
     config = program.config
     optimizer, ema_decay = make_optimizer(config), config.optimizer.ema_decay
     on_device = jax.tree.map(lambda sharding: sharding.with_memory_kind("device"), placement.opt_state)
 
-    def accumulate(state: TrainState, batch: Batch, count: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
-        """Sums over the microbatches: loss, weight, gradient."""
+    def accumulate(state: TrainState, batch: Batch, count: jax.Array) -> tuple[jax.Array, jax.Array, Measures, Any]:
+        """Sums over the microbatches: loss, weight, what is measured, gradient."""
 
-        def microbatch(i: jax.Array | int) -> tuple[jax.Array, jax.Array, Any]:
+        def microbatch(i: jax.Array | int) -> tuple[jax.Array, jax.Array, Measures, Any]:
             rows = jax.tree.map(lambda a_MBT: a_MBT[i], batch)
             rng = dropout_rng(state.rng, state.step, i)
 
-            def loss(trained: Any) -> tuple[jax.Array, jax.Array]:
-                return program.loss(program.join(state.base, trained), rows, rng)
-
-            (loss_sum, weight), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+            (loss_sum, (weight, measures)), grads = loss_and_gradient(program, state.base, state.params, rows, rng)
             # Laid out as the parameters: what each device sums up is its own part.
-            return loss_sum, weight, jax.lax.with_sharding_constraint(grads, placement.params)
+            return loss_sum, weight, measures, jax.lax.with_sharding_constraint(grads, placement.params)
 
         if next(iter(batch.values())).shape[0] == 1:
             return microbatch(0)
@@ -147,7 +167,7 @@ def make_train_step(program: Program, placement: TrainState) -> jax.stages.Wrapp
     def step(
         state: TrainState, batch: Batch, num_microbatches: jax.Array, schedule: dict[str, jax.Array]
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        loss_sum, weight, grads = accumulate(state, batch, num_microbatches)
+        loss_sum, weight, measures, grads = accumulate(state, batch, num_microbatches)
         grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
         if config.optimizer.offload:
             state = state.replace(opt_state=jax.device_put(state.opt_state, on_device))
@@ -161,6 +181,7 @@ def make_train_step(program: Program, placement: TrainState) -> jax.stages.Wrapp
         loss, grad_norm = loss_sum / weight, optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         metrics = {"loss": loss, "grad_norm": grad_norm, "skipped": 1.0 - finite}
+        metrics |= {name: total / weight for name, total in measures.items()}
         new, old = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
         params, opt_state, ema = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics

@@ -16,7 +16,7 @@ from gptjax.models.gpt import GPT, head_embedding, hidden_states
 from gptjax.models.heads import Head
 from gptjax.training.losses import cross_entropy
 from gptjax.training.regularisation import draw_mixup, mixed, smoothed
-from gptjax.training.state import Batch
+from gptjax.training.state import Batch, Measures
 
 PER_LABEL = ("classification", "entailment", "similarity", "tagging")  # kinds with an output for each label
 PER_POSITION = ("tagging", "question_answering")
@@ -49,14 +49,15 @@ class TaskModel:
         x_BD = jnp.zeros((1, self.config.model.embed_dim))
         return {**params, "head": self.head.init(head_rng, x_BD, True)["params"]}
 
-    def loss(self, params: Any, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    def loss(self, params: Any, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array, Measures]:
         """The task's loss and, while training, lm_weight times the language model's (equation 5).
 
         An example counts `weights` times the weight of its label, in tagging once for each tagged word. The language
         model's loss of an example is the mean over its tokens, and over its sequences.
 
         Returns:
-          The weighted sum over the examples in nats (regression: squared deviations), and the sum of the weights.
+          The weighted sum over the examples in nats (regression: squared deviations), the sum of the weights, and
+          nothing else.
         """
         regularisation, mixup, smoothing = self.config.regularisation, None, 0.0
         if rng is not None:
@@ -76,7 +77,7 @@ class TaskModel:
         total = jnp.sum(batch["weights"] * losses_B)
         if rng is not None and self.config.task.lm_weight > 0:
             total += self.config.task.lm_weight * self._language_loss(params, x_NTD, batch, weights_B)
-        return total, jnp.sum(weights_B)
+        return total, jnp.sum(weights_B), {}
 
     def predict(self, params: Any, batch: Batch) -> dict[str, jax.Array]:
         """What the head says of a batch, with or without labels.

@@ -87,10 +87,15 @@ def widened(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def compute(config: Config, params, batch):
     """Loss, weight, gradient (of some kinds) and predictions, in one program."""
     model = TaskModel(config)
+
+    def loss_of(params):
+        loss, weight, _ = model.loss(params, batch, RNG)
+        return loss, weight
+
     if config.task.kind in GRADIENTS:
-        (loss, weight), gradient = jax.value_and_grad(model.loss, has_aux=True)(params, batch, RNG)
+        (loss, weight), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
     else:
-        (loss, weight), gradient = model.loss(params, batch, RNG), None
+        (loss, weight), gradient = loss_of(params), None
     return loss, weight, gradient, model.predict(params, batch)
 
 
@@ -236,7 +241,7 @@ def test_rows_without_labels_get_the_same_predictions():
 def test_evaluation_is_the_tasks_loss_alone():
     config, params = config_of("tagging"), params_of("tagging")
     batch = batch_of("tagging", rows_of("tagging"))
-    loss, weight = jax.jit(lambda params, batch: TaskModel(config).loss(params, batch, None))(params, batch)
+    loss, weight, _ = jax.jit(lambda params, batch: TaskModel(config).loss(params, batch, None))(params, batch)
     found = compute(config, params, batch)
     assert float(loss) == pytest.approx(float(found[3]["losses"].sum()), rel=1e-6)
     assert float(weight) == pytest.approx(float(found[3]["counts"].sum()), rel=1e-6)

@@ -61,7 +61,7 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
     check_backend(config.model, mesh.devices.flat[0].platform, has_segments=False)
     rows = distributed.first_then_others(lambda: read(config))
     if tokenizer is None:
-        tokenizer = find_tokenizer(config, rows.train)
+        tokenizer = find_tokenizer(config, [text for row in rows.train for text in _texts(row)])
     found = _decided_by(rows.train, config)
     if config.task.kind in task_inputs.NAMED:
         for other in (rows.validation, rows.test):
@@ -113,11 +113,10 @@ def read(config: Config) -> Rows:
     return Rows(train, validation, validation if task.test_source is None else rows(task.test_source))
 
 
-def find_tokenizer(config: Config, rows: list[Row]) -> Tokenizer:
-    """That of the weights to start from; without such the one that data.tokenizer names, trained on the rows."""
+def find_tokenizer(config: Config, texts: list[str]) -> Tokenizer:
+    """That of the weights to start from; without such the one that data.tokenizer names, trained on the texts."""
     if config.init_from is not None:
         return tokenizers.load(Path(config.init_from).expanduser() / "tokenizer")
-    texts = [text for row in rows for text in _texts(row)]
     return tokenizers.get_tokenizer(
         config.data.tokenizer,
         train_documents=lambda: iter(texts),

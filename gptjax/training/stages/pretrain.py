@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -15,13 +14,14 @@ from gptjax.inference.engine import Engine
 from gptjax.inference.sampling import Sampling
 from gptjax.models.attention_backends import check_backend
 from gptjax.models.gpt import GPT
-from gptjax.parallel import distributed, preemption
+from gptjax.parallel import distributed
 from gptjax.parallel.mesh import check_fit
-from gptjax.parallel.rows import global_array, process_rows
+from gptjax.parallel.rows import process_rows
 from gptjax.training.loop import Stage
 from gptjax.training.programs import make_program, plain
+from gptjax.training.stages.held_out import held_out_means, perplexity
 from gptjax.training.stages.intervals import in_tokens
-from gptjax.training.state import Loss, Program
+from gptjax.training.state import Program
 
 
 def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
@@ -72,36 +72,22 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
         tokenizer=corpus.tokenizer,
         total_tokens=total_tokens,
         batches=lambda start: read(corpus.train, start),
-        evaluate=_evaluate(program.loss, lambda: read(corpus.validation, 0), microbatch, max_batches, corpus, mesh),
+        evaluate=_evaluate(
+            held_out_means(program.loss, lambda: read(corpus.validation, 0), microbatch, mesh, max_batches), corpus
+        ),
         sample=_sample(program, corpus.tokenizer, mesh) if config.evaluation.sample_tokens > 0 else None,
     )
 
 
-def _evaluate(
-    loss: Loss,
-    read: Callable[[], Iterator[Microbatch]],
-    batch_size: int,
-    max_batches: int | None,
-    corpus: Corpus,
-    mesh: Mesh,
-) -> Callable[[Any], dict[str, float]]:
-    """Held-out loss (nats a token), perplexity and bits per byte of the first `max_batches`."""
-    rows, split = process_rows(mesh, batch_size), corpus.validation.split
-    sums_of = jax.jit(lambda params, batch: loss(params, batch, None))
+def _evaluate(measure: Callable[[Any], dict[str, float]], corpus: Corpus) -> Callable[[Any], dict[str, float]]:
+    """Held-out loss (nats a token), perplexity and bits per byte."""
+    split = corpus.validation.split
 
     def evaluate(params: Any) -> dict[str, float]:
-        sums = []
-        for i, local in enumerate(read()):
-            if i == max_batches:
-                break
-            preemption.check()
-            batch = {name: global_array(mesh, rows, array, batch_size) for name, array in local.arrays.items()}
-            sums.append(sums_of(params, batch))
-        total_nats, targets = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
-        nats = float(total_nats / targets)
+        nats = measure(params)["loss"]
         return {
             "loss": nats,
-            "perplexity": math.exp(nats) if nats < 700 else math.inf,
+            "perplexity": perplexity(nats),
             # Of the whole split's tokens and bytes: exact when all of it is evaluated, close when a part is.
             "bits_per_byte": nats / math.log(2) * split.num_tokens / split.text_bytes,
         }

@@ -1,0 +1,120 @@
+"""Talks with a model that has learned to answer.
+
+python -m gptjax.chat --workdir=runs/sft
+python -m gptjax.chat --workdir=runs/dpo --system="Answer in one sentence." --temperature=0.7
+echo "Who are you?" | python -m gptjax.chat --workdir=runs/sft
+
+A line is a message. Ctrl-C stops an answer, which is then not part of the conversation; Ctrl-D leaves. Commands:
+/system TEXT sets what comes before all turns (without TEXT: nothing), /reset forgets the turns, /regen answers the last
+message anew, /save FILE appends the conversation to a file that stage "sft" can train on, /help, /quit.
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+from gptjax import cli
+from gptjax.config import CHAT_STAGES, UserError, read_config
+
+if TYPE_CHECKING:
+    from gptjax.inference.chatting import ChatSession
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of a stage of chat, such as sft.")
+SYSTEM = flags.DEFINE_string("system", None, "What comes before all turns.")
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", None, "Of an answer; default: a fourth of the context.")
+TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Divides the logits; 0: always the likeliest token.")
+TOP_K = flags.DEFINE_integer("top_k", 50, "Only so many of the likeliest tokens; 0: all.")
+TOP_P = flags.DEFINE_float("top_p", None, "Only the fewest tokens that together are so probable.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
+BEST = flags.DEFINE_bool("best", False, "Use the best checkpoint instead of the newest.")
+MESH = flags.DEFINE_string("mesh", "", "Devices by axis, such as fsdp=2,tensor=4; data takes what is left.")
+
+HELP = "/system TEXT, /reset, /regen, /save FILE, /quit"
+
+
+def main() -> None:
+    if WORKDIR.value is None:
+        raise UserError("needs --workdir=DIR of a run of a stage of chat, such as sft")
+    stage = read_config(Path(WORKDIR.value)).stage
+    if stage not in CHAT_STAGES or stage == "reward":
+        raise UserError(
+            f"{WORKDIR.value} is of stage {stage}, which does not answer: train it to, by "
+            f"--config=configs/chatgpt.py:stage=sft,init_from={WORKDIR.value}"
+        )
+    session = open_session()
+    interactive = sys.stdin.isatty()
+    if interactive:
+        import readline  # noqa: F401 (makes `input` edit lines, and remember them)
+
+        print(f"{WORKDIR.value}; {HELP}")
+    while True:
+        try:
+            line = input("> " if interactive else "").strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            print()
+            continue
+        if line == "/quit":
+            return
+        if not line:
+            continue
+        try:
+            take(session, line)
+        except UserError as error:
+            if not interactive:
+                raise
+            print(f"error: {error}")
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            print("\n(stopped)")
+
+
+def open_session() -> "ChatSession":
+    """The conversation that the flags describe."""
+    from gptjax.data.templates import chat_format  # after the checks: these take seconds to import
+    from gptjax.inference.chatting import ChatSession
+    from gptjax.inference.engine import Engine
+    from gptjax.inference.sampling import Sampling
+    from gptjax.workdir import load_model, parse_mesh
+
+    sampling = Sampling(TEMPERATURE.value, TOP_K.value or None, TOP_P.value)
+    assert WORKDIR.value is not None
+    trained = load_model(Path(WORKDIR.value), parse_mesh(MESH.value), best=BEST.value)
+    form = chat_format(trained.config.chat, trained.tokenizer)
+    engine = Engine(trained.model, trained.params, trained.tokenizer, trained.mesh)
+    max_new_tokens = MAX_NEW_TOKENS.value or trained.model.config.context_length // 4
+    return ChatSession(engine, form, sampling, system=SYSTEM.value, max_new_tokens=max_new_tokens, seed=SEED.value)
+
+
+def take(session: "ChatSession", line: str) -> None:
+    """Does what a line says: a command, or a message to answer."""
+    command, _, argument = line.partition(" ")
+    argument = argument.strip()
+
+    def show(piece: str) -> None:
+        print(piece, end="", flush=True)
+
+    if command == "/system":
+        session.system = argument or None
+    elif command == "/reset":
+        session.reset()
+    elif command == "/save" and argument:
+        session.save(Path(argument).expanduser())
+    elif command == "/regen":
+        session.regenerate(show)
+        print()
+    elif command == "/help":
+        print(HELP)
+    elif line.startswith("/"):
+        raise UserError(f"unknown command {line!r}: {HELP}")
+    else:
+        session.reply(line, show)
+        print()
+
+
+if __name__ == "__main__":
+    cli.run(main)

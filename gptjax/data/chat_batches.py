@@ -1,0 +1,162 @@
+"""Conversations in the rows of a batch: one a row, or several, none of which sees another.
+
+A sequence is there whole, its last token too, at which a reward is read; the target of a position is the token behind
+it. Arrays of R rows of T positions are
+
+  tokens, targets: int32.
+  weights: float32, 1 where the target is to be learned.
+  segments: int32, the number of the sequence, from 1; 0 is padding.
+  positions: int32, from 0 in each sequence.
+"""
+
+import functools
+import threading
+from collections.abc import Sequence
+
+import grain
+import numpy as np
+
+from gptjax.data.pipeline import Example, PackedExamples
+from gptjax.data.templates import Encoded
+
+
+def lay_out(sequences: Sequence[Encoded], rows: int, length: int, *, pack: bool) -> Example:
+    """Sequences in `rows` rows, with `ends`: int32 (K,), where the last token of each is in the R x T positions.
+
+    Args:
+      pack: each in the first row that has room for it; otherwise in a row of its own.
+
+    Raises:
+      ValueError: they do not fit.
+    """
+    names = ("tokens", "targets", "segments", "positions")
+    arrays: Example = {name: np.zeros((rows, length), np.int32) for name in names}
+    arrays["weights"] = np.zeros((rows, length), np.float32)
+    arrays["ends"] = np.zeros(len(sequences), np.int32)
+    for number, (row, first) in enumerate(_places([len(s) for s in sequences], length, pack)):
+        tokens, learned = sequences[number].tokens, sequences[number].learned
+        if row >= rows or first + len(tokens) > length:
+            raise ValueError(f"sequence {number} of {len(tokens)} tokens has no room in {rows} rows of {length}")
+        here, last = slice(first, first + len(tokens)), first + len(tokens) - 1
+        arrays["tokens"][row, here] = tokens
+        arrays["targets"][row, first:last] = tokens[1:]
+        arrays["weights"][row, first:last] = learned[1:]
+        arrays["segments"][row, here] = number + 1
+        arrays["positions"][row, here] = np.arange(len(tokens))
+        arrays["ends"][number] = row * length + last
+    return arrays
+
+
+def rows_needed(sequences: Sequence[Encoded], length: int, *, pack: bool) -> int:
+    """How many rows `lay_out` fills."""
+    return 1 + max(row for row, _ in _places([len(s) for s in sequences], length, pack))
+
+
+def _places(lengths: Sequence[int], length: int, pack: bool) -> list[tuple[int, int]]:
+    """The row and the first position of each sequence."""
+    if not pack:
+        return [(row, 0) for row in range(len(lengths))]
+    used: list[int] = []
+    places = []
+    for need in lengths:
+        row = next((row for row, filled in enumerate(used) if filled + need <= length), len(used))
+        if row == len(used):
+            used.append(0)
+        places.append((row, used[row]))
+        used[row] += need
+    return places
+
+
+class _Epochs:
+    """Examples by number: with a seed permuted anew for each epoch, without end; without one once, in order."""
+
+    def __init__(self, examples_per_epoch: int, seed: int | None) -> None:
+        self.rows_per_epoch, self._seed = examples_per_epoch, seed
+        self._lock = threading.Lock()
+        self._cached_order = functools.lru_cache(maxsize=2)(self._make_order)
+
+    def __len__(self) -> int:
+        return self.rows_per_epoch * (1 if self._seed is None else 2**60 // self.rows_per_epoch)
+
+    def _of_epoch(self, index: int) -> int:
+        """Which example of an epoch is the one of number `index`."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        epoch, number = divmod(index, self.rows_per_epoch)
+        with self._lock:  # so that the reading thread and another order an epoch once, not each
+            return int(self._cached_order(epoch)[number])
+
+    def _make_order(self, epoch: int) -> np.ndarray:
+        if self._seed is None:
+            return np.arange(self.rows_per_epoch)
+        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self._seed % 2**64, epoch])))
+        return generator.permutation(self.rows_per_epoch)
+
+
+class PackedConversations(_Epochs, grain.sources.RandomAccessDataSource[Example]):
+    """Rows (T,) of conversations, with the arrays above, but for the axis R; every conversation once an epoch.
+
+    Args:
+      pack: the longest conversations first, each is put into the first row that has room for it.
+      pretraining: rows of text, of which a `share` of all rows are, evenly spread (Ouyang et al. 2022, appendix C.3).
+
+    Attributes:
+      rows_per_epoch: those of text included.
+    """
+
+    def __init__(
+        self,
+        conversations: Sequence[Encoded],
+        length: int,
+        *,
+        pack: bool,
+        seed: int | None,
+        pretraining: PackedExamples | None = None,
+        share: float = 0.0,
+    ) -> None:
+        self._length, self._pretraining = length, pretraining
+        order = sorted(range(len(conversations)), key=lambda i: -len(conversations[i])) if pack else None
+        ordered = [conversations[i] for i in order] if order is not None else list(conversations)
+        self._rows: list[list[Encoded]] = []
+        for encoded, (row, _) in zip(ordered, _places([len(e) for e in ordered], length, pack), strict=True):
+            if row == len(self._rows):
+                self._rows.append([])
+            self._rows[row].append(encoded)
+        # Of the first n rows of an epoch, round(n x share) are text.
+        total = round(len(self._rows) / (1 - share))
+        self._texts_before = np.floor(np.arange(total + 1) * (total - len(self._rows)) / total).astype(np.int64)
+        super().__init__(total, seed)
+
+    def __getitem__(self, index: int) -> Example:
+        number = self._of_epoch(index)
+        texts = int(self._texts_before[number])
+        if self._pretraining is not None and self._texts_before[number + 1] > texts:
+            per_epoch = int(self._texts_before[-1])
+            return _as_row(self._pretraining[index // self.rows_per_epoch * per_epoch + texts])
+        arrays = lay_out(self._rows[number - texts], 1, self._length, pack=True)
+        return {name: array[0] for name, array in arrays.items() if name != "ends"}
+
+
+def _as_row(text: Example) -> Example:
+    """A row of text, with the arrays of conversations."""
+    one = {"segments": np.ones_like(text["tokens"]), "positions": np.arange(len(text["tokens"]), dtype=np.int32)}
+    return one | text
+
+
+class RankedAnswers(_Epochs, grain.sources.RandomAccessDataSource[Example]):
+    """Elements of R rows: the answers to a prompt, best first, each behind it; every prompt once an epoch.
+
+    `ends` is (K,), K the largest number of answers of any prompt; -1 where a prompt has less.
+    """
+
+    def __init__(self, elements: Sequence[Sequence[Encoded]], length: int, *, pack: bool, seed: int | None) -> None:
+        self._elements, self._length, self._pack = elements, length, pack
+        self._num_answers = max(map(len, elements))
+        self._num_rows = max(rows_needed(answers, length, pack=pack) for answers in elements)
+        super().__init__(len(elements), seed)
+
+    def __getitem__(self, index: int) -> Example:
+        answers = self._elements[self._of_epoch(index)]
+        arrays = lay_out(answers, self._num_rows, self._length, pack=self._pack)
+        missing = self._num_answers - len(answers)
+        return arrays | {"ends": np.pad(arrays["ends"], (0, missing), constant_values=-1)}

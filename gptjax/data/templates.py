@@ -1,0 +1,177 @@
+"""How a conversation is written as tokens, and which of them the assistant is to learn to write."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from gptjax.config import ChatConfig, UserError
+from gptjax.data.conversations import Message
+from gptjax.data.tokenizers import END_OF_TEXT, Tokenizer
+
+_SPECIAL = re.compile(r"<\|[^|<>]+\|>")
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """What stands around the {content} of a message of each role.
+
+    <|name|> in it is a special token: <|endoftext|> is the tokenizer's, any other has its own id behind the tokenizer's
+    vocabulary. What a message says is only text: no content becomes a special token. The special token right behind
+    the assistant's {content} ends its turn.
+
+    Raises:
+      UserError: a format without {content}, or with several; nothing that ends the assistant's turn.
+    """
+
+    system: str
+    user: str
+    assistant: str
+
+    def __post_init__(self) -> None:
+        for role, text in dataclasses.asdict(self).items():
+            if text.count("{content}") != 1:
+                raise UserError(f"chat.{role}_format={text!r} does not have one {{content}}")
+        if not _SPECIAL.match(self.assistant.partition("{content}")[2]):
+            raise UserError(
+                f"chat.assistant_format={self.assistant!r} has no special token right behind {{content}} to end the "
+                f"turn: write {{content}}{END_OF_TEXT}, for example"
+            )
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """The names of those behind the tokenizer's vocabulary, in the order of their ids."""
+        names = _SPECIAL.findall(self.system + self.user + self.assistant)
+        return tuple(name for name in dict.fromkeys(names) if name != END_OF_TEXT)
+
+
+TEMPLATES = {
+    "plain": Template("{content}\n\n", "User:\n{content}\n\n", f"Assistant:\n{{content}}{END_OF_TEXT}"),
+    "chatml": Template(*(f"<|im_start|>{role}\n{{content}}<|im_end|>\n" for role in ("system", "user", "assistant"))),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """A conversation as tokens.
+
+    Attributes:
+      tokens: int32 (N,).
+      learned: bool (N,): what an assistant writes itself, the token that ends its turn included.
+    """
+
+    tokens: npt.NDArray[np.int32]
+    learned: npt.NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class TooLongError(UserError):
+    """A conversation does not fit the context, whatever is left out."""
+
+
+class ChatFormat:
+    """A template over a tokenizer.
+
+    Attributes:
+      vocab_size: the tokenizer's, and the special tokens behind it.
+      end_of_turn: the token that ends an assistant's turn.
+
+    Raises:
+      UserError: the template has <|endoftext|>, and the tokenizer does not.
+    """
+
+    def __init__(self, template: Template, tokenizer: Tokenizer) -> None:
+        self._template, self._tokenizer = template, tokenizer
+        self._ids = {name: tokenizer.vocab_size + i for i, name in enumerate(template.special_tokens)}
+        if tokenizer.end_of_text is not None:
+            self._ids[END_OF_TEXT] = tokenizer.end_of_text
+        elif END_OF_TEXT in template.system + template.user + template.assistant:
+            raise UserError(
+                f"the chat template has {END_OF_TEXT}, and this tokenizer does not: choose another template"
+            )
+        self.vocab_size = tokenizer.vocab_size + len(template.special_tokens)
+        formats = dataclasses.asdict(template).items()
+        self._around = {role: [self._written(part) for part in text.split("{content}")] for role, text in formats}
+        self._start = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]  # as documents begin
+        self.end_of_turn = self._around["assistant"][1][0]
+
+    def encode(self, messages: Sequence[Message], max_tokens: int | None = None, *, place: str = "") -> Encoded:
+        """A whole conversation.
+
+        Args:
+          max_tokens: if it is longer, its oldest turns are left out: the system message never, and what is left of the
+            turns begins with a user's.
+          place: where it is from, for messages.
+
+        Raises:
+          TooLongError: its last exchange alone is longer than `max_tokens`.
+        """
+        parts = [self._message(message) for message in messages]
+        return self._joined(messages, parts, max_tokens, place)
+
+    def encode_prompt(
+        self, messages: Sequence[Message], max_tokens: int | None = None, *, place: str = ""
+    ) -> npt.NDArray[np.int32]:
+        """Messages, the last a user's, up to where the assistant's answer begins. Arguments as of `encode`."""
+        before = self._around["assistant"][0]
+        parts = [self._message(message) for message in messages]
+        parts[-1] = (parts[-1][0] + before, [*parts[-1][1], *[False] * len(before)])
+        return self._joined(messages, parts, max_tokens, place).tokens
+
+    def encode_answer(self, text: str) -> npt.NDArray[np.int32]:
+        """What the assistant is to write after `encode_prompt`, the end of its turn included."""
+        return np.array([*self._tokenizer.encode(text).tolist(), self.end_of_turn], np.int32)
+
+    def decode(self, tokens: npt.ArrayLike) -> str:
+        """The text of an answer, special tokens left out."""
+        ids = np.asarray(tokens)
+        return self._tokenizer.decode(ids[(ids != self.end_of_turn) & (ids != self._tokenizer.end_of_text)])
+
+    def _written(self, text: str) -> list[int]:
+        """The tokens of a part of a format."""
+        ids: list[int] = []
+        for part in re.split(f"({_SPECIAL.pattern})", text):
+            ids += [self._ids[part]] if _SPECIAL.fullmatch(part) else self._tokenizer.encode(part).tolist()
+        return ids
+
+    def _message(self, message: Message) -> tuple[list[int], list[bool]]:
+        before, after = self._around[message.role]
+        content = self._tokenizer.encode(message.content).tolist()
+        is_answer = message.role == "assistant"
+        learned = [False] * len(before) + [is_answer] * (len(content) + 1) + [False] * (len(after) - 1)
+        return before + content + after, learned[: len(before) + len(content) + len(after)]
+
+    def _joined(
+        self,
+        messages: Sequence[Message],
+        parts: list[tuple[list[int], list[bool]]],
+        max_tokens: int | None,
+        place: str,
+    ) -> Encoded:
+        kept = 1 if messages and messages[0].role == "system" else 0
+        head, turns = parts[:kept], parts[kept:]
+        need = len(self._start) + sum(len(tokens) for tokens, _ in parts)
+        while max_tokens is not None and need > max_tokens:
+            if len(turns) <= 2:
+                raise TooLongError(
+                    f"{f'{place}: ' if place else ''}its last exchange has {need} tokens, and {max_tokens} have room: "
+                    "shorten it, or enlarge model.context_length"
+                )
+            need -= sum(len(tokens) for tokens, _ in turns[:2])
+            turns = turns[2:]
+        tokens = [*self._start, *(token for part, _ in (*head, *turns) for token in part)]
+        learned = [*[False] * len(self._start), *(flag for _, part in (*head, *turns) for flag in part)]
+        return Encoded(np.array(tokens, np.int32), np.array(learned, bool))
+
+
+def chat_format(chat: ChatConfig, tokenizer: Tokenizer) -> ChatFormat:
+    """The format that a config describes; UserError as of `Template` and `ChatFormat`."""
+    if chat.template == "custom":
+        template = Template(chat.system_format, chat.user_format, chat.assistant_format)
+    else:
+        template = TEMPLATES[chat.template]
+    return ChatFormat(template, tokenizer)

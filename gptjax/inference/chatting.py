@@ -1,0 +1,108 @@
+"""A conversation with a model: what was said, and the next answer."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from gptjax.config import UserError
+from gptjax.data.conversations import Message
+from gptjax.data.templates import ChatFormat
+from gptjax.files import write_whole
+from gptjax.inference.engine import Engine
+from gptjax.inference.sampling import Sampling
+
+
+class ChatSession:
+    """The turns of a user and a model, of which the oldest are left out when the context is full.
+
+    Args:
+      chat_format: that the model was trained with.
+      max_new_tokens: of an answer; the rest of the context is left for what was said before.
+      seed: of the first answer; each further one has the next.
+
+    Attributes:
+      system: what comes before all turns; None: nothing.
+      turns: all that were taken, the oldest first.
+
+    Raises:
+      UserError: an answer would leave no room for a question.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        chat_format: ChatFormat,
+        sampling: Sampling,
+        *,
+        system: str | None = None,
+        max_new_tokens: int = 256,
+        seed: int = 0,
+    ) -> None:
+        context = engine.model.config.context_length
+        if max_new_tokens >= context:
+            raise UserError(f"max_new_tokens={max_new_tokens} leaves no room in a context of {context}: lower it")
+        self._engine, self._format, self._sampling = engine, chat_format, sampling
+        self._max_new_tokens, self._seed = max_new_tokens, seed
+        self.system = system
+        self.turns: list[Message] = []
+
+    def reply(self, text: str, on_text: Callable[[str], None] = lambda _: None) -> str:
+        """The model's answer to a user's next message; both become turns.
+
+        Args:
+          on_text: called with each piece of the answer as soon as it is certain.
+
+        Raises:
+          UserError: the message is empty, or alone longer than the context has room for; then nothing is changed.
+        """
+        if not text.strip():
+            raise UserError("an empty message has no answer: write something")
+        asked = [*self.turns, Message("user", text)]
+        answer = self._answer(asked, on_text)
+        self.turns = [*asked, Message("assistant", answer)]
+        return answer
+
+    def regenerate(self, on_text: Callable[[str], None] = lambda _: None) -> str:
+        """Another answer to the last message, instead of the one given; UserError: there is none."""
+        if not self.turns:
+            raise UserError("there is no answer yet to give another one for")
+        answer = self._answer(self.turns[:-1], on_text)
+        self.turns[-1] = Message("assistant", answer)
+        return answer
+
+    def save(self, path: Path) -> None:
+        """Appends the conversation to a file, as a line that stage "sft" can read (OpenAI's messages form).
+
+        Raises:
+          UserError: nothing was said, an answer is empty, or the file cannot be written.
+        """
+        if not self.turns:
+            raise UserError("there is nothing to save yet")
+        if not all(turn.content.strip() for turn in self.turns):
+            raise UserError("an answer is empty, which nothing can learn from: regenerate it, or reset")
+        line = json.dumps({"messages": [vars(message) for message in self._all(self.turns)]}, ensure_ascii=False)
+        try:
+            before = path.read_text(encoding="utf-8") if path.exists() else ""
+            write_whole(path, before + line + "\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot write {path}: {error}") from None
+
+    def reset(self) -> None:
+        """Forgets all turns; the system message stays."""
+        self.turns = []
+
+    def _all(self, turns: list[Message]) -> list[Message]:
+        return turns if self.system is None else [Message("system", self.system), *turns]
+
+    def _answer(self, asked: list[Message], on_text: Callable[[str], None]) -> str:
+        room = self._engine.model.config.context_length - self._max_new_tokens
+        completion = self._engine.generate(
+            [self._format.encode_prompt(self._all(asked), room)],
+            self._max_new_tokens,
+            self._sampling,
+            seeds=self._seed,
+            end_tokens=(self._format.end_of_turn,),
+            on_text=lambda _, piece: on_text(piece),
+        )[0]
+        self._seed += 1
+        return completion.text

@@ -1,0 +1,133 @@
+"""Learning from which answer people prefer: the reward model's loss, and direct preference optimization.
+
+A batch has the arrays of `gptjax/data/chat_batches.py`: an element is a prompt with its K answers, best first, laid out
+in R rows of T positions, one row after the other or several answers in a row. Nothing here depends on which.
+"""
+
+import dataclasses
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.config import Config
+from gptjax.models.gpt import GPT, head_embedding, hidden_states
+from gptjax.models.heads import Head
+from gptjax.training import rl_math
+from gptjax.training.losses import target_logprobs
+from gptjax.training.state import Batch, Loss, Measures
+
+REFERENCE = "reference"  # the key of the parameters of the model that a policy started from
+
+
+def present(batch: Batch) -> jax.Array:
+    """Which answers there are, bool (B, K): an element may have less than others, or only fill up the batch."""
+    full_B = jnp.any(batch["segments"] > 0, axis=(1, 2))
+    return (batch["ends"] >= 0) & full_B[:, None]
+
+
+def read_elements(gpt: GPT, params: Any, batch: Batch, rng: jax.Array | None) -> jax.Array:
+    """Final hidden states of all positions, (B, R, T, D).
+
+    Args:
+      rng: of dropout; None: there is none.
+    """
+    tokens_BRT = batch["tokens"]
+    rows = (batch[name].reshape(-1, tokens_BRT.shape[-1]) for name in ("tokens", "segments", "positions"))
+    rngs = None if rng is None else {"dropout": rng}
+    x_NTD = hidden_states(gpt, params, *rows, deterministic=rng is None, rngs=rngs)
+    return x_NTD.reshape(*tokens_BRT.shape, -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardModel:
+    """A GPT that says how good an answer is, as one number read at its last token (Ouyang et al. 2022, section 3.5).
+
+    The parameters are the GPT's, and the head's under "head".
+
+    Args:
+      config: complete.
+    """
+
+    config: Config
+
+    @property
+    def gpt(self) -> GPT:
+        return GPT(self.config.model)
+
+    @property
+    def head(self) -> Head:
+        return Head(self.config.model, outputs=1, dropout=0.0)
+
+    def init(self, rng: jax.Array) -> Any:
+        """All parameters, boxed."""
+        gpt_rng, head_rng = jax.random.split(rng)
+        params = self.gpt.init(gpt_rng, jnp.zeros((1, 1), jnp.int32))["params"]
+        x_BD = jnp.zeros((1, self.config.model.embed_dim))
+        return {**params, "head": self.head.init(head_rng, x_BD, True)["params"]}
+
+    def values(self, params: Any, batch: Batch, rng: jax.Array | None) -> jax.Array:
+        """What the head says at every position, float32 (B, R, T)."""
+        x_BRTD = read_elements(self.gpt, params, batch, rng)
+        return cast(jax.Array, self.head.apply({"params": params["head"]}, x_BRTD, deterministic=True))[..., 0]
+
+    def scores(self, params: Any, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
+        """Of the answers, float32 (B, K); of those that are not there, any number."""
+        values_BN = self.values(params, batch, rng).reshape(len(batch["ends"]), -1)
+        return jnp.take_along_axis(values_BN, jnp.maximum(batch["ends"], 0), axis=1)
+
+    def loss(self, params: Any, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array, Measures]:
+        """Equation 1 of the paper, summed over the prompts; each counts once, however many pairs its answers make.
+
+        Returns:
+          The loss, the number of prompts, and `accuracy`: the share of a prompt's pairs that are the right way round.
+        """
+        present_BK = present(batch)
+        losses_B, accuracies_B = rl_math.ranking_loss(self.scores(params, batch, rng), present_BK)
+        counts_B = jnp.any(present_BK, axis=1)
+        return jnp.sum(losses_B * counts_B), jnp.sum(counts_B), {"accuracy": jnp.sum(accuracies_B * counts_B)}
+
+
+def answer_logprobs(gpt: GPT, params: Any, batch: Batch, rng: jax.Array | None) -> jax.Array:
+    """Log-probability of each answer given its prompt, float32 (B, K); 0 of those that are not there."""
+    x_BRTD = read_elements(gpt, params, batch, rng)
+    rows_NTD, targets_NT = x_BRTD.reshape(-1, *x_BRTD.shape[2:]), batch["targets"].reshape(-1, x_BRTD.shape[2])
+    logprobs_NT = target_logprobs(rows_NTD, head_embedding(params), targets_NT, gpt.config.precision)
+    learned_BN = (logprobs_NT.reshape(batch["weights"].shape) * batch["weights"]).reshape(len(x_BRTD), -1)
+    segments_BN = batch["segments"].reshape(len(x_BRTD), -1)
+    numbers_K = jnp.arange(batch["ends"].shape[1]) + 1
+    return jnp.sum(jnp.where(segments_BN[:, None] == numbers_K[None, :, None], learned_BN[:, None], 0), axis=-1)
+
+
+def dpo_loss(config: Config) -> Loss:
+    """Rafailov et al. 2023, equation 7, over all pairs of a prompt's answers.
+
+    The loss measures `accuracy`, the share of a prompt's pairs whose implicit rewards are the right way round, and
+    `margin`, how far they are apart: beta times the difference of the log-ratios to the reference.
+    """
+    gpt, settings = GPT(config.model), config.dpo
+
+    def loss(params: Any, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array, Measures]:
+        policy_BK = answer_logprobs(gpt, params, batch, rng)
+        reference_BK = jax.lax.stop_gradient(answer_logprobs(gpt, params[REFERENCE], batch, None))
+        better, worse = np.triu_indices(policy_BK.shape[1], 1)
+        losses_BP, margins_BP = rl_math.dpo_loss(
+            policy_BK[:, better],
+            policy_BK[:, worse],
+            reference_BK[:, better],
+            reference_BK[:, worse],
+            settings.beta,
+            settings.label_smoothing,
+        )
+        present_BK = present(batch)
+        there_BP = present_BK[:, better] & present_BK[:, worse]
+        counts_B = jnp.any(there_BP, axis=1)
+
+        def total(values_BP: jax.Array) -> jax.Array:
+            return jnp.sum(rl_math.mean_where(values_BP, there_BP))
+
+        measures = {"accuracy": total(margins_BP > 0), "margin": total(margins_BP)}
+        return total(losses_BP), jnp.sum(counts_B.astype(jnp.float32)), measures
+
+    return loss

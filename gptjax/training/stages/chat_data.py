@@ -1,0 +1,123 @@
+"""What the stages of chat share: conversations, the format they are read in, and where they come from."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+from absl import logging
+from jax.sharding import Mesh
+
+from gptjax.config import Config, UserError
+from gptjax.data import conversations
+from gptjax.data.chat_batches import PackedConversations, RankedAnswers
+from gptjax.data.conversations import Conversation, Ranking
+from gptjax.data.templates import ChatFormat, TooLongError, chat_format
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.models.attention_backends import check_backend
+from gptjax.parallel import distributed
+from gptjax.parallel.mesh import check_fit
+from gptjax.training.stages.finetune import find_tokenizer
+
+T = TypeVar("T", Conversation, Ranking)
+E = TypeVar("E")
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatData(Generic[T]):
+    """What a stage learns from.
+
+    Attributes:
+      config: complete.
+    """
+
+    config: Config
+    tokenizer: Tokenizer
+    chat_format: ChatFormat
+    train: list[T]
+    validation: list[T]
+
+
+def open_chat(
+    config: Config, mesh: Mesh, tokenizer: Tokenizer | None, read: Callable[[Config, str], list[T]]
+) -> ChatData[T]:
+    """The data of a stage of chat on `mesh`.
+
+    Args:
+      tokenizer: of the run that goes on; None: that of the weights to start from, or the one that the config names.
+      read: what the stage makes of a source that the config names.
+
+    Raises:
+      UserError: conversations that cannot be read or are malformed, settings that are of other stages, sizes that do
+        not divide over the mesh.
+    """
+    _check(config, mesh)
+    for spec in filter(None, (config.data.source, config.data.validation_source)):
+        conversations.check_spec(spec)
+    train, validation = distributed.first_then_others(lambda: _read(config, read))
+    if tokenizer is None:
+        tokenizer = find_tokenizer(config, [text for item in train for text in _texts(item)])
+    form = chat_format(config.chat, tokenizer)
+    config = config.completed(form.vocab_size)
+    check_fit(config, mesh)
+    return ChatData(config, tokenizer, form, train, validation)
+
+
+def read_rankings(config: Config, spec: str) -> list[Ranking]:
+    """The rankings of a source, or those that `chat.random_answers` makes of its conversations."""
+    if config.chat.random_answers == 0:
+        return conversations.read_rankings(spec)
+    return conversations.random_rankings(
+        conversations.read_conversations(spec), config.chat.random_answers, config.seed
+    )
+
+
+def _check(config: Config, mesh: Mesh) -> None:
+    if config.batch.ramp_start_tokens is not None:
+        raise UserError("batch.ramp_start_tokens is for stage pretrain: unset it")
+    if config.data.on_corrupt == "skip":
+        raise UserError("data.on_corrupt=skip is for stage pretrain: mend or remove a conversation that is damaged")
+    if mesh.shape["context"] > 1:
+        raise UserError(f"mesh.context={mesh.shape['context']} is for stage pretrain, whose rows are long: set it to 1")
+    check_backend(config.model, mesh.devices.flat[0].platform, has_segments=True)
+
+
+def _read(config: Config, read: Callable[[Config, str], list[T]]) -> tuple[list[T], list[T]]:
+    train = read(config, config.data.source)
+    if config.data.validation_source is not None:
+        return train, read(config, config.data.validation_source)
+    return conversations.hold_out(train, config.data.validation_fraction)
+
+
+def _texts(item: Conversation | Ranking) -> list[str]:
+    """All that a model reads of it."""
+    if isinstance(item, Conversation):
+        return [message.content for message in item.messages]
+    return [*(message.content for message in item.prompt), *item.answers]
+
+
+def fitting(config: Config, items: Sequence[T], encode: Callable[[T], E]) -> list[E]:
+    """What `encode` makes of the items, without those too long for the context where chat.on_too_long says so.
+
+    Raises:
+      UserError: one is too long, or all are.
+    """
+    encoded, left_out = [], []
+    for item in items:
+        try:
+            encoded.append(encode(item))
+        except TooLongError as error:
+            if config.chat.on_too_long == "error":
+                raise UserError(f"{error}, or set chat.on_too_long=skip") from None
+            left_out.append(error)
+    if not encoded:
+        raise UserError(str(left_out[0]))
+    if left_out:
+        logging.warning("left out: %d of %d; the first: %s", len(left_out), len(items), left_out[0])
+    return encoded
+
+
+def positions(config: Config, rows: PackedConversations | RankedAnswers) -> tuple[int, int]:
+    """Positions in an epoch of `rows` and in all training; a position counts whether a token is there or not."""
+    per_epoch, batch = rows.rows_per_epoch * rows[0]["tokens"].size, config.batch
+    return per_epoch, batch.total_tokens or math.ceil((batch.epochs or 0) * per_epoch)

@@ -1,0 +1,71 @@
+"""The stages that learn from rankings of answers, "reward" and "dpo", but for what is their own."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from gptjax.config import Config
+from gptjax.data.chat_batches import RankedAnswers
+from gptjax.data.conversations import Message, Ranking
+from gptjax.data.pipeline import Microbatch, batches
+from gptjax.data.templates import Encoded
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.parallel.rows import process_rows
+from gptjax.training.loop import Stage
+from gptjax.training.programs import make_program
+from gptjax.training.stages.chat_data import ChatData, fitting, open_chat, positions, read_rankings
+from gptjax.training.stages.held_out import held_out_means
+from gptjax.training.stages.intervals import in_tokens
+
+Conclude = Callable[[Any, Path], str]
+
+
+def build_ranked(
+    config: Config,
+    mesh: Mesh,
+    tokenizer: Tokenizer | None,
+    conclude: Callable[[Config, Callable[[], Iterator[Microbatch]], Mesh], Conclude] | None = None,
+) -> Stage:
+    """The stage on `mesh`.
+
+    Args:
+      tokenizer: of the run that goes on; None: that of the weights to start from, or the one that the config names.
+      conclude: config, batches of one epoch of the training data and mesh -> what a stage does at the end.
+
+    Raises:
+      UserError: as of `open_chat`; an answer that is longer than the context.
+    """
+    data = open_chat(config, mesh, tokenizer, read_rankings)
+    train, once = (_elements(data, data.train, seed) for seed in (data.config.seed, None))
+    validation = _elements(data, data.validation, None)
+    tokens_per_epoch, tokens = positions(data.config, train)
+    config = in_tokens(data.config, tokens_per_epoch)
+    program, size = make_program(config), config.sequences_per_microbatch
+
+    def read(elements: RankedAnswers, start: int = 0) -> Iterator[Microbatch]:
+        prefetch = config.data.prefetch_batches
+        return batches(elements, start=start, batch_size=size, rows=process_rows(mesh, size), prefetch=prefetch)
+
+    return Stage(
+        program=program,
+        tokenizer=data.tokenizer,
+        total_tokens=tokens,
+        batches=lambda start: read(train, start),
+        evaluate=held_out_means(program.loss, lambda: read(validation), size, mesh),
+        sample=None,
+        conclude=None if conclude is None else conclude(config, lambda: read(once), mesh),
+    )
+
+
+def _elements(data: ChatData[Ranking], rankings: list[Ranking], seed: int | None) -> RankedAnswers:
+    """Each prompt with its answers, as one element of a batch (Ouyang et al. 2022, section 3.5)."""
+    form, context = data.chat_format, data.config.model.context_length
+
+    def element(item: Ranking) -> list[Encoded]:
+        whole = ((*item.prompt, Message("assistant", text)) for text in item.answers)
+        return [form.encode(messages, context, place=item.place) for messages in whole]
+
+    encoded = fitting(data.config, rankings, element)
+    return RankedAnswers(encoded, context, pack=data.config.chat.pack, seed=seed)

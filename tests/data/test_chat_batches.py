@@ -1,0 +1,110 @@
+"""Rows of conversations: packed or padded they hold the same, and an epoch holds each once."""
+
+import numpy as np
+import pytest
+
+from gptjax.data.chat_batches import PackedConversations, RankedAnswers, lay_out, rows_needed
+from gptjax.data.templates import Encoded
+
+T = 12
+
+
+def sequences(*lengths: int, first: int = 1) -> list[Encoded]:
+    """Of tokens that are all different; the second half is learned."""
+    made = []
+    for length in lengths:
+        made.append(Encoded(np.arange(first, first + length, dtype=np.int32), np.arange(length) >= length // 2))
+        first += length
+    return made
+
+
+def read_back(arrays: dict[str, np.ndarray]) -> list[tuple]:
+    """Each sequence of a layout: its tokens, targets, weights and positions."""
+    found = []
+    for number in range(1, arrays["segments"].max() + 1):
+        here = arrays["segments"] == number
+        assert len(set(np.nonzero(here)[0])) == 1, "a sequence lies in one row"
+        found.append(tuple(arrays[name][here].tolist() for name in ("tokens", "targets", "weights", "positions")))
+    return found
+
+
+def test_a_layout_by_hand():
+    arrays = lay_out(sequences(3, 2, 4), 2, 6, pack=True)
+    assert arrays["tokens"].tolist() == [[1, 2, 3, 4, 5, 0], [6, 7, 8, 9, 0, 0]]
+    assert arrays["targets"].tolist() == [[2, 3, 0, 5, 0, 0], [7, 8, 9, 0, 0, 0]]
+    assert arrays["weights"].tolist() == [[1, 1, 0, 1, 0, 0], [0, 1, 1, 0, 0, 0]]
+    assert arrays["segments"].tolist() == [[1, 1, 1, 2, 2, 0], [3, 3, 3, 3, 0, 0]]
+    assert arrays["positions"].tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 0, 0]]
+    assert arrays["ends"].tolist() == [2, 4, 9]
+
+
+def test_packed_and_padded_hold_the_same():
+    made = sequences(3, 9, 2, 12, 1, 5)
+    layouts = [lay_out(made, rows_needed(made, T, pack=pack), T, pack=pack) for pack in (True, False)]
+    assert len(layouts[0]["tokens"]) < len(layouts[1]["tokens"]) == len(made)
+    assert read_back(layouts[0]) == read_back(layouts[1])
+    for arrays in layouts:
+        assert arrays["tokens"].reshape(-1)[arrays["ends"]].tolist() == [int(s.tokens[-1]) for s in made]
+
+
+def test_what_has_no_room_is_an_error():
+    with pytest.raises(ValueError, match="sequence 1 of 7 tokens has no room"):
+        lay_out(sequences(6, 7), 1, T, pack=True)
+    with pytest.raises(ValueError, match="has no room"):
+        lay_out(sequences(13), 1, T, pack=False)
+
+
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("seed", [0, None])
+def test_an_epoch_has_every_conversation_once(pack, seed):
+    made = sequences(*np.random.default_rng(0).integers(1, T + 1, 40).tolist())
+    rows = PackedConversations(made, T, pack=pack, seed=seed)
+    assert rows.rows_per_epoch < 30 if pack else rows.rows_per_epoch == 40
+
+    def epoch(number: int) -> list[list[int]]:
+        first = number * rows.rows_per_epoch
+        return [s[0] for i in range(rows.rows_per_epoch) for s in read_back(to_rows(rows[first + i]))]
+
+    wanted = sorted(s.tokens.tolist() for s in made)
+    assert sorted(epoch(0)) == wanted
+    if seed is None:
+        assert len(rows) == rows.rows_per_epoch
+        with pytest.raises(IndexError):
+            rows[len(rows)]
+    else:
+        assert sorted(epoch(1)) == wanted
+        assert epoch(0) != epoch(1)
+        assert epoch(0) == epoch(0)
+
+
+def to_rows(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: array[None] for name, array in row.items()}
+
+
+def test_a_share_of_the_rows_is_text():
+    text = [
+        {
+            "tokens": np.full(T, 1000 + i, np.int32),
+            "targets": np.full(T, 1001 + i, np.int32),
+            "weights": np.ones(T, np.float32),
+        }
+        for i in range(20)
+    ]
+    made = sequences(*[T] * 18)
+    rows = PackedConversations(made, T, pack=True, seed=3, pretraining=text, share=0.1)
+    assert rows.rows_per_epoch == 20
+    for epoch in range(2):
+        read = [rows[epoch * 20 + i] for i in range(20)]
+        texts = sorted(row["tokens"][0] for row in read if row["tokens"][0] >= 1000)
+        assert texts == [1000 + 2 * epoch, 1001 + 2 * epoch], "each epoch goes on in the text"
+        assert {frozenset(row) for row in read} == {frozenset(read[0])}
+        others = sorted(row["tokens"].tolist() for row in read if row["tokens"][0] < 1000)
+        assert others == [s.tokens.tolist() for s in made]
+
+
+def test_rankings_of_different_sizes_are_of_one_shape():
+    elements = [sequences(4, 4), sequences(9, 3, 5, first=100), sequences(6, 6, first=200)]
+    ranked = RankedAnswers(elements, T, pack=True, seed=None)
+    read = [ranked[i] for i in range(3)]
+    assert [array["tokens"].shape for array in read] == [(2, T)] * 3
+    assert [array["ends"].tolist() for array in read] == [[3, 7, -1], [8, 11, 16], [5, 11, -1]]

@@ -1,0 +1,100 @@
+"""A conversation with a tiny model: what it reads, remembers, forgets and saves."""
+
+import pytest
+
+from gptjax.config import UserError
+from gptjax.data.conversations import Message, read_conversations
+from gptjax.data.templates import chat_format
+from gptjax.inference.chatting import ChatSession
+from gptjax.inference.engine import Engine
+from gptjax.inference.sampling import Sampling
+from gptjax.training.run import run
+from gptjax.workdir import load_model
+from tests.tiny_chats import config_of
+
+
+@pytest.fixture(scope="module")
+def make_session(tmp_path_factory, pretrained):
+    directory = tmp_path_factory.mktemp("chatting")
+    run(config_of("sft", directory, pretrained), directory / "sft")
+    trained = load_model(directory / "sft")
+    engine = Engine(trained.model, trained.params, trained.tokenizer, trained.mesh)
+    form = chat_format(trained.config.chat, trained.tokenizer)
+
+    def make(**settings) -> ChatSession:
+        return ChatSession(engine, form, Sampling(), **{"max_new_tokens": 8, **settings})
+
+    return make
+
+
+def test_what_is_said_comes_back_piece_by_piece(make_session):
+    session, pieces = make_session(), []
+    answer = session.reply("q1", pieces.append)
+    assert "".join(pieces) == answer
+    assert session.turns == [Message("user", "q1"), Message("assistant", answer)]
+
+
+def test_the_model_reads_what_was_said_before(make_session, monkeypatch):
+    session, read = make_session(system="s"), []
+    generate = session._engine.generate
+    monkeypatch.setattr(
+        session._engine, "generate", lambda p, *a, **k: read.append(p[0].tolist()) or generate(p, *a, **k)
+    )
+    answer = session.reply("q1")
+    session.reply("q2")
+    bos, ask, end = 256, 257, 258
+    assert read[0] == [bos, *b"sq1", ask]
+    assert read[1] == [bos, *b"sq1", ask, *session._format.encode_answer(answer)[:-1], end, *b"q2", ask]
+    for i in range(8):  # the oldest turns give way, the system message stays
+        session.reply(f"q{i}")
+        assert len(read[-1]) <= 32 - 8
+        assert read[-1][:2] == [bos, ord("s")]
+
+
+def test_regenerating_replaces_the_last_answer_alone(make_session):
+    session = make_session()
+    session.reply("q1")
+    first = session.reply("q2")
+    before = session.turns
+    others = [session.regenerate() for _ in range(4)]
+    assert session.turns[:3] == before[:3]
+    assert session.turns[3].content == others[-1]
+    assert set(others) != {first}
+    session.reset()
+    assert session.turns == []
+    with pytest.raises(UserError, match="no answer yet"):
+        session.regenerate()
+
+
+def test_the_same_seed_says_the_same(make_session):
+    said = [[make_session(seed=seed).reply(text) for text in ("q1", "q2")] for seed in (3, 3, 4)]
+    assert said[0] == said[1] != said[2]
+
+
+def test_what_is_saved_can_be_learned_from(make_session, tmp_path):
+    session, path = make_session(system="s"), tmp_path / "said.jsonl"
+    with pytest.raises(UserError, match="nothing to save"):
+        session.save(path)
+    session.turns = [Message("user", "q1"), Message("assistant", "é")]
+    session.save(path)
+    session.reset()
+    session.turns = [Message("user", "q2"), Message("assistant", "b")]
+    session.save(path)
+    said = read_conversations(f"jsonl:{path}")
+    assert [conversation.messages[0].content for conversation in said] == ["s", "s"]
+    assert [conversation.messages[2].content for conversation in said] == ["é", "b"]
+    session.turns[-1] = Message("assistant", " ")
+    with pytest.raises(UserError, match="an answer is empty"):
+        session.save(path)
+
+
+def test_what_cannot_be_said_changes_nothing(make_session):
+    session = make_session()
+    session.reply("q1")
+    before = session.turns
+    for text, message in ((" ", "an empty message"), ("x" * 40, "42 tokens, and 24 have room")):
+        with pytest.raises(UserError, match=message):
+            session.reply(text)
+        assert session.turns == before
+    with pytest.raises(UserError, match="leaves no room in a context of 32"):
+        make_session(max_new_tokens=32)

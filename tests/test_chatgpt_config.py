@@ -1,0 +1,49 @@
+"""configs/chatgpt.py: the published recipe, and every argument gives a whole config."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from gptjax import config as c
+from gptjax.config import CHAT_STAGES, UserError
+from gptjax.training.run import STAGES
+from tests.tiny_tasks import MODEL
+
+PATH = Path(__file__).parents[1] / "configs" / "chatgpt.py"
+
+
+@pytest.fixture(scope="module")
+def module():
+    spec = importlib.util.spec_from_file_location("chatgpt_config", PATH)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def test_every_stage_resolves(module, pretrained):
+    for stage in CHAT_STAGES:
+        for end in ("", ",runlocal"):
+            config = c.resolve(module.get_config(f"stage={stage},init_from={pretrained}{end}"))
+            assert config.stage == stage
+            assert (config.model.context_length, config.model.embed_dim) == (MODEL.context_length, MODEL.embed_dim)
+            assert config.data.source == "chatterbot"
+            assert (config.chat.random_answers > 0) == (stage != "sft")
+            own = c.resolve(module.get_config(f"stage={stage},data=jsonl:x,init_from={pretrained}{end}"))
+            assert (own.data.source, own.chat.random_answers) == ("jsonl:x", 0)
+        assert stage in STAGES
+    with pytest.raises(UserError, match="unknown stage 'rlhf'"):
+        module.get_config("stage=rlhf")
+
+
+def test_instructgpts_numbers(module):
+    """Ouyang et al. 2022, appendix C."""
+    sft, reward = (c.resolve(module.get_config(f"stage={stage}")) for stage in ("sft", "reward"))
+    assert (sft.batch.epochs, sft.batch.tokens_per_batch // sft.model.context_length) == (16.0, 32)
+    assert (sft.optimizer.peak_lr, sft.model.residual_dropout) == (9.65e-6, 0.2)
+    assert (reward.batch.epochs, reward.batch.tokens_per_batch // reward.model.context_length) == (1.0, 64)
+    assert (reward.optimizer.peak_lr, reward.model.residual_dropout) == (9e-6, 0.0)
+    for config in (sft, reward):
+        assert (config.optimizer.beta1, config.optimizer.beta2) == (0.9, 0.95)
+        assert (config.optimizer.schedule, config.optimizer.floor_lr_fraction) == ("cosine", 0.1)
+        assert config.optimizer.warmup_tokens == 0

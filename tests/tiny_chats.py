@@ -1,0 +1,51 @@
+"""A few conversations and rankings, and runs of the stages of chat that take a second or two."""
+
+import json
+from pathlib import Path
+
+from gptjax import config as c
+from tests.tiny_tasks import CONTEXT, MODEL
+
+STAGES_OF_CHAT = ("sft", "reward", "dpo")
+BATCH = 4
+
+
+def write_conversations(path: Path, count: int) -> str:
+    lines = []
+    for i in range(count):
+        turns = [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "ab"[i % 2] * (1 + i % 3)}]
+        lines.append(json.dumps({"messages": turns}))
+    path.write_text("\n".join(lines) + "\n")
+    return f"jsonl:{path}"
+
+
+def write_rankings(path: Path, count: int) -> str:
+    """Answers of three lengths, the more a's the better."""
+    lines = [json.dumps({"prompt": f"q{i}", "ranking": ["aa", "a", "b"][: 2 + i % 2]}) for i in range(count)]
+    path.write_text("\n".join(lines) + "\n")
+    return f"jsonl:{path}"
+
+
+def config_of(stage: str, directory: Path, pretrained: Path | None) -> c.Config:
+    write = write_conversations if stage == "sft" else write_rankings
+    return c.Config(
+        stage=stage,
+        init_from=None if pretrained is None else str(pretrained),
+        model=MODEL,
+        data=c.DataConfig(
+            source=write(directory / f"{stage}.jsonl", 24),
+            validation_source=write(directory / f"{stage}_validation.jsonl", 5),
+            tokenizer="bytes",
+            cache_dir=str(directory / "cache"),
+        ),
+        chat=c.ChatConfig(
+            template="custom",
+            system_format="{content}",
+            user_format="{content}<|a|>",
+            assistant_format="{content}<|end|>",
+        ),
+        batch=c.BatchConfig(epochs=1.0, tokens_per_batch=BATCH * CONTEXT),
+        optimizer=c.OptimizerConfig(peak_lr=1e-2, schedule="constant"),
+        evaluation=c.EvaluationConfig(metric="loss", sample_prompt="q1", sample_tokens=4),
+        logging=c.LoggingConfig(every_steps=1, tensorboard=False),
+    )

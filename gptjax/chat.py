@@ -3,12 +3,17 @@
 python -m gptjax.chat --workdir=runs/sft
 python -m gptjax.chat --workdir=runs/dpo --system="Answer in one sentence." --temperature=0.7
 echo "Who are you?" | python -m gptjax.chat --workdir=runs/sft
+python -m gptjax.chat --workdir=runs/sft --documents=examples/customer_service
 
 A line is a message. Ctrl-C stops an answer, which is then not part of the conversation; Ctrl-D leaves. Commands:
 /system TEXT sets what comes before all turns (without TEXT: nothing), /reset forgets the turns, /regen answers the last
 message anew, /save FILE appends the conversation to a file that stage "sft" can train on, /help, /quit.
+
+With --documents the model reads before each message the passages of these texts that fit it best, and below the answer
+stands where they are from.
 """
 
+import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,21 +22,25 @@ from absl import flags
 
 from gptjax import cli
 from gptjax.config import CHAT_STAGES, UserError, read_config
+from gptjax.inference import retrieval
 
 if TYPE_CHECKING:
     from gptjax.inference.chatting import ChatSession
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of a stage of chat, such as sft.")
 SYSTEM = flags.DEFINE_string("system", None, "What comes before all turns.")
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", None, "Of an answer; default: a fourth of the context.")
+DOCUMENTS = flags.DEFINE_string("documents", None, "Folder of .txt and .md files to answer from.")
+MAX_NEW_TOKENS = flags.DEFINE_integer(
+    "max_new_tokens", None, "Of an answer; default: a fourth of the context.", lower_bound=1
+)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Divides the logits; 0: always the likeliest token.")
-TOP_K = flags.DEFINE_integer("top_k", 50, "Only so many of the likeliest tokens; 0: all.")
+TOP_K = flags.DEFINE_integer("top_k", 50, "Only so many of the likeliest tokens; 0: all.", lower_bound=0)
 TOP_P = flags.DEFINE_float("top_p", None, "Only the fewest tokens that together are so probable.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
 BEST = flags.DEFINE_bool("best", False, "Use the best checkpoint instead of the newest.")
 MESH = flags.DEFINE_string("mesh", "", "Devices by axis, such as fsdp=2,tensor=4; data takes what is left.")
 
-HELP = "/system TEXT, /reset, /regen, /save FILE, /quit"
+HELP = "/system TEXT, /reset, /regen, /save FILE, /help, /quit"
 
 
 def main() -> None:
@@ -43,8 +52,12 @@ def main() -> None:
             f"{WORKDIR.value} is of stage {stage}, which does not answer: train it to, by "
             f"--config=configs/chatgpt.py:stage=sft,init_from={WORKDIR.value}"
         )
+    if DOCUMENTS.value is not None:
+        retrieval.check(Path(DOCUMENTS.value).expanduser())
     session = open_session()
     interactive = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="strict")  # some locales let bytes through that are no text
     if interactive:
         import readline  # noqa: F401 (makes `input` edit lines, and remember them)
 
@@ -54,7 +67,14 @@ def main() -> None:
             line = input("> " if interactive else "").strip()
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            if not interactive:
+                raise UserError(f"standard input is not UTF-8: {error}") from None
+            print(f"error: this is not UTF-8: {error}")
+            continue
         except KeyboardInterrupt:
+            if not interactive:
+                raise
             print()
             continue
         if line == "/quit":
@@ -82,12 +102,23 @@ def open_session() -> "ChatSession":
     from gptjax.workdir import load_model, parse_mesh
 
     sampling = Sampling(TEMPERATURE.value, TOP_K.value or None, TOP_P.value)
+    documents = None
+    if DOCUMENTS.value is not None:
+        documents = retrieval.Documents(Path(DOCUMENTS.value).expanduser())
     assert WORKDIR.value is not None
     trained = load_model(Path(WORKDIR.value), parse_mesh(MESH.value), best=BEST.value)
     form = chat_format(trained.config.chat, trained.tokenizer)
     engine = Engine(trained.model, trained.params, trained.tokenizer, trained.mesh)
     max_new_tokens = MAX_NEW_TOKENS.value or trained.model.config.context_length // 4
-    return ChatSession(engine, form, sampling, system=SYSTEM.value, max_new_tokens=max_new_tokens, seed=SEED.value)
+    return ChatSession(
+        engine,
+        form,
+        sampling,
+        system=SYSTEM.value,
+        max_new_tokens=max_new_tokens,
+        seed=SEED.value,
+        documents=documents,
+    )
 
 
 def take(session: "ChatSession", line: str) -> None:
@@ -102,18 +133,27 @@ def take(session: "ChatSession", line: str) -> None:
         session.system = argument or None
     elif command == "/reset":
         session.reset()
-    elif command == "/save" and argument:
+    elif command == "/save":
+        if not argument:
+            raise UserError("/save needs a FILE to append the conversation to")
         session.save(Path(argument).expanduser())
     elif command == "/regen":
         session.regenerate(show)
-        print()
+        end(session)
     elif command == "/help":
         print(HELP)
     elif line.startswith("/"):
         raise UserError(f"unknown command {line!r}: {HELP}")
     else:
         session.reply(line, show)
-        print()
+        end(session)
+
+
+def end(session: "ChatSession") -> None:
+    """Ends the line of an answer, and says what it was given from."""
+    print()
+    if session.sources:
+        print(retrieval.citations(session.sources))
 
 
 if __name__ == "__main__":

@@ -2,14 +2,22 @@
 
 import os
 import pty
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import pytest
 
+from gptjax.config import replace, to_json
 from gptjax.data.conversations import read_conversations
+from gptjax.data.tokenizers import BytesTokenizer
+from gptjax.models.gpt import GPT
+from gptjax.training.checkpoints import Checkpoints
 from gptjax.training.run import run
 from tests.tiny_chats import config_of
 
@@ -39,10 +47,26 @@ def test_a_conversation_from_a_pipe(workdir, tmp_path):
     assert result.stdout.splitlines()[1] == messages[2].content
 
 
-def test_mistakes_end_it_in_one_line(workdir, pretrained):
+def test_answers_from_documents_say_where_they_are_from(workdir, tmp_path):
+    (tmp_path / "shop.md").write_text("# A\n\nopen\n\n# Bus\n\nline 3\n")
+    (tmp_path / "long.txt").write_text("open " * 40)  # has no room
+    result = chat("open?\n/regen\nhm\n", f"--workdir={workdir}", f"--documents={tmp_path}", "--temperature=0")
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    assert [line for line in lines if line.startswith("[")] == ["[1] shop.md:1"] * 2
+    assert lines[:2] == lines[2:4]
+
+
+def test_mistakes_end_it_in_one_line(workdir, pretrained, tmp_path):
+    (tmp_path / "reward").mkdir()
+    (tmp_path / "reward" / "config.json").write_text(to_json(config_of("reward", tmp_path, pretrained)))
     for stdin, flags, message in (
         ("", [], "error: needs --workdir=DIR"),
         ("", [f"--workdir={pretrained}"], f"error: {pretrained} is of stage pretrain, which does not answer"),
+        ("", [f"--workdir={tmp_path / 'reward'}"], f"error: {tmp_path / 'reward'} is of stage reward, which does not"),
+        ("", [f"--workdir={workdir}", "--max_new_tokens=0"], "error: flag --max_new_tokens=0"),
+        ("", [f"--workdir={workdir}", "--documents=/none"], "error: there is no folder /none"),
+        ("q1\n/save\n", [f"--workdir={workdir}"], "error: /save needs a FILE"),
         ("/sing\n", [f"--workdir={workdir}"], "error: unknown command '/sing': /system"),
     ):
         result = chat(stdin, *flags)
@@ -51,24 +75,83 @@ def test_mistakes_end_it_in_one_line(workdir, pretrained):
         assert result.stderr.count("\n") == 1
 
 
-def test_a_terminal_survives_mistakes(workdir):
-    parent, child = pty.openpty()
-    process = subprocess.Popen(command(f"--workdir={workdir}"), stdin=child, stdout=child, stderr=child)
-    os.close(child)
-    shown = b""
+def test_input_that_is_no_text(workdir):
+    result = subprocess.run(command(f"--workdir={workdir}"), input=b"caf\xe9\n", capture_output=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith(b"error: standard input is not UTF-8")
 
-    def wait_for(text: bytes, after: int = 0) -> None:
-        nonlocal shown
+
+class Terminal:
+    """The command in a terminal."""
+
+    def __init__(self, *flags: str) -> None:
+        self._parent, child = pty.openpty()
+        self.process = subprocess.Popen(command(*flags), stdin=child, stdout=child, stderr=child)
+        os.close(child)
+        self.shown = b""
+
+    def wait_for(self, text: bytes) -> None:
+        """Until it is shown, behind what was waited for before."""
         deadline = time.monotonic() + 120
-        while text not in shown[after:]:
-            assert time.monotonic() < deadline, shown
-            shown += os.read(parent, 4096)
+        while text not in self.shown:
+            assert time.monotonic() < deadline, self.shown
+            self.shown += os.read(self._parent, 4096)
+        self.shown = self.shown.partition(text)[2]
 
-    wait_for(b"> ")
-    os.write(parent, b"/sing\n")
-    wait_for(b"error: unknown command '/sing'")
-    seen = len(shown)
-    wait_for(b"> ", seen)
-    os.write(parent, b"\x04")
-    assert process.wait(60) == 0
-    os.close(parent)
+    def read(self, count: int) -> None:
+        while len(self.shown) < count:
+            self.shown += os.read(self._parent, count)
+
+    def type(self, keys: bytes) -> None:
+        os.write(self._parent, keys)
+
+    def leave(self) -> None:
+        """By Ctrl-D."""
+        self.type(b"\x04")
+        assert self.process.wait(60) == 0
+        os.close(self._parent)
+
+
+def test_a_terminal_survives_mistakes(workdir):
+    terminal = Terminal(f"--workdir={workdir}")
+    terminal.wait_for(b"> ")
+    terminal.type(b"/sing\n")
+    terminal.wait_for(b"error: unknown command '/sing'")
+    terminal.wait_for(b"> ")
+    terminal.process.send_signal(signal.SIGINT)  # nothing is being said
+    terminal.wait_for(b"> ")
+    terminal.leave()
+
+
+@pytest.fixture(scope="module")
+def talkative(tmp_path_factory) -> Path:
+    """The workdir of a model that comes to no end."""
+    directory = tmp_path_factory.mktemp("talkative")
+    config = config_of("sft", directory, None)
+    config = replace(config, {"model": {"context_length": 4096}, "batch": {"tokens_per_batch": 4096}})
+    (directory / "config.json").write_text(to_json(config))
+    BytesTokenizer().save(directory / "tokenizer")
+    model = GPT(config.model.with_vocabulary(259))
+    params = nn.unbox(model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
+    # Every hidden state is far in one direction, and the tokens that end something in the other.
+    params["final_norm"]["bias"] += 5
+    table_VD = params["token_embedding"]["embedding"]
+    params["token_embedding"]["embedding"] = table_VD.at[256:].set(-1)
+    with Checkpoints(directory, config.checkpoint) as checkpoints:
+        checkpoints.save_params(params)
+    return directory
+
+
+def test_an_answer_can_be_stopped_and_is_then_forgotten(talkative, tmp_path):
+    terminal = Terminal(f"--workdir={talkative}", "--max_new_tokens=4000")
+    terminal.wait_for(b"> ")
+    terminal.type(b"q1\n")
+    terminal.wait_for(b"q1\r\n")
+    terminal.read(20)  # bytes of an answer
+    terminal.process.send_signal(signal.SIGINT)
+    terminal.wait_for(b"(stopped)")
+    terminal.wait_for(b"> ")
+    terminal.type(b"/save said.jsonl\n")
+    terminal.wait_for(b"error: there is nothing to save yet")
+    terminal.wait_for(b"> ")
+    terminal.leave()

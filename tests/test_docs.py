@@ -9,7 +9,7 @@ import pytest
 from gptjax.config import check_key
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(path for folder in ("docs", "examples") for path in (ROOT / folder).iterdir())
+PAGES = sorted(path for folder in ("docs", "examples") for path in (ROOT / folder).iterdir() if path.is_file())
 # Flags of other programs that the pages call.
 OTHERS = {
     *("zone", "worker", "command", "accelerator-type", "version", "node-count", "implicit-dirs"),

@@ -4,20 +4,13 @@ Of pairs, for rewards, and of a corpus, for reports. Texts may be of any languag
 Chinese is, is compared character by character.
 """
 
-import re
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+from gptjax.data.words import is_written_without_blanks, words
+
 ROUGES = ("rouge1", "rouge2", "rougeL")
-# What is written without blanks between words: kana, and the ideographs of Chinese, Japanese and Korean.
-_IDEOGRAPH = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003fa1f"
-_WORD = re.compile(rf"[{_IDEOGRAPH}]|[^\W_{_IDEOGRAPH}]+")
-
-
-def words(text: str) -> list[str]:
-    """The words of a text without punctuation, in lower case; each ideograph is one."""
-    return _WORD.findall(text.lower())
 
 
 def bleu(answer: str, reference: str) -> float:
@@ -25,7 +18,7 @@ def bleu(answer: str, reference: str) -> float:
     method 3): 1 for the same text, 0 where no word is the same."""
     if not answer.strip() or not reference.strip():
         return 0.0
-    score = _bleu(_is_ideographic([reference]), effective_order=True).sentence_score(answer, [reference]).score
+    score = _bleu(_tokenizer([reference]), effective_order=True).sentence_score(answer, [reference]).score
     return min(score / 100, 1.0)
 
 
@@ -41,7 +34,7 @@ def rouge(answer: str, reference: str) -> dict[str, float]:
 
 def corpus_bleu(answers: Sequence[str], references: Sequence[str]) -> tuple[float, str]:
     """BLEU in [0, 1] of all pairs together (Papineni et al. 2002), and sacrebleu's signature of how it was computed."""
-    metric = _bleu(_is_ideographic(references), effective_order=False)
+    metric = _bleu(_tokenizer(references), effective_order=False)
     score = metric.corpus_score(list(answers), [list(references)]).score
     return min(score / 100, 1.0), str(metric.get_signature())
 
@@ -52,17 +45,16 @@ def distinct(texts: Sequence[str], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-def _is_ideographic(texts: Sequence[str]) -> bool:
-    """Whether most of the words are ideographs."""
-    found = [word for text in texts for word in words(text)]
-    return 2 * sum(bool(re.match(f"[{_IDEOGRAPH}]", word)) for word in found) > len(found)
+def _tokenizer(references: Sequence[str]) -> str:
+    """sacrebleu's name of what cuts such texts into words."""
+    return "zh" if is_written_without_blanks(references) else "13a"
 
 
 @cache
-def _bleu(ideographic: bool, effective_order: bool) -> Any:
+def _bleu(tokenize: str, effective_order: bool) -> Any:
     from sacrebleu.metrics import BLEU
 
-    return BLEU(tokenize="zh" if ideographic else "13a", smooth_method="exp", effective_order=effective_order)
+    return BLEU(tokenize=tokenize, smooth_method="exp", effective_order=effective_order)
 
 
 @cache

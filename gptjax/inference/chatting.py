@@ -6,9 +6,10 @@ from pathlib import Path
 
 from gptjax.config import UserError
 from gptjax.data.conversations import Message
-from gptjax.data.templates import ChatFormat
+from gptjax.data.templates import ChatFormat, TooLongError
 from gptjax.files import write_whole
 from gptjax.inference.engine import Engine
+from gptjax.inference.retrieval import Documents, Passage, with_passages
 from gptjax.inference.sampling import Sampling
 
 
@@ -19,10 +20,14 @@ class ChatSession:
       chat_format: that the model was trained with.
       max_new_tokens: of an answer; the rest of the context is left for what was said before.
       seed: of the first answer; each further one has the next.
+      documents: of which the model reads, before a question, as many of the best passages as fit; older turns give way
+        to them. They stand in the user's turn, as the question is what they belong to, and only while it is the last:
+        later answers need the room, and a system message would keep what was asked long ago.
 
     Attributes:
       system: what comes before all turns; None: nothing.
       turns: all that were taken, the oldest first.
+      sources: the passages that the last answer was given from, best first.
 
     Raises:
       UserError: an answer would leave no room for a question.
@@ -37,14 +42,16 @@ class ChatSession:
         system: str | None = None,
         max_new_tokens: int = 256,
         seed: int = 0,
+        documents: Documents | None = None,
     ) -> None:
         context = engine.model.config.context_length
         if max_new_tokens >= context:
             raise UserError(f"max_new_tokens={max_new_tokens} leaves no room in a context of {context}: lower it")
         self._engine, self._format, self._sampling = engine, chat_format, sampling
-        self._max_new_tokens, self._seed = max_new_tokens, seed
+        self._max_new_tokens, self._seed, self._documents = max_new_tokens, seed, documents
         self.system = system
         self.turns: list[Message] = []
+        self.sources: list[Passage] = []
 
     def reply(self, text: str, on_text: Callable[[str], None] = lambda _: None) -> str:
         """The model's answer to a user's next message; both become turns.
@@ -89,15 +96,17 @@ class ChatSession:
 
     def reset(self) -> None:
         """Forgets all turns; the system message stays."""
-        self.turns = []
+        self.turns, self.sources = [], []
 
     def _all(self, turns: list[Message]) -> list[Message]:
         return turns if self.system is None else [Message("system", self.system), *turns]
 
     def _answer(self, asked: list[Message], on_text: Callable[[str], None]) -> str:
         room = self._engine.model.config.context_length - self._max_new_tokens
+        sources = self._passages(asked[-1].content, room)
+        read = [*asked[:-1], Message("user", with_passages(asked[-1].content, sources))]
         completion = self._engine.generate(
-            [self._format.encode_prompt(self._all(asked), room)],
+            [self._format.encode_prompt(self._all(read), room)],
             self._max_new_tokens,
             self._sampling,
             seeds=self._seed,
@@ -105,4 +114,17 @@ class ChatSession:
             on_text=lambda _, piece: on_text(piece),
         )[0]
         self._seed += 1
+        self.sources = sources
         return completion.text
+
+    def _passages(self, question: str, room: int) -> list[Passage]:
+        """What of the documents fits before the question, if no other turn has to."""
+        kept: list[Passage] = []
+        for passage in [] if self._documents is None else self._documents.find(question):
+            try:
+                message = Message("user", with_passages(question, [*kept, passage]))
+                self._format.encode_prompt(self._all([message]), room)
+            except TooLongError:
+                continue
+            kept.append(passage)
+        return kept

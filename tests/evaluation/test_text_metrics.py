@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptjax.evaluation.text_metrics import bleu, corpus_bleu, distinct, rouge, rouge_l, words
+from gptjax.data.words import words
+from gptjax.evaluation.text_metrics import bleu, corpus_bleu, distinct, rouge, rouge_l
 
 TEXTS = st.text(st.sampled_from("ab cde.好的,Ä_"), max_size=20)
 

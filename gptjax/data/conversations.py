@@ -57,6 +57,20 @@ class Ranking:
     place: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What an assistant is to answer.
+
+    Attributes:
+      messages: the last a user's.
+      reference: the answer that is there; None: there is none.
+    """
+
+    messages: tuple[Message, ...]
+    reference: str | None
+    place: str
+
+
 T = TypeVar("T", Conversation, Ranking)
 
 
@@ -128,6 +142,11 @@ def hold_out(items: Sequence[T], fraction: float) -> tuple[list[T], list[T]]:
     side = dict(zip(prompts, names, strict=True))
     train, validation = ([item for item in items if side[item.prompt] == name] for name in ("train", "validation"))
     return train, validation
+
+
+def prompts(conversations: Sequence[Conversation]) -> list[Prompt]:
+    """What comes before each of the assistant's turns, which is its reference."""
+    return [Prompt(*turn) for conversation in conversations for turn in _turns(conversation)]
 
 
 def random_rankings(conversations: Sequence[Conversation], answers: int, seed: int) -> list[Ranking]:

@@ -1,8 +1,8 @@
-"""Scores on disk as they come, so that an evaluation that was stopped goes on where it was.
+"""What was computed on disk as it comes, so that an evaluation that was stopped goes on where it was.
 
 `<workdir>/evaluation/scores/<task>-<key>.jsonl` has a line {"index": .., "logprob": .., "num_tokens": ..,
-"is_greedy": ..} for each request. The key is a hash of the weights, the step, the model's config and every token asked
-for: what was scored for anything else is never taken for an answer.
+"is_greedy": ..} for each request; answers to dialogues have such a file too. The key is a hash of the weights, the
+step, the model's config and every token asked for: what is of anything else is never taken.
 """
 
 import hashlib
@@ -10,9 +10,9 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -21,12 +21,11 @@ from gptjax.config import UserError
 from gptjax.evaluation.scoring import Request, Score, Scorer
 from gptjax.parallel import distributed
 
+T = TypeVar("T", bound=tuple[Any, ...])
+
 
 def score_resumably(directory: Path, name: str, scorer: Scorer, step: int, requests: Sequence[Request]) -> list[Score]:
     """The scores of all requests, in their order; those found in `directory` are not computed again.
-
-    A batch is computed again unless all of it is there, so that an evaluation that was stopped ends with the very
-    numbers of one that was not.
 
     Args:
       directory: made if need be.
@@ -37,20 +36,46 @@ def score_resumably(directory: Path, name: str, scorer: Scorer, step: int, reque
       UserError: a request that is too long (see `Scorer.plan`), or a directory that cannot be written.
     """
     batches = scorer.plan(requests)
-    key = _key(scorer, step, requests)
-    distributed.check_same({f"requests of {name}": key}, "give all processes the same files")
-    path = directory / f"{file_name(name)}-{key}.jsonl"
+    path = directory / f"{file_name(name)}-{key(scorer, step, requests)}.jsonl"
+    places = {tuple(batch.indices): batch for batch in batches}
+    return resumably(
+        path, name, list(places), lambda indices: scorer.score_batch(requests, places[tuple(indices)]), Score
+    )
+
+
+def resumably(
+    path: Path,
+    name: str,
+    batches: Sequence[Sequence[int]],
+    compute: Callable[[Sequence[int]], Sequence[T]],
+    kind: type[T],
+) -> list[T]:
+    """What `compute` makes of all batches, by index; what is recorded in `path` is not computed again.
+
+    A batch is computed again unless all of it is there, so that an evaluation that was stopped ends with the very
+    numbers of one that was not.
+
+    Args:
+      path: its name ends in a `key`; its folder is made if need be.
+      name: for the progress bar.
+      batches: indices, from 0, each in one of them.
+      kind: the NamedTuple of a result.
+
+    Raises:
+      UserError: a folder that cannot be written, or a line that is none of these records.
+    """
+    distributed.check_same({f"requests of {name}": path.name}, "give all processes the same files")
     # One process's records decide for all which batches are computed, as all compute each of them together.
-    recorded: list[Any] = distributed.of_first(lambda: list(_read(path).items()))
-    scores = {index: Score(*score) for index, score in recorded}
-    is_first = distributed.is_first()
+    recorded: list[Any] = distributed.of_first(lambda: list(_read(path, kind).items()))
+    found = {index: kind(*fields) for index, fields in recorded}
+    is_first, total = distributed.is_first(), sum(map(len, batches))
     try:
         if is_first:
-            directory.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
         with (
             (path if is_first else Path(os.devnull)).open("a", encoding="utf-8") as file,
             tqdm(
-                total=len(requests),
+                total=total,
                 desc=name,
                 unit="req",
                 dynamic_ncols=True,
@@ -59,15 +84,15 @@ def score_resumably(directory: Path, name: str, scorer: Scorer, step: int, reque
             ) as bar,
         ):
             for batch in batches:
-                if not all(index in scores for index in batch.indices):
-                    found = dict(zip(batch.indices, scorer.score_batch(requests, batch), strict=True))
-                    file.writelines(_line(index, score) for index, score in found.items())
+                if not all(index in found for index in batch):
+                    new = dict(zip(batch, compute(batch), strict=True))
+                    file.writelines(_line(index, result) for index, result in new.items())
                     file.flush()
-                    scores |= found
-                bar.update(len(batch.indices))
+                    found |= new
+                bar.update(len(batch))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from None
-    return [scores[index] for index in range(len(requests))]
+    return [found[index] for index in range(total)]
 
 
 def file_name(text: str) -> str:
@@ -75,18 +100,19 @@ def file_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.,+=_-]+", "_", text).strip("._") or "task"
 
 
-def _key(scorer: Scorer, step: int, requests: Sequence[Request]) -> str:
-    digest = hashlib.sha256(f"{scorer.model.config} {step} {scorer.fingerprint()}".encode())
+def key(scorer: Scorer, step: int, requests: Sequence[Request], settings: str = "") -> str:
+    """16 hex digits, of all that a result depends on."""
+    digest = hashlib.sha256(f"{scorer.model.config} {step} {scorer.fingerprint()}{settings}".encode())
     for tokens, scored in requests:
         digest.update(np.array([len(tokens), scored], np.int64).tobytes() + tokens.astype(np.int32).tobytes())
     return digest.hexdigest()[:16]
 
 
-def _line(index: int, score: Score) -> str:
-    return json.dumps({"index": index, **score._asdict()}) + "\n"
+def _line(index: int, result: Any) -> str:
+    return json.dumps({"index": index, **result._asdict()}) + "\n"
 
 
-def _read(path: Path) -> dict[int, Score]:
+def _read(path: Path, kind: type[T]) -> dict[int, T]:
     """What is recorded. A last line that a kill cut off is cut away, so that the next one starts a line."""
     if not path.exists():
         return {}
@@ -94,11 +120,13 @@ def _read(path: Path) -> dict[int, Score]:
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
         os.truncate(path, whole)
-    scores = {}
+    results = {}
     for number, line in enumerate(content[:whole].splitlines(), start=1):
         try:
             record = json.loads(line)
-            scores[int(record["index"])] = Score(record["logprob"], record["num_tokens"], record["is_greedy"])
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}:{number} is not a score: remove the line, or the file") from None
-    return scores
+            index = int(record.pop("index"))
+            results[index] = kind(**record)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            named = kind.__name__.lower()
+            raise UserError(f"{path}:{number} is not a record of a {named}: remove the line, or the file") from None
+    return results

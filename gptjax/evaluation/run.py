@@ -11,20 +11,24 @@ from typing import Any, Literal
 
 import jax
 
-from gptjax.config import UserError
+from gptjax.config import CHAT_STAGES, UserError, read_config
+from gptjax.data import conversations
 from gptjax.data.sources import open_source
+from gptjax.data.templates import chat_format
 from gptjax.evaluation.catalogue import BENCHMARKS, check_name, read_benchmark
 from gptjax.evaluation.detokenizers import get_detokenizer
+from gptjax.evaluation.dialogue import DialogueTask, RewardScore, dialogue_task, evaluate_dialogue, read_prompts
 from gptjax.evaluation.metrics import Measurement
 from gptjax.evaluation.perplexity import PerplexityTask, perplexity_task
 from gptjax.evaluation.records import file_name, score_resumably
+from gptjax.evaluation.report_files import write_predictions
 from gptjax.evaluation.scoring import Scorer
 from gptjax.evaluation.tasks import Examples, ExampleTask, example_task, read_examples
 from gptjax.files import write_whole
 from gptjax.parallel import distributed
 from gptjax.workdir import TrainedModel, load_model, parse_mesh
 
-PERPLEXITY = "perplexity"
+PERPLEXITY, DIALOGUE = "perplexity", "dialogue"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +44,8 @@ class Options:
     stride: int | None = None
     detokenizer: str | None = None
     concatenate: bool = False
+    max_new_tokens: int | None = None
+    reward_model: Path | None = None
     mesh: str = ""
     dtype: Literal["float32", "bfloat16"] | None = None
     output: Path | None = None
@@ -49,22 +55,28 @@ def check(options: Options) -> None:
     """Raises UserError for what can be seen to be wrong before anything is read."""
     if not options.tasks:
         raise UserError(
-            "needs --tasks=NAME,...: " + ", ".join([PERPLEXITY, *BENCHMARKS]) + ", or a path ending in .jsonl"
+            "needs --tasks=NAME,...: " + ", ".join([PERPLEXITY, DIALOGUE, *BENCHMARKS]) + ", or a path ending in .jsonl"
         )
     for name in options.tasks:
         if not name.endswith(".jsonl"):
-            check_name(name, (PERPLEXITY,))
+            check_name(name, (PERPLEXITY, DIALOGUE))
         elif not Path(name).expanduser().is_file():
             raise UserError(f"there is no task file {name}")
     names = [_short(name, options) for name in dict.fromkeys(options.tasks)]
     if len(set(names)) < len(names):
         raise UserError(f"--tasks={','.join(options.tasks)}: two files have the same name: evaluate them one by one")
-    if (options.source is not None) != (PERPLEXITY in options.tasks):
-        raise UserError("--tasks=perplexity and --source=SPEC need each other, as in --source=text:wiki.test.tokens")
-    if options.source is not None:
+    if PERPLEXITY in options.tasks and options.source is None:
+        raise UserError("--tasks=perplexity needs a text, as in --source=text:wiki.test.tokens")
+    if options.source is not None and not {PERPLEXITY, DIALOGUE} & set(options.tasks):
+        raise UserError("--source is for --tasks=perplexity and --tasks=dialogue")
+    if options.source is not None and PERPLEXITY in options.tasks:
         open_source(options.source)
-    elif options.stride is not None or options.detokenizer is not None or options.concatenate:
+    if options.source is not None and DIALOGUE in options.tasks:
+        conversations.check_spec(options.source)
+    if PERPLEXITY not in options.tasks and (options.stride or options.detokenizer or options.concatenate):
         raise UserError("--stride, --detokenizer and --concatenate are for --tasks=perplexity")
+    if DIALOGUE not in options.tasks and (options.max_new_tokens or options.reward_model):
+        raise UserError("--max_new_tokens and --reward_model are for --tasks=dialogue")
     if options.detokenizer is not None:
         get_detokenizer(options.detokenizer)
 
@@ -76,22 +88,36 @@ def evaluate(workdir: Path, options: Options) -> dict[str, Any]:
       UserError: see `check` and `load_model`; a task that cannot be read or does not fit the model.
     """
     check(options)
+    stage = read_config(workdir).stage
+    if DIALOGUE in options.tasks and (stage not in CHAT_STAGES or stage == "reward"):
+        raise UserError(
+            f"{workdir} is of stage {stage}, which does not answer: --tasks=dialogue is for stages sft, dpo"
+        )
     trained = load_model(workdir, parse_mesh(options.mesh), options.dtype)
     scorer = Scorer(trained.model, trained.params, trained.mesh, options.batch_size)
     directory = workdir / "evaluation"
     names = tuple(dict.fromkeys(options.tasks))
     # All before any is scored, so that a bad task shows at once; process 0 first, which downloads for all.
     prepared = distributed.first_then_others(lambda: [(name, _prepare(name, options, trained)) for name in names])
-    results = {}
+    score = _reward_score(options, trained)
+    results, answers = {}, list[dict[str, Any]]()
     for name, task in prepared:
         short = _short(name, options)
-        scores = score_resumably(directory / "scores", short, scorer, trained.step, task.requests)
+        if isinstance(task, DialogueTask):
+            metrics, stated, answers = evaluate_dialogue(
+                task, trained, scorer, directory / "scores", short, options.batch_size, score
+            )
+        else:
+            scores = score_resumably(directory / "scores", short, scorer, trained.step, task.requests)
+            metrics, stated = task.metrics(scores), {}
         results[short] = {
-            "metrics": {metric: _json(measured) for metric, measured in task.metrics(scores).items()},
+            "metrics": {metric: _json(measured) for metric, measured in metrics.items()},
             "requests": len(task.requests),
             "truncated_requests": sum(map(scorer.is_truncated, task.requests)),
-            "source": options.source if name == PERPLEXITY else name,
+            "source": options.source if name in (PERPLEXITY, DIALOGUE) else name,
             **task.settings,
+            **stated,
+            **({} if score is None or name != DIALOGUE else {"reward_model": str(options.reward_model)}),
         }
     report = {
         "workdir": str(workdir),
@@ -107,17 +133,22 @@ def evaluate(workdir: Path, options: Options) -> dict[str, Any]:
         },
         "results": results,
     }
-    shots = f"-{options.num_fewshot}shot" if names != (PERPLEXITY,) else ""
+    shots = "" if set(names) <= {PERPLEXITY, DIALOGUE} else f"-{options.num_fewshot}shot"
     default = directory / f"{'+'.join(map(file_name, results))}{shots}-step{trained.step}.json"
     output = default if options.output is None else options.output
     if distributed.is_first():
         _write(output, report)
     print(table(report))
     print(f"written to {output}")
+    if answers:
+        said = output.with_suffix(".answers.jsonl")
+        if distributed.is_first():
+            write_predictions(said, answers)
+        print(f"the answers are in {said}")
     return report
 
 
-def _prepare(name: str, options: Options, trained: TrainedModel) -> ExampleTask | PerplexityTask:
+def _prepare(name: str, options: Options, trained: TrainedModel) -> ExampleTask | PerplexityTask | DialogueTask:
     if name == PERPLEXITY:
         assert options.source is not None
         return perplexity_task(
@@ -128,6 +159,14 @@ def _prepare(name: str, options: Options, trained: TrainedModel) -> ExampleTask 
             stride=options.stride,
             detokenizer=options.detokenizer,
             concatenate=options.concatenate,
+        )
+    if name == DIALOGUE:
+        return dialogue_task(
+            read_prompts(options.source, trained.config),
+            chat_format(trained.config.chat, trained.tokenizer),
+            trained.model.config.context_length,
+            limit=options.limit,
+            max_new_tokens=options.max_new_tokens,
         )
     examples: Examples
     if name.endswith(".jsonl"):
@@ -144,10 +183,19 @@ def _prepare(name: str, options: Options, trained: TrainedModel) -> ExampleTask 
     )
 
 
+def _reward_score(options: Options, trained: TrainedModel) -> RewardScore | None:
+    """What --reward_model says of answers."""
+    if options.reward_model is None:
+        return None
+    from gptjax.training.rewards import load_reward_model
+
+    return load_reward_model(options.reward_model, trained.mesh)
+
+
 def _short(name: str, options: Options) -> str:
     """What the table calls a task."""
-    if name == PERPLEXITY:
-        return f"{PERPLEXITY}:{options.source}"
+    if name in (PERPLEXITY, DIALOGUE) and options.source is not None:
+        return f"{name}:{options.source}"
     return Path(name).stem if name.endswith(".jsonl") else name
 
 
@@ -172,6 +220,7 @@ _STATED = (
     *("num_fewshot", "fewshot_seed", "stride", "context_length", "concatenated", "first_token_scored"),
     *("documents", "tokens", "bytes", "detokenizer", "original_tokens", "detokenizer_restored_lines"),
     *("examples", "examples_available", "truncated_requests"),
+    *("prompts", "prompts_available", "left_out", "max_new_tokens", "bleu_signature", "reward_model"),
 )
 
 

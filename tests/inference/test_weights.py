@@ -103,6 +103,7 @@ def test_a_second_engine_of_a_model_compiles_nothing(engine_of, model_of, weight
     """Whatever its weights are; and it has its own."""
     first = engine_of("banded", weights)
     compiled = weights_module._prepare._cache_size()
+    assert compiled > 0
     model, params = model_of("banded")
     second = Engine(model, jax.tree.map(lambda leaf: 2 * leaf, params), first.tokenizer, weights=weights)
     assert weights_module._prepare._cache_size() == compiled

@@ -229,7 +229,7 @@ def evaluate_dialogue(
         return task.answers(engine, indices)
 
     asked = [Request(tokens, task.max_new_tokens) for tokens in task.inputs]
-    path = directory / f"{file_name(name)}-answers-{key(scorer, trained.step, asked, 'greedy')}.jsonl"
+    path = directory / f"{file_name(name)}-answers-{key(scorer, trained.step, asked)}.jsonl"
     answers = resumably(path, f"{name} answers", task.batches(batch_size), answer, Answer)
     rewards = None if score is None else reward(score, task.prompts, answers)
     metrics, signature = task.metrics(scores, answers, rewards)

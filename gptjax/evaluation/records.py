@@ -100,9 +100,9 @@ def file_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.,+=_-]+", "_", text).strip("._") or "task"
 
 
-def key(scorer: Scorer, step: int, requests: Sequence[Request], settings: str = "") -> str:
+def key(scorer: Scorer, step: int, requests: Sequence[Request]) -> str:
     """16 hex digits, of all that a result depends on."""
-    digest = hashlib.sha256(f"{scorer.model.config} {step} {scorer.fingerprint()}{settings}".encode())
+    digest = hashlib.sha256(f"{scorer.model.config} {step} {scorer.fingerprint()}".encode())
     for tokens, scored in requests:
         digest.update(np.array([len(tokens), scored], np.int64).tobytes() + tokens.astype(np.int32).tobytes())
     return digest.hexdigest()[:16]

@@ -41,7 +41,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def sft(directory, pretrained) -> Path:
     config = config_of("sft", directory, pretrained)
-    run(replace(config, {"batch": {"epochs": 4.0}}), directory / "sft")
+    run(replace(config, {"batch": {"epochs": 60.0}}), directory / "sft")
     return directory / "sft"
 
 
@@ -184,6 +184,7 @@ def test_an_evaluation_end_to_end(sft, reward_model, tmp_path, capsys):
         targets = np.flatnonzero(whole.learned)
         nats -= float(logprobs_TV[targets - 1, whole.tokens[targets]].sum())
         tokens += len(targets)
+    assert any(record["ended"] for record in records)
     assert entry["metrics"]["nats_per_token"]["value"] == pytest.approx(nats / tokens, rel=1e-5)
     wins = [(np.sign(r["reward"] - r["reference_reward"]) + 1) / 2 for r in records]
     assert entry["metrics"]["win_rate"]["value"] == pytest.approx(np.mean(wins))
@@ -240,6 +241,7 @@ def test_rewards_are_what_the_run_has_learned(reward_model):
     assert np.mean(best > worst) > 0.9
     # One by one, in another order, and with turns that have no room: the same.
     pairs = [(r.prompt, answer) for r in rankings[:5] for answer in r.answers]
+    pairs.append((pairs[0][0], "a" * (CONTEXT - 8)))  # longer than the others' shapes
     together = score(pairs)
     np.testing.assert_allclose([score([pair])[0] for pair in pairs], together, atol=1e-5)
     old = (Message("user", "x" * CONTEXT), Message("assistant", "y"))

@@ -229,9 +229,9 @@ class _Run:
         """Compiles ahead of the first call: an executable cannot recompile unseen, and tells its memory."""
         start = time.perf_counter()
         compiled = self._train_step.lower(*arguments).compile()
-        distributed.gather(None)  # gloo gives up on a process that comes half a minute later to a first collective
         if not self._compiled:
             preemption.defer()  # from here on there is something to save
+        distributed.gather(None)  # gloo gives up on a process that comes half a minute later to a first collective
         memory = compiled.memory_analysis()
         need = 0 if memory is None else memory.argument_size_in_bytes + memory.temp_size_in_bytes
         self.say(f"compiled the training step in {time.perf_counter() - start:.1f} s; {need / 1e9:.2f} GB a device")

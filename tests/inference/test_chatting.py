@@ -46,6 +46,8 @@ def test_the_model_reads_what_was_said_before(make_session, monkeypatch):
     bos, ask, end = 256, 257, 258
     assert read[0] == [bos, *b"sq1", ask]
     assert read[1] == [bos, *b"sq1", ask, *session._format.encode_answer(answer)[:-1], end, *b"q2", ask]
+    session.regenerate()
+    assert read[2] == read[1]
     for i in range(8):  # the oldest turns give way, the system message stays
         session.reply(f"q{i}")
         assert len(read[-1]) <= 32 - 8
@@ -89,6 +91,12 @@ def test_regenerating_replaces_the_last_answer_alone(make_session):
     assert session.turns == []
     with pytest.raises(UserError, match="no answer yet"):
         session.regenerate()
+
+
+def test_an_answer_ends_with_its_turn(make_session):
+    session = make_session()
+    ended = session._engine.generate([[256, 65]], 4, seeds=0, end_tokens=range(session._format.vocab_size))[0]
+    assert (ended.tokens.tolist(), ended.finish_reason) == ([], "end_of_turn")
 
 
 def test_the_same_seed_says_the_same(make_session):

@@ -103,7 +103,7 @@ def test_what_is_read_changes_and_what_is_told_does_not():
 
     def loss(params, batch, rng):
         seen.append((batch, rng))
-        return jnp.zeros(()), jnp.ones(())
+        return jnp.zeros(()), jnp.ones(()), {}
 
     for settings in ({"word_dropout": 1.0}, {"token_replacement": 0.5}):
         regularised(config_of(**settings), loss)(None, BATCH, RNG)
@@ -167,7 +167,7 @@ def test_mixup_and_smoothing_of_a_batch_by_hand(monkeypatch):
         return jnp.asarray(share_B), jnp.asarray(partner_B)
 
     monkeypatch.setattr("gptjax.training.task_model.draw_mixup", draw)
-    loss, weight = loss_of(config, params(), BATCH, RNG)
+    loss, weight, _ = loss_of(config, params(), BATCH, RNG)
     predicted = jax.jit(TaskModel(config).predict)(params(), BATCH | {"examples": np.arange(6)})
     # A head is linear: what it says of mixed texts is the mixture of what it says of each. Logarithms of probabilities
     # are its logits but for a constant, which the softmax forgets.
@@ -198,12 +198,11 @@ def test_the_adversarial_step_by_hand():
     def loss(params, batch, rng):
         moved = params["token_embedding"]["embedding"]
         seen.append(moved)
-        return 0.5 * jnp.sum((moved - batch["target"]) ** 2) + jnp.sum(params["other"]), jnp.float32(4.0)
+        return 0.5 * jnp.sum((moved - batch["target"]) ** 2) + jnp.sum(params["other"]), jnp.float32(4.0), {}
 
     tree = {"token_embedding": {"embedding": jnp.asarray(table)}, "other": jnp.ones(2)}
-    (total, weight), gradient = jax.value_and_grad(adversarial(loss, epsilon), has_aux=True)(
-        tree, {"target": jnp.asarray(target)}, RNG
-    )
+    of_both, batch = adversarial(loss, epsilon), {"target": jnp.asarray(target)}
+    (total, weight), gradient = jax.value_and_grad(lambda tree: of_both(tree, batch, RNG)[:2], has_aux=True)(tree)
     distance = np.linalg.norm(table - target)
     assert float(total) == pytest.approx(2 + (0.5 * distance**2 + 0.5 * (distance + epsilon) ** 2) / 2, rel=1e-5)
     assert float(weight) == 4
@@ -216,7 +215,7 @@ def test_the_adversarial_step_by_hand():
 
 def test_a_flat_loss_has_no_adversary():
     tree = {"token_embedding": {"embedding": jnp.ones((2, 3))}}
-    total, _ = adversarial(lambda params, batch, rng: (jnp.float32(3.0), jnp.float32(1.0)), 0.5)(tree, {}, RNG)
+    total, *_ = adversarial(lambda params, batch, rng: (jnp.float32(3.0), jnp.float32(1.0), {}), 0.5)(tree, {}, RNG)
     assert float(total) == 3
 
 

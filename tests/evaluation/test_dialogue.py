@@ -241,7 +241,7 @@ def test_rewards_are_what_the_run_has_learned(reward_model):
     assert np.mean(best > worst) > 0.9
     # One by one, in another order, and with turns that have no room: the same.
     pairs = [(r.prompt, answer) for r in rankings[:5] for answer in r.answers]
-    pairs.append((pairs[0][0], "a" * (CONTEXT - 8)))  # longer than the others' shapes
+    pairs.insert(1, (pairs[0][0], "a" * (CONTEXT - 8)))  # longer than the others' shapes
     together = score(pairs)
     np.testing.assert_allclose([score([pair])[0] for pair in pairs], together, atol=1e-5)
     old = (Message("user", "x" * CONTEXT), Message("assistant", "y"))

@@ -28,7 +28,7 @@ from gptjax.training.metrics import read_metrics
 from gptjax.training.run import run
 
 INIT_FROM = flags.DEFINE_string("init_from", None, "Workdir of pretrained weights; default: they are made.")
-PRETRAIN_TOKENS = flags.DEFINE_integer("pretrain_tokens", 2_000_000, "To make them.", lower_bound=1)
+PRETRAIN_TOKENS = flags.DEFINE_integer("pretrain_tokens", 5_000_000, "To make them.", lower_bound=1)
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory for the runs.", required=True)
 TASK = flags.DEFINE_enum("task", "classification", ["classification", "tagging"], "What is learned.")
 SOURCE = flags.DEFINE_string("source", "tweets", "Labelled rows, in a form of data.source.")
@@ -44,7 +44,7 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "all weights": {},
     "lora": {"peft": {"method": "lora"}, "optimizer": {"peak_lr": 5e-3}},
     "adalora": {"peft": {"method": "adalora"}, "optimizer": {"peak_lr": 1e-2}},
-    "adapters": {"peft": {"method": "adapters", "adapter_dim": 32}, "optimizer": {"peak_lr": 5e-3}},
+    "adapters": {"peft": {"method": "adapters"}, "optimizer": {"peak_lr": 5e-3}},
     "head": {"peft": {"method": "head"}, "optimizer": {"peak_lr": 1e-2}},
     "top layers": {"peft": {"method": "top_layers"}, "optimizer": {"peak_lr": 2e-3}},
 }

@@ -53,44 +53,56 @@ def rows_needed(sequences: Sequence[Encoded], length: int, *, pack: bool) -> int
 
 
 def _places(lengths: Sequence[int], length: int, pack: bool) -> list[tuple[int, int]]:
-    """The row and the first position of each sequence."""
+    """The row and the first position of each sequence; ValueError when one is longer than a row."""
+    for number, need in enumerate(lengths):
+        if need > length:
+            raise ValueError(f"sequence {number} of {need} tokens has no room in a row of {length}")
     if not pack:
         return [(row, 0) for row in range(len(lengths))]
-    used: list[int] = []
+    size = 1 << max(0, len(lengths) - 1).bit_length()
+    room = [length] * (2 * size)  # a tree: the leaves are the rows, and a node has the most room of any row below it
     places = []
     for need in lengths:
-        row = next((row for row, filled in enumerate(used) if filled + need <= length), len(used))
-        if row == len(used):
-            used.append(0)
-        places.append((row, used[row]))
-        used[row] += need
+        node = 1
+        while node < size:
+            node = 2 * node + (room[2 * node] < need)
+        places.append((node - size, length - room[node]))
+        room[node] -= need
+        while node > 1:
+            node //= 2
+            room[node] = max(room[2 * node], room[2 * node + 1])
     return places
 
 
 class _Epochs:
-    """Examples by number: with a seed permuted anew for each epoch, without end; without one once, in order."""
+    """What comes once an epoch, permuted anew for each by a seed, without end; without a seed once, in order.
 
-    def __init__(self, examples_per_epoch: int, seed: int | None) -> None:
-        self.rows_per_epoch, self._seed = examples_per_epoch, seed
+    Attributes:
+      rows_per_epoch: of which `permuted` are in that order.
+    """
+
+    def __init__(self, rows_per_epoch: int, permuted: int, seed: int | None) -> None:
+        self.rows_per_epoch, self._num_permuted, self._seed = rows_per_epoch, permuted, seed
         self._lock = threading.Lock()
         self._cached_order = functools.lru_cache(maxsize=2)(self._make_order)
 
     def __len__(self) -> int:
         return self.rows_per_epoch * (1 if self._seed is None else 2**60 // self.rows_per_epoch)
 
-    def _of_epoch(self, index: int) -> int:
-        """Which example of an epoch is the one of number `index`."""
+    def _epoch_and_row(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        epoch, number = divmod(index, self.rows_per_epoch)
+        return divmod(index, self.rows_per_epoch)
+
+    def _permuted(self, epoch: int, number: int) -> int:
         with self._lock:  # so that the reading thread and another order an epoch once, not each
             return int(self._cached_order(epoch)[number])
 
     def _make_order(self, epoch: int) -> np.ndarray:
         if self._seed is None:
-            return np.arange(self.rows_per_epoch)
+            return np.arange(self._num_permuted)
         generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self._seed % 2**64, epoch])))
-        return generator.permutation(self.rows_per_epoch)
+        return generator.permutation(self._num_permuted)
 
 
 class PackedConversations(_Epochs, grain.sources.RandomAccessDataSource[Example]):
@@ -102,6 +114,9 @@ class PackedConversations(_Epochs, grain.sources.RandomAccessDataSource[Example]
 
     Attributes:
       rows_per_epoch: those of text included.
+
+    Raises:
+      ValueError: a conversation is longer than a row.
     """
 
     def __init__(
@@ -115,25 +130,23 @@ class PackedConversations(_Epochs, grain.sources.RandomAccessDataSource[Example]
         share: float = 0.0,
     ) -> None:
         self._length, self._pretraining = length, pretraining
-        order = sorted(range(len(conversations)), key=lambda i: -len(conversations[i])) if pack else None
-        ordered = [conversations[i] for i in order] if order is not None else list(conversations)
+        ordered = sorted(conversations, key=lambda c: -len(c)) if pack else list(conversations)
         self._rows: list[list[Encoded]] = []
         for encoded, (row, _) in zip(ordered, _places([len(e) for e in ordered], length, pack), strict=True):
             if row == len(self._rows):
                 self._rows.append([])
             self._rows[row].append(encoded)
-        # Of the first n rows of an epoch, round(n x share) are text.
-        total = round(len(self._rows) / (1 - share))
-        self._texts_before = np.floor(np.arange(total + 1) * (total - len(self._rows)) / total).astype(np.int64)
-        super().__init__(total, seed)
+        total = len(self._rows) if pretraining is None else round(len(self._rows) / (1 - share))
+        # How many of the first n rows of any epoch are text.
+        self._texts_before = np.arange(total + 1) * (total - len(self._rows)) // total
+        super().__init__(total, len(self._rows), seed)
 
     def __getitem__(self, index: int) -> Example:
-        number = self._of_epoch(index)
+        epoch, number = self._epoch_and_row(index)
         texts = int(self._texts_before[number])
         if self._pretraining is not None and self._texts_before[number + 1] > texts:
-            per_epoch = int(self._texts_before[-1])
-            return _as_row(self._pretraining[index // self.rows_per_epoch * per_epoch + texts])
-        arrays = lay_out(self._rows[number - texts], 1, self._length, pack=True)
+            return _as_row(self._pretraining[epoch * int(self._texts_before[-1]) + texts])
+        arrays = lay_out(self._rows[self._permuted(epoch, number - texts)], 1, self._length, pack=True)
         return {name: array[0] for name, array in arrays.items() if name != "ends"}
 
 
@@ -153,10 +166,10 @@ class RankedAnswers(_Epochs, grain.sources.RandomAccessDataSource[Example]):
         self._elements, self._length, self._pack = elements, length, pack
         self._num_answers = max(map(len, elements))
         self._num_rows = max(rows_needed(answers, length, pack=pack) for answers in elements)
-        super().__init__(len(elements), seed)
+        super().__init__(len(elements), len(elements), seed)
 
     def __getitem__(self, index: int) -> Example:
-        answers = self._elements[self._of_epoch(index)]
+        answers = self._elements[self._permuted(*self._epoch_and_row(index))]
         arrays = lay_out(answers, self._num_rows, self._length, pack=self._pack)
         missing = self._num_answers - len(answers)
         return arrays | {"ends": np.pad(arrays["ends"], (0, missing), constant_values=-1)}

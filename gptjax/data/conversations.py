@@ -4,16 +4,18 @@ Whatever is wrong with a conversation is one line that says in which line of whi
 """
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
+import grain
 import numpy as np
 
 from gptjax.config import UserError
 from gptjax.data import records
 from gptjax.data.preparation import split_documents
-from gptjax.data.sources import require_package
+from gptjax.data.sources import InvalidUtf8, require_package
 
 Role = Literal["system", "user", "assistant"]
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
@@ -85,7 +87,7 @@ def check_spec(spec: str) -> None:
         raise UserError(f"unknown source {spec!r} of conversations: known are {_FORMS}")
 
 
-def read_conversations(spec: str) -> list[Conversation]:
+def read_conversations(spec: str, *, invalid_utf8: InvalidUtf8 = "error") -> list[Conversation]:
     """All conversations of a source, in its order.
 
     Args:
@@ -94,6 +96,7 @@ def read_conversations(spec: str) -> list[Conversation]:
           {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]};
         tfds:NAME[@SPLIT] — a tensorflow-datasets dataset with such a feature;
         chatterbot[:LANGUAGE+LANGUAGE] — dialogues of the PyPI package chatterbot-corpus, English if not said otherwise.
+      invalid_utf8: "replace" puts U+FFFD for bytes that are not UTF-8, and warns; "error" raises.
 
     Raises:
       UserError: in one line, with the file's name and the line's number: an unknown role, two turns of one side in a
@@ -103,19 +106,21 @@ def read_conversations(spec: str) -> list[Conversation]:
     if spec.partition(":")[0] == "chatterbot":
         found = list(_chatterbot(spec))
     else:
-        found = [Conversation(_whole(_messages(record, place), place), place) for record, place in _records(spec)]
+        records_ = records.read_records(spec, invalid_utf8)
+        found = [Conversation(_whole(_messages(record, place), place), place) for record, place in records_]
     if not found:
         raise UserError(f"{spec} has no conversations")
     return found
 
 
-def read_rankings(spec: str) -> list[Ranking]:
+def read_rankings(spec: str, *, invalid_utf8: InvalidUtf8 = "error") -> list[Ranking]:
     """All rankings of a source, in its order.
 
     Args:
       spec: jsonl:GLOB or tfds:NAME[@SPLIT]. A record has its prompt as `messages` (or `prompt`, a user's message), and
         its answers as `ranking`, a list with the best first, or as `chosen` and `rejected`. These may also be whole
         conversations, lists of messages that differ in the last alone; then there is no other prompt.
+      invalid_utf8: as of `read_conversations`.
 
     Raises:
       UserError: as of `read_conversations`; less than two answers, or two that are the same.
@@ -123,24 +128,26 @@ def read_rankings(spec: str) -> list[Ranking]:
     check_spec(spec)
     if spec.partition(":")[0] == "chatterbot":
         raise UserError(f"{spec} has conversations and no rankings: set chat.random_answers to make some of them")
-    found = [_ranking(record, place) for record, place in _records(spec)]
+    found = [_ranking(record, place) for record, place in records.read_records(spec, invalid_utf8)]
     if not found:
         raise UserError(f"{spec} has no rankings")
     return found
 
 
 def hold_out(items: Sequence[T], fraction: float) -> tuple[list[T], list[T]]:
-    """Train and validation: every k-th prompt is held out, with all that begins with it.
+    """Train and validation: every k-th first question is held out, with all that begins with it.
 
     Raises:
-      UserError: there is only one prompt.
+      UserError: there is only one first question.
     """
-    prompts = {item.prompt: None for item in items}
-    if len(prompts) < 2:
-        raise UserError(f"{items[0].place} has the only prompt: none can be held out, set data.validation_source")
-    names = [name for name, _ in split_documents(map(str, range(len(prompts))), fraction)]
-    side = dict(zip(prompts, names, strict=True))
-    train, validation = ([item for item in items if side[item.prompt] == name] for name in ("train", "validation"))
+    asked = [next(message.content for message in item.prompt if message.role == "user") for item in items]
+    questions = dict.fromkeys(asked)
+    if len(questions) < 2:
+        raise UserError(f"{items[0].place} has the only question: none can be held out, set data.validation_source")
+    names = [name for name, _ in split_documents(map(str, range(len(questions))), fraction)]
+    side = dict(zip(questions, names, strict=True))
+    sides = list(zip(items, (side[question] for question in asked), strict=True))
+    train, validation = ([item for item, name in sides if name == wanted] for wanted in ("train", "validation"))
     return train, validation
 
 
@@ -153,23 +160,33 @@ def random_rankings(conversations: Sequence[Conversation], answers: int, seed: i
     """Every answer of the conversations, ranked above others drawn from all of them.
 
     Args:
-      answers: how many others; none is a true answer to the same prompt.
+      answers: how many others, all different, of other conversations; none is a true answer to the same prompt.
 
     Raises:
       UserError: there are not so many others.
     """
     true: dict[tuple[Message, ...], set[str]] = {}
-    turns = [turn for conversation in conversations for turn in _turns(conversation)]
-    for prompt, answer, _ in turns:
+    owners: dict[str, set[int]] = {}  # which conversations have an answer
+    turns = [(number, *turn) for number, conversation in enumerate(conversations) for turn in _turns(conversation)]
+    for number, prompt, answer, _ in turns:
         true.setdefault(prompt, set()).add(answer)
-    pool = sorted({answer for _, answer, _ in turns})
+        owners.setdefault(answer, set()).add(number)
+    pool = list(owners)
+    seeds = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed % 2**64))).integers(2**32, size=len(turns))
     rankings = []
-    for number, (prompt, answer, place) in enumerate(turns):
-        if len(pool) - len(true[prompt]) < answers:
-            raise UserError(f"{place} has fewer than chat.random_answers={answers} answers to other prompts: lower it")
-        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed % 2**64, number])))
-        order = (pool[i] for i in generator.permutation(len(pool)))
-        others = [other for other, _ in zip((o for o in order if o not in true[prompt]), range(answers), strict=False)]
+    for (number, prompt, answer, place), turn_seed in zip(turns, seeds.tolist(), strict=True):
+        others: list[str] = []
+        for i in range(len(pool)):  # a permutation, made only as far as it is read: corpora have many answers
+            if len(others) == answers:
+                break
+            other = pool[grain.experimental.index_shuffle(i, max_index=len(pool) - 1, seed=turn_seed, rounds=4)]
+            if other not in true[prompt] and owners[other] != {number}:
+                others.append(other)
+        if len(others) < answers:
+            raise UserError(
+                f"{place} has fewer than chat.random_answers={answers} answers of other conversations to other "
+                "prompts: lower it"
+            )
         rankings.append(Ranking(prompt, (answer, *others), place))
     return rankings
 
@@ -182,10 +199,6 @@ def _turns(conversation: Conversation) -> Iterator[tuple[tuple[Message, ...], st
 
 
 # --- from records to conversations ------------------------------------------------------------------------------------
-
-
-def _records(spec: str) -> Iterator[records.Record]:
-    return records.read_records(spec, "error")
 
 
 def _messages(record: Mapping[str, Any], place: str) -> tuple[Message, ...]:
@@ -226,7 +239,7 @@ def _content(value: Any, place: str) -> str:
         raise UserError(f"{place}: the content is not a text but {str(value)[:40]!r}")
     if not value or value.isspace():
         raise UserError(f"{place}: the content is empty: remove the conversation, or write what was said")
-    return value.encode("utf-8", "replace").decode()  # halves of characters, which JSON may hold and UTF-8 cannot
+    return re.sub("[\ud800-\udfff]", "\ufffd", value)  # halves of characters, which JSON may hold and UTF-8 cannot
 
 
 def check_order(messages: Sequence[Message], place: str) -> None:
@@ -295,14 +308,15 @@ def _language_folders(spec: str) -> list[Path]:
 
 
 def _chatterbot(spec: str) -> Iterator[Conversation]:
-    """A conversation is a list of utterances, the first of them a user's."""
+    """A conversation is a list of utterances, the first of them a user's. A few that are no list are left out."""
     import yaml
 
     for folder in _language_folders(spec):
         for path in sorted(folder.glob("*.yml")):
-            tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+            # It makes no values but text, so that "Yes" is no truth value and "1,000" no number.
+            tree = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
             for number, turns in enumerate(tree["conversations"]):
-                texts = [str(turn).strip() for turn in turns]
+                texts = [turn.strip() for turn in turns] if isinstance(turns, list) else []
                 texts = texts[: len(texts) // 2 * 2]
                 if texts and all(texts):
                     roles: tuple[Role, Role] = ("user", "assistant")

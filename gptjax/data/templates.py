@@ -100,7 +100,7 @@ class ChatFormat:
         self.end_of_turn = self._around["assistant"][1][0]
 
     def encode(self, messages: Sequence[Message], max_tokens: int | None = None, *, place: str = "") -> Encoded:
-        """A whole conversation.
+        """A whole conversation; up to the end of its turn where the last message is the assistant's.
 
         Args:
           max_tokens: if it is longer, its oldest turns are left out: the system message never, and what is left of the
@@ -111,6 +111,10 @@ class ChatFormat:
           TooLongError: its last exchange alone is longer than `max_tokens`.
         """
         parts = [self._message(message) for message in messages]
+        if messages and messages[-1].role == "assistant":
+            tokens, learned = parts[-1]
+            stop = len(tokens) - len(self._around["assistant"][1]) + 1
+            parts[-1] = (tokens[:stop], learned[:stop])
         return self._joined(messages, parts, max_tokens, place)
 
     def encode_prompt(

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gptjax.data.chat_batches import PackedConversations, RankedAnswers, lay_out, rows_needed
 from gptjax.data.templates import Encoded
@@ -38,20 +40,40 @@ def test_a_layout_by_hand():
     assert arrays["ends"].tolist() == [2, 4, 9]
 
 
-def test_packed_and_padded_hold_the_same():
-    made = sequences(3, 9, 2, 12, 1, 5)
+@given(lengths=st.lists(st.integers(1, T), min_size=1, max_size=20))
+def test_packed_and_padded_hold_the_same(lengths):
+    made = sequences(*lengths)
     layouts = [lay_out(made, rows_needed(made, T, pack=pack), T, pack=pack) for pack in (True, False)]
-    assert len(layouts[0]["tokens"]) < len(layouts[1]["tokens"]) == len(made)
+    assert len(layouts[0]["tokens"]) <= len(layouts[1]["tokens"]) == len(made)
     assert read_back(layouts[0]) == read_back(layouts[1])
     for arrays in layouts:
         assert arrays["tokens"].reshape(-1)[arrays["ends"]].tolist() == [int(s.tokens[-1]) for s in made]
+        padding = arrays["segments"] == 0
+        assert padding.sum() == padding.size - sum(lengths)
+        assert not any(array[padding].any() for name, array in arrays.items() if name != "ends")
+
+
+@given(lengths=st.lists(st.integers(1, T), min_size=1, max_size=40))
+def test_each_lies_in_the_first_row_with_room(lengths):
+    used: list[int] = []
+    for number, length in enumerate(lengths):
+        row = next((row for row, filled in enumerate(used) if filled + length <= T), len(used))
+        used += [0] * (row == len(used))
+        used[row] += length
+        made = sequences(*lengths[: number + 1])
+        end = lay_out(made, len(used), T, pack=True)["ends"][-1]
+        assert end == row * T + used[row] - 1
+    assert rows_needed(sequences(*lengths), T, pack=True) == len(used)
 
 
 def test_what_has_no_room_is_an_error():
     with pytest.raises(ValueError, match="sequence 1 of 7 tokens has no room"):
         lay_out(sequences(6, 7), 1, T, pack=True)
-    with pytest.raises(ValueError, match="has no room"):
-        lay_out(sequences(13), 1, T, pack=False)
+    for pack in (True, False):
+        with pytest.raises(ValueError, match="sequence 0 of 13 tokens has no room in a row of 12"):
+            lay_out(sequences(13), 1, T, pack=pack)
+        with pytest.raises(ValueError, match="sequence 0 of 13 tokens has no room in a row of 12"):
+            PackedConversations(sequences(13), T, pack=pack, seed=0)
 
 
 @pytest.mark.parametrize("pack", [True, False])
@@ -91,12 +113,17 @@ def test_a_share_of_the_rows_is_text():
         for i in range(20)
     ]
     made = sequences(*[T] * 18)
+    alone = PackedConversations(made, T, pack=True, seed=3, share=0.1)
+    assert alone.rows_per_epoch == 18
     rows = PackedConversations(made, T, pack=True, seed=3, pretraining=text, share=0.1)
     assert rows.rows_per_epoch == 20
     for epoch in range(2):
         read = [rows[epoch * 20 + i] for i in range(20)]
-        texts = sorted(row["tokens"][0] for row in read if row["tokens"][0] >= 1000)
+        texts = [row["tokens"][0] for row in read if row["tokens"][0] >= 1000]
         assert texts == [1000 + 2 * epoch, 1001 + 2 * epoch], "each epoch goes on in the text"
+        assert [i for i, row in enumerate(read) if row["tokens"][0] >= 1000] == [9, 19], "evenly spread"
+        assert (read[9]["segments"] == 1).all()
+        assert read[9]["positions"].tolist() == list(range(T))
         assert {frozenset(row) for row in read} == {frozenset(read[0])}
         others = sorted(row["tokens"].tolist() for row in read if row["tokens"][0] < 1000)
         assert others == [s.tokens.tolist() for s in made]

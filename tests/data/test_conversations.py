@@ -1,13 +1,18 @@
 """Conversations and rankings: all forms give the same, and what is malformed is named with its file and line."""
 
+import itertools
 import json
+import re
 
 import pytest
+import tensorflow_datasets as tfds
 
 from gptjax.config import UserError
+from gptjax.data import conversations as module
 from gptjax.data.conversations import (
     Conversation,
     Message,
+    Ranking,
     hold_out,
     random_rankings,
     read_conversations,
@@ -43,6 +48,68 @@ def test_both_forms_are_the_same_conversation(jsonl):
 def test_a_question_at_the_end_is_left_out(jsonl):
     spec = jsonl({"messages": [*OPENAI, {"role": "user", "content": "And you?"}]})
     assert read_conversations(spec)[0].messages == HELLO
+
+
+def test_any_order_of_roles_is_read_or_refused(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    for length in range(6):
+        for roles in itertools.product(("system", "user", "assistant"), repeat=length):
+            path.write_text(json.dumps({"messages": [{"role": role, "content": role} for role in roles]}))
+            letters = "".join(role[0] for role in roles)
+            if re.fullmatch("s?(ua)+u?", letters):
+                (read,) = read_conversations(f"jsonl:{path}")
+                assert [message.role for message in read.messages] == list(roles[: letters.rindex("a") + 1])
+            else:
+                with pytest.raises(UserError, match=rf"^{re.escape(str(path))}:1"):
+                    read_conversations(f"jsonl:{path}")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
+def test_files_may_be_compressed_and_have_blank_lines(name, write):
+    path = write(name, {"messages": OPENAI}, " \n", {"messages": OPENAI})
+    assert [c.place for c in read_conversations(f"jsonl:{path}")] == [f"{path}:1", f"{path}:3"]
+
+
+def test_bytes_that_are_no_text_are_refused_or_replaced(write):
+    path = write("a.jsonl", {"messages": OPENAI}, json.dumps({"messages": OPENAI}).encode().replace(b"Hi", b"H\xff"))
+    with pytest.raises(UserError, match=r"a\.jsonl:2 is not UTF-8"):
+        read_conversations(f"jsonl:{path}")
+    assert read_conversations(f"jsonl:{path}", invalid_utf8="replace")[1].messages[2].content == "H\ufffd!"
+    path = write("b.jsonl", b'{"prompt": "\xff", "ranking": ["a", "b"]}')
+    assert read_rankings(f"jsonl:{path}", invalid_utf8="replace")[0].prompt == (Message("user", "\ufffd"),)
+    with pytest.raises(UserError, match=r"b\.jsonl:1 is not UTF-8"):
+        read_rankings(f"jsonl:{path}")
+
+
+def test_half_of_a_character_becomes_a_sign_that_utf8_can_hold(write):
+    content = '"\\ud83d\\ude00 \\ud83d"'
+    path = write("a.jsonl", f'{{"prompt": {content}, "chosen": "a", "rejected": "b"}}')
+    assert read_rankings(f"jsonl:{path}")[0].prompt[0].content == "😀 \ufffd"
+
+
+class TinyChats(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        text = tfds.features.Text()
+        features = {
+            "messages": tfds.features.Sequence({"role": text, "content": text}),
+            "ranking": tfds.features.Sequence(text),
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(OPENAI), "test": self._generate_examples(OPENAI[:2])}
+
+    def _generate_examples(self, messages):
+        yield 0, {"messages": messages, "ranking": ["Grüezi!", "No."]}
+
+
+def test_a_dataset_as_tensorflow_datasets_reads_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    assert read_conversations("tfds:tiny_chats") == [Conversation(HELLO, "example 0 of tfds:tiny_chats")]
+    spec = "tfds:tiny_chats@test"
+    assert read_rankings(spec) == [Ranking(HELLO[:2], ("Grüezi!", "No."), f"example 0 of {spec}")]
 
 
 @pytest.mark.parametrize(
@@ -133,14 +200,35 @@ def test_the_packaged_dialogues_are_texts_of_two_who_take_turns():
     assert len(both) > len(english)
 
 
-def test_no_prompt_is_on_both_sides():
+def test_the_packaged_dialogues_are_texts_as_they_are_written(tmp_path, monkeypatch):
+    folder = tmp_path / "data" / "english"
+    folder.mkdir(parents=True)
+    content = "conversations:\n- - Is it?\n  - Yes\n- lost\n- - When?\n  - 1_984\n  - Oh.\n- - Alone.\n"
+    (folder / "a.yml").write_text(content)
+    monkeypatch.setattr(module, "require_package", lambda *_: str(tmp_path))
+    read = read_conversations("chatterbot")
+    assert [[message.content for message in c.messages] for c in read] == [["Is it?", "Yes"], ["When?", "1_984"]]
+    assert [c.place[-14:] for c in read] == ["conversation 0", "conversation 2"]
+
+
+def test_no_question_is_on_both_sides():
     conversations = read_conversations("chatterbot")
     train, validation = hold_out(conversations, 0.1)
     assert len(train) + len(validation) == len(conversations)
     assert 0.05 < len(validation) / len(conversations) < 0.2
     assert not {item.prompt for item in train} & {item.prompt for item in validation}
-    with pytest.raises(UserError, match="the only prompt"):
-        hold_out([Conversation(HELLO, "a"), Conversation(HELLO, "b")], 0.5)
+    with pytest.raises(UserError, match="the only question"):
+        hold_out([Conversation(HELLO, "a"), Conversation(HELLO[1:], "b")], 0.5)
+
+
+def test_whatever_begins_with_a_question_is_on_its_side():
+    system, ask, say = HELLO
+    other = Message("user", "Bye")
+    asked = [(ask,), (system, other), (system, ask), (ask, say, other), (other, say, ask), (other,)]
+    rankings = [Ranking(prompt, ("a", "b"), str(i)) for i, prompt in enumerate(asked)]
+    train, validation = hold_out(rankings, 0.5)
+    assert train == [rankings[i] for i in (0, 2, 3)]
+    assert validation == [rankings[i] for i in (1, 4, 5)]
 
 
 def test_random_answers_are_never_true_ones():
@@ -158,4 +246,23 @@ def test_random_answers_are_never_true_ones():
     assert rankings == random_rankings(conversations, 2, seed=0)
     assert rankings != random_rankings(conversations, 2, seed=1)
     with pytest.raises(UserError, match=r"line 0 has fewer than chat\.random_answers=3"):
+        random_rankings(conversations, 3, seed=0)
+
+
+def test_random_answers_are_of_other_conversations():
+    def conversation(*texts: str) -> Conversation:
+        return Conversation(tuple(Message(("user", "assistant")[i % 2], t) for i, t in enumerate(texts)), texts[0])
+
+    conversations = [
+        conversation("q", "a", "r", "b", "s", "c"),
+        conversation("t", "d"),
+        conversation("u", "e", "v", "a"),
+    ]
+    for seed in range(20):
+        for ranking in random_rankings(conversations, 2, seed):
+            if ranking.place == "q":
+                assert sorted(ranking.answers[1:]) in (["d", "e"], ["a", "d"], ["a", "e"])
+    drawn = {ranking.answers for seed in range(20) for ranking in random_rankings(conversations, 2, seed)}
+    assert len(drawn) > 20, "each is drawn anew"
+    with pytest.raises(UserError, match=r"^q has fewer than chat\.random_answers=3 answers of other conversations"):
         random_rankings(conversations, 3, seed=0)

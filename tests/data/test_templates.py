@@ -23,7 +23,12 @@ def test_chatml_byte_for_byte():
     encoded = CHATML.encode([ASK, SAY])
     assert encoded.tokens.tolist() == [
         *[256, START, *text("user\nHi"), END, *text("\n")],
-        *[START, *text("assistant\nYo"), END, *text("\n")],
+        *[START, *text("assistant\nYo"), END],
+    ]
+    assert encoded.learned.dtype == bool
+    assert CHATML.encode([ASK, SAY, ASK]).tokens.tolist() == [
+        *[*encoded.tokens.tolist(), *text("\n")],
+        *[START, *text("user\nHi"), END, *text("\n")],
     ]
     assert CHATML.vocab_size == 259
     assert encoded.tokens[encoded.learned].tolist() == [*text("Yo"), END]
@@ -38,13 +43,19 @@ def test_plain_has_no_new_tokens_and_ends_a_turn_with_end_of_text():
 
 
 @pytest.mark.parametrize("form", [CHATML, PLAIN])
-@given(question=st.text(min_size=1, max_size=20), answer=st.text(min_size=1, max_size=20))
-def test_prompt_and_answer_are_the_conversation(form, question, answer):
-    asked = [SYSTEM, Message("user", question)]
+@given(
+    question=st.text(min_size=1, max_size=20),
+    answer=st.text(min_size=1, max_size=20),
+    earlier=st.sampled_from([(), (ASK, SAY), (SYSTEM,), (SYSTEM, ASK, SAY)]),
+)
+def test_prompt_and_answer_are_the_conversation(form, question, answer, earlier):
+    asked = [*earlier, Message("user", question)]
     whole = form.encode([*asked, Message("assistant", answer)])
     parts = np.concatenate([form.encode_prompt(asked), form.encode_answer(answer)])
-    assert whole.tokens[: len(parts)].tolist() == parts.tolist()
-    assert whole.tokens[whole.learned].tolist() == form.encode_answer(answer).tolist()
+    assert whole.tokens.tolist() == parts.tolist()
+    said = [*(message.content for message in earlier if message.role == "assistant"), answer]
+    assert whole.tokens[whole.learned].tolist() == [token for text in said for token in form.encode_answer(text)]
+    assert whole.learned[-1]
     assert form.decode(form.encode_answer(answer)) == answer.encode("utf-8", "replace").decode()
 
 
@@ -69,6 +80,17 @@ def test_the_oldest_turns_are_left_out_and_the_system_message_never(form):
     asked = turns[:-1]
     assert len(form.encode_prompt(asked, 40)) <= 40
     assert form.encode_prompt(asked, 40).tolist() == form.encode_prompt(asked[-1:]).tolist()
+
+
+def test_a_tokenizer_without_an_end_of_text():
+    class Bare(BytesTokenizer):
+        vocab_size, end_of_text = 256, None
+
+    form = ChatFormat(TEMPLATES["chatml"], Bare())
+    assert form.encode([ASK, SAY]).tokens.tolist() == [256, *b"user\nHi", 257, 10, 256, *b"assistant\nYo", 257]
+    assert form.decode(form.encode_answer("Yo")) == "Yo"
+    with pytest.raises(UserError, match=r"^the chat template has <\|endoftext\|>, and this tokenizer does not"):
+        ChatFormat(TEMPLATES["plain"], Bare())
 
 
 def test_custom_formats():

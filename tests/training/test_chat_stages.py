@@ -107,6 +107,36 @@ def test_lora_trains_its_matrices_alone_beside_a_reference(finished, tmp_path):
     assert all(path.endswith(("attention/qkv/kernel", "attention/out/kernel")) for path in changed)
 
 
+def test_answers_of_different_lengths_are_to_the_same_prompt(finished, tmp_path):
+    """The first exchange has room beside the short answer, not beside the long one."""
+    turns = [("user", "q1"), ("assistant", "a"), ("user", "q2")]
+    record = {"messages": [{"role": r, "content": t} for r, t in turns], "ranking": ["b", "c" * 26]}
+    path = tmp_path / "rankings.jsonl"
+    path.write_text(json.dumps(record) + "\n")
+    config = c.replace(finished["dpo"][0], {"data": {"source": f"jsonl:{path}"}})
+    arrays = next(STAGES["dpo"](config, make_mesh(c.MeshConfig()), None).batches(0)).arrays
+    prompt, end = [256, *b"q2", 257], 258
+    for number, answer in ((1, b"b"), (2, b"c" * 26)):
+        here = arrays["segments"][0] == number
+        assert arrays["tokens"][0][here].tolist() == [*prompt, *answer, end]
+        assert arrays["weights"][0][here].sum() == len(answer) + 1
+    record["ranking"][1] = "c" * CONTEXT
+    path.write_text(json.dumps(record) + "\n")
+    with pytest.raises(UserError, match=r"rankings.jsonl:1: an answer has 33 tokens, in a context of 32"):
+        STAGES["dpo"](config, make_mesh(c.MeshConfig()), None)
+
+
+def test_bytes_that_are_no_text_are_replaced_or_refused(finished, tmp_path):
+    config, _ = finished["sft"]
+    path = tmp_path / "bytes.jsonl"
+    path.write_bytes(Path(config.data.source.removeprefix("jsonl:")).read_bytes().replace(b"q3", b"\xff"))
+    mesh = make_mesh(c.MeshConfig())
+    replaced = c.replace(config, {"data": {"source": f"jsonl:{path}", "invalid_utf8": "replace"}})
+    assert STAGES["sft"](replaced, mesh, None).total_tokens > 0
+    with pytest.raises(UserError, match=r"bytes.jsonl:4 is not UTF-8"):
+        STAGES["sft"](c.replace(replaced, {"data": {"invalid_utf8": "error"}}), mesh, None)
+
+
 @pytest.mark.parametrize(
     ("stage", "changes", "message"),
     [

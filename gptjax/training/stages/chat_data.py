@@ -63,13 +63,16 @@ def open_chat(
     return ChatData(config, tokenizer, form, train, validation)
 
 
+def read_conversations(config: Config, spec: str) -> list[Conversation]:
+    """The conversations of a source."""
+    return conversations.read_conversations(spec, invalid_utf8=config.data.invalid_utf8)
+
+
 def read_rankings(config: Config, spec: str) -> list[Ranking]:
     """The rankings of a source, or those that `chat.random_answers` makes of its conversations."""
     if config.chat.random_answers == 0:
-        return conversations.read_rankings(spec)
-    return conversations.random_rankings(
-        conversations.read_conversations(spec), config.chat.random_answers, config.seed
-    )
+        return conversations.read_rankings(spec, invalid_utf8=config.data.invalid_utf8)
+    return conversations.random_rankings(read_conversations(config, spec), config.chat.random_answers, config.seed)
 
 
 def _check(config: Config, mesh: Mesh) -> None:

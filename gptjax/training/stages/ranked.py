@@ -4,13 +4,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 from gptjax.config import Config
 from gptjax.data.chat_batches import RankedAnswers
-from gptjax.data.conversations import Message, Ranking
+from gptjax.data.conversations import Ranking
 from gptjax.data.pipeline import Microbatch, batches
-from gptjax.data.templates import Encoded
+from gptjax.data.templates import Encoded, TooLongError
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.parallel.rows import process_rows
 from gptjax.training.loop import Stage
@@ -64,8 +65,17 @@ def _elements(data: ChatData[Ranking], rankings: list[Ranking], seed: int | None
     form, context = data.chat_format, data.config.model.context_length
 
     def element(item: Ranking) -> list[Encoded]:
-        whole = ((*item.prompt, Message("assistant", text)) for text in item.answers)
-        return [form.encode(messages, context, place=item.place) for messages in whole]
+        answers = [form.encode_answer(text) for text in item.answers]
+        longest = max(map(len, answers))
+        if longest >= context:
+            raise TooLongError(
+                f"{item.place}: an answer has {longest} tokens, in a context of {context}: shorten it, or enlarge "
+                "model.context_length"
+            )
+        # One prompt for all: were more of it left out before a longer answer, they would not answer the same.
+        prompt = form.encode_prompt(item.prompt, context - longest, place=item.place)
+        whole = (np.concatenate([prompt, answer]) for answer in answers)
+        return [Encoded(tokens, np.arange(len(tokens)) >= len(prompt)) for tokens in whole]
 
     encoded = fitting(data.config, rankings, element)
     return RankedAnswers(encoded, context, pack=data.config.chat.pack, seed=seed)

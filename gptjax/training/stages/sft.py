@@ -6,7 +6,6 @@ from typing import Any
 from jax.sharding import Mesh
 
 from gptjax.config import Config, DataConfig
-from gptjax.data import conversations
 from gptjax.data.chat_batches import PackedConversations
 from gptjax.data.conversations import Conversation, Message
 from gptjax.data.pipeline import Microbatch, PackedExamples, batches, open_corpus
@@ -18,7 +17,7 @@ from gptjax.parallel import distributed
 from gptjax.parallel.rows import process_rows
 from gptjax.training.loop import Stage
 from gptjax.training.programs import make_program, plain
-from gptjax.training.stages.chat_data import ChatData, fitting, open_chat, positions
+from gptjax.training.stages.chat_data import ChatData, fitting, open_chat, positions, read_conversations
 from gptjax.training.stages.held_out import held_out_means, perplexity
 from gptjax.training.stages.intervals import in_tokens
 
@@ -32,7 +31,7 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
     Raises:
       UserError: as of `open_chat`; a conversation whose last exchange is longer than the context.
     """
-    data = open_chat(config, mesh, tokenizer, lambda _, spec: conversations.read_conversations(spec))
+    data = open_chat(config, mesh, tokenizer, read_conversations)
     train = _rows(data, data.train, data.config.seed, _pretraining(data))
     validation = _rows(data, data.validation, None, None)
     tokens_per_epoch, tokens = positions(data.config, train)

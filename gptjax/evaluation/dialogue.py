@@ -138,17 +138,11 @@ def read_prompts(source: str | None, config: Config) -> list[Prompt]:
     """
     if source is not None:
         return conversations.prompts(conversations.read_conversations(source))
-    from gptjax.training.stages.chat_data import read_conversations, read_rankings
+    from gptjax.training.stages.chat_data import conversations_of, rankings_of
 
-    data, fraction = config.data, config.data.validation_fraction
     if config.stage == "sft":
-        if data.validation_source is not None:
-            return conversations.prompts(read_conversations(config, data.validation_source))
-        return conversations.prompts(conversations.hold_out(read_conversations(config, data.source), fraction)[1])
-    if data.validation_source is not None:
-        rankings = read_rankings(config, data.validation_source)
-    else:
-        rankings = conversations.hold_out(read_rankings(config, data.source), fraction)[1]
+        return conversations.prompts(conversations_of(config)[1])
+    rankings = rankings_of(config)[1]
     return list({r.prompt: Prompt(r.prompt, r.answers[0], r.place) for r in rankings}.values())
 
 

@@ -15,6 +15,7 @@ from gptjax.parallel.mesh import make_mesh
 from gptjax.training.metrics import read_metrics
 from gptjax.training.programs import completed_config
 from gptjax.training.run import STAGES, run
+from gptjax.training.stages.chat_data import rankings_of
 from gptjax.training.start import load_parts, load_weights
 from tests.tiny_chats import BATCH, STAGES_OF_CHAT, config_of
 from tests.tiny_tasks import CONTEXT, MODEL
@@ -124,6 +125,25 @@ def test_answers_of_different_lengths_are_to_the_same_prompt(finished, tmp_path)
     path.write_text(json.dumps(record) + "\n")
     with pytest.raises(UserError, match=r"rankings.jsonl:1: an answer has 33 tokens, in a context of 32"):
         STAGES["dpo"](config, make_mesh(c.MeshConfig()), None)
+
+
+def test_no_held_out_answer_is_met_in_training_as_a_wrong_one(finished):
+    config = c.replace(
+        finished["dpo"][0],
+        {
+            "data": {"source": "chatterbot", "validation_source": None, "validation_fraction": 0.1},
+            "chat": {"random_answers": 3},
+        },
+    )
+    train, validation = rankings_of(config)
+    said = [
+        {answer for turns in side for answer in turns}
+        for side in ([r.answers for r in train], [r.answers for r in validation])
+    ]
+    true = [{r.answers[0] for r in side} for side in (train, validation)]
+    assert said[0] <= true[0]
+    assert said[1] <= true[1]
+    assert 0.05 < len(validation) / len(train) < 0.2
 
 
 def test_bytes_that_are_no_text_are_replaced_or_refused(finished, tmp_path):

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 from absl import logging
 from jax.sharding import Mesh
@@ -21,6 +21,7 @@ from gptjax.training.stages.finetune import find_tokenizer
 
 T = TypeVar("T", Conversation, Ranking)
 E = TypeVar("E")
+Split: TypeAlias = tuple[list[T], list[T]]  # to learn from, and held out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +40,13 @@ class ChatData(Generic[T]):
 
 
 def open_chat(
-    config: Config, mesh: Mesh, tokenizer: Tokenizer | None, read: Callable[[Config, str], list[T]]
+    config: Config, mesh: Mesh, tokenizer: Tokenizer | None, read: Callable[[Config], Split[T]]
 ) -> ChatData[T]:
     """The data of a stage of chat on `mesh`.
 
     Args:
       tokenizer: of the run that goes on; None: that of the weights to start from, or the one that the config names.
-      read: what the stage makes of a source that the config names.
+      read: `conversations_of` or `rankings_of`.
 
     Raises:
       UserError: conversations that cannot be read or are malformed, settings that are of other stages, sizes that do
@@ -54,7 +55,7 @@ def open_chat(
     _check(config, mesh)
     for spec in filter(None, (config.data.source, config.data.validation_source)):
         conversations.check_spec(spec)
-    train, validation = distributed.first_then_others(lambda: _read(config, read))
+    train, validation = distributed.first_then_others(lambda: read(config))
     if tokenizer is None:
         tokenizer = find_tokenizer(config, [text for item in train for text in _texts(item)])
     form = chat_format(config.chat, tokenizer)
@@ -63,16 +64,28 @@ def open_chat(
     return ChatData(config, tokenizer, form, train, validation)
 
 
-def read_conversations(config: Config, spec: str) -> list[Conversation]:
-    """The conversations of a source."""
-    return conversations.read_conversations(spec, invalid_utf8=config.data.invalid_utf8)
+def conversations_of(config: Config) -> Split[Conversation]:
+    """Conversations to learn from, and those held out."""
+
+    def read(spec: str) -> list[Conversation]:
+        return conversations.read_conversations(spec, invalid_utf8=config.data.invalid_utf8)
+
+    return _split(config, read)
 
 
-def read_rankings(config: Config, spec: str) -> list[Ranking]:
-    """The rankings of a source, or those that `chat.random_answers` makes of its conversations."""
+def rankings_of(config: Config) -> Split[Ranking]:
+    """Rankings to learn from, and those held out: of the source, or made of its conversations.
+
+    Random answers come from the same side. Were they drawn from all, the true answers that are held out would be met in
+    training as wrong ones alone, and the model would learn them by heart as such.
+    """
     if config.chat.random_answers == 0:
-        return conversations.read_rankings(spec, invalid_utf8=config.data.invalid_utf8)
-    return conversations.random_rankings(read_conversations(config, spec), config.chat.random_answers, config.seed)
+        return _split(config, lambda spec: conversations.read_rankings(spec, invalid_utf8=config.data.invalid_utf8))
+    train, validation = (
+        conversations.random_rankings(side, config.chat.random_answers, config.seed)
+        for side in conversations_of(config)
+    )
+    return train, validation
 
 
 def _check(config: Config, mesh: Mesh) -> None:
@@ -85,10 +98,10 @@ def _check(config: Config, mesh: Mesh) -> None:
     check_backend(config.model, mesh.devices.flat[0].platform, has_segments=True)
 
 
-def _read(config: Config, read: Callable[[Config, str], list[T]]) -> tuple[list[T], list[T]]:
-    train = read(config, config.data.source)
+def _split(config: Config, read: Callable[[str], list[T]]) -> Split[T]:
+    train = read(config.data.source)
     if config.data.validation_source is not None:
-        return train, read(config, config.data.validation_source)
+        return train, read(config.data.validation_source)
     return conversations.hold_out(train, config.data.validation_fraction)
 
 

@@ -16,7 +16,7 @@ from gptjax.data.tokenizers import Tokenizer
 from gptjax.parallel.rows import process_rows
 from gptjax.training.loop import Stage
 from gptjax.training.programs import make_program
-from gptjax.training.stages.chat_data import ChatData, fitting, open_chat, positions, read_rankings
+from gptjax.training.stages.chat_data import ChatData, fitting, open_chat, positions, rankings_of
 from gptjax.training.stages.held_out import held_out_means
 from gptjax.training.stages.intervals import in_tokens
 
@@ -38,7 +38,7 @@ def build_ranked(
     Raises:
       UserError: as of `open_chat`; an answer that is longer than the context.
     """
-    data = open_chat(config, mesh, tokenizer, read_rankings)
+    data = open_chat(config, mesh, tokenizer, rankings_of)
     train, once = (_elements(data, data.train, seed) for seed in (data.config.seed, None))
     validation = _elements(data, data.validation, None)
     tokens_per_epoch, tokens = positions(data.config, train)

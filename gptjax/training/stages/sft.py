@@ -17,7 +17,7 @@ from gptjax.parallel import distributed
 from gptjax.parallel.rows import process_rows
 from gptjax.training.loop import Stage
 from gptjax.training.programs import make_program, plain
-from gptjax.training.stages.chat_data import ChatData, fitting, open_chat, positions, read_conversations
+from gptjax.training.stages.chat_data import ChatData, conversations_of, fitting, open_chat, positions
 from gptjax.training.stages.held_out import held_out_means, perplexity
 from gptjax.training.stages.intervals import in_tokens
 
@@ -31,7 +31,7 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
     Raises:
       UserError: as of `open_chat`; a conversation whose last exchange is longer than the context.
     """
-    data = open_chat(config, mesh, tokenizer, read_conversations)
+    data = open_chat(config, mesh, tokenizer, conversations_of)
     train = _rows(data, data.train, data.config.seed, _pretraining(data))
     validation = _rows(data, data.validation, None, None)
     tokens_per_epoch, tokens = positions(data.config, train)

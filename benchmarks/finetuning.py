@@ -38,9 +38,9 @@ SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each method.", lower_bound=1)
 EPOCHS = flags.DEFINE_float("epochs", 3.0, "Of each run.")
 VARIANTS = flags.DEFINE_list("variants", ["methods"], "Names of variants, or of groups of them.")
 
-# What a variant changes of fine-tuning all weights: sections of the config. Of those in "methods", step sizes and
-# AdaLoRA's matrices are the best of the few that docs/finetuning.md lists, on tweets of the training part; the other
-# variants' are choices.
+# What a variant changes of fine-tuning all weights: sections of the config. Those of "methods" are the best of the few
+# that were compared on tweets of the training part, by docs/finetuning.md; of adapters, and of what is not there,
+# step sizes are choices that were compared with no others.
 METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "scratch": {},
     "all weights": {},

@@ -1,9 +1,13 @@
 """What a fine-tuned model says of a text, besides its next token (Radford et al. 2018, section 3.2)."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from gptjax.config import GPTConfig
+from gptjax.models.gpt import GPT
 from gptjax.parallel.mesh import partitioned
 
 
@@ -26,3 +30,11 @@ class Head(nn.Module):
             bias_init=partitioned(nn.initializers.zeros, "outputs"),
             name="linear",
         )(nn.Dropout(self.dropout, deterministic=deterministic)(x_D))
+
+
+def init_with_head(gpt: GPT, head: Head, rng: jax.Array) -> Any:
+    """All parameters, boxed: the GPT's, and the head's under "head"."""
+    gpt_rng, head_rng = jax.random.split(rng)
+    params = gpt.init(gpt_rng, jnp.zeros((1, 1), jnp.int32))["params"]
+    x_BD = jnp.zeros((1, gpt.config.embed_dim))
+    return {**params, "head": head.init(head_rng, x_BD, True)["params"]}

@@ -13,7 +13,7 @@ import numpy as np
 
 from gptjax.config import Config
 from gptjax.models.gpt import GPT, head_embedding, hidden_states
-from gptjax.models.heads import Head
+from gptjax.models.heads import Head, init_with_head
 from gptjax.training import rl_math
 from gptjax.training.losses import target_logprobs
 from gptjax.training.state import Batch, Loss, Measures
@@ -62,10 +62,7 @@ class RewardModel:
 
     def init(self, rng: jax.Array) -> Any:
         """All parameters, boxed."""
-        gpt_rng, head_rng = jax.random.split(rng)
-        params = self.gpt.init(gpt_rng, jnp.zeros((1, 1), jnp.int32))["params"]
-        x_BD = jnp.zeros((1, self.config.model.embed_dim))
-        return {**params, "head": self.head.init(head_rng, x_BD, True)["params"]}
+        return init_with_head(self.gpt, self.head, rng)
 
     def values(self, params: Any, batch: Batch, rng: jax.Array | None) -> jax.Array:
         """What the head says at every position, float32 (B, R, T)."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from gptjax.config import Config
 from gptjax.models.gpt import GPT, head_embedding, hidden_states
-from gptjax.models.heads import Head
+from gptjax.models.heads import Head, init_with_head
 from gptjax.training.losses import cross_entropy
 from gptjax.training.regularisation import draw_mixup, mixed, smoothed
 from gptjax.training.state import Batch, Measures
@@ -44,10 +44,7 @@ class TaskModel:
 
     def init(self, rng: jax.Array) -> Any:
         """All parameters, boxed."""
-        gpt_rng, head_rng = jax.random.split(rng)
-        params = self.gpt.init(gpt_rng, jnp.zeros((1, 1), jnp.int32))["params"]
-        x_BD = jnp.zeros((1, self.config.model.embed_dim))
-        return {**params, "head": self.head.init(head_rng, x_BD, True)["params"]}
+        return init_with_head(self.gpt, self.head, rng)
 
     def loss(self, params: Any, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array, Measures]:
         """The task's loss and, while training, lm_weight times the language model's (equation 5).

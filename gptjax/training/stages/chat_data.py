@@ -17,7 +17,7 @@ from gptjax.data.tokenizers import Tokenizer
 from gptjax.models.attention_backends import check_backend
 from gptjax.parallel import distributed
 from gptjax.parallel.mesh import check_fit
-from gptjax.training.stages.finetune import find_tokenizer
+from gptjax.training.stages.reading import find_tokenizer, refuse_settings_of_pretraining
 
 T = TypeVar("T", Conversation, Ranking)
 E = TypeVar("E")
@@ -52,7 +52,8 @@ def open_chat(
       UserError: conversations that cannot be read or are malformed, settings that are of other stages, sizes that do
         not divide over the mesh.
     """
-    _check(config, mesh)
+    refuse_settings_of_pretraining(config, mesh, "conversation")
+    check_backend(config.model, mesh.devices.flat[0].platform, has_segments=True)
     for spec in filter(None, (config.data.source, config.data.validation_source)):
         conversations.check_spec(spec)
     train, validation = distributed.first_then_others(lambda: read(config))
@@ -86,16 +87,6 @@ def rankings_of(config: Config) -> Split[Ranking]:
         for side in conversations_of(config)
     )
     return train, validation
-
-
-def _check(config: Config, mesh: Mesh) -> None:
-    if config.batch.ramp_start_tokens is not None:
-        raise UserError("batch.ramp_start_tokens is for stage pretrain: unset it")
-    if config.data.on_corrupt == "skip":
-        raise UserError("data.on_corrupt=skip is for stage pretrain: mend or remove a conversation that is damaged")
-    if mesh.shape["context"] > 1:
-        raise UserError(f"mesh.context={mesh.shape['context']} is for stage pretrain, whose rows are long: set it to 1")
-    check_backend(config.model, mesh.devices.flat[0].platform, has_segments=True)
 
 
 def _split(config: Config, read: Callable[[str], list[T]]) -> Split[T]:

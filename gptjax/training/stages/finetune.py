@@ -1,7 +1,6 @@
 """Stage "finetune": a labelled task on top of a language model (Radford et al. 2018, sections 3.2 and 3.3)."""
 
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gptjax.config import Config, UserError
-from gptjax.data import task_inputs, tokenizers
+from gptjax.data import task_inputs
 from gptjax.data.augmentation import with_copies
 from gptjax.data.buckets import Buckets
 from gptjax.data.labelled import Row, check_spec, read_rows, split_rows
@@ -28,6 +27,7 @@ from gptjax.parallel.rows import process_rows
 from gptjax.training.loop import Stage
 from gptjax.training.programs import TASK_FILE, make_program, plain
 from gptjax.training.stages.intervals import in_tokens
+from gptjax.training.stages.reading import find_tokenizer, refuse_settings_of_pretraining
 from gptjax.training.task_model import TaskModel
 
 METRICS_FILE, PREDICTIONS_FILE, CONFUSION_FILE = "report.json", "predictions.jsonl", "confusion.png"
@@ -52,12 +52,7 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
       UserError: rows that cannot be read or have no label, weights that are not there, sizes that do not divide over
         the mesh.
     """
-    if config.batch.ramp_start_tokens is not None:
-        raise UserError("batch.ramp_start_tokens is for stage pretrain: unset it")
-    if config.data.on_corrupt == "skip":
-        raise UserError("data.on_corrupt=skip is for stage pretrain: mend or remove a labelled row that is damaged")
-    if mesh.shape["context"] > 1:
-        raise UserError(f"mesh.context={mesh.shape['context']} is for stage pretrain, whose rows are long: set it to 1")
+    refuse_settings_of_pretraining(config, mesh, "labelled row")
     check_backend(config.model, mesh.devices.flat[0].platform, has_segments=False)
     rows = distributed.first_then_others(lambda: read(config))
     if tokenizer is None:
@@ -111,18 +106,6 @@ def read(config: Config) -> Rows:
     else:
         validation = rows(data.validation_source)
     return Rows(train, validation, validation if task.test_source is None else rows(task.test_source))
-
-
-def find_tokenizer(config: Config, texts: list[str]) -> Tokenizer:
-    """That of the weights to start from; without such the one that data.tokenizer names, trained on the texts."""
-    if config.init_from is not None:
-        return tokenizers.load(Path(config.init_from).expanduser() / "tokenizer")
-    return tokenizers.get_tokenizer(
-        config.data.tokenizer,
-        train_documents=lambda: iter(texts),
-        corpus_fingerprint=hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16],
-        cache_dir=Path(config.data.cache_dir).expanduser(),
-    )
 
 
 def _texts(row: Row) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a run's own loss says of held-out batches."""
+"""What a loss says of batches that nothing is learned from."""
 
 import math
 from collections.abc import Callable, Iterator

@@ -1,14 +1,14 @@
 """Stage "pretrain": next-token prediction on packed documents, GPT-1 to GPT-3."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
 from gptjax.config import Config
-from gptjax.data.pipeline import Corpus, Microbatch, PackedExamples, batches, open_corpus
+from gptjax.data.pipeline import Corpus, open_corpus
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.inference.engine import Engine
 from gptjax.inference.sampling import Sampling
@@ -16,11 +16,11 @@ from gptjax.models.attention_backends import check_backend
 from gptjax.models.gpt import GPT
 from gptjax.parallel import distributed
 from gptjax.parallel.mesh import check_fit
-from gptjax.parallel.rows import process_rows
 from gptjax.training.loop import Stage
 from gptjax.training.programs import make_program, plain
 from gptjax.training.stages.held_out import held_out_means, perplexity
 from gptjax.training.stages.intervals import in_tokens
+from gptjax.training.stages.reading import reader
 from gptjax.training.state import Program
 
 
@@ -49,17 +49,7 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
     config = in_tokens(config.completed(corpus.tokenizer.vocab_size), corpus.train.split.num_tokens)
     check_fit(config, mesh)
 
-    program, microbatch = make_program(config), config.sequences_per_microbatch
-
-    def read(examples: PackedExamples, start: int) -> Iterator[Microbatch]:
-        return batches(
-            examples,
-            start=start,
-            batch_size=microbatch,
-            rows=process_rows(mesh, microbatch),
-            prefetch=config.data.prefetch_batches,
-        )
-
+    program, microbatch, read = make_program(config), config.sequences_per_microbatch, reader(config, mesh)
     if config.batch.total_tokens is not None:
         total_tokens = config.batch.total_tokens
     else:

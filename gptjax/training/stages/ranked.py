@@ -10,15 +10,15 @@ from jax.sharding import Mesh
 from gptjax.config import Config
 from gptjax.data.chat_batches import RankedAnswers
 from gptjax.data.conversations import Ranking
-from gptjax.data.pipeline import Microbatch, batches
+from gptjax.data.pipeline import Microbatch
 from gptjax.data.templates import Encoded, TooLongError
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.parallel.rows import process_rows
 from gptjax.training.loop import Stage
 from gptjax.training.programs import make_program
 from gptjax.training.stages.chat_data import ChatData, fitting, open_chat, positions, rankings_of
 from gptjax.training.stages.held_out import held_out_means
 from gptjax.training.stages.intervals import in_tokens
+from gptjax.training.stages.reading import reader
 
 Conclude = Callable[[Any, Path], str]
 
@@ -39,28 +39,25 @@ def build_ranked(
       UserError: as of `open_chat`; an answer that is longer than the context.
     """
     data = open_chat(config, mesh, tokenizer, rankings_of)
-    train, once = (_elements(data, data.train, seed) for seed in (data.config.seed, None))
-    validation = _elements(data, data.validation, None)
+    context, pack = data.config.model.context_length, data.config.chat.pack
+    encoded = _encode(data, data.train)
+    train, once = (RankedAnswers(encoded, context, pack=pack, seed=seed) for seed in (data.config.seed, None))
+    validation = RankedAnswers(_encode(data, data.validation), context, pack=pack, seed=None)
     tokens_per_epoch, tokens = positions(data.config, train)
     config = in_tokens(data.config, tokens_per_epoch)
-    program, size = make_program(config), config.sequences_per_microbatch
-
-    def read(elements: RankedAnswers, start: int = 0) -> Iterator[Microbatch]:
-        prefetch = config.data.prefetch_batches
-        return batches(elements, start=start, batch_size=size, rows=process_rows(mesh, size), prefetch=prefetch)
-
+    program, size, read = make_program(config), config.sequences_per_microbatch, reader(config, mesh)
     return Stage(
         program=program,
         tokenizer=data.tokenizer,
         total_tokens=tokens,
         batches=lambda start: read(train, start),
-        evaluate=held_out_means(program.loss, lambda: read(validation), size, mesh),
+        evaluate=held_out_means(program.loss, lambda: read(validation, 0), size, mesh),
         sample=None,
-        conclude=None if conclude is None else conclude(config, lambda: read(once), mesh),
+        conclude=None if conclude is None else conclude(config, lambda: read(once, 0), mesh),
     )
 
 
-def _elements(data: ChatData[Ranking], rankings: list[Ranking], seed: int | None) -> RankedAnswers:
+def _encode(data: ChatData[Ranking], rankings: list[Ranking]) -> list[list[Encoded]]:
     """Each prompt with its answers, as one element of a batch (Ouyang et al. 2022, section 3.5)."""
     form, context = data.chat_format, data.config.model.context_length
 
@@ -77,5 +74,4 @@ def _elements(data: ChatData[Ranking], rankings: list[Ranking], seed: int | None
         whole = (np.concatenate([prompt, answer]) for answer in answers)
         return [Encoded(tokens, np.arange(len(tokens)) >= len(prompt)) for tokens in whole]
 
-    encoded = fitting(data.config, rankings, element)
-    return RankedAnswers(encoded, context, pack=data.config.chat.pack, seed=seed)
+    return fitting(data.config, rankings, element)

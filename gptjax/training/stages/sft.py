@@ -1,6 +1,6 @@
 """Stage "sft": supervised fine-tuning on conversations, InstructGPT's first step (Ouyang et al. 2022, section 3.5)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from jax.sharding import Mesh
@@ -8,18 +8,18 @@ from jax.sharding import Mesh
 from gptjax.config import Config, DataConfig
 from gptjax.data.chat_batches import PackedConversations
 from gptjax.data.conversations import Conversation, Message
-from gptjax.data.pipeline import Microbatch, PackedExamples, batches, open_corpus
+from gptjax.data.pipeline import PackedExamples, open_corpus
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.inference.engine import Engine
 from gptjax.inference.sampling import Sampling
 from gptjax.models.gpt import GPT
 from gptjax.parallel import distributed
-from gptjax.parallel.rows import process_rows
 from gptjax.training.loop import Stage
 from gptjax.training.programs import make_program, plain
 from gptjax.training.stages.chat_data import ChatData, conversations_of, fitting, open_chat, positions
 from gptjax.training.stages.held_out import held_out_means, perplexity
 from gptjax.training.stages.intervals import in_tokens
+from gptjax.training.stages.reading import reader
 
 
 def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
@@ -36,12 +36,7 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
     validation = _rows(data, data.validation, None, None)
     tokens_per_epoch, tokens = positions(data.config, train)
     config = in_tokens(data.config, tokens_per_epoch)
-    program, size = make_program(config), config.sequences_per_microbatch
-
-    def read(rows: PackedConversations, start: int) -> Iterator[Microbatch]:
-        prefetch = config.data.prefetch_batches
-        return batches(rows, start=start, batch_size=size, rows=process_rows(mesh, size), prefetch=prefetch)
-
+    program, size, read = make_program(config), config.sequences_per_microbatch, reader(config, mesh)
     return Stage(
         program=program,
         tokenizer=data.tokenizer,

@@ -1,0 +1,50 @@
+"""How the stages read: with which tokenizer, which settings only pretraining has, and batch after batch."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grain
+from jax.sharding import Mesh
+
+from gptjax.config import Config, UserError
+from gptjax.data import tokenizers
+from gptjax.data.pipeline import Microbatch, batches
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.parallel.rows import process_rows
+
+
+def refuse_settings_of_pretraining(config: Config, mesh: Mesh, record: str) -> None:
+    """Raises UserError when `config` has what other stages do not do.
+
+    Args:
+      record: what a stage calls a part of its data.
+    """
+    if config.batch.ramp_start_tokens is not None:
+        raise UserError("batch.ramp_start_tokens is for stage pretrain: unset it")
+    if config.data.on_corrupt == "skip":
+        raise UserError(f"data.on_corrupt=skip is for stage pretrain: mend or remove a {record} that is damaged")
+    if mesh.shape["context"] > 1:
+        raise UserError(f"mesh.context={mesh.shape['context']} is for stage pretrain, whose rows are long: set it to 1")
+
+
+def find_tokenizer(config: Config, texts: list[str]) -> Tokenizer:
+    """That of the weights to start from; without such the one that data.tokenizer names, trained on the texts."""
+    if config.init_from is not None:
+        return tokenizers.load(Path(config.init_from).expanduser() / "tokenizer")
+    return tokenizers.get_tokenizer(
+        config.data.tokenizer,
+        train_documents=lambda: iter(texts),
+        corpus_fingerprint=hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16],
+        cache_dir=Path(config.data.cache_dir).expanduser(),
+    )
+
+
+def reader(
+    config: Config, mesh: Mesh
+) -> Callable[[grain.sources.RandomAccessDataSource[Any], int], Iterator[Microbatch]]:
+    """Examples, and how many of them were consumed before -> this process's rows of the microbatches that follow."""
+    size = config.sequences_per_microbatch
+    rows, prefetch = process_rows(mesh, size), config.data.prefetch_batches
+    return lambda examples, start: batches(examples, start=start, batch_size=size, rows=rows, prefetch=prefetch)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from gptjax import cli
-from gptjax.config import CHAT_STAGES, UserError, read_config
+from gptjax.config import ANSWERING_STAGES, UserError, read_config
 from gptjax.inference import retrieval
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def main() -> None:
     if WORKDIR.value is None:
         raise UserError("needs --workdir=DIR of a run of a stage of chat, such as sft")
     stage = read_config(Path(WORKDIR.value)).stage
-    if stage not in CHAT_STAGES or stage == "reward":
+    if stage not in ANSWERING_STAGES:
         raise UserError(
             f"{WORKDIR.value} is of stage {stage}, which does not answer: train it to, by "
             f"--config=configs/chatgpt.py:stage=sft,init_from={WORKDIR.value}"

@@ -115,8 +115,8 @@ class DataConfig:
 NUM_SPECIAL_TOKENS = 4
 
 
-# What learns from conversations
-CHAT_STAGES = ("sft", "reward", "dpo")
+ANSWERING_STAGES = ("sft", "dpo")  # what they train can be talked with
+CHAT_STAGES = (*ANSWERING_STAGES, "reward")  # what learns from conversations
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,24 +1,16 @@
 """configs/chatgpt.py: the published recipe, and every argument gives a whole config."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 
 from gptjax import config as c
 from gptjax.config import CHAT_STAGES, UserError
 from gptjax.training.run import STAGES
-from tests.tiny_tasks import MODEL
-
-PATH = Path(__file__).parents[1] / "configs" / "chatgpt.py"
+from tests.tiny_tasks import MODEL, config_module
 
 
 @pytest.fixture(scope="module")
 def module():
-    spec = importlib.util.spec_from_file_location("chatgpt_config", PATH)
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
+    return config_module("chatgpt")
 
 
 def test_every_stage_resolves(module, pretrained):

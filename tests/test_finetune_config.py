@@ -1,8 +1,6 @@
 """configs/finetune.py: every argument gives a whole config, and `runlocal` trains on the embedded tweets."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
@@ -12,17 +10,12 @@ from gptjax.data import labelled
 from gptjax.evaluation.reports import MAIN_METRIC
 from gptjax.training.run import run
 from gptjax.training.stages import finetune
-from tests.tiny_tasks import MODEL
-
-PATH = Path(__file__).parents[1] / "configs" / "finetune.py"
+from tests.tiny_tasks import MODEL, config_module
 
 
 @pytest.fixture(scope="module")
 def module():
-    spec = importlib.util.spec_from_file_location("finetune_config", PATH)
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
+    return config_module("finetune")
 
 
 def test_every_task_resolves(module):

@@ -1,8 +1,10 @@
 """A few labelled rows of each kind of task, weights to start from, and runs that take a second or two."""
 
 import dataclasses
+import importlib.util
 import json
 from pathlib import Path
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from gptjax.models.gpt import GPT, abstract_params
 from gptjax.parallel.mesh import make_mesh
 from gptjax.training.checkpoints import Checkpoints
 
+ROOT = Path(__file__).parents[1]
 CONTEXT = 32  # the shortest bucket: a step has one shape
 MODEL = c.GPTConfig(context_length=CONTEXT, num_layers=2, num_heads=2, embed_dim=16, dtype="float32")
 KINDS = (
@@ -22,6 +25,14 @@ KINDS = (
 )
 BATCH = 8  # rows
 LABELS = ("bad", "fair", "good")
+
+
+def config_module(name: str) -> ModuleType:
+    """A file of configs/."""
+    spec = importlib.util.spec_from_file_location(f"{name}_config", ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def records(kind: str, count: int) -> list[dict]:

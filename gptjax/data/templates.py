@@ -85,7 +85,7 @@ class ChatFormat:
     """
 
     def __init__(self, template: Template, tokenizer: Tokenizer) -> None:
-        self._template, self._tokenizer = template, tokenizer
+        self._tokenizer = tokenizer
         self._ids = {name: tokenizer.vocab_size + i for i, name in enumerate(template.special_tokens)}
         if tokenizer.end_of_text is not None:
             self._ids[END_OF_TEXT] = tokenizer.end_of_text

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import jax
 
-from gptjax.config import CHAT_STAGES, UserError, read_config
+from gptjax.config import ANSWERING_STAGES, UserError, read_config
 from gptjax.data import conversations
 from gptjax.data.sources import open_source
 from gptjax.data.templates import chat_format
@@ -89,7 +89,7 @@ def evaluate(workdir: Path, options: Options) -> dict[str, Any]:
     """
     check(options)
     stage = read_config(workdir).stage
-    if DIALOGUE in options.tasks and (stage not in CHAT_STAGES or stage == "reward"):
+    if DIALOGUE in options.tasks and stage not in ANSWERING_STAGES:
         raise UserError(
             f"{workdir} is of stage {stage}, which does not answer: --tasks=dialogue is for stages sft, dpo"
         )

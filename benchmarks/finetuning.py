@@ -27,17 +27,6 @@ from gptjax.evaluation.reports import MAIN_METRIC, classification_report, taggin
 from gptjax.training.metrics import read_metrics
 from gptjax.training.run import run
 
-INIT_FROM = flags.DEFINE_string("init_from", None, "Workdir of pretrained weights; default: they are made.")
-PRETRAIN_TOKENS = flags.DEFINE_integer("pretrain_tokens", 5_000_000, "To make them.", lower_bound=1)
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory for the runs.", required=True)
-TASK = flags.DEFINE_enum("task", "classification", ["classification", "tagging"], "What is learned.")
-SOURCE = flags.DEFINE_string("source", "tweets", "Labelled rows, in a form of data.source.")
-ROWS = flags.DEFINE_integer("rows", 2000, "Training rows.", lower_bound=2)
-TEST_ROWS = flags.DEFINE_integer("test_rows", 1000, "Rows that the score is of.", lower_bound=1)
-SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each method.", lower_bound=1)
-EPOCHS = flags.DEFINE_float("epochs", 3.0, "Of each run.")
-VARIANTS = flags.DEFINE_list("variants", ["methods"], "Names of variants, or of groups of them.")
-
 # What a variant changes of fine-tuning all weights: sections of the config. Those of "methods" are the best of the few
 # that were compared on tweets of the training part, by docs/finetuning.md; of adapters, and of what is not there,
 # step sizes are choices that were compared with no others.
@@ -188,4 +177,14 @@ def print_table(results: dict[str, dict[str, Any]], metric: str) -> None:
 
 
 if __name__ == "__main__":
+    INIT_FROM = flags.DEFINE_string("init_from", None, "Workdir of pretrained weights; default: they are made.")
+    PRETRAIN_TOKENS = flags.DEFINE_integer("pretrain_tokens", 5_000_000, "To make them.", lower_bound=1)
+    WORKDIR = flags.DEFINE_string("workdir", None, "Directory for the runs.", required=True)
+    TASK = flags.DEFINE_enum("task", "classification", ["classification", "tagging"], "What is learned.")
+    SOURCE = flags.DEFINE_string("source", "tweets", "Labelled rows, in a form of data.source.")
+    ROWS = flags.DEFINE_integer("rows", 2000, "Training rows.", lower_bound=2)
+    TEST_ROWS = flags.DEFINE_integer("test_rows", 1000, "Rows that the score is of.", lower_bound=1)
+    SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each method.", lower_bound=1)
+    EPOCHS = flags.DEFINE_float("epochs", 3.0, "Of each run.")
+    VARIANTS = flags.DEFINE_list("variants", ["methods"], "Names of variants, or of groups of them.")
     app.run(main)

@@ -13,8 +13,6 @@ from absl import app, flags
 from gptjax import config as c
 from gptjax import plan
 
-ONLY = flags.DEFINE_string("only", "", "Sizes of a name with this in it alone, such as gpt2.")
-
 # One topology of each chip for a size: about as many chips as a run of that size would get.
 TOPOLOGIES = {
     "gpt2.py:size=124m": ("v5e:2x2", "v5p:2x2x1", "v6e:2x2"),
@@ -70,4 +68,5 @@ def row(name: str, topology: str) -> str:
 
 
 if __name__ == "__main__":
+    ONLY = flags.DEFINE_string("only", "", "Sizes of a name with this in it alone, such as gpt2.")
     app.run(main)

@@ -74,7 +74,7 @@ def _places(lengths: Sequence[int], length: int, pack: bool) -> list[tuple[int, 
     return places
 
 
-class _Epochs:
+class Epochs:
     """What comes once an epoch, permuted anew for each by a seed, without end; without a seed once, in order.
 
     Attributes:
@@ -88,6 +88,10 @@ class _Epochs:
 
     def __len__(self) -> int:
         return self.rows_per_epoch * (1 if self._seed is None else 2**60 // self.rows_per_epoch)
+
+    def place(self, index: int) -> int:
+        """What comes at `index`, of what is permuted alone."""
+        return self._permuted(*self._epoch_and_row(index))
 
     def _epoch_and_row(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):
@@ -105,7 +109,7 @@ class _Epochs:
         return generator.permutation(self._num_permuted)
 
 
-class PackedConversations(_Epochs, grain.sources.RandomAccessDataSource[Example]):
+class PackedConversations(Epochs, grain.sources.RandomAccessDataSource[Example]):
     """Rows (T,) of conversations, with the arrays above, but for the axis R; every conversation once an epoch.
 
     Args:
@@ -156,7 +160,7 @@ def _as_row(text: Example) -> Example:
     return one | text
 
 
-class RankedAnswers(_Epochs, grain.sources.RandomAccessDataSource[Example]):
+class RankedAnswers(Epochs, grain.sources.RandomAccessDataSource[Example]):
     """Elements of R rows: the answers to a prompt, best first, each behind it; every prompt once an epoch.
 
     `ends` is (K,), K the largest number of answers of any prompt; -1 where a prompt has less.
@@ -169,7 +173,7 @@ class RankedAnswers(_Epochs, grain.sources.RandomAccessDataSource[Example]):
         super().__init__(len(elements), len(elements), seed)
 
     def __getitem__(self, index: int) -> Example:
-        answers = self._elements[self._permuted(*self._epoch_and_row(index))]
+        answers = self._elements[self.place(index)]
         arrays = lay_out(answers, self._num_rows, self._length, pack=self._pack)
         missing = self._num_answers - len(answers)
         return arrays | {"ends": np.pad(arrays["ends"], (0, missing), constant_values=-1)}

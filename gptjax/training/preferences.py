@@ -19,6 +19,7 @@ from gptjax.training.losses import target_logprobs
 from gptjax.training.state import Batch, Loss, Measures
 
 REFERENCE = "reference"  # the key of the parameters of the model that a policy started from
+SCALE_FILE = "reward.json"  # of a workdir of stage "reward": the mean score of the best answers
 
 
 def present(batch: Batch) -> jax.Array:
@@ -86,13 +87,23 @@ class RewardModel:
         return jnp.sum(losses_B * counts_B), jnp.sum(counts_B), {"accuracy": jnp.sum(accuracies_B * counts_B)}
 
 
-def answer_logprobs(gpt: GPT, params: Any, batch: Batch, rng: jax.Array | None) -> jax.Array:
-    """Log-probability of each answer given its prompt, float32 (B, K); 0 of those that are not there."""
-    x_BRTD = read_elements(gpt, params, batch, rng)
+def token_logprobs(gpt: GPT, params: Any, batch: Batch, rng: jax.Array | None) -> jax.Array:
+    """Log-probability of the target of each position, float32 (B, R, T)."""
+    return logprobs_of_states(gpt, params, batch, read_elements(gpt, params, batch, rng))
+
+
+def logprobs_of_states(gpt: GPT, params: Any, batch: Batch, x_BRTD: jax.Array) -> jax.Array:
+    """As `token_logprobs`, of final hidden states."""
     rows_NTD, targets_NT = x_BRTD.reshape(-1, *x_BRTD.shape[2:]), batch["targets"].reshape(-1, x_BRTD.shape[2])
     logprobs_NT = target_logprobs(rows_NTD, head_embedding(params), targets_NT, gpt.config.precision)
-    learned_BN = (logprobs_NT.reshape(batch["weights"].shape) * batch["weights"]).reshape(len(x_BRTD), -1)
-    segments_BN = batch["segments"].reshape(len(x_BRTD), -1)
+    return logprobs_NT.reshape(x_BRTD.shape[:3])
+
+
+def answer_logprobs(gpt: GPT, params: Any, batch: Batch, rng: jax.Array | None) -> jax.Array:
+    """Log-probability of each answer given its prompt, float32 (B, K); 0 of those that are not there."""
+    learned_BRT = token_logprobs(gpt, params, batch, rng) * batch["weights"]
+    learned_BN = learned_BRT.reshape(len(learned_BRT), -1)
+    segments_BN = batch["segments"].reshape(len(learned_BRT), -1)
     numbers_K = jnp.arange(batch["ends"].shape[1]) + 1
     return jnp.sum(jnp.where(segments_BN[:, None] == numbers_K[None, :, None], learned_BN[:, None], 0), axis=-1)
 

@@ -247,6 +247,19 @@ def test_random_answers_are_never_true_ones():
     assert rankings != random_rankings(conversations, 2, seed=1)
     with pytest.raises(UserError, match=r"line 0 has fewer than chat\.random_answers=3"):
         random_rankings(conversations, 3, seed=0)
+    assert {ranking.levels for ranking in rankings} == {(1, 2, 2)}, "of random answers none is better than another"
+
+
+def test_each_draw_has_all_answers_and_other_random_ones():
+    conversations = [
+        Conversation((Message("user", f"q{i}"), Message("assistant", f"a{i}")), f"line {i}") for i in range(30)
+    ]
+    once, often = (random_rankings(conversations, 2, 0, draws) for draws in (1, 3))
+    assert often[:30] == once
+    assert [(r.prompt, r.answers[0]) for r in often] == 3 * [(r.prompt, r.answers[0]) for r in once]
+    others = [[ranking.answers[1:] for ranking in often[first : first + 30]] for first in (0, 30, 60)]
+    pairs = itertools.combinations(others, 2)
+    assert sum(a == b for first, second in pairs for a, b in zip(first, second, strict=True)) < 5
 
 
 def test_random_answers_are_of_other_conversations():

@@ -102,7 +102,8 @@ def read_conversations(spec: str, *, invalid_utf8: InvalidUtf8 = "error") -> lis
         jsonl:GLOB — each line a JSON object: OpenAI's {"messages": [{"role": ..., "content": ...}, ...]}, or ShareGPT's
           {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]};
         tfds:NAME[@SPLIT] — a tensorflow-datasets dataset with such a feature;
-        chatterbot[:LANGUAGE+LANGUAGE] — dialogues of the PyPI package chatterbot-corpus, English if not said otherwise.
+        chatterbot[:LANGUAGE+LANGUAGE] — dialogues of the PyPI package chatterbot-corpus, English if not said otherwise;
+          each once.
       invalid_utf8: "replace" puts U+FFFD for bytes that are not UTF-8, and warns; "error" raises.
 
     Raises:
@@ -111,7 +112,8 @@ def read_conversations(spec: str, *, invalid_utf8: InvalidUtf8 = "error") -> lis
     """
     check_spec(spec)
     if spec.partition(":")[0] == "chatterbot":
-        found = list(_chatterbot(spec))
+        # Half of them are there several times: copies would be held out of what has been trained on.
+        found = list({conversation.messages: conversation for conversation in _chatterbot(spec)}.values())
     else:
         records_ = records.read_records(spec, invalid_utf8)
         found = [Conversation(_whole(_messages(record, place), place), place) for record, place in records_]

@@ -62,7 +62,13 @@ def _encode(data: ChatData[Ranking], rankings: list[Ranking]) -> list[RankedSequ
     form, context = data.chat_format, data.config.model.context_length
 
     def sequences(item: Ranking) -> RankedSequences:
-        answers = [form.encode_answer(text) for text in item.answers]
+        answers, levels = [form.encode_answer(text) for text in item.answers], item.levels
+        if not item.ordered and data.config.chat.on_too_long == "skip":  # of random answers others do as well
+            room = context - len(form.encode_prompt(item.prompt[-1:]))
+            kept = [i for i, answer in enumerate(answers) if i == 0 or len(answer) <= room]
+            answers, levels = [answers[i] for i in kept], tuple(levels[i] for i in kept)
+            if len(answers) < 2:
+                raise TooLongError(f"{item.place}: no random answer has room behind its prompt")
         longest = max(map(len, answers))
         if longest >= context:
             raise TooLongError(
@@ -73,6 +79,6 @@ def _encode(data: ChatData[Ranking], rankings: list[Ranking]) -> list[RankedSequ
         prompt = form.encode_prompt(item.prompt, context - longest, place=item.place)
         whole = (np.concatenate([prompt, answer]) for answer in answers)
         encoded = [Encoded(tokens, np.arange(len(tokens)) >= len(prompt)) for tokens in whole]
-        return RankedSequences(encoded, item.levels)
+        return RankedSequences(encoded, levels)
 
     return fitting(data.config, rankings, sequences)

@@ -115,7 +115,8 @@ class PackedConversations(_Epochs, grain.sources.RandomAccessDataSource[Example]
 
     Args:
       pack: the longest conversations first, each is put into the first row that has room for it.
-      pretraining: rows of text, of which a `share` of all rows are, evenly spread (Ouyang et al. 2022, appendix C.3).
+      pretraining: rows of text, of which a `share` of all rows are, evenly spread (Ouyang et al. 2022, appendix C.3);
+        one at least.
 
     Attributes:
       rows_per_epoch: those of text included.
@@ -141,7 +142,9 @@ class PackedConversations(_Epochs, grain.sources.RandomAccessDataSource[Example]
             if row == len(self._rows):
                 self._rows.append([])
             self._rows[row].append(encoded)
-        total = len(self._rows) if pretraining is None else round(len(self._rows) / (1 - share))
+        total = len(self._rows)
+        if pretraining is not None:
+            total = max(total + 1, round(total / (1 - share)))
         # How many of the first n rows of any epoch are text.
         self._texts_before = np.arange(total + 1) * (total - len(self._rows)) // total
         super().__init__(total, len(self._rows), seed)

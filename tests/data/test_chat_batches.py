@@ -129,6 +129,13 @@ def test_a_share_of_the_rows_is_text():
         assert others == [s.tokens.tolist() for s in made]
 
 
+def test_a_small_share_is_one_row_of_text():
+    text = [{"tokens": np.full(T, 1000, np.int32), "targets": np.zeros(T, np.int32), "weights": np.ones(T, np.float32)}]
+    rows = PackedConversations(sequences(*[T] * 18), T, pack=True, seed=3, pretraining=text, share=0.01)
+    assert [rows[i]["tokens"][0] >= 1000 for i in range(rows.rows_per_epoch)].count(True) == 1
+    assert rows.rows_per_epoch == 19
+
+
 def ranked(*lengths: tuple[int, ...], first: int = 1) -> list[RankedSequences]:
     """Prompts whose answers have these lengths, all of them different tokens."""
     made = []

@@ -113,7 +113,10 @@ def read_conversations(spec: str, *, invalid_utf8: InvalidUtf8 = "error") -> lis
     check_spec(spec)
     if spec.partition(":")[0] == "chatterbot":
         # Half of them are there several times: copies would be held out of what has been trained on.
-        found = list({conversation.messages: conversation for conversation in _chatterbot(spec)}.values())
+        once: dict[tuple[Message, ...], Conversation] = {}
+        for conversation in _chatterbot(spec):
+            once.setdefault(conversation.messages, conversation)
+        found = list(once.values())
     else:
         records_ = records.read_records(spec, invalid_utf8)
         found = [Conversation(_whole(_messages(record, place), place), place) for record, place in records_]

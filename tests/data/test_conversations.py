@@ -186,7 +186,8 @@ def test_malformed_rankings_are_named(jsonl, record, message):
 
 def test_the_packaged_dialogues_are_texts_of_two_who_take_turns():
     english = read_conversations("chatterbot")
-    assert len(english) > 2000
+    assert len(english) > 800
+    assert len({conversation.messages for conversation in english}) == len(english), "each is there once"
     assert any(
         "三" in m.content or "的" in m.content for c in read_conversations("chatterbot:chinese") for m in c.messages
     )
@@ -203,12 +204,14 @@ def test_the_packaged_dialogues_are_texts_of_two_who_take_turns():
 def test_the_packaged_dialogues_are_texts_as_they_are_written(tmp_path, monkeypatch):
     folder = tmp_path / "data" / "english"
     folder.mkdir(parents=True)
-    content = "conversations:\n- - Is it?\n  - Yes\n- lost\n- - When?\n  - 1_984\n  - Oh.\n- - Alone.\n"
+    content = (
+        "conversations:\n- - Is it?\n  - Yes\n- lost\n- - Is it?\n  - Yes\n- - When?\n  - 1_984\n  - Oh.\n- - Alone.\n"
+    )
     (folder / "a.yml").write_text(content)
     monkeypatch.setattr(module, "require_package", lambda *_: str(tmp_path))
     read = read_conversations("chatterbot")
     assert [[message.content for message in c.messages] for c in read] == [["Is it?", "Yes"], ["When?", "1_984"]]
-    assert [c.place[-14:] for c in read] == ["conversation 0", "conversation 2"]
+    assert [c.place[-14:] for c in read] == ["conversation 0", "conversation 3"]
 
 
 def test_no_question_is_on_both_sides():

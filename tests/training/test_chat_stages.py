@@ -152,6 +152,21 @@ def test_no_held_out_answer_is_met_in_training_as_a_wrong_one(finished):
     assert 0.05 < len(validation) / len(train) < 0.2
 
 
+def test_random_answers_that_are_too_long_are_left_out_before_the_prompt_is(finished, tmp_path):
+    """The long answer has room behind its own question alone."""
+    said = [("q", "a" * 26), *((f"question {i}", letter) for i, letter in enumerate("bcde"))]
+    turns = [[{"role": "user", "content": asked}, {"role": "assistant", "content": told}] for asked, told in said]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
+    changes = {"data": {"source": f"jsonl:{path}", "validation_source": f"jsonl:{path}"}}
+    config = c.replace(finished["dpo"][0], changes | {"chat": {"random_answers": 4, "on_too_long": "skip"}})
+    arrays = next(STAGES["dpo"](config, make_mesh(c.MeshConfig()), None).batches(0)).arrays
+    answers = (arrays["levels"] > 0).sum(axis=-1).reshape(-1)  # of each prompt, and 0 where there is none
+    assert set(answers[answers > 0].tolist()) == {4, 5}
+    with pytest.raises(UserError, match="an answer has|its last exchange has"):
+        STAGES["dpo"](c.replace(config, {"chat": {"on_too_long": "error"}}), make_mesh(c.MeshConfig()), None)
+
+
 def test_bytes_that_are_no_text_are_replaced_or_refused(finished, tmp_path):
     config, _ = finished["sft"]
     path = tmp_path / "bytes.jsonl"

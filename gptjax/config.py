@@ -141,6 +141,7 @@ class ChatConfig:
     # reward, dpo: the answer of each turn is ranked above so many answers of other conversations; 0: the source has
     # rankings
     random_answers: int = 0
+    random_draws: int = 1  # of these: an epoch has the answer of each turn so many times, each time above others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -658,6 +659,11 @@ def _check_chat(config: Config) -> None:
         (share > 0) == (chat.pretraining_source is not None), f"chat.pretraining_source and {name} need each other"
     )
     _require(chat.random_answers >= 0, f"chat.random_answers={chat.random_answers} must not be negative")
+    _positive(chat, "chat", "random_draws")
+    _require(
+        chat.random_draws == 1 or chat.random_answers > 0,
+        f"chat.random_draws={chat.random_draws} are of chat.random_answers: set that too",
+    )
     _positive(dpo, "dpo", "beta")
     _require(0 <= dpo.label_smoothing < 0.5, f"dpo.label_smoothing={dpo.label_smoothing} must be in [0, 0.5)")
     _require(

@@ -59,8 +59,7 @@ def main() -> None:
     config = resolve(CONFIG.value)
     if config.stage != "pretrain":
         raise UserError(
-            f"a run of stage {config.stage} is not planned, only of stage pretrain: plan that of the same model, whose "
-            "steps need as much or more"
+            f"a run of stage {config.stage} is not planned, only of stage pretrain: plan that of the same model"
         )
     if DECODE.value and (SEARCH.value or TOPOLOGY.value == "all"):
         raise UserError("--decode plans for the mesh of --config.mesh on one topology: leave out --search and all")

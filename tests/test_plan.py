@@ -46,6 +46,10 @@ def plan(home: Path, *arguments: object) -> subprocess.CompletedProcess:
         (["--topology=cpu:4", "--search"], ["--search", "a TPU's topology"]),
         (["--topology=all", "--decode"], ["--decode", "leave out --search and all"]),
         (["--topology=all"], ["model.dtype=float32", "--config.model.dtype=bfloat16"]),
+        (
+            ["--topology=cpu:4", "--config.stage=reward"],
+            ["a run of stage reward is not planned, only of stage pretrain"],
+        ),
         (["--topology=cpu:4", "--config.mesh.fsdp=3"], ["fsdp=3", "4 device(s)"]),
         (["--topology=cpu:4", "--config.model.vocab_size=100"], ["model.vocab_size=100", "257 tokens"]),
         (["--topology=cpu:4", "--config.mesh.data=1", "--config.mesh.tensor=4"], ["model.num_heads=2", "tensor=4"]),

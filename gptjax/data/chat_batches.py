@@ -10,14 +10,19 @@ it. Arrays of R rows of T positions are
 """
 
 import functools
+import itertools
 import threading
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import grain
 import numpy as np
 
 from gptjax.data.pipeline import Example, PackedExamples
 from gptjax.data.templates import Encoded
+
+NEWEST_ELEMENTS = 64  # in which room for a prompt is looked for: more pad little less, and the search is long
+SHORTEST = 32  # positions of a row of rankings
 
 
 def lay_out(sequences: Sequence[Encoded], rows: int, length: int, *, pack: bool) -> Example:
@@ -114,7 +119,8 @@ class PackedConversations(Epochs, grain.sources.RandomAccessDataSource[Example])
 
     Args:
       pack: the longest conversations first, each is put into the first row that has room for it.
-      pretraining: rows of text, of which a `share` of all rows are, evenly spread (Ouyang et al. 2022, appendix C.3).
+      pretraining: rows of text, of which a `share` of all rows are, evenly spread (Ouyang et al. 2022, appendix C.3);
+        one at least.
 
     Attributes:
       rows_per_epoch: those of text included.
@@ -140,7 +146,9 @@ class PackedConversations(Epochs, grain.sources.RandomAccessDataSource[Example])
             if row == len(self._rows):
                 self._rows.append([])
             self._rows[row].append(encoded)
-        total = len(self._rows) if pretraining is None else round(len(self._rows) / (1 - share))
+        total = len(self._rows)
+        if pretraining is not None:
+            total = max(total + 1, round(total / (1 - share)))
         # How many of the first n rows of any epoch are text.
         self._texts_before = np.arange(total + 1) * (total - len(self._rows)) // total
         super().__init__(total, len(self._rows), seed)
@@ -160,20 +168,81 @@ def _as_row(text: Example) -> Example:
     return one | text
 
 
-class RankedAnswers(Epochs, grain.sources.RandomAccessDataSource[Example]):
-    """Elements of R rows: the answers to a prompt, best first, each behind it; every prompt once an epoch.
+class RankedSequences(NamedTuple):
+    """A prompt's answers, each behind it, best first.
 
-    `ends` is (K,), K the largest number of answers of any prompt; -1 where a prompt has less.
+    Attributes:
+      levels: of each, 1 the best; of equal ones neither is better.
     """
 
-    def __init__(self, elements: Sequence[Sequence[Encoded]], length: int, *, pack: bool, seed: int | None) -> None:
-        self._elements, self._length, self._pack = elements, length, pack
-        self._num_answers = max(map(len, elements))
-        self._num_rows = max(rows_needed(answers, length, pack=pack) for answers in elements)
-        super().__init__(len(elements), len(elements), seed)
+    sequences: Sequence[Encoded]
+    levels: Sequence[int]
+
+
+class RankedAnswers(Epochs, grain.sources.RandomAccessDataSource[Example]):
+    """Elements of R rows of T positions: one prompt or several, each with all its answers; every prompt once an epoch.
+
+    All elements have one shape, the smallest in which each prompt has room alone: T is the bucket of the longest
+    sequence, R the most rows that a prompt fills. What a prompt leaves of them others share. Besides the arrays above
+    an element has, P the most prompts of an element and K the most answers of a prompt:
+      ends: int32 (P, K), where the last token of each answer is in the R x T positions.
+      levels: int32 (P, K), 1 the best; 0 where there is no answer.
+
+    Args:
+      context_length: T at most.
+      pack: several answers in a row, several prompts in an element; otherwise an answer has a row of its own, and a
+        prompt an element.
+    """
+
+    def __init__(
+        self, prompts: Sequence[RankedSequences], context_length: int, *, pack: bool, seed: int | None
+    ) -> None:
+        longest = max(len(sequence) for prompt in prompts for sequence in prompt.sequences)
+        self._length = max(longest, min(max(SHORTEST, 1 << (longest - 1).bit_length()), context_length))
+        self._num_rows = max(rows_needed(prompt.sequences, self._length, pack=pack) for prompt in prompts)
+        shares = _shared(prompts, self._num_rows, self._length) if pack else [[prompt] for prompt in prompts]
+        self._elements, self._pack = shares, pack
+        self._shape = max(map(len, shares)), max(len(prompt.sequences) for prompt in prompts)
+        super().__init__(len(shares), len(shares), seed)
 
     def __getitem__(self, index: int) -> Example:
-        answers = self._elements[self.place(index)]
-        arrays = lay_out(answers, self._num_rows, self._length, pack=self._pack)
-        missing = self._num_answers - len(answers)
-        return arrays | {"ends": np.pad(arrays["ends"], (0, missing), constant_values=-1)}
+        prompts = self._elements[self.place(index)]
+        sequences = [sequence for prompt in prompts for sequence in prompt.sequences]
+        arrays = lay_out(sequences, self._num_rows, self._length, pack=self._pack)
+        ends, levels = iter(arrays["ends"]), np.zeros(self._shape, np.int32)
+        arrays["ends"] = np.zeros(self._shape, np.int32)
+        for number, prompt in enumerate(prompts):
+            levels[number, : len(prompt.levels)] = prompt.levels
+            arrays["ends"][number, : len(prompt.levels)] = list(itertools.islice(ends, len(prompt.levels)))
+        return arrays | {"levels": levels}
+
+
+def _shared(prompts: Sequence[RankedSequences], rows: int, length: int) -> list[list[RankedSequences]]:
+    """Each prompt in the first element of the newest 64 that has room for all its answers, each in its first row."""
+    elements: list[list[RankedSequences]] = []
+    rooms: list[list[int]] = []  # what is left of the rows of each element
+    for prompt in prompts:
+        needs = [len(sequence) for sequence in prompt.sequences]
+        for number in range(max(0, len(elements) - NEWEST_ELEMENTS), len(elements)):
+            left = _left(rooms[number], needs)
+            if left is not None:
+                elements[number].append(prompt)
+                rooms[number] = left
+                break
+        else:
+            left = _left([length] * rows, needs)
+            assert left is not None
+            elements.append([prompt])
+            rooms.append(left)
+    return elements
+
+
+def _left(rooms: Sequence[int], needs: Sequence[int]) -> list[int] | None:
+    """What is left of the rows with each sequence in the first that has room, as `lay_out` has it; None: none has."""
+    left = list(rooms)
+    for need in needs:
+        row = next((row for row, room in enumerate(left) if room >= need), None)
+        if row is None:
+            return None
+        left[row] -= need
+    return left

@@ -52,11 +52,18 @@ class Ranking:
 
     Attributes:
       prompt: ends in a user's message.
+      ordered: false: the first answer is better than the others, of which none is known to be better than another.
     """
 
     prompt: tuple[Message, ...]
     answers: tuple[str, ...]
     place: str
+    ordered: bool = True
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Of each answer, 1 the best; of equal ones neither is better."""
+        return tuple(i + 1 if self.ordered else min(i + 1, 2) for i in range(len(self.answers)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +102,8 @@ def read_conversations(spec: str, *, invalid_utf8: InvalidUtf8 = "error") -> lis
         jsonl:GLOB — each line a JSON object: OpenAI's {"messages": [{"role": ..., "content": ...}, ...]}, or ShareGPT's
           {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]};
         tfds:NAME[@SPLIT] — a tensorflow-datasets dataset with such a feature;
-        chatterbot[:LANGUAGE+LANGUAGE] — dialogues of the PyPI package chatterbot-corpus, English if not said otherwise.
+        chatterbot[:LANGUAGE+LANGUAGE] — dialogues of the PyPI package chatterbot-corpus, English if not said otherwise;
+          each once.
       invalid_utf8: "replace" puts U+FFFD for bytes that are not UTF-8, and warns; "error" raises.
 
     Raises:
@@ -104,7 +112,11 @@ def read_conversations(spec: str, *, invalid_utf8: InvalidUtf8 = "error") -> lis
     """
     check_spec(spec)
     if spec.partition(":")[0] == "chatterbot":
-        found = list(_chatterbot(spec))
+        # Half of them are there several times: copies would be held out of what has been trained on.
+        once: dict[tuple[Message, ...], Conversation] = {}
+        for conversation in _chatterbot(spec):
+            once.setdefault(conversation.messages, conversation)
+        found = list(once.values())
     else:
         records_ = records.read_records(spec, invalid_utf8)
         found = [Conversation(_whole(_messages(record, place), place), place) for record, place in records_]
@@ -188,11 +200,12 @@ def prompts(conversations: Sequence[Conversation]) -> list[Prompt]:
     return [Prompt(*turn) for conversation in conversations for turn in _turns(conversation)]
 
 
-def random_rankings(conversations: Sequence[Conversation], answers: int, seed: int) -> list[Ranking]:
+def random_rankings(conversations: Sequence[Conversation], answers: int, seed: int, draws: int = 1) -> list[Ranking]:
     """Every answer of the conversations, ranked above others drawn from all of them.
 
     Args:
       answers: how many others, all different, of other conversations; none is a true answer to the same prompt.
+      draws: how often; each has all answers of the conversations, in their order, with others drawn anew.
 
     Raises:
       UserError: there are not so many others.
@@ -200,6 +213,7 @@ def random_rankings(conversations: Sequence[Conversation], answers: int, seed: i
     true: dict[tuple[Message, ...], set[str]] = {}
     owners: dict[str, set[int]] = {}  # which conversations have an answer
     turns = [(number, *turn) for number, conversation in enumerate(conversations) for turn in _turns(conversation)]
+    turns *= draws
     for number, prompt, answer, _ in turns:
         true.setdefault(prompt, set()).add(answer)
         owners.setdefault(answer, set()).add(number)
@@ -219,7 +233,7 @@ def random_rankings(conversations: Sequence[Conversation], answers: int, seed: i
                 f"{place} has fewer than chat.random_answers={answers} answers of other conversations to other "
                 "prompts: lower it"
             )
-        rankings.append(Ranking(prompt, (answer, *others), place))
+        rankings.append(Ranking(prompt, (answer, *others), place, ordered=False))
     return rankings
 
 

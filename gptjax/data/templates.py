@@ -78,6 +78,7 @@ class ChatFormat:
 
     Attributes:
       vocab_size: the tokenizer's, and the special tokens behind it.
+      special_tokens: the ids of these, by name.
       end_of_turn: the token that ends an assistant's turn.
 
     Raises:
@@ -85,8 +86,9 @@ class ChatFormat:
     """
 
     def __init__(self, template: Template, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._ids = {name: tokenizer.vocab_size + i for i, name in enumerate(template.special_tokens)}
+        self.template, self._tokenizer = template, tokenizer
+        self.special_tokens = {name: tokenizer.vocab_size + i for i, name in enumerate(template.special_tokens)}
+        self._ids = dict(self.special_tokens)
         if tokenizer.end_of_text is not None:
             self._ids[END_OF_TEXT] = tokenizer.end_of_text
         elif END_OF_TEXT in template.system + template.user + template.assistant:

@@ -18,8 +18,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gptjax.config import BatchConfig, Config, DataConfig, GPTConfig, MeshConfig, UserError, to_json
+from gptjax.config import CHAT_STAGES, BatchConfig, Config, DataConfig, GPTConfig, MeshConfig, UserError, to_json
 from gptjax.data import tokenizers
+from gptjax.data.templates import ChatFormat, chat_format
 from gptjax.files import unfinished_path
 from gptjax.interop import families, safetensors_files
 from gptjax.interop.families import Family, Placement, placements
@@ -100,11 +101,18 @@ def _save(
     directory: Path,
     tokenizer: tokenizers.Tokenizer | None,
     max_file_bytes: int = safetensors_files.MAX_FILE_BYTES,
+    chat: ChatFormat | None = None,
 ) -> None:
-    """`save_pretrained` of parameters whose shapes and dtypes are in `abstract`, by path, and values in `leaves`."""
+    """`save_pretrained` of parameters whose shapes and dtypes are in `abstract`, by path, and values in `leaves`.
+
+    Args:
+      chat: as of `write_tokenizer`.
+    """
     assert config.vocab_size is not None
     family = families.family_of(config)
     theirs = families.to_config_json(family, config, None if tokenizer is None else tokenizer.end_of_text)
+    if chat is not None:
+        theirs["eos_token_id"] = chat.end_of_turn
     period = len(config.attention_pattern)
     places = {path: list(placements(family, period, path, leaf.shape)) for path, leaf in abstract.items()}
     declared = [
@@ -122,7 +130,7 @@ def _save(
         (unfinished / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
         safetensors_files.write(unfinished, declared, arrays(), max_file_bytes)
         if tokenizer is not None:
-            write_tokenizer(tokenizer, unfinished, config.context_length)
+            write_tokenizer(tokenizer, unfinished, config.context_length, chat)
 
 
 def import_workdir(source: str, workdir: Path, dtype: DType = "float32", tokenizer: str | None = None) -> None:
@@ -166,7 +174,8 @@ def import_workdir(source: str, workdir: Path, dtype: DType = "float32", tokeniz
 def export_workdir(workdir: Path, directory: Path) -> None:
     """Writes the newest weights of a workdir's GPT as a Hugging Face directory (`save_pretrained`).
 
-    What low-rank matrices of fine-tuning change is in them; a head for a task is left out.
+    What low-rank matrices of fine-tuning change is in them; a head for a task is left out. The tokenizer of a model of
+    chat has the special tokens of its template, and the template.
     """
     check_new(directory)
     config, tokenizer = completed_config(workdir)
@@ -177,7 +186,8 @@ def export_workdir(workdir: Path, directory: Path) -> None:
         with jax.set_mesh(mesh):
             params = load_weights(workdir, mesh).gpt
         arrays = (np.asarray(leaf) for leaf in jax.tree.leaves(params))
-        _save(config.model, _by_path(abstract), arrays, directory, tokenizer)
+        form = chat_format(config.chat, tokenizer) if config.stage in CHAT_STAGES else None
+        _save(config.model, _by_path(abstract), arrays, directory, tokenizer, chat=form)
         return
     with Checkpoints(workdir, config.checkpoint, read_only=True) as checkpoints:
         if checkpoints.latest_step() is None:

@@ -1,5 +1,6 @@
 """Tokenizers of Hugging Face directories, read and written: tokenizer.json, or the older vocab.json and merges.txt."""
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -9,6 +10,7 @@ import tokenizers as huggingface
 from tokenizers import decoders, models, pre_tokenizers
 
 from gptjax.config import UserError
+from gptjax.data.templates import ChatFormat
 from gptjax.data.tokenizers import (
     END_OF_TEXT,
     BytesTokenizer,
@@ -51,11 +53,15 @@ def _read_vocabulary(directory: Path) -> huggingface.Tokenizer:
     return tokenizer
 
 
-def write_tokenizer(tokenizer: Tokenizer, directory: Path, context_length: int) -> None:
+def write_tokenizer(tokenizer: Tokenizer, directory: Path, context_length: int, chat: ChatFormat | None = None) -> None:
     """Writes a tokenizer.json of the same ids, and what makes transformers' AutoTokenizer take it as it is.
 
+    Args:
+      chat: the format over it of a model that chats: its special tokens and its template are written too, and what ends
+        an assistant's turn ends a text.
+
     Raises:
-      UserError: a tokenizer that a tokenizer.json cannot express.
+      UserError: a tokenizer that a tokenizer.json cannot express, or cannot with these special tokens.
     """
     if isinstance(tokenizer, HuggingFaceTokenizer):
         content = tokenizer.content
@@ -65,6 +71,10 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path, context_length: int) 
         content = _from_bytes().to_str()
     else:
         raise UserError(f"a {type(tokenizer).__name__} cannot be written as a tokenizer.json")
+    written = huggingface.Tokenizer.from_str(content)
+    if chat is not None:
+        _add_special_tokens(written, chat)
+        content = written.to_str()
     (directory / "tokenizer.json").write_bytes(content.encode())
     settings: dict[str, object] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -72,9 +82,42 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path, context_length: int) 
         "clean_up_tokenization_spaces": False,
     }
     if tokenizer.end_of_text is not None:
-        name = huggingface.Tokenizer.from_str(content).id_to_token(tokenizer.end_of_text)
+        name = written.id_to_token(tokenizer.end_of_text)
         settings |= {"bos_token": name, "eos_token": name}
+    if chat is not None:
+        settings |= {"eos_token": written.id_to_token(chat.end_of_turn), "chat_template": _jinja(chat, tokenizer)}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _add_special_tokens(written: huggingface.Tokenizer, chat: ChatFormat) -> None:
+    """Behind the vocabulary, where the model has them; no text is read as one of them by us, but is by transformers."""
+    names = [huggingface.AddedToken(name, normalized=False, special=True) for name in chat.special_tokens]
+    written.add_special_tokens(names)
+    for name, token in chat.special_tokens.items():
+        if written.token_to_id(name) != token:
+            raise UserError(
+                f"the special token {name} of the chat template has the id {token} in the model, and a tokenizer.json "
+                f"of this vocabulary has {written.token_to_id(name)} for it: train with a template of other names"
+            )
+
+
+def _jinja(chat: ChatFormat, tokenizer: Tokenizer) -> str:
+    """The template as transformers has them.
+
+    They encode a text as a whole, so white space where a format and what is said meet may be cut into other tokens than
+    the model was trained on: that of template plain often is.
+    """
+    around = {}
+    for role, text in dataclasses.asdict(chat.template).items():
+        before, after = (json.dumps(part, ensure_ascii=False) for part in text.split("{content}"))
+        around[role] = before, after
+    start = "" if tokenizer.end_of_text is None else "{{ bos_token }}"
+    turns = "".join(
+        f"{{% {'elif' if i else 'if'} message['role'] == '{role}' %}}{{{{ {before} + message['content'] + {after} }}}}"
+        for i, (role, (before, after)) in enumerate(around.items())
+    )
+    prompt = f"{{% if add_generation_prompt %}}{{{{ {around['assistant'][0]} }}}}{{% endif %}}"
+    return f"{start}{{% for message in messages %}}{turns}{{% endif %}}{{% endfor %}}{prompt}"
 
 
 def _byte_level(

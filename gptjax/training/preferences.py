@@ -1,7 +1,7 @@
 """Learning from which answer people prefer: the reward model's loss, and direct preference optimization.
 
-A batch has the arrays of `gptjax/data/chat_batches.py`: an element is a prompt with its K answers, best first, laid out
-in R rows of T positions, one row after the other or several answers in a row. Nothing here depends on which.
+A batch has the arrays of `gptjax/data/chat_batches.py`: an element is P prompts with K answers each, best first, laid
+out in R rows of T positions, one row after the other or several answers in a row. Nothing here depends on which.
 """
 
 import dataclasses
@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from gptjax.config import Config
 from gptjax.models.gpt import GPT, head_embedding, hidden_states
@@ -20,12 +19,6 @@ from gptjax.training.state import Batch, Loss, Measures
 
 REFERENCE = "reference"  # the key of the parameters of the model that a policy started from
 SCALE_FILE = "reward.json"  # of a workdir of stage "reward": the mean score of the best answers
-
-
-def present(batch: Batch) -> jax.Array:
-    """Which answers there are, bool (B, K): an element may have less than others, or only fill up the batch."""
-    full_B = jnp.any(batch["segments"] > 0, axis=(1, 2))
-    return (batch["ends"] >= 0) & full_B[:, None]
 
 
 def read_elements(gpt: GPT, params: Any, batch: Batch, rng: jax.Array | None) -> jax.Array:
@@ -71,9 +64,8 @@ class RewardModel:
         return cast(jax.Array, self.head.apply({"params": params["head"]}, x_BRTD, deterministic=True))[..., 0]
 
     def scores(self, params: Any, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
-        """Of the answers, float32 (B, K); of those that are not there, any number."""
-        values_BN = self.values(params, batch, rng).reshape(len(batch["ends"]), -1)
-        return jnp.take_along_axis(values_BN, jnp.maximum(batch["ends"], 0), axis=1)
+        """Of the answers, float32 of the shape of `ends`; of those that are not there, any number."""
+        return _at_ends(self.values(params, batch, rng), batch["ends"])
 
     def loss(self, params: Any, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array, Measures]:
         """Equation 1 of the paper, summed over the prompts; each counts once, however many pairs its answers make.
@@ -81,10 +73,17 @@ class RewardModel:
         Returns:
           The loss, the number of prompts, and `accuracy`: the share of a prompt's pairs that are the right way round.
         """
-        present_BK = present(batch)
-        losses_B, accuracies_B = rl_math.ranking_loss(self.scores(params, batch, rng), present_BK)
-        counts_B = jnp.any(present_BK, axis=1)
-        return jnp.sum(losses_B * counts_B), jnp.sum(counts_B), {"accuracy": jnp.sum(accuracies_B * counts_B)}
+        levels_BPK = batch["levels"]
+        losses_BP, accuracies_BP = rl_math.ranking_loss(self.scores(params, batch, rng), levels_BPK)
+        # An element may have fewer prompts than others, or only fill up the batch.
+        count = jnp.sum(jnp.any(levels_BPK > 0, axis=-1), dtype=jnp.float32)
+        return jnp.sum(losses_BP), count, {"accuracy": jnp.sum(accuracies_BP)}
+
+
+def _at_ends(of_positions: jax.Array, ends: jax.Array) -> jax.Array:
+    """What of (B, R, T) stands at the last tokens of answers, in the shape of `ends`."""
+    flat_BN, ends_BS = of_positions.reshape(len(ends), -1), ends.reshape(len(ends), -1)
+    return jnp.take_along_axis(flat_BN, ends_BS, axis=1).reshape(ends.shape)
 
 
 def token_logprobs(gpt: GPT, params: Any, batch: Batch, rng: jax.Array | None) -> jax.Array:
@@ -100,12 +99,13 @@ def logprobs_of_states(gpt: GPT, params: Any, batch: Batch, x_BRTD: jax.Array) -
 
 
 def answer_logprobs(gpt: GPT, params: Any, batch: Batch, rng: jax.Array | None) -> jax.Array:
-    """Log-probability of each answer given its prompt, float32 (B, K); 0 of those that are not there."""
+    """Log-probability of each answer given its prompt, float32 (B, P, K); of those that are not there, any number."""
     learned_BRT = token_logprobs(gpt, params, batch, rng) * batch["weights"]
     learned_BN = learned_BRT.reshape(len(learned_BRT), -1)
     segments_BN = batch["segments"].reshape(len(learned_BRT), -1)
-    numbers_K = jnp.arange(batch["ends"].shape[1]) + 1
-    return jnp.sum(jnp.where(segments_BN[:, None] == numbers_K[None, :, None], learned_BN[:, None], 0), axis=-1)
+    numbers_BPK = _at_ends(batch["segments"], batch["ends"])
+    here_BPKN = segments_BN[:, None, None] == numbers_BPK[..., None]
+    return jnp.sum(jnp.where(here_BPKN, learned_BN[:, None, None], 0), axis=-1)
 
 
 def dpo_loss(config: Config) -> Loss:
@@ -117,25 +117,22 @@ def dpo_loss(config: Config) -> Loss:
     gpt, settings = GPT(config.model), config.dpo
 
     def loss(params: Any, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array, Measures]:
-        policy_BK = answer_logprobs(gpt, params, batch, rng)
-        reference_BK = jax.lax.stop_gradient(answer_logprobs(gpt, params[REFERENCE], batch, None))
-        better, worse = np.triu_indices(policy_BK.shape[1], 1)
-        losses_BP, margins_BP = rl_math.dpo_loss(
-            policy_BK[:, better],
-            policy_BK[:, worse],
-            reference_BK[:, better],
-            reference_BK[:, worse],
+        policy_BPK = answer_logprobs(gpt, params, batch, rng)
+        reference_BPK = jax.lax.stop_gradient(answer_logprobs(gpt, params[REFERENCE], batch, None))
+        better, worse, there_BPJ = rl_math.ranked_pairs(batch["levels"])
+        losses_BPJ, margins_BPJ = rl_math.dpo_loss(
+            policy_BPK[..., better],
+            policy_BPK[..., worse],
+            reference_BPK[..., better],
+            reference_BPK[..., worse],
             settings.beta,
             settings.label_smoothing,
         )
-        present_BK = present(batch)
-        there_BP = present_BK[:, better] & present_BK[:, worse]
-        counts_B = jnp.any(there_BP, axis=1)
 
-        def total(values_BP: jax.Array) -> jax.Array:
-            return jnp.sum(rl_math.mean_where(values_BP, there_BP))
+        def total(values_BPJ: jax.Array) -> jax.Array:
+            return jnp.sum(rl_math.mean_where(values_BPJ, there_BPJ))
 
-        measures = {"accuracy": total(margins_BP > 0), "margin": total(margins_BP)}
-        return total(losses_BP), jnp.sum(counts_B.astype(jnp.float32)), measures
+        measures = {"accuracy": total(margins_BPJ > 0), "margin": total(margins_BPJ)}
+        return total(losses_BPJ), jnp.sum(jnp.any(there_BPJ, axis=-1), dtype=jnp.float32), measures
 
     return loss

@@ -3,7 +3,7 @@
 Everything is computed and returned in float32, whatever comes in, and works under `jax.jit`. pi is the policy that
 learns, pi_old the one that drew the tokens, pi_ref the reference that it shall stay near.
 
-Shapes: B prompts, K answers to each that are ranked, P pairs of those, G answers to each that the policy drew; N rows
+Shapes: B prompts, K answers to each that are ranked, J pairs of those, G answers to each that the policy drew; N rows
 of T positions. A mask is bool, or 0 and 1: true at the tokens that the policy drew.
 """
 
@@ -12,30 +12,46 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def ranking_loss(scores_BK: jax.Array, present_BK: jax.Array) -> tuple[jax.Array, jax.Array]:
+def ranked_pairs(levels_BK: jax.Array) -> tuple[np.ndarray, np.ndarray, jax.Array]:
+    """The pairs of ranked answers, which may have leading axes of any number.
+
+    Args:
+      levels_BK: int, 1 the best, rising along K; 0: there is no such answer.
+
+    Returns:
+      better (J,) and worse (J,), places in K of all pairs; and there_BJ: which of them say that the first is the better
+      one. Answers of one level say nothing of each other.
+    """
+    better, worse = np.triu_indices(levels_BK.shape[-1], 1)
+    return better, worse, (levels_BK[..., better] > 0) & (levels_BK[..., better] < levels_BK[..., worse])
+
+
+def ranking_loss(scores_BK: jax.Array, levels_BK: jax.Array) -> tuple[jax.Array, jax.Array]:
     """How badly scores order answers that stand best first (Ouyang et al. 2022, equation 1).
 
         loss = -1 / (K choose 2)  sum over pairs i before j of  log sigmoid(score_i - score_j)
 
+    Where answers are equally good, or not there, the mean is over the pairs that are left.
+
     Args:
-      present_BK: a mask; an answer that is not there is in no pair.
+      scores_BK: with leading axes of any number.
+      levels_BK: of `ranked_pairs`.
 
     Returns:
       losses_B in nats, and accuracies_B: the share of the pairs of which the better one has the higher score. Both are
       the mean over a prompt's pairs, 0 where it has none.
     """
-    scores_BK, present_BK = _float32(scores_BK), present_BK.astype(bool)
-    better, worse = np.triu_indices(scores_BK.shape[1], 1)
-    margins_BP = scores_BK[:, better] - scores_BK[:, worse]
-    there_BP = present_BK[:, better] & present_BK[:, worse]
-    return mean_where(-jax.nn.log_sigmoid(margins_BP), there_BP), mean_where(margins_BP > 0, there_BP)
+    scores_BK = _float32(scores_BK)
+    better, worse, there_BJ = ranked_pairs(levels_BK)
+    margins_BJ = scores_BK[..., better] - scores_BK[..., worse]
+    return mean_where(-jax.nn.log_sigmoid(margins_BJ), there_BJ), mean_where(margins_BJ > 0, there_BJ)
 
 
 def dpo_loss(
-    better_BP: jax.Array,
-    worse_BP: jax.Array,
-    reference_better_BP: jax.Array,
-    reference_worse_BP: jax.Array,
+    better_BJ: jax.Array,
+    worse_BJ: jax.Array,
+    reference_better_BJ: jax.Array,
+    reference_worse_BJ: jax.Array,
     beta: float,
     label_smoothing: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
@@ -50,17 +66,17 @@ def dpo_loss(
         preferences").
 
     Returns:
-      The losses in nats and the margins, (B, P) each.
+      The losses in nats and the margins, (B, J) each.
     """
-    margins_BP = beta * (kl_k1(better_BP, reference_better_BP) - kl_k1(worse_BP, reference_worse_BP))
-    right_BP, wrong_BP = jax.nn.log_sigmoid(margins_BP), jax.nn.log_sigmoid(-margins_BP)
-    return -(1 - label_smoothing) * right_BP - label_smoothing * wrong_BP, margins_BP
+    margins_BJ = beta * (kl_k1(better_BJ, reference_better_BJ) - kl_k1(worse_BJ, reference_worse_BJ))
+    right_BJ, wrong_BJ = jax.nn.log_sigmoid(margins_BJ), jax.nn.log_sigmoid(-margins_BJ)
+    return -(1 - label_smoothing) * right_BJ - label_smoothing * wrong_BJ, margins_BJ
 
 
-def mean_where(values_BP: jax.Array, there_BP: jax.Array) -> jax.Array:
+def mean_where(values_BJ: jax.Array, there_BJ: jax.Array) -> jax.Array:
     """The mean along the last axis of what is there, float32 (B,); 0 where nothing is."""
-    count_B = jnp.sum(there_BP, axis=-1)
-    return jnp.sum(jnp.where(there_BP, values_BP, 0), axis=-1, dtype=jnp.float32) / jnp.maximum(count_B, 1)
+    count_B = jnp.sum(there_BJ, axis=-1)
+    return jnp.sum(jnp.where(there_BJ, values_BJ, 0), axis=-1, dtype=jnp.float32) / jnp.maximum(count_B, 1)
 
 
 def kl_k1(logprobs: jax.Array, reference: jax.Array) -> jax.Array:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptjax.data.chat_batches import PackedConversations, RankedAnswers, lay_out, rows_needed
+from gptjax.data.chat_batches import PackedConversations, RankedAnswers, RankedSequences, lay_out, rows_needed
 from gptjax.data.templates import Encoded
 
 T = 12
@@ -129,9 +129,68 @@ def test_a_share_of_the_rows_is_text():
         assert others == [s.tokens.tolist() for s in made]
 
 
-def test_rankings_of_different_sizes_are_of_one_shape():
-    elements = [sequences(4, 4), sequences(9, 3, 5, first=100), sequences(6, 6, first=200)]
-    ranked = RankedAnswers(elements, T, pack=True, seed=None)
-    read = [ranked[i] for i in range(3)]
-    assert [array["tokens"].shape for array in read] == [(2, T)] * 3
-    assert [array["ends"].tolist() for array in read] == [[3, 7, -1], [8, 11, 16], [5, 11, -1]]
+def test_a_small_share_is_one_row_of_text():
+    text = [{"tokens": np.full(T, 1000, np.int32), "targets": np.zeros(T, np.int32), "weights": np.ones(T, np.float32)}]
+    rows = PackedConversations(sequences(*[T] * 18), T, pack=True, seed=3, pretraining=text, share=0.01)
+    assert [rows[i]["tokens"][0] >= 1000 for i in range(rows.rows_per_epoch)].count(True) == 1
+    assert rows.rows_per_epoch == 19
+
+
+def ranked(*lengths: tuple[int, ...], first: int = 1) -> list[RankedSequences]:
+    """Prompts whose answers have these lengths, all of them different tokens."""
+    made = []
+    for of_prompt in lengths:
+        made.append(RankedSequences(sequences(*of_prompt, first=first), range(1, len(of_prompt) + 1)))
+        first += sum(of_prompt)
+    return made
+
+
+def answers_of(arrays: dict[str, np.ndarray]) -> list[list[tuple[int, int]]]:
+    """Of each prompt of an element the last tokens and the levels of its answers."""
+    tokens = arrays["tokens"].reshape(-1)
+    pairs = [
+        [(int(tokens[end]), int(level)) for end, level in zip(*prompt, strict=True) if level > 0]
+        for prompt in zip(arrays["ends"], arrays["levels"], strict=True)
+    ]
+    return [prompt for prompt in pairs if prompt]
+
+
+def test_rankings_by_hand():
+    """The second prompt fills an element, the third and the last share the other with the first."""
+    prompts = ranked((16, 8), (30, 20, 12), (9, 9), (14,))
+    ranked_answers = RankedAnswers(prompts, 1024, pack=True, seed=None)
+    read = [ranked_answers[i] for i in range(len(ranked_answers))]
+    assert [array["tokens"].shape for array in read] == [(2, 32)] * 2
+    assert read[0]["ends"].tolist() == [[15, 23, 0], [40, 49, 0], [63, 0, 0]]
+    assert read[0]["levels"].tolist() == [[1, 2, 0], [1, 2, 0], [1, 0, 0]]
+    assert read[1]["ends"].tolist() == [[29, 51, 63], [0, 0, 0], [0, 0, 0]]
+    assert read[1]["levels"].tolist() == [[1, 2, 3], [0, 0, 0], [0, 0, 0]]
+    assert answers_of(read[1]) == [[(54, 1), (74, 2), (86, 3)]]
+
+
+@pytest.mark.parametrize("pack", [True, False])
+@given(lengths=st.lists(st.lists(st.integers(1, 48), min_size=2, max_size=5), min_size=1, max_size=30))
+def test_every_prompt_is_whole_in_one_element_of_one_shape(lengths, pack):
+    prompts = ranked(*map(tuple, lengths))
+    elements = RankedAnswers(prompts, 48, pack=pack, seed=None)
+    read = [elements[i] for i in range(len(elements))]
+    assert len({tuple(array.shape for array in arrays.values()) for arrays in read}) == 1
+    found = [sequence for arrays in read for sequence in read_back(arrays)]
+    assert sorted(f[0] for f in found) == sorted(s.tokens.tolist() for prompt in prompts for s in prompt.sequences)
+    wanted = [[(int(s.tokens[-1]), level) for s, level in zip(*prompt, strict=True)] for prompt in prompts]
+    assert sorted(prompt for arrays in read for prompt in answers_of(arrays)) == sorted(wanted)
+    rows, length = read[0]["tokens"].shape
+    longest = max(max(of_prompt) for of_prompt in lengths)
+    assert length == (32 if longest <= 32 else 48)
+    if pack:
+        assert rows == max(rows_needed(prompt.sequences, length, pack=True) for prompt in prompts)
+    else:
+        assert (len(read), rows) == (len(prompts), max(map(len, lengths)))
+
+
+def test_little_of_packed_rankings_is_padding():
+    drawn = np.random.default_rng(0).gamma(2, 20, (400, 4)).astype(int).clip(4, 128)
+    elements = RankedAnswers(ranked(*map(tuple, drawn.tolist())), 128, pack=True, seed=0)
+    rows, length = elements[0]["tokens"].shape
+    assert (length, rows) == (128, 4)
+    assert drawn.sum() > 0.8 * elements.rows_per_epoch * rows * length

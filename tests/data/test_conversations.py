@@ -186,7 +186,8 @@ def test_malformed_rankings_are_named(jsonl, record, message):
 
 def test_the_packaged_dialogues_are_texts_of_two_who_take_turns():
     english = read_conversations("chatterbot")
-    assert len(english) > 2000
+    assert len(english) > 800
+    assert len({conversation.messages for conversation in english}) == len(english), "each is there once"
     assert any(
         "三" in m.content or "的" in m.content for c in read_conversations("chatterbot:chinese") for m in c.messages
     )
@@ -203,12 +204,14 @@ def test_the_packaged_dialogues_are_texts_of_two_who_take_turns():
 def test_the_packaged_dialogues_are_texts_as_they_are_written(tmp_path, monkeypatch):
     folder = tmp_path / "data" / "english"
     folder.mkdir(parents=True)
-    content = "conversations:\n- - Is it?\n  - Yes\n- lost\n- - When?\n  - 1_984\n  - Oh.\n- - Alone.\n"
+    content = (
+        "conversations:\n- - Is it?\n  - Yes\n- lost\n- - Is it?\n  - Yes\n- - When?\n  - 1_984\n  - Oh.\n- - Alone.\n"
+    )
     (folder / "a.yml").write_text(content)
     monkeypatch.setattr(module, "require_package", lambda *_: str(tmp_path))
     read = read_conversations("chatterbot")
     assert [[message.content for message in c.messages] for c in read] == [["Is it?", "Yes"], ["When?", "1_984"]]
-    assert [c.place[-14:] for c in read] == ["conversation 0", "conversation 2"]
+    assert [c.place[-14:] for c in read] == ["conversation 0", "conversation 3"]
 
 
 def test_no_question_is_on_both_sides():
@@ -247,6 +250,19 @@ def test_random_answers_are_never_true_ones():
     assert rankings != random_rankings(conversations, 2, seed=1)
     with pytest.raises(UserError, match=r"line 0 has fewer than chat\.random_answers=3"):
         random_rankings(conversations, 3, seed=0)
+    assert {ranking.levels for ranking in rankings} == {(1, 2, 2)}, "of random answers none is better than another"
+
+
+def test_each_draw_has_all_answers_and_other_random_ones():
+    conversations = [
+        Conversation((Message("user", f"q{i}"), Message("assistant", f"a{i}")), f"line {i}") for i in range(30)
+    ]
+    once, often = (random_rankings(conversations, 2, 0, draws) for draws in (1, 3))
+    assert often[:30] == once
+    assert [(r.prompt, r.answers[0]) for r in often] == 3 * [(r.prompt, r.answers[0]) for r in once]
+    others = [[ranking.answers[1:] for ranking in often[first : first + 30]] for first in (0, 30, 60)]
+    pairs = itertools.combinations(others, 2)
+    assert sum(a == b for first, second in pairs for a, b in zip(first, second, strict=True)) < 5
 
 
 def test_random_answers_are_of_other_conversations():

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 from gptjax import config as c
 from gptjax.config import GPTConfig, UserError
@@ -22,7 +23,9 @@ from gptjax.models.gpt import GPT, abstract_params
 from gptjax.parallel.mesh import make_mesh
 from gptjax.training.run import run
 from gptjax.workdir import load_model
+from tests import tiny_chats
 from tests.interop.write_fixtures import FIXTURES, MODELS
+from tests.tiny_tasks import save_pretrained as save_weights
 
 ROOT = Path(__file__).parents[2]
 
@@ -217,6 +220,18 @@ def test_training_starts_from_imported_weights_but_not_in_their_workdir(tmp_path
     expected = load_model(tmp_path / "tuned").params
     jax.tree.map(np.testing.assert_array_equal, params, expected)
     assert contents(tmp_path / "out") != contents(FIXTURES / "gpt2")
+
+
+def test_a_model_of_chat_is_exported_with_its_tokens(tmp_path):
+    config = tiny_chats.config_of("sft", tmp_path, None)
+    workdir = save_weights(tmp_path / "run", settings=dataclasses.replace(config.model, vocab_size=259))
+    (workdir / "config.json").write_text(c.to_json(config))
+    export_workdir(workdir, tmp_path / "out")
+    theirs = json.loads((tmp_path / "out" / "config.json").read_text())
+    written = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert theirs["vocab_size"] == written.get_vocab_size() == 257 + 2
+    assert (written.token_to_id("<|a|>"), written.token_to_id("<|end|>")) == (257, 258)
+    assert (theirs["bos_token_id"], theirs["eos_token_id"]) == (256, 258)
 
 
 def small(**fields: object) -> GPTConfig:

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import tokenizers as huggingface
 
-from gptjax.config import UserError
+from gptjax.config import ChatConfig, UserError
 from gptjax.data import sources, tokenizers
+from gptjax.data.conversations import Message
+from gptjax.data.templates import TEMPLATES, ChatFormat, Template, chat_format
 from gptjax.interop.tokenizer_files import read_tokenizer, write_tokenizer
 
 ODD_TEXT = "naïve 日本 🙂\r\n\ttabs  and   spaces \x00 <|endoftext|> </s> I'LL don't 1234567 ÀÉ'S \n\n x　y  "
@@ -41,6 +43,41 @@ def test_every_kind_is_written_as_a_tokenizer_json_of_the_same_ids(spec, speeche
     assert_same_ids(tokenizer, read_tokenizer(tmp_path), [*speeches, ODD_TEXT, ""])
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert (settings["eos_token"], settings["model_max_length"]) == ("<|endoftext|>", 64)
+
+
+TALK = [
+    Message("system", "Be brief."),
+    Message("user", "What's a naïve 日本 <|im|> 🙂?"),
+    Message("assistant", 'I don\'t "know" {{it}}.'),
+    Message("user", "Oh"),
+]
+
+
+@pytest.mark.parametrize(
+    ("spec", "template"), [*((s, "chatml") for s in ("gpt2", "bytes", "bpe:400", "gpt1_bpe:400")), ("bytes", "plain")]
+)
+def test_a_chat_format_is_written_with_its_special_tokens(spec, template, speeches, tmp_path):
+    tokenizer = get(spec, speeches, tmp_path / "cache")
+    chat = chat_format(ChatConfig(template=template), tokenizer)
+    write_tokenizer(tokenizer, tmp_path, 64, chat)
+    written = huggingface.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert written.get_vocab_size() == chat.vocab_size == tokenizer.vocab_size + (2 if template == "chatml" else 0)
+    assert {name: written.token_to_id(name) for name in chat.special_tokens} == chat.special_tokens
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert written.token_to_id(settings["eos_token"]) == chat.end_of_turn
+    parts = [getattr(TEMPLATES[template], message.role).replace("{content}", message.content) for message in TALK]
+    text = "".join([settings["bos_token"], *parts, TEMPLATES[template].assistant.partition("{content}")[0]])
+    assert written.encode(text, add_special_tokens=False).ids == chat.encode_prompt(TALK).tolist()
+
+
+def test_special_tokens_that_have_no_place_behind_the_vocabulary(tmp_path):
+    """The vocabulary has one of the template's, as an imported one of a model that chats may."""
+    tokenizer = tokenizers.BytesTokenizer()
+    write_tokenizer(tokenizer, tmp_path, 64, ChatFormat(TEMPLATES["chatml"], tokenizer))
+    imported = read_tokenizer(tmp_path)
+    chat = ChatFormat(Template("{content}<|a|>", "{content}<|a|>", "{content}<|im_end|>"), imported)
+    with pytest.raises(UserError, match=r"<\|im_end\|> of the chat template has the id 260 .* has 258 for it"):
+        write_tokenizer(imported, tmp_path, 64, chat)
 
 
 @pytest.mark.parametrize("spec", ["bpe:400", "gpt1_bpe:400"])

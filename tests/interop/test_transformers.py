@@ -1,14 +1,20 @@
 """Against transformers itself, where it is installed: more shapes than the fixtures have, and what it makes of ours."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from gptjax import config as c
 from gptjax.data import tokenizers
-from gptjax.interop.huggingface import load_pretrained, save_pretrained
+from gptjax.data.conversations import Message
+from gptjax.data.templates import chat_format
+from gptjax.interop.huggingface import export_workdir, load_pretrained, save_pretrained
 from tests.interop.write_fixtures import draw_tokens, logits, make_model
+from tests.tiny_chats import config_of
+from tests.tiny_tasks import save_pretrained as save_weights
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -57,6 +63,22 @@ def test_same_logits_and_the_same_weights_back(model_type, fields, tmp_path):
         assert torch.equal(tensor, expected[name]), name
     # Not bit for bit: there are several names for one activation, and transformers rounds each in its own way.
     np.testing.assert_allclose(logits(back.eval(), full_BT), logits(theirs, full_BT), atol=1e-5, rtol=0)
+
+
+def test_a_chat_template_makes_the_tokens_that_the_model_was_trained_on(tmp_path):
+    config = config_of("sft", tmp_path, None)
+    workdir = save_weights(tmp_path / "run", settings=dataclasses.replace(config.model, vocab_size=259))
+    (workdir / "config.json").write_text(c.to_json(config))
+    export_workdir(workdir, tmp_path / "out")
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    talk = [Message("user", "naïve?\n"), Message("assistant", "a"), Message("user", "q")]
+    messages = [{"role": message.role, "content": message.content} for message in talk]
+    expected = chat_format(config.chat, tokenizers.BytesTokenizer()).encode_prompt(talk).tolist()
+    ids = loaded.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert ids == expected
+    assert len(loaded) == model.config.vocab_size == model.get_input_embeddings().num_embeddings == 259
+    assert loaded.eos_token_id == model.config.eos_token_id == model.generation_config.eos_token_id == 258
 
 
 @pytest.mark.parametrize("spec", ["bytes", "gpt2"])

@@ -19,7 +19,7 @@ from gptjax.models import peft
 from gptjax.parallel.mesh import batch_sharding, make_mesh
 from gptjax.training.checkpoints import Checkpoints
 from gptjax.training.optimizers import schedule
-from gptjax.training.stages import finetune
+from gptjax.training.run import STAGES
 from gptjax.training.start import start_state
 from gptjax.training.state import make_train_step, state_shardings
 from tests.tiny_tasks import MODEL, run_config, save_pretrained, with_method
@@ -28,7 +28,8 @@ STEPS = 6
 
 
 def train(config: c.Config, mesh: jax.sharding.Mesh, workdir: Path) -> dict[str, Any]:
-    stage = finetune.build(config, mesh, None)
+    """Six steps of the stage of `config`, and what its evaluation says after them."""
+    stage = STAGES[config.stage](config, mesh, None)
     config, program, losses = stage.config, stage.program, []
     with jax.set_mesh(mesh), Checkpoints(workdir, config.checkpoint) as checkpoints:
         state, _ = start_state(program, mesh, checkpoints)

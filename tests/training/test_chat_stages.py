@@ -84,7 +84,9 @@ def test_dpo_leaves_the_reference_and_saves_the_policy_alone(finished):
 
 @pytest.mark.parametrize("stage", STAGES_OF_CHAT)
 def test_a_run_in_two_parts_is_the_same_run(finished, stage, tmp_path):
+    """It stops after one step, in the middle of what a record is the mean of."""
     config, whole = finished[stage]
+    config = c.replace(config, {"logging": {"every_steps": 2}})
     first = dataclasses.replace(config, batch=dataclasses.replace(config.batch, epochs=None, total_tokens=1))
     run(first, tmp_path)
     run(config, tmp_path, allow_config_changes=True)
@@ -93,8 +95,12 @@ def test_a_run_in_two_parts_is_the_same_run(finished, stage, tmp_path):
         parts = [load_parts(workdir, mesh).trained for workdir in (whole, tmp_path)]
     for once, twice in zip(*map(jax.tree.leaves, parts), strict=True):
         np.testing.assert_array_equal(once, twice)
-    losses = [[r["loss"] for r in read_metrics(d)[1] if r["split"] == "train"] for d in (whole, tmp_path)]
-    assert losses[0] == losses[1]
+    steps, pairs = ([r for r in read_metrics(d)[1] if r["split"] == "train"] for d in (whole, tmp_path))
+    assert pairs
+    for one, two, mean in zip(steps[::2], steps[1::2], pairs, strict=False):
+        assert mean["step"] == two["step"]
+        for name in {"loss", "accuracy", "margin"} & set(one):
+            assert mean[name] == (one[name] + two[name]) / 2
 
 
 def test_lora_trains_its_matrices_alone_beside_a_reference(finished, tmp_path):
@@ -144,6 +150,21 @@ def test_no_held_out_answer_is_met_in_training_as_a_wrong_one(finished):
     assert said[0] <= true[0]
     assert said[1] <= true[1]
     assert 0.05 < len(validation) / len(train) < 0.2
+
+
+def test_random_answers_that_are_too_long_are_left_out_before_the_prompt_is(finished, tmp_path):
+    """The long answer has room behind its own question alone."""
+    said = [("q", "a" * 26), *((f"question {i}", letter) for i, letter in enumerate("bcde"))]
+    turns = [[{"role": "user", "content": asked}, {"role": "assistant", "content": told}] for asked, told in said]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
+    changes = {"data": {"source": f"jsonl:{path}", "validation_source": f"jsonl:{path}"}}
+    config = c.replace(finished["dpo"][0], changes | {"chat": {"random_answers": 4, "on_too_long": "skip"}})
+    arrays = next(STAGES["dpo"](config, make_mesh(c.MeshConfig()), None).batches(0)).arrays
+    answers = (arrays["levels"] > 0).sum(axis=-1).reshape(-1)  # of each prompt, and 0 where there is none
+    assert set(answers[answers > 0].tolist()) == {4, 5}
+    with pytest.raises(UserError, match=r"an answer has|its last exchange has"):
+        STAGES["dpo"](c.replace(config, {"chat": {"on_too_long": "error"}}), make_mesh(c.MeshConfig()), None)
 
 
 def test_bytes_that_are_no_text_are_replaced_or_refused(finished, tmp_path):

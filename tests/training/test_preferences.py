@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from gptjax import config as c
-from gptjax.data.chat_batches import lay_out, rows_needed
+from gptjax.data.chat_batches import RankedAnswers, RankedSequences
 from gptjax.data.templates import Encoded
 from gptjax.models.gpt import GPT, head_embedding, hidden_states
 from gptjax.training.losses import cross_entropy, target_logprobs
 from gptjax.training.preferences import REFERENCE, RewardModel, answer_logprobs, dpo_loss
-from tests.tiny_tasks import MODEL
+from tests.tiny_tasks import CONTEXT, MODEL
 
 VOCAB = 40
 CONFIG = c.Config(stage="reward", model=MODEL.with_vocabulary(VOCAB), dpo=c.DPOConfig(beta=0.5))
@@ -33,18 +33,27 @@ def answers(*lengths: int) -> list[Encoded]:
     return made
 
 
-ELEMENTS = [answers(5, 2, 7), answers(4, 9), answers(1, 3, 2)]
+# Of each prompt its answers, and how good they are.
+PROMPTS = [
+    (answers(5, 2, 7), (1, 2, 3)),
+    (answers(4, 9), (1, 2)),
+    (answers(1, 3, 2), (1, 2, 2)),
+    (answers(1, 1), (1, 2)),
+]
+# It fills an element; another of the same size has room for all the others.
+LARGE = (answers(28, 29, 27), (1, 2, 3))
 
 
-def batch(elements: list[list[Encoded]], *, pack: bool, length: int = 32, full: int | None = None) -> dict:
-    """The elements as one batch; `full` of them, the rest filled up with zeros."""
-    rows = max(rows_needed(element, length, pack=pack) for element in elements)
-    laid = [lay_out(element, rows, length, pack=pack) for element in elements]
-    most = max(map(len, elements))
-    for arrays in laid:
-        arrays["ends"] = np.pad(arrays["ends"], (0, most - len(arrays["ends"])), constant_values=-1)
-    laid += [{name: np.zeros_like(a) for name, a in laid[0].items()}] * ((full or len(elements)) - len(elements))
+def batch(prompts: list[tuple[list[Encoded], tuple[int, ...]]], *, pack: bool, full: int | None = None) -> dict:
+    """All prompts in one batch; `full` elements, the rest filled up with zeros."""
+    elements = RankedAnswers([RankedSequences(*prompt) for prompt in prompts], CONTEXT, pack=pack, seed=None)
+    laid = [elements[i] for i in range(len(elements))]
+    laid += [{name: np.zeros_like(a) for name, a in laid[0].items()}] * ((full or len(laid)) - len(laid))
     return {name: jnp.asarray(np.stack([arrays[name] for arrays in laid])) for name in laid[0]}
+
+
+def right_pairs(levels: tuple[int, ...]) -> list[tuple[int, int]]:
+    return [(i, j) for i, j in itertools.combinations(range(len(levels)), 2) if levels[i] < levels[j]]
 
 
 @pytest.fixture(scope="module")
@@ -89,13 +98,15 @@ def test_target_logprobs_sum_up_to_the_cross_entropy():
 
 @pytest.mark.parametrize("pack", [True, False])
 def test_scores_and_logprobs_are_those_of_each_sequence_alone(params, pack):
-    whole = batch(ELEMENTS, pack=pack, full=4)
+    prompts = [LARGE, *PROMPTS]
+    whole = batch(prompts, pack=pack, full=6)
+    assert whole["ends"].shape == ((6, 4, 3) if pack else (6, 1, 3))
     scores = jax.jit(RewardModel(CONFIG).scores)(params, whole)
     logprobs = jax.jit(lambda p, b: answer_logprobs(GPT(CONFIG.model), p, b, None))(params, whole)
-    for element, of_scores, of_logprobs in zip(ELEMENTS, scores, logprobs, strict=False):
-        for sequence, score, logprob in zip(element, of_scores, of_logprobs, strict=False):
-            wanted = alone(params, sequence)
-            assert (float(score), float(logprob)) == pytest.approx(wanted, rel=1e-4, abs=1e-4)
+    there = whole["levels"] > 0
+    found = [tuple(map(float, pair)) for pair in zip(scores[there], logprobs[there], strict=True)]
+    for sequence, pair in zip((s for sequences, _ in prompts for s in sequences), found, strict=True):
+        assert pair == pytest.approx(alone(params, sequence), rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.parametrize("stage", ["reward", "dpo"])
@@ -107,7 +118,8 @@ def test_packing_changes_neither_loss_nor_gradient(params, stage):
         return loss_sum, (weight, measures)
 
     found = [
-        jax.jit(jax.value_and_grad(total, has_aux=True))(params, batch(ELEMENTS, pack=pack)) for pack in (True, False)
+        jax.jit(jax.value_and_grad(total, has_aux=True))(params, batch([*PROMPTS, LARGE], pack=pack))
+        for pack in (True, False)
     ]
     for packed, padded in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_allclose(packed, padded, rtol=1e-4, atol=1e-5)
@@ -115,35 +127,37 @@ def test_packing_changes_neither_loss_nor_gradient(params, stage):
 
 
 def test_the_reward_loss_is_the_mean_over_a_prompts_pairs(params):
-    loss, weight, measures = RewardModel(CONFIG).loss(params, batch(ELEMENTS, pack=True, full=5), None)
+    whole = batch(PROMPTS, pack=True, full=5)
+    loss, weight, measures = jax.jit(lambda p, b: RewardModel(CONFIG).loss(p, b, None))(params, whole)
     losses, accuracies = [], []
-    for element in ELEMENTS:
+    for element, levels in PROMPTS:
         scores = [alone(params, sequence)[0] for sequence in element]
-        margins = [better - worse for better, worse in itertools.combinations(scores, 2)]
+        margins = [scores[better] - scores[worse] for better, worse in right_pairs(levels)]
         losses.append(np.mean([math.log(1 + math.exp(-margin)) for margin in margins]))
         accuracies.append(np.mean([margin > 0 for margin in margins]))
     assert float(loss) == pytest.approx(sum(losses), rel=1e-4)
     assert float(measures["accuracy"]) == pytest.approx(sum(accuracies), abs=1e-6)
-    assert float(weight) == 3.0
+    assert float(weight) == 4.0
 
 
 def test_the_dpo_loss_by_hand(params):
     config = dataclasses.replace(CONFIG, dpo=c.DPOConfig(beta=0.5, label_smoothing=0.1))
-    loss, weight, measures = dpo_loss(config)(params, batch(ELEMENTS, pack=True, full=4), None)
+    whole = batch(PROMPTS, pack=True, full=4)
+    loss, weight, measures = jax.jit(lambda p, b: dpo_loss(config)(p, b, None))(params, whole)
     losses, all_margins = [], []
-    for element in ELEMENTS:
+    for element, levels in PROMPTS:
         ratios = [alone(params, sequence)[1] - alone(params[REFERENCE], sequence)[1] for sequence in element]
-        margins = [0.5 * (better - worse) for better, worse in itertools.combinations(ratios, 2)]
+        margins = [0.5 * (ratios[better] - ratios[worse]) for better, worse in right_pairs(levels)]
         all_margins.append(np.mean(margins))
         losses.append(np.mean([0.9 * math.log(1 + math.exp(-m)) + 0.1 * math.log(1 + math.exp(m)) for m in margins]))
     assert float(loss) == pytest.approx(sum(losses), rel=1e-3)
     assert float(measures["margin"]) == pytest.approx(sum(all_margins), rel=1e-2, abs=1e-3)
-    assert float(weight) == 3.0
+    assert float(weight) == 4.0
 
 
 def test_at_the_reference_dpo_is_log_2_and_the_reference_gets_no_gradient(params):
     same = {**params[REFERENCE], REFERENCE: params[REFERENCE]}
-    whole = batch(ELEMENTS, pack=True)
+    whole = batch(PROMPTS, pack=True)
     gradients, (weight, measures) = jax.grad(
         lambda p: (lambda total, *rest: (total, rest))(*dpo_loss(CONFIG)(p, whole, None)), has_aux=True
     )(same)

@@ -251,25 +251,33 @@ class TestDPOLoss:
 
 class TestRankingLoss:
     def test_of_two_is_log_sigmoid(self):
-        losses, accuracies = rl_math.ranking_loss(jnp.array([[2.0, -1], [0, 0.5]]), jnp.ones((2, 2)))
+        levels = jnp.array([[1, 2], [1, 2]])
+        losses, accuracies = rl_math.ranking_loss(jnp.array([[2.0, -1], [0, 0.5]]), levels)
         close(losses, [-log_sigmoid(3), -log_sigmoid(-0.5)])
         close(accuracies, [1.0, 0.0])
 
     def test_is_the_mean_over_the_pairs_that_are_there(self):
         scores = jnp.array([[1.0, 3, 0, 99], [1, 3, 0, 2], [1, 3, 0, 2], [1, 3, 0, 2]])
-        present = jnp.array([[1, 1, 1, 0], [1, 0, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0]], bool)
-        losses, accuracies = rl_math.ranking_loss(scores, present)
+        levels = jnp.array([[1, 2, 3, 0], [1, 0, 0, 2], [1, 0, 0, 0], [0, 0, 0, 0]])
+        losses, accuracies = rl_math.ranking_loss(scores, levels)
         # Differences of the pairs: 1 - 3, 1 - 0 and 3 - 0; 1 - 2; none; none.
         close(losses, [-(log_sigmoid(-2) + log_sigmoid(1) + log_sigmoid(3)) / 3, -log_sigmoid(-1), 0, 0])
         close(accuracies, [2 / 3, 0, 0, 0])
 
+    def test_answers_of_one_level_are_in_no_pair_with_each_other(self):
+        scores, levels = jnp.array([[[1.0, 3, 0, 2]], [[1.0, 3, 0, 2]]]), jnp.array([[[1, 2, 2, 2]], [[1, 1, 2, 0]]])
+        losses, accuracies = rl_math.ranking_loss(scores, levels)
+        close(losses[0], [-(log_sigmoid(-2) + log_sigmoid(1) + log_sigmoid(-1)) / 3])
+        close(losses[1], [-(log_sigmoid(1) + log_sigmoid(3)) / 2])
+        close(accuracies, [[1 / 3], [1]])
+
     def test_gradients_of_absent_answers_are_0(self):
-        present = jnp.array([[True, True, False]])
-        gradient = jax.grad(lambda s: rl_math.ranking_loss(s, present)[0][0])(jnp.array([[0.0, 0.0, 5.0]]))
+        levels = jnp.array([[1, 2, 0]])
+        gradient = jax.grad(lambda s: rl_math.ranking_loss(s, levels)[0][0])(jnp.array([[0.0, 0.0, 5.0]]))
         close(gradient, [[-0.5, 0.5, 0.0]])
 
     def test_equal_scores_are_not_the_right_order(self):
-        assert rl_math.ranking_loss(jnp.zeros((1, 3)), jnp.ones((1, 3)))[1] == 0
+        assert rl_math.ranking_loss(jnp.zeros((1, 3)), jnp.array([[1, 2, 3]]))[1] == 0
 
 
 class TestExplainedVariance:
@@ -304,7 +312,7 @@ UNMASKED = {
     "value_loss": lambda x, y, mask: rl_math.value_loss(x, y, y, 0.2),
     "group_advantages": lambda x, y, mask: rl_math.group_advantages(x),
     "dpo_loss": lambda x, y, mask: rl_math.dpo_loss(x, y, y, x, 0.1, 0.1),
-    "ranking_loss": lambda x, y, mask: rl_math.ranking_loss(x, mask),
+    "ranking_loss": lambda x, y, mask: rl_math.ranking_loss(x, mask * np.arange(1, 7)[None]),
 }
 
 

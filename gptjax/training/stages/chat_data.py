@@ -83,11 +83,11 @@ def rankings_of(config: Config) -> Split[Ranking]:
     """
     if config.chat.random_answers == 0:
         return _split(config, lambda spec: conversations.read_rankings(spec, invalid_utf8=config.data.invalid_utf8))
-    train, validation = (
-        conversations.random_rankings(side, config.chat.random_answers, config.seed)
-        for side in conversations_of(config)
+    chat, (train, validation) = config.chat, conversations_of(config)
+    return (
+        conversations.random_rankings(train, chat.random_answers, config.seed, chat.random_draws),
+        conversations.random_rankings(validation, chat.random_answers, config.seed),
     )
-    return train, validation
 
 
 def prompts_of(config: Config) -> Split[Prompt]:

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gptjax.config import Config
-from gptjax.data.chat_batches import RankedAnswers
+from gptjax.data.chat_batches import RankedAnswers, RankedSequences
 from gptjax.data.conversations import Ranking
 from gptjax.data.pipeline import Microbatch
 from gptjax.data.templates import Encoded, TooLongError
@@ -57,12 +57,18 @@ def build_ranked(
     )
 
 
-def _encode(data: ChatData[Ranking], rankings: list[Ranking]) -> list[list[Encoded]]:
-    """Each prompt with its answers, as one element of a batch (Ouyang et al. 2022, section 3.5)."""
+def _encode(data: ChatData[Ranking], rankings: list[Ranking]) -> list[RankedSequences]:
+    """Each prompt with its answers, which are to be in one batch together (Ouyang et al. 2022, section 3.5)."""
     form, context = data.chat_format, data.config.model.context_length
 
-    def element(item: Ranking) -> list[Encoded]:
-        answers = [form.encode_answer(text) for text in item.answers]
+    def sequences(item: Ranking) -> RankedSequences:
+        answers, levels = [form.encode_answer(text) for text in item.answers], item.levels
+        if not item.ordered and data.config.chat.on_too_long == "skip":  # of random answers others do as well
+            room = context - len(form.encode_prompt(item.prompt[-1:]))
+            kept = [i for i, answer in enumerate(answers) if i == 0 or len(answer) <= room]
+            answers, levels = [answers[i] for i in kept], tuple(levels[i] for i in kept)
+            if len(answers) < 2:
+                raise TooLongError(f"{item.place}: no random answer has room behind its prompt")
         longest = max(map(len, answers))
         if longest >= context:
             raise TooLongError(
@@ -72,6 +78,7 @@ def _encode(data: ChatData[Ranking], rankings: list[Ranking]) -> list[list[Encod
         # One prompt for all: were more of it left out before a longer answer, they would not answer the same.
         prompt = form.encode_prompt(item.prompt, context - longest, place=item.place)
         whole = (np.concatenate([prompt, answer]) for answer in answers)
-        return [Encoded(tokens, np.arange(len(tokens)) >= len(prompt)) for tokens in whole]
+        encoded = [Encoded(tokens, np.arange(len(tokens)) >= len(prompt)) for tokens in whole]
+        return RankedSequences(encoded, levels)
 
-    return fitting(data.config, rankings, element)
+    return fitting(data.config, rankings, sequences)

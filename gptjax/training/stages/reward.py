@@ -15,7 +15,7 @@ from gptjax.data.tokenizers import Tokenizer
 from gptjax.files import write_whole
 from gptjax.models import peft
 from gptjax.training.loop import Stage
-from gptjax.training.preferences import SCALE_FILE, RewardModel, present
+from gptjax.training.preferences import SCALE_FILE, RewardModel
 from gptjax.training.stages.held_out import held_out_means
 from gptjax.training.stages.ranked import build_ranked
 from gptjax.training.state import Batch, Measures
@@ -32,8 +32,8 @@ def _conclude(config: Config, read: Callable[[], Iterator[Microbatch]], mesh: Me
 
     def best_scores(params: Any, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array, Measures]:
         with peft.applied(config.peft, deterministic=True):
-            scores_B, there_B = model.scores(params, batch, rng)[:, 0], present(batch)[:, 0]
-        return jnp.sum(jnp.where(there_B, scores_B, 0)), jnp.sum(there_B), {}
+            scores_BP, there_BP = model.scores(params, batch, rng)[..., 0], batch["levels"][..., 0] > 0
+        return jnp.sum(jnp.where(there_BP, scores_BP, 0)), jnp.sum(there_BP), {}
 
     measure = held_out_means(best_scores, read, config.sequences_per_microbatch, mesh)
 

@@ -17,7 +17,7 @@ from gptjax.training.loop import Stage
 from gptjax.training.metrics import plot_reward
 from gptjax.training.programs import make_program
 from gptjax.training.reward_sources import open_reward
-from gptjax.training.rollouts import Answers, Arrays, EncodedPrompt, Rollouts, AnswerWriter
+from gptjax.training.rollouts import Answers, AnswerWriter, Arrays, EncodedPrompt, Rollouts
 from gptjax.training.stages.chat_data import ChatData, fitting, open_chat, prompts_of
 from gptjax.training.stages.intervals import in_tokens
 

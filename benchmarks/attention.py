@@ -41,7 +41,7 @@ def compare(heads: int, width: int, kind: str, seed: int) -> dict[str, Any]:
     q, k, v, projection = jax.random.normal(jax.random.key(seed), (4, *shape)).astype(jnp.bfloat16)
     config = GPTConfig(vocab_size=1, embed_dim=heads * width, num_heads=heads, context_length=LENGTH.value)
 
-    def run(backend: str, dtype: str) -> Any:
+    def run(backend: Any, dtype: Any) -> Any:
         chosen = dataclasses.replace(config, attention_backend=backend, dtype=dtype)
 
         def forward(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:

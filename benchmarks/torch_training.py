@@ -54,18 +54,19 @@ class TorchTrainer:
         shape = (sequences, config.model.context_length)
         tokens = np.random.default_rng(0).integers(0, config.model.vocab_size or 0, shape)
         self._tokens = torch.tensor(tokens, dtype=torch.int64, device=device)
+        self._targets = self._tokens.roll(-1, dims=1)
         start = time.perf_counter()
         self.first_loss = float(self._within(self._step).detach())
         self.compile_seconds = time.perf_counter() - start
 
-    def _plain_loss(self, tokens: Any) -> Any:
+    def _plain_loss(self, tokens: Any, targets: Any) -> Any:
         logits = self._model(tokens, use_cache=False).logits
-        return self._torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
+        return self._torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     def _step(self) -> Any:
         torch = self._torch
         with torch.autocast("cuda", torch.bfloat16, enabled=self._cuda):
-            loss = self._loss(self._tokens)
+            loss = self._loss(self._tokens, self._targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._clip_norm)
         self._adamw.step()

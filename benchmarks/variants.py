@@ -124,8 +124,10 @@ class Trainer:
         rows, context = config.sequences_per_microbatch, config.model.context_length
         shape_MBT = (config.batch.tokens_per_batch // (rows * context), rows, context)
         tokens = np.random.default_rng(0).integers(0, config.model.vocab_size or 0, shape_MBT[1:], np.int32)
-        tokens_MBT = jax.device_put(np.broadcast_to(tokens, shape_MBT))
-        batch = {"tokens": tokens_MBT, "targets": tokens_MBT, "weights": jnp.ones(shape_MBT)}
+        # A model with a tied head finds it easy to say what it has just read: targets are the tokens after.
+        rows_MBT = (np.broadcast_to(rows, shape_MBT) for rows in (tokens, np.roll(tokens, -1, axis=1)))
+        tokens_MBT, targets_MBT = map(jax.device_put, rows_MBT)
+        batch = {"tokens": tokens_MBT, "targets": targets_MBT, "weights": jnp.ones(shape_MBT)}
         self._arguments[name] = (batch, np.int32(shape_MBT[0]), {"lr": np.float32(0)})
         with jax.set_mesh(self._mesh), changed(variant.constants):
             step = make_train_step(make_program(config), self._placement)

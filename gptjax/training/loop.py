@@ -18,6 +18,7 @@ from gptjax.data.pipeline import Microbatch
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.models import peft
 from gptjax.parallel import distributed, preemption
+from gptjax.parallel.compiler import compiler_options
 from gptjax.parallel.preemption import PreemptedError
 from gptjax.parallel.rows import global_array, process_rows
 from gptjax.training.bundles import save_bundle
@@ -271,7 +272,8 @@ class _Run:
     def _compile(self, arguments: tuple[Any, ...]) -> jax.stages.Compiled:
         """Compiles ahead of the first call: an executable cannot recompile unseen, and tells its memory."""
         start = time.perf_counter()
-        compiled = self._train_step.lower(*arguments).compile()
+        options = compiler_options(self._mesh.devices.flat[0].platform, self.stage.config.compiler_options)
+        compiled = self._train_step.lower(*arguments).compile(options)
         if not self._compiled:
             preemption.defer()  # from here on there is something to save
         distributed.gather(None)  # gloo gives up on a process that comes half a minute later to a first collective

@@ -65,6 +65,7 @@ class MLP(nn.Module):
 
     config: GPTConfig
     out_init: nn.initializers.Initializer
+    deterministic: bool = True
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -74,7 +75,7 @@ class MLP(nn.Module):
             kernel_init=partitioned(nn.initializers.normal(config.kernel_init_std), "embed", "ffw"),
             bias_init=partitioned(nn.initializers.zeros, "ffw"),
             name="up",
-            **product_settings(config),
+            **product_settings(config, self.deterministic),
         )(x_BTD)
         h_BTF = constrain(ACTIVATIONS[config.activation](h_BTF), "batch", "length", "ffw")
         out_BTD = nn.Dense(
@@ -82,7 +83,7 @@ class MLP(nn.Module):
             kernel_init=partitioned(self.out_init, "ffw", "embed"),
             bias_init=partitioned(nn.initializers.zeros, "norm"),
             name="down",
-            **product_settings(config),
+            **product_settings(config, self.deterministic),
         )(h_BTF)
         return scattered(out_BTD)
 
@@ -137,7 +138,7 @@ class Block(nn.Module):
             out_std /= math.sqrt(2 * config.num_layers)
         out_init = nn.initializers.normal(out_std)
         attention = SelfAttention(config, self.attention, out_init, self.ring, name="attention")
-        mlp = MLP(config, out_init, name="mlp")
+        mlp = MLP(config, out_init, deterministic, name="mlp")
         attention_norm, mlp_norm = LayerNorm(config, name="attention_norm"), LayerNorm(config, name="mlp_norm")
         dropout = nn.Dropout(config.residual_dropout, deterministic=deterministic)
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from gptjax.config import GPTConfig, resolve
-from gptjax.models.attention_backends import attention_mask, dot_product_attention
 from gptjax.models import gpt
+from gptjax.models.attention_backends import attention_mask, dot_product_attention
 from gptjax.models.gpt import GPT, head_embedding, hidden_states, unembed
 from gptjax.scaling.flops import parameter_count
 
@@ -178,7 +178,7 @@ CHANGES = {
 }
 # These change shapes of parameters or of inputs, or only how the same numbers are computed (tested above).
 OTHER_FIELDS = {"vocab_size", "context_length", "embed_dim", "qkv_bias", "layer_loop", "remat", "attention_backend"}
-OTHER_FIELDS |= {"logits_dtype"}  # of the loss: tests/training/test_losses.py
+OTHER_FIELDS |= {"logits_dtype", "matmul_dtype"}  # tests/training/test_losses.py, tests/models/test_float8.py
 
 
 def test_every_field_is_tested():

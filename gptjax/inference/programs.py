@@ -92,7 +92,8 @@ def draw_tokens(
         x_BD, cache = decode(program.model, params, memory.cache, memory.token_B, position_B + i)
         this = draw._replace(number=draw.number + i)
         memory, logprob_B = _draw(program, params, x_BD, cache, memory.ended_B, memory.seen_BV, this)
-        return i + 1, memory, Drawn(drawn.token_NB.at[i].set(memory.token_B), drawn.logprob_NB.at[i].set(logprob_B))
+        put = jax.lax.dynamic_update_index_in_dim
+        return i + 1, memory, Drawn(put(drawn.token_NB, memory.token_B, i, 0), put(drawn.logprob_NB, logprob_B, i, 0))
 
     shape = (MOST_TOKENS, len(position_B))
     nothing = Drawn(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))

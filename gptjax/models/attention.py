@@ -43,8 +43,6 @@ class KeyValues:
             return jax.lax.dynamic_update_slice(old_HSK, new_H1K, (0, slot, 0))
 
         slot_B = positions_B % self.slots
-        if len(slot_B) == 1:  # a scatter of one row reads what it replaces, for which XLA's CPU copies the cache twice
-            return jax.tree.map(lambda old, new: jax.vmap(write_row, (0, 0, None))(old, new, slot_B[0]), self, new)
         return jax.tree.map(lambda old_BHSK, new_BH1K: jax.vmap(write_row)(old_BHSK, new_BH1K, slot_B), self, new)
 
 

@@ -289,9 +289,7 @@ class Engine:
         texts = [np.concatenate([window, tokens_NB[:, row]]) for row, window in enumerate(windows)]
         return [text[-(context // 2) :] if len(text) > context else text for text in texts]
 
-    def _read(
-        self, calls: "list[_Call]", rows: int
-    ) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]:
+    def _read(self, calls: "list[_Call]", rows: int) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]:
         for call in calls:
             token_NB, logprob_NB = jax.device_get(call.drawn)
             for i in range(call.count):

@@ -210,7 +210,7 @@ class Engine:
         """Starts one call of a program after the other."""
         program = Program(self.model, sampling.form, self.slots(windows, max_new_tokens, overflow))
         context, rows = self.model.config.context_length, self.rows(len(windows))
-        seen_BV = self._seen(windows, rows) if sampling.repetition_penalty is not None else None
+        seen_BV: Any = self._seen(windows, rows) if sampling.repetition_penalty is not None else None
         ends_E = np.full(max(MIN_ENDS, power_of_two(len(ends))), -1, np.int32)
         ends_E[: len(ends)] = ends
         draw = Draw(np.resize(np.asarray(seeds, np.int64), rows).astype(np.uint32), np.int32(0), sampling.knobs, ends_E)

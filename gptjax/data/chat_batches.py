@@ -79,7 +79,7 @@ def _places(lengths: Sequence[int], length: int, pack: bool) -> list[tuple[int, 
     return places
 
 
-class _Epochs:
+class Epochs:
     """What comes once an epoch, permuted anew for each by a seed, without end; without a seed once, in order.
 
     Attributes:
@@ -93,6 +93,10 @@ class _Epochs:
 
     def __len__(self) -> int:
         return self.rows_per_epoch * (1 if self._seed is None else 2**60 // self.rows_per_epoch)
+
+    def place(self, index: int) -> int:
+        """What comes at `index`, of what is permuted alone."""
+        return self._permuted(*self._epoch_and_row(index))
 
     def _epoch_and_row(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):
@@ -110,7 +114,7 @@ class _Epochs:
         return generator.permutation(self._num_permuted)
 
 
-class PackedConversations(_Epochs, grain.sources.RandomAccessDataSource[Example]):
+class PackedConversations(Epochs, grain.sources.RandomAccessDataSource[Example]):
     """Rows (T,) of conversations, with the arrays above, but for the axis R; every conversation once an epoch.
 
     Args:
@@ -175,7 +179,7 @@ class RankedSequences(NamedTuple):
     levels: Sequence[int]
 
 
-class RankedAnswers(_Epochs, grain.sources.RandomAccessDataSource[Example]):
+class RankedAnswers(Epochs, grain.sources.RandomAccessDataSource[Example]):
     """Elements of R rows of T positions: one prompt or several, each with all its answers; every prompt once an epoch.
 
     All elements have one shape, the smallest in which each prompt has room alone: T is the bucket of the longest
@@ -202,7 +206,7 @@ class RankedAnswers(_Epochs, grain.sources.RandomAccessDataSource[Example]):
         super().__init__(len(shares), len(shares), seed)
 
     def __getitem__(self, index: int) -> Example:
-        prompts = self._elements[self._permuted(*self._epoch_and_row(index))]
+        prompts = self._elements[self.place(index)]
         sequences = [sequence for prompt in prompts for sequence in prompt.sequences]
         arrays = lay_out(sequences, self._num_rows, self._length, pack=self._pack)
         ends, levels = iter(arrays["ends"]), np.zeros(self._shape, np.int32)

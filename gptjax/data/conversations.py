@@ -80,7 +80,7 @@ class Prompt:
     place: str
 
 
-T = TypeVar("T", Conversation, Ranking)
+T = TypeVar("T", Conversation, Ranking, Prompt)
 
 
 def check_spec(spec: str) -> None:
@@ -146,13 +146,40 @@ def read_rankings(spec: str, *, invalid_utf8: InvalidUtf8 = "error") -> list[Ran
     return found
 
 
+def read_prompts(spec: str, *, invalid_utf8: InvalidUtf8 = "error") -> list[Prompt]:
+    """What a source gives an assistant to answer: what comes before each of its turns, and a last question without one.
+
+    Args:
+      spec, invalid_utf8: as of `read_conversations`. A line may also have `prompt`, a user's message, alone.
+
+    Raises:
+      UserError: as of `read_conversations`.
+    """
+    check_spec(spec)
+    if spec.partition(":")[0] == "chatterbot":
+        return prompts(read_conversations(spec))
+    found: list[Prompt] = []
+    for record, place in records.read_records(spec, invalid_utf8):
+        if isinstance(asked := record.get("prompt"), str):
+            messages: tuple[Message, ...] = (Message("user", _content(asked, f"{place}: prompt")),)
+        else:
+            messages = _messages(record, place)
+        check_order(messages, place)
+        found += prompts([Conversation(messages, place)])
+        if messages and messages[-1].role == "user":
+            found.append(Prompt(messages, None, place))
+    if not found:
+        raise UserError(f"{spec} has no prompts")
+    return found
+
+
 def hold_out(items: Sequence[T], fraction: float) -> tuple[list[T], list[T]]:
     """Train and validation: every k-th first question is held out, with all that begins with it.
 
     Raises:
       UserError: there is only one first question.
     """
-    asked = [next(message.content for message in item.prompt if message.role == "user") for item in items]
+    asked = [_first_question(item) for item in items]
     questions = dict.fromkeys(asked)
     if len(questions) < 2:
         raise UserError(f"{items[0].place} has the only question: none can be held out, set data.validation_source")
@@ -161,6 +188,11 @@ def hold_out(items: Sequence[T], fraction: float) -> tuple[list[T], list[T]]:
     sides = list(zip(items, (side[question] for question in asked), strict=True))
     train, validation = ([item for item, name in sides if name == wanted] for wanted in ("train", "validation"))
     return train, validation
+
+
+def _first_question(item: Conversation | Ranking | Prompt) -> str:
+    messages = item.prompt if isinstance(item, Ranking) else item.messages
+    return next(message.content for message in messages if message.role == "user")
 
 
 def prompts(conversations: Sequence[Conversation]) -> list[Prompt]:

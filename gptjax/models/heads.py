@@ -10,6 +10,8 @@ from gptjax.config import GPTConfig
 from gptjax.models.gpt import GPT
 from gptjax.parallel.mesh import partitioned
 
+VALUE = "value"  # the key of the parameters of a value function: a GPT of its own, with its head
+
 
 class Head(nn.Module):
     """A linear layer over hidden states; (..., D) to float32 (..., outputs)."""

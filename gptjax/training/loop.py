@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import jax
 import numpy as np
@@ -35,6 +35,23 @@ LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "mean_squared_error") 
 MAX_REWINDS = 3  # to one checkpoint: other data does not help it
 
 
+class Learner(Protocol):
+    """A run, as far as what makes its batches of what the model writes has to do with it."""
+
+    workdir: Path
+    step: int
+
+    @property
+    def policy(self) -> Any:
+        """All parameters as the last step left them, not their average."""
+
+    def record(self, split: str, text: str | None = None, **values: float) -> None:
+        """A record of this step in metrics.jsonl, and a text in samples/."""
+
+    def say(self, text: str) -> None:
+        """Prints above the progress bar."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """What a stage supplies."""
@@ -48,6 +65,7 @@ class Stage:
     # The best checkpoint's parameters, workdir -> text: what is left to do at the end, by all processes
     conclude: Callable[[Any, Path], str] | None = None
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of the workdir, by name: what the data decided
+    attach: Callable[[Learner], None] | None = None  # before `batches`, where they depend on the run
 
     @property
     def config(self) -> Config:
@@ -161,6 +179,8 @@ class _Run:
         # Room for the largest batch; a batch ramp fills less of it.
         self._room = config.batch.tokens_per_batch // (self._microbatch * config.model.context_length)
         self._mesh, self._rows = mesh, process_rows(mesh, self._microbatch)
+        if stage.attach is not None:
+            stage.attach(self)
         self._batches = stage.batches(self.examples + self.skipped_examples)
         self._batch: Batch = {}  # of the newest step, and how many of its microbatches count
         self._count = 0
@@ -176,7 +196,10 @@ class _Run:
         self._progress = stack.enter_context(
             Progress(config, self._writer, self.tokens, stage.total_tokens, position.progress)
         )
-        self.say = self._progress.say
+
+    @property
+    def policy(self) -> Any:
+        return self.stage.program.join(self.state.base, self.state.params)
 
     @property
     def params(self) -> Any:
@@ -198,6 +221,26 @@ class _Run:
         """Whether so many evaluations in a row were no better that the run stops."""
         patience = self.stage.config.evaluation.patience
         return patience is not None and self._best.evaluations_since >= patience
+
+    def say(self, text: str) -> None:
+        self._progress.say(text)
+
+    def record(self, split: str, text: str | None = None, **values: float) -> None:
+        """As of `Learner`; once for each step, whatever a run that goes on does again."""
+        self._progress.flush()
+        if self._writer is not None and not self._writer.has(self.step, split):
+            self._writer.write(self.step, self.tokens, split, **values)
+            if text is not None:
+                self._show(split, text)
+
+    def _show(self, name: str, text: str) -> None:
+        """Writes a text in samples/, and shows it where the metrics are shown."""
+        assert self._writer is not None
+        directory = self.workdir / "samples"
+        directory.mkdir(exist_ok=True)
+        prefix = "" if name == "sample" else f"{name}_"
+        (directory / f"{prefix}step_{self.step:08d}.txt").write_text(text + "\n")
+        self._writer.write_text(self.step, name, text)
 
     def train_step(self) -> None:
         """Dispatches one step; its metrics are read when the next one is under way."""
@@ -254,10 +297,7 @@ class _Run:
             values = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in self.validation.items())
             self.say(f"step {self.step}: validation {values}")
             if self.sample is not None:
-                directory = self.workdir / "samples"
-                directory.mkdir(exist_ok=True)
-                (directory / f"step_{self.step:08d}.txt").write_text(self.sample + "\n")
-                self._writer.write_text(self.step, "sample", self.sample)
+                self._show("sample", self.sample)
         self._progress.restart()
 
     def save(self, *, evaluate: bool = True) -> None:

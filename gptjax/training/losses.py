@@ -1,5 +1,6 @@
 """Language-model loss that never holds float32 logits of a whole batch."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ from jax.sharding import PartitionSpec
 
 from gptjax.models.gpt import unembed
 from gptjax.parallel.mesh import BATCH_AXES, axis_size, partition_spec, platform
+from gptjax.training import rl_math
 
 # Tokens that a device turns into logits at a time: enough to keep its products efficient. A CPU wants the logits of a
 # chunk in its cache.
@@ -55,6 +57,28 @@ def target_logprobs(
     The logits exist for a chunk of positions at a time, and are computed again where a gradient is asked for.
     Arguments as of `cross_entropy`.
     """
+
+    def logprob(logits_BCV: jax.Array, targets_BC: jax.Array) -> jax.Array:
+        picked_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+        return picked_BC - jax.nn.logsumexp(logits_BCV, axis=-1)
+
+    return _of_logits(logprob, x_BTD, embedding_VD, targets_BT, precision)
+
+
+def entropies(x_BTD: jax.Array, embedding_VD: jax.Array, precision: str | None = None) -> jax.Array:
+    """Entropy of softmax(x embedding^T) in nats, float32 (B, T); arguments as of `cross_entropy`."""
+    none_BT = jnp.zeros(x_BTD.shape[:2], jnp.int32)
+    return _of_logits(lambda logits_BCV, _: rl_math.entropy(logits_BCV), x_BTD, embedding_VD, none_BT, precision)
+
+
+def _of_logits(
+    function: Callable[[jax.Array, jax.Array], jax.Array],
+    x_BTD: jax.Array,
+    embedding_VD: jax.Array,
+    targets_BT: jax.Array,
+    precision: str | None,
+) -> jax.Array:
+    """`function` of the logits (B, C, V) and targets (B, C) of each chunk, (B, C), put together to (B, T)."""
     batch, length, _ = x_BTD.shape
     chunk = min(positions_per_chunk(batch), length)
     head_VD = embedding_VD.astype(x_BTD.dtype)
@@ -62,9 +86,7 @@ def target_logprobs(
     @jax.checkpoint
     def of_chunk(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
         x_BCD, targets_BC = inputs
-        logits_BCV = unembed(x_BCD, head_VD, precision)
-        picked_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
-        return picked_BC - jax.nn.logsumexp(logits_BCV, axis=-1)
+        return function(unembed(x_BCD, head_VD, precision), targets_BC)
 
     chunks = (_chunks(x_BTD, chunk), _chunks(targets_BT, chunk))
     return jnp.moveaxis(jax.lax.map(of_chunk, chunks), 0, 1).reshape(batch, -1)[:, :length]

@@ -213,12 +213,10 @@ def plot_loss(workdir: Path, log_tokens: bool = False) -> Path:
     Raises:
       UserError: as `read_metrics`.
     """
-    from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
     header, records = read_metrics(workdir)
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
+    axes = _axes(_title(Path(workdir), header))
     for split, style in (
         ("train", {"color": TRAIN_COLOR, "linewidth": 1.2}),
         ("validation", {"color": VALIDATION_COLOR, "linewidth": 1.8, "marker": "o", "markersize": 5}),
@@ -230,20 +228,55 @@ def plot_loss(workdir: Path, log_tokens: bool = False) -> Path:
         ]
         if points:
             label = f"{split} (last {points[-1][1]:.3f})"
-            axes.plot(*zip(*points, strict=True), label=label, **style)  # type: ignore[arg-type]
+            axes.plot(*zip(*points, strict=True), label=label, **style)
     if log_tokens:
         axes.set_xscale("log")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlabel("tokens")
     axes.set_ylabel("loss (nats per token)")
-    axes.set_title(_title(Path(workdir), header), fontsize=11, loc="left")
-    axes.grid(color=GRID_COLOR, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
     if axes.lines:
         axes.legend(frameon=False)
     path = Path(workdir) / "loss.png"
-    figure.savefig(path, dpi=150)
+    axes.figure.savefig(path, dpi=150)
     return path
+
+
+def plot_reward(workdir: Path) -> Path:
+    """Draws the reward of a policy's answers over how far it has gone from its reference (KL, nats per answer).
+
+    What a policy gains for how much it gives up: Gao et al. 2022, figure 1, which has the square root of the KL.
+
+    Args:
+      workdir: of a run with records of split "rollout"; the later an iteration, the darker its point.
+
+    Returns:
+      The picture, `<workdir>/reward.png`.
+
+    Raises:
+      UserError: as `read_metrics`.
+    """
+    header, records = read_metrics(workdir)
+    axes = _axes(_title(Path(workdir), header))
+    points = [(record["kl"], record["reward"]) for record in records if record["split"] == "rollout"]
+    if points:
+        axes.plot(*zip(*points, strict=True), color=GRID_COLOR, linewidth=1, zorder=1)
+        shades = [0.25 + 0.75 * (i + 1) / len(points) for i in range(len(points))]
+        axes.scatter(*zip(*points, strict=True), color=VALIDATION_COLOR, alpha=shades, s=18, zorder=2)
+    axes.set_xlabel("KL of policy and reference (nats per answer)")
+    axes.set_ylabel("reward (mean over the answers of an iteration)")
+    path = Path(workdir) / "reward.png"
+    axes.figure.savefig(path, dpi=150)
+    return path
+
+
+def _axes(title: str) -> Any:
+    from matplotlib.figure import Figure
+
+    axes = Figure(figsize=(8, 4.5), layout="constrained").subplots()
+    axes.set_title(title, fontsize=11, loc="left")
+    axes.grid(color=GRID_COLOR, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
 
 
 def _title(workdir: Path, header: dict[str, Any]) -> str:

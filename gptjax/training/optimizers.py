@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from gptjax.config import BatchConfig, Config, OptimizerConfig, UserError
+from gptjax.models.heads import VALUE
 from gptjax.training import adalora
 
 
@@ -34,14 +35,15 @@ def schedule(config: Config, step: int, tokens: int, total_tokens: int, num_matr
 def learning_rate(config: OptimizerConfig, tokens: int, total_tokens: int) -> float:
     """The learning rate of the step that brings the tokens seen to `tokens`, of `total_tokens`.
 
-    Linear warm-up from 0, then: "cosine" (GPT-1, GPT-2 and GPT-3) or "linear" from the peak to the floor, reached at
-    `decay_tokens` and kept; "wsd" (warm-up, stable, decay: Hu et al. 2024, section 4) a linear descent over the last
-    `decay_tokens`; "constant".
+    Linear warm-up from `warmup_start_fraction` of the peak, then: "cosine" (GPT-1, GPT-2 and GPT-3) or "linear" from
+    the peak to the floor, reached at `decay_tokens` and kept; "wsd" (warm-up, stable, decay: Hu et al. 2024, section 4)
+    a linear descent over the last `decay_tokens`; "constant".
     """
     floor = config.peak_lr * config.floor_lr_fraction
     warmup = config.warmup_tokens if config.warmup_fraction is None else round(config.warmup_fraction * total_tokens)
     if tokens < warmup:
-        return config.peak_lr * tokens / warmup
+        first = config.warmup_start_fraction
+        return config.peak_lr * (first + (1 - first) * tokens / warmup)
     if config.schedule == "constant":
         return config.peak_lr
     if config.schedule == "wsd":
@@ -71,14 +73,40 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     optimizer = config.optimizer
     transforms = [optax.scale_by_adam(b1=optimizer.beta1, b2=optimizer.beta2, eps=optimizer.eps)]
     if optimizer.clip_norm is not None:
-        transforms.insert(0, optax.clip_by_global_norm(optimizer.clip_norm))
+        transforms.insert(0, _clipped_by_model(optimizer.clip_norm))
     if config.peft.method == "adalora":
         transforms.insert(0, adalora.track(config.peft))  # of the gradients as they are
     if optimizer.weight_decay > 0:
         transforms.append(_decayed_weights(optimizer, whole=config.peft.method == "none"))
     if optimizer.layer_lr_decay < 1:
         transforms.append(_decayed_by_layer(config))
+    if config.stage == "ppo":
+        transforms.append(_value_function_scaled(config.ppo.value_lr / optimizer.peak_lr))
     return optax.chain(*transforms)
+
+
+def _clipped_by_model(clip_norm: float) -> optax.GradientTransformation:
+    """Clips the gradient by its norm; that of a value function by its own, since another loss made it."""
+    clip = optax.clip_by_global_norm(clip_norm)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        own = {name: part for name, part in updates.items() if name != VALUE}
+        models = [own] if len(own) == len(updates) else [own, {VALUE: updates[VALUE]}]
+        clipped: dict[str, Any] = {}
+        for model in models:
+            clipped |= clip.update(model, state)[0]
+        return {name: clipped[name] for name in updates}, state
+
+    return optax.GradientTransformation(clip.init, update)
+
+
+def _value_function_scaled(factor: float) -> optax.GradientTransformation:
+    """Multiplies the updates of the value function by `factor`: its learning rate is its own."""
+
+    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+        return updates | {VALUE: jax.tree.map(lambda u: u * factor, updates[VALUE])}, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def _decayed_by_layer(config: Config) -> optax.GradientTransformation:
@@ -97,7 +125,7 @@ def layer_factor(config: Config, path: tuple[Any, ...], shape: tuple[int, ...]) 
     of stacked layers, (rows, ...), there may be the last ones alone.
     """
     decay, model = config.optimizer.layer_lr_decay, config.model
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    name = jax.tree_util.keystr(path, simple=True, separator="/").removeprefix(f"{VALUE}/")
     if (block := re.match(r"layers/block_(\d+)/", name)) is not None:
         period = len(model.attention_pattern)
         rows = np.arange(model.num_layers // period)[-shape[0] :]

@@ -18,6 +18,7 @@ from gptjax.training.losses import target_logprobs
 from gptjax.training.state import Batch, Loss, Measures
 
 REFERENCE = "reference"  # the key of the parameters of the model that a policy started from
+SCALE_FILE = "reward.json"  # of a workdir of stage "reward": the mean score of the best answers
 
 
 def read_elements(gpt: GPT, params: Any, batch: Batch, rng: jax.Array | None) -> jax.Array:
@@ -85,13 +86,23 @@ def _at_ends(of_positions: jax.Array, ends: jax.Array) -> jax.Array:
     return jnp.take_along_axis(flat_BN, ends_BS, axis=1).reshape(ends.shape)
 
 
-def answer_logprobs(gpt: GPT, params: Any, batch: Batch, rng: jax.Array | None) -> jax.Array:
-    """Log-probability of each answer given its prompt, float32 (B, P, K); of those that are not there, any number."""
-    x_BRTD = read_elements(gpt, params, batch, rng)
+def token_logprobs(gpt: GPT, params: Any, batch: Batch, rng: jax.Array | None) -> jax.Array:
+    """Log-probability of the target of each position, float32 (B, R, T)."""
+    return logprobs_of_states(gpt, params, batch, read_elements(gpt, params, batch, rng))
+
+
+def logprobs_of_states(gpt: GPT, params: Any, batch: Batch, x_BRTD: jax.Array) -> jax.Array:
+    """As `token_logprobs`, of final hidden states."""
     rows_NTD, targets_NT = x_BRTD.reshape(-1, *x_BRTD.shape[2:]), batch["targets"].reshape(-1, x_BRTD.shape[2])
     logprobs_NT = target_logprobs(rows_NTD, head_embedding(params), targets_NT, gpt.config.precision)
-    learned_BN = (logprobs_NT.reshape(batch["weights"].shape) * batch["weights"]).reshape(len(x_BRTD), -1)
-    segments_BN = batch["segments"].reshape(len(x_BRTD), -1)
+    return logprobs_NT.reshape(x_BRTD.shape[:3])
+
+
+def answer_logprobs(gpt: GPT, params: Any, batch: Batch, rng: jax.Array | None) -> jax.Array:
+    """Log-probability of each answer given its prompt, float32 (B, P, K); of those that are not there, any number."""
+    learned_BRT = token_logprobs(gpt, params, batch, rng) * batch["weights"]
+    learned_BN = learned_BRT.reshape(len(learned_BRT), -1)
+    segments_BN = batch["segments"].reshape(len(learned_BRT), -1)
     numbers_BPK = _at_ends(batch["segments"], batch["ends"])
     here_BPKN = segments_BN[:, None, None] == numbers_BPK[..., None]
     return jnp.sum(jnp.where(here_BPKN, learned_BN[:, None, None], 0), axis=-1)

@@ -15,8 +15,10 @@ from gptjax.data.templates import chat_format
 from gptjax.files import read_json
 from gptjax.models import peft
 from gptjax.models.gpt import GPT, head_embedding, hidden_states
+from gptjax.models.heads import VALUE
 from gptjax.training import adalora
 from gptjax.training.losses import cross_entropy
+from gptjax.training.policies import grpo_loss, ppo_loss
 from gptjax.training.preferences import REFERENCE, RewardModel, dpo_loss
 from gptjax.training.regularisation import regularised
 from gptjax.training.state import Batch, Loss, Measures, Program
@@ -57,7 +59,7 @@ def make_program(config: Config) -> Program:
     Raises:
       UserError: `peft` trains a part of weights that are not there, or names none of the model's matrices.
     """
-    gpt, frozen = GPT(config.model), tuple[str, ...]()
+    gpt, frozen, starts = GPT(config.model), tuple[str, ...](), dict[str, str | None]()
     init: Callable[[jax.Array], Any] = partial(_init_gpt, gpt)
     loss: Loss
     if config.stage == "finetune":
@@ -68,13 +70,19 @@ def make_program(config: Config) -> Program:
         init, loss = reward_model.init, reward_model.loss
     elif config.stage == "dpo":
         loss, frozen = dpo_loss(config), (REFERENCE,)
+    elif config.stage == "grpo":
+        loss, frozen = grpo_loss(config), (REFERENCE,)
+    elif config.stage == "ppo":
+        init, loss, frozen = _with_value_function(config, init), ppo_loss(config), (REFERENCE,)
+        starts[VALUE] = config.rl.reward.partition(":")[2] if config.ppo.value_init == "reward" else None
     else:
         loss = make_loss(gpt)
     if config.peft.method in ("lora", "adalora"):
         init, loss = _with_low_rank(config, init, loss)
     if frozen:
         init = _with_reference(init, gpt)
-    return Program(config, init, loss, None if config.peft.method == "none" else _given_shapes(config), frozen)
+    given = None if config.peft.method == "none" else _given_shapes(config)
+    return Program(config, init, loss, given, frozen, starts)
 
 
 def _init_gpt(model: GPT, rng: jax.Array) -> Any:
@@ -121,6 +129,11 @@ def _with_low_rank(config: Config, init: Any, loss: Loss) -> tuple[Any, Loss]:
 def _with_reference(init: Callable[[jax.Array], Any], gpt: GPT) -> Callable[[jax.Array], Any]:
     """With a second copy of the GPT's own weights, as they are before the first step."""
     return lambda rng: init(rng) | {REFERENCE: _init_gpt(gpt, rng)}
+
+
+def _with_value_function(config: Config, init: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
+    """With a second GPT, and the head that says what reward is to come."""
+    return lambda rng: init(rng) | {VALUE: RewardModel(config).init(jax.random.fold_in(rng, 1))}
 
 
 def _given_shapes(config: Config) -> dict[str, tuple[int, ...]]:

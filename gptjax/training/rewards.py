@@ -10,24 +10,21 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh
 
-from gptjax.config import UserError
 from gptjax.data.chat_batches import lay_out
 from gptjax.data.conversations import Message
 from gptjax.data.templates import Encoded, chat_format
-from gptjax.files import read_json
 from gptjax.inference.engine import bucket, power_of_two
 from gptjax.parallel.mesh import batch_shards, constrain, use_mesh
 from gptjax.training.preferences import RewardModel
-from gptjax.training.stages.reward import SCALE_FILE
-from gptjax.training.start import load_weights
+from gptjax.training.start import load_reward_weights
 from gptjax.workdir import predicting
 
 
 class RewardScorer:
     """Scores answers, each with the conversation before it; see `load_reward_model`."""
 
-    def __init__(self, model: RewardModel, params: Any, encode: Any, mean: float, mesh: Mesh, batch_size: int) -> None:
-        self._model, self._params, self._encode, self._mean = model, params, encode, mean
+    def __init__(self, model: RewardModel, params: Any, encode: Any, mesh: Mesh, batch_size: int) -> None:
+        self._model, self._params, self._encode = model, params, encode
         self._mesh, self._batch_size = mesh, batch_size
 
     def __call__(self, answered: Sequence[tuple[Sequence[Message], str]]) -> npt.NDArray[np.float64]:
@@ -46,7 +43,7 @@ class RewardScorer:
         for first in range(0, len(order), self._batch_size):
             indices = order[first : first + self._batch_size]
             rewards[indices] = self._score([encoded[i] for i in indices])
-        return rewards - self._mean
+        return rewards
 
     def _score(self, encoded: Sequence[Encoded]) -> npt.NDArray[np.float32]:
         """One batch, the longest first; few different shapes."""
@@ -76,20 +73,12 @@ def load_reward_model(workdir: Path, mesh: Mesh, batch_size: int = 8) -> RewardS
       UserError: not a workdir, not one of stage "reward", or without a checkpoint.
     """
     with use_mesh(mesh):
-        weights = load_weights(workdir, mesh)
+        weights = load_reward_weights(workdir, mesh)
     config = predicting(weights.config)
-    if config.stage != "reward":
-        raise UserError(f"{workdir} is of stage {config.stage}: rewards are what a run of stage reward has learned")
-    try:
-        mean = float(read_json(workdir / SCALE_FILE)["mean"])
-    except FileNotFoundError:  # the run has not come to its end
-        mean = 0.0
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read {workdir / SCALE_FILE}: {error}") from None
     encode = partial(
         chat_format(config.chat, weights.tokenizer).encode,
         max_tokens=config.model.context_length,
         place="an answer to be rewarded",
     )
     params = {**weights.gpt, "head": weights.head}
-    return RewardScorer(RewardModel(config), params, encode, mean, mesh, batch_size)
+    return RewardScorer(RewardModel(config), params, encode, mesh, batch_size)

@@ -18,7 +18,7 @@ from gptjax.parallel.mesh import make_mesh
 from gptjax.scaling import flops
 from gptjax.training import loop
 from gptjax.training.lock import locked
-from gptjax.training.stages import dpo, finetune, pretrain, reward, sft
+from gptjax.training.stages import dpo, finetune, grpo, ppo, pretrain, reward, sft
 from gptjax.training.state import abstract_state
 
 STAGES: dict[str, Callable[[Config, Mesh, tokenizers.Tokenizer | None], loop.Stage]] = {
@@ -27,6 +27,8 @@ STAGES: dict[str, Callable[[Config, Mesh, tokenizers.Tokenizer | None], loop.Sta
     "sft": sft.build,
     "reward": reward.build,
     "dpo": dpo.build,
+    "ppo": ppo.build,
+    "grpo": grpo.build,
 }
 
 

@@ -16,11 +16,14 @@ from jax.sharding import Mesh
 
 from gptjax.config import Config, UserError, differences
 from gptjax.data.tokenizers import Tokenizer
+from gptjax.files import read_json
 from gptjax.models import peft
+from gptjax.models.heads import VALUE
 from gptjax.parallel import distributed
 from gptjax.parallel.mesh import check_model_fit
 from gptjax.training.checkpoints import Checkpoints
 from gptjax.training.position import Position
+from gptjax.training.preferences import SCALE_FILE
 from gptjax.training.programs import completed_config, make_program, plain
 from gptjax.training.state import Program, TrainState, abstract_state, create_state, fresh_params
 
@@ -51,6 +54,7 @@ def start_state(program: Program, mesh: Mesh, checkpoints: Checkpoints) -> tuple
     if program.config.init_from is None:
         return state, Position()
     base, params = given_params(program, mesh)
+    params |= {name: _started(program, name, params, mesh) for name in program.starts}
     # The average starts at the weights; a copy, as the step donates both.
     ema = None if state.ema is None else jax.tree.map(lambda p: p.copy(), params)
     return state.replace(base=base, params=params, ema=ema), Position()
@@ -65,7 +69,7 @@ def load_given(program: Program, mesh: Mesh, loaded: dict[Path, Any] | None = No
     loaded = {} if loaded is None else loaded
     assert program.config.init_from is not None
     source = Path(program.config.init_from).expanduser().resolve()
-    _check_model(program.config, completed_config(source)[0])
+    _check_model(program.config, completed_config(source)[0], f"init_from={program.config.init_from}")
     if source not in loaded:
         loaded[source] = load_weights(source, mesh).gpt
     return loaded[source]
@@ -115,15 +119,27 @@ def given_params(program: Program, mesh: Mesh) -> tuple[Any, Any]:
     return base, make(peft.unflatten(same), peft.unflatten(longer))
 
 
-def _check_model(config: Config, given: Config) -> None:
-    """Raises UserError when the weights of a run `given` do not fit the model of `config`."""
+def _started(program: Program, name: str, params: Any, mesh: Mesh) -> Any:
+    """The parameters that the model `name` of `program.starts` starts from."""
+    wanted, workdir = abstract_state(program, mesh).params[name], program.starts[name]
+    if workdir is None:
+        placement = jax.tree.map(lambda leaf: leaf.sharding, wanted)
+        own = {key: part for key, part in params.items() if key in wanted}
+        return jax.jit(lambda fresh, given: _graft(fresh, given), out_shardings=placement)(params[name], own)
+    weights = load_reward_weights(Path(workdir).expanduser(), mesh)
+    _check_model(program.config, weights.config, f"the reward model {workdir}")
+    return _first_rows({**weights.gpt, "head": weights.head}, wanted)
+
+
+def _check_model(config: Config, given: Config, name: str) -> None:
+    """Raises UserError when the weights of a run `given`, called `name`, do not fit the model of `config`."""
     free: dict[str, Any] = {name: getattr(config.model, name) for name in _FREE_FIELDS}
     if given.model.adapter_dim is None:
         free["adapter_dim"] = config.model.adapter_dim
     if config.stage != "pretrain" and (given.model.vocab_size or 0) <= (config.model.vocab_size or 0):
         free["vocab_size"] = config.model.vocab_size  # special tokens are new
     if changed := differences(dataclasses.replace(given.model, **free), config.model, "model."):
-        raise UserError(f"init_from={config.init_from} has another model: {'; '.join(changed)}")
+        raise UserError(f"{name} has another model: {'; '.join(changed)}")
 
 
 def _graft(fresh: Any, given: Any) -> Any:
@@ -210,4 +226,25 @@ def load_weights(workdir: Path, mesh: Mesh, *, best: bool = False) -> Weights:
     parts = load_parts(workdir, mesh, best=best)
     params = dict(parts.join((parts.base, parts.trained)))
     head = params.pop("head", None)
+    params.pop(VALUE, None)  # of use in training alone
     return Weights(parts.program.config, parts.tokenizer, params, head, parts.step)
+
+
+def load_reward_weights(workdir: Path, mesh: Mesh) -> Weights:
+    """Those of a run of stage "reward", the head shifted so that the best answers of its data score 0 on average.
+
+    Raises:
+      UserError: as of `load_parts`; or the run is of another stage.
+    """
+    weights = load_weights(workdir, mesh)
+    if weights.config.stage != "reward":
+        stage = weights.config.stage
+        raise UserError(f"{workdir} is of stage {stage}: rewards are what a run of stage reward has learned")
+    try:
+        mean = float(read_json(workdir / SCALE_FILE)["mean"])
+    except FileNotFoundError:  # the run has not come to its end
+        mean = 0.0
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read {workdir / SCALE_FILE}: {error}") from None
+    linear = weights.head["linear"]
+    return dataclasses.replace(weights, head={"linear": linear | {"bias": linear["bias"] - mean}})

@@ -35,6 +35,8 @@ class Program:
       given: the shapes, by path, of the weights that the run starts from, where a part of them stays as it is; None:
         all parameters are trained.
       frozen: keys of the parameters under which whole models lie that stay as they are, such as the reference.
+      starts: keys of the parameters under which whole models lie that are trained, and the workdir of the run of stage
+        reward whose weights each starts from; None: it starts as the policy does.
     """
 
     config: Config
@@ -42,6 +44,7 @@ class Program:
     loss: Loss
     given: Mapping[str, tuple[int, ...]] | None = None
     frozen: tuple[str, ...] = ()
+    starts: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
 
     @property
     def has_base(self) -> bool:

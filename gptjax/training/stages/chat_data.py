@@ -3,15 +3,16 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from absl import logging
 from jax.sharding import Mesh
 
-from gptjax.config import Config, UserError
+from gptjax.config import Config, DataConfig, UserError
 from gptjax.data import conversations
 from gptjax.data.chat_batches import PackedConversations, RankedAnswers
-from gptjax.data.conversations import Conversation, Ranking
+from gptjax.data.conversations import Conversation, Prompt, Ranking
+from gptjax.data.pipeline import PackedExamples, open_corpus
 from gptjax.data.templates import ChatFormat, TooLongError, chat_format
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.models.attention_backends import check_backend
@@ -19,7 +20,7 @@ from gptjax.parallel import distributed
 from gptjax.parallel.mesh import check_fit
 from gptjax.training.stages.reading import find_tokenizer, refuse_settings_of_pretraining
 
-T = TypeVar("T", Conversation, Ranking)
+T = TypeVar("T", Conversation, Ranking, Prompt)
 E = TypeVar("E")
 Split: TypeAlias = tuple[list[T], list[T]]  # to learn from, and held out
 
@@ -46,7 +47,7 @@ def open_chat(
 
     Args:
       tokenizer: of the run that goes on; None: that of the weights to start from, or the one that the config names.
-      read: `conversations_of` or `rankings_of`.
+      read: `conversations_of`, `rankings_of` or `prompts_of`.
 
     Raises:
       UserError: conversations that cannot be read or are malformed, settings that are of other stages, sizes that do
@@ -89,6 +90,11 @@ def rankings_of(config: Config) -> Split[Ranking]:
     )
 
 
+def prompts_of(config: Config) -> Split[Prompt]:
+    """Prompts to answer, and those held out."""
+    return _split(config, lambda spec: conversations.read_prompts(spec, invalid_utf8=config.data.invalid_utf8))
+
+
 def _split(config: Config, read: Callable[[str], list[T]]) -> Split[T]:
     train = read(config.data.source)
     if config.data.validation_source is not None:
@@ -96,9 +102,9 @@ def _split(config: Config, read: Callable[[str], list[T]]) -> Split[T]:
     return conversations.hold_out(train, config.data.validation_fraction)
 
 
-def _texts(item: Conversation | Ranking) -> list[str]:
+def _texts(item: Conversation | Ranking | Prompt) -> list[str]:
     """All that a model reads of it."""
-    if isinstance(item, Conversation):
+    if not isinstance(item, Ranking):
         return [message.content for message in item.messages]
     return [*(message.content for message in item.prompt), *item.answers]
 
@@ -122,6 +128,19 @@ def fitting(config: Config, items: Sequence[T], encode: Callable[[T], E]) -> lis
     if left_out:
         logging.warning("left out: %d of %d; the first: %s", len(left_out), len(items), left_out[0])
     return encoded
+
+
+def pretraining_text(data: ChatData[Any]) -> PackedExamples | None:
+    """Rows of the text that chat.pretraining_source names; None: it names none."""
+    config = data.config
+    if config.chat.pretraining_source is None:
+        return None
+    text = DataConfig(source=config.chat.pretraining_source, cache_dir=config.data.cache_dir)
+    return distributed.first_then_others(
+        lambda: open_corpus(
+            text, context_length=config.model.context_length, seed=config.seed, tokenizer=data.tokenizer
+        )
+    ).train
 
 
 def positions(config: Config, rows: PackedConversations | RankedAnswers) -> tuple[int, int]:

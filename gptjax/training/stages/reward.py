@@ -15,12 +15,10 @@ from gptjax.data.tokenizers import Tokenizer
 from gptjax.files import write_whole
 from gptjax.models import peft
 from gptjax.training.loop import Stage
-from gptjax.training.preferences import RewardModel
+from gptjax.training.preferences import SCALE_FILE, RewardModel
 from gptjax.training.stages.held_out import held_out_means
 from gptjax.training.stages.ranked import build_ranked
 from gptjax.training.state import Batch, Measures
-
-SCALE_FILE = "reward.json"  # of a workdir of this stage: what is subtracted from its scores
 
 
 def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:

@@ -5,18 +5,17 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from gptjax.config import Config, DataConfig
+from gptjax.config import Config
 from gptjax.data.chat_batches import PackedConversations
 from gptjax.data.conversations import Conversation, Message
-from gptjax.data.pipeline import PackedExamples, open_corpus
+from gptjax.data.pipeline import PackedExamples
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.inference.engine import Engine
 from gptjax.inference.sampling import Sampling
 from gptjax.models.gpt import GPT
-from gptjax.parallel import distributed
 from gptjax.training.loop import Stage
 from gptjax.training.programs import make_program, plain
-from gptjax.training.stages.chat_data import ChatData, conversations_of, fitting, open_chat, positions
+from gptjax.training.stages.chat_data import ChatData, conversations_of, fitting, open_chat, positions, pretraining_text
 from gptjax.training.stages.held_out import held_out_means, perplexity
 from gptjax.training.stages.intervals import in_tokens
 from gptjax.training.stages.reading import reader
@@ -32,7 +31,7 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
       UserError: as of `open_chat`; a conversation whose last exchange is longer than the context.
     """
     data = open_chat(config, mesh, tokenizer, conversations_of)
-    train = _rows(data, data.train, data.config.seed, _pretraining(data))
+    train = _rows(data, data.train, data.config.seed, pretraining_text(data))
     validation = _rows(data, data.validation, None, None)
     tokens_per_epoch, tokens = positions(data.config, train)
     config = in_tokens(data.config, tokens_per_epoch)
@@ -54,19 +53,6 @@ def _rows(
     encoded = fitting(data.config, of, lambda item: data.chat_format.encode(item.messages, context, place=item.place))
     share = chat.pretraining_share if pretraining is not None else 0.0
     return PackedConversations(encoded, context, pack=chat.pack, seed=seed, pretraining=pretraining, share=share)
-
-
-def _pretraining(data: ChatData[Conversation]) -> PackedExamples | None:
-    """Rows of the corpus that chat.pretraining_source names."""
-    config = data.config
-    if config.chat.pretraining_source is None:
-        return None
-    text = DataConfig(source=config.chat.pretraining_source, cache_dir=config.data.cache_dir)
-    return distributed.first_then_others(
-        lambda: open_corpus(
-            text, context_length=config.model.context_length, seed=config.seed, tokenizer=data.tokenizer
-        )
-    ).train
 
 
 def _evaluate(measure: Callable[[Any], dict[str, float]]) -> Callable[[Any], dict[str, float]]:

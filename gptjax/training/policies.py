@@ -1,0 +1,113 @@
+"""Learning from rewards of what a policy wrote: the losses of PPO and of GRPO, and what is measured of answers first.
+
+A batch has the arrays of `gptjax/data/chat_batches.py`, an element being a prompt with the policy's answers to it, and
+others of the same shape (B, R, T), that `gptjax/training/rollouts.py` has made of them. `weights` says how much a token
+counts, 0 outside the answers. Nothing here depends on how the answers lie in the rows.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.config import Config
+from gptjax.models import peft
+from gptjax.models.gpt import GPT, head_embedding, hidden_states
+from gptjax.models.heads import VALUE
+from gptjax.training import rl_math
+from gptjax.training.losses import cross_entropy, entropies
+from gptjax.training.preferences import REFERENCE, RewardModel, logprobs_of_states, read_elements, token_logprobs
+from gptjax.training.state import Batch, Loss, Measures
+
+
+def ppo_loss(config: Config) -> Loss:
+    """PPO's losses of policy and value function (Schulman et al. 2017), and of text where there is some: PPO-ptx.
+
+        loss = mean of rl_math.policy_loss + mean of rl_math.value_loss + ppo.pretraining_weight * nats a token of text
+
+    The two functions share no weights, so it does not matter how the losses are weighted against each other. The third
+    is that of Ouyang et al. 2022, equation 2. `advantages`, `old_logprobs`, `old_values` and `returns` are those of the
+    answers as they were written; `text_tokens`, `text_targets` and `text_weights` (B, rows, S) the text.
+    """
+    gpt, value_model, rl, ppo = GPT(config.model), RewardModel(config), config.rl, config.ppo
+
+    def loss(params: Any, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array, Measures]:
+        policy_loss, measures = _policy_loss(gpt, params, batch, rl.clip)
+        values_BRT = value_model.values(params[VALUE], batch, None)
+        values = rl_math.value_loss(values_BRT, batch["old_values"], batch["returns"], ppo.value_clip)
+        value_loss, measures["value_clip_fraction"] = (jnp.sum(batch["weights"] * of_token) for of_token in values)
+        measures |= {"policy_loss": policy_loss, "value_loss": value_loss}
+        total = policy_loss + value_loss
+        if ppo.pretraining_weight > 0:
+            measures["text_loss"] = _text_loss(gpt, params, batch)
+            total += ppo.pretraining_weight * measures["text_loss"]
+        return total, jnp.sum(batch["weights"]), measures
+
+    return loss
+
+
+def grpo_loss(config: Config) -> Loss:
+    """GRPO's loss (Shao et al. 2024, equation 3): the clipped objective, and the distance from the reference.
+
+    loss = mean over answers of the mean over their tokens of rl_math.policy_loss + rl.kl_weight * rl_math.kl_k3
+    """
+    gpt, rl = GPT(config.model), config.rl
+
+    def loss(params: Any, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array, Measures]:
+        policy_loss, measures = _policy_loss(gpt, params, batch, rl.clip, batch["reference_logprobs"])
+        distance = measures.pop("distance")
+        measures |= {"policy_loss": policy_loss, "reference_kl": distance}
+        return policy_loss + rl.kl_weight * distance, jnp.sum(batch["weights"]), measures
+
+    return loss
+
+
+def _policy_loss(
+    gpt: GPT, params: Any, batch: Batch, clip: float, reference_BRT: jax.Array | None = None
+) -> tuple[jax.Array, Measures]:
+    """Sums over the tokens: of the clipped objective, and of what is measured, with a reference its `distance` too."""
+    weights_BRT, old_BRT = batch["weights"], batch["old_logprobs"]
+    logprobs_BRT = token_logprobs(gpt, params, batch, None)
+    losses_BRT, clipped_BRT = rl_math.policy_loss(logprobs_BRT, old_BRT, batch["advantages"], clip)
+    measures = {
+        "clip_fraction": jnp.sum(weights_BRT * clipped_BRT),
+        "policy_kl": jnp.sum(weights_BRT * rl_math.kl_k3(old_BRT, logprobs_BRT)),
+    }
+    if reference_BRT is not None:
+        measures["distance"] = jnp.sum(weights_BRT * rl_math.kl_k3(logprobs_BRT, reference_BRT))
+    return jnp.sum(weights_BRT * losses_BRT), measures
+
+
+def _text_loss(gpt: GPT, params: Any, batch: Batch) -> jax.Array:
+    tokens_NS, targets_NS, weights_NS = (
+        batch[name].reshape(-1, batch[name].shape[-1]) for name in ("text_tokens", "text_targets", "text_weights")
+    )
+    x_NSD = hidden_states(gpt, params, tokens_NS, deterministic=True)
+    return cross_entropy(x_NSD, head_embedding(params), targets_NS, weights_NS, None, gpt.config.precision)
+
+
+def answer_measurer(config: Config) -> Callable[[Any, Batch], dict[str, jax.Array]]:
+    """(all parameters, batch) -> float32 (B, R, T) of each token of answers as they were written.
+
+    `old_logprobs`: of the policy; `reference_logprobs`: of the model that it started from; `entropy`: of what the
+    policy might have written instead; `old_values`, of stage ppo: what the value function expects.
+    """
+    gpt, value_model = GPT(config.model), RewardModel(config)
+
+    def measure(params: Any, batch: Batch) -> dict[str, jax.Array]:
+        with peft.applied(config.peft, deterministic=True):
+            x_BRTD = read_elements(gpt, params, batch, None)
+        logprobs_BRT = logprobs_of_states(gpt, params, batch, x_BRTD)
+        rows_NTD = x_BRTD.reshape(-1, *x_BRTD.shape[2:])
+        entropy_NT = entropies(rows_NTD, head_embedding(params), gpt.config.precision)
+        measured = {
+            "old_logprobs": logprobs_BRT,
+            "reference_logprobs": token_logprobs(gpt, params[REFERENCE], batch, None),
+            "entropy": entropy_NT.reshape(logprobs_BRT.shape),
+        }
+        if config.stage == "ppo":
+            measured["old_values"] = value_model.values(params[VALUE], batch, None)
+        return measured
+
+    return measure

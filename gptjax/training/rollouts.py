@@ -97,7 +97,7 @@ class Answers:
         return "\n\n".join(parts)
 
 
-class Writer:
+class AnswerWriter:
     """Has a policy answer prompts, and measures what it wrote.
 
     Args:
@@ -219,7 +219,7 @@ class Rollouts:
         self,
         config: Config,
         mesh: Mesh,
-        writer: Writer,
+        writer: AnswerWriter,
         prompts: Sequence[EncodedPrompt],
         learn: Callable[[Answers], tuple[Arrays, dict[str, float]]],
         text: Callable[[int, int], Example] | None = None,

@@ -1,6 +1,6 @@
 """Trains each stage of chat on several meshes: `chat_on_meshes.py OUT.json one data=2,fsdp=2,tensor=2 ...`.
 
-Writes {mesh: {stage: {"losses": [...], "validation": {...}}}}.
+Writes {mesh: {stage: {"losses": [...], "validation": {...}}}}, and of stages that write answers "rewards" and "kl" too.
 """
 
 import dataclasses
@@ -8,14 +8,32 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from gptjax import config as c
 from gptjax.parallel.mesh import make_mesh
+from gptjax.training import loop
+from gptjax.training.metrics import read_metrics
+from gptjax.training.run import STAGES
 from tests.multi_device.finetune_on_meshes import train
-from tests.tiny_chats import STAGES_OF_CHAT, config_of
+from tests.tiny_chats import STAGES_OF_CHAT, config_of, rl_config
 from tests.tiny_tasks import MODEL, save_pretrained
+
+
+def learn(config: c.Config, mesh: jax.sharding.Mesh, workdir: Path) -> dict[str, Any]:
+    """What a run in which a policy writes its own data has told."""
+    workdir.mkdir()
+    report = loop.train(STAGES[config.stage](config, mesh, None), mesh, workdir)
+    records = read_metrics(workdir)[1]
+    rollouts = [record for record in records if record["split"] == "rollout"]
+    return {
+        "losses": [record["loss"] for record in records if record["split"] == "train"],
+        "rewards": [record["reward"] for record in rollouts],
+        "kl": [record["kl"] for record in rollouts],
+        "validation": report.validation,
+    }
 
 
 def main() -> None:
@@ -34,6 +52,11 @@ def main() -> None:
                 mesh = make_mesh(config.mesh, jax.devices()[: 1 if name == "one" else None])
                 found = train(config, mesh, Path(directory) / f"{name}_{stage}")
                 results.setdefault(name, {})[stage] = {key: found[key] for key in ("losses", "validation")}
+            for stage in c.RL_STAGES:
+                config = rl_config(stage, Path(directory), pretrained)
+                config = c.replace(config, {"model": {"vocab_size": 260}, "mesh": sizes})
+                mesh = make_mesh(config.mesh, jax.devices()[: 1 if name == "one" else None])
+                results[name][stage] = learn(config, mesh, Path(directory) / f"{name}_{stage}")
     Path(out).write_text(json.dumps(results))
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from gptjax.config import RL_STAGES
 from tests.tiny_chats import STAGES_OF_CHAT
 
 MESH = "data=2,fsdp=2,tensor=2"
@@ -21,3 +22,13 @@ def test_many_devices_give_the_losses_of_one(results, stage):
     assert found["losses"] == pytest.approx(expected["losses"], rel=3e-5)
     assert found["validation"] == pytest.approx(expected["validation"], rel=3e-5)
     assert expected["losses"][-1] < expected["losses"][0]
+
+
+@pytest.mark.parametrize("stage", RL_STAGES)
+def test_a_policy_writes_and_learns_the_same(results, stage):
+    found, expected = results[MESH][stage], results["one"][stage]
+    assert found["rewards"] == expected["rewards"]
+    assert len(expected["rewards"]) == 3
+    for name in ("losses", "kl"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-4)
+    assert found["validation"] == pytest.approx(expected["validation"], rel=1e-3, abs=1e-4)

@@ -17,7 +17,7 @@ from gptjax.training.loop import Stage
 from gptjax.training.metrics import plot_reward
 from gptjax.training.programs import make_program
 from gptjax.training.reward_sources import open_reward
-from gptjax.training.rollouts import Answers, Arrays, EncodedPrompt, Rollouts, Writer
+from gptjax.training.rollouts import Answers, AnswerWriter, Arrays, EncodedPrompt, Rollouts
 from gptjax.training.stages.chat_data import ChatData, fitting, open_chat, prompts_of
 from gptjax.training.stages.intervals import in_tokens
 
@@ -44,7 +44,9 @@ def build_rl(
     data = open_chat(config, mesh, tokenizer, prompts_of)
     reward = open_reward(data.config.rl.reward, mesh, [*data.train, *data.validation])
     train, validation = (_encode(data, prompts) for prompts in (data.train, data.validation))
-    writer = Writer(data.config, mesh, data.tokenizer, reward, [*train, *validation], data.chat_format.end_of_turn)
+    writer = AnswerWriter(
+        data.config, mesh, data.tokenizer, reward, [*train, *validation], data.chat_format.end_of_turn
+    )
     rollouts = Rollouts(
         data.config,
         mesh,
@@ -85,7 +87,9 @@ def _total_tokens(config: Config, num_prompts: int, tokens_per_prompt: int) -> i
     return math.ceil(wanted / iteration) * iteration
 
 
-def _evaluate(config: Config, writer: Writer, prompts: Sequence[EncodedPrompt]) -> Callable[[Any], dict[str, float]]:
+def _evaluate(
+    config: Config, writer: AnswerWriter, prompts: Sequence[EncodedPrompt]
+) -> Callable[[Any], dict[str, float]]:
     """All parameters -> what is told of an answer to each held-out prompt, always drawn by the same seeds."""
     if config.evaluation.max_tokens is not None:
         prompts = prompts[: max(1, config.evaluation.max_tokens // writer.row_length)]

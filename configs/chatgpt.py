@@ -155,7 +155,7 @@ def runlocal(config: c.Config) -> c.Config:
         "data": {"tokenizer": "bpe:4096", "validation_fraction": 0.2},
         "chat": {
             "on_too_long": "skip",
-            "random_draws": 3 if config.stage == "reward" and config.chat.random_answers else 1,
+            "random_draws": 6 if config.stage == "reward" and config.chat.random_answers else 1,
         },
         "batch": batch,
         "optimizer": {"peak_lr": peak_lr, "schedule": "cosine", "warmup_fraction": None},

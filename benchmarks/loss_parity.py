@@ -24,8 +24,8 @@ from gptjax import cli
 from gptjax.config import BatchConfig, Config, DataConfig, GPTConfig, OptimizerConfig, UserError, check
 from gptjax.models.gpt import GPT
 from gptjax.parallel.mesh import make_mesh
-from gptjax.training.loop import Stage
 from gptjax.training.optimizers import learning_rate
+from gptjax.training.stage import Stage
 from gptjax.training.stages import pretrain
 from gptjax.training.state import create_state, make_train_step, state_shardings
 

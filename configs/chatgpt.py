@@ -47,7 +47,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             random_answers=3 if args["stage"] in ("reward", "dpo") and not args["data"] else 0,
             pretraining_source=args["text"] or None,
         ),
-        rl=c.RLConfig(reward=args["reward"]),
+        rl=c.RLConfig(reward=args["reward"], response_tokens=model.context_length // 4),
         # Appendix C: Adam with 0.9 and 0.95, cosine to 10 % of the peak, no warm-up.
         optimizer=c.OptimizerConfig(beta2=0.95, weight_decay=0.0, floor_lr_fraction=0.1),
     )
@@ -164,7 +164,12 @@ def runlocal(config: c.Config) -> c.Config:
     if config.stage == "sft":
         batch["epochs"] = 8.0
     if config.stage in c.RL_STAGES:
-        changes["rl"] = {"prompts_per_iteration": 64, "prompt_tokens": 40, "response_tokens": 24}
+        context = config.model.context_length
+        changes["rl"] = {
+            "prompts_per_iteration": 64,
+            "prompt_tokens": 5 * context // 16,
+            "response_tokens": 3 * context // 16,
+        }
         changes["optimizer"]["schedule"] = "constant"
         changes["logging"] = {"every_steps": 4}
         batch["epochs"] = 1.0

@@ -55,13 +55,17 @@ class GPTConfig:
     scale_residual_init: bool = True  # projections into the residual stream start at std / sqrt(2 * num_layers)
     adapter_dim: int | None = None  # bottleneck of Houlsby et al. 2019's adapters; None: there are none
     layer_loop: Literal["scan", "unroll"] = "scan"  # scan: compile time flat in depth; unroll: often faster steps
-    # What the backward pass recomputes: nothing; all but matrix products; all but what attention returned; all; all,
-    # while what one layer handed to the next waits in the host's memory
-    remat: Literal["none", "dots", "attention", "full", "offload"] = "none"
+    # What the backward pass recomputes: nothing; norms, activations and sums, which is cheap; attention too, all but
+    # the other matrix products; all but what attention returned; all; all, while what one layer handed to the next
+    # waits in the host's memory
+    remat: Literal["none", "cheap", "dots", "attention", "full", "offload"] = "none"
     # xla: any device and mask; cudnn: NVIDIA GPUs; splash: TPUs; auto: the fastest that the device, the dtype and the
     # shapes allow. Over a mesh axis "context" it is the ring, whatever stands here
     attention_backend: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of activations; softmax, norms and loss are float32 anyway
+    # As a training step holds them; they are summed in float32 anyway, and so is the loss. bfloat16 halves what the
+    # loss reads and writes
+    logits_dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
 
     @property
@@ -363,6 +367,8 @@ class Config:
 
     stage: Literal["pretrain", "finetune", "sft", "reward", "dpo", "ppo", "grpo"] = "pretrain"
     seed: int = 0  # of initialisation, dropout, data order and samples
+    # (XLA flag, value) for the training step, over those of gptjax/parallel/compiler.py
+    compiler_options: tuple[tuple[str, str], ...] = ()
     init_from: str | None = None  # a workdir whose newest weights to start from
     model: GPTConfig = GPTConfig()
     data: DataConfig = DataConfig()
@@ -605,6 +611,10 @@ def _check_model(model: GPTConfig) -> None:
         model.num_layers % len(model.attention_pattern) == 0,
         f"model.num_layers={model.num_layers} is not a whole number of model.attention_pattern="
         f"{model.attention_pattern}: make it a multiple of {len(model.attention_pattern)}",
+    )
+    _require(
+        model.logits_dtype == "float32" or model.dtype == "bfloat16",
+        "model.logits_dtype=bfloat16 rounds what model.dtype=float32 asks to be exact: set both to bfloat16",
     )
     for name in ("embedding_dropout", "attention_dropout", "residual_dropout"):
         value = getattr(model, name)

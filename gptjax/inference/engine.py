@@ -1,33 +1,34 @@
 """Generating text: prompts in, completions out, with a key-value cache on the mesh the weights lie on.
 
-Two programs do the work, `_prefill` for the prompts and `_decode` for each token after them. They are compiled once for
-each bucket of shapes: rows, prompt lengths and cache slots are rounded up to powers of two.
+The two programs of `gptjax.inference.programs` do the work. They are compiled once for each bucket of shapes: rows,
+prompt lengths and cache slots are rounded up to powers of two.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh
 
 from gptjax.config import UserError
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.inference.sampling import Form, Knobs, Sampling, sample
+from gptjax.inference.programs import MOST_TOKENS, Draw, Drawn, Memory, Program, draw_tokens, read_prompts
+from gptjax.inference.sampling import Sampling
 from gptjax.inference.text import TextStream
 from gptjax.inference.weights import Weights, prepare
-from gptjax.models.decoding import Cache, decode, logits, prefill, unstack
 from gptjax.models.gpt import GPT
-from gptjax.parallel.mesh import batch_shards, constrain, use_mesh
+from gptjax.parallel.mesh import batch_shards, use_mesh
 
 Prompt = str | npt.ArrayLike  # text, or token ids
 FinishReason = Literal["end_of_text", "end_of_turn", "stop", "length"]
 Overflow = Literal["error", "slide"]
 MIN_BUCKET = 16  # positions
+MIN_ENDS = 4  # tokens that end a text
+# Tokens between two looks at the text: it flows, and what is drawn behind a stop string is little.
+STREAMED_TOKENS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +139,16 @@ class Engine:
             if text and on_text is not None:
                 on_text(i, text)
 
-        for tokens_B, logprobs_B in self.stream(ids, max_new_tokens, sampling, seeds=seeds, overflow=overflow):
+        tokens = self.stream(
+            ids,
+            max_new_tokens,
+            sampling,
+            seeds=seeds,
+            ends=list(reasons),
+            overflow=overflow,
+            at_once=STREAMED_TOKENS if as_it_comes else MOST_TOKENS,
+        )
+        for tokens_B, logprobs_B in tokens:
             for i, row in enumerate(rows):
                 if row.reason is not None:
                     continue
@@ -163,42 +173,68 @@ class Engine:
         sampling: Sampling | None = None,
         *,
         seeds: Sequence[int],
+        ends: Sequence[int] = (),
         overflow: Overflow = "error",
+        at_once: int = MOST_TOKENS,
     ) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]:
-        """Token after token of all prompts: tokens and log-probabilities, (B,) each, whatever the tokens are.
+        """Token after token of all prompts: tokens and log-probabilities, (B,) each.
 
-        Each pair is read one step late, so that the device works on the next while the caller looks at it.
-        Arguments as of `generate`.
+        The device draws `at_once` tokens in a call, and works on the next of them while the caller looks at these. The
+        other arguments are as of `generate`.
+
+        Args:
+          ends: tokens of which every text draws one in the end; what comes after the last of them is without meaning.
+          at_once: at most MOST_TOKENS.
         """
-        sampling = Sampling() if sampling is None else sampling
         windows = [np.asarray(prompt, np.int32) for prompt in prompts]
         if not windows:
             return
+        sampling = Sampling() if sampling is None else sampling
+        calls = self._calls(windows, max_new_tokens, sampling, seeds, ends, overflow, at_once)
+        last = next(calls, [])
+        for call in calls:
+            yield from self._read(last, len(windows))
+            last = call
+        yield from self._read(last, len(windows))
+
+    def _calls(
+        self,
+        windows: list[npt.NDArray[np.int32]],
+        max_new_tokens: int,
+        sampling: Sampling,
+        seeds: Sequence[int],
+        ends: Sequence[int],
+        overflow: Overflow,
+        at_once: int,
+    ) -> Iterator[list["_Call"]]:
+        """Starts one call of a program after the other."""
         program = Program(self.model, sampling.form, self.slots(windows, max_new_tokens, overflow))
-        rows = self.rows(len(windows))
-        seen_BV = self._seen(windows, rows) if sampling.repetition_penalty is not None else None
-        seeds_B = np.resize(np.asarray(seeds, np.int64), rows).astype(np.uint32)
-        drawn: list[Drawn] = []  # since `windows` were read
-        last = None
-        for i in range(max_new_tokens):
-            draw = Draw(seeds_B, np.int32(i), sampling.knobs)
-            longest = max(len(window) for window in windows)
-            if longest + len(drawn) > self.model.config.context_length:
-                windows, drawn = self._slide(windows, drawn), []
+        context, rows = self.model.config.context_length, self.rows(len(windows))
+        seen_BV: Any = self._seen(windows, rows) if sampling.repetition_penalty is not None else None
+        ends_E = np.full(max(MIN_ENDS, power_of_two(len(ends))), -1, np.int32)
+        ends_E[: len(ends)] = ends
+        draw = Draw(np.resize(np.asarray(seeds, np.int64), rows).astype(np.uint32), np.int32(0), sampling.knobs, ends_E)
+        memory: Memory | None = None
+        ended_B: Any = np.zeros(rows, bool)
+        since: list[_Call] = []  # since `windows` were read
+        while draw.number < max_new_tokens:
+            longest, read = max(map(len, windows)), sum(call.count for call in since)
+            if longest + read > context:
+                windows, since, read = self._slide(windows, since), [], 0
+                if memory is not None:
+                    ended_B, seen_BV = memory.ended_B, memory.seen_BV
             with use_mesh(self.mesh):
-                if not drawn:
+                if not since or memory is None:
                     tokens_BT, length_B = self.pad(windows, rows)
-                    memory, new = _prefill(program, self.params, tokens_BT, length_B, seen_BV, draw)
+                    count = 1
+                    memory, drawn = read_prompts(program, self.params, tokens_BT, length_B, ended_B, seen_BV, draw)
                 else:
-                    position_B = length_B + np.int32(len(drawn) - 1)
-                    memory, new = _decode(program, self.params, memory, drawn[-1].token_B, position_B, draw)
-            seen_BV = memory.seen_BV
-            drawn.append(new)
-            if last is not None:
-                yield self._read(last, len(windows))
-            last = new
-        if last is not None:
-            yield self._read(last, len(windows))
+                    count = min(at_once, max_new_tokens - int(draw.number), context - longest - read + 1)
+                    position_B = length_B + np.int32(read - 1)
+                    memory, drawn = draw_tokens(program, self.params, memory, position_B, np.int32(count), draw)
+            draw = draw._replace(number=draw.number + np.int32(count))
+            since.append(_Call(drawn, count))
+            yield since[-1:]
 
     # What beam search builds on too.
 
@@ -245,15 +281,27 @@ class Engine:
             seen_BV[row, window] = True
         return seen_BV
 
-    def _slide(self, windows: list[npt.NDArray[np.int32]], drawn: "list[Drawn]") -> list[npt.NDArray[np.int32]]:
+    def _slide(self, windows: list[npt.NDArray[np.int32]], calls: "list[_Call]") -> list[npt.NDArray[np.int32]]:
         """The windows with what was drawn; of each that is longer than the context, the last half of a context."""
         context = self.model.config.context_length
-        tokens_NB = np.array([self._read(new, len(windows))[0] for new in drawn], np.int32).reshape(-1, len(windows))
+        drawn = [tokens_B for tokens_B, _ in self._read(calls, len(windows))]
+        tokens_NB = np.array(drawn, np.int32).reshape(-1, len(windows))
         texts = [np.concatenate([window, tokens_NB[:, row]]) for row, window in enumerate(windows)]
         return [text[-(context // 2) :] if len(text) > context else text for text in texts]
 
-    def _read(self, drawn: "Drawn", rows: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-        return np.asarray(drawn.token_B)[:rows], np.asarray(drawn.logprob_B)[:rows]
+    def _read(self, calls: "list[_Call]", rows: int) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]:
+        for call in calls:
+            token_NB, logprob_NB = jax.device_get(call.drawn)
+            for i in range(call.count):
+                yield token_NB[i, :rows], logprob_NB[i, :rows]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What one call of a program draws: the first `count` tokens of `drawn`."""
+
+    drawn: Drawn
+    count: int
 
 
 def bucket(positions: int) -> int:
@@ -264,74 +312,3 @@ def bucket(positions: int) -> int:
 def power_of_two(number: int) -> int:
     """The next one that is not smaller."""
     return 1 << (number - 1).bit_length()
-
-
-# --- the compiled programs --------------------------------------------------------------------------------------------
-
-
-class Program(NamedTuple):
-    """What they are compiled for, besides shapes."""
-
-    model: GPT
-    form: Form
-    slots: int
-
-
-class Draw(NamedTuple):
-    """What a draw depends on, besides logits."""
-
-    seeds_B: npt.NDArray[np.uint32]
-    number: np.int32  # of the token among the new ones
-    knobs: Knobs
-
-
-class Memory(NamedTuple):
-    """What goes from one token to the next; donated."""
-
-    cache: Cache
-    seen_BV: jax.Array | None  # bool, for the repetition penalty
-
-
-class Drawn(NamedTuple):
-    """One token of each row, int32, and its float32 log-probability; whole on every device: any process reads it."""
-
-    token_B: jax.Array
-    logprob_B: jax.Array
-
-
-@partial(jax.jit, static_argnums=0)
-def _prefill(
-    program: Program,
-    params: Any,
-    tokens_BT: jax.Array,
-    lengths_B: jax.Array,
-    seen_BV: jax.Array | None,
-    draw: Draw,
-) -> tuple[Memory, Drawn]:
-    """Reads the prompts and draws the first new token of each."""
-    params = unstack(program.model.config, params)
-    x_BD, cache = prefill(program.model, params, constrain(tokens_BT, "batch", None), lengths_B, program.slots)
-    return _draw(program, params, x_BD, cache, seen_BV, draw)
-
-
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _decode(
-    program: Program, params: Any, memory: Memory, token_B: jax.Array, position_B: jax.Array, draw: Draw
-) -> tuple[Memory, Drawn]:
-    """Reads the token drawn last, at `position_B`, and draws the next."""
-    params = unstack(program.model.config, params)
-    x_BD, cache = decode(program.model, params, memory.cache, token_B, position_B)
-    return _draw(program, params, x_BD, cache, memory.seen_BV, draw)
-
-
-def _draw(
-    program: Program, params: Any, x_BD: jax.Array, cache: Cache, seen_BV: jax.Array | None, draw: Draw
-) -> tuple[Memory, Drawn]:
-    logits_BV = logits(program.model, params, x_BD)
-    keys_B = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), draw.number))(draw.seeds_B)
-    token_B = sample(logits_BV, seen_BV, keys_B, program.form, draw.knobs)
-    chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
-    logprob_B = chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
-    if seen_BV is not None:
-        seen_BV = seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
-    return Memory(cache, seen_BV), Drawn(constrain(token_B, None), constrain(logprob_B, None))

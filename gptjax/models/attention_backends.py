@@ -9,7 +9,7 @@ of them, but `gptjax.parallel.ring`.
 
 import math
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -74,12 +74,11 @@ def attention(
     if backend == "splash" and _divide_over_mesh(rows, heads):
         return splash_attention(q_BTHK, k_BTHK, v_BTHK, segments_BT, band_width, scale)
     if backend == "cudnn" and _divide_over_mesh(rows, heads):
-        out_BTHK = cudnn_attention(q_BTHK, k_BTHK, v_BTHK, band_width, scale)
-    else:
-        mask_BHTS = attention_mask(kind, config.band_width, length, segments_BT)
-        out_BTHK = dot_product_attention(
-            q_BTHK, k_BTHK, v_BTHK, mask_BHTS, config.attention_dropout, dropout_rng, config.precision, scale
-        )
+        return cudnn_attention(q_BTHK, k_BTHK, v_BTHK, band_width, scale)
+    mask_BHTS = attention_mask(kind, config.band_width, length, segments_BT)
+    out_BTHK = dot_product_attention(
+        q_BTHK, k_BTHK, v_BTHK, mask_BHTS, config.attention_dropout, dropout_rng, config.precision, scale
+    )
     return checkpoint_name(out_BTHK, NAME)
 
 
@@ -296,6 +295,14 @@ def cudnn_attention(
         )
 
     return _on_each_device(kernel, q_BTHK, k_BTHK, v_BTHK)
+
+
+def is_cudnn_forward(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Policy of rematerialisation: keep what cuDNN's forward kernel returns.
+
+    That is the output and the log-sum-exp, which no name reaches, and without which the kernel would run again.
+    """
+    return str(primitive).startswith("dot_product_attention_fwd")
 
 
 def _on_each_device(kernel: Callable[..., jax.Array], *arrays: jax.Array | None) -> jax.Array:

@@ -5,7 +5,6 @@ Brown et al. 2020, section 2.1 (alternating dense and locally banded attention).
 """
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -18,6 +17,8 @@ from jax.sharding import Mesh
 
 from gptjax.config import GPTConfig
 from gptjax.models.attention import KeyValues, SelfAttention, product_settings
+from gptjax.models.attention_backends import is_cudnn_forward
+from gptjax.models.elementwise import ACTIVATIONS, LayerNorm
 from gptjax.parallel.mesh import (
     abstract_arrays,
     axis_size,
@@ -30,18 +31,15 @@ from gptjax.parallel.mesh import (
 )
 from gptjax.parallel.ring import balance, balanced_positions, restore
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu_tanh": partial(nn.gelu, approximate=True),
-    "gelu_exact": partial(nn.gelu, approximate=False),
-    "relu": nn.relu,
-    "silu": nn.silu,
-}
 # What the backward pass finds kept, by GPTConfig.remat; None: nothing. The names are given where the arrays are made.
+_policies = jax.checkpoint_policies
+_ATTENTION = _policies.save_from_both_policies(_policies.save_only_these_names("attention"), is_cudnn_forward)
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "cheap": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _ATTENTION),
+    "dots": _policies.dots_with_no_batch_dims_saveable,
+    "attention": _ATTENTION,
     "full": None,
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+    "offload": _policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=["block_input"],
         offload_src="device",
@@ -75,19 +73,6 @@ class MLP(nn.Module):
             **product_settings(config),
         )(h_BTF)
         return scattered(out_BTD)
-
-
-def layer_norm(config: GPTConfig, name: str | None = None) -> nn.LayerNorm:
-    """Layer normalisation, computed in float32 whatever the activations' dtype."""
-    return nn.LayerNorm(
-        epsilon=config.norm_eps,
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-        use_fast_variance=False,
-        scale_init=partitioned(nn.initializers.ones, "norm"),
-        bias_init=partitioned(nn.initializers.zeros, "norm"),
-        name=name,
-    )
 
 
 class Adapter(nn.Module):
@@ -141,7 +126,7 @@ class Block(nn.Module):
         out_init = nn.initializers.normal(out_std)
         attention = SelfAttention(config, self.attention, out_init, self.ring, name="attention")
         mlp = MLP(config, out_init, name="mlp")
-        attention_norm, mlp_norm = layer_norm(config, "attention_norm"), layer_norm(config, "mlp_norm")
+        attention_norm, mlp_norm = LayerNorm(config, name="attention_norm"), LayerNorm(config, name="mlp_norm")
         dropout = nn.Dropout(config.residual_dropout, deterministic=deterministic)
 
         def adapted(h_BTD: jax.Array, name: str) -> jax.Array:
@@ -201,7 +186,7 @@ class GPT(nn.Module):
         self.token_embedding = table(config.vocab_size, embedding_init=token_init)
         self.position_embedding = table(config.context_length, embedding_init=position_init)
         if config.norm_position == "pre":
-            self.final_norm = layer_norm(config)
+            self.final_norm = LayerNorm(config)
 
     def normalise(self, x_BTD: jax.Array) -> jax.Array:
         """What the head reads, of what the last layer wrote."""
@@ -314,12 +299,14 @@ def head_embedding(params: Any) -> jax.Array:
     return params["token_embedding"]["embedding"]
 
 
-def unembed(x_BTD: jax.Array, embedding_VD: jax.Array, precision: str | None = None) -> jax.Array:
-    """Logits, float32 (..., V), of hidden states: a product in their dtype, summed in float32."""
+def unembed(
+    x_BTD: jax.Array, embedding_VD: jax.Array, precision: str | None = None, dtype: str = "float32"
+) -> jax.Array:
+    """Logits (..., V) of hidden states: a product in their dtype, summed in float32, and given in `dtype`."""
     return jnp.einsum(
         "...D,VD->...V",
         x_BTD,
         embedding_VD.astype(x_BTD.dtype),
         precision=precision,
-        preferred_element_type=jnp.float32,
+        preferred_element_type=jnp.dtype(dtype),
     )

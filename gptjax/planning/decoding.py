@@ -9,10 +9,10 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gptjax.config import Config, GPTConfig, UserError
-from gptjax.inference import engine
+from gptjax.inference import programs
 from gptjax.inference.sampling import Sampling
 from gptjax.inference.weights import Weights, prepare
 from gptjax.models.gpt import GPT, abstract_params
@@ -144,41 +144,43 @@ def abstract_weights(model: GPTConfig, mesh: Mesh, weights: Weights) -> tuple[GP
     )
 
 
-def _program(model: GPT) -> engine.Program:
-    return engine.Program(model, Sampling().form, model.config.context_length)
+def _program(model: GPT) -> programs.Program:
+    return programs.Program(model, Sampling().form, model.config.context_length)
 
 
 def _prompts(model: GPT, rows: int) -> tuple[Any, ...]:
     """Arguments of the engine's prefill for prompts as long as the context."""
     length = model.config.context_length
     tokens_BT, lengths_B = np.zeros((rows, length), np.int32), np.full(rows, length, np.int32)
-    return tokens_BT, lengths_B, None, _draw(rows)
+    return tokens_BT, lengths_B, np.zeros(rows, bool), None, _draw(rows)
 
 
-def _draw(rows: int) -> engine.Draw:
-    return engine.Draw(np.zeros(rows, np.uint32), np.int32(0), Sampling().knobs)
+def _draw(rows: int) -> programs.Draw:
+    return programs.Draw(np.zeros(rows, np.uint32), np.int32(0), Sampling().knobs, np.array([-1], np.int32))
 
 
 def _lower_prefill(model: GPT, params: Any, rows: int) -> jax.stages.Lowered:
-    return engine._prefill.lower(_program(model), params, *_prompts(model, rows))
+    return programs.read_prompts.lower(_program(model), params, *_prompts(model, rows))
 
 
 def _lower_decode(model: GPT, params: Any, rows: int) -> jax.stages.Lowered:
     row_B = np.zeros(rows, np.int32)
     memory = abstract_memory(model, params, rows)
-    return engine._decode.lower(_program(model), params, memory, row_B, row_B, _draw(rows))
+    return programs.draw_tokens.lower(_program(model), params, memory, row_B, np.int32(0), _draw(rows))
 
 
-def abstract_memory(model: GPT, params: Any, rows: int) -> engine.Memory:
+def abstract_memory(model: GPT, params: Any, rows: int) -> programs.Memory:
     """What goes from token to token, with the layout that prefill gives it: batch and heads spread, slots together."""
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     sharding = NamedSharding(mesh, partition_spec(("batch", "heads", None, None)))
-    prefill = partial(engine._prefill, _program(model))
+    prefill = partial(programs.read_prompts, _program(model))
     memory, _ = jax.eval_shape(prefill, params, *_prompts(model, rows))
-    return cast(
-        engine.Memory,
-        jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), memory),
-    )
+
+    def placed(tree: Any, sharding: NamedSharding) -> Any:
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+    rest = placed(memory, NamedSharding(mesh, PartitionSpec()))
+    return cast(programs.Memory, rest._replace(cache=placed(memory.cache, sharding)))
 
 
 def _token_seconds(model: GPTConfig, topology: Topology, bytes_read: int, rows: int, mesh: Mesh) -> float | None:

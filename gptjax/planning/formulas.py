@@ -41,12 +41,16 @@ def expected_memory(config: Config, mesh: Mapping[str, int]) -> ExpectedMemory:
     tokens = _tokens(config, mesh)
     D, F, V = model.embed_dim, model.feed_forward_dim, model.vocab_size or 0
     unit = tokens * D * size / mesh["tensor"]  # an activation as wide as the model
-    widths = {"none": 17, "dots": 5 + F / D, "attention": 2, "full": 1, "offload": 0}[model.remat]
+    widths = {"none": 17, "cheap": 6 + F / D, "dots": 5 + F / D, "attention": 2, "full": 1, "offload": 0}[model.remat]
     layer = 17 * unit + 2 * tokens * D * size + _scores(config, mesh)
     kept = model.num_layers * (widths * unit + (_scores(config, mesh) if model.remat == "none" else 0))
     layer_weights = non_embedding_parameter_count(model) / model.num_layers / mesh["tensor"]
     layer += layer_weights * (2 * size + 4)  # gathered, the next one too, and a gradient not yet summed
-    loss = min(tokens, CHUNK_TOKENS) * V / mesh["tensor"] * 10 + V * D / mesh["tensor"] * (size + 8) + 4 * tokens * D
+    loss = (
+        min(tokens, CHUNK_TOKENS["tpu"]) * V / mesh["tensor"] * 10
+        + V * D / mesh["tensor"] * (size + 8)
+        + 4 * tokens * D
+    )
     return ExpectedMemory(summary.total - summary.gradients, gradients, int(kept), int(max(layer, loss)))
 
 
@@ -102,7 +106,7 @@ def expected_collectives(config: Config, mesh: Mapping[str, int]) -> list[Collec
 
 def _passes(model: GPTConfig) -> int:
     """Through a layer: forward, backward as two, and forward again where it is computed again."""
-    return 2 if model.remat in ("none", "dots") else 3
+    return 2 if model.remat in ("none", "cheap", "dots") else 3
 
 
 def _group(mesh: Mapping[str, int], *axes: str) -> tuple[int, ...]:

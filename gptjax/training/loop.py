@@ -4,20 +4,18 @@ import dataclasses
 import importlib.metadata
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from gptjax.config import Config, UserError, config_hash
-from gptjax.data.pipeline import Microbatch
-from gptjax.data.tokenizers import Tokenizer
 from gptjax.models import peft
 from gptjax.parallel import distributed, preemption
+from gptjax.parallel.compiler import compiler_options
 from gptjax.parallel.preemption import PreemptedError
 from gptjax.parallel.rows import global_array, process_rows
 from gptjax.training.bundles import save_bundle
@@ -27,49 +25,13 @@ from gptjax.training.optimizers import num_microbatches, schedule
 from gptjax.training.position import Position
 from gptjax.training.progress import Progress
 from gptjax.training.stability import LossSpikeError, NotFiniteError
+from gptjax.training.stage import Stage
 from gptjax.training.start import start_state
-from gptjax.training.state import Batch, Program, TrainState, abstract_state, make_train_step, state_shardings
+from gptjax.training.state import Batch, TrainState, abstract_state, make_train_step, state_shardings
 
 PROFILED_STEPS = range(5, 8)  # counted from the start of the process: the first ones compile and fill queues
 LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "mean_squared_error")  # of the validation's metrics
 MAX_REWINDS = 3  # to one checkpoint: other data does not help it
-
-
-class Learner(Protocol):
-    """A run, as far as what makes its batches of what the model writes has to do with it."""
-
-    workdir: Path
-    step: int
-
-    @property
-    def policy(self) -> Any:
-        """All parameters as the last step left them, not their average."""
-
-    def record(self, split: str, text: str | None = None, **values: float) -> None:
-        """A record of this step in metrics.jsonl, and a text in samples/."""
-
-    def say(self, text: str) -> None:
-        """Prints above the progress bar."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """What a stage supplies."""
-
-    program: Program
-    tokenizer: Tokenizer
-    total_tokens: int  # to train on, padding left out
-    batches: Callable[[int], Iterator[Microbatch]]  # examples consumed -> what follows
-    evaluate: Callable[[Any], dict[str, float]]  # all parameters -> {"loss": ..., ...} on held-out data
-    sample: Callable[[Any], str] | None  # all parameters -> text
-    # The best checkpoint's parameters, workdir -> text: what is left to do at the end, by all processes
-    conclude: Callable[[Any, Path], str] | None = None
-    files: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of the workdir, by name: what the data decided
-    attach: Callable[[Learner], None] | None = None  # before `batches`, where they depend on the run
-
-    @property
-    def config(self) -> Config:
-        return self.program.config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,7 +233,8 @@ class _Run:
     def _compile(self, arguments: tuple[Any, ...]) -> jax.stages.Compiled:
         """Compiles ahead of the first call: an executable cannot recompile unseen, and tells its memory."""
         start = time.perf_counter()
-        compiled = self._train_step.lower(*arguments).compile()
+        options = compiler_options(self._mesh.devices.flat[0].platform, self.stage.config.compiler_options)
+        compiled = self._train_step.lower(*arguments).compile(options)
         if not self._compiled:
             preemption.defer()  # from here on there is something to save
         distributed.gather(None)  # gloo gives up on a process that comes half a minute later to a first collective

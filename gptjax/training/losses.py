@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +12,24 @@ from gptjax.models.gpt import unembed
 from gptjax.parallel.mesh import BATCH_AXES, axis_size, partition_spec, platform
 from gptjax.training import rl_math
 
-# Tokens that a device turns into logits at a time: enough to keep its products efficient. A CPU wants the logits of a
-# chunk in its cache.
-CHUNK_TOKENS, CPU_CHUNK_TOKENS = 2048, 256
+# Tokens that a device turns into logits at a time. A CPU wants the logits of a chunk in its cache. Each chunk reads and
+# writes the head's float32 gradient, so a GPU, whose memory is large beside its bandwidth, wants few chunks.
+CHUNK_TOKENS = {"cpu": 256, "gpu": 8192, "tpu": 2048}
+# Rows of the head are filled up to a multiple of it: a GPU's products are several times slower where GPT-2's 50,257 is
+# the length of a row. The logits of the rows that fill up are masked.
+HEAD_ROWS = {"cpu": 1, "gpu": 128, "tpu": 1}
+# Whether the largest logit and the sum of the exponentials come of one pass over the logits. On a CPU the reduction of
+# pairs is not vectorised.
+ONE_PASS = {"cpu": False, "gpu": True, "tpu": False}
+MASKED = -1e30  # a logit that counts for nothing, and does not make NaN of a difference
 
 
 def positions_per_chunk(sequences: int) -> int:
     """How many positions make a chunk on a device that has so many sequences."""
-    return max(1, (CPU_CHUNK_TOKENS if platform() == "cpu" else CHUNK_TOKENS) // sequences)
+    return max(1, CHUNK_TOKENS[platform()] // sequences)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def cross_entropy(
     x_BTD: jax.Array,
     embedding_VD: jax.Array,
@@ -30,6 +37,7 @@ def cross_entropy(
     weights_BT: jax.Array,
     chunk: int | None = None,
     precision: str | None = None,
+    logits_dtype: str = "float32",
 ) -> jax.Array:
     """Weighted sum of -log softmax(x embedding^T)[target] in nats, float32.
 
@@ -44,9 +52,11 @@ def cross_entropy(
       weights_BT: float32; 0 leaves a target out. Not differentiated.
       chunk: positions a chunk; the last one may be short. None: what suits the device.
       precision: of the matrix products.
+      logits_dtype: of the logits in memory.
     """
     arrays = x_BTD, embedding_VD, targets_BT, weights_BT
-    return _spread(*arrays, chunk=chunk, precision=precision, with_gradients=False)[0]
+    how = _How(chunk, precision, logits_dtype, with_gradients=False)
+    return _spread(*arrays, how=how)[0]
 
 
 def target_logprobs(
@@ -105,13 +115,18 @@ def _forward(
     weights_BT: jax.Array,
     chunk: int | None,
     precision: str | None,
+    logits_dtype: str,
 ) -> tuple[jax.Array, Any]:
     arrays = x_BTD, embedding_VD, targets_BT, weights_BT
-    return _spread(*arrays, chunk=chunk, precision=precision, with_gradients=True)
+    return _spread(*arrays, how=_How(chunk, precision, logits_dtype, with_gradients=True))
 
 
 def _backward(
-    chunk: int | None, precision: str | None, gradients: tuple[jax.Array, jax.Array], cotangent: jax.Array
+    chunk: int | None,
+    precision: str | None,
+    logits_dtype: str,
+    gradients: tuple[jax.Array, jax.Array],
+    cotangent: jax.Array,
 ) -> tuple[jax.Array, jax.Array, None, None]:
     dx_BTD, dembedding_VD = gradients
     return (
@@ -125,19 +140,26 @@ def _backward(
 cross_entropy.defvjp(_forward, _backward)
 
 
-def _spread(
-    *arrays: jax.Array, chunk: int | None, precision: str | None, with_gradients: bool
-) -> tuple[jax.Array, Any]:
+class _How(NamedTuple):
+    """Arguments as of `cross_entropy`, and whether the gradients are computed beside the loss."""
+
+    chunk: int | None
+    precision: str | None
+    logits_dtype: str
+    with_gradients: bool
+
+
+def _spread(*arrays: jax.Array, how: _How) -> tuple[jax.Array, Any]:
     """The loss and its gradients with respect to x and the embedding (None unless asked for), over the mesh in use.
 
     Each device takes its own sequences, positions and rows of the vocabulary. Gradients of the embedding are summed
     over the devices once, at the end: the partitioner, left to itself, would do so for every chunk.
     """
-    on_device = partial(_scan_chunks, chunk=chunk, precision=precision, with_gradients=with_gradients)
+    on_device = partial(_scan_chunks, how=how)
     if jax.sharding.get_abstract_mesh().empty:
         return on_device(*arrays)
     batch, embedding = partition_spec(("batch", "length")), partition_spec(("vocab", "embed"))
-    gradients = (partition_spec(("batch", "sequence")), embedding) if with_gradients else (None, None)
+    gradients = (partition_spec(("batch", "sequence")), embedding) if how.with_gradients else (None, None)
     return jax.shard_map(
         on_device,
         in_specs=(batch, embedding, batch, batch),
@@ -152,17 +174,16 @@ def _scan_chunks(
     targets_BT: jax.Array,
     weights_BT: jax.Array,
     *,
-    chunk: int | None,
-    precision: str | None,
-    with_gradients: bool,
+    how: _How,
 ) -> tuple[jax.Array, Any]:
     """What `_spread` returns, of one device's arrays: x (B, T, D), V rows of the embedding of D / fsdp columns each."""
     batch, length, width = x_BTD.shape
-    chunk = min(positions_per_chunk(batch) if chunk is None else chunk, length)
+    chunk = min(positions_per_chunk(batch) if how.chunk is None else how.chunk, length)
     head_VD = embedding_VD.astype(x_BTD.dtype)
     if axis_size("fsdp") > 1:
         head_VD = jax.lax.all_gather(head_VD, "fsdp", axis=1, tiled=True)
     rows = len(head_VD)
+    head_VD = jnp.pad(head_VD, ((0, -rows % HEAD_ROWS[platform()]), (0, 0)))
     first_row = jax.lax.axis_index("tensor") * rows if axis_size("tensor") > 1 else 0
 
     def step(
@@ -170,40 +191,59 @@ def _scan_chunks(
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         loss, dhead_VD = carry
         x_BCD, targets_BC, weights_BC = inputs
-        logits_BCV = unembed(x_BCD, head_VD, precision)
+        stored_BCV = unembed(x_BCD, head_VD, how.precision, how.logits_dtype)
+        row_11V = jnp.arange(len(head_VD))[None, None]
+        logits_BCV = stored_BCV.astype(jnp.float32)
+        if len(head_VD) > rows:
+            logits_BCV = jnp.where(row_11V < rows, logits_BCV, MASKED)
         log_z_BC = _logsumexp(logits_BCV)
-        hit_BCV = jnp.arange(rows)[None, None] == targets_BC[..., None] - first_row
+        # A row that only fills up is no target: with the rows spread over devices, its number is another device's row.
+        hit_BCV = (row_11V == targets_BC[..., None] - first_row) & (row_11V < rows)
         picked_BC = _sum(jnp.sum(jnp.where(hit_BCV, logits_BCV, 0), axis=-1), "tensor")
         loss += jnp.sum(weights_BC * (log_z_BC - picked_BC))
-        if not with_gradients:
+        if not how.with_gradients:
             return (loss, dhead_VD), jnp.zeros((), x_BCD.dtype)
         dlogits_BCV = (jnp.exp(logits_BCV - log_z_BC[..., None]) - hit_BCV) * weights_BC[..., None]
         dlogits_BCV = dlogits_BCV.astype(x_BCD.dtype)
-        dx_BCD = jnp.einsum("BCV,VD->BCD", dlogits_BCV, head_VD, precision=precision)
+        dx_BCD = jnp.einsum("BCV,VD->BCD", dlogits_BCV, head_VD, precision=how.precision)
         dhead_VD += jnp.einsum(
-            "BCV,BCD->VD", dlogits_BCV, x_BCD, precision=precision, preferred_element_type=jnp.float32
+            "BCV,BCD->VD", dlogits_BCV, x_BCD, precision=how.precision, preferred_element_type=jnp.float32
         )
         return (loss, dhead_VD), dx_BCD
 
     chunks = (_chunks(x_BTD, chunk), _chunks(targets_BT, chunk), _chunks(weights_BT, chunk))
-    start = (jnp.zeros((), jnp.float32), jnp.zeros(head_VD.shape if with_gradients else (), jnp.float32))
+    start = (jnp.zeros((), jnp.float32), jnp.zeros(head_VD.shape if how.with_gradients else (), jnp.float32))
     (loss, dhead_VD), dx_NBCD = jax.lax.scan(step, start, chunks)
     loss = _sum(loss, *BATCH_AXES, "context")
-    if not with_gradients:
+    if not how.with_gradients:
         return loss, (None, None)
     dx_BTD = jnp.moveaxis(dx_NBCD, 0, 1).reshape(batch, -1, width)[:, :length]
     dx_BTD = _sum_and_split(dx_BTD, "tensor", axis=1)
-    dhead_VD = _sum_and_split(_sum(dhead_VD, "data", "expert", "context"), "fsdp", axis=1)
+    dhead_VD = _sum_and_split(_sum(dhead_VD[:rows], "data", "expert", "context"), "fsdp", axis=1)
     return loss, (dx_BTD, dhead_VD.astype(embedding_VD.dtype))
 
 
 def _logsumexp(logits_BCV: jax.Array) -> jax.Array:
     """Over the whole vocabulary, of which a device has the rows V; (B, C)."""
-    log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+    log_z_BC = _one_pass(logits_BCV) if ONE_PASS[platform()] else jax.nn.logsumexp(logits_BCV, axis=-1)
     if axis_size("tensor") == 1:
         return log_z_BC
     largest_BC = jax.lax.pmax(log_z_BC, "tensor")
     return largest_BC + jnp.log(_sum(jnp.exp(log_z_BC - largest_BC), "tensor"))
+
+
+def _one_pass(logits_BCV: jax.Array) -> jax.Array:
+    """log sum exp over the last axis by one reduction of pairs: the largest so far, the sum of exp(logit - largest)."""
+    Pair = tuple[jax.Array, jax.Array]
+
+    def merge(a: Pair, b: Pair) -> Pair:
+        largest = jnp.maximum(a[0], b[0])
+        return largest, a[1] * jnp.exp(a[0] - largest) + b[1] * jnp.exp(b[0] - largest)
+
+    pairs = (logits_BCV, jnp.ones_like(logits_BCV))
+    nothing = (jnp.float32(MASKED), jnp.float32(0))
+    largest_BC, sum_BC = jax.lax.reduce(pairs, nothing, merge, (logits_BCV.ndim - 1,))
+    return largest_BC + jnp.log(sum_BC)
 
 
 def _sum(x: jax.Array, *axes: str) -> jax.Array:

@@ -103,7 +103,8 @@ def make_loss(model: GPT) -> Loss:
             rngs=None if rng is None else {"dropout": rng},
         )
         head_VD, weights_BT = head_embedding(params), batch["weights"]
-        nats = cross_entropy(x_BTD, head_VD, batch["targets"], weights_BT, None, model.config.precision)
+        logits_dtype = "float32" if rng is None else model.config.logits_dtype  # held-out losses are exact
+        nats = cross_entropy(x_BTD, head_VD, batch["targets"], weights_BT, None, model.config.precision, logits_dtype)
         return nats, jnp.sum(weights_BT), {}
 
     return loss

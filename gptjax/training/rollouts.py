@@ -30,11 +30,11 @@ from gptjax.models.heads import VALUE
 from gptjax.parallel import distributed, preemption
 from gptjax.parallel.mesh import constrain
 from gptjax.parallel.rows import process_rows
-from gptjax.training.loop import Learner
 from gptjax.training.policies import answer_measurer
 from gptjax.training.preferences import REFERENCE
 from gptjax.training.programs import plain
 from gptjax.training.reward_sources import RewardSource
+from gptjax.training.stage import Learner
 
 ROW_MULTIPLE = 16  # positions: rows are no longer than the longest prompt needs, rounded up
 SHOWN = 8  # answers of an iteration in samples/

@@ -18,10 +18,11 @@ from gptjax.parallel.mesh import make_mesh
 from gptjax.scaling import flops
 from gptjax.training import loop
 from gptjax.training.lock import locked
+from gptjax.training.stage import Stage
 from gptjax.training.stages import dpo, finetune, grpo, ppo, pretrain, reward, sft
 from gptjax.training.state import abstract_state
 
-STAGES: dict[str, Callable[[Config, Mesh, tokenizers.Tokenizer | None], loop.Stage]] = {
+STAGES: dict[str, Callable[[Config, Mesh, tokenizers.Tokenizer | None], Stage]] = {
     "pretrain": pretrain.build,
     "finetune": finetune.build,
     "sft": sft.build,
@@ -108,7 +109,7 @@ def _check_tokenizer(config: Config, tokenizer: tokenizers.Tokenizer) -> None:
         )
 
 
-def _write_workdir(config: Config, workdir: Path, stage: loop.Stage) -> None:
+def _write_workdir(config: Config, workdir: Path, stage: Stage) -> None:
     try:
         write_whole(workdir / "config.json", to_json(config))
         stage.tokenizer.save(workdir / "tokenizer")
@@ -118,7 +119,7 @@ def _write_workdir(config: Config, workdir: Path, stage: loop.Stage) -> None:
         raise UserError(f"cannot write in --workdir={workdir}: {error.strerror}") from None
 
 
-def _summary(stage: loop.Stage, mesh: Mesh) -> str:
+def _summary(stage: Stage, mesh: Mesh) -> str:
     """The resolved config, and what it costs."""
     config = stage.config
     model, device = config.model, jax.devices()[0]

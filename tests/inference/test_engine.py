@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gptjax.config import UserError
-from gptjax.inference import engine as engine_module
+from gptjax.inference import programs as programs_module
 from gptjax.inference.sampling import Sampling
 
 CONTEXT = 32
@@ -240,7 +240,7 @@ def test_a_text_and_its_tokens_are_one_prompt(engine, prompts, pieces, monkeypat
 
 def test_what_compiles_again_and_what_does_not(engine_of):
     def compiles(length: int, number: int, sampling: Sampling, prompts: int = 3) -> tuple[int, int]:
-        programs = engine_module._prefill, engine_module._decode
+        programs = programs_module.read_prompts, programs_module.draw_tokens
         before = [program._cache_size() for program in programs]
         engine_of("smallest").generate([np.zeros(length, int)] * prompts, number, sampling, ignore_end_of_text=True)
         return tuple(program._cache_size() - size for program, size in zip(programs, before, strict=True))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from gptjax.config import UserError
-from gptjax.inference.sampling import Sampling, candidates, penalise, sample
+from gptjax.inference.sampling import Sampling, candidates, likeliest, needed, penalise, sample
 
 V = 9
 # Distinct by at least a hundredth: which of equals are kept is nobody's promise.
@@ -168,3 +168,37 @@ def test_a_value_out_of_range_is_named_with_its_range(field, value, range_):
     with pytest.raises(UserError) as error:
         Sampling(**{field: value})
     assert str(error.value) == f"{field}={value} must be {range_}"
+
+
+def test_needed_are_the_likeliest_of_a_sorted_vocabulary():
+    """Of a large one, in which many a probability is close to the next."""
+    rng = np.random.default_rng(0)
+    for scale in (0.01, 1.0, 8.0):
+        logits_BV = (rng.normal(0, scale, (4, 5003)) - 3).astype(np.float32)
+        logits_BV[2, ::7] = -np.inf
+        for top_p in (1e-3, 0.3, 0.9):
+            probs_BV = np.asarray(jax.nn.softmax(jnp.asarray(logits_BV)), np.float64)
+            falling_BV = -np.sort(-probs_BV, axis=-1)
+            number_B = np.sum(np.cumsum(falling_BV, axis=-1) - falling_BV < top_p, axis=-1)
+            kept_BV = np.asarray(needed(jnp.asarray(logits_BV), np.float32(top_p)))
+            np.testing.assert_allclose(kept_BV.sum(axis=-1), number_B, atol=1)  # float32 sums
+            for kept_V, logits_V in zip(kept_BV, logits_BV, strict=True):
+                assert logits_V[kept_V].min() > logits_V[~kept_V].max()
+
+
+def test_the_likeliest_of_equals_is_the_first():
+    logits_BV = jnp.array([[0.0, 2.0, 2.0, 1.0], [3.0, 3.0, 3.0, 3.0], [-1.0, -2.0, -jnp.inf, -0.5]])
+    assert likeliest(logits_BV).tolist() == [1, 0, 3]
+    random_BV = jax.random.randint(jax.random.key(0), (64, 300), 0, 50).astype(jnp.float32)
+    np.testing.assert_array_equal(likeliest(random_BV), jnp.argmax(random_BV, axis=-1))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0.7), Sampling(1.3, top_k=20), Sampling(1.1, min_p=0.05)])
+def test_draws_are_those_of_jax(sampling):
+    """A seed goes on meaning the same completion."""
+    logits_BV = jax.random.normal(jax.random.key(1), (16, 301))
+    keys_B = jax.random.split(jax.random.key(2), 16)
+    logits_BC, token_BC = candidates(logits_BV, sampling.form, sampling.knobs)
+    drawn_B = jax.vmap(jax.random.categorical)(keys_B, logits_BC)
+    expected_B = drawn_B if token_BC is None else jnp.take_along_axis(token_BC, drawn_B[:, None], axis=1)[:, 0]
+    np.testing.assert_array_equal(sample(logits_BV, None, keys_B, sampling.form, sampling.knobs), expected_B)

@@ -107,7 +107,7 @@ def loss_and_gradients(config: GPTConfig):
 
 @pytest.mark.parametrize(
     "change",
-    [{"layer_loop": "unroll"}, {"remat": "dots"}, {"remat": "full", "layer_loop": "unroll"}],
+    [{"layer_loop": "unroll"}, {"remat": "cheap"}, {"remat": "dots"}, {"remat": "full", "layer_loop": "unroll"}],
 )
 def test_loops_and_recomputation_change_no_number(change):
     config = dataclasses.replace(TINY, residual_dropout=0.2, attention_dropout=0.2)
@@ -165,6 +165,7 @@ CHANGES = {
 }
 # These change shapes of parameters or of inputs, or only how the same numbers are computed (tested above).
 OTHER_FIELDS = {"vocab_size", "context_length", "embed_dim", "qkv_bias", "layer_loop", "remat", "attention_backend"}
+OTHER_FIELDS |= {"logits_dtype"}  # of the loss: tests/training/test_losses.py
 
 
 def test_every_field_is_tested():

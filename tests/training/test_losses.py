@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.training.losses import CPU_CHUNK_TOKENS, cross_entropy, positions_per_chunk
+from gptjax.training import losses
+from gptjax.training.losses import CHUNK_TOKENS, cross_entropy, positions_per_chunk
 
 B, T, D, V = 3, 10, 8, 17
 
@@ -32,6 +33,34 @@ def test_equals_the_plain_loss(chunk):
     expected = jax.value_and_grad(lambda x, e: 3 * plain(x, e, targets, weights), (0, 1))(x, embedding)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), actual, expected)
     np.testing.assert_allclose(3 * cross_entropy(x, embedding, targets, weights, chunk), expected[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("one_pass", [False, True])
+@pytest.mark.parametrize("multiple", [1, 16])
+def test_what_suits_a_gpu_equals_the_plain_loss(monkeypatch, one_pass, multiple):
+    """A head of more rows than there are tokens, and the normaliser of one pass; logits that would overflow, too."""
+    monkeypatch.setitem(losses.ONE_PASS, "cpu", one_pass)
+    monkeypatch.setitem(losses.HEAD_ROWS, "cpu", multiple)
+    x, embedding, targets, weights = inputs()
+    for scale, tolerance in ((1, 1e-5), (100, 1e-3)):
+        actual = jax.value_and_grad(lambda x, e: cross_entropy(x, e, targets, weights, 4), (0, 1))(scale * x, embedding)
+        expected = jax.value_and_grad(lambda x, e: plain(x, e, targets, weights), (0, 1))(scale * x, embedding)
+        for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=tolerance, atol=1e-5 * scale)
+
+
+def test_bfloat16_logits_lose_only_their_own_precision():
+    x, embedding, targets, weights = inputs(jnp.bfloat16)
+
+    def loss(x, embedding, dtype):
+        return cross_entropy(x, embedding, targets, weights, 4, None, dtype)
+
+    actual, expected = (jax.value_and_grad(loss, (0, 1))(x, embedding, dtype) for dtype in ("bfloat16", "float32"))
+    assert actual[0] != expected[0]
+    np.testing.assert_allclose(actual[0], expected[0], rtol=2e-3)  # of B x T roundings to 8 bits
+    for a, b in zip(actual[1], expected[1], strict=True):
+        a, b = (np.asarray(leaf, np.float32) for leaf in (a, b))
+        assert np.linalg.norm(a - b) < 1e-2 * np.linalg.norm(b)
 
 
 def test_bfloat16_states_lose_only_their_own_precision():
@@ -72,6 +101,6 @@ def test_never_holds_the_logits_of_a_batch():
 
 
 def test_chunks_have_a_bounded_number_of_tokens():
-    assert positions_per_chunk(1) == CPU_CHUNK_TOKENS
-    assert positions_per_chunk(8) * 8 == CPU_CHUNK_TOKENS
-    assert positions_per_chunk(10 * CPU_CHUNK_TOKENS) == 1
+    assert positions_per_chunk(1) == CHUNK_TOKENS["cpu"]
+    assert positions_per_chunk(8) * 8 == CHUNK_TOKENS["cpu"]
+    assert positions_per_chunk(10 * CHUNK_TOKENS["cpu"]) == 1

@@ -4,7 +4,7 @@ from jax.sharding import Mesh
 
 from gptjax.config import Config
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.training.loop import Stage
+from gptjax.training.stage import Stage
 from gptjax.training.stages.ranked import build_ranked
 
 

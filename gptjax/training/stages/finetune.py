@@ -24,8 +24,8 @@ from gptjax.models.attention_backends import check_backend
 from gptjax.parallel import distributed
 from gptjax.parallel.mesh import check_fit
 from gptjax.parallel.rows import process_rows
-from gptjax.training.loop import Stage
 from gptjax.training.programs import TASK_FILE, make_program, plain
+from gptjax.training.stage import Stage
 from gptjax.training.stages.intervals import in_tokens
 from gptjax.training.stages.reading import find_tokenizer, refuse_settings_of_pretraining
 from gptjax.training.task_model import TaskModel

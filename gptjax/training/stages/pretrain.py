@@ -16,8 +16,8 @@ from gptjax.models.attention_backends import check_backend
 from gptjax.models.gpt import GPT
 from gptjax.parallel import distributed
 from gptjax.parallel.mesh import check_fit
-from gptjax.training.loop import Stage
 from gptjax.training.programs import make_program, plain
+from gptjax.training.stage import Stage
 from gptjax.training.stages.held_out import held_out_means, perplexity
 from gptjax.training.stages.intervals import in_tokens
 from gptjax.training.stages.reading import reader

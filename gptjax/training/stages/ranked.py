@@ -13,8 +13,8 @@ from gptjax.data.conversations import Ranking
 from gptjax.data.pipeline import Microbatch
 from gptjax.data.templates import Encoded, TooLongError
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.training.loop import Stage
 from gptjax.training.programs import make_program
+from gptjax.training.stage import Stage
 from gptjax.training.stages.chat_data import ChatData, fitting, open_chat, positions, rankings_of
 from gptjax.training.stages.held_out import held_out_means
 from gptjax.training.stages.intervals import in_tokens

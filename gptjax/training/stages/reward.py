@@ -14,8 +14,8 @@ from gptjax.data.pipeline import Microbatch
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.files import write_whole
 from gptjax.models import peft
-from gptjax.training.loop import Stage
 from gptjax.training.preferences import SCALE_FILE, RewardModel
+from gptjax.training.stage import Stage
 from gptjax.training.stages.held_out import held_out_means
 from gptjax.training.stages.ranked import build_ranked
 from gptjax.training.state import Batch, Measures

@@ -13,8 +13,8 @@ from gptjax.data.tokenizers import Tokenizer
 from gptjax.inference.engine import Engine
 from gptjax.inference.sampling import Sampling
 from gptjax.models.gpt import GPT
-from gptjax.training.loop import Stage
 from gptjax.training.programs import make_program, plain
+from gptjax.training.stage import Stage
 from gptjax.training.stages.chat_data import ChatData, conversations_of, fitting, open_chat, positions, pretraining_text
 from gptjax.training.stages.held_out import held_out_means, perplexity
 from gptjax.training.stages.intervals import in_tokens

@@ -1,0 +1,76 @@
+"""What several benchmarks share: rounds that alternate, medians and spreads, what was measured on, JSON."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers")
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def alternate(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """What each side returns, round by round: what else the machine does meets all of them."""
+    values: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, measure in sides.items():
+            values[name].append(measure())
+    return values
+
+
+def ratio(times: Sequence[float], base: Sequence[float]) -> float:
+    """How many times as fast as `base`: the median over rounds beside each other."""
+    return statistics.median(b / t for t, b in zip(times, base, strict=True))
+
+
+def product_flops(size: int, dtype: str, repeats: int = 5) -> float:
+    """FLOP/s of the fastest of `repeats` products of two random (size, size) matrices on JAX's first device."""
+    a_NN, b_NN = jax.random.normal(jax.random.key(0), (2, size, size)).astype(dtype)
+    product = _product
+    product(a_NN, b_NN).block_until_ready()
+    return 2 * size**3 / min(seconds(lambda: product(a_NN, b_NN).block_until_ready()) for _ in range(repeats))
+
+
+@jax.jit
+def _product(a_NN: jax.Array, b_NN: jax.Array) -> jax.Array:
+    return jnp.matmul(a_NN, b_NN)
+
+
+def measured_on() -> dict[str, Any]:
+    """Device and versions."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "devices": jax.device_count(),
+        "cores": os.cpu_count(),
+        "versions": versions,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def write_json(path: str | None, content: Any) -> None:
+    """Also what is not complete yet may be written: the file is replaced as a whole."""
+    if path is not None:
+        unfinished = Path(path + ".unfinished")
+        unfinished.write_text(json.dumps(content, indent=2) + "\n")
+        unfinished.replace(path)

@@ -1,0 +1,187 @@
+"""Our side of `benchmarks/train_step.py`: programs of the training step that differ in how, and not in what."""
+
+import ast
+import dataclasses
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax import config as c
+from gptjax.config import UserError
+from gptjax.models import attention
+from gptjax.parallel.compiler import compiler_options
+from gptjax.parallel.mesh import make_mesh
+from gptjax.training import losses
+from gptjax.training.programs import make_program
+from gptjax.training.state import TrainState, create_state, make_train_step, state_shardings
+
+MODULES: dict[str, Any] = {"losses": losses, "attention": attention}
+
+
+def platform() -> str:
+    """As gptjax names it."""
+    name = jax.devices()[0].platform
+    return "gpu" if name == "cuda" else name
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One program of ours."""
+
+    name: str
+    config: c.Config
+    options: dict[str, str | bool]  # of the compiler
+    constants: dict[tuple[str, str], Any]  # (module, name): what it chooses for the platform
+
+
+def parse_variant(text: str, base: c.Config) -> Variant:
+    """`base` changed as NAME,KEY=VALUE,... says; UserError for a key that is not there."""
+    name, *changes = text.split(",")
+    edited, flags_of_xla, constants = c.config_dict(base), [], {}
+    sequences, microbatches = base.sequences_per_microbatch, 1
+    for change in changes:
+        key, has_value, value = change.partition("=")
+        section, _, field = key.partition(".")
+        if not has_value:
+            raise UserError(f"--variant={text}: {change!r} is not KEY=VALUE")
+        if key == "sequences":
+            sequences = int(value)
+        elif key == "microbatches":
+            microbatches = int(value)
+        elif section == "xla":
+            flags_of_xla.append((field, value))
+        elif section in MODULES:
+            if not isinstance(getattr(MODULES[section], field, None), dict):
+                raise UserError(f"--variant={text}: {section} chooses no {field} by platform")
+            constants[section, field] = _literal(value)
+        else:
+            c.check_key(key)
+            edited.update_from_flattened_dict({key: _literal(value)})
+    edited.batch.microbatch_size = sequences
+    edited.batch.tokens_per_batch = microbatches * sequences * base.model.context_length
+    config = c.resolve(edited)
+    options = compiler_options(platform(), (*config.compiler_options, *flags_of_xla))
+    return Variant(name, config, options, constants)
+
+
+def _literal(value: str) -> Any:
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
+
+
+@contextmanager
+def changed(constants: dict[tuple[str, str], Any]) -> Iterator[None]:
+    """In which modules choose other values for the platform."""
+    tables = [(getattr(MODULES[module], name), value) for (module, name), value in constants.items()]
+    before = [table[platform()] for table, _ in tables]
+    for table, value in tables:
+        table[platform()] = value
+    try:
+        yield
+    finally:
+        for (table, _), value in zip(tables, before, strict=True):
+            table[platform()] = value
+
+
+class Trainer:
+    """The real training step of several variants, on one state that goes from one to the other, and one device.
+
+    The learning rate is 0, which no program knows: so all variants have one loss and one gradient, and show it.
+
+    Attributes:
+      compile_seconds, memory_bytes: by variant; memory is what the compiler says a step needs.
+      numbers: by variant that has run, the loss and the norm of the gradient.
+    """
+
+    def __init__(self, base: c.Config, workers: int):
+        """Args: workers: programs that are compiled at once."""
+        self._program = make_program(base)
+        self._mesh = make_mesh(base.mesh, jax.devices()[:1])
+        self._placement = state_shardings(self._program, self._mesh)
+        self._pool = ThreadPoolExecutor(workers)
+        self._compiling: dict[str, Future[Any]] = {}
+        self._steps: dict[str, Any] = {}
+        self._arguments: dict[str, Any] = {}
+        self._state: TrainState | None = None
+        self.compile_seconds: dict[str, float] = {}
+        self.memory_bytes: dict[str, int] = {}
+        self.numbers: dict[str, tuple[float, float]] = {}
+
+    def start(self, variant: Variant) -> None:
+        """Traces a variant, and has it compiled by another thread."""
+        config, name = variant.config, variant.name
+        rows, context = config.sequences_per_microbatch, config.model.context_length
+        shape_MBT = (config.batch.tokens_per_batch // (rows * context), rows, context)
+        tokens = np.random.default_rng(0).integers(0, config.model.vocab_size or 0, shape_MBT[1:], np.int32)
+        # A model with a tied head finds it easy to say what it has just read: targets are the tokens after.
+        rows_MBT = (np.broadcast_to(rows, shape_MBT) for rows in (tokens, np.roll(tokens, -1, axis=1)))
+        tokens_MBT, targets_MBT = map(jax.device_put, rows_MBT)
+        batch = {"tokens": tokens_MBT, "targets": targets_MBT, "weights": jnp.ones(shape_MBT)}
+        self._arguments[name] = (batch, np.int32(shape_MBT[0]), {"lr": np.float32(0)})
+        with jax.set_mesh(self._mesh), changed(variant.constants):
+            step = make_train_step(make_program(config), self._placement)
+            state = jax.eval_shape(lambda: create_state(self._program, self._mesh))
+            lowered = step.lower(state, *self._arguments[name])
+
+        def compiled() -> Any:
+            start = time.perf_counter()
+            with jax.set_mesh(self._mesh):
+                program = lowered.compile(variant.options)
+            self.compile_seconds[name] = time.perf_counter() - start
+            return program
+
+        self._compiling[name] = self._pool.submit(compiled)
+
+    def finish(self, name: str) -> None:
+        """Waits for the program of a variant, and runs it once."""
+        program = self._steps[name] = self._compiling.pop(name).result()
+        memory = program.memory_analysis()
+        if memory is not None:
+            self.memory_bytes[name] = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        try:
+            if self._state is None:
+                self._state = create_state(self._program, self._mesh)
+            metrics = self._advance(name)
+            self.numbers[name] = float(metrics["loss"]), float(metrics["grad_norm"])
+        except Exception:
+            self._state = None  # it was given away
+            raise
+
+    def _advance(self, name: str) -> dict[str, jax.Array]:
+        self._state, metrics = self._steps[name](self._state, *self._arguments[name])
+        return metrics
+
+    def train(self, name: str, steps: int) -> float:
+        """Seconds of a step."""
+        self._advance(name)["loss"].block_until_ready()  # another variant ran before
+        start = time.perf_counter()
+        for _ in range(steps):
+            metrics = self._advance(name)
+        metrics["loss"].block_until_ready()
+        return (time.perf_counter() - start) / steps
+
+    def kernels(self, name: str, steps: int = 3) -> list[tuple[str, float, int]]:
+        """(kernel, milliseconds of a step, launches of a step) of the device, the longest first."""
+        total: dict[str, float] = defaultdict(float)
+        count: dict[str, int] = defaultdict(int)
+        with tempfile.TemporaryDirectory() as directory:
+            with jax.profiler.trace(directory):
+                self.train(name, steps)
+            (path,) = Path(directory).rglob("*.xplane.pb")
+            for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+                for line in plane.lines if plane.name.startswith("/device:") else ():
+                    for event in line.events if (line.name or "").startswith("Stream") else ():
+                        total[event.name] += event.duration_ns / 1e6 / (steps + 1)
+                        count[event.name] += 1
+        return sorted(((name, ms, count[name] // (steps + 1)) for name, ms in total.items()), key=lambda row: -row[1])

@@ -1,0 +1,68 @@
+"""What keeps little for the backward pass computes what automatic differentiation would."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax.config import GPTConfig
+from gptjax.models.elementwise import ACTIVATIONS, LayerNorm
+
+CONFIG = GPTConfig(vocab_size=5, embed_dim=24, num_heads=2, dtype="float32")
+PLAIN = {
+    "gelu_tanh": nn.gelu,
+    "gelu_exact": lambda x: nn.gelu(x, approximate=False),
+    "relu": nn.relu,
+    "silu": nn.silu,
+}
+
+
+def kept_bytes(function, *args) -> int:
+    """What the backward pass finds of the forward pass, the arguments apart."""
+    _, pullback = jax.vjp(function, *args)
+    ours = {id(leaf) for leaf in args}
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(pullback) if id(leaf) not in ours)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations(name):
+    x_BTF = 3 * jax.random.normal(jax.random.key(0), (2, 5, 16))
+    dy_BTF = jax.random.normal(jax.random.key(1), x_BTF.shape)
+    actual, expected = (jax.vjp(function, x_BTF) for function in (ACTIVATIONS[name], PLAIN[name]))
+    np.testing.assert_array_equal(actual[0], expected[0])
+    np.testing.assert_allclose(actual[1](dy_BTF)[0], expected[1](dy_BTF)[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layer_norm_is_flaxs(dtype):
+    keys = jax.random.split(jax.random.key(0), 4)
+    x_BTD = (5 + 2 * jax.random.normal(keys[0], (3, 7, 24))).astype(dtype)
+    params = {"scale": jax.random.normal(keys[1], (24,)), "bias": jax.random.normal(keys[2], (24,))}
+    dy_BTD = jax.random.normal(keys[3], x_BTD.shape).astype(dtype)
+    ours = LayerNorm(dataclasses.replace(CONFIG, dtype=dtype))
+    flaxs = nn.LayerNorm(epsilon=CONFIG.norm_eps, dtype=dtype, use_fast_variance=False)
+    results = []
+    for module in (ours, flaxs):
+        y_BTD, pullback = jax.vjp(lambda p, x, m=module: m.apply({"params": p}, x), params, x_BTD)
+        assert y_BTD.dtype == dtype
+        results.append((y_BTD, pullback(dy_BTD)))
+    tolerance = {"float32": 1e-5, "bfloat16": 1e-2}[dtype]
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(*(np.asarray(leaf, np.float32) for leaf in (a, b)), rtol=tolerance, atol=tolerance)
+
+
+def test_little_is_kept():
+    """Flax's own keep several arrays of the input's size."""
+    x_BTD = jax.random.normal(jax.random.key(0), (4, 64, 24)).astype(jnp.bfloat16)
+    module = LayerNorm(dataclasses.replace(CONFIG, dtype="bfloat16"))
+    params = nn.unbox(module.init(jax.random.key(0), x_BTD))
+    flaxs = nn.LayerNorm(dtype=jnp.bfloat16, use_fast_variance=False)
+    position = 2 * 4 * 4 * 64  # two float32 numbers each
+    assert kept_bytes(lambda x: module.apply(params, x), x_BTD) <= position + 2 * 4 * 24
+    assert kept_bytes(lambda x: flaxs.apply(params, x), x_BTD) > 2 * x_BTD.nbytes
+    assert kept_bytes(ACTIVATIONS["gelu_tanh"], x_BTD) == 0
+    assert kept_bytes(PLAIN["gelu_tanh"], x_BTD) > 2 * x_BTD.nbytes

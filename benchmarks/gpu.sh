@@ -124,12 +124,9 @@ fi
 # The defaults, and one change to them each.
 train train_64 140 0.5 "${wide[@]}" --rounds=3 --steps=4 --seconds=80 --parallel=4 --kernels=45 \
   --variant="rows_32,sequences=$half" \
-  --variant="fused,losses.FUSED=True" \
   --variant="float8,model.matmul_dtype=$eight" \
-  --variant="fused_16k,losses.FUSED=True,losses.CHUNK_TOKENS=16384" \
   --variant="masked_sum,losses.PICKED_BY_INDEX=False" \
-  --variant="cudnn_norm,xla.xla_gpu_enable_cudnn_layer_norm=true" \
-  --variant="fused_32,losses.FUSED=True,sequences=$half"
+  --variant="cudnn_norm,xla.xla_gpu_enable_cudnn_layer_norm=true"
 
 # What was tried first, the likeliest first: layers unrolled, logits in bfloat16, what the compiler may call, how q, k
 # and v are made, the chunk of the loss, padding of the head, rematerialisation of what is cheap, the batch.

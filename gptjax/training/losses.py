@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from gptjax.config import GPTConfig
 from gptjax.models.gpt import unembed
 from gptjax.parallel.mesh import BATCH_AXES, axis_size, partition_spec, platform
-from gptjax.training import fused_loss, rl_math
+from gptjax.training import rl_math
 
 # Tokens that a device turns into logits at a time. A CPU wants the logits of a chunk in its cache. Each chunk reads and
 # writes the head's float32 gradient, so a GPU, whose memory is large beside its bandwidth, wants few chunks.
@@ -25,8 +25,6 @@ ONE_PASS = {"cpu": False, "gpu": True, "tpu": False}
 # Whether a target's logit is read where it lies, or is the sum of a row in which all others count as 0: that sum keeps
 # the pass which writes the gradient from running at the rate of the memory, and costs others nothing.
 PICKED_BY_INDEX = {"cpu": False, "gpu": True, "tpu": False}
-# Whether a kernel makes the gradient out of the logits in their place, where no mesh axis splits the vocabulary.
-FUSED = {"cpu": False, "gpu": False, "tpu": False}
 # What model.logits_dtype=auto is where model.dtype is bfloat16; elsewhere it is float32.
 LOGITS_DTYPE = {"cpu": "float32", "gpu": "bfloat16", "tpu": "float32"}
 MASKED = -1e30  # a logit that counts for nothing, and does not make NaN of a difference
@@ -201,25 +199,12 @@ def _scan_chunks(
     head_VD = jnp.pad(head_VD, ((0, -rows % HEAD_ROWS[platform()]), (0, 0)))
     first_row = jax.lax.axis_index("tensor") * rows if axis_size("tensor") > 1 else 0
 
-    fused = FUSED[platform()] and how.with_gradients and axis_size("tensor") == 1
-
-    def products(dlogits_BCV: jax.Array, x_BCD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Gradients of the hidden states and of the head."""
-        dx_BCD = jnp.einsum("BCV,VD->BCD", dlogits_BCV, head_VD, precision=how.precision)
-        return dx_BCD, jnp.einsum(
-            "BCV,BCD->VD", dlogits_BCV, x_BCD, precision=how.precision, preferred_element_type=jnp.float32
-        )
-
     def step(
         carry: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, jax.Array, jax.Array]
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         loss, dhead_VD = carry
         x_BCD, targets_BC, weights_BC = inputs
         stored_BCV = unembed(x_BCD, head_VD, how.precision, how.logits_dtype)
-        if fused:
-            summed, dlogits_BCV = _fused(stored_BCV, targets_BC, weights_BC, rows, x_BCD.dtype)
-            dx_BCD, dhead = products(dlogits_BCV, x_BCD)
-            return (loss + summed, dhead_VD + dhead), dx_BCD
         row_11V = jnp.arange(len(head_VD))[None, None]
         logits_BCV = stored_BCV.astype(jnp.float32)
         if len(head_VD) > rows:
@@ -233,8 +218,12 @@ def _scan_chunks(
         if not how.with_gradients:
             return (loss, dhead_VD), jnp.zeros((), x_BCD.dtype)
         dlogits_BCV = (jnp.exp(logits_BCV - log_z_BC[..., None]) - hit_BCV) * weights_BC[..., None]
-        dx_BCD, dhead = products(dlogits_BCV.astype(x_BCD.dtype), x_BCD)
-        return (loss, dhead_VD + dhead), dx_BCD
+        dlogits_BCV = dlogits_BCV.astype(x_BCD.dtype)
+        dx_BCD = jnp.einsum("BCV,VD->BCD", dlogits_BCV, head_VD, precision=how.precision)
+        dhead_VD += jnp.einsum(
+            "BCV,BCD->VD", dlogits_BCV, x_BCD, precision=how.precision, preferred_element_type=jnp.float32
+        )
+        return (loss, dhead_VD), dx_BCD
 
     chunks = (_chunks(x_BTD, chunk), _chunks(targets_BT, chunk), _chunks(weights_BT, chunk))
     start = (jnp.zeros((), jnp.float32), jnp.zeros(head_VD.shape if how.with_gradients else (), jnp.float32))
@@ -246,15 +235,6 @@ def _scan_chunks(
     dx_BTD = _sum_and_split(dx_BTD, "tensor", axis=1)
     dhead_VD = _sum_and_split(_sum(dhead_VD[:rows], "data", "expert", "context"), "fsdp", axis=1)
     return loss, (dx_BTD, dhead_VD.astype(embedding_VD.dtype))
-
-
-def _fused(
-    logits_BCV: jax.Array, targets_BC: jax.Array, weights_BC: jax.Array, rows: int, dtype: Any
-) -> tuple[jax.Array, jax.Array]:
-    """The weighted sum of the loss, and its gradient with respect to the logits, of `dtype`."""
-    flat = logits_BCV.reshape(-1, logits_BCV.shape[-1]), targets_BC.reshape(-1), weights_BC.reshape(-1)
-    nats_N, dlogits_NV = fused_loss.nats_and_gradient(*flat, rows, dtype, interpret=platform() == "cpu")
-    return jnp.sum(nats_N * flat[2]), dlogits_NV.reshape(logits_BCV.shape)
 
 
 def _picked(

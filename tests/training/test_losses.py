@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gptjax.config import GPTConfig
-from gptjax.training import fused_loss, losses
+from gptjax.training import losses
 from gptjax.training.losses import CHUNK_TOKENS, cross_entropy, logits_dtype, positions_per_chunk
 
 B, T, D, V = 3, 10, 8, 17
@@ -52,26 +52,6 @@ def test_what_suits_a_gpu_equals_the_plain_loss(monkeypatch, one_pass, by_index,
         expected = jax.value_and_grad(lambda x, e: plain(x, e, targets, weights), (0, 1))(scale * x, embedding)
         for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, rtol=tolerance, atol=1e-5 * scale)
-
-
-@pytest.mark.parametrize("logits_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("multiple", [1, 16])
-def test_the_kernel_equals_array_code(monkeypatch, multiple, logits_dtype):
-    """Rows of several blocks, of which the last is short; logits in their place and beside it."""
-    monkeypatch.setitem(losses.HEAD_ROWS, "cpu", multiple)
-    monkeypatch.setattr(fused_loss, "BLOCK", 8)
-    x, embedding, targets, weights = inputs(jnp.dtype(logits_dtype))
-
-    def loss(x, embedding):
-        return cross_entropy(x, embedding, targets, weights, 4, None, logits_dtype)
-
-    expected = jax.value_and_grad(loss, (0, 1))(3 * x, embedding)
-    monkeypatch.setitem(losses.FUSED, "cpu", True)
-    actual = jax.value_and_grad(loss, (0, 1))(3 * x, embedding)
-    tolerance = {"float32": 1e-5, "bfloat16": 2**-8}[logits_dtype]
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        a, b = (np.asarray(leaf, np.float32) for leaf in (a, b))
-        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
 def test_bfloat16_logits_lose_only_their_own_precision():

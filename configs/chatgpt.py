@@ -183,6 +183,7 @@ def runlocal(config: c.Config) -> c.Config:
             # A small reward model is soon deceived: answers that nobody would write have the highest rewards.
             changes["rl"]["kl_weight"] = 0.2
             changes["optimizer"]["peak_lr"] = 1e-4
+            batch["epochs"] = 2.0
     if config.stage == "grpo":
         changes["rl"] |= {"prompts_per_iteration": 16, "responses_per_prompt": 8}
     return c.replace(config, changes)

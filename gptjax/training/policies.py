@@ -1,7 +1,7 @@
 """Learning from rewards of what a policy wrote: the losses of PPO and of GRPO, and what is measured of answers first.
 
 A batch has the arrays of `gptjax/data/chat_batches.py`, an element being a prompt with the policy's answers to it, and
-others of the same shape (B, R, T), that `gptjax/training/rollouts.py` has made of them. `weights` says how much a token
+others of the same shape (B, R, T), which the stage has made of them. `weights` says how much a token
 counts, 0 outside the answers. Nothing here depends on how the answers lie in the rows.
 """
 

@@ -1,6 +1,7 @@
 """Stages ppo and grpo on the one loop: what they learn, what leaves them where they are, whole and resumed runs."""
 
 import json
+import shutil
 from itertools import islice
 from pathlib import Path
 
@@ -19,11 +20,12 @@ from gptjax.training.checkpoints import Checkpoints
 from gptjax.training.metrics import read_metrics
 from gptjax.training.run import STAGES, run
 from gptjax.training.start import load_reward_weights, load_weights, start_state
-from tests.tiny_chats import config_of, rl_config
+from tests.tiny_chats import BATCH, config_of, rl_config
 from tests.tiny_tasks import CONTEXT
 
 RL_STAGES = ("ppo", "grpo")
 STEPS = 6
+ROW = 16  # positions: the longest prompt and its answer
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,10 @@ def finished(given):
     """A whole run of each, with the function as reward."""
     runs = {}
     for stage in RL_STAGES:
-        runs[stage] = rl_config(stage, given, given / "sft"), given / stage
+        config = rl_config(stage, given, given / "sft")
+        # Steps 3 and 6: one checkpoint is within an iteration.
+        every = 3 * BATCH * ROW * config.rl.responses_per_prompt
+        runs[stage] = c.replace(config, {"checkpoint": {"every_tokens": every}}), given / stage
         run(*runs[stage])
     return runs
 
@@ -187,6 +192,16 @@ def test_a_run_that_stops_within_an_iteration_goes_on_as_if_it_had_not(finished,
     if kept:
         assert records(whole, "rollout") == records(tmp_path, "rollout")
         assert distance(policy_of(whole), policy_of(tmp_path)) == 0
+
+
+def test_a_run_goes_on_with_other_sizes(finished, tmp_path):
+    """From the middle of an iteration, which then has twice the prompts in twice the batch."""
+    config, whole = finished["grpo"]
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    larger = {"rl": {"prompts_per_iteration": 16}, "batch": {"tokens_per_batch": 8 * CONTEXT}}
+    run(c.replace(config, larger), tmp_path / "run", allow_config_changes=True)
+    assert [record["step"] for record in records(tmp_path / "run", "train")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_inner_epochs_and_microbatches_take_every_answer_as_often(given):

@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 from gptjax.config import Config
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.training import rl_math
-from gptjax.training.rollouts import Answers, Arrays
+from gptjax.training.answers import Answers, Arrays
 from gptjax.training.stage import Stage
 from gptjax.training.stages.rl import build_rl
 

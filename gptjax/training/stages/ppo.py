@@ -16,7 +16,7 @@ from gptjax.data.conversations import Prompt
 from gptjax.data.pipeline import Example
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.training import rl_math
-from gptjax.training.rollouts import Answers, Arrays
+from gptjax.training.answers import Answers, Arrays
 from gptjax.training.stage import Stage
 from gptjax.training.stages.chat_data import ChatData, pretraining_text
 from gptjax.training.stages.rl import build_rl

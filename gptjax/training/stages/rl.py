@@ -13,10 +13,11 @@ from gptjax.config import Config
 from gptjax.data.conversations import Prompt
 from gptjax.data.pipeline import Example
 from gptjax.data.tokenizers import Tokenizer
+from gptjax.training.answers import Answers, AnswerWriter, Arrays, EncodedPrompt
 from gptjax.training.metrics import plot_reward
 from gptjax.training.programs import make_program
 from gptjax.training.reward_sources import open_reward
-from gptjax.training.rollouts import Answers, AnswerWriter, Arrays, EncodedPrompt, Rollouts
+from gptjax.training.rollouts import Rollouts
 from gptjax.training.stage import Stage
 from gptjax.training.stages.chat_data import ChatData, fitting, open_chat, prompts_of
 from gptjax.training.stages.intervals import in_tokens

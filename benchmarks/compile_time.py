@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,11 +66,7 @@ def compile_times(depths: list[int], rounds: int) -> list[dict[str, Any]]:
     """The first table."""
     programs: list[tuple[LayerLoop, int]] = [*(("scan", depth) for depth in depths), ("unroll", depths[0])]
     names = {f"{depth:>3} {layer_loop}": (layer_loop, depth) for layer_loop, depth in programs}
-
-    def measure(layer_loop: LayerLoop, depth: int) -> float:
-        return compile_seconds(depth, layer_loop)
-
-    sides = {name: lambda program=program: measure(*program) for name, program in names.items()}
+    sides = {name: partial(compile_seconds, depth, layer_loop) for name, (layer_loop, depth) in names.items()}
     seconds, rows = alternate(sides, rounds), []
     base = next(iter(seconds.values()))
     print(f"{'layers':<12} {'median s':>9} {'min':>6} {'max':>6}   median ratio to {depths[0]} scanned, by round")

@@ -15,7 +15,8 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,15 +77,15 @@ def pipeline_seconds(corpus: Corpus, rows: int, count: int, prefetch: int) -> fl
 def beside_the_step(config: c.Config, rounds: int, count: int, steps: int) -> list[dict[str, Any]]:
     """Tokens a second of the pipeline with each packing, and of the step."""
     rows, context = config.sequences_per_microbatch, config.model.context_length
-    sides, tokens, vocab_size = {}, {}, 0
+    sides: dict[str, Callable[[], float]] = {}
+    tokens: dict[str, int] = {}
     for packing in PACKINGS:
         data = dataclasses.replace(config.data, packing=packing)
         corpus = open_corpus(data, context_length=context, seed=config.seed)
-        vocab_size = corpus.tokenizer.vocab_size
         tokens[packing] = count * rows * context
-        sides[packing] = lambda corpus=corpus: pipeline_seconds(corpus, rows, count, config.data.prefetch_batches)
+        sides[packing] = partial(pipeline_seconds, corpus, rows, count, data.prefetch_batches)
     with jax.set_mesh(make_mesh(config.mesh)):
-        trainer = Trainer(config.completed(vocab_size))
+        trainer = Trainer(config.completed(corpus.tokenizer.vocab_size))
         tokens["step"] = steps * trainer.tokens_per_step
         sides["step"] = lambda: seconds(lambda: trainer.train(steps))
         for measure in sides.values():

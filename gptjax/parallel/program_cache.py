@@ -25,7 +25,7 @@ def use(cache_dir: Path) -> None:
     Several processes as one do without: only process 0 would find its programs, and the others come minutes later to
     the first sum over all of them.
     """
-    if distributed.is_one_of_several() or jax.config.jax_compilation_cache_dir is not None:
+    if distributed.is_one_of_several() or jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     directory = cache_dir.expanduser() / "compiled" / _processor()
     try:

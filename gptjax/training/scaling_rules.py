@@ -121,12 +121,10 @@ def _each_alone(transform: optax.GradientTransformation) -> optax.GradientTransf
         return (jax.vmap(transform.update) if peft.is_stacked(path) else transform.update)(update, state, param)
 
     def update_all(updates: Any, states: Any, params: Any = None) -> tuple[Any, Any]:
-        leaves, structure = jax.tree.flatten(updates)
-        paths = jax.tree.leaves(_with_paths(lambda path, _: path)(updates))
-        others = (structure.flatten_up_to(tree) for tree in (states, params))
-        results = [update(*arguments) for arguments in zip(paths, leaves, *others, strict=True)]
-        new_updates, new_states = zip(*results, strict=True)
-        return structure.unflatten(new_updates), structure.unflatten(new_states)
+        paths = _with_paths(lambda path, _: path)(updates)
+        pairs = jax.tree.map(update, paths, updates, states, params)
+        new_updates, new_states = (jax.tree.map(lambda _, pair, i=i: pair[i], paths, pairs) for i in (0, 1))
+        return new_updates, new_states
 
     return optax.GradientTransformation(_with_paths(init), update_all)
 

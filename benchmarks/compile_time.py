@@ -10,10 +10,11 @@ which changes what a step costs, not the program.
 The second is `python -m gptjax.main` as a user starts it, with the config's numbers but for the depth: seconds from the
 command to the record of its first step, all that comes before included, such as imports, the corpus (tokenised before),
 and the held-out loss and sample of step 0. "cold" starts without compiled programs, "warm" with those that the cold run
-has left.
+has left. Processor time, of all threads, is shown beside it, which other work on the machine hardly changes.
 """
 
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -78,8 +79,8 @@ def compile_times(depths: list[int], rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def first_step_seconds(config: str, num_layers: int, cache: Path) -> float:
-    """From the start of `gptjax.main`, with `cache` as data.cache_dir, to its first training record.
+def first_step_seconds(config: str, num_layers: int, cache: Path) -> tuple[float, float]:
+    """From the start of `gptjax.main`, with `cache` as data.cache_dir, to its first training record; of the processor.
 
     Raises:
       UserError: it ended before.
@@ -88,8 +89,8 @@ def first_step_seconds(config: str, num_layers: int, cache: Path) -> float:
         command = [sys.executable, "-m", "gptjax.main", f"--config={config}", f"--workdir={workdir}/run", *SETTINGS]
         command += [f"--config.model.num_layers={num_layers}", f"--config.data.cache_dir={cache}"]
         environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
-        start = time.perf_counter()
         with open(f"{workdir}/said", "w") as said:
+            start, used = time.perf_counter(), _processor_seconds()
             process = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
             try:
                 while not _has_trained(Path(workdir) / "run"):
@@ -97,10 +98,17 @@ def first_step_seconds(config: str, num_layers: int, cache: Path) -> float:
                         lines = Path(said.name).read_text().strip().splitlines()
                         raise c.UserError(f"gptjax.main ended before its first step: {lines[-1] if lines else ''}")
                     time.sleep(0.02)
-                return time.perf_counter() - start
+                took = time.perf_counter() - start
             finally:
                 process.kill()
                 process.wait()
+            return took, _processor_seconds() - used
+
+
+def _processor_seconds() -> float:
+    """Of all processes that were started here and have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _has_trained(workdir: Path) -> bool:
@@ -113,19 +121,20 @@ def _has_trained(workdir: Path) -> bool:
 def first_steps(config: str, depths: list[int], rounds: int) -> list[dict[str, Any]]:
     """The second table."""
     rows = []
-    print(f"\n{'first step':<12} {'cold s':>9} {'warm s':>9}   of {config}")
+    print(f"\n{'first step':<12} {'cold s':>9} {'warm s':>9} {'processor':>16}   of {config}")
     with tempfile.TemporaryDirectory() as directory:
         cache = Path(directory)
         first_step_seconds(config, depths[0], cache)  # prepares the corpus
         for depth in depths:
-            times: dict[str, list[float]] = {"cold": [], "warm": []}
+            times: dict[str, list[tuple[float, float]]] = {"cold": [], "warm": []}
             for _ in range(rounds):
                 shutil.rmtree(cache / "compiled")
                 for measured in times.values():
                     measured.append(first_step_seconds(config, depth, cache))
-            cold, warm = (statistics.median(values) for values in times.values())
-            print(f"{depth:>3} layers   {cold:>9.1f} {warm:>9.1f}", flush=True)
-            rows.append({"layers": depth, "seconds": times})
+            medians = [[statistics.median(values) for values in zip(*pairs, strict=True)] for pairs in times.values()]
+            (cold, of_cold), (warm, of_warm) = medians
+            print(f"{depth:>3} layers   {cold:>9.1f} {warm:>9.1f} {of_cold:>8.1f} {of_warm:>7.1f}", flush=True)
+            rows.append({"layers": depth, "seconds_and_processor_seconds": times})
     return rows
 
 

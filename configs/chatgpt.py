@@ -147,18 +147,22 @@ def runlocal(config: c.Config) -> c.Config:
     Its step sizes are choices. All stages hold the same fifth of the dialogues out: of few it takes many for a number
     that means something.
     """
-    peak_lr = {"sft": 1e-3, "reward": 3e-4, "ppo": 3e-4, "dpo": 1e-4, "grpo": 3e-4}[config.stage]
-    rows = 8 if config.stage in ("reward", "dpo") else 16  # of these two an element has several
-    batch = {"tokens_per_batch": rows * config.model.context_length}
+    peak_lr = {"sft": 1e-3, "reward": 1e-3, "ppo": 3e-4, "dpo": 3e-4, "grpo": 3e-4}[config.stage]
+    ranked = config.stage in ("reward", "dpo")
+    size = 4 if ranked else 16  # rows, or elements, of which each has several rows
+    batch = {"tokens_per_batch": size * config.model.context_length}
     changes: dict[str, dict[str, Any]] = {
         "data": {"tokenizer": "bpe:4096", "validation_fraction": 0.2},
-        "chat": {"on_too_long": "skip", "random_draws": 4 if config.chat.random_answers else 1},
+        "chat": {
+            "on_too_long": "skip",
+            "random_draws": 6 if config.stage == "reward" and config.chat.random_answers else 1,
+        },
         "batch": batch,
         "optimizer": {"peak_lr": peak_lr, "schedule": "cosine", "warmup_fraction": None},
         "evaluation": {"sample_prompt": "Who are you?", "sample_tokens": 32},
     }
     if config.stage == "sft":
-        batch["epochs"] = 12.0
+        batch["epochs"] = 8.0
     if config.stage in c.RL_STAGES:
         context = config.model.context_length
         changes["rl"] = {
@@ -170,7 +174,8 @@ def runlocal(config: c.Config) -> c.Config:
         changes["logging"] = {"every_steps": 4}
         batch["epochs"] = 1.0
     else:  # few rows are soon known by heart
-        changes["model"] = {"embedding_dropout": 0.1, "attention_dropout": 0.1, "residual_dropout": 0.2}
+        residual_dropout = 0.1 if ranked else 0.2
+        changes["model"] = {"embedding_dropout": 0.1, "attention_dropout": 0.1, "residual_dropout": residual_dropout}
     if config.stage == "ppo":
         changes["ppo"] = {"value_lr": 3e-4, "pretraining_rows": 1}
         changes["optimizer"]["ema_decay"] = 0.95

@@ -163,7 +163,7 @@ def test_random_answers_that_are_too_long_are_left_out_before_the_prompt_is(fini
     arrays = next(STAGES["dpo"](config, make_mesh(c.MeshConfig()), None).batches(0)).arrays
     answers = (arrays["levels"] > 0).sum(axis=-1).reshape(-1)  # of each prompt, and 0 where there is none
     assert set(answers[answers > 0].tolist()) == {4, 5}
-    with pytest.raises(UserError, match=r"an answer has|its last exchange has"):
+    with pytest.raises(UserError, match="its last exchange has"):
         STAGES["dpo"](c.replace(config, {"chat": {"on_too_long": "error"}}), make_mesh(c.MeshConfig()), None)
 
 

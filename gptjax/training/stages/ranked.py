@@ -33,7 +33,8 @@ def build_ranked(
 
     Args:
       tokenizer: of the run that goes on; None: that of the weights to start from, or the one that the config names.
-      conclude: config, batches of one epoch of the training data and mesh -> what a stage does at the end.
+      conclude: config, batches that have the best answer to each training prompt, and mesh -> what a stage does at the
+        end.
 
     Raises:
       UserError: as of `open_chat`; an answer that is longer than the context.
@@ -41,7 +42,10 @@ def build_ranked(
     data = open_chat(config, mesh, tokenizer, rankings_of)
     context, pack = data.config.model.context_length, data.config.chat.pack
     encoded = _encode(data, data.train)
-    train, once = (RankedAnswers(encoded, context, pack=pack, seed=seed) for seed in (data.config.seed, None))
+    train = RankedAnswers(encoded, context, pack=pack, seed=data.config.seed)
+    # The best answers are the same in each draw of random ones.
+    first_draw = encoded[: -(-len(encoded) // data.config.chat.random_draws)]
+    once = RankedAnswers(first_draw, context, pack=pack, seed=None)
     validation = RankedAnswers(_encode(data, data.validation), context, pack=pack, seed=None)
     tokens_per_epoch, tokens = positions(data.config, train)
     config = in_tokens(data.config, tokens_per_epoch)

@@ -1,6 +1,6 @@
 """The attention kernels of a GPU or TPU against plain array code: values, gradients and speed.
 
-    python -m benchmarks.attention [--backend=cudnn] [--length=1024] [--rows=16] [--output=attention.json]
+    python -m benchmarks.attention [--backend=cudnn] [--length=1024] [--rows=16] [--shapes=5] [--output=...]
 
 Random bfloat16 queries, keys and values go through the backend and through "xla"; both are compared with "xla" of the
 same numbers in float32. The distances are ||x - y|| / ||y||, of the output and of the gradients of a random projection.
@@ -73,7 +73,7 @@ def main() -> None:
     print(
         f"{BACKEND.value}: {ROWS.value} x {LENGTH.value} on {result['device']}; distances from float32 of o, dq, dk, dv"
     )
-    for seed, shape in enumerate(SHAPES):
+    for seed, shape in enumerate(SHAPES[: NUM_SHAPES.value]):
         row = compare(*shape, seed=seed)
         result["rows"].append(row)
         write_json(OUTPUT.value, result)
@@ -89,5 +89,6 @@ if __name__ == "__main__":
     BACKEND = flags.DEFINE_enum("backend", "cudnn", ["cudnn", "splash", "xla"], "What is compared.")
     LENGTH = flags.DEFINE_integer("length", 1024, "Positions, a multiple of 128.")
     ROWS = flags.DEFINE_integer("rows", 16, "Sequences.")
+    NUM_SHAPES = flags.DEFINE_integer("shapes", len(SHAPES), "Of heads and masks: the first so many.", lower_bound=1)
     OUTPUT = flags.DEFINE_string("output", None, "Write the measurements to this JSON file.")
     cli.run(main)

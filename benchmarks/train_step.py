@@ -13,9 +13,9 @@ large product in the same run, and nothing else took any.
 
 Each --variant is one more program of ours; KEY is a config key such as model.layer_loop, `sequences` of a microbatch,
 `microbatches` of a step, xla.FLAG for the compiler, or what a module of gptjax chooses by platform:
-losses.CHUNK_TOKENS, losses.HEAD_ROWS, losses.ONE_PASS, attention.SEPARATE_QKV. --seconds leaves out the variants whose
-turn to compile comes later; --parallel compiles several at once, which takes each longer. --kernels prints where a
-device spends a step of the first and the fastest of ours.
+losses.CHUNK_TOKENS, losses.HEAD_ROWS, losses.ONE_PASS, losses.PICKED_BY_INDEX,
+attention.SEPARATE_QKV. --seconds leaves out the variants whose turn to compile comes later; --parallel compiles several
+at once, which takes each longer. --kernels prints where a device spends a step of the first and the fastest of ours.
 Needs `pip install torch transformers`.
 """
 
@@ -118,6 +118,7 @@ class Comparison:
             if theirs is not None:
                 self._theirs, sides["torch"] = theirs, lambda: theirs.train(STEPS.value)
                 self._at_first("torch", sides["torch"], self._base, theirs.compile_seconds)
+        self._trainer.wait()
         for name, variant in self._variants.items():
             if name not in self._failures:
                 self.attempt(name, lambda name=name: self._trainer.finish(name))

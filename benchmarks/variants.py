@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -142,6 +142,10 @@ class Trainer:
             return program
 
         self._compiling[name] = self._pool.submit(compiled)
+
+    def wait(self) -> None:
+        """Until all are compiled: cuDNN, building its kernels, breaks the capture of another program's CUDA graphs."""
+        wait(self._compiling.values())
 
     def finish(self, name: str) -> None:
         """Waits for the program of a variant, and runs it once."""

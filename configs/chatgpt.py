@@ -179,6 +179,11 @@ def runlocal(config: c.Config) -> c.Config:
     if config.stage == "ppo":
         changes["ppo"] = {"value_lr": 3e-4, "pretraining_rows": 1}
         changes["optimizer"]["ema_decay"] = 0.95
+        if config.ppo.value_init == "reward":
+            # A small reward model is soon deceived: answers that nobody would write have the highest rewards.
+            changes["rl"]["kl_weight"] = 0.2
+            changes["optimizer"]["peak_lr"] = 1e-4
+            batch["epochs"] = 2.0
     if config.stage == "grpo":
         changes["rl"] |= {"prompts_per_iteration": 16, "responses_per_prompt": 8}
     return c.replace(config, changes)

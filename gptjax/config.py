@@ -54,7 +54,8 @@ class GPTConfig:
     kernel_init_std: float = 0.02
     scale_residual_init: bool = True  # projections into the residual stream start at std / sqrt(2 * num_layers)
     adapter_dim: int | None = None  # bottleneck of Houlsby et al. 2019's adapters; None: there are none
-    layer_loop: Literal["scan", "unroll"] = "scan"  # scan: compile time flat in depth; unroll: often faster steps
+    # scan: compile time flat in depth; unroll: often faster steps; auto: what suits the device (`models/gpt.py`)
+    layer_loop: Literal["auto", "scan", "unroll"] = "auto"
     # What the backward pass recomputes: nothing; norms, activations and sums, which is cheap; attention too, all but
     # the other matrix products; all but what attention returned; all; all, while what one layer handed to the next
     # waits in the host's memory
@@ -63,9 +64,12 @@ class GPTConfig:
     # shapes allow. Over a mesh axis "context" it is the ring, whatever stands here
     attention_backend: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of activations; softmax, norms and loss are float32 anyway
+    # Of the products with the weights of the layers, when training: as `dtype` says, or 8-bit floats, each array with a
+    # scale (`models/float8.py`). Of NVIDIA GPUs from Ada and Hopper on
+    matmul_dtype: Literal["model", "float8"] = "model"
     # As a training step holds them; they are summed in float32 anyway, and so is the loss. bfloat16 halves what the
-    # loss reads and writes
-    logits_dtype: Literal["float32", "bfloat16"] = "float32"
+    # loss reads and writes; auto: what suits the device (`training/losses.py`)
+    logits_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
 
     @property
@@ -621,7 +625,7 @@ def _check_model(model: GPTConfig) -> None:
         f"{model.attention_pattern}: make it a multiple of {len(model.attention_pattern)}",
     )
     _require(
-        model.logits_dtype == "float32" or model.dtype == "bfloat16",
+        model.logits_dtype != "bfloat16" or model.dtype == "bfloat16",
         "model.logits_dtype=bfloat16 rounds what model.dtype=float32 asks to be exact: set both to bfloat16",
     )
     for name in ("embedding_dropout", "attention_dropout", "residual_dropout"):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from gptjax.config import GPTConfig
+from gptjax.models import float8
 from gptjax.models.attention_backends import attention, score_scale
 from gptjax.parallel.mesh import constrain, partitioned, platform, scattered
 
@@ -70,9 +71,13 @@ def cached_attention(
     return jnp.einsum("BHS,BHSK->BHK", probs_BHS.astype(q_B1HK.dtype), cache.values_BHSK, precision=precision)[:, None]
 
 
-def product_settings(config: GPTConfig) -> dict[str, Any]:
-    """The arguments that all dense layers share."""
-    return {"dtype": config.dtype, "param_dtype": config.param_dtype, "precision": config.precision}
+def product_settings(config: GPTConfig, deterministic: bool = True) -> dict[str, Any]:
+    """The arguments that all dense layers share; in float8 only what trains is multiplied."""
+    settings: dict[str, Any] = {"dtype": config.dtype, "param_dtype": config.param_dtype, "precision": config.precision}
+    if config.matmul_dtype == "float8" and not deterministic:
+        float8.check_device(config, platform())
+        settings["dot_general"] = float8.dot_general
+    return settings
 
 
 class QueriesKeysValues(nn.DenseGeneral):
@@ -130,9 +135,9 @@ class SelfAttention(nn.Module):
             ),
             bias_init=partitioned(nn.initializers.zeros, "qkv", "heads", "head_dim"),
             name="qkv",
-            **product_settings(config),
+            **product_settings(config, deterministic),
         )
-        training = not deterministic and not self.is_initializing()
+        training = not deterministic and not self.is_initializing() and config.matmul_dtype == "model"
         if training and SEPARATE_QKV[platform()] and qkv.is_plain:
             q_BTHK, k_BTHK, v_BTHK = qkv.one_by_one(x_BTD)
         else:
@@ -152,6 +157,6 @@ class SelfAttention(nn.Module):
             kernel_init=partitioned(self.out_init, "heads", "head_dim", "embed"),
             bias_init=partitioned(nn.initializers.zeros, "norm"),
             name="out",
-            **product_settings(config),
+            **product_settings(config, deterministic),
         )(out_BTHK)
         return scattered(out_BTD), key_values

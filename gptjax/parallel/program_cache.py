@@ -22,8 +22,8 @@ MIN_SECONDS = 0.1  # what compiles faster is not worth a file
 def use(cache_dir: Path) -> None:
     """Keeps what this process compiles from now on; does nothing where it cannot, for that is no reason to stop.
 
-    Several processes as one do without: only process 0 would find its programs, and the others come minutes later to
-    the first sum over all of them.
+    Several processes as one do without: JAX keeps the programs of process 0 alone, so that with a disk each the others
+    would come to the first sum over all of them a compilation later.
     """
     if distributed.is_one_of_several() or jax.config.values["jax_compilation_cache_dir"] is not None:
         return

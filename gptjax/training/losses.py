@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from gptjax.config import GPTConfig
 from gptjax.models.gpt import unembed
 from gptjax.parallel.mesh import BATCH_AXES, axis_size, partition_spec, platform
 from gptjax.training import rl_math
@@ -21,7 +22,19 @@ HEAD_ROWS = {"cpu": 1, "gpu": 128, "tpu": 1}
 # Whether the largest logit and the sum of the exponentials come of one pass over the logits. On a CPU the reduction of
 # pairs is not vectorised.
 ONE_PASS = {"cpu": False, "gpu": True, "tpu": False}
+# Whether a target's logit is read where it lies, or is the sum of a row in which all others count as 0: that sum keeps
+# the pass which writes the gradient from running at the rate of the memory, and costs others nothing.
+PICKED_BY_INDEX = {"cpu": False, "gpu": True, "tpu": False}
+# What model.logits_dtype=auto is where model.dtype is bfloat16; elsewhere it is float32.
+LOGITS_DTYPE = {"cpu": "float32", "gpu": "bfloat16", "tpu": "float32"}
 MASKED = -1e30  # a logit that counts for nothing, and does not make NaN of a difference
+
+
+def logits_dtype(config: GPTConfig) -> str:
+    """Of the logits that a training step holds, on the device that it is traced for."""
+    if config.logits_dtype == "auto":
+        return LOGITS_DTYPE[platform()] if config.dtype == "bfloat16" else "float32"
+    return config.logits_dtype
 
 
 def positions_per_chunk(sequences: int) -> int:
@@ -198,8 +211,9 @@ def _scan_chunks(
             logits_BCV = jnp.where(row_11V < rows, logits_BCV, MASKED)
         log_z_BC = _logsumexp(logits_BCV)
         # A row that only fills up is no target: with the rows spread over devices, its number is another device's row.
-        hit_BCV = (row_11V == targets_BC[..., None] - first_row) & (row_11V < rows)
-        picked_BC = _sum(jnp.sum(jnp.where(hit_BCV, logits_BCV, 0), axis=-1), "tensor")
+        row_BC = targets_BC - first_row
+        hit_BCV = (row_11V == row_BC[..., None]) & (row_11V < rows)
+        picked_BC = _sum(_picked(stored_BCV, logits_BCV, hit_BCV, row_BC, rows), "tensor")
         loss += jnp.sum(weights_BC * (log_z_BC - picked_BC))
         if not how.with_gradients:
             return (loss, dhead_VD), jnp.zeros((), x_BCD.dtype)
@@ -223,6 +237,16 @@ def _scan_chunks(
     return loss, (dx_BTD, dhead_VD.astype(embedding_VD.dtype))
 
 
+def _picked(
+    stored_BCV: jax.Array, logits_BCV: jax.Array, hit_BCV: jax.Array, row_BC: jax.Array, rows: int
+) -> jax.Array:
+    """The logits of the targets that lie among a device's `rows`, float32; 0 for the others."""
+    if not PICKED_BY_INDEX[platform()]:
+        return jnp.sum(jnp.where(hit_BCV, logits_BCV, 0), axis=-1)
+    picked_BC = jnp.take_along_axis(stored_BCV, jnp.clip(row_BC, 0, rows - 1)[..., None], axis=-1)[..., 0]
+    return jnp.where((row_BC >= 0) & (row_BC < rows), picked_BC.astype(jnp.float32), 0)
+
+
 def _logsumexp(logits_BCV: jax.Array) -> jax.Array:
     """Over the whole vocabulary, of which a device has the rows V; (B, C)."""
     log_z_BC = _one_pass(logits_BCV) if ONE_PASS[platform()] else jax.nn.logsumexp(logits_BCV, axis=-1)
@@ -237,8 +261,9 @@ def _one_pass(logits_BCV: jax.Array) -> jax.Array:
     Pair = tuple[jax.Array, jax.Array]
 
     def merge(a: Pair, b: Pair) -> Pair:
-        largest = jnp.maximum(a[0], b[0])
-        return largest, a[1] * jnp.exp(a[0] - largest) + b[1] * jnp.exp(b[0] - largest)
+        smaller = jnp.exp(-jnp.abs(a[0] - b[0]))  # of the two, one exponential would be of 0
+        summed = jnp.where(a[0] >= b[0], a[1] + b[1] * smaller, a[1] * smaller + b[1])
+        return jnp.maximum(a[0], b[0]), summed
 
     pairs = (logits_BCV, jnp.ones_like(logits_BCV))
     nothing = (jnp.float32(MASKED), jnp.float32(0))

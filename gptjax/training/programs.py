@@ -17,7 +17,7 @@ from gptjax.models import peft
 from gptjax.models.gpt import GPT, head_embedding, hidden_states
 from gptjax.models.heads import VALUE
 from gptjax.training import adalora
-from gptjax.training.losses import cross_entropy
+from gptjax.training.losses import cross_entropy, logits_dtype
 from gptjax.training.policies import grpo_loss, ppo_loss
 from gptjax.training.preferences import REFERENCE, RewardModel, dpo_loss
 from gptjax.training.regularisation import regularised
@@ -103,8 +103,8 @@ def make_loss(model: GPT) -> Loss:
             rngs=None if rng is None else {"dropout": rng},
         )
         head_VD, weights_BT = head_embedding(params), batch["weights"]
-        logits_dtype = "float32" if rng is None else model.config.logits_dtype  # held-out losses are exact
-        nats = cross_entropy(x_BTD, head_VD, batch["targets"], weights_BT, None, model.config.precision, logits_dtype)
+        dtype = "float32" if rng is None else logits_dtype(model.config)  # held-out losses are exact
+        nats = cross_entropy(x_BTD, head_VD, batch["targets"], weights_BT, None, model.config.precision, dtype)
         return nats, jnp.sum(weights_BT), {}
 
     return loss

@@ -31,7 +31,7 @@ from gptjax.training.state import Program, TrainState, abstract_state, create_st
 _FREE_FIELDS = (
     *("embedding_dropout", "attention_dropout", "residual_dropout"),
     *("token_init_std", "position_init_std", "kernel_init_std", "scale_residual_init"),
-    *("layer_loop", "remat", "attention_backend", "dtype", "param_dtype", "logits_dtype"),
+    *("layer_loop", "remat", "attention_backend", "dtype", "param_dtype", "logits_dtype", "matmul_dtype"),
 )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from gptjax.config import GPTConfig, resolve
+from gptjax.models import gpt
 from gptjax.models.attention_backends import attention_mask, dot_product_attention
 from gptjax.models.gpt import GPT, head_embedding, hidden_states, unembed
 from gptjax.scaling.flops import parameter_count
@@ -142,6 +143,18 @@ def test_scanned_programs_do_not_grow_with_depth():
     assert size("unroll", 48) > 2 * size("unroll", 12)
 
 
+def test_layers_unroll_where_the_device_gains_by_it(monkeypatch):
+    """And only in programs that train, up to a depth."""
+    assert not gpt.is_unrolled(TINY, deterministic=False)
+    before = loss_and_gradients(TINY)
+    monkeypatch.setitem(gpt.UNROLLED_LAYERS, "cpu", TINY.num_layers)
+    assert gpt.is_unrolled(TINY, deterministic=False)
+    assert not gpt.is_unrolled(TINY, deterministic=True)
+    assert not gpt.is_unrolled(dataclasses.replace(TINY, layer_loop="scan"), deterministic=False)
+    assert not gpt.is_unrolled(dataclasses.replace(TINY, num_layers=2 * TINY.num_layers), deterministic=False)
+    close(loss_and_gradients(TINY), before)
+
+
 CHANGES = {
     "num_layers": 2,
     "num_heads": 4,
@@ -165,7 +178,7 @@ CHANGES = {
 }
 # These change shapes of parameters or of inputs, or only how the same numbers are computed (tested above).
 OTHER_FIELDS = {"vocab_size", "context_length", "embed_dim", "qkv_bias", "layer_loop", "remat", "attention_backend"}
-OTHER_FIELDS |= {"logits_dtype"}  # of the loss: tests/training/test_losses.py
+OTHER_FIELDS |= {"logits_dtype", "matmul_dtype"}  # tests/training/test_losses.py, tests/models/test_float8.py
 
 
 def test_every_field_is_tested():

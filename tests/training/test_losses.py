@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax.config import GPTConfig
 from gptjax.training import losses
-from gptjax.training.losses import CHUNK_TOKENS, cross_entropy, positions_per_chunk
+from gptjax.training.losses import CHUNK_TOKENS, cross_entropy, logits_dtype, positions_per_chunk
 
 B, T, D, V = 3, 10, 8, 17
 
@@ -35,11 +36,15 @@ def test_equals_the_plain_loss(chunk):
     np.testing.assert_allclose(3 * cross_entropy(x, embedding, targets, weights, chunk), expected[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("one_pass", [False, True])
+@pytest.mark.parametrize(("one_pass", "by_index"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("multiple", [1, 16])
-def test_what_suits_a_gpu_equals_the_plain_loss(monkeypatch, one_pass, multiple):
-    """A head of more rows than there are tokens, and the normaliser of one pass; logits that would overflow, too."""
+def test_what_suits_a_gpu_equals_the_plain_loss(monkeypatch, one_pass, by_index, multiple):
+    """A head of more rows than there are tokens, the normaliser of one pass, targets read where they lie.
+
+    Logits that would overflow, too.
+    """
     monkeypatch.setitem(losses.ONE_PASS, "cpu", one_pass)
+    monkeypatch.setitem(losses.PICKED_BY_INDEX, "cpu", by_index)
     monkeypatch.setitem(losses.HEAD_ROWS, "cpu", multiple)
     x, embedding, targets, weights = inputs()
     for scale, tolerance in ((1, 1e-5), (100, 1e-3)):
@@ -61,6 +66,15 @@ def test_bfloat16_logits_lose_only_their_own_precision():
     for a, b in zip(actual[1], expected[1], strict=True):
         a, b = (np.asarray(leaf, np.float32) for leaf in (a, b))
         assert np.linalg.norm(a - b) < 1e-2 * np.linalg.norm(b)
+
+
+def test_the_logits_are_of_the_device_where_none_is_chosen(monkeypatch):
+    assert logits_dtype(GPTConfig(dtype="bfloat16")) == "float32"
+    assert logits_dtype(GPTConfig(dtype="bfloat16", logits_dtype="bfloat16")) == "bfloat16"
+    monkeypatch.setitem(losses.LOGITS_DTYPE, "cpu", "bfloat16")
+    assert logits_dtype(GPTConfig(dtype="bfloat16")) == "bfloat16"
+    assert logits_dtype(GPTConfig(dtype="float32")) == "float32"
+    assert logits_dtype(GPTConfig(dtype="bfloat16", logits_dtype="float32")) == "float32"
 
 
 def test_bfloat16_states_lose_only_their_own_precision():

@@ -28,8 +28,8 @@ from gptjax.training import loop
 from gptjax.training.stages import pretrain
 
 RUNS = (
-    *("adamw@3e-3", "adamw@6e-3", "adamw@12e-3", "muon@3e-3", "muon@6e-3", "muon@12e-3"),
-    *("adafactor@3e-3", "adafactor@6e-3", "adafactor@12e-3", "adamw,first_moment_dtype=bfloat16@3e-3"),
+    *("adamw@7.5e-4", "adamw@1.5e-3", "adamw@3e-3", "adamw@6e-3", "adamw,first_moment_dtype=bfloat16@3e-3"),
+    *("adafactor@1.5e-3", "adafactor@3e-3", "muon@3e-3", "muon@6e-3", "muon@12e-3"),
 )
 
 
@@ -109,7 +109,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_multi_string("run", RUNS, "As above; default: three learning rates of each, and one bfloat16.")
+    flags.DEFINE_multi_string("run", RUNS, "As above; default: those of benchmarks/LOG.md.")
     flags.DEFINE_integer("tokens", 200_000, "That a run trains on; 0: only the steps are measured.", lower_bound=0)
     flags.DEFINE_integer("warmup_tokens", 20_000, "Of the learning rate.", lower_bound=0)
     flags.DEFINE_integer("rounds", 5, "Of steps that take turns; 0: only the runs are made.", lower_bound=0)

@@ -1,24 +1,48 @@
-"""How long the training step takes to compile, against depth: `python -m benchmarks.compile_time`.
+"""How long the first step takes to come, against depth.
 
-Scanned layers should cost the same whatever their number; unrolled ones are shown beside them. Rounds alternate between
-the programs, and no compilation cache is used. The model is narrow, which changes what a step costs, not the program.
+    python -m benchmarks.compile_time [--depths=12,24,48] [--rounds=3] [--first_step_depths=4,12]
+        [--first_step_rounds=1] [--config=configs/gpt2.py:runlocal] [--output=compile_time.json]
+
+The first table is the training step's compilation alone, without any cache. Scanned layers should cost the same
+whatever their number; unrolled ones are shown beside them. Rounds alternate between the programs. The model is narrow,
+which changes what a step costs, not the program.
+
+The second is `python -m gptjax.main` as a user starts it, with the config's numbers but for the depth: seconds from the
+command to the record of its first step, all that comes before included, such as imports, the corpus (tokenised before),
+and the held-out loss and sample of step 0. "cold" starts without compiled programs, "warm" with those that the cold run
+has left. Processor time, of all threads, is shown beside it, which other work on the machine hardly changes.
 """
 
+import os
+import resource
+import shutil
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from typing import Literal
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
+from benchmarks.measuring import alternate, measured_on, ratio, write_json
+from gptjax import cli
 from gptjax import config as c
 from gptjax.parallel.mesh import make_mesh
+from gptjax.training.metrics import read_metrics
 from gptjax.training.programs import make_program
 from gptjax.training.state import create_state, make_train_step, state_shardings
 
 LayerLoop = Literal["scan", "unroll"]
-DEPTHS = (12, 24, 48)
+CONFIG = "configs/gpt2.py:runlocal"
+SETTINGS = (
+    *("--config.logging.every_steps=1", "--config.logging.tensorboard=false"),
+    *("--config.evaluation.every_tokens=None", "--config.checkpoint.every_tokens=None"),
+)
 
 
 def compile_seconds(num_layers: int, layer_loop: LayerLoop) -> float:
@@ -39,22 +63,101 @@ def compile_seconds(num_layers: int, layer_loop: LayerLoop) -> float:
         return time.perf_counter() - start
 
 
-def main(argv: list[str]) -> None:
-    jax.config.update("jax_enable_compilation_cache", False)
-    programs: list[tuple[LayerLoop, int]] = [*(("scan", depth) for depth in DEPTHS), ("unroll", DEPTHS[0])]
-    seconds: dict[tuple[LayerLoop, int], list[float]] = {program: [] for program in programs}
-    for _round in range(flags.FLAGS.rounds):
-        for layer_loop, depth in programs:
-            seconds[layer_loop, depth].append(compile_seconds(depth, layer_loop))
-    base = seconds["scan", DEPTHS[0]]
+def compile_times(depths: list[int], rounds: int) -> list[dict[str, Any]]:
+    """The first table."""
+    programs: list[tuple[LayerLoop, int]] = [*(("scan", depth) for depth in depths), ("unroll", depths[0])]
+    names = {f"{depth:>3} {layer_loop}": (layer_loop, depth) for layer_loop, depth in programs}
+    sides = {name: partial(compile_seconds, depth, layer_loop) for name, (layer_loop, depth) in names.items()}
+    seconds, rows = alternate(sides, rounds), []
+    base = next(iter(seconds.values()))
+    print(f"{'layers':<12} {'median s':>9} {'min':>6} {'max':>6}   median ratio to {depths[0]} scanned, by round")
+    for name, times in seconds.items():
+        as_long = 1 / ratio(times, base)
+        row = f"{statistics.median(times):>9.2f} {min(times):>6.2f} {max(times):>6.2f}   {as_long:.2f}"
+        print(f"{name:<12} {row}", flush=True)
+        rows.append({"layers": names[name][1], "layer_loop": names[name][0], "seconds": times, "ratio": as_long})
+    return rows
+
+
+def first_step_seconds(config: str, num_layers: int, cache: Path) -> tuple[float, float]:
+    """From the start of `gptjax.main`, with `cache` as data.cache_dir, to its first training record; of the processor.
+
+    Raises:
+      UserError: it ended before.
+    """
+    with tempfile.TemporaryDirectory() as workdir:
+        command = [sys.executable, "-m", "gptjax.main", f"--config={config}", f"--workdir={workdir}/run", *SETTINGS]
+        command += [f"--config.model.num_layers={num_layers}", f"--config.data.cache_dir={cache}"]
+        environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+        with open(f"{workdir}/said", "w") as said:
+            start, used = time.perf_counter(), _processor_seconds()
+            process = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
+            try:
+                while not _has_trained(Path(workdir) / "run"):
+                    if process.poll() is not None:
+                        lines = Path(said.name).read_text().strip().splitlines()
+                        raise c.UserError(f"gptjax.main ended before its first step: {lines[-1] if lines else ''}")
+                    time.sleep(0.02)
+                took = time.perf_counter() - start
+            finally:
+                process.kill()
+                process.wait()
+            return took, _processor_seconds() - used
+
+
+def _processor_seconds() -> float:
+    """Of all processes that were started here and have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _has_trained(workdir: Path) -> bool:
+    try:
+        return any(record["split"] == "train" for record in read_metrics(workdir)[1])
+    except (OSError, ValueError, IndexError, c.UserError):  # not there yet
+        return False
+
+
+def first_steps(config: str, depths: list[int], rounds: int) -> list[dict[str, Any]]:
+    """The second table."""
+    rows = []
+    print(f"\n{'first step':<12} {'cold s':>9} {'warm s':>9} {'processor':>16}   of {config}")
+    with tempfile.TemporaryDirectory() as directory:
+        cache = Path(directory)
+        first_step_seconds(config, depths[0], cache)  # prepares the corpus
+        for depth in depths:
+            times: dict[str, list[tuple[float, float]]] = {"cold": [], "warm": []}
+            for _ in range(rounds):
+                shutil.rmtree(cache / "compiled")
+                for measured in times.values():
+                    measured.append(first_step_seconds(config, depth, cache))
+            medians = [[statistics.median(values) for values in zip(*pairs, strict=True)] for pairs in times.values()]
+            (cold, of_cold), (warm, of_warm) = medians
+            print(f"{depth:>3} layers   {cold:>9.1f} {warm:>9.1f} {of_cold:>8.1f} {of_warm:>7.1f}", flush=True)
+            rows.append({"layers": depth, "seconds_and_processor_seconds": times})
+    return rows
+
+
+def main() -> None:
+    def numbers(values: list[str]) -> list[int]:
+        return [int(value) for value in values]
+
+    result = measured_on()
     print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}")
-    print(f"{'layers':<12} {'median s':>9} {'min':>6} {'max':>6}   median ratio to {DEPTHS[0]} scanned, by round")
-    for (layer_loop, depth), times in seconds.items():
-        ratio = statistics.median(t / b for t, b in zip(times, base, strict=True))
-        row = f"{statistics.median(times):>9.2f} {min(times):>6.2f} {max(times):>6.2f}   {ratio:.2f}"
-        print(f"{depth:>3} {layer_loop:<8} {row}")
+    if depths := numbers(flags.FLAGS.depths):
+        jax.config.update("jax_enable_compilation_cache", False)
+        result["compile"] = compile_times(depths, flags.FLAGS.rounds)
+        write_json(flags.FLAGS.output, result)
+    if depths := numbers(flags.FLAGS.first_step_depths):
+        result["first_step"] = first_steps(flags.FLAGS.config, depths, flags.FLAGS.first_step_rounds)
+        write_json(flags.FLAGS.output, result)
 
 
 if __name__ == "__main__":
+    flags.DEFINE_list("depths", ["12", "24", "48"], "Layers of the steps that are compiled; empty: none is.")
     flags.DEFINE_integer("rounds", 3, "Compilations of each program.", lower_bound=1)
-    app.run(main)
+    flags.DEFINE_string("config", CONFIG, "Config file of the runs, its arguments after a colon.")
+    flags.DEFINE_list("first_step_depths", ["4", "12"], "Layers of the runs that are started; empty: none is.")
+    flags.DEFINE_integer("first_step_rounds", 1, "Runs of each depth, cold and warm.", lower_bound=1)
+    flags.DEFINE_string("output", None, "Write the measurements to this JSON file.")
+    cli.run(main)

@@ -115,7 +115,7 @@ class DataConfig:
     invalid_utf8: Literal["replace", "error"] = "replace"  # replaced bytes are counted and reported
     # A file, line or record that is damaged or cannot be read stops the run, or is left out, counted and reported
     on_corrupt: Literal["error", "skip"] = "error"
-    cache_dir: str = "~/.cache/gptjax"  # prepared corpora and trained tokenizers
+    cache_dir: str = "~/.cache/gptjax"  # prepared corpora, trained tokenizers, compiled programs
     prefetch_batches: int = 8  # microbatches read ahead of the device
 
 
@@ -286,8 +286,12 @@ class BatchConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter 2019) and its schedule, in tokens seen."""
+    """How gradients become updates, and the schedule, in tokens seen."""
 
+    # adamw: Loshchilov & Hutter 2019; muon: Jordan et al. 2024, of the layers' matrices, with AdamW for all else, and
+    # one learning rate for both (Liu et al. 2025); adafactor: second moments as rows and columns (Shazeer & Stern 2018)
+    # and given learning rates (Zhai et al. 2021). All have decoupled decay, and clip the gradient
+    name: Literal["adamw", "muon", "adafactor"] = "adamw"
     peak_lr: float = 6e-4
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     warmup_tokens: int = 0  # linear from warmup_start_fraction
@@ -296,9 +300,13 @@ class OptimizerConfig:
     decay_tokens: int | None = None  # cosine, linear: where the floor is reached; wsd: length of the last descent;
     # None: cosine and linear reach it at the end, wsd takes the last tenth
     floor_lr_fraction: float = 0.1  # of peak_lr
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
+    beta1: float = 0.9  # of the first moment; adafactor with 0 keeps none
+    beta2: float = 0.95  # of the second; adafactor's grows up to it
+    eps: float = 1e-8  # adafactor has its own
+    muon_momentum: float = 0.95
+    # As it is kept, muon's too; param_dtype: as model.param_dtype says
+    first_moment_dtype: Literal["param_dtype", "float32", "bfloat16"] = "param_dtype"
+    min_factored_dim: int = 32  # adafactor keeps the second moments of arrays with a shorter axis as they are
     weight_decay: float = 0.1  # decoupled, times the learning rate
     # (regex over parameter paths, factor of weight_decay): the first full match counts, every parameter needs one
     decay_rules: tuple[tuple[str, float], ...] = ((".*/(bias|scale)", 0.0), (".*", 1.0))
@@ -760,6 +768,10 @@ def _check_peft(config: Config) -> None:
         peft.method == "none" or config.init_from is not None,
         f"peft.method={peft.method} trains a part of given weights: name their workdir by init_from",
     )
+    _require(
+        peft.method == "none" or config.optimizer.name != "muon",
+        f"optimizer.name=muon is for whole matrices, and peft.method={peft.method} trains a part: set it to adamw",
+    )
 
 
 def _check_batch(config: Config) -> None:
@@ -792,6 +804,9 @@ def _check_optimizer(optimizer: OptimizerConfig) -> None:
     _positive(optimizer, "optimizer", "peak_lr", "decay_tokens", "eps", "clip_norm")
     _require(0 <= optimizer.beta1 < 1, f"optimizer.beta1={optimizer.beta1} must be in [0, 1)")
     _require(0 <= optimizer.beta2 < 1, f"optimizer.beta2={optimizer.beta2} must be in [0, 1)")
+    momentum = optimizer.muon_momentum
+    _require(0 <= momentum < 1, f"optimizer.muon_momentum={momentum} must be in [0, 1)")
+    _positive(optimizer, "optimizer", "min_factored_dim")
     _require(optimizer.weight_decay >= 0, f"optimizer.weight_decay={optimizer.weight_decay} must not be negative")
     _require(optimizer.warmup_tokens >= 0, f"optimizer.warmup_tokens={optimizer.warmup_tokens} must not be negative")
     start = optimizer.warmup_start_fraction

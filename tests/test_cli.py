@@ -102,6 +102,19 @@ def test_an_unwritable_workdir(tmp_path):
     assert_one_line(main(RUNLOCAL, workdir=tmp_path / "file" / "run"), "--workdir", "run")
 
 
+def test_what_a_run_compiles_is_kept(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")  # as users have it
+    result = main(
+        RUNLOCAL,
+        *("--config.model.num_layers=1", "--config.model.embed_dim=48", "--config.batch.total_tokens=1024"),
+        *("--config.data.tokenizer=bytes", f"--config.data.cache_dir={tmp_path}/cache"),
+        *("--config.evaluation.max_tokens=1024", "--config.evaluation.sample_tokens=0"),
+        workdir=tmp_path / "run",
+    )
+    assert result.returncode == 0, result.stderr
+    assert list((tmp_path / "cache" / "compiled").glob("*/jit_step-*-cache"))
+
+
 @pytest.mark.parametrize("config", ["gpt1", "gpt2", "gpt3"])
 def test_every_config_runs_two_steps_locally(config, tmp_path):
     batch = 8 * 128

@@ -155,7 +155,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self.end_of_text = None if name is None else vocabulary[name]
 
     def encode(self, text: str) -> npt.NDArray[np.int32]:
-        return np.array(self._tokenizer.encode(_encodable(text), add_special_tokens=False).ids, dtype=np.int32)
+        # Of a batch of one, as that form alone does without each token's place in the text, which takes a third longer.
+        (encoding,) = self._tokenizer.encode_batch_fast([_encodable(text)], add_special_tokens=False)
+        return np.array(encoding.ids, dtype=np.int32)
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)

@@ -6,6 +6,7 @@ Formulae, because XLA's own analysis counts the body of a scan over layers once.
 import dataclasses
 import functools
 import logging
+import math
 import re
 import time
 
@@ -71,7 +72,7 @@ class MemorySummary:
 
     parameters: int
     gradients: int
-    moments: int  # AdamW's two
+    moments: int  # what the optimizer keeps
     ema: int
 
     @property
@@ -92,9 +93,33 @@ def memory_summary(
     parameters, width = parameter_count(model), jnp.dtype(model.param_dtype).itemsize
     trained = parameters if trained is None else trained
     every, tree = (-(-count * width // shards) for count in (parameters, trained))
+    first, second = moment_counts(model, optimizer)
+    first_dtype = optimizer.first_moment_dtype
+    first_width = width if first_dtype == "param_dtype" else jnp.dtype(first_dtype).itemsize
+    moments = -(-(first * first_width + second * width) * trained // (parameters * shards))
     return MemorySummary(
-        parameters=every, gradients=tree, moments=2 * tree, ema=0 if optimizer.ema_decay is None else tree
+        parameters=every, gradients=tree, moments=moments, ema=0 if optimizer.ema_decay is None else tree
     )
+
+
+def moment_counts(model: GPTConfig, optimizer: OptimizerConfig) -> tuple[int, int]:
+    """Numbers in the first and the second moments when all of `model` is trained."""
+    every, D, F, H, K = parameter_count(model), model.embed_dim, model.feed_forward_dim, model.num_heads, model.head_dim
+    kernels = [(D, 3, H, K), (H, K, D), (D, F), (F, D)]  # of a layer; and its adapters'
+    if model.adapter_dim is not None:
+        kernels += 2 * [(D, model.adapter_dim), (model.adapter_dim, D)]
+    if optimizer.name == "adamw":
+        return every, every
+    if optimizer.name == "muon":  # orthogonalises the first
+        return every, every - model.num_layers * sum(map(math.prod, kernels))
+    biases = [] if not model.qkv_bias else [(3, H, K)]
+    tables = [(_vocab_size(model), D), (model.context_length, D)]
+    saved = 0
+    for shape, count in [*((s, model.num_layers) for s in kernels + biases), *((s, 1) for s in tables)]:
+        *_, columns, rows = sorted(shape)
+        if columns >= optimizer.min_factored_dim:
+            saved += count * (math.prod(shape) - math.prod(shape) // rows - math.prod(shape) // columns)
+    return (every if optimizer.beta1 > 0 else 0), every - saved
 
 
 # --- the devices ------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""AdamW, and what changes while a run trains: learning rate, batch ramp, AdaLoRA's budget.
+"""The optimizer, and what changes while a run trains: learning rate, batch ramp, AdaLoRA's budget.
 
 Schedules count tokens, on the host, in exact integers.
 """
@@ -14,6 +14,7 @@ import optax
 from gptjax.config import BatchConfig, Config, OptimizerConfig, UserError
 from gptjax.models.heads import VALUE
 from gptjax.training import adalora
+from gptjax.training.scaling_rules import scale_by_rule
 
 
 def schedule(config: Config, step: int, tokens: int, total_tokens: int, num_matrices: int = 0) -> dict[str, np.generic]:
@@ -69,9 +70,9 @@ def num_microbatches(config: BatchConfig, context_length: int, tokens: int) -> i
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Clipping, then AdamW with decoupled decay; without the factor -learning_rate, which the step applies."""
+    """Clipping, the rule, and decoupled decay; without the factor -learning_rate, which the step applies."""
     optimizer = config.optimizer
-    transforms = [optax.scale_by_adam(b1=optimizer.beta1, b2=optimizer.beta2, eps=optimizer.eps)]
+    transforms = [scale_by_rule(optimizer)]
     if optimizer.clip_norm is not None:
         transforms.insert(0, _clipped_by_model(optimizer.clip_norm))
     if config.peft.method == "adalora":

@@ -13,6 +13,7 @@ MESHES = [
     *("data=8", "fsdp=8", "data=2,tensor=4", "data=2,context=4", "fsdp=2,tensor=2,context=2"),
     *("data=2,fsdp=2,tensor=2+dropout+sample", "expert=2,fsdp=2,tensor=2+offload"),
 ]
+OPTIMIZERS = ["muon", "adafactor"]
 ACTIVATIONS = 16 * 32 * 32 * 4  # bytes of what a layer hands to the next, of all devices
 
 
@@ -23,7 +24,10 @@ def of_one_device(mesh: str) -> str:
 
 @pytest.fixture(scope="module")
 def results(run_script) -> dict[str, Any]:
-    return run_script(Path(__file__).with_name("train_on_meshes.py"), "one", "one+dropout+sample", *MESHES)
+    of_optimizers = [f"{mesh}+{name}" for name in OPTIMIZERS for mesh in ("one", "data=2,fsdp=2,tensor=2")]
+    return run_script(
+        Path(__file__).with_name("train_on_meshes.py"), "one", "one+dropout+sample", *MESHES, *of_optimizers
+    )
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -31,6 +35,15 @@ def test_every_mesh_gives_the_losses_of_one_device(results, mesh):
     # float32 sums in another order, through 10 steps at a high learning rate.
     assert results[mesh]["losses"] == pytest.approx(results[of_one_device(mesh)]["losses"], rel=3e-5)
     assert results[mesh]["sample"] == results[of_one_device(mesh)]["sample"]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_gives_the_losses_of_one_device(results, name):
+    one, many = results[f"one+{name}"]["losses"], results[f"data=2,fsdp=2,tensor=2+{name}"]["losses"]
+    # Adafactor has next to no eps: where a gradient is zero but for rounding, as that of the keys' bias, it steps too.
+    assert many == pytest.approx(one, rel=3e-5 if name == "muon" else 2e-4)
+    assert one[-1] < one[0] - 0.5
+    assert one[-1] != pytest.approx(results["one"]["losses"][-1], rel=1e-3)
 
 
 def test_the_runs_compared_learn_and_differ(results):

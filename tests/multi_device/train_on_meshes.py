@@ -50,6 +50,8 @@ CHANGES = {
     "dropout": {"model": {"residual_dropout": 0.1}},
     "offload": {"optimizer": {"offload": True}, "model": {"remat": "offload"}},  # moments and activations to the host
     "sample": {"evaluation": {"sample_tokens": 4}},
+    "muon": {"optimizer": {"name": "muon"}},
+    "adafactor": {"optimizer": {"name": "adafactor", "min_factored_dim": 8}},
 }
 
 

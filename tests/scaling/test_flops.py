@@ -2,13 +2,16 @@ import logging
 import time
 from dataclasses import dataclass, replace
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
 
-from gptjax.config import GPTConfig, OptimizerConfig
+from gptjax.config import Config, GPTConfig, OptimizerConfig
 from gptjax.models.gpt import GPT
 from gptjax.scaling import flops
+from gptjax.training.programs import make_program
+from gptjax.training.state import init_state
 
 SMALL = GPTConfig(vocab_size=512, context_length=64, num_layers=4, num_heads=4, embed_dim=128, dtype="float32")
 
@@ -103,6 +106,28 @@ def test_memory_counts_state_and_divides_by_shards() -> None:
     assert whole.total == 16 * count
     assert flops.memory_summary(SMALL, OptimizerConfig(ema_decay=0.99)).total == 20 * count
     assert flops.memory_summary(replace(SMALL, param_dtype="bfloat16"), OptimizerConfig(), shards=4).total == 2 * count
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        OptimizerConfig(),
+        OptimizerConfig(first_moment_dtype="bfloat16"),
+        OptimizerConfig(name="muon"),
+        OptimizerConfig(name="adafactor", min_factored_dim=16),
+        OptimizerConfig(name="adafactor", beta1=0.0, min_factored_dim=16),
+        OptimizerConfig(name="adafactor", min_factored_dim=1000),
+    ],
+    ids=lambda optimizer: f"{optimizer.name}-{optimizer.first_moment_dtype}",
+)
+def test_moments_are_those_of_the_state(optimizer: OptimizerConfig) -> None:
+    config = Config(model=SMALL, optimizer=optimizer)
+    state = jax.eval_shape(lambda: init_state(make_program(config)))
+    arrays = [leaf for leaf in jax.tree.leaves(nn.unbox(state).opt_state) if leaf.ndim > 0]
+    # Adafactor has a number in the place of what it does not keep, and Muon its coefficients.
+    small = 12 + 3 * 4 * SMALL.num_layers * 20
+    counted = flops.memory_summary(SMALL, optimizer).moments
+    assert counted <= sum(leaf.size * leaf.dtype.itemsize for leaf in arrays) <= counted + small
 
 
 @pytest.mark.parametrize(

@@ -53,8 +53,16 @@ def train_and_die(config: Config, workdir: Path, microbatches: int, monkeypatch)
             run(config, workdir)
 
 
-def test_stop_restore_train_on_equals_uninterrupted(tiny, tmp_path, monkeypatch):
-    config = replace(tiny, {"checkpoint": {"every_tokens": 3 * 128}})
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        {},
+        {"name": "muon", "first_moment_dtype": "bfloat16"},
+        {"name": "adafactor", "min_factored_dim": 8, "first_moment_dtype": "bfloat16"},
+    ],
+)
+def test_stop_restore_train_on_equals_uninterrupted(optimizer, tiny, tmp_path, monkeypatch):
+    config = replace(tiny, {"checkpoint": {"every_tokens": 3 * 128}, "optimizer": optimizer})
     run(config, tmp_path / "whole")
     train_and_die(config, tmp_path / "resumed", 11, monkeypatch)  # in the middle of step 6
     assert steps(tmp_path / "resumed") == [3]

@@ -1,0 +1,162 @@
+"""What reading costs: tokenising, the pipeline beside the training step, and what a run waits for it.
+
+    python -m benchmarks.data [--config=configs/gpt2.py:runlocal] [--tokenizers=gpt2,bpe:4096] [--rounds=5]
+        [--batches=400] [--steps=20] [--run_steps=100] [--output=data.json]
+
+Tokenising is that of the config's source: by one thread, and by all cores from its documents to a prepared corpus on
+the disk, in a new directory. The pipeline reads a prepared corpus as a run does, packed either way; its rounds
+alternate with stretches of the training step on tokens that are there already, and the ratio is the median over rounds.
+What is waited for is measured in a run of so many steps by the training loop itself: the share of its time, the first
+two steps apart, in which it asks for the next microbatch.
+"""
+
+import dataclasses
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from absl import flags
+
+from benchmarks.checkpoint import CONFIG, Trainer
+from benchmarks.measuring import alternate, measured_on, ratio, seconds, write_json
+from gptjax import cli
+from gptjax import config as c
+from gptjax.data import sources, tokenizers
+from gptjax.data.pipeline import Corpus, Microbatch, batches, open_corpus
+from gptjax.data.preparation import prepare
+from gptjax.parallel.mesh import make_mesh
+from gptjax.training import loop
+from gptjax.training.stages import pretrain
+
+PACKINGS: tuple[Literal["concatenate", "segment"], ...] = ("concatenate", "segment")
+
+
+def tokenising(spec: str, data: c.DataConfig, directory: Path, rounds: int) -> dict[str, Any]:
+    """MB/s of UTF-8 text."""
+    source = sources.open_source(data.source, document_separator=data.document_separator)
+    documents = list(source.documents())
+    megabytes = sum(len(document.encode()) for document in documents) / 1e6
+    start = time.perf_counter()
+    tokenizer = tokenizers.get_tokenizer(
+        spec, train_documents=lambda: documents, corpus_fingerprint="benchmark", cache_dir=directory
+    )
+    made = time.perf_counter() - start
+
+    def one_thread() -> float:
+        return seconds(lambda: [tokenizer.encode(document) for document in documents])
+
+    def prepared() -> float:
+        with tempfile.TemporaryDirectory(dir=directory) as new:
+            return seconds(lambda: prepare(source, tokenizer, Path(new), validation_fraction=data.validation_fraction))
+
+    times = alternate({"one_thread": one_thread, "prepared": prepared}, rounds)
+    rates = {name: megabytes / statistics.median(values) for name, values in times.items()}
+    trained = spec.startswith(("bpe:", "gpt1_bpe:"))
+    print(
+        f"{spec:14} {megabytes:8.2f} {rates['one_thread']:12.2f} {rates['prepared']:12.2f} "
+        + (f"{made:12.1f}" if trained else ""),
+        flush=True,
+    )
+    return {"tokenizer": spec, "megabytes": megabytes, "megabytes_per_second": rates, "seconds": times} | (
+        {"training_seconds": made} if trained else {}
+    )
+
+
+def pipeline_seconds(corpus: Corpus, rows: int, count: int, prefetch: int) -> float:
+    """Of `count` microbatches of the training split."""
+    read = batches(corpus.train, start=0, batch_size=rows, prefetch=prefetch)
+    return seconds(lambda: [next(read) for _ in range(count)])
+
+
+def beside_the_step(config: c.Config, rounds: int, count: int, steps: int) -> list[dict[str, Any]]:
+    """Tokens a second of the pipeline with each packing, and of the step."""
+    rows, context = config.sequences_per_microbatch, config.model.context_length
+    sides: dict[str, Callable[[], float]] = {}
+    tokens: dict[str, int] = {}
+    for packing in PACKINGS:
+        data = dataclasses.replace(config.data, packing=packing)
+        corpus = open_corpus(data, context_length=context, seed=config.seed)
+        tokens[packing] = count * rows * context
+        sides[packing] = partial(pipeline_seconds, corpus, rows, count, data.prefetch_batches)
+    with jax.set_mesh(make_mesh(config.mesh)):
+        trainer = Trainer(config.completed(corpus.tokenizer.vocab_size))
+        tokens["step"] = steps * trainer.tokens_per_step
+        sides["step"] = lambda: seconds(lambda: trainer.train(steps))
+        for measure in sides.values():
+            measure()
+        times = alternate(sides, rounds)
+    per_token = {name: [value / tokens[name] for value in values] for name, values in times.items()}
+    found = []
+    for name, values in per_token.items():
+        rate, of_step = 1 / statistics.median(values), ratio(values, per_token["step"])
+        spread = f"{1 / max(values):,.0f}-{1 / min(values):,.0f}"
+        print(f"{name:14} {rate:12,.0f} {spread:>24} {of_step:10.1f}", flush=True)
+        found.append({"side": name, "tokens_per_second": rate, "ratio_to_step": of_step, "seconds": times[name]})
+    return found
+
+
+def waiting(config: c.Config, steps: int) -> dict[str, float]:
+    """Share of the time in which the training loop waits for its data, and what it trains in a second."""
+    config = c.replace(
+        config,
+        {
+            "batch": {"total_tokens": steps * config.batch.tokens_per_batch, "epochs": None},
+            "evaluation": {"every_tokens": None, "every_epochs": None, "max_tokens": 1, "sample_tokens": 0},
+            "checkpoint": {"every_tokens": None, "every_epochs": None},
+            "logging": {"tensorboard": False},
+        },
+    )
+    mesh = make_mesh(config.mesh)
+    stage = pretrain.build(config, mesh, None)
+    asked: list[tuple[float, float]] = []
+
+    def timed(start: int) -> Iterator[Microbatch]:
+        read = stage.batches(start)
+        for _ in itertools.count():
+            before = time.perf_counter()
+            microbatch = next(read)
+            asked.append((before, time.perf_counter()))
+            yield microbatch
+
+    with tempfile.TemporaryDirectory() as directory:
+        loop.train(dataclasses.replace(stage, batches=timed), mesh, Path(directory))
+    per_step = len(asked) // steps  # microbatches; the first step compiles, the second fills queues
+    rest = asked[2 * per_step :]
+    whole = rest[-1][0] - rest[0][0]
+    waited = sum(after - before for before, after in rest[:-1])
+    trained = (steps - 3) * config.batch.tokens_per_batch
+    return {"share": waited / whole, "tokens_per_second": trained / whole, "seconds": whole}
+
+
+def main() -> None:
+    config = c.resolve(CONFIG.value)
+    result: dict[str, Any] = {**measured_on(), "config": config.data.source, "tokenising": []}
+    print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, {result['versions']}, {config.data.source}\n")
+    print(f"{'tokenising':14} {'MB':>8} {'MB/s, 1 core':>12} {'to disk':>12} {'training s':>12}")
+    with tempfile.TemporaryDirectory(dir=flags.FLAGS.directory) as directory:
+        for spec in flags.FLAGS.tokenizers:
+            result["tokenising"].append(tokenising(spec, config.data, Path(directory), flags.FLAGS.rounds))
+            write_json(flags.FLAGS.output, result)
+    print(f"\n{'':14} {'tokens/s':>12} {'spread':>24} {'of step':>10}")
+    result["pipeline"] = beside_the_step(config, flags.FLAGS.rounds, flags.FLAGS.batches, flags.FLAGS.steps)
+    write_json(flags.FLAGS.output, result)
+    found = result["waiting"] = waiting(config, flags.FLAGS.run_steps)
+    write_json(flags.FLAGS.output, result)
+    print(f"\na run of {flags.FLAGS.run_steps} steps waited {found['share']:.3%} of its time for data")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_list("tokenizers", ["gpt2", "bpe:4096"], "As in data.tokenizer.")
+    flags.DEFINE_integer("rounds", 5, "Alternations between the sides.", lower_bound=1)
+    flags.DEFINE_integer("batches", 400, "Microbatches that the pipeline reads in a round.", lower_bound=1)
+    flags.DEFINE_integer("steps", 20, "Of a round.", lower_bound=1)
+    flags.DEFINE_integer("run_steps", 100, "Of the run that is asked for its waiting.", lower_bound=4)
+    flags.DEFINE_string("directory", None, "Where to tokenise to; default: the system's for temporary files.")
+    flags.DEFINE_string("output", None, "Write the measurements to this JSON file.")
+    cli.run(main)

@@ -20,6 +20,9 @@ from gptjax.config import LoggingConfig, UserError
 from gptjax.files import write_whole
 
 METRICS_FILE = "metrics.jsonl"
+# That TensorBoard's thread may have yet to write. With its own 10, one that dies between `_tensorboard_lives` and the
+# values of a record leaves the run waiting without end for a place.
+WAITING_EVENTS = 100_000
 CLOSING_SECONDS = 5  # that TensorBoard's file has to take what is left
 _PLACE = {"step": int, "tokens": int, "split": str}  # in every record
 _WANDB_ID = re.compile(r"[\w-]{1,64}")
@@ -61,7 +64,8 @@ class MetricsWriter:
             from tensorboardX import SummaryWriter
 
             purge_step = 0 if resume_step is None else resume_step + 1
-            self._tensorboard = SummaryWriter(str(self._workdir / "tensorboard"), purge_step=purge_step)
+            directory = str(self._workdir / "tensorboard")
+            self._tensorboard = SummaryWriter(directory, purge_step=purge_step, max_queue=WAITING_EVENTS)
 
     def go_back(self, step: int) -> None:
         """Drops the records of later steps."""

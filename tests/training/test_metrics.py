@@ -1,12 +1,14 @@
 import json
 import math
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboardX.event_file_writer import _EventLoggerThread
 from tensorboardX.proto.event_pb2 import Event
 
 from gptjax.config import LoggingConfig, UserError
@@ -133,6 +135,17 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
     values = tensorboard_values(tmp_path)
     assert values[:2] == [("train/loss", 5, 2.5), ("validation/loss", 5, 3.0)]
     assert [tag for tag, *_ in values[2:]] == ["sample/text_summary"]
+
+
+def test_a_thread_of_tensorboard_that_dies_keeps_no_run_waiting(tmp_path: Path, monkeypatch) -> None:
+    """Not when it dies behind the question whether it lives: a full disk was seen to do so."""
+    monkeypatch.setattr(_EventLoggerThread, "run", lambda self: None)
+    monkeypatch.setattr(MetricsWriter, "_tensorboard_lives", lambda self: True)
+    writing = threading.Thread(target=train, args=(tmp_path, range(1, 41), None, LoggingConfig()), daemon=True)
+    writing.start()
+    writing.join(30)
+    assert not writing.is_alive()
+    assert len(read_metrics(tmp_path)[1]) >= 40
 
 
 def test_wandb_offline_keeps_its_run_over_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,7 +90,7 @@ def test_weights_of_another_model_are_refused(config, changes, words, method):
 
 
 def test_training_may_choose_its_own_dropout_and_precision(config):
-    start._check_model(replace(config, {"model": {"residual_dropout": 0.1, "dtype": "bfloat16"}}), _given(config))
+    start._check_model(replace(config, {"model": {"residual_dropout": 0.1, "dtype": "bfloat16"}}), _given(config), "it")
 
 
 def _given(config: Config) -> Config:

@@ -69,6 +69,12 @@ class Encoded:
         return len(self.tokens)
 
 
+def answered(prompt: npt.NDArray[np.int32], answer: npt.NDArray[np.int32]) -> Encoded:
+    """A prompt, and an answer behind it that is learned whole."""
+    tokens = np.concatenate([prompt, answer])
+    return Encoded(tokens, np.arange(len(tokens)) >= len(prompt))
+
+
 class TooLongError(UserError):
     """A conversation does not fit the context, whatever is left out."""
 

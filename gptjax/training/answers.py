@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from gptjax.config import Config
 from gptjax.data.chat_batches import lay_out
 from gptjax.data.conversations import Prompt
-from gptjax.data.templates import Encoded
+from gptjax.data.templates import Encoded, answered
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.inference.engine import Completion, Engine
 from gptjax.models.gpt import GPT
@@ -173,9 +173,7 @@ class AnswerWriter:
         """Prompt and answer; the token that ended it is one of its own, and learned as the others are."""
         ends = {"end_of_turn": self._end_of_turn, "end_of_text": self._tokenizer.end_of_text}
         end = ends.get(answer.finish_reason)
-        parts = [prompt.tokens, answer.tokens, np.array([] if end is None else [end], np.int32)]
-        tokens = np.concatenate(parts).astype(np.int32)
-        return Encoded(tokens, np.arange(len(tokens)) >= len(prompt.tokens))
+        return answered(prompt.tokens, np.append(answer.tokens, [] if end is None else [end]).astype(np.int32))
 
     def _measured(self, params: Any, arrays: Arrays, group: int) -> Arrays:
         """Of `answer_measurer`, (N, T), batch after batch of as many rows as a microbatch of training has."""

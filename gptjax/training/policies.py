@@ -1,8 +1,8 @@
 """Learning from rewards of what a policy wrote: the losses of PPO and of GRPO, and what is measured of answers first.
 
 A batch has the arrays of `gptjax/data/chat_batches.py`, an element being a prompt with the policy's answers to it, and
-others of the same shape (B, R, T), which the stage has made of them. `weights` says how much a token
-counts, 0 outside the answers. Nothing here depends on how the answers lie in the rows.
+others of the same shape (B, R, T), which the stage has made of them. `weights` says how much a token counts, 0 outside
+the answers. Nothing here depends on how the answers lie in the rows.
 """
 
 from collections.abc import Callable
@@ -13,15 +13,15 @@ import jax.numpy as jnp
 
 from gptjax.config import Config
 from gptjax.models import peft
-from gptjax.models.gpt import GPT, head_embedding, hidden_states
+from gptjax.models.gpt import GPT, head_embedding
 from gptjax.models.heads import VALUE
 from gptjax.training import rl_math
-from gptjax.training.losses import cross_entropy, entropies
+from gptjax.training.losses import entropies
 from gptjax.training.preferences import REFERENCE, RewardModel, logprobs_of_states, read_elements, token_logprobs
 from gptjax.training.state import Batch, Loss, Measures
 
 
-def ppo_loss(config: Config) -> Loss:
+def ppo_loss(config: Config, loss_of_text: Loss) -> Loss:
     """PPO's losses of policy and value function (Schulman et al. 2017), and of text where there is some: PPO-ptx.
 
         loss = mean of rl_math.policy_loss + mean of rl_math.value_loss + ppo.pretraining_weight * nats a token of text
@@ -29,6 +29,9 @@ def ppo_loss(config: Config) -> Loss:
     The two functions share no weights, so it does not matter how the losses are weighted against each other. The third
     is that of Ouyang et al. 2022, equation 2. `advantages`, `old_logprobs`, `old_values` and `returns` are those of the
     answers as they were written; `text_tokens`, `text_targets` and `text_weights` (B, rows, S) the text.
+
+    Args:
+      loss_of_text: that of stage "pretrain".
     """
     gpt, value_model, rl, ppo = GPT(config.model), RewardModel(config), config.rl, config.ppo
 
@@ -40,7 +43,9 @@ def ppo_loss(config: Config) -> Loss:
         measures |= {"policy_loss": policy_loss, "value_loss": value_loss}
         total = policy_loss + value_loss
         if ppo.pretraining_weight > 0:
-            measures["text_loss"] = _text_loss(gpt, params, batch)
+            names = ("tokens", "targets", "weights")
+            text = {name: batch[f"text_{name}"].reshape(-1, batch[f"text_{name}"].shape[-1]) for name in names}
+            measures["text_loss"], *_ = loss_of_text(params, text, None)
             total += ppo.pretraining_weight * measures["text_loss"]
         return total, jnp.sum(batch["weights"]), measures
 
@@ -77,14 +82,6 @@ def _policy_loss(
     if reference_BRT is not None:
         measures["distance"] = jnp.sum(weights_BRT * rl_math.kl_k3(logprobs_BRT, reference_BRT))
     return jnp.sum(weights_BRT * losses_BRT), measures
-
-
-def _text_loss(gpt: GPT, params: Any, batch: Batch) -> jax.Array:
-    tokens_NS, targets_NS, weights_NS = (
-        batch[name].reshape(-1, batch[name].shape[-1]) for name in ("text_tokens", "text_targets", "text_weights")
-    )
-    x_NSD = hidden_states(gpt, params, tokens_NS, deterministic=True)
-    return cross_entropy(x_NSD, head_embedding(params), targets_NS, weights_NS, None, gpt.config.precision)
 
 
 def answer_measurer(config: Config) -> Callable[[Any, Batch], dict[str, jax.Array]]:

@@ -73,7 +73,7 @@ def make_program(config: Config) -> Program:
     elif config.stage == "grpo":
         loss, frozen = grpo_loss(config), (REFERENCE,)
     elif config.stage == "ppo":
-        init, loss, frozen = _with_value_function(config, init), ppo_loss(config), (REFERENCE,)
+        init, loss, frozen = _with_value_function(config, init), ppo_loss(config, make_loss(gpt)), (REFERENCE,)
         starts[VALUE] = config.rl.reward.partition(":")[2] if config.ppo.value_init == "reward" else None
     else:
         loss = make_loss(gpt)

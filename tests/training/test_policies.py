@@ -16,11 +16,12 @@ from gptjax.models.heads import VALUE
 from gptjax.training import rl_math
 from gptjax.training.policies import answer_measurer, grpo_loss, ppo_loss
 from gptjax.training.preferences import REFERENCE, RewardModel
+from gptjax.training.programs import make_loss
 from tests.tiny_tasks import MODEL
 
 VOCAB, LENGTH = 40, 32
 CONFIG = c.Config(stage="ppo", model=MODEL.with_vocabulary(VOCAB), rl=c.RLConfig(clip=0.2, kl_weight=0.3))
-LOSSES = {"ppo": ppo_loss, "grpo": grpo_loss}
+LOSSES = {"ppo": lambda config: ppo_loss(config, make_loss(GPT(config.model))), "grpo": grpo_loss}
 GENERATOR = np.random.default_rng(0)
 # Of each token of an answer, besides the weights.
 PER_TOKEN = ("advantages", "returns", "old_logprobs", "reference_logprobs", "old_values")

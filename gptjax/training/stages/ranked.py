@@ -4,14 +4,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jax.sharding import Mesh
 
 from gptjax.config import Config
 from gptjax.data.chat_batches import RankedAnswers, RankedSequences
 from gptjax.data.conversations import Ranking
 from gptjax.data.pipeline import Microbatch
-from gptjax.data.templates import Encoded, TooLongError
+from gptjax.data.templates import TooLongError, answered
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.training.programs import make_program
 from gptjax.training.stage import Stage
@@ -81,8 +80,6 @@ def _encode(data: ChatData[Ranking], rankings: list[Ranking]) -> list[RankedSequ
             )
         # One prompt for all: were more of it left out before a longer answer, they would not answer the same.
         prompt = form.encode_prompt(item.prompt, context - longest, place=item.place)
-        whole = (np.concatenate([prompt, answer]) for answer in answers)
-        encoded = [Encoded(tokens, np.arange(len(tokens)) >= len(prompt)) for tokens in whole]
-        return RankedSequences(encoded, levels)
+        return RankedSequences([answered(prompt, answer) for answer in answers], levels)
 
     return fitting(data.config, rankings, sequences)

@@ -18,7 +18,7 @@ import numpy as np
 from gptjax import config as c
 from gptjax.config import UserError
 from gptjax.models import attention
-from gptjax.parallel.compiler import compiler_options
+from gptjax.parallel import compiler
 from gptjax.parallel.mesh import make_mesh
 from gptjax.training import losses
 from gptjax.training.programs import make_program
@@ -39,7 +39,6 @@ class Variant:
 
     name: str
     config: c.Config
-    options: dict[str, str | bool]  # of the compiler
     constants: dict[tuple[str, str], Any]  # (module, name): what it chooses for the platform
 
 
@@ -69,8 +68,8 @@ def parse_variant(text: str, base: c.Config) -> Variant:
     edited.batch.microbatch_size = sequences
     edited.batch.tokens_per_batch = microbatches * sequences * base.model.context_length
     config = c.resolve(edited)
-    options = compiler_options(platform(), (*config.compiler_options, *flags_of_xla))
-    return Variant(name, config, options, constants)
+    options = (*config.compiler_options, *flags_of_xla)
+    return Variant(name, dataclasses.replace(config, compiler_options=options), constants)
 
 
 def _literal(value: str) -> Any:
@@ -137,7 +136,7 @@ class Trainer:
         def compiled() -> Any:
             start = time.perf_counter()
             with jax.set_mesh(self._mesh):
-                program = lowered.compile(variant.options)
+                program = compiler.compile(lowered, platform(), config.compiler_options)
             self.compile_seconds[name] = time.perf_counter() - start
             return program
 
@@ -161,6 +160,10 @@ class Trainer:
         except Exception:
             self._state = None  # it was given away
             raise
+
+    def program(self, name: str) -> jax.stages.Compiled:
+        """Of a variant that is finished."""
+        return self._steps[name]
 
     def _advance(self, name: str) -> dict[str, jax.Array]:
         self._state, metrics = self._steps[name](self._state, *self._arguments[name])

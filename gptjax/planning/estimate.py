@@ -16,6 +16,7 @@ from gptjax.config import Config, GPTConfig
 from gptjax.planning.program_text import Collective, mesh_axes, traffic
 from gptjax.planning.topology import Topology, route
 from gptjax.scaling.flops import flops_per_token, forward_flops_per_token, parameter_count
+from gptjax.training.losses import logits_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +124,8 @@ def hbm_traffic(config: Config, mesh: Mapping[str, int]) -> float:
     Weights are written once and read once for every pass over a microbatch (forward, again, and two products
     backward), gradients added up in float32, optimizer state read and written. Of activations a layer makes 34 bytes a
     token and unit of width in bfloat16 (Korthikanti et al. 2022, section 4.1): written and read in a forward pass, and
-    as much again twice backward.
+    as much again twice backward. Logits, of their own dtype, are written and read twice, and their gradient, of the
+    model's, too.
     """
     model, batch = config.model, config.batch
     size, stored = jnp.dtype(model.dtype).itemsize, jnp.dtype(model.param_dtype).itemsize
@@ -136,7 +138,8 @@ def hbm_traffic(config: Config, mesh: Mapping[str, int]) -> float:
     sequences = batch.tokens_per_batch // model.context_length / (mesh["data"] * mesh["fsdp"] * mesh["expert"])
     tokens = sequences * model.context_length / mesh["context"]
     layers = passes * 2 * 17 * size * model.num_layers * model.embed_dim * tokens / mesh["tensor"]
-    logits = 4 * 4 * tokens * (model.vocab_size or 0) / mesh["tensor"]
+    logit = jnp.dtype(logits_dtype(model, "tpu")).itemsize
+    logits = 3 * (logit + size) * tokens * (model.vocab_size or 0) / mesh["tensor"]
     return weights + optimizer + layers + logits
 
 

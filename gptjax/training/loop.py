@@ -14,8 +14,7 @@ from jax.sharding import Mesh
 
 from gptjax.config import Config, UserError, config_hash
 from gptjax.models import peft
-from gptjax.parallel import distributed, preemption
-from gptjax.parallel.compiler import compiler_options
+from gptjax.parallel import compiler, distributed, preemption
 from gptjax.parallel.preemption import PreemptedError
 from gptjax.parallel.rows import global_array, process_rows
 from gptjax.training.bundles import save_bundle
@@ -233,8 +232,8 @@ class _Run:
     def _compile(self, arguments: tuple[Any, ...]) -> jax.stages.Compiled:
         """Compiles ahead of the first call: an executable cannot recompile unseen, and tells its memory."""
         start = time.perf_counter()
-        options = compiler_options(self._mesh.devices.flat[0].platform, self.stage.config.compiler_options)
-        compiled = self._train_step.lower(*arguments).compile(options)
+        platform = self._mesh.devices.flat[0].platform
+        compiled = compiler.compile(self._train_step.lower(*arguments), platform, self.stage.config.compiler_options)
         if not self._compiled:
             preemption.defer()  # from here on there is something to save
         distributed.gather(None)  # gloo gives up on a process that comes half a minute later to a first collective

@@ -26,14 +26,14 @@ ONE_PASS = {"cpu": False, "gpu": True, "tpu": False}
 # the pass which writes the gradient from running at the rate of the memory, and costs others nothing.
 PICKED_BY_INDEX = {"cpu": False, "gpu": True, "tpu": False}
 # What model.logits_dtype=auto is where model.dtype is bfloat16; elsewhere it is float32.
-LOGITS_DTYPE = {"cpu": "float32", "gpu": "bfloat16", "tpu": "float32"}
+LOGITS_DTYPE = {"cpu": "float32", "gpu": "bfloat16", "tpu": "bfloat16"}
 MASKED = -1e30  # a logit that counts for nothing, and does not make NaN of a difference
 
 
-def logits_dtype(config: GPTConfig) -> str:
-    """Of the logits that a training step holds, on the device that it is traced for."""
+def logits_dtype(config: GPTConfig, platform: str) -> str:
+    """Of the logits that a training step holds."""
     if config.logits_dtype == "auto":
-        return LOGITS_DTYPE[platform()] if config.dtype == "bfloat16" else "float32"
+        return LOGITS_DTYPE[platform] if config.dtype == "bfloat16" else "float32"
     return config.logits_dtype
 
 
@@ -220,8 +220,10 @@ def _scan_chunks(
         dlogits_BCV = (jnp.exp(logits_BCV - log_z_BC[..., None]) - hit_BCV) * weights_BC[..., None]
         dlogits_BCV = dlogits_BCV.astype(x_BCD.dtype)
         dx_BCD = jnp.einsum("BCV,VD->BCD", dlogits_BCV, head_VD, precision=how.precision)
+        # One axis to sum over: of two, XLA's CPU makes a copy of the logits' gradient.
+        dlogits_NV, x_ND = dlogits_BCV.reshape(-1, len(head_VD)), x_BCD.reshape(-1, width)
         dhead_VD += jnp.einsum(
-            "BCV,BCD->VD", dlogits_BCV, x_BCD, precision=how.precision, preferred_element_type=jnp.float32
+            "NV,ND->VD", dlogits_NV, x_ND, precision=how.precision, preferred_element_type=jnp.float32
         )
         return (loss, dhead_VD), dx_BCD
 

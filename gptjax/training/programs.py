@@ -16,6 +16,7 @@ from gptjax.files import read_json
 from gptjax.models import peft
 from gptjax.models.gpt import GPT, head_embedding, hidden_states
 from gptjax.models.heads import VALUE
+from gptjax.parallel.mesh import platform
 from gptjax.training import adalora
 from gptjax.training.losses import cross_entropy, logits_dtype
 from gptjax.training.policies import grpo_loss, ppo_loss
@@ -103,7 +104,7 @@ def make_loss(model: GPT) -> Loss:
             rngs=None if rng is None else {"dropout": rng},
         )
         head_VD, weights_BT = head_embedding(params), batch["weights"]
-        dtype = "float32" if rng is None else logits_dtype(model.config)  # held-out losses are exact
+        dtype = "float32" if rng is None else logits_dtype(model.config, platform())  # held-out losses are exact
         nats = cross_entropy(x_BTD, head_VD, batch["targets"], weights_BT, None, model.config.precision, dtype)
         return nats, jnp.sum(weights_BT), {}
 

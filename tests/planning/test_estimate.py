@@ -81,6 +81,17 @@ def test_the_roofline_by_hand() -> None:
     assert result.mfu(result.compute) == pytest.approx(1)
 
 
+def test_logits_of_half_the_bytes_move_half_as_many() -> None:
+    """Written and read twice beside their gradient: of 2 + 2 or 4 + 2 bytes."""
+    laid_out = mesh(V5E, data=256)
+    moved = {
+        dtype: hbm_traffic(replace(CONFIG, {"model": {"logits_dtype": dtype}}), laid_out.shape)
+        for dtype in ("auto", "bfloat16", "float32")
+    }
+    logits = 128 * 1000  # of the one sequence of a device
+    assert moved["auto"] == moved["bfloat16"] == moved["float32"] - 3 * 2 * logits
+
+
 def test_axes_have_links_of_their_own() -> None:
     laid_out = mesh(V5E, fsdp=16, tensor=16)
     parts = [

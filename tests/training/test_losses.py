@@ -68,13 +68,15 @@ def test_bfloat16_logits_lose_only_their_own_precision():
         assert np.linalg.norm(a - b) < 1e-2 * np.linalg.norm(b)
 
 
-def test_the_logits_are_of_the_device_where_none_is_chosen(monkeypatch):
-    assert logits_dtype(GPTConfig(dtype="bfloat16")) == "float32"
-    assert logits_dtype(GPTConfig(dtype="bfloat16", logits_dtype="bfloat16")) == "bfloat16"
-    monkeypatch.setitem(losses.LOGITS_DTYPE, "cpu", "bfloat16")
-    assert logits_dtype(GPTConfig(dtype="bfloat16")) == "bfloat16"
-    assert logits_dtype(GPTConfig(dtype="float32")) == "float32"
-    assert logits_dtype(GPTConfig(dtype="bfloat16", logits_dtype="float32")) == "float32"
+def test_the_logits_are_of_the_device_where_none_is_chosen():
+    assert [logits_dtype(GPTConfig(dtype="bfloat16"), on) for on in ("cpu", "gpu", "tpu")] == [
+        "float32",
+        "bfloat16",
+        "bfloat16",
+    ]
+    assert logits_dtype(GPTConfig(dtype="bfloat16", logits_dtype="bfloat16"), "cpu") == "bfloat16"
+    assert logits_dtype(GPTConfig(dtype="float32"), "gpu") == "float32"
+    assert logits_dtype(GPTConfig(dtype="bfloat16", logits_dtype="float32"), "gpu") == "float32"
 
 
 def test_bfloat16_states_lose_only_their_own_precision():

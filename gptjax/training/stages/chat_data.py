@@ -15,7 +15,7 @@ from gptjax.data.conversations import Conversation, Prompt, Ranking
 from gptjax.data.pipeline import PackedExamples, open_corpus
 from gptjax.data.templates import ChatFormat, TooLongError, chat_format
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.models import float8
+from gptjax.models import low_precision
 from gptjax.models.attention_backends import check_backend
 from gptjax.parallel import distributed
 from gptjax.parallel.mesh import check_fit
@@ -56,7 +56,7 @@ def open_chat(
     """
     refuse_settings_of_pretraining(config, mesh, "conversation")
     check_backend(config.model, mesh.devices.flat[0].platform, has_segments=True)
-    float8.check_device(config.model, mesh.devices.flat[0].platform)
+    low_precision.check_device(config.model, mesh.devices.flat[0].platform)
     for spec in filter(None, (config.data.source, config.data.validation_source)):
         conversations.check_spec(spec)
     train, validation = distributed.first_then_others(lambda: read(config))

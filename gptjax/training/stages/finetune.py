@@ -20,7 +20,7 @@ from gptjax.data.tokenizers import Tokenizer
 from gptjax.evaluation.predictions import Predictor, measure
 from gptjax.evaluation.report_files import plot_confusion, write_predictions
 from gptjax.files import write_whole
-from gptjax.models import float8
+from gptjax.models import low_precision
 from gptjax.models.attention_backends import check_backend
 from gptjax.parallel import distributed
 from gptjax.parallel.mesh import check_fit
@@ -55,7 +55,7 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
     """
     refuse_settings_of_pretraining(config, mesh, "labelled row")
     check_backend(config.model, mesh.devices.flat[0].platform, has_segments=False)
-    float8.check_device(config.model, mesh.devices.flat[0].platform)
+    low_precision.check_device(config.model, mesh.devices.flat[0].platform)
     rows = distributed.first_then_others(lambda: read(config))
     if tokenizer is None:
         tokenizer = find_tokenizer(config, [text for row in rows.train for text in _texts(row)])

@@ -12,7 +12,7 @@ from gptjax.data.pipeline import Corpus, open_corpus
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.inference.engine import Engine
 from gptjax.inference.sampling import Sampling
-from gptjax.models import float8
+from gptjax.models import low_precision
 from gptjax.models.attention_backends import check_backend
 from gptjax.models.gpt import GPT
 from gptjax.parallel import distributed
@@ -37,7 +37,7 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
     """
     check_fit(config, mesh)
     check_backend(config.model, mesh.devices.flat[0].platform, has_segments=config.data.packing == "segment")
-    float8.check_device(config.model, mesh.devices.flat[0].platform)
+    low_precision.check_device(config.model, mesh.devices.flat[0].platform)
     context = config.model.context_length
     corpus = distributed.first_then_others(
         lambda: open_corpus(config.data, context_length=context, seed=config.seed, tokenizer=tokenizer)

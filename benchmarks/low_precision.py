@@ -1,0 +1,43 @@
+"""What products of 8 bits cost in loss: the same run with each `model.matmul_dtype`.
+
+    python -m benchmarks.low_precision [--config=configs/gpt2.py:runlocal] [--tokens=200000] [--seeds=2]
+        [--matmul_dtypes=model,float8,int8] [--output=low_precision.json]
+
+Prints the held-out loss at the end of each run; runs of one seed see the same batches and start from the same weights.
+A CPU rounds as other devices do, and multiplies the rounded numbers, which costs time and tells nothing of theirs:
+`benchmarks/train_step.py` measures that.
+"""
+
+import dataclasses
+from typing import Any
+
+from absl import flags
+
+from benchmarks.checkpoint import CONFIG
+from benchmarks.measuring import measured_on, write_json
+from benchmarks.optimizers import held_out_loss, short_run
+from gptjax import cli
+from gptjax import config as c
+from gptjax.models import low_precision
+
+
+def main() -> None:
+    low_precision.EMULATED["cpu"] = True
+    config = short_run(c.resolve(CONFIG.value), TOKENS.value, TOKENS.value // 10)
+    result: dict[str, Any] = {**measured_on(), "tokens": TOKENS.value, "losses": {}}
+    for matmul_dtype in MATMUL_DTYPES.value:
+        losses = result["losses"][matmul_dtype] = []
+        for seed in range(SEEDS.value):
+            run = dataclasses.replace(c.replace(config, {"model": {"matmul_dtype": matmul_dtype}}), seed=seed)
+            c.check(run)
+            losses.append(held_out_loss(run))
+            write_json(OUTPUT.value, result)
+        print(f"{matmul_dtype:10} held-out loss {' '.join(f'{loss:.4f}' for loss in losses)}", flush=True)
+
+
+if __name__ == "__main__":
+    TOKENS = flags.DEFINE_integer("tokens", 200_000, "That a run trains on.", lower_bound=1)
+    SEEDS = flags.DEFINE_integer("seeds", 2, "Runs with each.", lower_bound=1)
+    MATMUL_DTYPES = flags.DEFINE_list("matmul_dtypes", ["model", *low_precision.DOT_GENERAL], "Values to compare.")
+    OUTPUT = flags.DEFINE_string("output", None, "Write the measurements to this JSON file.")
+    cli.run(main)

@@ -35,13 +35,24 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "all weights": {},
     "lora": {"peft": {"method": "lora"}, "optimizer": {"peak_lr": 5e-3}},
     "adalora": {
-        "peft": {"method": "adalora", "targets": ("layers/.*/kernel",), "rank": 6, "initial_rank": 9, "alpha": 96.0},
-        "optimizer": {"peak_lr": 1e-2},
+        # The scale, alpha / rank, is what a step moves lambda by: large, as it starts at 0. So what is pruned must not
+        # grow again for many steps, or it leaves and comes back as a jump.
+        "peft": {
+            "method": "adalora",
+            "targets": ("layers/.*/kernel",),
+            "rank": 6,
+            "initial_rank": 9,
+            "alpha": 192.0,
+            "initial_fraction": 0.2,
+            "prune_every_steps": 1,
+        },
+        "optimizer": {"peak_lr": 5e-3},
     },
     "adapters": {"peft": {"method": "adapters"}, "optimizer": {"peak_lr": 5e-3}},
     "head": {"peft": {"method": "head"}, "optimizer": {"peak_lr": 1e-2}},
     "top layers": {"peft": {"method": "top_layers"}, "optimizer": {"peak_lr": 2e-3}},
 }
+LONGER = {"adalora": 2}  # times --epochs: it learns what to keep before it learns with that
 NO_DROPOUT = {"embedding_dropout": 0.0, "attention_dropout": 0.0, "residual_dropout": 0.0}
 REGULARISERS: dict[str, dict[str, dict[str, Any]]] = {
     "all weights": {},
@@ -130,7 +141,7 @@ def make_config(variant: str, seed: int, files: list[Path], init_from: str) -> c
     config = c.resolve(get_config(argument))
     sections: dict[str, dict[str, Any]] = {
         "data": {"validation_source": f"jsonl:{files[1]}"},
-        "batch": {"epochs": EPOCHS.value},
+        "batch": {"epochs": EPOCHS.value * LONGER.get(variant, 1)},
         "optimizer": {"peak_lr": 1e-3, "warmup_fraction": 0.1},
         "evaluation": {"every_epochs": None},
         "checkpoint": {"every_epochs": None},
@@ -185,6 +196,6 @@ if __name__ == "__main__":
     ROWS = flags.DEFINE_integer("rows", 2000, "Training rows.", lower_bound=2)
     TEST_ROWS = flags.DEFINE_integer("test_rows", 1000, "Rows that the score is of.", lower_bound=1)
     SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each method.", lower_bound=1)
-    EPOCHS = flags.DEFINE_float("epochs", 3.0, "Of each run.")
+    EPOCHS = flags.DEFINE_float("epochs", 3.0, "Of each run; AdaLoRA has twice as many.")
     VARIANTS = flags.DEFINE_list("variants", ["methods"], "Names of variants, or of groups of them.")
     app.run(main)

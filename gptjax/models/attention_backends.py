@@ -25,6 +25,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SplashAttentionKernel
 
 from gptjax.config import GPTConfig, UserError
+from gptjax.models.elementwise import RECOMPUTES
 from gptjax.parallel.mesh import BATCH_AXES, axis_size, partition_spec, platform
 from gptjax.parallel.ring import ring_attention
 
@@ -75,11 +76,15 @@ def attention(
         return splash_attention(q_BTHK, k_BTHK, v_BTHK, segments_BT, band_width, scale)
     if backend == "cudnn" and _divide_over_mesh(rows, heads):
         return cudnn_attention(q_BTHK, k_BTHK, v_BTHK, band_width, scale)
-    mask_BHTS = attention_mask(kind, config.band_width, length, segments_BT)
-    out_BTHK = dot_product_attention(
-        q_BTHK, k_BTHK, v_BTHK, mask_BHTS, config.attention_dropout, dropout_rng, config.precision, scale
-    )
-    return checkpoint_name(out_BTHK, NAME)
+
+    def plain(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, segments_BT: Any, dropout_rng: Any) -> jax.Array:
+        mask_BHTS = attention_mask(kind, config.band_width, length, segments_BT)
+        rate, precision = config.attention_dropout, config.precision
+        return dot_product_attention(q_BTHK, k_BTHK, v_BTHK, mask_BHTS, rate, dropout_rng, precision, scale)
+
+    if RECOMPUTES[platform()]:
+        plain = jax.checkpoint(plain, prevent_cse=False)
+    return checkpoint_name(plain(q_BTHK, k_BTHK, v_BTHK, segments_BT, dropout_rng), NAME)
 
 
 def score_scale(config: GPTConfig) -> float:

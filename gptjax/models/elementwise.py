@@ -17,6 +17,10 @@ from gptjax.config import GPTConfig
 from gptjax.parallel.mesh import partitioned
 
 Function = Callable[[jax.Array], jax.Array]
+# Whether the backward pass of layers in a loop computes again what an activation and attention's plain softmax
+# returned, although model.remat is "none": on a CPU that costs less than writing it beside that of the other layers and
+# reading it.
+RECOMPUTES = {"cpu": True, "gpu": False, "tpu": False}
 
 
 def keeping_the_input(function: Function) -> Function:

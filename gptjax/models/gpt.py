@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from gptjax.config import GPTConfig
 from gptjax.models.attention import KeyValues, SelfAttention, product_settings
 from gptjax.models.attention_backends import is_cudnn_forward
-from gptjax.models.elementwise import ACTIVATIONS, LayerNorm
+from gptjax.models.elementwise import ACTIVATIONS, RECOMPUTES, LayerNorm
 from gptjax.parallel.mesh import (
     abstract_arrays,
     axis_size,
@@ -77,15 +77,20 @@ class MLP(nn.Module):
             name="up",
             **product_settings(config, self.deterministic),
         )(x_BTD)
-        h_BTF = constrain(ACTIVATIONS[config.activation](h_BTF), "batch", "length", "ffw")
-        out_BTD = nn.Dense(
+        down = nn.Dense(
             config.embed_dim,
             kernel_init=partitioned(self.out_init, "ffw", "embed"),
             bias_init=partitioned(nn.initializers.zeros, "norm"),
             name="down",
             **product_settings(config, self.deterministic),
-        )(h_BTF)
-        return scattered(out_BTD)
+        )
+
+        def activated(down: nn.Dense, h_BTF: jax.Array) -> jax.Array:
+            return down(constrain(ACTIVATIONS[config.activation](h_BTF), "batch", "length", "ffw"))
+
+        if RECOMPUTES[platform()]:
+            activated = nn.remat(activated, prevent_cse=False)
+        return scattered(activated(down, h_BTF))
 
 
 class Adapter(nn.Module):

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,6 +15,7 @@ import pytest
 from gptjax.config import GPTConfig, resolve
 from gptjax.models import gpt
 from gptjax.models.attention_backends import attention_mask, dot_product_attention
+from gptjax.models.elementwise import RECOMPUTES
 from gptjax.models.gpt import GPT, head_embedding, hidden_states, unembed
 from gptjax.scaling.flops import parameter_count
 
@@ -131,6 +133,31 @@ def test_recomputation_saves_memory():
 
     none, dots, full = (temporaries(remat) for remat in ("none", "dots", "full"))
     assert full < 0.8 * dots < 0.8 * none
+
+
+def test_what_a_cpu_computes_again_changes_no_number_and_saves_memory(monkeypatch):
+    """Softmax and activation, with dropout."""
+    config = dataclasses.replace(TINY, residual_dropout=0.2, attention_dropout=0.2)
+
+    def temporaries() -> int:
+        large = dataclasses.replace(config, num_layers=8, context_length=128, embed_dim=32)
+        shapes, rngs = jax.eval_shape(lambda: init(large)), {"dropout": jax.random.key(0)}
+
+        def loss(params):
+            tokens_BT = jnp.zeros((4, 128), jnp.int32)
+            return jnp.mean(hidden_states(GPT(large), params, tokens_BT, deterministic=False, rngs=rngs) ** 2)
+
+        return jax.jit(jax.grad(loss)).lower(shapes).compile().memory_analysis().temp_size_in_bytes
+
+    def with_recomputation(chosen: bool) -> tuple[Any, int]:
+        monkeypatch.setitem(RECOMPUTES, "cpu", chosen)
+        loss_and_gradients.cache_clear()
+        jax.clear_caches()
+        return loss_and_gradients(config), temporaries()
+
+    (kept, kept_bytes), (again, again_bytes) = with_recomputation(False), with_recomputation(True)
+    close(again, kept)
+    assert again_bytes < 0.8 * kept_bytes
 
 
 def test_scanned_programs_do_not_grow_with_depth():

@@ -35,8 +35,7 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "all weights": {},
     "lora": {"peft": {"method": "lora"}, "optimizer": {"peak_lr": 5e-3}},
     "adalora": {
-        # The scale, alpha / rank, is what a step moves lambda by: large, as it starts at 0. So what is pruned must not
-        # grow again for many steps, or it leaves and comes back as a jump.
+        # P and Q move by the step size, what lambda adds by its product with the scale, alpha / rank: small and large.
         "peft": {
             "method": "adalora",
             "targets": ("layers/.*/kernel",),

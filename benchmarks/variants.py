@@ -17,14 +17,14 @@ import numpy as np
 
 from gptjax import config as c
 from gptjax.config import UserError
-from gptjax.models import attention
+from gptjax.models import attention, elementwise
 from gptjax.parallel import compiler
 from gptjax.parallel.mesh import make_mesh
 from gptjax.training import losses
 from gptjax.training.programs import make_program
 from gptjax.training.state import TrainState, create_state, make_train_step, state_shardings
 
-MODULES: dict[str, Any] = {"losses": losses, "attention": attention}
+MODULES: dict[str, Any] = {"losses": losses, "attention": attention, "elementwise": elementwise}
 
 
 def platform() -> str:

@@ -1,7 +1,7 @@
 """What products of 8 bits cost in loss: the same run with each `model.matmul_dtype`.
 
     python -m benchmarks.low_precision [--config=configs/gpt2.py:runlocal] [--tokens=200000] [--seeds=2]
-        [--matmul_dtypes=model,float8,int8] [--output=low_precision.json]
+        [--matmul_dtype=model --matmul_dtype=int8 ...] [--output=low_precision.json]
 
 Prints the held-out loss at the end of each run; runs of one seed see the same batches and start from the same weights.
 A CPU rounds as other devices do, and multiplies the rounded numbers, which costs time and tells nothing of theirs:
@@ -25,7 +25,7 @@ def main() -> None:
     low_precision.EMULATED["cpu"] = True
     config = short_run(c.resolve(CONFIG.value), TOKENS.value, TOKENS.value // 10)
     result: dict[str, Any] = {**measured_on(), "tokens": TOKENS.value, "losses": {}}
-    for matmul_dtype in MATMUL_DTYPES.value:
+    for matmul_dtype in MATMUL_DTYPE.value:
         losses = result["losses"][matmul_dtype] = []
         for seed in range(SEEDS.value):
             run = dataclasses.replace(c.replace(config, {"model": {"matmul_dtype": matmul_dtype}}), seed=seed)
@@ -38,6 +38,7 @@ def main() -> None:
 if __name__ == "__main__":
     TOKENS = flags.DEFINE_integer("tokens", 200_000, "That a run trains on.", lower_bound=1)
     SEEDS = flags.DEFINE_integer("seeds", 2, "Runs with each.", lower_bound=1)
-    MATMUL_DTYPES = flags.DEFINE_list("matmul_dtypes", ["model", *low_precision.DOT_GENERAL], "Values to compare.")
+    EVERY = ["model", *low_precision.DOT_GENERAL]
+    MATMUL_DTYPE = flags.DEFINE_multi_enum("matmul_dtype", EVERY, EVERY, "Values to compare.")
     OUTPUT = flags.DEFINE_string("output", None, "Write the measurements to this JSON file.")
     cli.run(main)

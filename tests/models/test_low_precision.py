@@ -56,27 +56,30 @@ def test_what_is_not_finite_shows(bad):
 SHAPES = [((2, 5, 16), (16, 3, 2, 4), 1), ((2, 5, 4, 4), (4, 4, 8), 2)]  # of x and kernel, and axes summed over
 
 
+def multiplied(product, x_shape, kernel_shape, count):
+    """Random x and kernel, their product, a cotangent, and the gradients that it gives."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, kernel = jax.random.normal(keys[0], x_shape), jax.random.normal(keys[1], kernel_shape)
+    y, pullback = jax.vjp(lambda x, kernel: product(x, kernel, count), x, kernel)
+    dy = jax.random.normal(keys[2], y.shape)
+    return x, kernel, y, dy, pullback(dy)
+
+
 @pytest.mark.parametrize(("x", "kernel", "count"), SHAPES)
 def test_int8_multiplies_rounded_arrays_forward_and_exact_ones_backward(x, kernel, count):
-    keys = jax.random.split(jax.random.key(0), 3)
-    x, kernel = jax.random.normal(keys[0], x), jax.random.normal(keys[1], kernel)
-    y, pullback = jax.vjp(lambda x, kernel: low_precision.int8_product(x, kernel, count), x, kernel)
-    dy = jax.random.normal(keys[2], y.shape)
+    x, kernel, y, dy, gradients = multiplied(low_precision.int8_product, x, kernel, count)
     exact, expected = jax.vjp(lambda x, kernel: jnp.tensordot(x, kernel, count), x, kernel)
     x8, x_scale = low_precision.rounded_to_int8(x, range(x.ndim - count, x.ndim))
     kernel8, kernel_scale = low_precision.rounded_to_int8(kernel, range(count))
     np.testing.assert_allclose(y, jnp.tensordot(x8 * x_scale, kernel8 * kernel_scale, count), rtol=1e-5, atol=1e-5)
     assert 1e-4 < np.linalg.norm(y - exact) / np.linalg.norm(exact) < 0.02
-    for a, b in zip(pullback(dy), expected(dy), strict=True):
+    for a, b in zip(gradients, expected(dy), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("x", "kernel", "count"), SHAPES)
 def test_float8_products_and_gradients_are_those_of_the_rounded_arrays(x, kernel, count):
-    keys = jax.random.split(jax.random.key(0), 3)
-    x, kernel = jax.random.normal(keys[0], x), jax.random.normal(keys[1], kernel)
-    y, pullback = jax.vjp(lambda x, kernel: low_precision.float8_product(x, kernel, count), x, kernel)
-    dy = jax.random.normal(keys[2], y.shape)
+    x, kernel, y, dy, gradients = multiplied(low_precision.float8_product, x, kernel, count)
 
     def back(array, dtype):
         numbers, scale = low_precision.rounded(array, dtype)
@@ -85,7 +88,7 @@ def test_float8_products_and_gradients_are_those_of_the_rounded_arrays(x, kernel
     x8, kernel8 = (back(array, jnp.float8_e4m3fn) for array in (x, kernel))
     expected, exact = jax.vjp(lambda x, kernel: jnp.tensordot(x, kernel, count), x8, kernel8)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
-    for a, b in zip(pullback(dy), exact(back(dy, jnp.float8_e5m2)), strict=True):
+    for a, b in zip(gradients, exact(back(dy, jnp.float8_e5m2)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
 
 

@@ -1,7 +1,7 @@
 """Tokens per second of greedy generation, here and by transformers' `generate`, in one run.
 
     python -m benchmarks.decode [--size=124m|355m|774m|1558m|tiny] [--batch_sizes=1,8,32] [--rounds=5]
-        [--weights=as_given,bfloat16,int8] [--output=decode.json]
+        [--weights=as_given,bfloat16,int8] [--kernels=20] [--output=decode.json]
 
 Both sides get the same random GPT-2 and the same prompts, in float32, on the CPU unless JAX finds something faster
 (PyTorch stays on the CPU; --notransformers does without). Rounds alternate between the sides; the median counts. With
@@ -32,6 +32,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks.loss_parity import import_torch
+from benchmarks.measuring import device_kernels, print_kernels
 from gptjax import cli
 from gptjax.config import GPTConfig, UserError
 from gptjax.data.tokenizers import BytesTokenizer
@@ -122,8 +123,12 @@ class Times(NamedTuple):
     reads: list[float]
 
 
+def prompts(batch_size: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, VOCABULARY, (batch_size, PROMPT_TOKENS))
+
+
 def measure(sides: list[Side], params: Any, batch_size: int, rounds: int) -> Times:
-    prompts_BT = np.random.default_rng(0).integers(0, VOCABULARY, (batch_size, PROMPT_TOKENS))
+    prompts_BT = prompts(batch_size)
     read_all = jax.jit(lambda params: sum(jnp.sum(leaf) for leaf in jax.tree.leaves(params)))
     tokens = {side.name: side.generate(prompts_BT) for side in sides}  # compiles, and warms up
     ours, theirs = tokens.get("gptjax as_given"), tokens.get("transformers")
@@ -200,6 +205,13 @@ def main() -> None:
     rows = []
     for batch_size in map(int, BATCH_SIZES.value):
         rows += report(batch_size, sides, measure(sides, params, batch_size, ROUNDS.value), weight_bytes)
+        if KERNELS.value > 0:
+            for side in sides:
+                if side.name != "transformers":
+                    print(f"\n{side.name}, a token: ", end="")
+                    print_kernels(
+                        device_kernels(partial(side.generate, prompts(batch_size)), NEW_TOKENS), KERNELS.value
+                    )
     if OUTPUT.value is not None:
         Path(OUTPUT.value).write_text(
             json.dumps({"size": SIZE.value, "device": device.device_kind, "versions": versions, "rows": rows}, indent=2)
@@ -212,5 +224,6 @@ if __name__ == "__main__":
     ROUNDS = flags.DEFINE_integer("rounds", 5, "Alternations between the sides.", lower_bound=1)
     WEIGHTS = flags.DEFINE_list("weights", ["as_given"], "Forms of our weights.")
     TRANSFORMERS = flags.DEFINE_bool("transformers", True, "Measure transformers too.")
+    KERNELS = flags.DEFINE_integer("kernels", 0, "Print so many kernels of a token of ours, the prompt's among them.")
     OUTPUT = flags.DEFINE_string("output", None, "Write the measurements to this JSON file.")
     cli.run(main)

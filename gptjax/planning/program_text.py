@@ -16,7 +16,7 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 _DTYPE_BITS = {"pred": 8, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "token": 0, "opaque": 0}
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][a-z\-]*[a-z])\(")
+INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][a-z\-]*[a-z])\(")  # its shape and operation
 _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"(?:branch_computations|called_computations|calls)=\{([^}]*)\}")
 _WHILE = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
@@ -61,9 +61,9 @@ def collectives(text: str, unknown_trip_count: int = 1) -> list[Collective]:
     Args:
       unknown_trip_count: of loops whose length is not written in the program, as that over the microbatches.
     """
-    computations, entry = _computations(text)
+    computations, entry = computations_of(text)
     found: Counter[tuple[str, int, tuple[int, ...]]] = Counter()
-    for name, times in _calls(computations, entry, unknown_trip_count).items():
+    for name, times in calls(computations, entry, unknown_trip_count).items():
         for line in computations[name]:
             if (collective := _collective(line, name)) is not None:
                 found[collective] += times
@@ -105,7 +105,7 @@ def mesh_axes(members: tuple[int, ...], shape: Mapping[str, int]) -> tuple[str, 
     return tuple(axis for axis, place in zip(shape, places, strict=True) if len(set(place.tolist())) > 1)
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+def computations_of(text: str) -> tuple[dict[str, list[str]], str]:
     """The lines of each computation that matter, and the entry's name."""
     computations: dict[str, list[str]] = {}
     entry, lines = "", []
@@ -118,7 +118,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return computations, entry
 
 
-def _calls(computations: dict[str, list[str]], entry: str, unknown: int) -> Counter[str]:
+def calls(computations: dict[str, list[str]], entry: str, unknown: int) -> Counter[str]:
     """How often each computation runs."""
     times: Counter[str] = Counter({entry: 1})
     for name in _topological(computations, entry):
@@ -152,7 +152,7 @@ def _topological(computations: dict[str, list[str]], entry: str) -> list[str]:
 
 def _called(line: str, computations: dict[str, list[str]], unknown: int) -> Iterator[tuple[str, int]]:
     """The computations that an instruction runs, and how often."""
-    match = _INSTRUCTION.match(line)
+    match = INSTRUCTION.match(line)
     operation = "" if match is None else match[2]
     if operation == "while" and (loop := _WHILE.search(line)):
         trips = _trip_count(line, computations[loop[1]], unknown)
@@ -180,16 +180,16 @@ def _trip_count(line: str, condition: list[str], unknown: int) -> int:
 
 
 def _collective(line: str, computation: str) -> tuple[str, int, tuple[int, ...]] | None:
-    match = _INSTRUCTION.match(line)
+    match = INSTRUCTION.match(line)
     if match is None:
         return None
     if match[2] == "send":
-        return _between_slices(line, _array_bytes(match[1])[0])
+        return _between_slices(line, array_bytes(match[1])[0])
     kind = match[2].removesuffix("-start")
     if kind not in KINDS:
         return None
     members = _pair(line) if kind == "collective-permute" else _group(line)
-    shapes = _array_bytes(match[1])
+    shapes = array_bytes(match[1])
     if match[2].endswith("-start") and kind in ("all-gather", "collective-permute"):
         arrays = [size for size in shapes if size > 4] or shapes  # a permute's context is two scalars
         payload = sum(arrays[len(arrays) // 2 :])  # operands come before results
@@ -216,7 +216,7 @@ def _between_slices(line: str, sent: int) -> tuple[str, int, tuple[int, ...]] | 
     return kind, sent * slices if kind == "all-gather" else sent, members
 
 
-def _array_bytes(shape: str) -> list[int]:
+def array_bytes(shape: str) -> list[int]:
     """Bytes of each array in a shape such as "(bf16[8,128]{1,0}, f32[])"."""
     sizes = []
     for dtype, dims in _SHAPE.findall(re.sub(r"\{[^}]*\}", "", shape)):

@@ -29,7 +29,7 @@ def test_a_variant_of_what_is_not_there_is_told(text: str) -> None:
 
 def test_what_modules_choose_is_changed_back() -> None:
     before = losses.CHUNK_TOKENS["cpu"]
-    with changed({("losses", "CHUNK_TOKENS"): 7}):
+    with changed({("losses", "CHUNK_TOKENS"): 7}, "cpu"):
         assert losses.CHUNK_TOKENS["cpu"] == 7
     assert losses.CHUNK_TOKENS["cpu"] == before
 

@@ -1,0 +1,74 @@
+"""What a run is: every knob declared once, typed, and checked before anything is slow.
+
+A config file (`configs/gpt2.py`) returns the `ConfigDict` that `config_dict(Config(...))` makes, command-line
+overrides edit it, and `resolve` turns it back into the frozen `Config` that all other code reads. So a knob that is not
+a field of `model.py` or `sections.py` cannot exist, and a mistake is one line on stderr and exit code 2.
+"""
+
+from gptjax.config.arguments import choose, parse_arg
+from gptjax.config.checks import check
+from gptjax.config.edited import check_key, config_dict, replace, resolve
+from gptjax.config.errors import UserError, nearest
+from gptjax.config.model import GPTConfig
+from gptjax.config.saved import config_hash, differences, read_config, to_json
+from gptjax.config.sections import (
+    ANSWERING_STAGES,
+    CHAT_STAGES,
+    NUM_SPECIAL_TOKENS,
+    RL_STAGES,
+    BatchConfig,
+    ChatConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    DPOConfig,
+    EvaluationConfig,
+    GRPOConfig,
+    LoggingConfig,
+    MeshConfig,
+    OptimizerConfig,
+    PeftConfig,
+    PPOConfig,
+    RegularisationConfig,
+    RLConfig,
+    StabilityConfig,
+    TaskConfig,
+)
+
+__all__ = [
+    "ANSWERING_STAGES",
+    "CHAT_STAGES",
+    "NUM_SPECIAL_TOKENS",
+    "RL_STAGES",
+    "BatchConfig",
+    "ChatConfig",
+    "CheckpointConfig",
+    "Config",
+    "DPOConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "GPTConfig",
+    "GRPOConfig",
+    "LoggingConfig",
+    "MeshConfig",
+    "OptimizerConfig",
+    "PPOConfig",
+    "PeftConfig",
+    "RLConfig",
+    "RegularisationConfig",
+    "StabilityConfig",
+    "TaskConfig",
+    "UserError",
+    "check",
+    "check_key",
+    "choose",
+    "config_dict",
+    "config_hash",
+    "differences",
+    "nearest",
+    "parse_arg",
+    "read_config",
+    "replace",
+    "resolve",
+    "to_json",
+]

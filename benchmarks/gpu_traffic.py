@@ -33,7 +33,7 @@ from gptjax.inference.sampling import Sampling
 from gptjax.inference.weights import prepare
 from gptjax.models import attention_backends
 from gptjax.models.gpt import GPT
-from gptjax.parallel.compiler import compiler_options
+from gptjax.parallel import compiler
 from gptjax.parallel.mesh import make_mesh, use_mesh
 from gptjax.planning.program_text import INSTRUCTION, array_bytes, calls, computations_of
 from gptjax.training.programs import make_program
@@ -81,7 +81,8 @@ def compile_step(variant: Variant) -> jax.stages.Compiled:
     with use_mesh(mesh), changed(variant.constants, "gpu"):
         step = make_train_step(program, state_shardings(program, mesh))
         state = jax.eval_shape(lambda: create_state(program, mesh))
-        return _compiled(step.lower(state, batch, np.int32(shape_MBT[0]), {"lr": np.float32(0)}), config)
+        lowered = step.lower(state, batch, np.int32(shape_MBT[0]), {"lr": np.float32(0)})
+        return _compiled(lowered, config.compiler_options)
 
 
 def compile_token(size: str, rows: int) -> jax.stages.Compiled:
@@ -106,9 +107,8 @@ def _no_draw(rows: int) -> Draw:
     return Draw(np.zeros(rows, np.uint32), np.int32(0), Sampling().knobs, np.full(4, -1, np.int32))
 
 
-def _compiled(lowered: jax.stages.Lowered, config: c.Config | None = None) -> jax.stages.Compiled:
-    options = compiler_options("gpu", () if config is None else config.compiler_options)
-    return lowered.compile({**options, "xla_gpu_autotune_level": "0"})
+def _compiled(lowered: jax.stages.Lowered, options: tuple[tuple[str, str], ...] = ()) -> jax.stages.Compiled:
+    return compiler.compile(lowered, "gpu", (*options, ("xla_gpu_autotune_level", "0")))  # else kernels would be timed
 
 
 def kernels(text: str) -> Iterator[tuple[str, int, int]]:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.config import GPTConfig, UserError
-from gptjax.models.attention_backends import compute_capability
+from gptjax.models import attention_backends
 
 MIN_CAPABILITY = {"float8": 8.9, "int8": 8.0}  # of GPUs that multiply them: Ada, Hopper; Ampere
 TPU_DTYPES = ("int8",)  # that all TPUs from v5e on multiply
@@ -33,7 +33,7 @@ def check_device(config: GPTConfig, platform: str) -> None:
     dtype = config.matmul_dtype
     if dtype == "model" or EMULATED.get(platform) or (platform == "tpu" and dtype in TPU_DTYPES):
         return
-    if platform != "gpu" or compute_capability() < MIN_CAPABILITY[dtype]:
+    if platform != "gpu" or attention_backends.compute_capability() < MIN_CAPABILITY[dtype]:
         tpu = "a TPU or " if dtype in TPU_DTYPES else ""
         raise UserError(
             f"model.matmul_dtype={dtype} needs {tpu}an NVIDIA GPU of compute capability {MIN_CAPABILITY[dtype]} or "

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gptjax import config as c
-from gptjax.models import low_precision
+from gptjax.models import attention_backends, low_precision
 from gptjax.parallel.mesh import make_mesh
 from gptjax.training.programs import make_program
 from gptjax.training.state import create_state, make_train_step, state_shardings
@@ -127,7 +127,7 @@ def test_devices_without_it_say_so(monkeypatch):
         losses("float8", steps=1)
     low_precision.check_device(models["int8"], "tpu")
     low_precision.check_device(models["model"], "cpu")
-    monkeypatch.setattr(low_precision, "compute_capability", lambda: 8.0)  # an A100
+    monkeypatch.setattr(attention_backends, "compute_capability", lambda: 8.0)  # an A100
     low_precision.check_device(models["int8"], "gpu")
     with pytest.raises(c.UserError, match="float8"):
         low_precision.check_device(models["float8"], "gpu")

@@ -23,6 +23,7 @@ from absl import flags
 from gptjax import cli
 from gptjax.config import ANSWERING_STAGES, UserError, read_config
 from gptjax.inference import retrieval
+from gptjax.parallel import program_cache
 
 if TYPE_CHECKING:
     from gptjax.inference.chatting import ChatSession
@@ -106,6 +107,7 @@ def open_session() -> "ChatSession":
     if DOCUMENTS.value is not None:
         documents = retrieval.Documents(Path(DOCUMENTS.value).expanduser())
     assert WORKDIR.value is not None
+    program_cache.use_that_of(Path(WORKDIR.value))
     trained = load_model(Path(WORKDIR.value), parse_mesh(MESH.value), best=BEST.value)
     form = chat_format(trained.config.chat, trained.tokenizer)
     engine = Engine(trained.model, trained.params, trained.tokenizer, trained.mesh)

@@ -21,6 +21,7 @@ from absl import flags
 
 from gptjax import cli
 from gptjax.config import UserError
+from gptjax.parallel import program_cache
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run.")
 TASKS = flags.DEFINE_list(
@@ -62,6 +63,7 @@ def main() -> None:
     if not Path(WORKDIR.value).expanduser().is_dir():
         raise UserError(f"there is no workdir {WORKDIR.value}")
     cli.join()
+    program_cache.use_that_of(Path(WORKDIR.value).expanduser())
     from gptjax.evaluation.run import Options, evaluate  # takes seconds to import
 
     evaluate(

@@ -21,7 +21,7 @@ from absl import flags
 
 from gptjax import cli
 from gptjax.config import UserError
-from gptjax.parallel import distributed
+from gptjax.parallel import distributed, program_cache
 
 if TYPE_CHECKING:
     from gptjax.inference.engine import Completion, Engine
@@ -80,6 +80,7 @@ def main() -> None:
     from gptjax.inference.engine import Engine  # after the checks: it takes seconds to import
     from gptjax.workdir import load_model, parse_mesh
 
+    program_cache.use_that_of(Path(WORKDIR.value))
     trained = load_model(Path(WORKDIR.value), parse_mesh(MESH.value))
     engine = Engine(trained.model, trained.params, trained.tokenizer, trained.mesh, cast(Any, WEIGHTS.value))
     del trained  # the engine has its own copy

@@ -20,6 +20,7 @@ from absl import flags
 
 from gptjax import cli
 from gptjax.config import TaskConfig, UserError
+from gptjax.parallel import program_cache
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a fine-tuned run; several, with commas between.")
 INPUT = flags.DEFINE_string("input", None, "File with an example a line; default, and -: standard input.")
@@ -45,6 +46,7 @@ def main() -> None:
     mesh = make_mesh(parse_mesh(MESH.value))
     workdirs = [Path(part) for part in WORKDIR.value.split(",")]
     lines: list[tuple[str, str]] | None = None
+    program_cache.use_that_of(workdirs[0])
     given: dict[Path, Any] = {}
     said: list[list[dict[str, Any]]] = []
     records: list[dict[str, Any]] = []

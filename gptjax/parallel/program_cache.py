@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 
+from gptjax.config import read_config
 from gptjax.parallel import distributed
 
 MAX_BYTES = 4 * 2**30  # what was used longest ago goes first
@@ -38,6 +39,11 @@ def use(cache_dir: Path) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_SECONDS)
     if importlib.util.find_spec("filelock") is not None:  # which JAX needs to count the bytes
         jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
+
+
+def use_that_of(workdir: Path) -> None:
+    """`use` with the directory of the run in `workdir`; UserError where there is none."""
+    use(Path(read_config(workdir).data.cache_dir))
 
 
 def _processor() -> str:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from gptjax.config import Config, UserError, replace, to_json
 from gptjax.parallel import distributed, program_cache
 
 KEYS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_compilation_cache_max_size")
@@ -45,6 +46,17 @@ def test_a_program_is_kept_and_found_again(tmp_path):
     jax.clear_caches()
     compile_a_program()
     assert kept(tmp_path / "compiled") == programs
+
+
+def test_what_uses_a_model_keeps_programs_where_its_run_does(tmp_path):
+    (tmp_path / "run").mkdir()
+    config = replace(Config(), {"data": {"cache_dir": str(tmp_path / "cache")}, "batch": {"total_tokens": 2**20}})
+    (tmp_path / "run" / "config.json").write_text(to_json(config))
+    program_cache.use_that_of(tmp_path / "run")
+    compile_a_program()
+    assert len(kept(tmp_path / "cache" / "compiled")) == 1
+    with pytest.raises(UserError, match="is not a workdir"):
+        program_cache.use_that_of(tmp_path)
 
 
 def test_a_place_that_was_given_stays(tmp_path):

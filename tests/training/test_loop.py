@@ -111,7 +111,7 @@ def test_a_finished_run_reports_again_and_trains_no_further(tiny, tmp_path):
 
 
 def test_keeps_the_newest_and_the_best(tiny, tmp_path):
-    config = replace(tiny, {"optimizer": {"schedule": "constant", "peak_lr": 3.0, "ema_decay": None}})  # gets worse
+    config = replace(tiny, {"optimizer": {"schedule": "constant", "peak_lr": 30.0, "ema_decay": None}})  # gets worse
     run(config, tmp_path / "run")
     losses = {r["step"]: r["loss"] for r in records(tmp_path / "run", "validation") if r["step"] > 0}
     best = min(losses, key=losses.get)

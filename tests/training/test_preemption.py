@@ -108,7 +108,7 @@ def test_a_second_signal_ends_the_command_at_once(tiny, tmp_path):
 
 
 def test_the_best_checkpoint_is_known_after_a_stop(tiny, tmp_path, monkeypatch):
-    config = replace(tiny, {"optimizer": {"schedule": "constant", "peak_lr": 3.0, "ema_decay": None}})  # gets worse
+    config = replace(tiny, {"optimizer": {"schedule": "constant", "peak_lr": 30.0, "ema_decay": None}})  # gets worse
     workdir = tmp_path / "run"
     assert "step 5 is saved" in stop_at(4 + 2 + 4 + 2 + 4 + 1, config, workdir, monkeypatch)
     run(config, workdir)

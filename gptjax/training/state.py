@@ -1,6 +1,7 @@
 """The training state and the one pure step that changes it."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -62,6 +63,11 @@ class Program:
         """What `split` has split."""
         return trained if base is None else peft.join(base, trained)
 
+    @functools.cached_property
+    def boxed_state(self) -> "TrainState":
+        """The shapes and dtypes of a fresh state, boxed; kept, since a run asks often and tracing takes a moment."""
+        return jax.eval_shape(lambda: init_state(self))
+
 
 class TrainState(flax.struct.PyTreeNode):
     """All that a step changes, and `base`. Tokens seen are not here: they overflow int32, so the host counts them."""
@@ -100,7 +106,7 @@ def state_shardings(program: Program, mesh: Mesh) -> TrainState:
 
     With `optimizer.offload` they do so in the memory of the hosts.
     """
-    boxed = jax.eval_shape(lambda: init_state(program))
+    boxed = program.boxed_state
     placement = shardings(mesh, boxed)
     if not program.config.optimizer.offload:
         return placement
@@ -113,8 +119,7 @@ def state_shardings(program: Program, mesh: Mesh) -> TrainState:
 
 def abstract_state(program: Program, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, unboxed: a tree of ShapeDtypeStructs."""
-    shapes = jax.eval_shape(lambda: nn.unbox(init_state(program)))
-    return abstract_arrays(shapes, state_shardings(program, mesh))
+    return abstract_arrays(nn.unbox(program.boxed_state), state_shardings(program, mesh))
 
 
 def create_state(program: Program, mesh: Mesh) -> TrainState:

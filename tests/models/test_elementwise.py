@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gptjax.config import GPTConfig
-from gptjax.models.elementwise import ACTIVATIONS, LayerNorm
+from gptjax.models.elementwise import ACTIVATIONS, READS_MOMENTS, LayerNorm
 
 CONFIG = GPTConfig(vocab_size=5, embed_dim=24, num_heads=2, dtype="float32")
 PLAIN = {
@@ -50,8 +50,11 @@ def test_gelu_far_from_zero_and_in_bfloat16(dtype):
     np.testing.assert_allclose(slope_N.astype(jnp.float32), exact_slope_N, rtol=tolerance, atol=1e-5)
 
 
+@pytest.mark.parametrize("reads_moments", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_layer_norm_is_flaxs(dtype):
+def test_layer_norm_is_flaxs(dtype, reads_moments, monkeypatch):
+    """However its backward pass sums."""
+    monkeypatch.setitem(READS_MOMENTS, "cpu", reads_moments)
     keys = jax.random.split(jax.random.key(0), 4)
     x_BTD = (5 + 2 * jax.random.normal(keys[0], (3, 7, 24))).astype(dtype)
     params = {"scale": jax.random.normal(keys[1], (24,)), "bias": jax.random.normal(keys[2], (24,))}

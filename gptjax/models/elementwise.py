@@ -119,7 +119,9 @@ def _backward(eps: float, kept: tuple, dy_BTD: jax.Array) -> tuple[jax.Array, ja
     along_BT1 = jnp.mean(dunit_BTD * unit_BTD, axis=-1, keepdims=True)
     dx_BTD = inverse_BT1 * (dunit_BTD - jnp.mean(dunit_BTD, axis=-1, keepdims=True) - unit_BTD * along_BT1)
     leading = tuple(range(x_BTD.ndim - 1))
-    if reads_moments:  # one reduction of pairs: one kernel, which reads the gradient once
+    on_one_device = all(size == 1 for size in jax.sharding.get_abstract_mesh().shape.values())
+    if reads_moments and on_one_device:
+        # One kernel, which reads the gradient once. Over devices, pairs are not reduced but gathered.
         pairs, zeros = (dy_BTD * unit_BTD, dy_BTD.astype(jnp.float32)), (np.float32(0), np.float32(0))
         dscale_D, dbias_D = jax.lax.reduce(pairs, zeros, lambda a, b: (a[0] + b[0], a[1] + b[1]), leading)
     else:

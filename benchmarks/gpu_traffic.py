@@ -24,7 +24,7 @@ from jax.experimental import topologies
 from benchmarks.decode import SIZES as DECODED_SIZES
 from benchmarks.decode import VOCABULARY
 from benchmarks.train_step import make_config
-from benchmarks.variants import Variant, changed, parse_variant
+from benchmarks.variants import Variant, batch_shape, changed, parse_variant
 from gptjax import cli
 from gptjax import config as c
 from gptjax.config import UserError
@@ -74,8 +74,7 @@ def compile_step(variant: Variant) -> jax.stages.Compiled:
     """The training step."""
     config = variant.config
     program, mesh = make_program(config), make_mesh(config.mesh, [device()])
-    rows, context = config.sequences_per_microbatch, config.model.context_length
-    shape_MBT = (config.batch.tokens_per_batch // (rows * context), rows, context)
+    shape_MBT = batch_shape(config)
     integers = jax.ShapeDtypeStruct(shape_MBT, jnp.int32)
     batch = {"tokens": integers, "targets": integers, "weights": jax.ShapeDtypeStruct(shape_MBT, jnp.float32)}
     with use_mesh(mesh), changed(variant.constants, "gpu"):
@@ -89,7 +88,9 @@ def compile_token(size: str, rows: int) -> jax.stages.Compiled:
     """The loop that draws tokens."""
     layers, width, heads = DECODED_SIZES[size]
     model = GPT(c.GPTConfig(vocab_size=VOCABULARY, num_layers=layers, embed_dim=width, num_heads=heads))
-    program, draw = Program(model, Sampling(temperature=0.0).form, slots=128), _no_draw(rows)
+    greedy = Sampling(temperature=0.0)
+    program = Program(model, greedy.form, slots=128)
+    draw = Draw(np.zeros(rows, np.uint32), np.int32(0), greedy.knobs, np.full(4, -1, np.int32))
 
     def start() -> tuple[Any, Any]:
         params = nn.unbox(model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
@@ -101,10 +102,6 @@ def compile_token(size: str, rows: int) -> jax.stages.Compiled:
         params, memory = jax.eval_shape(start)
         position_B = jax.ShapeDtypeStruct((rows,), jnp.int32)
         return _compiled(draw_tokens.lower(program, params, memory, position_B, np.int32(32), draw))
-
-
-def _no_draw(rows: int) -> Draw:
-    return Draw(np.zeros(rows, np.uint32), np.int32(0), Sampling().knobs, np.full(4, -1, np.int32))
 
 
 def _compiled(lowered: jax.stages.Lowered, options: tuple[tuple[str, str], ...] = ()) -> jax.stages.Compiled:

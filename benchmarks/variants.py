@@ -70,6 +70,12 @@ def parse_variant(text: str, base: c.Config) -> Variant:
     return Variant(name, dataclasses.replace(config, compiler_options=options), constants)
 
 
+def batch_shape(config: c.Config) -> tuple[int, int, int]:
+    """Microbatches, sequences of each, and their tokens."""
+    rows, context = config.sequences_per_microbatch, config.model.context_length
+    return config.batch.tokens_per_batch // (rows * context), rows, context
+
+
 def _literal(value: str) -> Any:
     try:
         return ast.literal_eval(value)
@@ -118,8 +124,7 @@ class Trainer:
     def start(self, variant: Variant) -> None:
         """Traces a variant, and has it compiled by another thread."""
         config, name = variant.config, variant.name
-        rows, context = config.sequences_per_microbatch, config.model.context_length
-        shape_MBT = (config.batch.tokens_per_batch // (rows * context), rows, context)
+        shape_MBT = batch_shape(config)
         tokens = np.random.default_rng(0).integers(0, config.model.vocab_size or 0, shape_MBT[1:], np.int32)
         # A model with a tied head finds it easy to say what it has just read: targets are the tokens after.
         rows_MBT = (np.broadcast_to(rows, shape_MBT) for rows in (tokens, np.roll(tokens, -1, axis=1)))

@@ -123,12 +123,7 @@ class Times(NamedTuple):
     reads: list[float]
 
 
-def prompts(batch_size: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, VOCABULARY, (batch_size, PROMPT_TOKENS))
-
-
-def measure(sides: list[Side], params: Any, batch_size: int, rounds: int) -> Times:
-    prompts_BT = prompts(batch_size)
+def measure(sides: list[Side], params: Any, prompts_BT: np.ndarray, rounds: int) -> Times:
     read_all = jax.jit(lambda params: sum(jnp.sum(leaf) for leaf in jax.tree.leaves(params)))
     tokens = {side.name: side.generate(prompts_BT) for side in sides}  # compiles, and warms up
     ours, theirs = tokens.get("gptjax as_given"), tokens.get("transformers")
@@ -189,29 +184,27 @@ def main() -> None:
     forms = WEIGHTS.value
     if unknown := [form for form in forms if form not in get_args(Weights)]:
         raise UserError(f"--weights={unknown[0]} is not one of {', '.join(get_args(Weights))}")
-    versions, sides = {"jax": jax.__version__}, []
+    versions, theirs = {"jax": jax.__version__}, []
     if TRANSFORMERS.value:
         torch, transformers = import_torch()
         versions |= {"torch": torch.__version__, "transformers": transformers.__version__}
         with tempfile.TemporaryDirectory() as directory:
-            sides.append(transformers_side(make_checkpoint(SIZE.value, Path(directory))))
+            theirs.append(transformers_side(make_checkpoint(SIZE.value, Path(directory))))
             model, params = load_pretrained(directory)
     else:
         model, params = random_model(SIZE.value)
-    sides += [our_side(model, params, form) for form in forms]
+    ours = [our_side(model, params, form) for form in forms]
+    sides = theirs + ours
     device = jax.devices()[0]
     print(f"{SIZE.value}, {PROMPT_TOKENS} + {NEW_TOKENS} tokens, {device.device_kind}, {versions}")
     weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     rows = []
     for batch_size in map(int, BATCH_SIZES.value):
-        rows += report(batch_size, sides, measure(sides, params, batch_size, ROUNDS.value), weight_bytes)
-        if KERNELS.value > 0:
-            for side in sides:
-                if side.name != "transformers":
-                    print(f"\n{side.name}, a token: ", end="")
-                    print_kernels(
-                        device_kernels(partial(side.generate, prompts(batch_size)), NEW_TOKENS), KERNELS.value
-                    )
+        prompts_BT = np.random.default_rng(0).integers(0, VOCABULARY, (batch_size, PROMPT_TOKENS))
+        rows += report(batch_size, sides, measure(sides, params, prompts_BT, ROUNDS.value), weight_bytes)
+        for side in ours if KERNELS.value > 0 else ():
+            print(f"\n{side.name}, a token: ", end="")
+            print_kernels(device_kernels(partial(side.generate, prompts_BT), NEW_TOKENS), KERNELS.value)
     if OUTPUT.value is not None:
         Path(OUTPUT.value).write_text(
             json.dumps({"size": SIZE.value, "device": device.device_kind, "versions": versions, "rows": rows}, indent=2)

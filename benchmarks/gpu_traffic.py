@@ -57,7 +57,6 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 COMPUTE_CAPABILITY = 9.0
 RUN = ("fusion", "custom-call", "copy", "dot", "scatter", "sort")  # operations that are kernels
-_NAME = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _ORIGIN = re.compile(r'op_name="([^"]*)"')
 
@@ -121,13 +120,14 @@ def kernels(text: str) -> Iterator[tuple[str, int, int]]:
             continue
         shapes: dict[str, str] = {}
         for line in computations[name]:
-            if (match := INSTRUCTION.match(line)) is None or (defined := _NAME.match(line)) is None:
+            if (match := INSTRUCTION.match(line)) is None:
                 continue
-            shapes[defined[1]] = match[1]
-            if match[2] in RUN:
+            defined, shape, operation = match.groups()
+            shapes[defined] = shape
+            if operation in RUN:
                 operands = re.findall(r"%([\w.\-]+)", line[match.end() :].split(")")[0])
-                moved = [match[1], *(shapes.get(operand, "") for operand in operands)]
-                yield _origin(defined[1], line), sum(sum(array_bytes(shape)) for shape in moved), times
+                moved = [shape, *(shapes.get(operand, "") for operand in operands)]
+                yield _origin(defined, line), sum(sum(array_bytes(array)) for array in moved), times
 
 
 def _origin(name: str, line: str) -> str:

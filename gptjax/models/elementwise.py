@@ -12,7 +12,6 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from gptjax.config import GPTConfig
 from gptjax.parallel.mesh import partitioned, platform
@@ -122,7 +121,7 @@ def _backward(eps: float, kept: tuple, dy_BTD: jax.Array) -> tuple[jax.Array, ja
     on_one_device = all(size == 1 for size in jax.sharding.get_abstract_mesh().shape.values())
     if reads_moments and on_one_device:
         # One kernel, which reads the gradient once. Over devices, pairs are not reduced but gathered.
-        pairs, zeros = (dy_BTD * unit_BTD, dy_BTD.astype(jnp.float32)), (np.float32(0), np.float32(0))
+        pairs, zeros = (dy_BTD * unit_BTD, dy_BTD.astype(jnp.float32)), (jnp.float32(0), jnp.float32(0))
         dscale_D, dbias_D = jax.lax.reduce(pairs, zeros, lambda a, b: (a[0] + b[0], a[1] + b[1]), leading)
     else:
         dscale_D, dbias_D = jnp.sum(dy_BTD * unit_BTD, axis=leading), jnp.sum(dy_BTD, axis=leading)

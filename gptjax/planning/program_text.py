@@ -16,7 +16,7 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 _DTYPE_BITS = {"pred": 8, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "token": 0, "opaque": 0}
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
-INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][a-z\-]*[a-z])\(")  # its shape and operation
+INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z\-]*[a-z])\(")  # name, shape, operation
 _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"(?:branch_computations|called_computations|calls)=\{([^}]*)\}")
 _WHILE = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
@@ -153,7 +153,7 @@ def _topological(computations: dict[str, list[str]], entry: str) -> list[str]:
 def _called(line: str, computations: dict[str, list[str]], unknown: int) -> Iterator[tuple[str, int]]:
     """The computations that an instruction runs, and how often."""
     match = INSTRUCTION.match(line)
-    operation = "" if match is None else match[2]
+    operation = "" if match is None else match[3]
     if operation == "while" and (loop := _WHILE.search(line)):
         trips = _trip_count(line, computations[loop[1]], unknown)
         yield loop[1], trips + 1
@@ -183,14 +183,15 @@ def _collective(line: str, computation: str) -> tuple[str, int, tuple[int, ...]]
     match = INSTRUCTION.match(line)
     if match is None:
         return None
-    if match[2] == "send":
-        return _between_slices(line, array_bytes(match[1])[0])
-    kind = match[2].removesuffix("-start")
+    _, shape, operation = match.groups()
+    if operation == "send":
+        return _between_slices(line, array_bytes(shape)[0])
+    kind = operation.removesuffix("-start")
     if kind not in KINDS:
         return None
     members = _pair(line) if kind == "collective-permute" else _group(line)
-    shapes = array_bytes(match[1])
-    if match[2].endswith("-start") and kind in ("all-gather", "collective-permute"):
+    shapes = array_bytes(shape)
+    if operation.endswith("-start") and kind in ("all-gather", "collective-permute"):
         arrays = [size for size in shapes if size > 4] or shapes  # a permute's context is two scalars
         payload = sum(arrays[len(arrays) // 2 :])  # operands come before results
     else:

@@ -14,8 +14,12 @@ stands where they are from.
 """
 
 import io
+import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -128,9 +132,6 @@ def take(session: "ChatSession", line: str) -> None:
     command, _, argument = line.partition(" ")
     argument = argument.strip()
 
-    def show(piece: str) -> None:
-        print(piece, end="", flush=True)
-
     if command == "/system":
         session.system = argument or None
     elif command == "/reset":
@@ -140,15 +141,43 @@ def take(session: "ChatSession", line: str) -> None:
             raise UserError("/save needs a FILE to append the conversation to")
         session.save(Path(argument).expanduser())
     elif command == "/regen":
-        session.regenerate(show)
+        with shown() as show:
+            session.regenerate(show)
         end(session)
     elif command == "/help":
         print(HELP)
     elif line.startswith("/"):
         raise UserError(f"unknown command {line!r}: {HELP}")
     else:
-        session.reply(line, show)
+        with shown() as show:
+            session.reply(line, show)
         end(session)
+
+
+@contextmanager
+def shown() -> Iterator[Callable[[str], None]]:
+    """What shows a piece of an answer; after Ctrl-C it raises KeyboardInterrupt.
+
+    Raised wherever the program happens to be, it could be lost: Python ignores what a callback of its garbage collector
+    raises, and JAX has one. A second Ctrl-C is as everywhere else: the next piece may take a compilation.
+    """
+    interrupted = False
+
+    def note(_number: int, _frame: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
+        signal.signal(signal.SIGINT, before)
+
+    def show(piece: str) -> None:
+        print(piece, end="", flush=True)
+        if interrupted:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield show
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def end(session: "ChatSession") -> None:

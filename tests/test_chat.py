@@ -2,6 +2,7 @@
 
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -76,7 +77,7 @@ def test_mistakes_end_it_in_one_line(workdir, pretrained, tmp_path):
 
 
 def test_input_that_is_no_text(workdir):
-    result = subprocess.run(command(f"--workdir={workdir}"), input=b"caf\xe9\n", capture_output=True)
+    result = subprocess.run(command(f"--workdir={workdir}"), input=b"caf\xe9\n", capture_output=True, timeout=120)
     assert result.returncode == 2
     assert result.stderr.startswith(b"error: standard input is not UTF-8")
 
@@ -90,17 +91,26 @@ class Terminal:
         os.close(child)
         self.shown = b""
 
-    def wait_for(self, text: bytes) -> None:
-        """Until it is shown, behind what was waited for before."""
-        deadline = time.monotonic() + 120
+    def shows(self, text: bytes, seconds: float) -> bool:
+        """Whether it is shown in this time, behind what was found before."""
+        deadline = time.monotonic() + seconds
         while text not in self.shown:
-            assert time.monotonic() < deadline, self.shown
+            if not select.select([self._parent], [], [], max(0, deadline - time.monotonic()))[0]:
+                return False
             self.shown += os.read(self._parent, 4096)
         self.shown = self.shown.partition(text)[2]
+        return True
 
-    def read(self, count: int) -> None:
-        while len(self.shown) < count:
-            self.shown += os.read(self._parent, count)
+    def wait_for(self, text: bytes) -> None:
+        assert self.shows(text, 120), self.shown
+
+    def interrupt(self, answer: bytes) -> None:
+        """By Ctrl-C, until the answer to it is shown: one between Python's prompt and its waiting for keys is lost."""
+        for _ in range(12):
+            self.process.send_signal(signal.SIGINT)
+            if self.shows(answer, 10):
+                return
+        raise AssertionError(self.shown)
 
     def type(self, keys: bytes) -> None:
         os.write(self._parent, keys)
@@ -118,14 +128,13 @@ def test_a_terminal_survives_mistakes(workdir):
     terminal.type(b"/sing\n")
     terminal.wait_for(b"error: unknown command '/sing'")
     terminal.wait_for(b"> ")
-    terminal.process.send_signal(signal.SIGINT)  # nothing is being said
-    terminal.wait_for(b"> ")
+    terminal.interrupt(b"> ")  # nothing is being said
     terminal.leave()
 
 
 @pytest.fixture(scope="module")
 def talkative(tmp_path_factory) -> Path:
-    """The workdir of a model that comes to no end."""
+    """The workdir of a model that says "a" and comes to no end."""
     directory = tmp_path_factory.mktemp("talkative")
     config = config_of("sft", directory, None)
     config = replace(config, {"model": {"context_length": 4096}, "batch": {"tokens_per_batch": 4096}})
@@ -133,10 +142,10 @@ def talkative(tmp_path_factory) -> Path:
     BytesTokenizer().save(directory / "tokenizer")
     model = GPT(config.model.with_vocabulary(259))
     params = nn.unbox(model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
-    # Every hidden state is far in one direction, and the tokens that end something in the other.
+    # Every hidden state is far in one direction, that of "a", and the tokens that end something in the other.
     params["final_norm"]["bias"] += 5
     table_VD = params["token_embedding"]["embedding"]
-    params["token_embedding"]["embedding"] = table_VD.at[256:].set(-1)
+    params["token_embedding"]["embedding"] = table_VD.at[ord("a")].set(1).at[256:].set(-1)
     with Checkpoints(directory, config.checkpoint) as checkpoints:
         checkpoints.save_params(params)
     return directory
@@ -147,9 +156,8 @@ def test_an_answer_can_be_stopped_and_is_then_forgotten(talkative, tmp_path):
     terminal.wait_for(b"> ")
     terminal.type(b"q1\n")
     terminal.wait_for(b"q1\r\n")
-    terminal.read(20)  # bytes of an answer
-    terminal.process.send_signal(signal.SIGINT)
-    terminal.wait_for(b"(stopped)")
+    terminal.wait_for(b"aaaa")
+    terminal.interrupt(b"(stopped)")
     terminal.wait_for(b"> ")
     terminal.type(b"/save said.jsonl\n")
     terminal.wait_for(b"error: there is nothing to save yet")

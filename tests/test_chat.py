@@ -163,3 +163,21 @@ def test_an_answer_can_be_stopped_and_is_then_forgotten(talkative, tmp_path):
     terminal.wait_for(b"error: there is nothing to save yet")
     terminal.wait_for(b"> ")
     terminal.leave()
+
+
+def test_an_interrupt_that_a_callback_would_swallow_is_taken():
+    code = """
+import gc, signal
+from gptjax.chat import shown
+
+gc.callbacks.append(lambda phase, info: signal.raise_signal(signal.SIGINT) if phase == "start" else None)
+try:
+    with shown() as show:
+        gc.collect()
+        gc.callbacks.clear()
+        show("a piece")
+except KeyboardInterrupt:
+    print(", stopped", signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (result.stdout, result.stderr) == ("a piece, stopped True\n", "")

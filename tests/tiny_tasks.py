@@ -35,6 +35,15 @@ def config_module(name: str) -> ModuleType:
     return module
 
 
+def write_config(path: Path, config: c.Config) -> Path:
+    """A config as `--config` takes it, exactly as it is."""
+    path.write_text(
+        "import json\nfrom gptjax.config import config_dict, resolve\n"
+        f"def get_config(arg=None):\n    return config_dict(resolve(json.loads({c.to_json(config)!r})))\n"
+    )
+    return path
+
+
 def records(kind: str, count: int) -> list[dict]:
     """Rows of a kind, by the names that it has for their parts; all fit into the context."""
     made = []

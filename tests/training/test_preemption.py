@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptjax.config import Config, replace, to_json
+from gptjax.config import Config, replace
 from gptjax.parallel import distributed
 from gptjax.parallel.peers import Boundaries
 from gptjax.parallel.preemption import PreemptedError
 from gptjax.training.run import run
+from tests.tiny_tasks import write_config
 from tests.training.test_loop import records, saved, steps
 
 ROOT = Path(__file__).parents[2]
@@ -51,11 +52,7 @@ def test_stopped_anywhere_it_goes_on_as_if_undisturbed(tiny, tmp_path, monkeypat
 
 def start(config: Config, workdir: Path) -> subprocess.Popen[str]:
     """`python -m gptjax.main` with a config as it is."""
-    file = workdir.with_suffix(".py")
-    file.write_text(
-        "import json\nfrom gptjax.config import config_dict, resolve\n"
-        f"def get_config(arg=None):\n    return config_dict(resolve(json.loads({to_json(config)!r})))\n"
-    )
+    file = write_config(workdir.with_suffix(".py"), config)
     command = [sys.executable, "-m", "gptjax.main", f"--config={file}", f"--workdir={workdir}"]
     return subprocess.Popen(
         command, cwd=ROOT, env={**os.environ}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

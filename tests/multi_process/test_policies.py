@@ -1,21 +1,19 @@
 """A policy that two processes train writes and learns what it does in one."""
 
 import dataclasses
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gptjax import config as c
+from gptjax.training.metrics import read_metrics
 from tests.tiny_chats import rl_config
 from tests.tiny_tasks import MODEL, save_pretrained, write_config
 
 
-def told(workdir: Path) -> list[dict[str, Any]]:
-    """The records of a run."""
-    _, *records = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return records
+def rollouts(records: list[dict[str, Any]]) -> list[tuple[float, float]]:
+    """Mean reward and length of the answers of each iteration."""
+    return [(r["reward"], r["response_tokens"]) for r in records if r["split"] == "rollout"]
 
 
 def test_two_processes_write_and_learn_what_one_does(processes, tmp_path):
@@ -31,11 +29,10 @@ def test_two_processes_write_and_learn_what_one_does(processes, tmp_path):
     for started in under_way.values():
         for result in started.wait():
             assert result.returncode == 0, result.stderr
-    one, two = told(tmp_path / "1"), told(tmp_path / "2")
+    one, two = (read_metrics(tmp_path / str(count))[1] for count in under_way)
     assert [(r["split"], r["step"]) for r in two] == [(r["split"], r["step"]) for r in one]
-    rewards = [(r["reward"], r["response_tokens"]) for r in one if r["split"] == "rollout"]
-    assert [(r["reward"], r["response_tokens"]) for r in two if r["split"] == "rollout"] == rewards
-    assert len(rewards) == 3
+    assert rollouts(two) == rollouts(one)
+    assert len(rollouts(one)) == 3
     for of_one, of_two in zip(one, two, strict=True):
         for name in {"loss", "kl"} & of_one.keys():
             assert of_two[name] == pytest.approx(of_one[name], rel=1e-3, abs=1e-4), name

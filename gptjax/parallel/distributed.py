@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from gptjax.config import UserError
-from gptjax.parallel.peers import Boundaries, Peers, relay
+from gptjax.parallel.peers import Boundaries, Peers, free_port, relay
 
 START_TIMEOUT = 300  # seconds, as jax.distributed's: the machines of a job start minutes apart
 APPEARS_WITHIN = 10  # seconds: what one machine writes, another sees late through NFS or a mounted bucket
@@ -159,7 +159,10 @@ def start(place: Place | None, same: Mapping[str, Any]) -> None:
     # gRPC would ask a cluster's web proxy for what is on this machine.
     os.environ["no_grpc_proxy"] = "127.0.0.1"  # noqa: SIM112
     jax.config.update("jax_check_proxy_envs", False)
-    port = _peers.service_port if place.process_id == 0 else relay(place.host, _peers.service_port)
+    # Of JAX's coordination service; chosen only now, as another program may take what is free.
+    port = of_first(free_port)
+    if place.process_id != 0:
+        port = relay(place.host, port)
     jax.distributed.initialize(
         f"127.0.0.1:{port}",
         place.num_processes,

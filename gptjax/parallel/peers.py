@@ -67,7 +67,6 @@ class Peers:
 
     Attributes:
       process, count: this one's number, and how many there are.
-      service_port: where process 0 is to start JAX's coordination service; the same in all processes.
       boundaries: where this process can stop together with the others, when one calls `ask_to_stop`.
     """
 
@@ -86,12 +85,10 @@ class Peers:
         self._passed: dict[int, int] = {}  # process 0: boundaries, by process
         if process == 0:
             self._sockets = _accept(port, count, timeout)
-            self.service_port = _free_port()
             for peer in self._sockets:
-                self._send(peer, {"service_port": self.service_port})
+                self._send(peer, {"met": count})
         else:
-            sock, self.service_port = _join(host, port, process, count, timeout)
-            self._sockets = {0: sock}
+            self._sockets = {0: _join(host, port, process, count, timeout)}
         self._inbox: dict[int, queue.SimpleQueue[Any]] = {peer: queue.SimpleQueue() for peer in self._sockets}
         for peer in self._sockets:
             threading.Thread(target=self._listen, args=(peer,), daemon=True).start()
@@ -268,8 +265,8 @@ def _accept(port: int, count: int, timeout: float) -> dict[int, socket.socket]:
     return sockets
 
 
-def _join(host: str, port: int, process: int, count: int, timeout: float) -> tuple[socket.socket, int]:
-    """The connection to process 0, and its service's port."""
+def _join(host: str, port: int, process: int, count: int, timeout: float) -> socket.socket:
+    """The connection to process 0, once all processes have met."""
     try:
         sock = _connect(host, port, timeout)
     except OSError as error:
@@ -289,7 +286,7 @@ def _join(host: str, port: int, process: int, count: int, timeout: float) -> tup
     if "stop" in message:
         raise UserError(message["stop"])
     sock.settimeout(None)
-    return sock, message["service_port"]
+    return sock
 
 
 def _connect(host: str, port: int, timeout: float) -> socket.socket:
@@ -329,6 +326,7 @@ def _read_line(sock: socket.socket) -> bytes:
     return line
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """One that nothing listens on, at this moment."""
     with socket.create_server(("", 0)) as server:
         return server.getsockname()[1]

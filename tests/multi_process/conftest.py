@@ -1,10 +1,12 @@
 """Commands run as several processes of this machine."""
 
 import os
+import random
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +78,11 @@ def place(address: str, count: int, number: int) -> list[str]:
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+    """Nothing listens on it, and it is below those of outgoing connections, one of which might take it meanwhile."""
+    while True:
+        port = random.randrange(20_000, 32_768)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def last_line(result: subprocess.CompletedProcess) -> str:

@@ -18,6 +18,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -141,17 +142,13 @@ def take(session: "ChatSession", line: str) -> None:
             raise UserError("/save needs a FILE to append the conversation to")
         session.save(Path(argument).expanduser())
     elif command == "/regen":
-        with shown() as show:
-            session.regenerate(show)
-        end(session)
+        answer(session, session.regenerate)
     elif command == "/help":
         print(HELP)
     elif line.startswith("/"):
         raise UserError(f"unknown command {line!r}: {HELP}")
     else:
-        with shown() as show:
-            session.reply(line, show)
-        end(session)
+        answer(session, partial(session.reply, line))
 
 
 @contextmanager
@@ -180,8 +177,10 @@ def shown() -> Iterator[Callable[[str], None]]:
         signal.signal(signal.SIGINT, before)
 
 
-def end(session: "ChatSession") -> None:
-    """Ends the line of an answer, and says what it was given from."""
+def answer(session: "ChatSession", give: Callable[[Callable[[str], None]], str]) -> None:
+    """Shows an answer while it is given, and then what it was given from."""
+    with shown() as show:
+        give(show)
     print()
     if session.sources:
         print(retrieval.citations(session.sources))

@@ -5,10 +5,12 @@ import json
 from pathlib import Path
 
 from gptjax import config as c
-from tests.tiny_tasks import CONTEXT, MODEL
+from tests.tiny_tasks import CONTEXT, MODEL, save_pretrained
 
 STAGES_OF_CHAT = ("sft", "reward", "dpo")
 BATCH = 4
+# The byte tokenizer's 257, and 2 special tokens more, rounded up to divide over a tensor axis.
+DIVISIBLE = {"vocab_size": 260}
 
 
 def write_conversations(path: Path, count: int) -> str:
@@ -25,6 +27,11 @@ def write_rankings(path: Path, count: int) -> str:
     lines = [json.dumps({"prompt": f"q{i}", "ranking": ["aa", "a", "b"][: 2 + i % 2]}) for i in range(count)]
     path.write_text("\n".join(lines) + "\n")
     return f"jsonl:{path}"
+
+
+def save_divisible(workdir: Path) -> Path:
+    """A workdir of weights to start from that divide over a tensor axis, here and with `DIVISIBLE`."""
+    return save_pretrained(workdir, settings=dataclasses.replace(MODEL, vocab_size=258))
 
 
 def low_characters(messages: list[dict], answer: str, reference: str | None) -> float:

@@ -278,7 +278,9 @@ def _join(host: str, port: int, process: int, count: int, timeout: float) -> soc
     try:
         sock.settimeout(2 * timeout)  # process 0 itself says who is missing, after `timeout`
         message = json.loads(_read_line(sock))
-    except (OSError, ValueError):
+        if message != {"met": count} and "stop" not in message:
+            raise ValueError(message)
+    except (OSError, ValueError, TypeError):
         raise UserError(
             f"process 0 at {host}:{port} ended while the processes met, or another program answers there: "
             "see what process 0 says"

@@ -3,7 +3,6 @@
 Writes {mesh: {stage: {"losses": [...], "validation": {...}}}}, and of stages that write answers "rewards" and "kl" too.
 """
 
-import dataclasses
 import json
 import sys
 import tempfile
@@ -18,8 +17,7 @@ from gptjax.training import loop
 from gptjax.training.metrics import read_metrics
 from gptjax.training.run import STAGES
 from tests.multi_device.finetune_on_meshes import train
-from tests.tiny_chats import STAGES_OF_CHAT, config_of, rl_config
-from tests.tiny_tasks import MODEL, save_pretrained
+from tests.tiny_chats import DIVISIBLE, STAGES_OF_CHAT, config_of, rl_config, save_divisible
 
 
 def learn(config: c.Config, mesh: jax.sharding.Mesh, workdir: Path) -> dict[str, Any]:
@@ -40,21 +38,18 @@ def main() -> None:
     out, *names = sys.argv[1:]
     results = {}
     with tempfile.TemporaryDirectory() as directory:
-        # The byte tokenizer's 257, and 2 special tokens more, rounded up to divide over the tensor axis.
-        pretrained = save_pretrained(
-            Path(directory) / "pretrained", settings=dataclasses.replace(MODEL, vocab_size=258)
-        )
+        pretrained = save_divisible(Path(directory) / "pretrained")
         for name in names:
             sizes = {} if name == "one" else {axis: int(n) for axis, n in (part.split("=") for part in name.split(","))}
             for stage in STAGES_OF_CHAT:
                 config = config_of(stage, Path(directory), pretrained)
-                config = c.replace(config, {"model": {"vocab_size": 260}, "mesh": sizes})
+                config = c.replace(config, {"model": DIVISIBLE, "mesh": sizes})
                 mesh = make_mesh(config.mesh, jax.devices()[: 1 if name == "one" else None])
                 found = train(config, mesh, Path(directory) / f"{name}_{stage}")
                 results.setdefault(name, {})[stage] = {key: found[key] for key in ("losses", "validation")}
             for stage in c.RL_STAGES:
                 config = rl_config(stage, Path(directory), pretrained)
-                config = c.replace(config, {"model": {"vocab_size": 260}, "mesh": sizes})
+                config = c.replace(config, {"model": DIVISIBLE, "mesh": sizes})
                 mesh = make_mesh(config.mesh, jax.devices()[: 1 if name == "one" else None])
                 results[name][stage] = learn(config, mesh, Path(directory) / f"{name}_{stage}")
     Path(out).write_text(json.dumps(results))

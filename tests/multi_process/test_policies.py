@@ -1,14 +1,13 @@
 """A policy that two processes train writes and learns what it does in one."""
 
-import dataclasses
 from typing import Any
 
 import pytest
 
 from gptjax import config as c
 from gptjax.training.metrics import read_metrics
-from tests.tiny_chats import rl_config
-from tests.tiny_tasks import MODEL, save_pretrained, write_config
+from tests.tiny_chats import DIVISIBLE, rl_config, save_divisible
+from tests.tiny_tasks import write_config
 
 
 def rollouts(records: list[dict[str, Any]]) -> list[tuple[float, float]]:
@@ -17,10 +16,8 @@ def rollouts(records: list[dict[str, Any]]) -> list[tuple[float, float]]:
 
 
 def test_two_processes_write_and_learn_what_one_does(processes, tmp_path):
-    # The byte tokenizer's 257, and 2 special tokens more, rounded up to divide over the tensor axis.
-    pretrained = save_pretrained(tmp_path / "pretrained", settings=dataclasses.replace(MODEL, vocab_size=258))
-    changes = {"model": {"vocab_size": 260}, "mesh": {"data": 1, "fsdp": 2, "tensor": 2}}
-    config = c.replace(rl_config("ppo", tmp_path, pretrained), changes)
+    config = rl_config("ppo", tmp_path, save_divisible(tmp_path / "pretrained"))
+    config = c.replace(config, {"model": DIVISIBLE, "mesh": {"data": 1, "fsdp": 2, "tensor": 2}})
     command = ["-m", "gptjax.main", f"--config={write_config(tmp_path / 'config.py', config)}"]
     under_way = {
         count: processes(*command, f"--workdir={tmp_path / str(count)}", count=count, devices=4 // count)

@@ -14,6 +14,7 @@ from gptjax.parallel import distributed, peers
 from gptjax.parallel.distributed import Place, given_place
 from gptjax.parallel.mesh import batch_sharding, make_mesh
 from gptjax.parallel.rows import global_array, process_rows
+from tests.multi_process.conftest import free_port
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[3-4]", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
 
@@ -22,11 +23,6 @@ SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[3-4]", "SLURM_PROCID"
 def bare_environment(monkeypatch):
     for name in (*SLURM, "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"):
         monkeypatch.delenv(name, raising=False)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 # --- flags and environments -------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from absl import flags
 
 from gptjax import cli
 from gptjax.data.labelled import read_rows, split_rows
-from gptjax.evaluation.reports import classification_report, tagging_report
+from gptjax.metrics.task_reports import classification_report, tagging_report
 
 PENALTIES = (0.1, 0.3, 1.0, 3.0, 10.0)  # C of logistic regression: the smaller, the smoother
 HELD_OUT = 10  # one in so many training examples of each label chooses between them

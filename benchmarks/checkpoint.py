@@ -17,12 +17,12 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from gptjax import config as c
+from gptjax.checkpoint.manager import Checkpoints
+from gptjax.checkpoint.position import Position
+from gptjax.checkpoint.state import TrainState, create_state, make_train_step, state_shardings
+from gptjax.optim.optimizers import num_microbatches
 from gptjax.parallel.mesh import make_mesh
-from gptjax.training.checkpoints import Checkpoints
-from gptjax.training.optimizers import num_microbatches
-from gptjax.training.position import Position
-from gptjax.training.programs import make_program
-from gptjax.training.state import TrainState, create_state, make_train_step, state_shardings
+from gptjax.stages.registry import make_program
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", "configs/gpt2.py:runlocal", "Config file, its arguments after a colon."

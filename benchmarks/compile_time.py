@@ -32,10 +32,10 @@ from absl import flags
 from benchmarks.measuring import alternate, measured_on, ratio, write_json
 from gptjax import cli
 from gptjax import config as c
+from gptjax.checkpoint.state import create_state, make_train_step, state_shardings
 from gptjax.parallel.mesh import make_mesh
-from gptjax.training.metrics import read_metrics
-from gptjax.training.programs import make_program
-from gptjax.training.state import create_state, make_train_step, state_shardings
+from gptjax.stages.registry import make_program
+from gptjax.training.metrics_file import read_metrics
 
 LayerLoop = Literal["scan", "unroll"]
 CONFIG = "configs/gpt2.py:runlocal"

@@ -31,8 +31,8 @@ from gptjax.data import sources, tokenizers
 from gptjax.data.pipeline import Corpus, Microbatch, batches, open_corpus
 from gptjax.data.preparation import prepare
 from gptjax.parallel.mesh import make_mesh
+from gptjax.stages import pretrain
 from gptjax.training import loop
-from gptjax.training.stages import pretrain
 
 PACKINGS: tuple[Literal["concatenate", "segment"], ...] = ("concatenate", "segment")
 

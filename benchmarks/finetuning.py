@@ -22,10 +22,10 @@ from absl import app, flags
 from benchmarks.baselines import frequent_tag_baseline, tfidf_baseline
 from gptjax import config as c
 from gptjax.data.labelled import Row, read_rows, split_rows
-from gptjax.evaluation.report_files import write_predictions
-from gptjax.evaluation.reports import MAIN_METRIC, classification_report, tagging_report
-from gptjax.training.metrics import read_metrics
-from gptjax.training.run import run
+from gptjax.metrics.report_files import write_predictions
+from gptjax.metrics.task_reports import MAIN_METRIC, classification_report, tagging_report
+from gptjax.run import run
+from gptjax.training.metrics_file import read_metrics
 
 # What a variant changes of fine-tuning all weights: sections of the config. Those of "methods" are the best of the few
 # that were compared on tweets of the training part, by docs/finetuning.md; of adapters, and of what is not there,

@@ -27,6 +27,7 @@ from benchmarks.train_step import make_config
 from benchmarks.variants import Variant, batch_shape, changed, parse_variant
 from gptjax import cli
 from gptjax import config as c
+from gptjax.checkpoint.state import create_state, make_train_step, state_shardings
 from gptjax.config import UserError
 from gptjax.inference.programs import Draw, Program, draw_tokens, read_prompts
 from gptjax.inference.sampling import Sampling
@@ -36,8 +37,7 @@ from gptjax.models.gpt import GPT
 from gptjax.parallel import compiler
 from gptjax.parallel.mesh import make_mesh, use_mesh
 from gptjax.planning.program_text import INSTRUCTION, array_bytes, calls, computations_of
-from gptjax.training.programs import make_program
-from gptjax.training.state import create_state, make_train_step, state_shardings
+from gptjax.stages.registry import make_program
 
 # NVIDIA's data sheet of the H100 SXM and CUDA's tables of compute capability 9.0.
 H100 = """

@@ -21,13 +21,13 @@ from absl import flags
 from jax.sharding import Mesh
 
 from gptjax import cli
+from gptjax.checkpoint.state import create_state, make_train_step, state_shardings
 from gptjax.config import BatchConfig, Config, DataConfig, GPTConfig, OptimizerConfig, UserError, check
 from gptjax.models.gpt import GPT
+from gptjax.optim.optimizers import learning_rate
 from gptjax.parallel.mesh import make_mesh
-from gptjax.training.optimizers import learning_rate
+from gptjax.stages import pretrain
 from gptjax.training.stage import Stage
-from gptjax.training.stages import pretrain
-from gptjax.training.state import create_state, make_train_step, state_shardings
 
 LIMIT = 1e-3  # nats
 FIXTURE = Path(__file__).parents[1] / "tests" / "fixtures" / "gpt2_loss_curve.npz"

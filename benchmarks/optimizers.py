@@ -24,8 +24,8 @@ from gptjax import cli
 from gptjax import config as c
 from gptjax.config import UserError
 from gptjax.parallel.mesh import make_mesh
+from gptjax.stages import pretrain
 from gptjax.training import loop
-from gptjax.training.stages import pretrain
 
 RUNS = (
     *("adamw@7.5e-4", "adamw@1.5e-3", "adamw@3e-3", "adamw@6e-3", "adamw,first_moment_dtype=bfloat16@3e-3"),

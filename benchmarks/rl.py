@@ -16,8 +16,8 @@ from typing import Any
 from absl import app, flags
 
 from gptjax import config as c
-from gptjax.training.metrics import read_metrics
-from gptjax.training.run import run
+from gptjax.run import run
+from gptjax.training.metrics_file import read_metrics
 
 
 def main(_: list[str]) -> None:

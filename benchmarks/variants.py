@@ -14,13 +14,13 @@ import numpy as np
 
 from benchmarks.measuring import device_kernels
 from gptjax import config as c
+from gptjax.checkpoint.state import TrainState, create_state, make_train_step, state_shardings
 from gptjax.config import UserError
+from gptjax.losses import cross_entropy as losses
 from gptjax.models import attention, elementwise
 from gptjax.parallel import compiler
 from gptjax.parallel.mesh import make_mesh
-from gptjax.training import losses
-from gptjax.training.programs import make_program
-from gptjax.training.state import TrainState, create_state, make_train_step, state_shardings
+from gptjax.stages.registry import make_program
 
 MODULES: dict[str, Any] = {"losses": losses, "attention": attention, "elementwise": elementwise}
 

@@ -17,7 +17,7 @@ from gptjax.data.pipeline import batches, open_corpus
 from gptjax.inference.weights import prepare
 from gptjax.models.decoding import forward, logits
 from gptjax.models.gpt import GPT
-from gptjax.workdir import load_model
+from gptjax.stages.trained_model import load_model
 
 FORMS: tuple[Any, ...] = ("as_given", "bfloat16", "int8")
 BATCH_SIZE = 8

@@ -212,7 +212,7 @@ def similarity(train: Iterable[Mapping[str, Any]], rows: Iterable[Mapping[str, A
 
 def make_data(folder: Path) -> None:
     """Writes the three parts, each a file of JSON lines."""
-    from gptjax.evaluation.report_files import write_predictions
+    from gptjax.metrics.report_files import write_predictions
 
     for part, rows in read_interactions(INTERACTIONS.value).items():
         users = len({row["user"] for row in rows})
@@ -230,8 +230,8 @@ def predict(workdir: Path, rows: Sequence[Mapping[str, Any]], batch_size: int) -
     import jax
 
     from gptjax.data.labelled import Row
-    from gptjax.evaluation.predictions import load_predictor
     from gptjax.parallel.mesh import make_mesh
+    from gptjax.stages.finetune.predictor import load_predictor
 
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
@@ -255,7 +255,7 @@ def read_part(folder: Path, part: str) -> list[dict[str, Any]]:
 
 def evaluate(workdir: Path, data: Path, output: Path | None) -> None:
     """Prints what the model's ranking of the test rows is worth, and those of two that know no more than words."""
-    from gptjax.evaluation.report_files import write_predictions
+    from gptjax.metrics.report_files import write_predictions
 
     train, test = read_part(data, "train"), read_part(data, "test")
     of_model = predict(workdir, test, BATCH_SIZE.value)

@@ -222,8 +222,8 @@ def classify(workdir: Path, texts: Sequence[Dated], batch_size: int, watched: st
     import jax
 
     from gptjax.data.labelled import Row
-    from gptjax.evaluation.predictions import load_predictor
     from gptjax.parallel.mesh import make_mesh
+    from gptjax.stages.finetune.predictor import load_predictor
 
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
@@ -266,7 +266,7 @@ def write(
     output: Path, texts: Sequence[Dated], said: Sequence[Any], trend: Sequence[Share], found: Sequence[Alert]
 ) -> None:
     """Writes the trend, its plot and the alerts, each with the texts that are most surely what is watched."""
-    from gptjax.evaluation.report_files import write_predictions
+    from gptjax.metrics.report_files import write_predictions
 
     watched, period = LABEL.value, PERIOD.value
     output.mkdir(parents=True, exist_ok=True)

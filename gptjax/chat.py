@@ -105,7 +105,7 @@ def open_session() -> "ChatSession":
     from gptjax.inference.chatting import ChatSession
     from gptjax.inference.engine import Engine
     from gptjax.inference.sampling import Sampling
-    from gptjax.workdir import load_model, parse_mesh
+    from gptjax.stages.trained_model import load_model, parse_mesh
 
     sampling = Sampling(TEMPERATURE.value, TOP_K.value or None, TOP_P.value)
     documents = None

@@ -10,9 +10,9 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from gptjax.config import UserError, check_key
-from gptjax.parallel import distributed
-from gptjax.parallel.peers import FAILED, INTERRUPTED, PREEMPTED, STOPPED
-from gptjax.parallel.preemption import PreemptedError
+from gptjax.distributed import processes
+from gptjax.distributed.peers import FAILED, INTERRUPTED, PREEMPTED, STOPPED
+from gptjax.distributed.preemption import PreemptedError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # of a disk, a quota, a limit
 
@@ -36,7 +36,7 @@ def run(main: Callable[[], None], *, joins: bool = False) -> None:
 
     def checked() -> None:
         place = given_place()
-        if not joins and (place is not None or (NUM_PROCESSES.value != 1 and distributed.launcher() is not None)):
+        if not joins and (place is not None or (NUM_PROCESSES.value != 1 and processes.launcher() is not None)):
             raise UserError("this command runs as one process: start it once, with --num_processes=1")
         try:
             main()
@@ -47,50 +47,50 @@ def run(main: Callable[[], None], *, joins: bool = False) -> None:
             raise UserError(
                 f"cannot write{where}: {error.strerror}; free some space and run the same command again"
             ) from None
-        distributed.finish()
+        processes.finish()
 
     try:
         app.run(lambda _: checked(), flags_parser=_parse)
     except UserError as error:
-        if distributed.is_one_of_several():
-            distributed.stop(str(error), STOPPED)
+        if processes.is_one_of_several():
+            processes.stop(str(error), STOPPED)
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(2)  # a failed save leaves threads behind that print tracebacks while the interpreter shuts down
     except PreemptedError as request:
-        distributed.finish()
+        processes.finish()
         print(f"stopped by {request}: the same command goes on from here", file=sys.stderr)
         sys.exit(PREEMPTED)
     except KeyboardInterrupt:
-        if distributed.is_one_of_several():
-            distributed.stop("interrupted", INTERRUPTED)
+        if processes.is_one_of_several():
+            processes.stop("interrupted", INTERRUPTED)
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Exception:
-        if not distributed.is_one_of_several():
+        if not processes.is_one_of_several():
             raise
-        distributed.stop("failed, see its traceback", FAILED, traceback.format_exc())
+        processes.stop("failed, see its traceback", FAILED, traceback.format_exc())
 
 
-def given_place() -> distributed.Place | None:
+def given_place() -> processes.Place | None:
     """The place among several processes that the flags give; UserError when they contradict each other."""
-    return distributed.given_place(COORDINATOR_ADDRESS.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    return processes.given_place(COORDINATOR_ADDRESS.value, NUM_PROCESSES.value, PROCESS_ID.value)
 
 
 def join() -> None:
     """Joins the other processes, if this is one of several: when the flags are checked, before JAX has devices.
 
     Raises:
-      UserError: see `gptjax.parallel.distributed`.
+      UserError: see `gptjax.distributed.processes`.
     """
     place = given_place()
     if place is None and NUM_PROCESSES.value is None:
-        place = distributed.detected_place()
+        place = processes.detected_place()
     # Process 0 may call its own machine by another name; the config is compared key by key, when it is resolved.
     own = ("process_id", "coordinator_address", "config")
     present = (name for name in flags.FLAGS if flags.FLAGS[name].present)
     same = {f"--{name}": str(flags.FLAGS[name].value) for name in present if name.partition(".")[0] not in own}
-    distributed.start(place, same)
+    processes.start(place, same)
 
 
 def _parse(argv: list[str]) -> list[str]:

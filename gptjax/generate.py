@@ -21,7 +21,8 @@ from absl import flags
 
 from gptjax import cli
 from gptjax.config import UserError
-from gptjax.parallel import distributed, program_cache
+from gptjax.distributed import processes
+from gptjax.parallel import program_cache
 
 if TYPE_CHECKING:
     from gptjax.inference.engine import Completion, Engine
@@ -70,15 +71,15 @@ def main() -> None:
     if NUM_BEAMS.value is not None:
         check_beams(NUM_BEAMS.value)
     cli.join()
-    records = distributed.of_first(read_prompts)
+    records = processes.of_first(read_prompts)
     output = None
     if OUTPUT.value is not None:
-        output = Path(OUTPUT.value if distributed.is_first() else os.devnull).expanduser()
+        output = Path(OUTPUT.value if processes.is_first() else os.devnull).expanduser()
     if output is not None and not output.parent.is_dir():
         raise UserError(f"--output={output}: there is no directory {output.parent}")
 
     from gptjax.inference.engine import Engine  # after the checks: it takes seconds to import
-    from gptjax.workdir import load_model, parse_mesh
+    from gptjax.stages.trained_model import load_model, parse_mesh
 
     program_cache.use_that_of(Path(WORKDIR.value))
     trained = load_model(Path(WORKDIR.value), parse_mesh(MESH.value))
@@ -206,7 +207,7 @@ def complete(engine: "Engine", prompts: list[list[int]], max_new_tokens: int, st
 def progress(completions: Iterator["Completion"], total: int) -> Iterator["Completion"]:
     from tqdm import tqdm
 
-    hidden = total == 1 or not sys.stderr.isatty() or not distributed.is_first()
+    hidden = total == 1 or not sys.stderr.isatty() or not processes.is_first()
     return iter(tqdm(completions, total=total, unit="completion", disable=hidden))
 
 

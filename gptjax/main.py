@@ -11,7 +11,8 @@ from ml_collections import config_flags
 
 from gptjax import cli
 from gptjax.config import UserError, resolve
-from gptjax.parallel import preemption, program_cache
+from gptjax.distributed import preemption
+from gptjax.parallel import program_cache
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, its arguments after a colon.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; a run found there goes on.")
@@ -26,7 +27,7 @@ def main() -> None:
     with preemption.watch():
         cli.join()
         program_cache.use(Path(config.data.cache_dir))
-        from gptjax.training.run import run  # after the checks: it takes seconds to import
+        from gptjax.run import run  # after the checks: it takes seconds to import
 
         run(config, Path(WORKDIR.value), profile=PROFILE.value, allow_config_changes=ALLOW_CHANGES.value)
 

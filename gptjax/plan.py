@@ -194,7 +194,9 @@ def search_steps(config: Config, where: "Topology", limit: int, enough: int | No
 
 def plan_decoding(config: Config, where: "Topology") -> None:
     """Generating with the config's model on its mesh."""
-    from gptjax.planning import cache, decoding, topology
+    from gptjax.planning import decode_plan as decoding
+    from gptjax.planning import plan_cache as cache
+    from gptjax.planning import topology
     from gptjax.planning.report import decoding_json, decoding_table
 
     mesh = topology.lay_out(config.mesh, where)
@@ -214,7 +216,7 @@ def plan_decoding(config: Config, where: "Topology") -> None:
 
 def compile_step(where: "Topology") -> Any:
     """Compiles a config's training step on a mesh of `where`, or finds it in the cache."""
-    from gptjax.planning import cache
+    from gptjax.planning import plan_cache as cache
     from gptjax.planning.compile import compile_training_step
 
     def compile(config: Config, mesh: Any) -> Any:
@@ -233,7 +235,7 @@ def make_step(config: Config, where: "Topology", mesh: Any, compiled: Any, commu
 
 
 def cache_directory() -> Path | None:
-    from gptjax.planning import cache
+    from gptjax.planning import plan_cache as cache
 
     return cache.DIRECTORY if CACHE.value else None
 

@@ -38,10 +38,10 @@ def main() -> None:
         raise UserError("--input and --source are two ways to say the same: give one")
     import jax  # after the checks: these take seconds to import
 
-    from gptjax.evaluation.predictions import load_predictor
-    from gptjax.evaluation.report_files import write_predictions
+    from gptjax.metrics.report_files import write_predictions
     from gptjax.parallel.mesh import make_mesh
-    from gptjax.workdir import parse_mesh
+    from gptjax.stages.finetune.predictor import load_predictor
+    from gptjax.stages.trained_model import parse_mesh
 
     mesh = make_mesh(parse_mesh(MESH.value))
     workdirs = [Path(part) for part in WORKDIR.value.split(",")]

@@ -22,13 +22,13 @@ def main() -> None:
         raise UserError("needs --bundle=WORKDIR/debug/step_...")
     import jax  # after the checks: these take seconds to import
 
+    from gptjax.checkpoint.manager import Checkpoints
+    from gptjax.checkpoint.state import abstract_state
     from gptjax.parallel.mesh import check_fit, make_mesh
-    from gptjax.training.bundles import diagnose, load_bundle
-    from gptjax.training.checkpoints import Checkpoints
-    from gptjax.training.programs import completed_config, make_program
-    from gptjax.training.start import given_base, load_given
-    from gptjax.training.state import abstract_state
-    from gptjax.workdir import parse_mesh
+    from gptjax.stages.registry import completed_config, make_program
+    from gptjax.stages.start import given_base, load_given
+    from gptjax.stages.trained_model import parse_mesh
+    from gptjax.training.debug_bundles import diagnose, load_bundle
 
     bundle = Path(BUNDLE.value)
     step, batch = load_bundle(bundle)

@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from gptjax.checkpoint.manager import Checkpoints
 from gptjax.config import replace, to_json
 from gptjax.data.conversations import read_conversations
 from gptjax.data.tokenizers import BytesTokenizer
 from gptjax.models.gpt import GPT
-from gptjax.training.checkpoints import Checkpoints
-from gptjax.training.run import run
+from gptjax.run import run
 from tests.tiny_chats import config_of
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from gptjax import config as c
 from gptjax.config import CHAT_STAGES, RL_STAGES, UserError
-from gptjax.training.run import STAGES
+from gptjax.run import STAGES
 from tests.tiny_tasks import MODEL, config_module
 
 

@@ -14,11 +14,11 @@ from absl import flags
 from flax import linen as nn
 
 from gptjax import config as c
+from gptjax.checkpoint.manager import Checkpoints
 from gptjax.config import UserError
 from gptjax.data.tokenizers import BytesTokenizer
-from gptjax.training.checkpoints import Checkpoints
-from gptjax.training.programs import TASK_FILE
-from gptjax.training.task_model import TaskModel
+from gptjax.stages.finetune.task_model import TaskModel
+from gptjax.stages.registry import TASK_FILE
 
 LABELS = ("negative", "neutral", "positive")
 

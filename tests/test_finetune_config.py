@@ -7,9 +7,9 @@ import pytest
 from gptjax import config as c
 from gptjax.config import UserError
 from gptjax.data import labelled
-from gptjax.evaluation.reports import MAIN_METRIC
-from gptjax.training.run import run
-from gptjax.training.stages import finetune
+from gptjax.metrics.task_reports import MAIN_METRIC
+from gptjax.run import run
+from gptjax.stages.finetune import build as finetune
 from tests.tiny_tasks import MODEL, config_module
 
 

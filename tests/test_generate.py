@@ -11,12 +11,12 @@ import pytest
 from flax import linen as nn
 
 from gptjax import config as c
+from gptjax.checkpoint.manager import Checkpoints
 from gptjax.data.tokenizers import BytesTokenizer
 from gptjax.inference.engine import Engine
 from gptjax.inference.sampling import Sampling
 from gptjax.models.gpt import GPT
-from gptjax.training.checkpoints import Checkpoints
-from gptjax.workdir import load_model
+from gptjax.stages.trained_model import load_model
 
 ROOT = Path(__file__).parents[1]
 MODEL = c.GPTConfig(vocab_size=257, context_length=32, num_layers=1, num_heads=2, embed_dim=16, dtype="float32")

@@ -12,8 +12,8 @@ import pytest
 from absl import flags
 
 from gptjax.config import Config, UserError, replace
-from gptjax.training import start
-from gptjax.training.run import run
+from gptjax.run import run
+from gptjax.stages import start
 from tests.tiny_tasks import records, run_config, with_method
 
 ROOT = Path(__file__).parents[1]

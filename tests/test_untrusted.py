@@ -19,14 +19,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gptjax import config as c
+from gptjax.checkpoint import lock
 from gptjax.config import UserError
 from gptjax.data import preparation, tokenizers
 from gptjax.data.sources import open_source
 from gptjax.files import is_plain_name
 from gptjax.interop import families, safetensors_files
-from gptjax.training import lock
-from gptjax.training.bundles import load_bundle
-from gptjax.training.metrics import read_metrics
+from gptjax.training.debug_bundles import load_bundle
+from gptjax.training.metrics_file import read_metrics
 
 FIXTURES = Path(__file__).parent / "fixtures" / "huggingface"
 

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax import config as c
+from gptjax.checkpoint.manager import Checkpoints
 from gptjax.data.tokenizers import BytesTokenizer
 from gptjax.models.gpt import GPT, abstract_params
 from gptjax.parallel.mesh import make_mesh
-from gptjax.training.checkpoints import Checkpoints
 
 ROOT = Path(__file__).parents[1]
 CONTEXT = 32  # the shortest bucket: a step has one shape

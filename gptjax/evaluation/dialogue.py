@@ -19,13 +19,13 @@ from gptjax.config import RL_STAGES, Config, UserError
 from gptjax.data import conversations
 from gptjax.data.conversations import Message, Prompt
 from gptjax.data.templates import ChatFormat, TooLongError
-from gptjax.evaluation.metrics import Measurement, exponential, mean, ratio
-from gptjax.evaluation.records import file_name, key, resumably, score_resumably
+from gptjax.evaluation.example_records import file_name, key, resumably, score_resumably
 from gptjax.evaluation.scoring import Request, Score, Scorer
-from gptjax.evaluation.text_metrics import ROUGES, corpus_bleu, distinct, rouge
 from gptjax.inference.engine import Engine
 from gptjax.inference.sampling import Sampling
-from gptjax.workdir import TrainedModel
+from gptjax.metrics.measurement import Measurement, exponential, mean, ratio
+from gptjax.metrics.text import ROUGES, corpus_bleu, distinct, rouge
+from gptjax.stages.trained_model import TrainedModel
 
 # Conversations up to a user's message, each with an answer -> how good each answer is, float (N,).
 RewardScore = Callable[[Sequence[tuple[Sequence[Message], str]]], npt.NDArray[Any]]
@@ -138,7 +138,7 @@ def read_prompts(source: str | None, config: Config) -> list[Prompt]:
     """
     if source is not None:
         return conversations.prompts(conversations.read_conversations(source))
-    from gptjax.training.stages.chat_data import conversations_of, prompts_of, rankings_of
+    from gptjax.stages.chat_data import conversations_of, prompts_of, rankings_of
 
     if config.stage in RL_STAGES:
         return [prompt for prompt in prompts_of(config)[1] if prompt.reference is not None]

@@ -17,7 +17,7 @@ from gptjax.config import UserError
 from gptjax.evaluation.scoring import Scorer, encode_pair, start_of_text, windows
 from gptjax.inference.engine import Engine
 from gptjax.inference.sampling import Sampling
-from gptjax.workdir import TrainedModel, load_model, parse_mesh
+from gptjax.stages.trained_model import TrainedModel, load_model, parse_mesh
 
 MAX_NEW_TOKENS = 256  # where a task does not say; the harness's own default
 

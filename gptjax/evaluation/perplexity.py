@@ -16,8 +16,8 @@ import numpy as np
 from gptjax.config import UserError
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.evaluation.detokenizers import get_detokenizer, original_tokens
-from gptjax.evaluation.metrics import Measurement, exponential, ratio, scaled
 from gptjax.evaluation.scoring import Request, Score, start_of_text, windows
+from gptjax.metrics.measurement import Measurement, exponential, ratio, scaled
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,18 +15,18 @@ from gptjax.config import ANSWERING_STAGES, UserError, read_config
 from gptjax.data import conversations
 from gptjax.data.sources import open_source
 from gptjax.data.templates import chat_format
+from gptjax.distributed import processes
 from gptjax.evaluation.catalogue import BENCHMARKS, check_name, read_benchmark
 from gptjax.evaluation.detokenizers import get_detokenizer
 from gptjax.evaluation.dialogue import DialogueTask, RewardScore, dialogue_task, evaluate_dialogue, read_prompts
-from gptjax.evaluation.metrics import Measurement
+from gptjax.evaluation.example_records import file_name, score_resumably
 from gptjax.evaluation.perplexity import PerplexityTask, perplexity_task
-from gptjax.evaluation.records import file_name, score_resumably
-from gptjax.evaluation.report_files import write_predictions
 from gptjax.evaluation.scoring import Scorer
 from gptjax.evaluation.tasks import Examples, ExampleTask, example_task, read_examples
 from gptjax.files import write_whole
-from gptjax.parallel import distributed
-from gptjax.workdir import TrainedModel, load_model, parse_mesh
+from gptjax.metrics.measurement import Measurement
+from gptjax.metrics.report_files import write_predictions
+from gptjax.stages.trained_model import TrainedModel, load_model, parse_mesh
 
 PERPLEXITY, DIALOGUE = "perplexity", "dialogue"
 
@@ -98,7 +98,7 @@ def evaluate(workdir: Path, options: Options) -> dict[str, Any]:
     directory = workdir / "evaluation"
     names = tuple(dict.fromkeys(options.tasks))
     # All before any is scored, so that a bad task shows at once; process 0 first, which downloads for all.
-    prepared = distributed.first_then_others(lambda: [(name, _prepare(name, options, trained)) for name in names])
+    prepared = processes.first_then_others(lambda: [(name, _prepare(name, options, trained)) for name in names])
     score = _reward_score(options, trained)
     results, answers = {}, list[dict[str, Any]]()
     for name, task in prepared:
@@ -136,13 +136,13 @@ def evaluate(workdir: Path, options: Options) -> dict[str, Any]:
     shots = "" if set(names) <= {PERPLEXITY, DIALOGUE} else f"-{options.num_fewshot}shot"
     default = directory / f"{'+'.join(map(file_name, results))}{shots}-step{trained.step}.json"
     output = default if options.output is None else options.output
-    if distributed.is_first():
+    if processes.is_first():
         _write(output, report)
     print(table(report))
     print(f"written to {output}")
     if answers:
         said = output.with_suffix(".answers.jsonl")
-        if distributed.is_first():
+        if processes.is_first():
             write_predictions(said, answers)
         print(f"the answers are in {said}")
     return report
@@ -187,7 +187,7 @@ def _reward_score(options: Options, trained: TrainedModel) -> RewardScore | None
     """What --reward_model says of answers."""
     if options.reward_model is None:
         return None
-    from gptjax.training.rewards import load_reward_model
+    from gptjax.stages.preference.reward_scorer import load_reward_model
 
     return load_reward_model(options.reward_model, trained.mesh)
 

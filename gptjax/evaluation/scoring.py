@@ -19,9 +19,9 @@ from jax.sharding import Mesh
 from gptjax.config import UserError
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.inference.engine import bucket, power_of_two
+from gptjax.losses.cross_entropy import positions_per_chunk
 from gptjax.models.gpt import GPT, head_embedding, hidden_states, unembed
 from gptjax.parallel.mesh import batch_shards, constrain, use_mesh
-from gptjax.training.losses import positions_per_chunk
 
 
 class Request(NamedTuple):

@@ -28,8 +28,8 @@ from typing import Any
 
 from gptjax.config import UserError
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.evaluation.metrics import Measurement, exponential, mean
 from gptjax.evaluation.scoring import Request, Score, encode_pair
+from gptjax.metrics.measurement import Measurement, exponential, mean
 
 SEPARATOR = "\n\n"  # between the examples of a prompt
 BLANK = "XXXXX"

@@ -1,19 +1,19 @@
-"""Workdirs of LoRA matrices to and from Hugging Face PEFT's directories (`gptjax/interop/peft.py` has the files)."""
+"""LoRA workdirs to and from directories of Hugging Face PEFT (their files: `gptjax/interop/peft_files.py`)."""
 
 from pathlib import Path
 
 import jax
 import numpy as np
 
+from gptjax.checkpoint.manager import Checkpoints
+from gptjax.checkpoint.state import abstract_state
 from gptjax.config import BatchConfig, Config, DataConfig, MeshConfig, UserError, read_config, to_json
 from gptjax.interop.huggingface import check_new, new_directory
-from gptjax.interop.peft import load_lora, save_lora
+from gptjax.interop.peft_files import load_lora, save_lora
 from gptjax.models import peft
 from gptjax.parallel.mesh import make_mesh
-from gptjax.training.checkpoints import Checkpoints
-from gptjax.training.programs import completed_config, make_program
-from gptjax.training.start import given_base, load_given, load_parts
-from gptjax.training.state import abstract_state
+from gptjax.stages.registry import completed_config, make_program
+from gptjax.stages.start import given_base, load_given, load_parts
 
 
 def export_adapter(workdir: Path, directory: Path) -> None:

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from gptjax.checkpoint.manager import Checkpoints
 from gptjax.config import CHAT_STAGES, BatchConfig, Config, DataConfig, GPTConfig, MeshConfig, UserError, to_json
 from gptjax.data import tokenizers
 from gptjax.data.templates import ChatFormat, chat_format
@@ -28,9 +29,8 @@ from gptjax.interop.safetensors_files import DTYPES, Declared, Tensor
 from gptjax.interop.tokenizer_files import read_tokenizer, write_tokenizer
 from gptjax.models.gpt import GPT, abstract_params
 from gptjax.parallel.mesh import make_mesh
-from gptjax.training.checkpoints import Checkpoints
-from gptjax.training.programs import completed_config
-from gptjax.training.start import load_weights
+from gptjax.stages.registry import completed_config
+from gptjax.stages.start import load_weights
 
 DType = Literal["float32", "bfloat16"]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 
 from gptjax.config import read_config
-from gptjax.parallel import distributed
+from gptjax.distributed import processes
 
 MAX_BYTES = 4 * 2**30  # what was used longest ago goes first
 MIN_SECONDS = 0.1  # what compiles faster is not worth a file
@@ -26,7 +26,7 @@ def use(cache_dir: Path) -> None:
     Several processes as one do without: JAX keeps the programs of process 0 alone, so that with a disk each the others
     would come to the first sum over all of them a compilation later.
     """
-    if distributed.is_one_of_several() or jax.config.values["jax_compilation_cache_dir"] is not None:
+    if processes.is_one_of_several() or jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     directory = cache_dir.expanduser() / "compiled" / _processor()
     try:

@@ -10,13 +10,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from gptjax.checkpoint.state import abstract_state, make_train_step, state_shardings
 from gptjax.config import Config
+from gptjax.optim.optimizers import schedule
 from gptjax.parallel.mesh import batch_sharding, check_fit
 from gptjax.planning.program_text import Collective, collectives
 from gptjax.planning.topology import parse_bytes
-from gptjax.training.optimizers import schedule
-from gptjax.training.programs import make_program
-from gptjax.training.state import abstract_state, make_train_step, state_shardings
+from gptjax.stages.registry import make_program
 
 
 @dataclasses.dataclass(frozen=True)

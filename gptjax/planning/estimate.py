@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gptjax.config import Config, GPTConfig
+from gptjax.losses.cross_entropy import logits_dtype
 from gptjax.planning.program_text import Collective, mesh_axes, traffic
 from gptjax.planning.topology import Topology, route
 from gptjax.scaling.flops import flops_per_token, forward_flops_per_token, parameter_count
-from gptjax.training.losses import logits_dtype
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config import Config, GPTConfig
+from gptjax.losses.cross_entropy import CHUNK_TOKENS
 from gptjax.planning.compile import microbatches
 from gptjax.planning.program_text import Collective
 from gptjax.scaling.flops import memory_summary, non_embedding_parameter_count, parameter_count
-from gptjax.training.losses import CHUNK_TOKENS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from gptjax.config import Config
 from gptjax.planning.compile import Fits, StateBytes, microbatches
-from gptjax.planning.decoding import Decoding
+from gptjax.planning.decode_plan import Decoding
 from gptjax.planning.estimate import Estimate, Traffic, training
 from gptjax.planning.topology import Topology
 from gptjax.scaling.flops import flops_per_token, memory_summary, parameter_count

@@ -12,21 +12,22 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from gptjax.checkpoint.manager import Checkpoints
+from gptjax.checkpoint.position import Position
+from gptjax.checkpoint.state import Batch, TrainState, abstract_state, make_train_step, state_shardings
 from gptjax.config import Config, UserError, config_hash
+from gptjax.distributed import preemption, processes
+from gptjax.distributed.preemption import PreemptedError
 from gptjax.models import peft
-from gptjax.parallel import compiler, distributed, preemption
-from gptjax.parallel.preemption import PreemptedError
+from gptjax.optim.optimizers import num_microbatches, schedule
+from gptjax.parallel import compiler
 from gptjax.parallel.rows import global_array, process_rows
-from gptjax.training.bundles import save_bundle
-from gptjax.training.checkpoints import Checkpoints
-from gptjax.training.metrics import MetricsWriter, plot_loss
-from gptjax.training.optimizers import num_microbatches, schedule
-from gptjax.training.position import Position
+from gptjax.stages.start import start_state
+from gptjax.training.debug_bundles import save_bundle
+from gptjax.training.loss_monitor import LossSpikeError, NotFiniteError
+from gptjax.training.metrics_file import MetricsWriter, plot_loss
 from gptjax.training.progress import Progress
-from gptjax.training.stability import LossSpikeError, NotFiniteError
 from gptjax.training.stage import Stage
-from gptjax.training.start import start_state
-from gptjax.training.state import Batch, TrainState, abstract_state, make_train_step, state_shardings
 
 PROFILED_STEPS = range(5, 8)  # counted from the start of the process: the first ones compile and fill queues
 LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "mean_squared_error")  # of the validation's metrics
@@ -236,7 +237,7 @@ class _Run:
         compiled = compiler.compile(self._train_step.lower(*arguments), platform, self.stage.config.compiler_options)
         if not self._compiled:
             preemption.defer()  # from here on there is something to save
-        distributed.gather(None)  # gloo gives up on a process that comes half a minute later to a first collective
+        processes.gather(None)  # gloo gives up on a process that comes half a minute later to a first collective
         memory = compiled.memory_analysis()
         need = 0 if memory is None else memory.argument_size_in_bytes + memory.temp_size_in_bytes
         self.say(f"compiled the training step in {time.perf_counter() - start:.1f} s; {need / 1e9:.2f} GB a device")

@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from gptjax.config import Config
 from gptjax.scaling import flops
-from gptjax.training.metrics import MetricsWriter
-from gptjax.training.stability import Watch
+from gptjax.training.loss_monitor import Watch
+from gptjax.training.metrics_file import MetricsWriter
 
 
 class Progress:
@@ -75,7 +75,7 @@ class Progress:
         """Takes the metrics of the step just dispatched, and reads those of the one before.
 
         Raises:
-          NotFiniteError, LossSpikeError: see `gptjax.training.stability`; no step after the former's is dispatched.
+          NotFiniteError, LossSpikeError: see `gptjax.training.loss_monitor`; no step after the former's is dispatched.
         """
         self.flush()
         self._pending = (step, tokens, examples, lr, metrics)

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from gptjax.checkpoint.state import Program
 from gptjax.config import Config
 from gptjax.data.pipeline import Microbatch
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.training.state import Program
 
 
 class Learner(Protocol):

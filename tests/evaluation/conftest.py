@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from gptjax import config as c
+from gptjax.checkpoint.manager import Checkpoints
 from gptjax.data.tokenizers import BytesTokenizer
 from gptjax.evaluation.scoring import Request
 from gptjax.models.gpt import GPT, abstract_params
 from gptjax.parallel.mesh import make_mesh
-from gptjax.training.checkpoints import Checkpoints
 
 # The weights are large, so that likelihoods differ much from token to token. The context is no power of two.
 CONFIG = c.GPTConfig(

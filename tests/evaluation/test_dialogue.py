@@ -17,12 +17,12 @@ from gptjax.evaluation import dialogue
 from gptjax.evaluation.dialogue import Answer, Rewards, dialogue_task, read_prompts, reward
 from gptjax.evaluation.run import Options, evaluate
 from gptjax.evaluation.scoring import Score, Scorer
-from gptjax.evaluation.text_metrics import rouge
 from gptjax.inference.engine import Engine
 from gptjax.inference.sampling import Sampling
-from gptjax.training.rewards import load_reward_model
-from gptjax.training.run import run
-from gptjax.workdir import load_model
+from gptjax.metrics.text import rouge
+from gptjax.run import run
+from gptjax.stages.preference.reward_scorer import load_reward_model
+from gptjax.stages.trained_model import load_model
 from tests.tiny_chats import config_of
 from tests.tiny_tasks import CONTEXT
 

@@ -9,8 +9,8 @@ from gptjax.inference.chatting import ChatSession
 from gptjax.inference.engine import Engine
 from gptjax.inference.retrieval import Documents
 from gptjax.inference.sampling import Sampling
-from gptjax.training.run import run
-from gptjax.workdir import load_model
+from gptjax.run import run
+from gptjax.stages.trained_model import load_model
 from tests.tiny_chats import config_of
 
 

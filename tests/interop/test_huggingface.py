@@ -21,8 +21,8 @@ from gptjax.interop.huggingface import export_workdir, import_workdir, load_pret
 from gptjax.interop.safetensors_files import DTYPES, Declared
 from gptjax.models.gpt import GPT, abstract_params
 from gptjax.parallel.mesh import make_mesh
-from gptjax.training.run import run
-from gptjax.workdir import load_model
+from gptjax.run import run
+from gptjax.stages.trained_model import load_model
 from tests import tiny_chats
 from tests.interop.write_fixtures import FIXTURES, MODELS
 from tests.tiny_tasks import save_pretrained as save_weights

@@ -205,7 +205,10 @@ CHANGES = {
 }
 # These change shapes of parameters or of inputs, or only how the same numbers are computed (tested above).
 OTHER_FIELDS = {"vocab_size", "context_length", "embed_dim", "qkv_bias", "layer_loop", "remat", "attention_backend"}
-OTHER_FIELDS |= {"logits_dtype", "matmul_dtype"}  # tests/training/test_losses.py, tests/models/test_low_precision.py
+OTHER_FIELDS |= {
+    "logits_dtype",
+    "matmul_dtype",
+}  # have tests of their own
 
 
 def test_every_field_is_tested():

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from gptjax import config as c
+from gptjax.checkpoint.state import create_state, make_train_step, state_shardings
 from gptjax.models import attention_backends, low_precision
 from gptjax.parallel.mesh import make_mesh
-from gptjax.training.programs import make_program
-from gptjax.training.state import create_state, make_train_step, state_shardings
+from gptjax.stages.registry import make_program
 
 MODEL = c.GPTConfig(vocab_size=32, context_length=16, num_layers=2, num_heads=2, embed_dim=32, layer_loop="unroll")
 

@@ -13,9 +13,9 @@ import jax
 
 from gptjax import config as c
 from gptjax.parallel.mesh import make_mesh
+from gptjax.run import STAGES
 from gptjax.training import loop
-from gptjax.training.metrics import read_metrics
-from gptjax.training.run import STAGES
+from gptjax.training.metrics_file import read_metrics
 from tests.multi_device.finetune_on_meshes import train
 from tests.tiny_chats import DIVISIBLE, STAGES_OF_CHAT, config_of, rl_config, save_divisible
 

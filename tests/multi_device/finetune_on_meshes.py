@@ -15,13 +15,13 @@ import jax
 import numpy as np
 
 from gptjax import config as c
+from gptjax.checkpoint.manager import Checkpoints
+from gptjax.checkpoint.state import make_train_step, state_shardings
 from gptjax.models import peft
+from gptjax.optim.optimizers import schedule
 from gptjax.parallel.mesh import batch_sharding, make_mesh
-from gptjax.training.checkpoints import Checkpoints
-from gptjax.training.optimizers import schedule
-from gptjax.training.run import STAGES
-from gptjax.training.start import start_state
-from gptjax.training.state import make_train_step, state_shardings
+from gptjax.run import STAGES
+from gptjax.stages.start import start_state
 from tests.tiny_tasks import MODEL, run_config, save_pretrained, with_method
 
 STEPS = 6

@@ -15,10 +15,10 @@ import jax
 import numpy as np
 
 from gptjax import config as c
+from gptjax.checkpoint.state import create_state, make_train_step, state_shardings
 from gptjax.parallel.mesh import batch_sharding, make_mesh
 from gptjax.planning.program_text import collectives, count_by_kind
-from gptjax.training.stages import pretrain
-from gptjax.training.state import create_state, make_train_step, state_shardings
+from gptjax.stages import pretrain
 
 ROWS, LENGTH, WIDTH = 16, 32, 32  # of a microbatch: more numbers than any parameter has
 

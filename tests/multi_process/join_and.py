@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 
 from gptjax import cli
 from gptjax.config import UserError
-from gptjax.parallel import distributed
+from gptjax.distributed import processes
 
 WHAT = flags.DEFINE_enum("what", "nothing", ["nothing", "kill", "mistake", "bug"], "What happens.")
 WHERE = flags.DEFINE_integer("where", 0, "In which process.")
@@ -25,13 +25,13 @@ def main() -> None:
     cli.join()
     number = 0 if cli.PROCESS_ID.value is None else cli.PROCESS_ID.value
     numbers = multihost_utils.process_allgather(jnp.array([number])).ravel().tolist()
-    print({"gathered": distributed.gather([number]), "collective": numbers, "first": distributed.of_first(lambda: 7)})
+    print({"gathered": processes.gather([number]), "collective": numbers, "first": processes.of_first(lambda: 7)})
     if WHAT.value == "nothing":
         return
     if number != WHERE.value:
         while WAIT.value == "python":
             sum(range(10**6))
-        distributed.gather(0) if WAIT.value == "gather" else multihost_utils.process_allgather(jnp.array([number]))
+        processes.gather(0) if WAIT.value == "gather" else multihost_utils.process_allgather(jnp.array([number]))
     elif WHAT.value == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif WHAT.value == "mistake":

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from gptjax import config as c
-from gptjax.training.metrics import read_metrics
+from gptjax.training.metrics_file import read_metrics
 from tests.tiny_chats import DIVISIBLE, rl_config, save_divisible
 from tests.tiny_tasks import write_config
 

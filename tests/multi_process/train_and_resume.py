@@ -10,7 +10,7 @@ from absl import flags
 
 from gptjax import cli
 from gptjax.config import read_config, replace
-from gptjax.training.run import run
+from gptjax.run import run
 
 RUNS = flags.DEFINE_string("runs", None, "File of the runs.")
 

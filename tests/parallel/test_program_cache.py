@@ -9,7 +9,8 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from gptjax.config import Config, UserError, replace, to_json
-from gptjax.parallel import distributed, program_cache
+from gptjax.distributed import processes
+from gptjax.parallel import program_cache
 
 KEYS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_compilation_cache_max_size")
 
@@ -74,7 +75,7 @@ def test_where_nothing_can_be_written_nothing_is_kept(tmp_path):
 
 
 def test_several_processes_as_one_keep_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(distributed, "is_one_of_several", lambda: True)
+    monkeypatch.setattr(processes, "is_one_of_several", lambda: True)
     program_cache.use(tmp_path)
     assert jax.config.jax_compilation_cache_dir is None
     assert list(tmp_path.iterdir()) == []

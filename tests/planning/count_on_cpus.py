@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from gptjax.checkpoint.state import create_state, make_train_step, state_shardings
 from gptjax.config import BatchConfig, Config, GPTConfig, MeshConfig
 from gptjax.planning import compile as planning
 from gptjax.planning.program_text import collectives, count_by_kind
 from gptjax.planning.topology import lay_out, parse
-from gptjax.training.programs import make_program
-from gptjax.training.state import create_state, make_train_step, state_shardings
+from gptjax.stages.registry import make_program
 
 MODEL = GPTConfig(vocab_size=128, context_length=32, num_layers=4, num_heads=4, embed_dim=32, dtype="float32")
 

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from gptjax.checkpoint.state import init_state
 from gptjax.config import Config, GPTConfig, OptimizerConfig
 from gptjax.models.gpt import GPT
 from gptjax.scaling import flops
-from gptjax.training.programs import make_program
-from gptjax.training.state import init_state
+from gptjax.stages.registry import make_program
 
 SMALL = GPTConfig(vocab_size=512, context_length=64, num_layers=4, num_heads=4, embed_dim=128, dtype="float32")
 

@@ -11,9 +11,9 @@ import pytest
 
 from gptjax.config import Config, UserError, replace
 from gptjax.data import tokenizers
-from gptjax.training.metrics import read_metrics
-from gptjax.training.run import STAGES, run
-from gptjax.training.stages import pretrain
+from gptjax.run import STAGES, run
+from gptjax.stages import pretrain
+from gptjax.training.metrics_file import read_metrics
 
 
 def saved(workdir: Path) -> dict[str, np.ndarray]:
@@ -157,7 +157,7 @@ def test_a_disk_without_room_stops_before_writing(tiny, tmp_path, monkeypatch):
     run(tiny, tmp_path / "run")
     before = saved(tmp_path / "run")
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr("gptjax.training.checkpoints.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("gptjax.checkpoint.manager.shutil.disk_usage", lambda path: usage)
     longer = replace(tiny, {"batch": {"total_tokens": 9 * 128}})
     with pytest.raises(UserError, match=r"no room for a checkpoint .* the last good checkpoint is step 6"):
         run(longer, tmp_path / "run", allow_config_changes=True)

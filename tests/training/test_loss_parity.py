@@ -9,7 +9,7 @@ import pytest
 from benchmarks.loss_parity import FIXTURE, SIZES, Curve, Weights, make_config, train_gptjax
 from gptjax import config as c
 from gptjax.parallel.mesh import make_mesh
-from gptjax.training.stages import pretrain
+from gptjax.stages import pretrain
 
 STEPS = 20
 

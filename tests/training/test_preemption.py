@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from gptjax.config import Config, replace
-from gptjax.parallel import distributed
-from gptjax.parallel.peers import Boundaries
-from gptjax.parallel.preemption import PreemptedError
-from gptjax.training.run import run
+from gptjax.distributed import processes
+from gptjax.distributed.peers import Boundaries
+from gptjax.distributed.preemption import PreemptedError
+from gptjax.run import run
 from tests.tiny_tasks import write_config
 from tests.training.test_loop import records, saved, steps
 
@@ -23,11 +23,11 @@ ROOT = Path(__file__).parents[2]
 
 def stop_at(boundary: int, config: Config, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Trains until a boundary; what is said there."""
-    monkeypatch.setattr(distributed, "_boundaries", boundaries := Boundaries())
+    monkeypatch.setattr(processes, "_boundaries", boundaries := Boundaries())
     boundaries.decide(boundary, "SIGTERM")
     with pytest.raises(PreemptedError) as request:
         run(config, workdir)
-    monkeypatch.setattr(distributed, "_boundaries", Boundaries())
+    monkeypatch.setattr(processes, "_boundaries", Boundaries())
     return str(request.value)
 
 
@@ -40,7 +40,7 @@ def test_stopped_anywhere_it_goes_on_as_if_undisturbed(tiny, tmp_path, monkeypat
     # Then after step 2, and at the second batch of the evaluation due at step 4, which makes up for it when it goes on.
     assert stop_at(1, config, workdir, monkeypatch) == "SIGTERM, step 2 is saved"
     assert stop_at(1 + 2, config, workdir, monkeypatch) == "SIGTERM, step 4 is saved"
-    monkeypatch.setattr(distributed, "_boundaries", Boundaries())
+    monkeypatch.setattr(processes, "_boundaries", Boundaries())
     run(config, workdir)
     whole, stopped = saved(tmp_path / "whole"), saved(workdir)
     assert whole.keys() == stopped.keys()

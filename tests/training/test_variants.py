@@ -5,8 +5,8 @@ import pytest
 from benchmarks.train_step import make_config
 from benchmarks.variants import Trainer, changed, parse_variant
 from gptjax.config import UserError
+from gptjax.losses import cross_entropy as losses
 from gptjax.models import attention
-from gptjax.training import losses
 
 BASE = make_config("tiny", sequences=2, context=16, platform="cpu")
 

@@ -1,0 +1,116 @@
+"""Stopping on request: by SIGTERM, by SIGINT (Ctrl-C), and by the notice that the machine of a TPU gives of its end.
+
+As long as a process has computed nothing that is not on the disk, it ends at once. Later it goes on to the next
+boundary, which lies between two steps or two batches of an evaluation, and saves there; of several processes all do,
+whichever was asked. A second signal ends it at once in any case.
+
+A thread reads the signals: Python's own handlers wait for the main thread, which may be in XLA's compiler for minutes.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from gptjax.distributed import processes
+from gptjax.distributed.peers import INTERRUPTED, PREEMPTED
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ASK_EVERY = 5  # seconds; Google says 30 before it takes a Spot machine, and more before maintenance
+
+_deferring = False  # a stop waits for a boundary
+_deciding = threading.Lock()
+
+
+class PreemptedError(Exception):
+    """The process was asked to stop, and is at a boundary. Commands exit with the code `PREEMPTED`."""
+
+
+@contextmanager
+def watch() -> Iterator[None]:
+    """Has the process stop on request, as above, while in this block; the main thread must call it."""
+    global _deferring
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    # Those that a shell has the process ignore stay ignored.
+    wanted = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    handlers = {number: signal.signal(number, lambda *_: None) for number in wanted}
+    threading.Thread(target=_listen, args=(read,), daemon=True).start()
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(before)
+        os.close(write)
+        _deferring = False
+
+
+def defer() -> None:
+    """From here on there is something to lose: a request waits for the next boundary."""
+    global _deferring
+    with _deciding:
+        _deferring = True
+    from jax._src import cloud_tpu_init  # it has looked for chips; jax has been imported long since
+
+    if cloud_tpu_init.running_in_cloud_tpu_vm:
+        threading.Thread(target=watch_machine, daemon=True).start()
+
+
+def check() -> None:
+    """A boundary, which all processes must come to in the same order; raises PreemptedError when all are to stop."""
+    why = processes.reach_boundary()
+    if why is not None:
+        raise PreemptedError(why)
+
+
+def _listen(read: int) -> None:
+    """Takes the signals, whose numbers come as bytes, until the pipe is closed."""
+    count = 0
+    with open(read, "rb", buffering=0) as numbers:
+        while number := numbers.read(1):
+            if number[0] not in SIGNALS:
+                continue
+            count += 1
+            if count > 1:
+                processes.end("interrupted", INTERRUPTED)
+            _ask(signal.Signals(number[0]).name)
+
+
+def _ask(why: str) -> None:
+    with _deciding:
+        if not _deferring:
+            processes.end(f"stopped by {why}, with nothing to save: the same command starts again", PREEMPTED)
+    os.write(sys.stderr.fileno(), f"\n{why}: saving after this step; another signal stops at once\n".encode())
+    processes.ask_to_stop(why)
+
+
+def watch_machine() -> None:
+    """Asks Google's metadata server until it says that the machine will be taken; ends where there is no server."""
+    notices = {"preempted": "TRUE", "maintenance-event": "TERMINATE"}
+    first = {key: _metadata(key) for key in notices}
+    # A run that starts after the notice is to use what is left, which may be an hour.
+    awaited = {key: sign for key, sign in notices.items() if first[key] and not first[key].startswith(sign)}
+    while awaited:
+        for key, sign in awaited.items():
+            if (value := _metadata(key)).startswith(sign):
+                _ask(f"the machine's {key}={value}")
+                return
+        time.sleep(ASK_EVERY)
+
+
+def _metadata(key: str) -> str:
+    """Empty when nobody answers."""
+    host = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")  # the variable that jax reads
+    request = urllib.request.Request(
+        f"http://{host}/computeMetadata/v1/instance/{key}", headers={"Metadata-Flavor": "Google"}
+    )
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with suppress(OSError, ValueError), opener.open(request, timeout=10) as answer:
+        return answer.read(1000).decode(errors="replace").strip()
+    return ""

@@ -1,0 +1,132 @@
+"""What was computed on disk as it comes, so that an evaluation that was stopped goes on where it was.
+
+`<workdir>/evaluation/scores/<task>-<key>.jsonl` has a line {"index": .., "logprob": .., "num_tokens": ..,
+"is_greedy": ..} for each request; answers to dialogues have such a file too. The key is a hash of the weights, the
+step, the model's config and every token asked for: what is of anything else is never taken.
+"""
+
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+from gptjax.config import UserError
+from gptjax.distributed import processes
+from gptjax.evaluation.scoring import Request, Score, Scorer
+
+T = TypeVar("T", bound=tuple[Any, ...])
+
+
+def score_resumably(directory: Path, name: str, scorer: Scorer, step: int, requests: Sequence[Request]) -> list[Score]:
+    """The scores of all requests, in their order; those found in `directory` are not computed again.
+
+    Args:
+      directory: made if need be.
+      name: of the task, for the file and the progress bar.
+      step: of the checkpoint.
+
+    Raises:
+      UserError: a request that is too long (see `Scorer.plan`), or a directory that cannot be written.
+    """
+    batches = scorer.plan(requests)
+    path = directory / f"{file_name(name)}-{key(scorer, step, requests)}.jsonl"
+    places = {tuple(batch.indices): batch for batch in batches}
+    return resumably(
+        path, name, list(places), lambda indices: scorer.score_batch(requests, places[tuple(indices)]), Score
+    )
+
+
+def resumably(
+    path: Path,
+    name: str,
+    batches: Sequence[Sequence[int]],
+    compute: Callable[[Sequence[int]], Sequence[T]],
+    kind: type[T],
+) -> list[T]:
+    """What `compute` makes of all batches, by index; what is recorded in `path` is not computed again.
+
+    A batch is computed again unless all of it is there, so that an evaluation that was stopped ends with the very
+    numbers of one that was not.
+
+    Args:
+      path: its name ends in a `key`; its folder is made if need be.
+      name: for the progress bar.
+      batches: indices, from 0, each in one of them.
+      kind: the NamedTuple of a result.
+
+    Raises:
+      UserError: a folder that cannot be written, or a line that is none of these records.
+    """
+    processes.check_same({f"requests of {name}": path.name}, "give all processes the same files")
+    # One process's records decide for all which batches are computed, as all compute each of them together.
+    recorded: list[Any] = processes.of_first(lambda: list(_read(path, kind).items()))
+    found = {index: kind(*fields) for index, fields in recorded}
+    is_first, total = processes.is_first(), sum(map(len, batches))
+    try:
+        if is_first:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            (path if is_first else Path(os.devnull)).open("a", encoding="utf-8") as file,
+            tqdm(
+                total=total,
+                desc=name,
+                unit="req",
+                dynamic_ncols=True,
+                mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds; a log file gets a line now and then
+                disable=not is_first,
+            ) as bar,
+        ):
+            for batch in batches:
+                if not all(index in found for index in batch):
+                    new = dict(zip(batch, compute(batch), strict=True))
+                    file.writelines(_line(index, result) for index, result in new.items())
+                    file.flush()
+                    found |= new
+                bar.update(len(batch))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from None
+    return [found[index] for index in range(total)]
+
+
+def file_name(text: str) -> str:
+    """`text` with only what a file's name may hold anywhere."""
+    return re.sub(r"[^A-Za-z0-9.,+=_-]+", "_", text).strip("._") or "task"
+
+
+def key(scorer: Scorer, step: int, requests: Sequence[Request]) -> str:
+    """16 hex digits, of all that a result depends on."""
+    digest = hashlib.sha256(f"{scorer.model.config} {step} {scorer.fingerprint()}".encode())
+    for tokens, scored in requests:
+        digest.update(np.array([len(tokens), scored], np.int64).tobytes() + tokens.astype(np.int32).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _line(index: int, result: Any) -> str:
+    return json.dumps({"index": index, **result._asdict()}) + "\n"
+
+
+def _read(path: Path, kind: type[T]) -> dict[int, T]:
+    """What is recorded. A last line that a kill cut off is cut away, so that the next one starts a line."""
+    if not path.exists():
+        return {}
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)
+    results = {}
+    for number, line in enumerate(content[:whole].splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            index = int(record.pop("index"))
+            results[index] = kind(**record)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            named = kind.__name__.lower()
+            raise UserError(f"{path}:{number} is not a record of a {named}: remove the line, or the file") from None
+    return results

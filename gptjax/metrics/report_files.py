@@ -1,0 +1,106 @@
+"""What an evaluation on labelled examples leaves on disk: a picture of the confusions, and each prediction."""
+
+import json
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gptjax.config import UserError
+from gptjax.files import write_whole
+from gptjax.training.metrics_file import GRID_COLOR, TRAIN_COLOR
+
+DARK_COLOR = "#1f4e8c"  # TRAIN_COLOR's hue, for a share of 1
+# Inches of a label's cell, of the whole picture's side, and the smallest type that is still read, in points
+MIN_CELL, MAX_CELL, MAX_SIDE, MIN_POINTS = 0.3, 0.8, 24.0, 5.0
+LONGEST_LABEL = 24  # characters
+
+
+def plot_confusion(path: Path, confusion: npt.NDArray[np.int64], labels: Sequence[str]) -> Path:
+    """Draws a confusion matrix: a cell's colour is its share of its row, its number the count; no number is 0.
+
+    Args:
+      path: of the PNG.
+      confusion: int (labels, labels), row: the gold label, column: the predicted one.
+      labels: their names. Of characters that no installed font has, boxes are drawn.
+
+    Returns:
+      `path`.
+
+    Raises:
+      UserError: `path` cannot be written.
+    """
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
+
+    n, total = len(labels), int(confusion.sum())
+    cell = min(max(min(MAX_CELL, 12 / n), MIN_CELL), MAX_SIDE / n)
+    share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    figure = Figure(figsize=(n * cell + 2.5, n * cell + 2), layout="constrained")
+    axes = figure.subplots()
+    colors = LinearSegmentedColormap.from_list("share", ["white", TRAIN_COLOR, DARK_COLOR])
+    axes.imshow(share, cmap=colors, vmin=0, vmax=1)
+    points = min(10.0, cell * 72 * 0.7)
+    # A label may hold a $, as the Brown corpus' tags do: it is no formula.
+    names = [name if len(name) <= LONGEST_LABEL else name[: LONGEST_LABEL - 1] + "…" for name in labels]
+    text: dict[str, Any] = {"fontsize": points, "parse_math": False}
+    rotated: dict[str, Any] = {
+        "rotation": 45 if n <= 12 else 90,
+        "rotation_mode": "anchor",
+        "ha": "right",
+        "va": "center",
+    }
+    axes.set_xticks(range(n), names, **rotated, **text)
+    axes.set_yticks(range(n), names, **text)
+    digits = len(str(int(confusion.max(initial=0))))
+    points = min(10.0, cell * 72 * 0.85 / (0.64 * digits))  # a digit is 0.64 of its height wide
+    if points >= MIN_POINTS:
+        for row, column in zip(*np.nonzero(confusion), strict=True):
+            color = "white" if share[row, column] > 0.6 else "black"
+            axes.text(column, row, confusion[row, column], ha="center", va="center", fontsize=points, color=color)
+    axes.set_xticks(np.arange(1, n) - 0.5, minor=True)
+    axes.set_yticks(np.arange(1, n) - 0.5, minor=True)
+    axes.grid(which="minor", color=GRID_COLOR, linewidth=0.6)
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_color(GRID_COLOR)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("gold")
+    axes.set_title(f"{int(np.trace(confusion)):,} of {total:,} right", fontsize=11, loc="left")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing from")
+            figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from None
+    return path
+
+
+def write_predictions(path: Path, records: Iterable[Mapping[str, Any]]) -> int:
+    """Writes records as JSON, one a line; whoever reads `path` meanwhile, or after a failure, finds what was there.
+
+    Args:
+      path: its directory is made if need be.
+      records: of strings, numbers (numpy's too; each finite), arrays, lists and dicts.
+
+    Returns:
+      How many.
+
+    Raises:
+      UserError: `path` cannot be written.
+    """
+    # numpy's scalars and arrays are no numbers and lists to json.
+    lines = [
+        json.dumps(record, ensure_ascii=False, allow_nan=False, default=lambda value: value.tolist()) + "\n"
+        for record in records
+    ]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Half a surrogate pair, which UTF-8 cannot hold, is escaped; so JSON writes it too.
+        write_whole(path, "".join(lines).encode(errors="backslashreplace"))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from None
+    return len(lines)

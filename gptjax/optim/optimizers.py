@@ -1,0 +1,176 @@
+"""The optimizer, and what changes while a run trains: learning rate, batch ramp, AdaLoRA's budget.
+
+Schedules count tokens, on the host, in exact integers.
+"""
+
+import math
+import re
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from gptjax.config import BatchConfig, Config, OptimizerConfig, UserError
+from gptjax.models.heads import VALUE
+from gptjax.optim import adalora
+from gptjax.optim.transformations import scale_by_rule
+
+
+def schedule(config: Config, step: int, tokens: int, total_tokens: int, num_matrices: int = 0) -> dict[str, np.generic]:
+    """What the step of number `step`, which brings the tokens seen to `tokens`, is to know of the schedules.
+
+    Args:
+      num_matrices: that AdaLoRA changes.
+
+    Returns:
+      lr: float32.
+      rank_budget: int32, with peft.method="adalora" only: singular values that are kept, of all matrices.
+    """
+    values: dict[str, np.generic] = {"lr": np.float32(learning_rate(config.optimizer, tokens, total_tokens))}
+    if config.peft.method == "adalora":
+        values["rank_budget"] = np.int32(adalora.budget_of_step(config.peft, step, tokens, total_tokens, num_matrices))
+    return values
+
+
+def learning_rate(config: OptimizerConfig, tokens: int, total_tokens: int) -> float:
+    """The learning rate of the step that brings the tokens seen to `tokens`, of `total_tokens`.
+
+    Linear warm-up from `warmup_start_fraction` of the peak, then: "cosine" (GPT-1, GPT-2 and GPT-3) or "linear" from
+    the peak to the floor, reached at `decay_tokens` and kept; "wsd" (warm-up, stable, decay: Hu et al. 2024, section 4)
+    a linear descent over the last `decay_tokens`; "constant".
+    """
+    floor = config.peak_lr * config.floor_lr_fraction
+    warmup = config.warmup_tokens if config.warmup_fraction is None else round(config.warmup_fraction * total_tokens)
+    if tokens < warmup:
+        first = config.warmup_start_fraction
+        return config.peak_lr * (first + (1 - first) * tokens / warmup)
+    if config.schedule == "constant":
+        return config.peak_lr
+    if config.schedule == "wsd":
+        descent = math.ceil(total_tokens / 10) if config.decay_tokens is None else config.decay_tokens
+        start, end = max(warmup, total_tokens - descent), total_tokens
+    else:
+        start, end = warmup, total_tokens if config.decay_tokens is None else config.decay_tokens
+    progress = min(1.0, max(0.0, (tokens - start) / max(1, end - start)))
+    if config.schedule == "cosine":
+        progress = (1 - math.cos(math.pi * progress)) / 2
+    return config.peak_lr + (floor - config.peak_lr) * progress
+
+
+def num_microbatches(config: BatchConfig, context_length: int, tokens: int) -> int:
+    """Microbatches in the batch of a step that starts when `tokens` have been seen (Brown et al. 2020, appendix B)."""
+    if config.microbatch_size is None:
+        return 1
+    full = config.tokens_per_batch
+    if config.ramp_start_tokens is not None and config.ramp_tokens is not None and tokens < config.ramp_tokens:
+        first = config.ramp_start_tokens
+        full = first + (full - first) * tokens // config.ramp_tokens
+    return max(1, full // (config.microbatch_size * context_length))
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """Clipping, the rule, and decoupled decay; without the factor -learning_rate, which the step applies."""
+    optimizer = config.optimizer
+    transforms = [scale_by_rule(optimizer)]
+    if optimizer.clip_norm is not None:
+        transforms.insert(0, _clipped_by_model(optimizer.clip_norm))
+    if config.peft.method == "adalora":
+        transforms.insert(0, adalora.track(config.peft))  # of the gradients as they are
+    if optimizer.weight_decay > 0:
+        transforms.append(_decayed_weights(optimizer, whole=config.peft.method == "none"))
+    if optimizer.layer_lr_decay < 1:
+        transforms.append(_decayed_by_layer(config))
+    if config.stage == "ppo":
+        transforms.append(_value_function_scaled(config.ppo.value_lr / optimizer.peak_lr))
+    return optax.chain(*transforms)
+
+
+def _clipped_by_model(clip_norm: float) -> optax.GradientTransformation:
+    """Clips the gradient by its norm; that of a value function by its own, since another loss made it."""
+    clip = optax.clip_by_global_norm(clip_norm)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        own = {name: part for name, part in updates.items() if name != VALUE}
+        models = [own] if len(own) == len(updates) else [own, {VALUE: updates[VALUE]}]
+        clipped: dict[str, Any] = {}
+        for model in models:
+            clipped |= clip.update(model, state)[0]
+        return {name: clipped[name] for name in updates}, state
+
+    return optax.GradientTransformation(clip.init, update)
+
+
+def _value_function_scaled(factor: float) -> optax.GradientTransformation:
+    """Multiplies the updates of the value function by `factor`: its learning rate is its own."""
+
+    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+        return updates | {VALUE: jax.tree.map(lambda u: u * factor, updates[VALUE])}, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _decayed_by_layer(config: Config) -> optax.GradientTransformation:
+    """Multiplies each update by the factor of its layer: `optimizer.layer_lr_decay`."""
+
+    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+        return jax.tree_util.tree_map_with_path(lambda path, u: u * layer_factor(config, path, u.shape), updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def layer_factor(config: Config, path: tuple[Any, ...], shape: tuple[int, ...]) -> float | np.ndarray:
+    """The learning rate of a parameter as a share of the head's (Howard & Ruder 2018, section 3.2).
+
+    Of `num_layers` L, layer l counted from 0 has decay^(L - l), the embeddings below have decay^(L + 1). Of parameters
+    of stacked layers, (rows, ...), there may be the last ones alone.
+    """
+    decay, model = config.optimizer.layer_lr_decay, config.model
+    name = jax.tree_util.keystr(path, simple=True, separator="/").removeprefix(f"{VALUE}/")
+    if (block := re.match(r"layers/block_(\d+)/", name)) is not None:
+        period = len(model.attention_pattern)
+        rows = np.arange(model.num_layers // period)[-shape[0] :]
+        factors = decay ** (model.num_layers - (rows * period + int(block[1])))
+        return factors.astype(np.float32).reshape(-1, *[1] * (len(shape) - 1))
+    return decay ** (model.num_layers + 1) if re.match(r"(token|position)_embedding/", name) else 1.0
+
+
+def _decayed_weights(config: OptimizerConfig, whole: bool) -> optax.GradientTransformation:
+    """Adds weight_decay x the factor of `decay_rules` x the parameter to each update."""
+
+    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+        factors = decay_factors(config, params, whole)
+        decayed = jax.tree.map(lambda u, p, factor: u + config.weight_decay * factor * p, updates, params, factors)
+        return decayed, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def decay_factors(config: OptimizerConfig, params: Any, whole: bool = True) -> Any:
+    """The factor of weight_decay for every parameter: a tree like `params` of floats.
+
+    Args:
+      whole: `params` are all there are; of a part, some rules may match nothing.
+
+    Raises:
+      UserError: a parameter that no rule matches, a rule that matches nothing, or a regex that does not parse.
+    """
+    try:
+        rules = [(pattern, re.compile(pattern), factor) for pattern, factor in config.decay_rules]
+    except re.error as error:
+        raise UserError(f"optimizer.decay_rules: {error.pattern!r} is not a regular expression: {error}") from None
+    used = set()
+
+    def factor(path: tuple[Any, ...], _: Any) -> float:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        for pattern, regex, value in rules:
+            if regex.fullmatch(name):
+                used.add(pattern)
+                return value
+        raise UserError(f"optimizer.decay_rules match no rule to the parameter {name}: add ('.*', 1.0) at the end")
+
+    factors = jax.tree_util.tree_map_with_path(factor, params)
+    for pattern, _, _ in rules:
+        if whole and pattern not in used:
+            raise UserError(f"optimizer.decay_rules: {pattern!r} is the first match of no parameter: remove or mend it")
+    return factors

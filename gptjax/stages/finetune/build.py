@@ -1,0 +1,164 @@
+"""Stage "finetune": a labelled task on top of a language model (Radford et al. 2018, sections 3.2 and 3.3)."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from gptjax.config import Config, UserError
+from gptjax.data import task_inputs
+from gptjax.data.augmentation import with_copies
+from gptjax.data.buckets import Buckets
+from gptjax.data.labelled import Row, check_spec, read_rows, split_rows
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.distributed import processes
+from gptjax.files import write_whole
+from gptjax.metrics.report_files import plot_confusion, write_predictions
+from gptjax.models import low_precision
+from gptjax.models.attention_backends import check_backend
+from gptjax.parallel.mesh import check_fit
+from gptjax.parallel.rows import process_rows
+from gptjax.stages.finetune.predictor import Predictor, measure
+from gptjax.stages.finetune.task_model import TaskModel
+from gptjax.stages.reading import find_tokenizer, refuse_settings_of_pretraining
+from gptjax.stages.registry import TASK_FILE, make_program, plain
+from gptjax.training.intervals import in_tokens
+from gptjax.training.stage import Stage
+
+METRICS_FILE, PREDICTIONS_FILE, CONFUSION_FILE = "report.json", "predictions.jsonl", "confusion.png"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The labelled rows of a run."""
+
+    train: list[Row]
+    validation: list[Row]
+    test: list[Row]  # of the report at the end
+
+
+def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
+    """The stage on `mesh`.
+
+    Args:
+      tokenizer: of the run that goes on; None: that of the weights to start from, or the one that the config names.
+
+    Raises:
+      UserError: rows that cannot be read or have no label, weights that are not there, sizes that do not divide over
+        the mesh.
+    """
+    refuse_settings_of_pretraining(config, mesh, "labelled row")
+    check_backend(config.model, mesh.devices.flat[0].platform, has_segments=False)
+    low_precision.check_device(config.model, mesh.devices.flat[0].platform)
+    rows = processes.first_then_others(lambda: read(config))
+    if tokenizer is None:
+        tokenizer = find_tokenizer(config, [text for row in rows.train for text in _texts(row)])
+    found = _decided_by(rows.train, config)
+    if config.task.kind in task_inputs.NAMED:
+        for other in (rows.validation, rows.test):
+            task_inputs.check_labels(other, found["labels"])
+    config = config.completed(tokenizer.vocab_size, found)
+    task, context = config.task, config.model.context_length
+    size = config.sequences_per_microbatch
+    predictor = Predictor(TaskModel(config), tokenizer, mesh, size, assemble=lambda params: plain(config, params))
+    train = with_copies(rows.train, config.regularisation, config.seed)
+    encoded = task_inputs.encode(train, task, task.labels, tokenizer, context)
+    examples = Buckets(
+        encoded,
+        context_length=context,
+        batch_size=config.batch.tokens_per_batch // context,
+        microbatch_size=size,
+        seed=config.seed,
+    )
+    config = in_tokens(config, examples.tokens_per_epoch)
+    check_fit(config, mesh)
+    batch = config.batch
+    epochs = 0.0 if batch.epochs is None else batch.epochs
+    return Stage(
+        program=make_program(config),
+        tokenizer=tokenizer,
+        total_tokens=batch.total_tokens or math.ceil(epochs * examples.tokens_per_epoch),
+        batches=lambda start: examples.microbatches(start, process_rows(mesh, size), config.data.prefetch_batches),
+        evaluate=_evaluate(config, predictor, rows.validation),
+        sample=None,
+        conclude=_conclude(config, predictor, rows.test),
+        files={TASK_FILE: json.dumps(found, indent=2) + "\n"},
+    )
+
+
+def read(config: Config) -> Rows:
+    """The rows that `config` names; UserError as of `read_rows`."""
+    data, task = config.data, config.task
+    specs = (data.source, data.validation_source, task.test_source)
+    for spec in filter(None, specs):
+        check_spec(spec)
+
+    def rows(spec: str) -> list[Row]:
+        return read_rows(spec, task.kind, dict(task.columns), invalid_utf8=data.invalid_utf8)
+
+    train = rows(data.source)
+    if data.validation_source is None:
+        train, validation = split_rows(train, data.validation_fraction)
+    else:
+        validation = rows(data.validation_source)
+    return Rows(train, validation, validation if task.test_source is None else rows(task.test_source))
+
+
+def _texts(row: Row) -> list[str]:
+    """All that a model reads of a row."""
+    texts = [value for role, value in row.fields.items() if isinstance(value, str) and role != "label"]
+    return [*texts, " ".join(row.fields.get("tokens", [])), *row.fields.get("choices", [])]
+
+
+def _decided_by(rows: list[Row], config: Config) -> dict[str, Any]:
+    """The fields of `task` that are left to the training rows: what TASK_FILE keeps."""
+    task = config.task
+    labels = task_inputs.find_labels(rows, task.kind, task.labels)
+    weights = task_inputs.balanced_weights(rows, labels) if task.balanced_labels else task.label_weights
+    if weights and len(weights) != len(labels):
+        raise UserError(f"task.label_weights={weights} does not have a weight for each of {len(labels)} labels")
+    mean, std = task.target_mean, task.target_std
+    if task.kind == "regression":
+        targets = np.array([row.fields["label"] for row in rows])
+        mean = float(np.mean(targets)) if mean is None else mean
+        if std is None:
+            std = float(np.std(targets)) or 1.0  # where all are the same, any
+    return {"labels": labels, "label_weights": tuple(weights), "target_mean": mean, "target_std": std}
+
+
+def _evaluate(config: Config, predictor: Predictor, rows: list[Row]) -> Callable[[Any], dict[str, float]]:
+    """The task's loss and metrics on the validation rows."""
+    encoded = predictor.encode(rows)
+
+    def evaluate(params: Any) -> dict[str, float]:
+        return measure(config.task, rows, predictor(params, rows, encoded)).metrics
+
+    return evaluate
+
+
+def _conclude(config: Config, predictor: Predictor, rows: list[Row]) -> Callable[[Any, Path], str]:
+    """Writes the report of the test rows, and returns it."""
+
+    def conclude(params: Any, workdir: Path) -> str:
+        predictions = predictor(params, rows, predictor.encode(rows))
+        report = measure(config.task, rows, predictions)
+        if jax.process_index() == 0:
+            details = zip(rows, predictions.details, strict=True)
+            write_predictions(
+                workdir / PREDICTIONS_FILE, ({"place": row.place, **row.fields, "predicted": d} for row, d in details)
+            )
+            if report.confusion is not None:
+                plot_confusion(workdir / CONFUSION_FILE, report.confusion, report.labels)
+            try:
+                write_whole(workdir / METRICS_FILE, json.dumps(report.metrics, indent=2) + "\n")
+            except OSError as error:
+                raise UserError(f"cannot write in --workdir={workdir}: {error.strerror}") from None
+        return f"{report.text}\npredictions: {workdir / PREDICTIONS_FILE}"
+
+    return conclude

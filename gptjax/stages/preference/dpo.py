@@ -1,0 +1,13 @@
+"""Stage "dpo": direct preference optimization, without a reward model (Rafailov et al. 2023)."""
+
+from jax.sharding import Mesh
+
+from gptjax.config import Config
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.stages.preference.ranked import build_ranked
+from gptjax.training.stage import Stage
+
+
+def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
+    """The stage on `mesh`; arguments and errors as of `build_ranked`."""
+    return build_ranked(config, mesh, tokenizer)

@@ -1,0 +1,85 @@
+"""The stages that learn from rankings of answers, "reward" and "dpo", but for what is their own."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from gptjax.config import Config
+from gptjax.data.chat_batches import RankedAnswers, RankedSequences
+from gptjax.data.conversations import Ranking
+from gptjax.data.pipeline import Microbatch
+from gptjax.data.templates import TooLongError, answered
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.stages.chat_data import ChatData, fitting, open_chat, positions, rankings_of
+from gptjax.stages.reading import reader
+from gptjax.stages.registry import make_program
+from gptjax.training.held_out import held_out_means
+from gptjax.training.intervals import in_tokens
+from gptjax.training.stage import Stage
+
+Conclude = Callable[[Any, Path], str]
+
+
+def build_ranked(
+    config: Config,
+    mesh: Mesh,
+    tokenizer: Tokenizer | None,
+    conclude: Callable[[Config, Callable[[], Iterator[Microbatch]], Mesh], Conclude] | None = None,
+) -> Stage:
+    """The stage on `mesh`.
+
+    Args:
+      tokenizer: of the run that goes on; None: that of the weights to start from, or the one that the config names.
+      conclude: config, batches that have the best answer to each training prompt, and mesh -> what a stage does at the
+        end.
+
+    Raises:
+      UserError: as of `open_chat`; an answer that is longer than the context.
+    """
+    data = open_chat(config, mesh, tokenizer, rankings_of)
+    context, pack = data.config.model.context_length, data.config.chat.pack
+    encoded = _encode(data, data.train)
+    train = RankedAnswers(encoded, context, pack=pack, seed=data.config.seed)
+    # The best answers are the same in each draw of random ones.
+    first_draw = encoded[: -(-len(encoded) // data.config.chat.random_draws)]
+    once = RankedAnswers(first_draw, context, pack=pack, seed=None)
+    validation = RankedAnswers(_encode(data, data.validation), context, pack=pack, seed=None)
+    tokens_per_epoch, tokens = positions(data.config, train)
+    config = in_tokens(data.config, tokens_per_epoch)
+    program, size, read = make_program(config), config.sequences_per_microbatch, reader(config, mesh)
+    return Stage(
+        program=program,
+        tokenizer=data.tokenizer,
+        total_tokens=tokens,
+        batches=lambda start: read(train, start),
+        evaluate=held_out_means(program.loss, lambda: read(validation, 0), size, mesh),
+        sample=None,
+        conclude=None if conclude is None else conclude(config, lambda: read(once, 0), mesh),
+    )
+
+
+def _encode(data: ChatData[Ranking], rankings: list[Ranking]) -> list[RankedSequences]:
+    """Each prompt with its answers, which are to be in one batch together (Ouyang et al. 2022, section 3.5)."""
+    form, context = data.chat_format, data.config.model.context_length
+
+    def sequences(item: Ranking) -> RankedSequences:
+        answers, levels = [form.encode_answer(text) for text in item.answers], item.levels
+        if not item.ordered and data.config.chat.on_too_long == "skip":  # of random answers others do as well
+            room = context - len(form.encode_prompt(item.prompt[-1:]))
+            kept = [i for i, answer in enumerate(answers) if i == 0 or len(answer) <= room]
+            answers, levels = [answers[i] for i in kept], tuple(levels[i] for i in kept)
+            if len(answers) < 2:
+                raise TooLongError(f"{item.place}: no random answer has room behind its prompt")
+        longest = max(map(len, answers))
+        if longest >= context:
+            raise TooLongError(
+                f"{item.place}: an answer has {longest} tokens, in a context of {context}: shorten it, or enlarge "
+                "model.context_length"
+            )
+        # One prompt for all: were more of it left out before a longer answer, they would not answer the same.
+        prompt = form.encode_prompt(item.prompt, context - longest, place=item.place)
+        return RankedSequences([answered(prompt, answer) for answer in answers], levels)
+
+    return fitting(data.config, rankings, sequences)

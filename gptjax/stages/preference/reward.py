@@ -1,0 +1,49 @@
+"""Stage "reward": a model of which answers people prefer, InstructGPT's second step (Ouyang et al. 2022, 3.5)."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from gptjax.checkpoint.state import Batch, Measures
+from gptjax.config import Config, UserError
+from gptjax.data.pipeline import Microbatch
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.files import write_whole
+from gptjax.models import peft
+from gptjax.stages.preference.objective import SCALE_FILE, RewardModel
+from gptjax.stages.preference.ranked import build_ranked
+from gptjax.training.held_out import held_out_means
+from gptjax.training.stage import Stage
+
+
+def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
+    """The stage on `mesh`; arguments and errors as of `build_ranked`."""
+    return build_ranked(config, mesh, tokenizer, _conclude)
+
+
+def _conclude(config: Config, read: Callable[[], Iterator[Microbatch]], mesh: Mesh) -> Callable[[Any, Path], str]:
+    """Measures the mean score of the best answers, so that what reads the rewards can make it 0."""
+    model = RewardModel(config)
+
+    def best_scores(params: Any, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array, Measures]:
+        with peft.applied(config.peft, deterministic=True):
+            scores_BP, there_BP = model.scores(params, batch, rng)[..., 0], batch["levels"][..., 0] > 0
+        return jnp.sum(jnp.where(there_BP, scores_BP, 0)), jnp.sum(there_BP), {}
+
+    measure = held_out_means(best_scores, read, config.sequences_per_microbatch, mesh)
+
+    def conclude(params: Any, workdir: Path) -> str:
+        mean = measure(params)["loss"]
+        if jax.process_index() == 0:
+            try:
+                write_whole(workdir / SCALE_FILE, json.dumps({"mean": mean}) + "\n")
+            except OSError as error:
+                raise UserError(f"cannot write in --workdir={workdir}: {error.strerror}") from None
+        return f"the best answers score {mean:.3f} on average, which is taken from all rewards: {workdir / SCALE_FILE}"
+
+    return conclude

@@ -1,0 +1,158 @@
+"""The batches of a policy that learns from its own answers, iteration after iteration.
+
+In each the policy as it is answers `rl.prompts_per_iteration` prompts, the answers are rewarded and measured, and steps
+learn from them, `rl.inner_epochs` times. What was written is kept in `<workdir>/rollouts/` as long as there is a
+checkpoint within the iteration, so that a run that goes on in the middle of one learns from the same answers.
+"""
+
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from jax.sharding import Mesh
+
+from gptjax.config import Config, UserError
+from gptjax.data.chat_batches import Epochs
+from gptjax.data.pipeline import Example, Microbatch
+from gptjax.distributed import processes
+from gptjax.parallel.rows import process_rows
+from gptjax.stages.rl.completions import Answers, AnswerWriter, Arrays, EncodedPrompt
+from gptjax.training.stage import Learner
+
+
+class Rollouts:
+    """The batches of a stage whose policy writes its own data, iteration after iteration.
+
+    Args:
+      config: complete.
+      prompts: to learn from.
+      learn: answers -> what the loss reads of each token besides `lay_out`'s arrays, (N, T) each, `weights` among them;
+        and more numbers for metrics.jsonl.
+      text: how many prompts were learned from before, and how many follow -> arrays that come with these besides, by
+        prompt; their `text_weights` sum to 1 over the prompts. None: there are none.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        writer: AnswerWriter,
+        prompts: Sequence[EncodedPrompt],
+        learn: Callable[[Answers], tuple[Arrays, dict[str, float]]],
+        text: Callable[[int, int], Example] | None = None,
+    ) -> None:
+        self._config, self._mesh, self._writer, self._prompts = config, mesh, writer, prompts
+        self._learn, self._text = learn, text
+        self._order = Epochs(len(prompts), len(prompts), config.seed)
+        self._learner: Learner | None = None
+
+    @property
+    def tokens_per_prompt(self) -> int:
+        """Positions of an element of a batch, whether a token is there or not."""
+        return self._config.rl.responses_per_prompt * self._writer.row_length
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        """P, G and T of the arrays of an iteration."""
+        return self._config.rl.prompts_per_iteration, self._config.rl.responses_per_prompt, self._writer.row_length
+
+    def attach(self, learner: Learner) -> None:
+        """Tells whose policy writes; before anything is read."""
+        self._learner = learner
+
+    def batches(self, start: int) -> Iterator[Microbatch]:
+        """What follows when `start` prompts have been learned from, each counted as often as it was."""
+        rl, size, whole = self._config.rl, self._config.sequences_per_microbatch, self._config.sequences_per_batch
+        iteration, done = divmod(start, rl.prompts_per_iteration * rl.inner_epochs)
+        rows = process_rows(self._mesh, size)
+        done -= done % whole  # of a run that goes on with larger batches, a part of one is learned from again
+        while True:
+            arrays = (self._kept(iteration) if done else None) or self._written(iteration)
+            for first in range(done, rl.prompts_per_iteration * rl.inner_epochs, whole):
+                epoch, offset = divmod(first, rl.prompts_per_iteration)
+                chosen = self._shuffled(iteration, epoch)[offset : offset + whole]
+                batch = {name: a_PGT[chosen] for name, a_PGT in arrays.items()}
+                if self._text is not None:
+                    before = iteration * rl.prompts_per_iteration * rl.inner_epochs + first
+                    text = self._text(before, whole)
+                    # The step divides by the sum of `weights`, and the loss of the text is a mean already.
+                    weights = text["text_weights"] * batch["weights"].sum(dtype=np.float64)
+                    batch |= text | {"text_weights": weights.astype(np.float32)}
+                for microbatch in range(0, whole, size):
+                    local = [microbatch + row for row in rows]
+                    yield Microbatch({name: a[local] for name, a in batch.items()}, size * self.tokens_per_prompt)
+            iteration, done = iteration + 1, 0
+
+    def _shuffled(self, iteration: int, epoch: int) -> npt.NDArray[np.intp]:
+        """The order in which an inner epoch takes the prompts of its iteration."""
+        return self._generator(iteration, 1 + epoch).permutation(self._config.rl.prompts_per_iteration)
+
+    def _generator(self, *numbers: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(np.random.SeedSequence([self._config.seed % 2**64, *numbers])))
+
+    def _written(self, iteration: int) -> Arrays:
+        """Has the policy answer the prompts of an iteration: (P, G, T) arrays."""
+        rl, learner = self._config.rl, self._learner
+        assert learner is not None
+        first = iteration * rl.prompts_per_iteration
+        prompts = [self._prompts[self._order.place(first + i)] for i in range(rl.prompts_per_iteration)]
+        count = rl.prompts_per_iteration * rl.responses_per_prompt
+        seeds = self._generator(iteration, 0).integers(2**32, size=count).tolist()
+        answers = self._writer.write(learner.policy, prompts, rl.responses_per_prompt, seeds)
+        learned, told = self._learn(answers)
+        known = ("tokens", "targets", "segments", "positions")
+        arrays = {name: answers.arrays[name].reshape(self._shape) for name in known}
+        arrays |= {name: np.asarray(a_NT).reshape(self._shape) for name, a_NT in learned.items()}
+        summary = answers.summary() | told
+        learner.record("rollout", answers.shown(), iteration=iteration, **summary)
+        learner.say(
+            f"iteration {iteration}: reward {summary['reward']:.3f}, KL {summary['kl']:.3f}, "
+            f"{summary['response_tokens']:.1f} tokens"
+        )
+        if processes.is_first():
+            self._keep(learner.workdir, iteration, arrays)
+        return arrays
+
+    # --- what a run that goes on in the middle of an iteration reads --------------------------------------------------
+
+    def _keep(self, workdir: Path, iteration: int, arrays: Arrays) -> None:
+        """Writes the arrays of an iteration, whole or not at all, and removes those that no checkpoint needs."""
+        path = _path(workdir, iteration)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with (part := path.with_suffix(".part")).open("wb") as file:
+                np.savez(file, **arrays)  # type: ignore[arg-type]
+            part.replace(path)
+            oldest = min((*self._iterations_of_checkpoints(workdir), iteration))
+            for other in path.parent.glob("*.npz"):
+                if other.stem.isdecimal() and int(other.stem) < oldest:
+                    other.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+    def _iterations_of_checkpoints(self, workdir: Path) -> list[int]:
+        """Those that the checkpoints lie in."""
+        rl = self._config.rl
+        steps = rl.prompts_per_iteration * rl.inner_epochs // self._config.sequences_per_batch
+        saved = (workdir / "checkpoints").glob("*")
+        return [int(directory.name) // steps for directory in saved if directory.name.isdecimal()]
+
+    def _kept(self, iteration: int) -> Arrays | None:
+        """The arrays of an iteration that has begun; None, and a word about it, where they are gone."""
+        assert self._learner is not None
+        path = _path(self._learner.workdir, iteration)
+        try:
+            with np.load(path) as file:
+                arrays = dict(file)
+            if arrays["tokens"].shape == self._shape:
+                return arrays
+            self._learner.say(f"{path} is of an iteration of other sizes: the policy answers its prompts anew")
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            self._learner.say(f"cannot read {path}: the policy answers the prompts of the iteration anew")
+        return None
+
+
+def _path(workdir: Path, iteration: int) -> Path:
+    return workdir / "rollouts" / f"{iteration:08d}.npz"

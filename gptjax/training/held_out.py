@@ -1,0 +1,47 @@
+"""What a loss says of batches that nothing is learned from."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from gptjax.checkpoint.state import Loss
+from gptjax.data.pipeline import Microbatch
+from gptjax.distributed import preemption
+from gptjax.parallel.rows import global_array, process_rows
+
+
+def perplexity(nats: float) -> float:
+    """Of a loss of so many nats a token."""
+    return math.exp(nats) if nats < 700 else math.inf
+
+
+def held_out_means(
+    loss: Loss,
+    read: Callable[[], Iterator[Microbatch]],
+    batch_size: int,
+    mesh: Mesh,
+    max_batches: int | None = None,
+) -> Callable[[Any], dict[str, float]]:
+    """All parameters -> `loss` and what else the loss measures: means over the targets of the first `max_batches`.
+
+    Args:
+      read: the batches from the first on, of `batch_size` rows over all processes.
+    """
+    rows = process_rows(mesh, batch_size)
+    sums_of = jax.jit(lambda params, batch: loss(params, batch, None))
+
+    def evaluate(params: Any) -> dict[str, float]:
+        sums = []
+        for i, local in enumerate(read()):
+            if i == max_batches:
+                break
+            preemption.check()
+            batch = {name: global_array(mesh, rows, array, batch_size) for name, array in local.arrays.items()}
+            sums.append(sums_of(params, batch))
+        total, weight, measures = jax.tree.map(lambda *of: math.fsum(map(float, of)), *jax.device_get(sums))
+        return {"loss": total / weight, **{name: value / weight for name, value in measures.items()}}
+
+    return evaluate

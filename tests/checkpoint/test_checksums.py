@@ -1,0 +1,50 @@
+"""A checksum changes with any element, and with nothing else."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax.checkpoint.checksums import checksums
+
+
+def checksum(array) -> int:
+    return checksums({"a": array})["a"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint32", "int8", "bool"])
+@pytest.mark.parametrize("shape", [(), (5,), (3, 4), (2, 3, 4)])
+def test_every_changed_bit_is_noticed(dtype, shape):
+    array = np.asarray(jnp.arange(np.prod(shape, dtype=int)).reshape(shape) % 2, dtype=jnp.dtype(dtype))
+    whole = checksum(array)
+    bits = np.unpackbits(np.frombuffer(array.tobytes(), np.uint8))
+    for i in range(len(bits)):
+        flipped = bits.copy()
+        flipped[i] ^= 1
+        if dtype == "bool" and i % 8 != 7:
+            continue  # not a bool any more
+        damaged = np.frombuffer(np.packbits(flipped).tobytes(), array.dtype).reshape(shape)
+        assert checksum(damaged) != whole
+
+
+def test_lost_and_exchanged_parts_are_noticed():
+    ones = np.ones((4, 8, 512), np.float32)  # a product with odd numbers, summed, would miss lost rows of ones
+    sums = {checksum(ones)}
+    for first, last in ((0, 1), (1, 2), (2, 4)):
+        lost = ones.copy()
+        lost[first:last] = 0
+        sums.add(checksum(lost))
+    assert len(sums) == 4
+    rising = np.arange(32, dtype=np.float32).reshape(4, 8)
+    assert checksum(rising) != checksum(rising[::-1])
+
+
+def test_the_shape_and_the_library_do_not_count():
+    array = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
+    assert checksum(array) == checksum(jnp.asarray(array)) == checksum(array.reshape(6, 4)) == checksum(array.ravel())
+
+
+def test_leaves_are_named_by_their_paths():
+    assert list(checksums({"params": {"b": np.zeros(2, np.float32), "a": [np.ones(1, np.int32)]}})) == [
+        "params/a/0",
+        "params/b",
+    ]

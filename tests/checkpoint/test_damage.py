@@ -1,0 +1,187 @@
+"""Damaged checkpoints: noticed, reported, kept, and never used."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from gptjax.checkpoint import manager as checkpoints_module
+from gptjax.checkpoint.manager import Checkpoints
+from gptjax.checkpoint.position import Position
+from gptjax.checkpoint.state import TrainState, abstract_state
+from gptjax.config import Config, UserError, replace
+from gptjax.models.gpt import GPT, abstract_params
+from gptjax.parallel.mesh import make_mesh
+from gptjax.run import run
+from gptjax.stages.registry import make_program
+
+NEWEST, BEFORE = 6, 4
+
+# What the threads of orbax and tensorstore leave of reads that failed, where the garbage collector finds it.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def original(make_tiny: Callable[[Path], Config], tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
+    directory = tmp_path_factory.mktemp("original")
+    changes = {
+        "model": {"vocab_size": 257},
+        "optimizer": {"schedule": "constant"},
+        "evaluation": {"sample_tokens": 0},
+        "checkpoint": {"keep_last": 2},
+    }
+    config = replace(make_tiny(directory), changes)
+    run(config, directory / "run")
+    return config, directory / "run"
+
+
+@pytest.fixture
+def trained(original: tuple[Config, Path], tmp_path: Path) -> tuple[Config, Path]:
+    """A run with the checkpoints 4 and 6, and a copy of its workdir."""
+    config, workdir = original
+    shutil.copytree(workdir, tmp_path / "run")
+    return config, tmp_path / "run"
+
+
+def restore(config: Config, workdir: Path) -> tuple[TrainState, Position]:
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh), Checkpoints(workdir, config.checkpoint) as checkpoints:
+        state, position = checkpoints.restore(abstract_state(make_program(config), mesh))
+        return jax.device_get(state), position
+
+
+def equal(one: TrainState, other: TrainState) -> bool:
+    return jax.tree.all(jax.tree.map(np.array_equal, one, other))
+
+
+def damage(path: Path, kind: str, rng: random.Random) -> None:
+    data = bytearray(path.read_bytes())
+    if kind == "remove":
+        path.unlink()
+    elif kind == "truncate":
+        path.write_bytes(data[: rng.randrange(len(data) + 1)])
+    elif kind == "zeros":
+        path.write_bytes(bytes(len(data)))
+    elif data:
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+
+
+def test_whatever_is_damaged_the_state_is_whole(trained, tmp_path):
+    config, workdir = trained
+    newest = workdir / "checkpoints" / str(NEWEST)
+    whole, position = restore(config, workdir)
+    shutil.copytree(workdir, tmp_path / "older")
+    shutil.rmtree(tmp_path / "older" / "checkpoints" / str(NEWEST))
+    older, older_position = restore(config, tmp_path / "older")
+    files = sorted(path.relative_to(newest) for path in newest.rglob("*") if path.is_file())
+    rng, noticed = random.Random(0), 0
+    for number in range(24):
+        copy = tmp_path / f"copy{number}"
+        shutil.copytree(workdir, copy)
+        damage(
+            copy / "checkpoints" / str(NEWEST) / rng.choice(files),
+            rng.choice(["flip", "truncate", "zeros", "remove"]),
+            rng,
+        )
+        state, found = restore(config, copy)
+        if int(state.step) == NEWEST:  # the damage lies in what is not read
+            assert equal(state, whole)
+            assert found == position
+        else:
+            noticed += 1
+            assert equal(state, older)
+            assert found == older_position
+            assert (copy / "damaged" / f"{NEWEST}.0").is_dir()
+    assert noticed > 6
+
+
+def test_every_array_and_the_position_are_checked(trained, tmp_path, capsys):
+    config, workdir = trained
+    path = workdir / "checkpoints" / str(NEWEST) / "manifest" / "metadata"
+    manifest = json.loads(path.read_text())
+    assert {name.partition("/")[0] for name in manifest["checksums"]} == {"params", "ema", "train"}
+    for number, change in enumerate(("checksum of an array", "position")):
+        changed = json.loads(path.read_text())
+        if change == "position":
+            changed["position"]["examples"] += 4
+        else:
+            changed["checksums"]["train/rng"] ^= 1
+        copy = tmp_path / f"copy{number}"
+        shutil.copytree(workdir, copy)
+        (copy / path.relative_to(workdir)).write_text(json.dumps(changed))
+        assert int(restore(config, copy)[0].step) == BEFORE
+        assert "checkpoint 6 in" in (line := capsys.readouterr().err)
+        assert "is damaged (its manifest is not what was saved)" in line
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"position": {"examples": "24"}},
+        {"position": {"examples": 24, "skipped_examples": 0, "progress": [], "owes_evaluation": False}},
+        {"position": {"examples": 24, "other": 1}},
+        {"position": None},
+        {"checksums": None},
+        {"checksums": {"ema/head/bias": "../x"}},
+    ],
+)
+def test_a_manifest_that_anybody_may_have_written_is_none(trained, change):
+    config, workdir = trained
+    path = workdir / "checkpoints" / str(NEWEST) / "manifest" / "metadata"
+    manifest = json.loads(path.read_text()) | change
+    del manifest["crc32"]
+    path.write_text(json.dumps(manifest | {"crc32": checkpoints_module._crc32(manifest)}))
+    assert int(restore(config, workdir)[0].step) == BEFORE
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_as_if_undisturbed(trained, tmp_path, capsys):
+    config, workdir = trained
+    longer = replace(config, {"batch": {"total_tokens": 9 * 128}})
+    shutil.copytree(workdir, tmp_path / "whole")
+    run(longer, tmp_path / "whole", allow_config_changes=True)
+    for path in (workdir / "checkpoints" / str(NEWEST) / "params" / "d").iterdir():
+        path.write_bytes(path.read_bytes()[:-20])
+    capsys.readouterr()
+    run(longer, workdir, allow_config_changes=True)
+    assert f"and now in {workdir}/damaged/6.0: the one before it is read" in capsys.readouterr().err
+    assert equal(restore(longer, workdir)[0], restore(longer, tmp_path / "whole")[0])
+
+
+def test_a_command_that_only_reads_moves_nothing(trained, capsys):
+    config, workdir = trained
+    shutil.rmtree(workdir / "checkpoints" / str(NEWEST) / "ema" / "d")
+    mesh = make_mesh(config.mesh)
+    with Checkpoints(workdir, config.checkpoint, read_only=True) as checkpoints:
+        abstract = abstract_params(GPT(config.model), mesh)
+        assert checkpoints.restore_params(abstract)[1] == BEFORE
+        assert "is damaged" in capsys.readouterr().err
+        with pytest.raises(UserError, match="move it away"):
+            list(checkpoints.stream_params(abstract))
+    assert (workdir / "checkpoints" / str(NEWEST)).is_dir()
+    assert not (workdir / "damaged").exists()
+
+
+def test_without_a_whole_checkpoint_nothing_starts_over(trained):
+    config, workdir = trained
+    for step in (BEFORE, NEWEST):
+        (workdir / "checkpoints" / str(step) / "manifest" / "metadata").write_text("{}")
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole: start again with another --workdir"):
+        run(config, workdir)
+    assert sorted(path.name for path in (workdir / "damaged").iterdir()) == ["4.0", "6.0"]
+
+
+def test_an_average_that_no_checkpoint_has_is_no_damage(trained, tmp_path):
+    config, _ = trained
+    run(replace(config, {"optimizer": {"ema_decay": None}}), tmp_path / "without")
+    with pytest.raises(UserError, match=r"keeps no moving average: leave optimizer\.ema_decay unset"):
+        run(config, tmp_path / "without", allow_config_changes=True)
+    assert not (tmp_path / "without" / "damaged").exists()

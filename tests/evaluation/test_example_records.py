@@ -1,0 +1,91 @@
+"""Stopping and going on: the same numbers, and nothing is scored twice."""
+
+import json
+
+import numpy as np
+import pytest
+
+from gptjax.config import UserError
+from gptjax.evaluation.example_records import file_name, score_resumably
+from gptjax.evaluation.scoring import Scorer
+
+from .test_scoring import random_requests
+
+
+class Counting(Scorer):
+    """Counts the batches, and is killed when it has done `left` of them."""
+
+    def __init__(self, *args, left=10**9, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.done, self.left = 0, left
+
+    def score_batch(self, requests, batch):
+        if self.done == self.left:
+            raise KeyboardInterrupt
+        self.done += 1
+        return super().score_batch(requests, batch)
+
+
+def test_a_killed_evaluation_goes_on_to_the_same_numbers(tiny, tmp_path):
+    requests = random_requests(21)
+
+    def scorer(left=10**9):
+        return Counting(tiny.model, tiny.params, batch_size=4, left=left)
+
+    whole = scorer()
+    expected = score_resumably(tmp_path / "whole", "task", whole, 7, requests)
+    assert expected == Scorer(tiny.model, tiny.params, batch_size=4).scores(requests)
+    with pytest.raises(KeyboardInterrupt):
+        score_resumably(tmp_path / "cut", "task", scorer(left=2), 7, requests)
+    (path,) = (tmp_path / "cut").iterdir()
+    content = path.read_bytes()
+    path.write_bytes(content[:-5])  # the last line was cut off
+    again = scorer()
+    assert score_resumably(tmp_path / "cut", "task", again, 7, requests) == expected
+    assert again.done == whole.done - 1  # of the two batches done, the torn one is done again
+    third = scorer()
+    assert score_resumably(tmp_path / "cut", "task", third, 7, requests) == expected
+    assert third.done == 0
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {line["index"] for line in lines} == set(range(21))
+
+
+def test_scores_of_anything_else_are_not_taken(tiny, tmp_path):
+    requests = random_requests(3)
+
+    def score(step=7, params=tiny.params, requests=requests, name="task"):
+        scorer = Counting(tiny.model, params)
+        score_resumably(tmp_path, name, scorer, step, requests)
+        return scorer.done
+
+    assert score() > 0
+    assert score() == 0
+    assert score(step=8) > 0
+    assert score(requests=requests[:2]) > 0
+    other = requests[0]._replace(tokens=np.append(requests[0].tokens[:-1], 3).astype(np.int32))
+    assert score(requests=[other, *requests[1:]]) > 0
+    assert score(requests=[requests[0]._replace(scored=requests[0].scored % 2 + 1), *requests[1:]]) > 0
+    norm = {"scale": tiny.params["final_norm"]["scale"] * 2, "bias": tiny.params["final_norm"]["bias"]}
+    assert score(params={**tiny.params, "final_norm": norm}) > 0
+    assert score() == 0
+
+
+def test_a_damaged_record_is_named(tiny, tmp_path):
+    requests = random_requests(3)
+    score_resumably(tmp_path, "task", Scorer(tiny.model, tiny.params), 7, requests)
+    (path,) = tmp_path.iterdir()
+    path.write_text("garbage\n" + path.read_text())
+    with pytest.raises(UserError, match=r"jsonl:1 is not a record of a score"):
+        score_resumably(tmp_path, "task", Scorer(tiny.model, tiny.params), 7, requests)
+
+
+def test_a_directory_that_cannot_be_written(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        score_resumably(tmp_path / "file" / "scores", "task", Scorer(tiny.model, tiny.params), 7, random_requests(1))
+
+
+def test_file_names():
+    assert file_name("perplexity:text:/data/*.txt") == "perplexity_text_data_.txt"
+    assert file_name("lambada") == "lambada"
+    assert file_name("...") == "task"

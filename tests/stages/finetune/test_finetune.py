@@ -1,0 +1,348 @@
+"""Fine-tuning runs from start to end: what each kind of task and each method writes, keeps, resumes and refuses."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from gptjax.config import Config, UserError, replace
+from gptjax.inference.engine import Engine
+from gptjax.inference.sampling import Sampling
+from gptjax.interop.huggingface import export_workdir, load_pretrained
+from gptjax.models import peft
+from gptjax.models.gpt import GPT
+from gptjax.parallel.mesh import make_mesh
+from gptjax.run import STAGES, run
+from gptjax.stages.finetune import build as finetune
+from gptjax.stages.start import load_parts
+from gptjax.stages.trained_model import load_model
+from gptjax.training.metrics_file import read_metrics
+from tests.tiny_tasks import BATCH, KINDS, LABELS, run_config, save_pretrained, with_method
+
+METHODS = ("none", "lora", "adalora", "adapters", "head", "top_layers")
+STEPS_AN_EPOCH, STEPS = 2, 4
+NEW = {"head/linear/kernel", "head/linear/bias", "token_embedding/embedding"}  # of the last, the rows of new tokens
+PATH = "layers/block_0/"
+LORA = {f"{PATH}attention/{place}/lora_{part}" for place in ("qkv", "out") for part in "ab"}
+ADALORA = {f"{PATH}attention/{place}/lora_{part}" for place in ("qkv", "out") for part in ("p", "lambda", "q")}
+
+
+@pytest.fixture(scope="module")
+def config_of(pretrained, tmp_path_factory) -> Callable[..., Config]:
+    """A run of four steps that saves in the middle."""
+    directory = tmp_path_factory.mktemp("rows")
+
+    def config_of(kind: str = "classification", method: str = "none") -> Config:
+        every = {"every_epochs": 1.0}
+        settings = {"batch": {"epochs": 2.0}, "evaluation": every, "checkpoint": every}
+        return with_method(replace(run_config(directory, kind, pretrained), settings), method)
+
+    return config_of
+
+
+@pytest.fixture(scope="module")
+def trained(config_of, tmp_path_factory) -> Callable[..., Path]:
+    """The workdir of a run, which nobody may change."""
+    workdirs: dict[tuple[str, str], Path] = {}
+
+    def trained(kind: str = "classification", method: str = "none") -> Path:
+        if (kind, method) not in workdirs:
+            workdir = tmp_path_factory.mktemp("runs") / f"{kind}_{method}"
+            assert run(config_of(kind, method), workdir).step == STEPS
+            workdirs[kind, method] = workdir
+        return workdirs[kind, method]
+
+    return trained
+
+
+def saved(workdir: Path, step: int = STEPS) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint, by item and path."""
+    with ocp.CheckpointManager(workdir.absolute() / "checkpoints") as manager:
+        items = {name: ocp.args.StandardRestore() for name in ("params", "train")}
+        restored = manager.restore(step, args=ocp.args.Composite(**items))
+    leaves = jax.tree_util.tree_leaves_with_path(dict(restored.items()))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
+
+
+def params_of(workdir: Path) -> dict[str, np.ndarray]:
+    """What a checkpoint has of parameters, by path."""
+    arrays = saved(workdir).items()
+    return {name.removeprefix("params/"): array for name, array in arrays if name.startswith("params/")}
+
+
+def leaves(tree: object) -> dict[str, np.ndarray]:
+    return {path: np.asarray(leaf) for path, leaf in peft.flatten(tree).items()}
+
+
+def validation(workdir: Path) -> list[dict]:
+    return [record for record in read_metrics(workdir)[1] if record["split"] == "validation"]
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def one_line(error: pytest.ExceptionInfo, *words: str) -> None:
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+# --- what runs write --------------------------------------------------------------------------------------------------
+
+SAID = {  # of each row, in predictions.jsonl
+    **{kind: {"label", "probabilities"} for kind in ("classification", "entailment", "similarity")},
+    "regression": {"value"},
+    "multiple_choice": {"choice", "probabilities"},
+    "tagging": {"tags"},
+    "question_answering": {"answer", "answer_start", "score"},
+}
+METRIC = {"regression": "pearson", "tagging": "entity_f1", "question_answering": "exact_match"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_task_writes_its_report(trained, kind):
+    workdir = trained(kind)
+    report = json.loads((workdir / finetune.METRICS_FILE).read_text())
+    assert {"loss", METRIC.get(kind, "accuracy")} <= report.keys()
+    predictions = lines(workdir / finetune.PREDICTIONS_FILE)
+    assert len(predictions) == 5
+    for i, record in enumerate(predictions, start=1):
+        assert record["predicted"].keys() == SAID[kind]
+        assert f"validation.{kind}:" in record["place"], i
+        assert "text" in record or "first" in record or "tokens" in record or record.keys() & {"context", "premise"}
+    drawn = (workdir / finetune.CONFUSION_FILE).exists()
+    assert drawn == (kind not in ("regression", "multiple_choice", "question_answering"))
+    task = json.loads((workdir / "task.json").read_text())
+    assert task.keys() == {"labels", "label_weights", "target_mean", "target_std"}
+    if kind == "regression":
+        targets = [2.5 * (i % 3) + 1 for i in range(2 * BATCH)]
+        assert (task["target_mean"], task["target_std"]) == pytest.approx((np.mean(targets), np.std(targets)))
+    assert [record["step"] for record in validation(workdir)] == [0, 2, 4]
+
+
+def test_the_report_is_of_the_best_checkpoint(trained):
+    for kind in KINDS[:2]:
+        report = json.loads((trained(kind) / finetune.METRICS_FILE).read_text())
+        assert report["loss"] == pytest.approx(
+            min(record["loss"] for record in validation(trained(kind))[1:]), rel=1e-6
+        )
+
+
+def test_labels_come_in_the_order_that_is_given(config_of):
+    order = ("good", "bad", "fair", "never seen")
+    config = replace(config_of(), {"task": {"labels": order}})
+    stage = finetune.build(config, make_mesh(config.mesh), None)
+    assert stage.config.task.labels == order
+    assert json.loads(stage.files["task.json"])["labels"] == list(order)
+    labels = [array for batch in islice(stage.batches(0), STEPS_AN_EPOCH) for array in batch.arrays["labels"]]
+    assert np.bincount(labels, minlength=4).tolist() == [5, 6, 5, 0]  # of 16 rows: bad, fair, good, bad, ...
+    assert finetune.build(config_of(), make_mesh(config.mesh), None).config.task.labels == LABELS  # sorted
+
+
+def test_rare_labels_can_count_as_much_as_others(config_of):
+    config = replace(config_of(), {"task": {"balanced_labels": True}})
+    stage = finetune.build(config, make_mesh(config.mesh), None)
+    assert stage.config.task.label_weights == pytest.approx((16 / 18, 16 / 15, 16 / 15))
+
+
+# --- methods ----------------------------------------------------------------------------------------------------------
+
+
+def expected_paths(method: str, given: dict[str, np.ndarray]) -> set[str]:
+    """The parameters that a method trains, of all that `init_from` has."""
+    adapters = {
+        f"{PATH}{place}_adapter/{layer}/{leaf}"
+        for place in ("attention", "mlp")
+        for layer in ("down", "up")
+        for leaf in ("kernel", "bias")
+    }
+    norms = {path for path in given if path.split("/")[-2].endswith("norm")}
+    return (
+        NEW
+        | {
+            "none": set(given),
+            "lora": LORA,
+            "adalora": ADALORA,
+            "adapters": adapters | norms,
+            "head": set(),
+            "top_layers": {path for path in given if path.startswith((PATH, "final_norm/"))},
+        }[method]
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_checkpoint_has_what_is_trained_and_no_more(trained, pretrained, method):
+    given = leaves(load_model(pretrained).params)
+    arrays = saved(trained(method=method))
+    params = {name.removeprefix("params/"): array for name, array in arrays.items() if name.startswith("params/")}
+    assert params.keys() == expected_paths(method, given)
+    rows = 261 if method == "none" else 4
+    assert params["token_embedding/embedding"].shape == (rows, 16)
+    if method == "top_layers":
+        assert params[f"{PATH}mlp/up/kernel"].shape == (1, 16, 64)
+    of_optimizer = sum(array.nbytes for name, array in arrays.items() if name.startswith("train/opt_state"))
+    trained_bytes = sum(array.nbytes for array in params.values())
+    # Two moments; of AdaLoRA the sensitivity and its uncertainty besides. And a count.
+    assert 2 * trained_bytes <= of_optimizer <= (4 if method == "adalora" else 2) * trained_bytes + 16
+    header, _ = read_metrics(trained(method=method))
+    assert header["trained_parameters"] == sum(array.size for array in params.values())
+    assert header["parameters"] >= sum(array.size for array in given.values()) + 4 * 16 + 16 * 3 + 3
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_weights_that_are_not_trained_stay_bit_for_bit(trained, pretrained, method):
+    given, now = leaves(load_model(pretrained).params), leaves(load_model(trained(method=method)).params)
+    changed = {path for path, leaf in given.items() if np.any(now[path][: len(leaf)] != leaf)}
+    expected = {
+        "lora": {f"{PATH}attention/{place}/kernel" for place in ("qkv", "out")},
+        "adapters": expected_paths("adapters", given) & given.keys(),
+        "head": set(),
+        "top_layers": expected_paths("top_layers", given) & given.keys(),
+    }
+    assert changed - {"token_embedding/embedding"} <= expected.get(method, expected["lora"]) - NEW
+    assert "token_embedding/embedding" not in changed
+    assert bool(changed) == (method != "head")
+    if method == "top_layers":
+        np.testing.assert_array_equal(now[f"{PATH}mlp/up/kernel"][0], given[f"{PATH}mlp/up/kernel"][0])
+        assert np.any(now[f"{PATH}mlp/up/kernel"][1] != given[f"{PATH}mlp/up/kernel"][1])
+
+
+def test_the_given_workdir_is_only_read(trained, pretrained, tmp_path_factory):
+    for method in METHODS:
+        trained(method=method)
+    fresh = leaves(load_model(save_pretrained(tmp_path_factory.mktemp("again"))).params)
+    for path, leaf in leaves(load_model(pretrained).params).items():
+        np.testing.assert_array_equal(leaf, fresh[path])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_goes_on_ends_as_one_that_never_stopped(trained, config_of, tmp_path, method):
+    whole = trained(method=method)
+    resumed = shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(resumed / "checkpoints" / str(STEPS))  # as if it had died in the steps before
+    (resumed / finetune.METRICS_FILE).unlink()
+    report = run(config_of(method=method), resumed)
+    assert report.step == STEPS
+    expected, found = saved(whole), saved(resumed)
+    assert expected.keys() == found.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(array, found[name], err_msg=name)
+    for name in (finetune.METRICS_FILE, finetune.PREDICTIONS_FILE):
+        assert (resumed / name).read_text() == (whole / name).read_text()
+    assert [r["loss"] for r in read_metrics(resumed)[1]] == [r["loss"] for r in read_metrics(whole)[1]]
+
+
+def test_a_run_that_dies_in_a_step_goes_on(trained, config_of, tmp_path, monkeypatch):
+    def build(*args):
+        stage = finetune.build(*args)
+
+        def broken(start: int):
+            yield from islice(stage.batches(start), 3)
+            raise ConnectionError("the data is gone")
+
+        return dataclasses.replace(stage, batches=broken)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(STAGES, "finetune", build)
+        with pytest.raises(ConnectionError):
+            run(config_of(method="lora"), tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
+    run(config_of(method="lora"), tmp_path / "run")
+    for name, array in saved(trained(method="lora")).items():
+        np.testing.assert_array_equal(array, saved(tmp_path / "run")[name], err_msg=name)
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora"])
+def test_merged_weights_give_the_logits_that_training_saw(trained, method):
+    workdir = trained(method=method)
+    mesh, tokens_BT = make_mesh(load_model(workdir).config.mesh), np.arange(64).reshape(2, 32) * 4
+    with jax.set_mesh(mesh):
+        parts = load_parts(workdir, mesh)
+        config = parts.program.config
+        params = {**parts.program.join(parts.base, parts.trained)}
+        params.pop("head")
+        with peft.applied(config.peft, deterministic=True):
+            model = GPT(config.model)
+            seen = jax.jit(lambda p: model.apply({"params": p}, tokens_BT))(params)
+    merged = load_model(workdir)
+    found = jax.jit(lambda p: merged.model.apply({"params": p}, tokens_BT))(merged.params)
+    np.testing.assert_allclose(found, seen, atol=1e-5, rtol=1e-5)
+    without = {path: leaf for path, leaf in peft.flatten(params).items() if "lora_" not in path}
+    plain = jax.jit(lambda p: model.apply({"params": p}, tokens_BT))(peft.unflatten(without))
+    assert np.max(np.abs(plain - seen)) > 1e-3  # the matrices have learned something
+
+
+@pytest.mark.parametrize("method", ["lora", "top_layers"])
+def test_what_a_method_leaves_is_a_plain_model(trained, method, tmp_path):
+    workdir = trained(method=method)
+    model = load_model(workdir)
+    assert model.head["linear"]["kernel"].shape == (16, 3)
+    engine = Engine(model.model, model.params, model.tokenizer, model.mesh)
+    said = engine.generate([model.tokenizer.encode("good")], 4, Sampling(0.0), seeds=0, ignore_end_of_text=True)[0]
+    assert len(said.tokens) == 4
+    export_workdir(workdir, tmp_path / "hf")
+    exported, params = load_pretrained(tmp_path / "hf")
+    tokens_BT = np.arange(64).reshape(2, 32) * 4
+    both = [np.asarray(m.apply({"params": p}, tokens_BT)) for m, p in ((model.model, model.params), (exported, params))]
+    np.testing.assert_array_equal(*both)
+
+
+def test_adapters_have_no_form_of_hugging_faces(trained, tmp_path):
+    with pytest.raises(UserError, match="adapter") as error:
+        export_workdir(trained(method="adapters"), tmp_path / "hf")
+    one_line(error)
+
+
+def test_a_changed_base_is_refused(trained, config_of, tmp_path):
+    other = save_pretrained(tmp_path / "other", seed=1)
+    workdir = shutil.copytree(trained(method="lora"), tmp_path / "run")
+    config = json.loads((workdir / "config.json").read_text()) | {"init_from": str(other)}
+    (workdir / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="put its init_from back") as error:
+        load_model(workdir)
+    one_line(error, str(workdir), "are not what they were")
+    moved = dataclasses.replace(config_of(method="lora"), init_from=str(other))
+    with pytest.raises(UserError, match="put its init_from back"):
+        run(moved, workdir)
+    shutil.rmtree(other)
+    with pytest.raises(UserError, match=f"{other} is not a workdir"):
+        load_model(workdir)
+
+
+# --- stopping early ---------------------------------------------------------------------------------------------------
+
+
+def test_stops_out_of_patience_and_reports_the_best(config_of, tmp_path):
+    every = {"every_epochs": 0.5}
+    settings = {"evaluation": every | {"patience": 2}, "checkpoint": every, "batch": {"epochs": 20.0}}
+    config = replace(config_of(), settings | {"optimizer": {"peak_lr": 0.3, "schedule": "constant"}})
+    workdir = tmp_path / "run"
+    ended = run(config, workdir)
+    losses = {record["step"]: record["loss"] for record in validation(workdir) if record["step"] > 0}
+    best = min(losses, key=lambda step: losses[step])
+    assert 3 <= ended.step < 20
+    assert max(losses) == ended.step
+    since = [step for step in losses if step > best]
+    assert len(since) == 2
+    report = json.loads((workdir / finetune.METRICS_FILE).read_text())
+    assert report["loss"] == pytest.approx(losses[best], rel=1e-6)
+    assert load_model(workdir, best=True).step == best
+    said = (workdir / finetune.PREDICTIONS_FILE).read_text()
+    (workdir / finetune.PREDICTIONS_FILE).unlink()
+    assert run(config, workdir).step == ended.step  # it still has no patience
+    assert json.loads((workdir / finetune.METRICS_FILE).read_text()) == report
+    assert (workdir / finetune.PREDICTIONS_FILE).read_text() == said
+    shutil.rmtree(workdir / "checkpoints" / str(ended.step))
+    assert run(config, workdir).step == ended.step  # and knows how much of it was left
+    assert json.loads((workdir / finetune.METRICS_FILE).read_text()) == report
+    kept = {int(path.name) for path in (workdir / "checkpoints").iterdir()}
+    assert best in kept  # although the process that found it the best is gone
+    assert len(kept) <= 3  # it, and the newest two

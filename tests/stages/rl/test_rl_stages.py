@@ -1,0 +1,309 @@
+"""Stages ppo and grpo on the one loop: what they learn, what leaves them where they are, whole and resumed runs."""
+
+import json
+import shutil
+from itertools import islice
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from gptjax import config as c
+from gptjax.checkpoint.manager import Checkpoints
+from gptjax.config import UserError
+from gptjax.distributed import preemption
+from gptjax.distributed.preemption import PreemptedError
+from gptjax.models.heads import VALUE
+from gptjax.parallel.mesh import make_mesh
+from gptjax.run import STAGES, run
+from gptjax.stages.start import load_reward_weights, load_weights, start_state
+from gptjax.training import loop
+from gptjax.training.metrics_file import read_metrics
+from tests.tiny_chats import BATCH, config_of, rl_config
+from tests.tiny_tasks import CONTEXT
+
+RL_STAGES = ("ppo", "grpo")
+STEPS = 6
+ROW = 16  # positions: the longest prompt and its answer
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory, pretrained):
+    """Runs of sft and of reward to start from."""
+    root = tmp_path_factory.mktemp("given")
+    run(config_of("sft", root, pretrained), root / "sft")
+    run(config_of("reward", root, root / "sft"), root / "reward")
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(given):
+    """A whole run of each, with the function as reward."""
+    runs = {}
+    for stage in RL_STAGES:
+        config = rl_config(stage, given, given / "sft")
+        # Steps 3 and 6: one checkpoint is within an iteration.
+        every = 3 * BATCH * ROW * config.rl.responses_per_prompt
+        runs[stage] = c.replace(config, {"checkpoint": {"every_tokens": every}}), given / stage
+        run(*runs[stage])
+    return runs
+
+
+def records(workdir: Path, split: str) -> list[dict]:
+    return [record for record in read_metrics(workdir)[1] if record["split"] == split]
+
+
+def weights_of(workdir: Path):
+    mesh = make_mesh(c.MeshConfig())
+    with jax.set_mesh(mesh):
+        return load_weights(workdir, mesh)
+
+
+def policy_of(workdir: Path):
+    return jax.device_get(weights_of(workdir).gpt)
+
+
+def distance(first, second) -> float:
+    return max(float(np.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (first, second)), strict=True))
+
+
+@pytest.mark.parametrize("stage", RL_STAGES)
+def test_a_run_tells_what_a_person_asks(finished, stage):
+    _, workdir = finished[stage]
+    rollouts, steps = records(workdir, "rollout"), records(workdir, "train")
+    assert [record["iteration"] for record in rollouts] == [0, 1, 2]
+    assert [record["step"] for record in rollouts] == [0, 2, 4]
+    assert len(steps) == STEPS
+    first = rollouts[0]
+    assert first["kl"] == pytest.approx(0, abs=1e-4)  # it is still the model that it started from
+    assert rollouts[-1]["kl"] > 0.01
+    assert 0 < first["entropy"] < np.log(300)
+    assert 1 <= first["response_tokens"] <= 4
+    assert steps[0]["policy_kl"] == pytest.approx(0, abs=1e-5)  # nor has it changed since the answers were written
+    assert steps[0]["clip_fraction"] == 0
+    assert steps[1]["policy_kl"] > 0
+    shown = (workdir / "samples" / "rollout_step_00000004.txt").read_text()
+    assert shown.count("user: q") == 8
+    assert "(reward " in shown
+    assert (workdir / "reward.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("stage", RL_STAGES)
+def test_the_reward_rises(given, tmp_path, stage):
+    config = rl_config(stage, given, given / "sft")
+    changes = {
+        "batch": {"epochs": 16.0, "tokens_per_batch": 16 * CONTEXT},
+        "rl": {"kl_weight": 0.0, "prompts_per_iteration": 32, "generate_batch": 64},
+        "optimizer": {"peak_lr": 3e-2},
+    }
+    run(c.replace(config, changes), tmp_path)
+    rewards = [record["reward"] for record in records(tmp_path, "rollout")]
+    assert np.mean(rewards[-2:]) > np.mean(rewards[:2]) + 1
+    first, final = records(tmp_path, "validation")
+    assert final["reward"] > first["reward"] + 1
+
+
+@pytest.mark.parametrize("stage", RL_STAGES)
+def test_a_large_kl_weight_holds_the_policy(finished, given, tmp_path, stage):
+    """Gradients of any size are steps of one size to Adam, so the policy trembles about the reference."""
+    config, free = finished[stage]
+    run(c.replace(config, {"rl": {"kl_weight": 1000.0}, "optimizer": {"peak_lr": 1e-3}}), tmp_path / "held")
+    run(c.replace(config, {"rl": {"kl_weight": 0.0}, "optimizer": {"peak_lr": 1e-3}}), tmp_path / "free")
+    held, free = (records(tmp_path / name, "rollout")[-1]["kl"] for name in ("held", "free"))
+    assert abs(held) < 0.5 * abs(free)
+
+
+def test_equal_rewards_teach_grpo_nothing(given, tmp_path):
+    """Without differences and without a penalty the policy stays what it was, to the last bit."""
+    config = rl_config("grpo", given, given / "sft")
+    config = c.replace(config, {"rl": {"kl_weight": 0.0, "reward": "python:tests.training.test_rl_stages.nothing"}})
+    run(config, tmp_path)
+    assert records(tmp_path, "rollout")[-1]["informative_groups"] == 0
+    assert distance(policy_of(tmp_path), policy_of(given / "sft")) == 0
+
+
+def nothing(messages, answer, reference) -> float:
+    return 0.0
+
+
+def test_the_value_function_starts_as_the_reward_model(given):
+    mesh = make_mesh(c.MeshConfig())
+    config = rl_config("ppo", given, given / "sft", given / "reward")
+    program = STAGES["ppo"](config, mesh, None).program
+    with jax.set_mesh(mesh), Checkpoints(given / "none", config.checkpoint) as checkpoints:
+        state, _ = start_state(program, mesh, checkpoints)
+        reward = load_reward_weights(given / "reward", mesh)
+    assert distance(state.params[VALUE], {**reward.gpt, "head": reward.head}) == 0
+    raw = weights_of(given / "reward").head["linear"]["bias"]
+    mean = json.loads((given / "reward" / "reward.json").read_text())["mean"]
+    assert float(reward.head["linear"]["bias"][0]) == pytest.approx(float(raw[0]) - mean)
+    policy = {name: part for name, part in state.params.items() if name != VALUE}
+    assert distance(policy, policy_of(given / "sft")) == 0
+
+
+def test_a_reward_model_rewards(given, tmp_path):
+    """A whole run with the value function that starts from it, and text besides: PPO-ptx."""
+    config = rl_config("ppo", given, given / "sft", given / "reward")
+    text = tmp_path / "text.txt"
+    text.write_text("what is known is known\n" * 400)
+    changes = {
+        "chat": {"pretraining_source": f"text:{text}"},
+        "ppo": {"pretraining_weight": 27.8, "pretraining_rows": 2},
+        "optimizer": {"ema_decay": 0.9},
+    }
+    run(c.replace(config, changes), tmp_path / "run")
+    rollouts, steps = records(tmp_path / "run", "rollout"), records(tmp_path / "run", "train")
+    assert len({record["reward"] for record in rollouts}) == len(rollouts)
+    assert steps[-1]["text_loss"] < steps[0]["text_loss"]
+    # What chat and other commands read is the average of the policy, and nothing else.
+    assert set(policy_of(tmp_path / "run")) == set(policy_of(given / "sft"))
+
+
+@pytest.mark.parametrize("stage", RL_STAGES)
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_run_that_stops_within_an_iteration_goes_on_as_if_it_had_not(finished, stage, kept, tmp_path, monkeypatch):
+    config, whole = finished[stage]
+    taken = []
+    train_step = loop._Run.train_step
+
+    def step_and_count(run):
+        train_step(run)
+        taken.append(run.step)
+
+    def check():
+        if len(taken) == 3:
+            raise PreemptedError("asked to stop")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "train_step", step_and_count)
+        patch.setattr(preemption, "check", check)
+        with pytest.raises(PreemptedError, match="step 3 is saved"):
+            run(config, tmp_path)
+    assert sorted(path.name for path in (tmp_path / "rollouts").iterdir()) == ["00000001.npz"]
+    if not kept:
+        (tmp_path / "rollouts" / "00000001.npz").write_bytes(b"PK")
+    run(config, tmp_path)
+    steps = [record["step"] for record in records(tmp_path, "train")]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    losses = [[record["loss"] for record in records(workdir, "train")] for workdir in (whole, tmp_path)]
+    assert (losses[0] == losses[1]) == kept
+    assert losses[0][:3] == losses[1][:3]
+    if kept:
+        assert records(whole, "rollout") == records(tmp_path, "rollout")
+        assert distance(policy_of(whole), policy_of(tmp_path)) == 0
+
+
+def test_a_run_goes_on_with_other_sizes(finished, tmp_path):
+    """From the middle of an iteration, which then has twice the prompts in twice the batch."""
+    config, whole = finished["grpo"]
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    larger = {"rl": {"prompts_per_iteration": 16}, "batch": {"tokens_per_batch": 8 * CONTEXT}}
+    run(c.replace(config, larger), tmp_path / "run", allow_config_changes=True)
+    assert [record["step"] for record in records(tmp_path / "run", "train")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_inner_epochs_and_microbatches_take_every_answer_as_often(given):
+    config = c.replace(
+        rl_config("grpo", given, given / "sft"), {"rl": {"inner_epochs": 3}, "batch": {"microbatch_size": 2}}
+    )
+    stage = STAGES["grpo"](config, make_mesh(c.MeshConfig()), None)
+    learner = FakeLearner(stage.program, given)
+    stage.attach(learner)
+    with jax.set_mesh(make_mesh(c.MeshConfig())):
+        microbatches = list(islice(stage.batches(0), 12))  # 8 prompts in microbatches of 2, three times
+    rows = [row.tobytes() for microbatch in microbatches for row in microbatch.arrays["tokens"]]
+    assert all(sorted(rows[i : i + 8]) == sorted(rows[:8]) for i in (0, 8, 16))
+    assert rows[8:16] != rows[:8]
+    assert stage.total_tokens == 3 * 12 * microbatches[0].num_tokens
+    assert len(learner.told) == 1
+
+
+class FakeLearner:
+    """A policy as it starts."""
+
+    def __init__(self, program, given):
+        self.workdir, self.step, self.told = given / "fake", 0, []
+        self.workdir.mkdir(exist_ok=True)
+        mesh = make_mesh(c.MeshConfig())
+        with jax.set_mesh(mesh), Checkpoints(given / "none", c.CheckpointConfig()) as checkpoints:
+            state, _ = start_state(program, mesh, checkpoints)
+        self.policy = program.join(state.base, state.params)
+
+    def record(self, split, text=None, **values):
+        self.told.append(values)
+
+    def say(self, text):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "message"),
+    [
+        ("ppo", {"rl": {"reward": ""}}, r"rl.reward='' is no reward: model:WORKDIR, bleu"),
+        ("ppo", {"rl": {"prompts_per_iteration": 6}}, r"=6 is not a whole number of batches of 4 prompts"),
+        ("ppo", {"rl": {"response_tokens": 32}}, r"exceed model.context_length=32: lower them"),
+        ("ppo", {"rl": {"kl_weight": -1.0}}, r"rl.kl_weight=-1.0 must not be negative"),
+        ("ppo", {"model": {"residual_dropout": 0.1}}, r"model.residual_dropout=0.1: .* set it to 0"),
+        ("ppo", {"ppo": {"value_init": "reward"}}, r"needs a reward model, and rl.reward=python:\S+ is none"),
+        ("ppo", {"ppo": {"gae_lambda": 1.5}}, r"ppo.gae_lambda=1.5 must be in \[0, 1\]"),
+        ("ppo", {"ppo": {"pretraining_weight": 1.0}}, r"chat.pretraining_source and ppo.pretraining_weight need each"),
+        ("ppo", {"peft": {"method": "lora"}}, r"peft.method=lora is for other stages: ppo trains a value function"),
+        ("ppo", {"stability": {"on_spike": "rewind"}}, r"stability.on_spike=rewind passes over data"),
+        ("grpo", {"rl": {"responses_per_prompt": 1}}, r"set rl.responses_per_prompt to 2 or more"),
+    ],
+)
+def test_settings_that_make_no_sense(given, stage, changes, message):
+    config = c.replace(rl_config(stage, given, given / "sft"), changes)
+    with pytest.raises(UserError, match=message):
+        c.check(config)
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        ("python:nowhere.reward", r"rl.reward=python:nowhere.reward: No module named 'nowhere'"),
+        ("python:tests.tiny_chats.no_such", r"has no attribute 'no_such'"),
+        ("python:tests.tiny_chats.BATCH", r"is not a function but int"),
+        ("model:{given}/sft", r"is a run of stage sft: rewards are what stage reward has learned"),
+        ("model:{given}/nowhere", r"is not a workdir"),
+    ],
+)
+def test_rewards_that_are_not_there(given, reward, message):
+    config = c.replace(rl_config("grpo", given, given / "sft"), {"rl": {"reward": reward.format(given=given)}})
+    with pytest.raises(UserError, match=message):
+        STAGES["grpo"](config, make_mesh(c.MeshConfig()), None)
+
+
+@pytest.mark.parametrize(("name", "message"), [("broken", "failed on the answer .*oh no"), ("endless", "says inf of")])
+def test_a_function_that_fails_is_named(given, tmp_path, name, message):
+    config = rl_config("grpo", given, given / "sft")
+    config = c.replace(config, {"rl": {"reward": f"python:tests.training.test_rl_stages.{name}"}})
+    with pytest.raises(UserError, match=message):
+        run(config, tmp_path)
+
+
+def broken(messages, answer, reference) -> float:
+    raise RuntimeError("oh no")
+
+
+def endless(messages, answer, reference) -> float:
+    return float("inf")
+
+
+def test_bleu_needs_answers_to_compare_with(given, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"q{i}"}) + "\n" for i in range(20)))
+    config = rl_config("grpo", given, given / "sft")
+    config = c.replace(config, {"data": {"source": f"jsonl:{path}"}, "rl": {"reward": "bleu"}})
+    with pytest.raises(UserError, match=r"prompts.jsonl:1 has no answer that rl.reward=bleu could compare with"):
+        STAGES["grpo"](config, make_mesh(c.MeshConfig()), None)
+    STAGES["grpo"](rl_config("grpo", given, given / "sft"), make_mesh(c.MeshConfig()), None)
+
+
+def test_a_value_function_must_read_the_policys_tokens(given):
+    config = rl_config("ppo", given, given / "sft", given / "reward")
+    config = c.replace(config, {"chat": {"user_format": "U {content}<|a|>"}})
+    with pytest.raises(UserError, match=r"has another user_format than the policy"):
+        STAGES["ppo"](config, make_mesh(c.MeshConfig()), None)

@@ -1,0 +1,216 @@
+"""The stages of chat on the one loop: whole runs, resumed ones, and mistakes."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from gptjax import config as c
+from gptjax.config import UserError
+from gptjax.models import peft
+from gptjax.parallel.mesh import make_mesh
+from gptjax.run import STAGES, run
+from gptjax.stages.chat_data import rankings_of
+from gptjax.stages.registry import completed_config
+from gptjax.stages.start import load_parts, load_weights
+from gptjax.training.metrics_file import read_metrics
+from tests.tiny_chats import BATCH, STAGES_OF_CHAT, config_of
+from tests.tiny_tasks import CONTEXT, MODEL
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, pretrained):
+    """A whole run of each stage, sft's weights being those that the others start from."""
+    root = tmp_path_factory.mktemp("chat")
+    runs: dict[str, tuple[c.Config, Path]] = {}
+    for stage in STAGES_OF_CHAT:
+        start = pretrained if stage == "sft" else runs["sft"][1]
+        runs[stage] = config_of(stage, root, start), root / stage
+        run(*runs[stage])
+    return runs
+
+
+def weights_of(workdir: Path):
+    mesh = make_mesh(c.MeshConfig())
+    with jax.set_mesh(mesh):
+        return load_weights(workdir, mesh)
+
+
+def last(workdir: Path, split: str) -> dict:
+    return [record for record in read_metrics(workdir)[1] if record["split"] == split][-1]
+
+
+def test_sft_learns_the_answers_and_only_them(finished):
+    _, workdir = finished["sft"]
+    records = read_metrics(workdir)[1]
+    first, final = (record["loss"] for record in records if record["split"] == "validation")
+    assert final < first
+    config, tokenizer = completed_config(workdir)
+    assert config.model.vocab_size == tokenizer.vocab_size + 2
+    assert "user: q1\nassistant: " in next(iter((workdir / "samples").iterdir())).read_text()
+    # Of a row only what the assistant writes counts: 1 to 3 letters and the end of its turn, 24 conversations.
+    stage = STAGES["sft"](finished["sft"][0], make_mesh(c.MeshConfig()), None)
+    batches = stage.batches(0)
+    rows = stage.total_tokens // CONTEXT
+    counted = sum(next(batches).arrays["weights"].sum() for _ in range(-(-rows // BATCH)))
+    assert counted >= 24 + sum(1 + i % 3 for i in range(24))
+
+
+def test_reward_and_dpo_order_the_answers(finished):
+    for stage in ("reward", "dpo"):
+        _, workdir = finished[stage]
+        assert last(workdir, "validation")["accuracy"] > 0.7
+        assert {"accuracy", "loss", "grad_norm"} <= set(last(workdir, "train"))
+    assert last(finished["dpo"][1], "validation")["margin"] > 0
+
+
+def test_the_best_answers_of_a_reward_model_have_mean_0(finished):
+    _, workdir = finished["reward"]
+    assert json.loads((workdir / "reward.json").read_text()).keys() == {"mean"}
+    weights = weights_of(workdir)
+    assert weights.head["linear"]["kernel"].shape == (MODEL.embed_dim, 1)
+
+
+def test_dpo_leaves_the_reference_and_saves_the_policy_alone(finished):
+    policy, start = (weights_of(finished[stage][1]) for stage in ("dpo", "sft"))
+    assert peft.flatten(policy.gpt).keys() == peft.flatten(start.gpt).keys()
+    assert any(not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (policy.gpt, start.gpt)), strict=True))
+    header = read_metrics(finished["dpo"][1])[0]
+    assert header["parameters"] == 2 * header["trained_parameters"]
+
+
+@pytest.mark.parametrize("stage", STAGES_OF_CHAT)
+def test_a_run_in_two_parts_is_the_same_run(finished, stage, tmp_path):
+    """It stops after one step, in the middle of what a record is the mean of."""
+    config, whole = finished[stage]
+    config = c.replace(config, {"logging": {"every_steps": 2}})
+    first = dataclasses.replace(config, batch=dataclasses.replace(config.batch, epochs=None, total_tokens=1))
+    run(first, tmp_path)
+    run(config, tmp_path, allow_config_changes=True)
+    mesh = make_mesh(c.MeshConfig())
+    with jax.set_mesh(mesh):
+        parts = [load_parts(workdir, mesh).trained for workdir in (whole, tmp_path)]
+    for once, twice in zip(*map(jax.tree.leaves, parts), strict=True):
+        np.testing.assert_array_equal(once, twice)
+    steps, pairs = ([r for r in read_metrics(d)[1] if r["split"] == "train"] for d in (whole, tmp_path))
+    assert pairs
+    for one, two, mean in zip(steps[::2], steps[1::2], pairs, strict=False):
+        assert mean["step"] == two["step"]
+        for name in {"loss", "accuracy", "margin"} & set(one):
+            assert mean[name] == (one[name] + two[name]) / 2
+
+
+def test_lora_trains_its_matrices_alone_beside_a_reference(finished, tmp_path):
+    start = finished["sft"][1]
+    run(dataclasses.replace(finished["dpo"][0], peft=c.PeftConfig(method="lora", rank=2)), tmp_path)
+    header = read_metrics(tmp_path)[0]
+    assert header["trained_parameters"] < header["parameters"] / 20
+    merged, given = (peft.flatten(weights_of(workdir).gpt) for workdir in (tmp_path, start))
+    changed = [path for path, leaf in merged.items() if not np.array_equal(leaf, given[path])]
+    assert changed
+    assert all(path.endswith(("attention/qkv/kernel", "attention/out/kernel")) for path in changed)
+
+
+def test_answers_of_different_lengths_are_to_the_same_prompt(finished, tmp_path):
+    """The first exchange has room beside the short answer, not beside the long one."""
+    turns = [("user", "q1"), ("assistant", "a"), ("user", "q2")]
+    record = {"messages": [{"role": r, "content": t} for r, t in turns], "ranking": ["b", "c" * 26]}
+    path = tmp_path / "rankings.jsonl"
+    path.write_text(json.dumps(record) + "\n")
+    config = c.replace(finished["dpo"][0], {"data": {"source": f"jsonl:{path}"}})
+    arrays = next(STAGES["dpo"](config, make_mesh(c.MeshConfig()), None).batches(0)).arrays
+    prompt, end = [256, *b"q2", 257], 258
+    for number, answer in ((1, b"b"), (2, b"c" * 26)):
+        here = arrays["segments"][0] == number
+        assert arrays["tokens"][0][here].tolist() == [*prompt, *answer, end]
+        assert arrays["weights"][0][here].sum() == len(answer) + 1
+    record["ranking"][1] = "c" * CONTEXT
+    path.write_text(json.dumps(record) + "\n")
+    with pytest.raises(UserError, match=r"rankings.jsonl:1: an answer has 33 tokens, in a context of 32"):
+        STAGES["dpo"](config, make_mesh(c.MeshConfig()), None)
+
+
+def test_no_held_out_answer_is_met_in_training_as_a_wrong_one(finished):
+    config = c.replace(
+        finished["dpo"][0],
+        {
+            "data": {"source": "chatterbot", "validation_source": None, "validation_fraction": 0.1},
+            "chat": {"random_answers": 3},
+        },
+    )
+    train, validation = rankings_of(config)
+    said = [
+        {answer for turns in side for answer in turns}
+        for side in ([r.answers for r in train], [r.answers for r in validation])
+    ]
+    true = [{r.answers[0] for r in side} for side in (train, validation)]
+    assert said[0] <= true[0]
+    assert said[1] <= true[1]
+    assert 0.05 < len(validation) / len(train) < 0.2
+
+
+def test_random_answers_that_are_too_long_are_left_out_before_the_prompt_is(finished, tmp_path):
+    """The long answer has room behind its own question alone."""
+    said = [("q", "a" * 26), *((f"question {i}", letter) for i, letter in enumerate("bcde"))]
+    turns = [[{"role": "user", "content": asked}, {"role": "assistant", "content": told}] for asked, told in said]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
+    changes = {"data": {"source": f"jsonl:{path}", "validation_source": f"jsonl:{path}"}}
+    config = c.replace(finished["dpo"][0], changes | {"chat": {"random_answers": 4, "on_too_long": "skip"}})
+    arrays = next(STAGES["dpo"](config, make_mesh(c.MeshConfig()), None).batches(0)).arrays
+    answers = (arrays["levels"] > 0).sum(axis=-1).reshape(-1)  # of each prompt, and 0 where there is none
+    assert set(answers[answers > 0].tolist()) == {4, 5}
+    with pytest.raises(UserError, match="its last exchange has"):
+        STAGES["dpo"](c.replace(config, {"chat": {"on_too_long": "error"}}), make_mesh(c.MeshConfig()), None)
+
+
+def test_bytes_that_are_no_text_are_replaced_or_refused(finished, tmp_path):
+    config, _ = finished["sft"]
+    path = tmp_path / "bytes.jsonl"
+    path.write_bytes(Path(config.data.source.removeprefix("jsonl:")).read_bytes().replace(b"q3", b"\xff"))
+    mesh = make_mesh(c.MeshConfig())
+    replaced = c.replace(config, {"data": {"source": f"jsonl:{path}", "invalid_utf8": "replace"}})
+    assert STAGES["sft"](replaced, mesh, None).total_tokens > 0
+    with pytest.raises(UserError, match=r"bytes.jsonl:4 is not UTF-8"):
+        STAGES["sft"](c.replace(replaced, {"data": {"invalid_utf8": "error"}}), mesh, None)
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "message"),
+    [
+        ("sft", {"batch": {"ramp_start_tokens": 128, "ramp_tokens": 512, "microbatch_size": 1}}, "batch.ramp_start"),
+        ("sft", {"chat": {"template": "chatml"}}, r"chat\.template=custom needs"),
+        ("sft", {"chat": {"pretraining_share": 0.1}}, r"chat\.pretraining_source and"),
+        ("reward", {"data": {"source": "chatterbot"}}, r"set chat\.random_answers"),
+        ("dpo", {"dpo": {"beta": 0.0}}, r"dpo\.beta=0.0 must be positive"),
+        ("dpo", {"dpo": {"label_smoothing": 0.5}}, r"dpo\.label_smoothing=0.5 must be in"),
+    ],
+)
+def test_mistakes_are_one_line(finished, tmp_path, stage, changes, message):
+    config = c.replace(finished[stage][0], changes)
+    with pytest.raises(UserError, match=message):
+        run(c.resolve(c.config_dict(config)), tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_dpo_needs_a_model_to_start_from(finished):
+    with pytest.raises(UserError, match="stage dpo learns how to leave the model it starts from"):
+        c.check(dataclasses.replace(finished["dpo"][0], init_from=None))
+
+
+def test_an_answer_that_is_too_long_is_named_or_left_out(finished, tmp_path):
+    config, _ = finished["sft"]
+    path = tmp_path / "long.jsonl"
+    lines = Path(config.data.source.removeprefix("jsonl:")).read_text().splitlines()
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x" * CONTEXT}]
+    path.write_text("\n".join([*lines, json.dumps({"messages": turns})]) + "\n")
+    config = c.replace(config, {"data": {"source": f"jsonl:{path}"}})
+    with pytest.raises(UserError, match=r"long.jsonl:25: its last exchange has 36 tokens, and 32 have room"):
+        run(config, tmp_path / "error")
+    mesh = make_mesh(c.MeshConfig())
+    stages = [STAGES["sft"](c.replace(config, {"chat": {"on_too_long": "skip"}}), mesh, None)]
+    stages.append(STAGES["sft"](finished["sft"][0], mesh, None))
+    assert stages[0].total_tokens == stages[1].total_tokens

@@ -1,0 +1,120 @@
+"""What a fine-tuning run starts from: the given weights in their places, new rows from the seed, and nothing else."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from gptjax.config import Config, UserError, replace
+from gptjax.models import peft
+from gptjax.parallel.mesh import make_mesh
+from gptjax.stages import start
+from gptjax.stages.registry import make_program
+from gptjax.stages.trained_model import load_model
+from tests.tiny_tasks import LABELS, MODEL, run_config, save_pretrained, with_method
+
+
+@pytest.fixture(scope="module")
+def config(pretrained, tmp_path_factory) -> Config:
+    """Complete, but for what is trained."""
+    directory = tmp_path_factory.mktemp("start")
+    return run_config(directory, "classification", pretrained).completed(257, {"labels": LABELS})
+
+
+@pytest.fixture(scope="module")
+def given(pretrained) -> dict[str, np.ndarray]:
+    """The weights of `init_from`, by path."""
+    return {path: np.asarray(leaf) for path, leaf in peft.flatten(load_model(pretrained).params).items()}
+
+
+def start_of(config: Config) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Base and trained leaves, by path."""
+    program, mesh = make_program(config), make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        base, trained = start.given_params(program, mesh)
+    return tuple(
+        {path: np.asarray(leaf) for path, leaf in peft.flatten(tree or {}).items()} for tree in (base, trained)
+    )
+
+
+def test_new_tokens_come_behind_the_rows_that_were_there(config, given):
+    base, trained = start_of(config)
+    assert base == {}
+    assert trained.keys() == given.keys() | {"head/linear/kernel", "head/linear/bias"}
+    for path, leaf in given.items():
+        np.testing.assert_array_equal(trained[path][: len(leaf)], leaf, err_msg=path)
+    table = trained["token_embedding/embedding"]
+    assert table.shape == (257 + 4, 16)
+    assert 0 < np.std(table[257:]) < 0.1  # as the seed makes them, and the given ones are wider
+    others = start_of(dataclasses.replace(config, seed=1))[1]["token_embedding/embedding"]
+    np.testing.assert_array_equal(others[:257], table[:257])
+    assert np.any(others[257:] != table[257:])
+
+
+def test_what_is_trained_of_the_top_layers_is_apart_from_what_stays(config, given):
+    base, trained = start_of(with_method(config, "top_layers"))
+    for path, leaf in given.items():
+        rows = np.concatenate([part[path] for part in (base, trained) if path in part])
+        np.testing.assert_array_equal(rows[: len(leaf)], leaf, err_msg=path)
+    assert trained["layers/block_0/mlp/up/kernel"].shape == base["layers/block_0/mlp/up/kernel"].shape == (1, 16, 64)
+    assert trained["token_embedding/embedding"].shape == (4, 16)
+
+
+def test_special_tokens_are_trained_where_the_vocabulary_was_rounded_up(config, tmp_path):
+    rounded = save_pretrained(tmp_path / "rounded", settings=dataclasses.replace(MODEL, vocab_size=264))
+    lora = with_method(replace(config, {"model": {"vocab_size": 264}}), "lora")
+    base, trained = start_of(dataclasses.replace(lora, init_from=str(rounded)))
+    assert base["token_embedding/embedding"].shape == (257, 16)
+    table = np.asarray(load_model(rounded).params["token_embedding"]["embedding"])
+    np.testing.assert_array_equal(trained["token_embedding/embedding"], table[257:])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_layers": 4}, "another model: model.num_layers: 2 -> 4"),
+        ({"norm_position": "post"}, "another model: model.norm_position: 'pre' -> 'post'"),
+        ({"context_length": 16}, "another model: model.context_length: 32 -> 16"),
+    ],
+)
+@pytest.mark.parametrize("method", ["none", "lora"])
+def test_weights_of_another_model_are_refused(config, changes, words, method):
+    other = with_method(replace(config, {"model": changes}), method)
+    with pytest.raises(UserError, match="init_from=") as error:
+        start_of(other)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_training_may_choose_its_own_dropout_and_precision(config):
+    start._check_model(replace(config, {"model": {"residual_dropout": 0.1, "dtype": "bfloat16"}}), _given(config), "it")
+
+
+def _given(config: Config) -> Config:
+    return start.completed_config(Path(config.init_from))[0]
+
+
+def test_weights_that_are_not_there(config, pretrained, tmp_path):
+    copy = shutil.copytree(pretrained, tmp_path / "copy")
+    shutil.rmtree(copy / "checkpoints")
+    with pytest.raises(UserError, match=r"copy has no checkpoint"):
+        start_of(dataclasses.replace(config, init_from=str(copy)))
+    with pytest.raises(UserError, match="is not a workdir"):
+        start_of(dataclasses.replace(config, init_from=str(tmp_path)))
+
+
+def test_several_share_the_weights_that_they_start_from(config):
+    mesh = make_mesh(config.mesh)
+    loaded: dict = {}
+    bases = []
+    with jax.set_mesh(mesh):
+        for method in ("head", "lora"):
+            program = make_program(with_method(config, method))
+            bases.append(peft.flatten(start.given_base(program, start.load_given(program, mesh, loaded), mesh)))
+    (weights,) = loaded.values()
+    path = "layers/block_0/mlp/up/kernel"
+    memory = {leaf[path].unsafe_buffer_pointer() for leaf in [*bases, peft.flatten(weights)]}
+    assert len(memory) == 1

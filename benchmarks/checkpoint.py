@@ -19,10 +19,11 @@ from ml_collections import config_flags
 from gptjax import config as c
 from gptjax.checkpoint.manager import Checkpoints
 from gptjax.checkpoint.position import Position
-from gptjax.checkpoint.state import TrainState, create_state, make_train_step, state_shardings
+from gptjax.checkpoint.state import TrainState, create_state, state_shardings
 from gptjax.optim.optimizers import num_microbatches
 from gptjax.parallel.mesh import make_mesh
-from gptjax.stages.registry import make_program
+from gptjax.stages import registry
+from gptjax.training.step import make_train_step
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", "configs/gpt2.py:runlocal", "Config file, its arguments after a colon."
@@ -39,14 +40,14 @@ class Trainer:
 
     def __init__(self, config: c.Config):
         mesh = make_mesh(config.mesh)
-        program = make_program(config)
-        self.state: TrainState = create_state(program, mesh)
+        objective = registry.objective(config)
+        self.state: TrainState = create_state(objective.parameters, mesh)
         self.tokens_per_step, context = config.batch.tokens_per_batch, config.model.context_length
         rows = config.sequences_per_microbatch
         shape_MBT = (self.tokens_per_step // (rows * context), rows, context)
         tokens = np.random.default_rng(0).integers(0, config.model.vocab_size or 0, shape_MBT, np.int32)
         batch = {"tokens": tokens, "targets": tokens, "weights": np.ones(shape_MBT, np.float32)}
-        step = make_train_step(program, state_shardings(program, mesh))
+        step = make_train_step(objective, state_shardings(objective.parameters, mesh))
         full = num_microbatches(config.batch, context, 10**18)
         self._arguments: tuple[Any, ...] = (batch, np.int32(full), {"lr": np.float32(1e-5)})
         self._step = step.lower(self.state, *self._arguments).compile()

@@ -32,10 +32,11 @@ from absl import flags
 from benchmarks.measuring import alternate, measured_on, ratio, write_json
 from gptjax import cli
 from gptjax import config as c
-from gptjax.checkpoint.state import create_state, make_train_step, state_shardings
+from gptjax.checkpoint.state import create_state, state_shardings
 from gptjax.parallel.mesh import make_mesh
-from gptjax.stages.registry import make_program
+from gptjax.stages import registry
 from gptjax.training.metrics_file import read_metrics
+from gptjax.training.step import make_train_step
 
 LayerLoop = Literal["scan", "unroll"]
 CONFIG = "configs/gpt2.py:runlocal"
@@ -53,9 +54,9 @@ def compile_seconds(num_layers: int, layer_loop: LayerLoop) -> float:
     config = c.Config(model=model, batch=c.BatchConfig(total_tokens=1, tokens_per_batch=4 * 64))
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     tokens_BT = np.zeros((4, 64), np.int32)
-    program = make_program(config)
-    state = jax.eval_shape(lambda: create_state(program, mesh))
-    step = make_train_step(program, state_shardings(program, mesh))
+    objective = registry.objective(config)
+    state = jax.eval_shape(lambda: create_state(objective.parameters, mesh))
+    step = make_train_step(objective, state_shardings(objective.parameters, mesh))
     batch = {"tokens": tokens_BT[None], "targets": tokens_BT[None], "weights": np.ones((1, 4, 64), np.float32)}
     with jax.set_mesh(mesh):
         start = time.perf_counter()

@@ -31,8 +31,9 @@ from gptjax.data import sources, tokenizers
 from gptjax.data.pipeline import Corpus, Microbatch, batches, open_corpus
 from gptjax.data.preparation import prepare
 from gptjax.parallel.mesh import make_mesh
-from gptjax.stages import pretrain
-from gptjax.training import loop
+from gptjax.run import train_stage
+from gptjax.stages.builders import build
+from gptjax.training.stage import Run
 
 PACKINGS: tuple[Literal["concatenate", "segment"], ...] = ("concatenate", "segment")
 
@@ -113,11 +114,11 @@ def waiting(config: c.Config, steps: int) -> dict[str, float]:
         },
     )
     mesh = make_mesh(config.mesh)
-    stage = pretrain.build(config, mesh, None)
+    stage = build(config, mesh, None)
     asked: list[tuple[float, float]] = []
 
-    def timed(start: int) -> Iterator[Microbatch]:
-        read = stage.batches(start)
+    def timed(start: int, run: Run | None) -> Iterator[Microbatch]:
+        read = stage.batches(start, run)
         for _ in itertools.count():
             before = time.perf_counter()
             microbatch = next(read)
@@ -125,7 +126,7 @@ def waiting(config: c.Config, steps: int) -> dict[str, float]:
             yield microbatch
 
     with tempfile.TemporaryDirectory() as directory:
-        loop.train(dataclasses.replace(stage, batches=timed), mesh, Path(directory))
+        train_stage(dataclasses.replace(stage, batches=timed), mesh, Path(directory))
     per_step = len(asked) // steps  # microbatches; the first step compiles, the second fills queues
     rest = asked[2 * per_step :]
     whole = rest[-1][0] - rest[0][0]

@@ -27,7 +27,7 @@ from benchmarks.train_step import make_config
 from benchmarks.variants import Variant, batch_shape, changed, parse_variant
 from gptjax import cli
 from gptjax import config as c
-from gptjax.checkpoint.state import create_state, make_train_step, state_shardings
+from gptjax.checkpoint.state import create_state, state_shardings
 from gptjax.config import UserError
 from gptjax.inference.programs import Draw, Program, draw_tokens, read_prompts
 from gptjax.inference.sampling import Sampling
@@ -37,7 +37,8 @@ from gptjax.models.gpt import GPT
 from gptjax.parallel import compiler
 from gptjax.parallel.mesh import make_mesh, use_mesh
 from gptjax.planning.program_text import INSTRUCTION, array_bytes, calls, computations_of
-from gptjax.stages.registry import make_program
+from gptjax.stages import registry
+from gptjax.training.step import make_train_step
 
 # NVIDIA's data sheet of the H100 SXM and CUDA's tables of compute capability 9.0.
 H100 = """
@@ -72,13 +73,13 @@ def device() -> jax.Device:
 def compile_step(variant: Variant) -> jax.stages.Compiled:
     """The training step."""
     config = variant.config
-    program, mesh = make_program(config), make_mesh(config.mesh, [device()])
+    objective, mesh = registry.objective(config), make_mesh(config.mesh, [device()])
     shape_MBT = batch_shape(config)
     integers = jax.ShapeDtypeStruct(shape_MBT, jnp.int32)
     batch = {"tokens": integers, "targets": integers, "weights": jax.ShapeDtypeStruct(shape_MBT, jnp.float32)}
     with use_mesh(mesh), changed(variant.constants, "gpu"):
-        step = make_train_step(program, state_shardings(program, mesh))
-        state = jax.eval_shape(lambda: create_state(program, mesh))
+        step = make_train_step(objective, state_shardings(objective.parameters, mesh))
+        state = jax.eval_shape(lambda: create_state(objective.parameters, mesh))
         lowered = step.lower(state, batch, np.int32(shape_MBT[0]), {"lr": np.float32(0)})
         return _compiled(lowered, config.compiler_options)
 

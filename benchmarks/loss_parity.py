@@ -21,13 +21,14 @@ from absl import flags
 from jax.sharding import Mesh
 
 from gptjax import cli
-from gptjax.checkpoint.state import create_state, make_train_step, state_shardings
+from gptjax.checkpoint.state import create_state, state_shardings
 from gptjax.config import BatchConfig, Config, DataConfig, GPTConfig, OptimizerConfig, UserError, check
 from gptjax.models.gpt import GPT
 from gptjax.optim.optimizers import learning_rate
 from gptjax.parallel.mesh import make_mesh
-from gptjax.stages import pretrain
+from gptjax.stages.builders import build
 from gptjax.training.stage import Stage
+from gptjax.training.step import make_train_step
 
 LIMIT = 1e-3  # nats
 FIXTURE = Path(__file__).parents[1] / "tests" / "fixtures" / "gpt2_loss_curve.npz"
@@ -122,7 +123,7 @@ def learning_rates(stage: Stage, steps: int) -> list[float]:
 
 def read_windows(stage: Stage, steps: int) -> np.ndarray:
     """The run's first batches, int32 (N, B, T + 1): inputs and, one further, targets."""
-    batches = itertools.islice(stage.batches(0), steps)  # whole ones: make_config sets no microbatch_size
+    batches = itertools.islice(stage.batches(0, None), steps)  # whole ones: make_config sets no microbatch_size
     arrays = [batch.arrays for batch in batches]
     return np.stack([np.concatenate([rows["tokens"], rows["targets"][:, -1:]], axis=1) for rows in arrays])
 
@@ -153,11 +154,11 @@ def train_gptjax(stage: Stage, mesh: Mesh, weights: Weights, windows_NBS: np.nda
     logits = jax.jit(lambda params: GPT(config.model).apply({"params": params}, windows_NBS[0, :, :-1]))
     losses, grad_norms = [], []
     with jax.set_mesh(mesh):
-        placement = state_shardings(stage.program, mesh)
-        state = create_state(stage.program, mesh)
+        placement = state_shardings(stage.objective.parameters, mesh)
+        state = create_state(stage.objective.parameters, mesh)
         state = state.replace(params=jax.device_put(to_params(weights, state.params), placement.params))
         first_logits = logits(state.params)
-        step = make_train_step(stage.program, placement)
+        step = make_train_step(stage.objective, placement)
         for window_BS, lr in zip(windows_NBS, learning_rates(stage, len(windows_NBS)), strict=True):
             tokens_MBT = window_BS[:, :-1].reshape(-1, microbatch, context)
             targets_MBT = window_BS[:, 1:].reshape(-1, microbatch, context)
@@ -253,7 +254,7 @@ def main(name: str, steps: int, write_fixture: bool) -> None:
         raise UserError(f"--size={name}: the fixture is of --size=tiny")
     torch, transformers = import_torch()
     mesh = make_mesh(Config().mesh)
-    stage = pretrain.build(make_config(SIZES[name], steps), mesh, None)
+    stage = build(make_config(SIZES[name], steps), mesh, None)
     windows_NBS = read_windows(stage, steps)
     model = make_torch_model(stage.config.model, SIZES[name].init_std)
     weights = torch_weights(model)

@@ -24,8 +24,8 @@ from gptjax import cli
 from gptjax import config as c
 from gptjax.config import UserError
 from gptjax.parallel.mesh import make_mesh
-from gptjax.stages import pretrain
-from gptjax.training import loop
+from gptjax.run import train_stage
+from gptjax.stages.builders import build
 
 RUNS = (
     *("adamw@7.5e-4", "adamw@1.5e-3", "adamw@3e-3", "adamw@6e-3", "adamw,first_moment_dtype=bfloat16@3e-3"),
@@ -93,7 +93,7 @@ def short_run(config: c.Config, tokens: int, warmup_tokens: int) -> c.Config:
 def held_out_loss(config: c.Config) -> float:
     mesh = make_mesh(config.mesh)
     with tempfile.TemporaryDirectory() as directory:
-        return loop.train(pretrain.build(config, mesh, None), mesh, Path(directory)).validation["loss"]
+        return train_stage(build(config, mesh, None), mesh, Path(directory)).validation["loss"]
 
 
 def main() -> None:

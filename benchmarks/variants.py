@@ -14,13 +14,14 @@ import numpy as np
 
 from benchmarks.measuring import device_kernels
 from gptjax import config as c
-from gptjax.checkpoint.state import TrainState, create_state, make_train_step, state_shardings
+from gptjax.checkpoint.state import TrainState, create_state, state_shardings
 from gptjax.config import UserError
 from gptjax.losses import cross_entropy as losses
 from gptjax.models import attention, elementwise
 from gptjax.parallel import compiler
 from gptjax.parallel.mesh import make_mesh
-from gptjax.stages.registry import make_program
+from gptjax.stages import registry
+from gptjax.training.step import make_train_step
 
 MODULES: dict[str, Any] = {"losses": losses, "attention": attention, "elementwise": elementwise}
 
@@ -109,9 +110,9 @@ class Trainer:
 
     def __init__(self, base: c.Config, workers: int):
         """Args: workers: programs that are compiled at once."""
-        self._program = make_program(base)
+        self._objective = registry.objective(base)
         self._mesh = make_mesh(base.mesh, jax.devices()[:1])
-        self._placement = state_shardings(self._program, self._mesh)
+        self._placement = state_shardings(self._objective.parameters, self._mesh)
         self._pool = ThreadPoolExecutor(workers)
         self._compiling: dict[str, Future[Any]] = {}
         self._steps: dict[str, Any] = {}
@@ -132,8 +133,8 @@ class Trainer:
         batch = {"tokens": tokens_MBT, "targets": targets_MBT, "weights": jnp.ones(shape_MBT)}
         self._arguments[name] = (batch, np.int32(shape_MBT[0]), {"lr": np.float32(0)})
         with jax.set_mesh(self._mesh), changed(variant.constants, platform()):
-            step = make_train_step(make_program(config), self._placement)
-            state = jax.eval_shape(lambda: create_state(self._program, self._mesh))
+            step = make_train_step(registry.objective(config), self._placement)
+            state = jax.eval_shape(lambda: create_state(self._objective.parameters, self._mesh))
             lowered = step.lower(state, *self._arguments[name])
 
         def compiled() -> Any:
@@ -157,7 +158,7 @@ class Trainer:
             self.memory_bytes[name] = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         try:
             if self._state is None:
-                self._state = create_state(self._program, self._mesh)
+                self._state = create_state(self._objective.parameters, self._mesh)
             metrics = self._advance(name)
             self.numbers[name] = float(metrics["loss"]), float(metrics["grad_norm"])
         except Exception:

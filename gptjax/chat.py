@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from gptjax import cli
-from gptjax.config import ANSWERING_STAGES, UserError, read_config
+from gptjax.config import UserError, read_config
 from gptjax.inference import retrieval
 from gptjax.parallel import program_cache
 
@@ -52,10 +52,12 @@ HELP = "/system TEXT, /reset, /regen, /save FILE, /help, /quit"
 def main() -> None:
     if WORKDIR.value is None:
         raise UserError("needs --workdir=DIR of a run of a stage of chat, such as sft")
-    stage = read_config(Path(WORKDIR.value)).stage
-    if stage not in ANSWERING_STAGES:
+    from gptjax.stages import registry  # takes seconds to import
+
+    config = read_config(Path(WORKDIR.value))
+    if not registry.definition(config).chats:
         raise UserError(
-            f"{WORKDIR.value} is of stage {stage}, which does not answer: train it to, by "
+            f"{WORKDIR.value} is of stage {config.stage}, which does not chat: train it to, with "
             f"--config=configs/chatgpt.py:stage=sft,init_from={WORKDIR.value}"
         )
     if DOCUMENTS.value is not None:

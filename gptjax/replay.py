@@ -25,27 +25,28 @@ def main() -> None:
     from gptjax.checkpoint.manager import Checkpoints
     from gptjax.checkpoint.state import abstract_state
     from gptjax.parallel.mesh import check_fit, make_mesh
-    from gptjax.stages.registry import completed_config, make_program
-    from gptjax.stages.start import given_base, load_given
+    from gptjax.stages import registry
+    from gptjax.stages.start import load_given, whole_base
     from gptjax.stages.trained_model import parse_mesh
     from gptjax.training.debug_bundles import diagnose, load_bundle
 
     bundle = Path(BUNDLE.value)
     step, batch = load_bundle(bundle)
     workdir = bundle.absolute().parent.parent
-    config, _ = completed_config(workdir)
+    config, _ = registry.completed_config(workdir)
     dtype = config.model.dtype if DTYPE.value is None else DTYPE.value
     # A backend that was named for the machine that trained may be none of this one's.
     config = replace(config, {"model": {"dtype": dtype, "attention_backend": "auto"}})
     mesh = make_mesh(parse_mesh(MESH.value))
     check_fit(config, mesh)
     jax.config.update("jax_debug_nans", DEBUG_NANS.value)
-    program = make_program(config)
+    objective = registry.objective(config)
+    parameters = objective.parameters
     with jax.set_mesh(mesh), Checkpoints(workdir, config.checkpoint, read_only=True) as checkpoints:
-        state, _ = checkpoints.restore(abstract_state(program, mesh), step)
-        if program.given is not None:
-            state = state.replace(base=given_base(program, load_given(program, mesh), mesh))
-        report = diagnose(program, state, batch)
+        state, _ = checkpoints.restore(abstract_state(parameters, mesh), step)
+        if parameters.has_base:
+            state = state.replace(base=whole_base(parameters, load_given(parameters, mesh), mesh))
+        report = diagnose(objective, state, batch)
     for i, numbers in enumerate(report["microbatches"]):
         print(f"microbatch {i}: loss {numbers['loss']}, gradient norm {numbers['grad_norm']}")
     print(f"\nmicrobatch {report['worst']}\n{'parameter':<44} {'norm':>12} {'gradient':>12} {'not finite':>10}")

@@ -1,7 +1,6 @@
 """A whole run, from a config to its report: what `python -m gptjax.main` does, callable from a notebook."""
 
 import dataclasses
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from gptjax.checkpoint.lock import locked
+from gptjax.checkpoint.manager import Checkpoints
 from gptjax.checkpoint.state import abstract_state
 from gptjax.config import Config, UserError, differences, read_config, to_json
 from gptjax.data import tokenizers
@@ -18,25 +18,13 @@ from gptjax.files import write_whole
 from gptjax.models import peft
 from gptjax.parallel.mesh import make_mesh
 from gptjax.scaling import flops
-from gptjax.stages import pretrain, sft
-from gptjax.stages.finetune import build as finetune
-from gptjax.stages.preference import dpo, reward
-from gptjax.stages.rl import grpo, ppo
-from gptjax.training import loop
+from gptjax.stages import builders, registry
+from gptjax.stages.start import start_state
+from gptjax.training.loop import RunReport, train
 from gptjax.training.stage import Stage
 
-STAGES: dict[str, Callable[[Config, Mesh, tokenizers.Tokenizer | None], Stage]] = {
-    "pretrain": pretrain.build,
-    "finetune": finetune.build,
-    "sft": sft.build,
-    "reward": reward.build,
-    "dpo": dpo.build,
-    "ppo": ppo.build,
-    "grpo": grpo.build,
-}
 
-
-def run(config: Config, workdir: Path, *, profile: bool = False, allow_config_changes: bool = False) -> loop.Report:
+def run(config: Config, workdir: Path, *, profile: bool = False, allow_config_changes: bool = False) -> RunReport:
     """Trains `config` in `workdir`, or goes on with the run found there, printing as it goes.
 
     Args:
@@ -48,6 +36,7 @@ def run(config: Config, workdir: Path, *, profile: bool = False, allow_config_ch
     Raises:
       UserError: anything that the user can mend, before anything slow where it can be known.
     """
+    registry.check(config)
     processes.check_same(_leaves(dataclasses.asdict(config), "config"), "give all processes the same config")
     mesh = make_mesh(config.mesh)
     if config.init_from is not None:
@@ -57,17 +46,24 @@ def run(config: Config, workdir: Path, *, profile: bool = False, allow_config_ch
         return _run_alone(config, workdir, mesh, profile, allow_config_changes)
 
 
-def _run_alone(config: Config, workdir: Path, mesh: Mesh, profile: bool, allow_config_changes: bool) -> loop.Report:
-    goes_on = _check_workdir(config, workdir, allow_config_changes)
-    stage = STAGES[config.stage](config, mesh, tokenizers.load(workdir / "tokenizer") if goes_on else None)
+def _run_alone(config: Config, workdir: Path, mesh: Mesh, profile: bool, allow_config_changes: bool) -> RunReport:
+    resumes = _check_workdir(config, workdir, allow_config_changes)
+    stage = builders.build(config, mesh, tokenizers.load(workdir / "tokenizer") if resumes else None)
     _check_tokenizer(config, stage.tokenizer)
     if jax.process_index() == 0:
         _write_workdir(config, workdir, stage)
         print(_summary(stage, mesh))
-    report = loop.train(stage, mesh, workdir, profile=profile)
+    report = train_stage(stage, mesh, workdir, profile=profile)
     if jax.process_index() == 0:
         print(_report(report, workdir))
     return report
+
+
+def train_stage(stage: Stage, mesh: Mesh, workdir: Path, *, profile: bool = False) -> RunReport:
+    """Trains a stage in `workdir` from where `start_state` finds its start; arguments and errors as of `loop.train`."""
+    with jax.set_mesh(mesh), Checkpoints(workdir, stage.config.checkpoint) as checkpoints:
+        state, position = start_state(stage.objective.parameters, mesh, checkpoints)
+        return train(stage, mesh, workdir, checkpoints, state, position, profile=profile)
 
 
 def _leaves(tree: Any, name: str) -> dict[str, Any]:
@@ -126,7 +122,7 @@ def _summary(stage: Stage, mesh: Mesh) -> str:
     """The resolved config, and what it costs."""
     config = stage.config
     model, device = config.model, jax.devices()[0]
-    state = abstract_state(stage.program, mesh)
+    state = abstract_state(stage.objective.parameters, mesh)
     trained = peft.count(state.params)
     parameters = trained + peft.count(state.base)
     share = "" if trained == parameters else f", {trained:,} of them trained ({100 * trained / parameters:.2g} %)"
@@ -145,7 +141,7 @@ def _summary(stage: Stage, mesh: Mesh) -> str:
     return f"{to_json(config)}\n{table}\n"
 
 
-def _report(report: loop.Report, workdir: Path) -> str:
+def _report(report: RunReport, workdir: Path) -> str:
     values = "\n".join(f"{name.replace('_', ' '):<19} {value:.4f}" for name, value in report.validation.items())
     sample = "" if report.sample is None else f"\n--- sample ---\n{report.sample}\n--------------\n"
     if report.conclusion is not None:

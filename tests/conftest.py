@@ -53,3 +53,17 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny_tasks import save_pretrained
 
     return save_pretrained(tmp_path_factory.mktemp("pretrained"))
+
+
+@pytest.fixture(scope="session")
+def make_tiny() -> Callable[[Path], Any]:
+    """Directory -> the config of a run small enough to train in a test."""
+    from tests.tiny_runs import tiny_config
+
+    return tiny_config
+
+
+@pytest.fixture
+def tiny(make_tiny: Callable[[Path], Any], tmp_path: Path) -> Any:
+    """The config of a run small enough to train in a test."""
+    return make_tiny(tmp_path)

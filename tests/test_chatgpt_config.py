@@ -3,8 +3,9 @@
 import pytest
 
 from gptjax import config as c
-from gptjax.config import CHAT_STAGES, RL_STAGES, UserError
-from gptjax.run import STAGES
+from gptjax.config import UserError
+from gptjax.stages import registry
+from gptjax.stages.builders import BUILDERS
 from tests.tiny_tasks import MODEL, config_module
 
 
@@ -14,17 +15,18 @@ def module():
 
 
 def test_every_stage_resolves(module, pretrained):
-    for stage in CHAT_STAGES:
+    for stage in (name for name, stage in registry.DEFINITIONS.items() if stage.conversational):
         for end in ("", ",runlocal"):
-            end += ",reward=bleu" if stage in RL_STAGES else ""
+            end += ",reward=bleu" if stage in ("ppo", "grpo") else ""
             config = c.resolve(module.get_config(f"stage={stage},init_from={pretrained}{end}"))
+            registry.check(config)
             assert config.stage == stage
             assert (config.model.context_length, config.model.embed_dim) == (MODEL.context_length, MODEL.embed_dim)
             assert config.data.source == "chatterbot"
             assert (config.chat.random_answers > 0) == (stage in ("reward", "dpo"))
             own = c.resolve(module.get_config(f"stage={stage},data=jsonl:x,init_from={pretrained}{end}"))
             assert (own.data.source, own.chat.random_answers) == ("jsonl:x", 0)
-        assert stage in STAGES
+        assert stage in BUILDERS
     with pytest.raises(UserError, match="unknown stage 'rlhf'"):
         module.get_config("stage=rlhf")
 

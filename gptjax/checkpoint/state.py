@@ -1,4 +1,4 @@
-"""The training state and the one pure step that changes it."""
+"""The training state: everything a step changes and a checkpoint holds, and which of the parameters are trained."""
 
 import dataclasses
 import functools
@@ -14,101 +14,103 @@ from jax.sharding import Mesh, NamedSharding
 
 from gptjax.config import Config
 from gptjax.models import peft
-from gptjax.optim import adalora
 from gptjax.optim.optimizers import make_optimizer
 from gptjax.parallel.mesh import abstract_arrays, shardings
 
-Batch = dict[str, jax.Array]
-Measures = dict[str, jax.Array]
-# (params, microbatch, dropout key or None) -> sum of the loss over targets, sum of their weights, and sums of what else
-# is told of them while training, by name; all float32 scalars
-Loss = Callable[[Any, Batch, jax.Array | None], tuple[jax.Array, jax.Array, Measures]]
-
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """What is learned, but for data.
+class ParameterSpec:
+    """The parameters of a run: how they are initialised, and which of them are trained.
 
     Attributes:
-      config: complete, as `Config.completed` makes it.
-      init_params: key -> all parameters, boxed with their logical axes.
-      loss: pure, of all parameters.
-      given: the shapes, by path, of the weights that the run starts from, where a part of them stays as it is; None:
-        all parameters are trained.
-      frozen: keys of the parameters under which whole models lie that stay as they are, such as the reference.
-      starts: keys of the parameters under which whole models lie that are trained, and the workdir of the run of stage
-        reward whose weights each starts from; None: it starts as the policy does.
+      config: complete.
+      init: random key -> all parameters, boxed with their logical axes.
+      given: with parameter-efficient fine-tuning, the shapes by path of the pretrained weights, which are frozen; None:
+        every parameter is trained.
+      frozen: top-level keys of whole networks that stay frozen, such as the reference policy. They are copies of the
+        weights that the run starts from.
+      sources: top-level keys of whole networks that are trained, each with the workdir of the reward model whose
+        weights it starts from; None: it starts from the policy's.
+      lr_factors: top-level keys of networks whose learning rate is a multiple of the policy's, with the factor.
     """
 
     config: Config
-    init_params: Callable[[jax.Array], Any]
-    loss: Loss
+    init: Callable[[jax.Array], Any]
     given: Mapping[str, tuple[int, ...]] | None = None
     frozen: tuple[str, ...] = ()
-    starts: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    sources: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    lr_factors: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def has_base(self) -> bool:
-        """Whether a part of the parameters stays as it is."""
+        """Whether some parameters are frozen."""
         return self.given is not None or bool(self.frozen)
 
     def split(self, params: Any) -> tuple[Any, Any]:
-        """All parameters as those that stay as they are (None: there are none), and those that are trained."""
-        models = {name: params[name] for name in self.frozen}
-        rest = {name: part for name, part in params.items() if name not in models}
+        """Splits all parameters into the frozen ones (None: there are none) and the trained ones."""
+        networks = {name: params[name] for name in self.frozen}
+        rest = {name: part for name, part in params.items() if name not in networks}
         base, trained = (None, rest) if self.given is None else peft.split(self.config.peft, rest, self.given)
-        return ({**(base or {}), **models} if models else base), trained
+        return ({**(base or {}), **networks} if networks else base), trained
 
     def join(self, base: Any, trained: Any) -> Any:
-        """What `split` has split."""
+        """Undoes `split`: all parameters."""
         return trained if base is None else peft.join(base, trained)
+
+    def merge(self, params: Any) -> Any:
+        """All parameters with low-rank matrices folded into the kernels, as inference reads them."""
+        return peft.merge(self.config.peft, params)
 
     @functools.cached_property
     def boxed_state(self) -> "TrainState":
-        """The shapes and dtypes of a fresh state, boxed; kept, since a run asks often and tracing takes a moment."""
+        """Shapes and dtypes of a fresh state, boxed; cached, since tracing takes a moment and a run asks often."""
         return jax.eval_shape(lambda: init_state(self))
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """The optimizer of the trained parameters."""
+        return make_optimizer(self.config, self.lr_factors)
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """All that a step changes, and `base`. Tokens seen are not here: they overflow int32, so the host counts them."""
+    """All that a step changes, and the frozen parameters. The host counts tokens seen, which would overflow int32."""
 
     step: jax.Array  # int32 (): steps done
-    params: Any  # that are trained
+    params: Any  # the trained parameters
     opt_state: optax.OptState
-    ema: Any  # a tree like params, or None without an average
+    ema: Any  # exponential moving average of params, or None
     rng: jax.Array  # uint32: key data that every step's dropout key is folded from
-    base: Any = None  # the parameters that stay as they are; None: there are none
+    base: Any = None  # the frozen parameters; None: there are none
 
 
-def fresh_params(program: Program) -> Any:
-    """All parameters that the seed makes, boxed."""
-    init_rng, _ = jax.random.split(jax.random.key(program.config.seed))
-    return program.init_params(init_rng)
+def fresh_params(parameters: ParameterSpec) -> Any:
+    """All parameters as `config.seed` initialises them, boxed."""
+    init_rng, _ = jax.random.split(jax.random.key(parameters.config.seed))
+    return parameters.init(init_rng)
 
 
-def init_state(program: Program) -> TrainState:
-    """A fresh state; its leaves are boxed with their logical axes, as `init_params` returns them."""
-    config = program.config
+def init_state(parameters: ParameterSpec) -> TrainState:
+    """A fresh state; its leaves are boxed with their logical axes, as `init` returns them."""
+    config = parameters.config
     _, train_rng = jax.random.split(jax.random.key(config.seed))
-    base, params = program.split(fresh_params(program))
+    base, params = parameters.split(fresh_params(parameters))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=make_optimizer(config).init(params),
+        opt_state=parameters.optimizer().init(params),
         ema=None if config.optimizer.ema_decay is None else params,
         rng=jax.random.key_data(train_rng),
         base=base,
     )
 
 
-def state_shardings(program: Program, mesh: Mesh) -> TrainState:
-    """The NamedSharding of every leaf of the state: the optimizer's moments lie where their parameters lie.
+def state_shardings(parameters: ParameterSpec, mesh: Mesh) -> TrainState:
+    """The NamedSharding of every leaf of the state; the optimizer's moments are sharded as their parameters.
 
-    With `optimizer.offload` they do so in the memory of the hosts.
+    With `optimizer.offload` they are kept in host memory.
     """
-    boxed = program.boxed_state
+    boxed = parameters.boxed_state
     placement = shardings(mesh, boxed)
-    if not program.config.optimizer.offload:
+    if not parameters.config.optimizer.offload:
         return placement
 
     def in_host(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> NamedSharding:
@@ -117,86 +119,12 @@ def state_shardings(program: Program, mesh: Mesh) -> TrainState:
     return placement.replace(opt_state=jax.tree.map(in_host, nn.unbox(boxed).opt_state, placement.opt_state))
 
 
-def abstract_state(program: Program, mesh: Mesh) -> TrainState:
+def abstract_state(parameters: ParameterSpec, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, unboxed: a tree of ShapeDtypeStructs."""
-    return abstract_arrays(nn.unbox(program.boxed_state), state_shardings(program, mesh))
+    return abstract_arrays(nn.unbox(parameters.boxed_state), state_shardings(parameters, mesh))
 
 
-def create_state(program: Program, mesh: Mesh) -> TrainState:
-    """A fresh state on the mesh: every device makes its own shards, none ever holds the whole."""
-    placement = state_shardings(program, mesh)
-    return jax.jit(lambda: nn.unbox(init_state(program)), out_shardings=placement)()
-
-
-def dropout_rng(rng: jax.Array, step: jax.Array | int, microbatch: jax.Array | int) -> jax.Array:
-    """The key of a step's microbatch, from the key data of the state."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(rng), step), microbatch)
-
-
-def loss_and_gradient(program: Program, base: Any, trained: Any, batch: Batch, rng: jax.Array) -> tuple[Any, Any]:
-    """(sum of the loss, (sum of the weights, what is measured)) of a microbatch, and the sum's gradient."""
-
-    def loss(trained: Any) -> tuple[jax.Array, tuple[jax.Array, Measures]]:
-        total, weight, measures = program.loss(program.join(base, trained), batch, rng)
-        return total, (weight, measures)
-
-    return jax.value_and_grad(loss, has_aux=True)(trained)
-
-
-def make_train_step(program: Program, placement: TrainState) -> jax.stages.Wrapped:
-    """The jitted step: `step(state, batch, num_microbatches, schedule)` to `(state, metrics)`.
-
-    `batch` holds (M, B, ...) arrays: room for the largest batch in M microbatches, of which `num_microbatches` (int32)
-    count. So a batch ramp changes a number and never recompiles. `schedule` is what `optimizers.schedule` returns. The
-    gradient is that of the mean loss over the whole batch's weights, however it is cut. `state` is donated. Metrics are
-    float32 scalars: loss (nats a target), grad_norm (before clipping), skipped (0 or 1), and the means of what the loss
-    measures besides.
-    """
-    config = program.config
-    optimizer, ema_decay = make_optimizer(config), config.optimizer.ema_decay
-    on_device = jax.tree.map(lambda sharding: sharding.with_memory_kind("device"), placement.opt_state)
-
-    def accumulate(state: TrainState, batch: Batch, count: jax.Array) -> tuple[jax.Array, jax.Array, Measures, Any]:
-        """Sums over the microbatches: loss, weight, what is measured, gradient."""
-
-        def microbatch(i: jax.Array | int) -> tuple[jax.Array, jax.Array, Measures, Any]:
-            rows = jax.tree.map(lambda a_MBT: a_MBT[i], batch)
-            rng = dropout_rng(state.rng, state.step, i)
-
-            (loss_sum, (weight, measures)), grads = loss_and_gradient(program, state.base, state.params, rows, rng)
-            # Laid out as the parameters: what each device sums up is its own part.
-            return loss_sum, weight, measures, jax.lax.with_sharding_constraint(grads, placement.params)
-
-        if next(iter(batch.values())).shape[0] == 1:
-            return microbatch(0)
-        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(microbatch, 0))
-        return jax.lax.fori_loop(0, count, lambda i, sums: jax.tree.map(jnp.add, sums, microbatch(i)), zeros)
-
-    def step(
-        state: TrainState, batch: Batch, num_microbatches: jax.Array, schedule: dict[str, jax.Array]
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
-        loss_sum, weight, measures, grads = accumulate(state, batch, num_microbatches)
-        grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
-        if config.optimizer.offload:
-            state = state.replace(opt_state=jax.device_put(state.opt_state, on_device))
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: (p - schedule["lr"] * u).astype(p.dtype), state.params, updates)
-        if config.peft.method == "adalora":
-            params = adalora.prune(config.peft, params, opt_state, schedule["rank_budget"])
-        ema = state.ema
-        if ema_decay is not None:
-            ema = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, ema, params)
-        loss, grad_norm = loss_sum / weight, optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        metrics = {"loss": loss, "grad_norm": grad_norm, "skipped": 1.0 - finite}
-        metrics |= {name: total / weight for name, total in measures.items()}
-        new, old = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
-        params, opt_state, ema = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
-        return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
-
-    return jax.jit(
-        step,
-        donate_argnums=0,
-        in_shardings=(placement, None, None, None),  # a batch lies as `batch_sharding` has laid it
-        out_shardings=(placement, None),
-    )
+def create_state(parameters: ParameterSpec, mesh: Mesh) -> TrainState:
+    """Initialises a state on the mesh: every device makes its own shards, none ever holds the whole."""
+    placement = state_shardings(parameters, mesh)
+    return jax.jit(lambda: nn.unbox(init_state(parameters)), out_shardings=placement)()

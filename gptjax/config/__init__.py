@@ -6,16 +6,12 @@ a field of `model.py` or `sections.py` cannot exist, and a mistake is one line o
 """
 
 from gptjax.config.arguments import choose, parse_arg
-from gptjax.config.checks import check
+from gptjax.config.checks import check, positive, require
 from gptjax.config.edited import check_key, config_dict, replace, resolve
 from gptjax.config.errors import UserError, nearest
 from gptjax.config.model import GPTConfig
 from gptjax.config.saved import config_hash, differences, read_config, to_json
 from gptjax.config.sections import (
-    ANSWERING_STAGES,
-    CHAT_STAGES,
-    NUM_SPECIAL_TOKENS,
-    RL_STAGES,
     BatchConfig,
     ChatConfig,
     CheckpointConfig,
@@ -36,10 +32,6 @@ from gptjax.config.sections import (
 )
 
 __all__ = [
-    "ANSWERING_STAGES",
-    "CHAT_STAGES",
-    "NUM_SPECIAL_TOKENS",
-    "RL_STAGES",
     "BatchConfig",
     "ChatConfig",
     "CheckpointConfig",
@@ -67,8 +59,10 @@ __all__ = [
     "differences",
     "nearest",
     "parse_arg",
+    "positive",
     "read_config",
     "replace",
+    "require",
     "resolve",
     "to_json",
 ]

@@ -1,7 +1,7 @@
 """The knobs of a run, section by section, and the run that has them all."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 from gptjax.config.model import GPTConfig
 
@@ -24,14 +24,6 @@ class DataConfig:
     on_corrupt: Literal["error", "skip"] = "error"
     cache_dir: str = "~/.cache/gptjax"  # prepared corpora, trained tokenizers, compiled programs
     prefetch_batches: int = 8  # microbatches read ahead of the device
-
-
-# Of stage "finetune", behind the tokenizer's vocabulary: start, delimiter, extract, and what word dropout leaves
-NUM_SPECIAL_TOKENS = 4
-
-RL_STAGES = ("ppo", "grpo")  # learn from what is said of answers that they write themselves
-ANSWERING_STAGES = ("sft", "dpo", *RL_STAGES)  # what they train can be talked with
-CHAT_STAGES = (*ANSWERING_STAGES, "reward")  # what learns from conversations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,25 +298,22 @@ class Config:
     stability: StabilityConfig = StabilityConfig()
     logging: LoggingConfig = LoggingConfig()
 
-    def completed(self, vocab_size: int, found: dict[str, Any] | None = None) -> "Config":
-        """What a run computes with, once its data is known.
+    def completed(self, vocab_size: int, *, extends_vocabulary: bool = False) -> "Config":
+        """The config that a run computes with, once its data is known.
 
         Args:
-          vocab_size: of the tokenizer, or of the chat format over it; special tokens of a fine-tuned task come behind.
-          found: fields of `task` that the training rows decide, such as its labels.
+          vocab_size: of the tokenizer, or of what extends it by special tokens.
+          extends_vocabulary: a smaller model.vocab_size grows to `vocab_size`, instead of being refused.
 
         Raises:
           UserError: model.vocab_size is set, and too small.
         """
-        model, task = self.model, self.task
-        if self.stage == "finetune":
-            task = dataclasses.replace(task, **(found or {}))
-            vocab_size += NUM_SPECIAL_TOKENS
-        if self.stage != "pretrain":  # what is read may be new to the model
+        model = self.model
+        if extends_vocabulary:
             model = dataclasses.replace(model, vocab_size=max(vocab_size, model.vocab_size or 0))
         if self.peft.method == "adapters":
             model = dataclasses.replace(model, adapter_dim=self.peft.adapter_dim)
-        return dataclasses.replace(self, model=model.with_vocabulary(vocab_size), task=task)
+        return dataclasses.replace(self, model=model.with_vocabulary(vocab_size))
 
     @property
     def sequences_per_microbatch(self) -> int:

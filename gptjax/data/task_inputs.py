@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from gptjax.config import NUM_SPECIAL_TOKENS, TaskConfig, UserError
+from gptjax.config import TaskConfig, UserError
 from gptjax.data.labelled import Row
 from gptjax.data.tokenizers import BytesTokenizer, HuggingFaceTokenizer, TiktokenTokenizer, Tokenizer
 
@@ -30,6 +30,9 @@ class Special(NamedTuple):
     delimiter: int
     extract: int
     blank: int  # in the place of what is not to be read, or what the tokenizer knows nothing of
+
+
+NUM_SPECIAL_TOKENS = len(Special._fields)
 
 
 def special_tokens(tokenizer: Tokenizer) -> Special:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from gptjax.config import RL_STAGES, Config, UserError
+from gptjax.config import Config, UserError
 from gptjax.data import conversations
 from gptjax.data.conversations import Message, Prompt
 from gptjax.data.templates import ChatFormat, TooLongError
@@ -138,14 +138,9 @@ def read_prompts(source: str | None, config: Config) -> list[Prompt]:
     """
     if source is not None:
         return conversations.prompts(conversations.read_conversations(source))
-    from gptjax.stages.chat_data import conversations_of, prompts_of, rankings_of
+    from gptjax.stages.builders import HELD_OUT_PROMPTS
 
-    if config.stage in RL_STAGES:
-        return [prompt for prompt in prompts_of(config)[1] if prompt.reference is not None]
-    if config.stage == "sft":
-        return conversations.prompts(conversations_of(config)[1])
-    rankings = rankings_of(config)[1]
-    return list({r.prompt: Prompt(r.prompt, r.answers[0], r.place) for r in rankings}.values())
+    return HELD_OUT_PROMPTS[config.stage](config)
 
 
 def dialogue_task(

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import jax
 
-from gptjax.config import ANSWERING_STAGES, UserError, read_config
+from gptjax.config import UserError, read_config
 from gptjax.data import conversations
 from gptjax.data.sources import open_source
 from gptjax.data.templates import chat_format
@@ -26,6 +26,7 @@ from gptjax.evaluation.tasks import Examples, ExampleTask, example_task, read_ex
 from gptjax.files import write_whole
 from gptjax.metrics.measurement import Measurement
 from gptjax.metrics.report_files import write_predictions
+from gptjax.stages import registry
 from gptjax.stages.trained_model import TrainedModel, load_model, parse_mesh
 
 PERPLEXITY, DIALOGUE = "perplexity", "dialogue"
@@ -88,11 +89,10 @@ def evaluate(workdir: Path, options: Options) -> dict[str, Any]:
       UserError: see `check` and `load_model`; a task that cannot be read or does not fit the model.
     """
     check(options)
-    stage = read_config(workdir).stage
-    if DIALOGUE in options.tasks and stage not in ANSWERING_STAGES:
-        raise UserError(
-            f"{workdir} is of stage {stage}, which does not answer: --tasks=dialogue is for stages sft, dpo"
-        )
+    config = read_config(workdir)
+    if DIALOGUE in options.tasks and not registry.definition(config).chats:
+        chats = ", ".join(name for name, stage in registry.DEFINITIONS.items() if stage.chats)
+        raise UserError(f"{workdir} is of stage {config.stage}: --tasks=dialogue is for stages {chats}")
     trained = load_model(workdir, parse_mesh(options.mesh), options.dtype)
     scorer = Scorer(trained.model, trained.params, trained.mesh, options.batch_size)
     directory = workdir / "evaluation"

@@ -12,7 +12,8 @@ from gptjax.interop.huggingface import check_new, new_directory
 from gptjax.interop.peft_files import load_lora, save_lora
 from gptjax.models import peft
 from gptjax.parallel.mesh import make_mesh
-from gptjax.stages.registry import completed_config, make_program
+from gptjax.stages import registry
+from gptjax.stages.registry import completed_config
 from gptjax.stages.start import given_base, load_given, load_parts
 
 
@@ -33,7 +34,7 @@ def export_adapter(workdir: Path, directory: Path) -> None:
         )
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
-        parts = load_parts(workdir, mesh, best=config.stage == "finetune")
+        parts = load_parts(workdir, mesh, best=registry.definition(config).uses_best_checkpoint)
     leaves = {path: np.asarray(leaf) for path, leaf in peft.flatten(parts.trained).items() if path.endswith(peft.LORA)}
     given, _ = completed_config(Path(config.init_from).expanduser())
     save_lora(directory, config.peft, given.model, peft.unflatten(leaves))
@@ -57,10 +58,10 @@ def import_adapter(directory: Path, base: Path, workdir: Path) -> None:
     )
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
-        program = make_program(config)
-        wanted = abstract_state(program, mesh).params
+        parameters = registry.parameters(config)
+        wanted = abstract_state(parameters, mesh).params
         params = jax.tree.map(lambda leaf, like: jax.device_put(leaf.astype(like.dtype), like.sharding), leaves, wanted)
-        fixed = given_base(program, load_given(program, mesh), mesh)
+        fixed = given_base(parameters, load_given(parameters, mesh), mesh)
         with new_directory(workdir) as unfinished:
             (unfinished / "config.json").write_text(to_json(config))
             tokenizer.save(unfinished / "tokenizer")

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gptjax.checkpoint.manager import Checkpoints
-from gptjax.config import CHAT_STAGES, BatchConfig, Config, DataConfig, GPTConfig, MeshConfig, UserError, to_json
+from gptjax.config import BatchConfig, Config, DataConfig, GPTConfig, MeshConfig, UserError, to_json
 from gptjax.data import tokenizers
 from gptjax.data.templates import ChatFormat, chat_format
 from gptjax.files import unfinished_path
@@ -29,6 +29,7 @@ from gptjax.interop.safetensors_files import DTYPES, Declared, Tensor
 from gptjax.interop.tokenizer_files import read_tokenizer, write_tokenizer
 from gptjax.models.gpt import GPT, abstract_params
 from gptjax.parallel.mesh import make_mesh
+from gptjax.stages import registry
 from gptjax.stages.registry import completed_config
 from gptjax.stages.start import load_weights
 
@@ -186,7 +187,7 @@ def export_workdir(workdir: Path, directory: Path) -> None:
         with jax.set_mesh(mesh):
             params = load_weights(workdir, mesh).gpt
         arrays = (np.asarray(leaf) for leaf in jax.tree.leaves(params))
-        form = chat_format(config.chat, tokenizer) if config.stage in CHAT_STAGES else None
+        form = chat_format(config.chat, tokenizer) if registry.definition(config).conversational else None
         _save(config.model, _by_path(abstract), arrays, directory, tokenizer, chat=form)
         return
     with Checkpoints(workdir, config.checkpoint, read_only=True) as checkpoints:

@@ -306,9 +306,14 @@ def hidden_states(model: GPT, params: Any, tokens_BT: jax.Array, *args: Any, **k
     return cast(jax.Array, model.apply({"params": params}, tokens_BT, *args, method="hidden", **kwargs))
 
 
+def init_params(model: GPT, rng: jax.Array) -> Any:
+    """Initialises the parameters, boxed with their logical axes; they do not depend on the shape of the tokens."""
+    return model.init(rng, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
 def abstract_params(model: GPT, mesh: Mesh) -> Any:
     """Shapes, dtypes and shardings of the parameters on `mesh`: a tree of ShapeDtypeStructs."""
-    boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
+    boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     return abstract_arrays(nn.unbox(boxed), shardings(mesh, boxed))
 
 

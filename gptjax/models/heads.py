@@ -1,4 +1,4 @@
-"""What a fine-tuned model says of a text, besides its next token (Radford et al. 2018, section 3.2)."""
+"""Linear heads on a GPT's hidden states: labels, spans, rewards, values (Radford et al. 2018, section 3.2)."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.config import GPTConfig
-from gptjax.models.gpt import GPT
+from gptjax.models.gpt import GPT, init_params
 from gptjax.parallel.mesh import partitioned
 
-VALUE = "value"  # the key of the parameters of a value function: a GPT of its own, with its head
+VALUE = "value"  # top-level key of a value function's parameters: a GPT of its own, with its head
 
 
 class Head(nn.Module):
@@ -35,8 +35,8 @@ class Head(nn.Module):
 
 
 def init_with_head(gpt: GPT, head: Head, rng: jax.Array) -> Any:
-    """All parameters, boxed: the GPT's, and the head's under "head"."""
+    """Initialises all parameters, boxed: the GPT's, and the head's under "head"."""
     gpt_rng, head_rng = jax.random.split(rng)
-    params = gpt.init(gpt_rng, jnp.zeros((1, 1), jnp.int32))["params"]
+    params = init_params(gpt, gpt_rng)
     x_BD = jnp.zeros((1, gpt.config.embed_dim))
     return {**params, "head": head.init(head_rng, x_BD, True)["params"]}

@@ -5,6 +5,7 @@ Schedules count tokens, on the host, in exact integers.
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -69,8 +70,12 @@ def num_microbatches(config: BatchConfig, context_length: int, tokens: int) -> i
     return max(1, full // (config.microbatch_size * context_length))
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Clipping, the rule, and decoupled decay; without the factor -learning_rate, which the step applies."""
+def make_optimizer(config: Config, lr_factors: Mapping[str, float] | None = None) -> optax.GradientTransformation:
+    """Clipping, the update rule, and decoupled weight decay; without the factor -learning_rate, which the step applies.
+
+    Args:
+      lr_factors: top-level keys of networks whose learning rate is a multiple of `peak_lr`, with the factor.
+    """
     optimizer = config.optimizer
     transforms = [scale_by_rule(optimizer)]
     if optimizer.clip_norm is not None:
@@ -81,8 +86,8 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
         transforms.append(_decayed_weights(optimizer, whole=config.peft.method == "none"))
     if optimizer.layer_lr_decay < 1:
         transforms.append(_decayed_by_layer(config))
-    if config.stage == "ppo":
-        transforms.append(_value_function_scaled(config.ppo.value_lr / optimizer.peak_lr))
+    if lr_factors:
+        transforms.append(_scaled_networks(lr_factors))
     return optax.chain(*transforms)
 
 
@@ -101,11 +106,12 @@ def _clipped_by_model(clip_norm: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(clip.init, update)
 
 
-def _value_function_scaled(factor: float) -> optax.GradientTransformation:
-    """Multiplies the updates of the value function by `factor`: its learning rate is its own."""
+def _scaled_networks(factors: Mapping[str, float]) -> optax.GradientTransformation:
+    """Multiplies the updates of each network under a top-level key of `factors` by its factor."""
 
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
-        return updates | {VALUE: jax.tree.map(lambda u: u * factor, updates[VALUE])}, state
+        scaled = {name: jax.tree.map(lambda u, f=f: u * f, updates[name]) for name, f in factors.items()}
+        return updates | scaled, state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 

@@ -10,13 +10,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gptjax.checkpoint.state import abstract_state, make_train_step, state_shardings
+from gptjax.checkpoint.state import abstract_state, state_shardings
 from gptjax.config import Config
 from gptjax.optim.optimizers import schedule
 from gptjax.parallel.mesh import batch_sharding, check_fit
 from gptjax.planning.program_text import Collective, collectives
 from gptjax.planning.topology import parse_bytes
-from gptjax.stages.registry import make_program
+from gptjax.stages import registry
+from gptjax.training.step import make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +111,9 @@ def compile_training_step(config: Config, mesh: Mesh) -> Compiled:
     count = microbatches(config)
 
     def trace() -> jax.stages.Lowered:
-        program = make_program(config)
-        step = make_train_step(program, state_shardings(program, mesh))
+        objective = registry.objective(config)
+        parameters = objective.parameters
+        step = make_train_step(objective, state_shardings(parameters, mesh))
         shape, sharding = (
             (count, config.sequences_per_microbatch, config.model.context_length),
             batch_sharding(mesh, None),
@@ -121,7 +123,7 @@ def compile_training_step(config: Config, mesh: Mesh) -> Compiled:
             kinds |= {"segments": np.int32, "positions": np.int32}
         batch = {name: jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for name, kind in kinds.items()}
         scalars = (np.int32(count), schedule(config, 1, 1, 1))
-        return step.lower(abstract_state(program, mesh), batch, *scalars)
+        return step.lower(abstract_state(parameters, mesh), batch, *scalars)
 
     return compile_lowered(trace, mesh, unknown_trip_count=count)
 
@@ -142,9 +144,9 @@ class StateBytes:
 
 def state_bytes(config: Config, mesh: Mesh) -> StateBytes:
     """Of the training state's shards; config with the vocabulary filled in."""
-    program = make_program(config)
+    parameters = registry.parameters(config)
     with jax.set_mesh(mesh):
-        state = abstract_state(program, mesh)
+        state = abstract_state(parameters, mesh)
 
     def size(tree: Any) -> int:
         return sum(

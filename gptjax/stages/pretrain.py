@@ -4,32 +4,67 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gptjax.checkpoint.state import Program
+from gptjax.checkpoint.state import ParameterSpec
 from gptjax.config import Config
 from gptjax.data.pipeline import Corpus, open_corpus
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.distributed import processes
 from gptjax.inference.engine import Engine
 from gptjax.inference.sampling import Sampling
+from gptjax.losses.cross_entropy import cross_entropy, logits_dtype
 from gptjax.models import low_precision
 from gptjax.models.attention_backends import check_backend
-from gptjax.models.gpt import GPT
-from gptjax.parallel.mesh import check_fit
+from gptjax.models.gpt import GPT, head_embedding, hidden_states, init_params
+from gptjax.parallel.mesh import check_fit, platform
+from gptjax.stages.definition import Definition
 from gptjax.stages.reading import reader
-from gptjax.stages.registry import make_program, plain
 from gptjax.training.held_out import held_out_means, perplexity
 from gptjax.training.intervals import in_tokens
+from gptjax.training.objective import Batch, Loss, Measures, Objective
 from gptjax.training.stage import Stage
 
 
-def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
+def next_token_loss(config: Config) -> Loss:
+    """Cross entropy of the next token, in nats, summed over targets (Radford et al. 2018, equation 1)."""
+    model = GPT(config.model)
+
+    def loss(params: Any, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array, Measures]:
+        x_BTD = hidden_states(
+            model,
+            params,
+            batch["tokens"],
+            batch.get("segments"),
+            batch.get("positions"),
+            deterministic=rng is None,
+            rngs=None if rng is None else {"dropout": rng},
+        )
+        head_VD, weights_BT = head_embedding(params), batch["weights"]
+        dtype = "float32" if rng is None else logits_dtype(model.config, platform())  # held-out losses are exact
+        nats = cross_entropy(x_BTD, head_VD, batch["targets"], weights_BT, None, model.config.precision, dtype)
+        return nats, jnp.sum(weights_BT), {}
+
+    return loss
+
+
+DEFINITION = Definition(
+    parameters=lambda config: ParameterSpec(config, lambda rng: init_params(GPT(config.model), rng)),
+    loss=next_token_loss,
+    complete=lambda config, tokenizer, workdir: config.completed(tokenizer.vocab_size),
+    adds_tokens=False,
+)
+
+
+def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None, define: Callable[[Config], Objective]) -> Stage:
     """The stage on `mesh`; prepares the corpus when it is not in the cache.
 
     Args:
-      tokenizer: of the run that goes on; None: the one that the config names.
+      tokenizer: of the run that resumes; None: the one that the config names.
+      define: complete config -> parameters and loss.
 
     Raises:
       UserError: the corpus cannot be read or is too short, the model's vocabulary is smaller than the tokenizer's,
@@ -51,7 +86,7 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
     config = in_tokens(config.completed(corpus.tokenizer.vocab_size), corpus.train.split.num_tokens)
     check_fit(config, mesh)
 
-    program, microbatch, read = make_program(config), config.sequences_per_microbatch, reader(config, mesh)
+    objective, microbatch, read = define(config), config.sequences_per_microbatch, reader(config, mesh)
     if config.batch.total_tokens is not None:
         total_tokens = config.batch.total_tokens
     else:
@@ -60,14 +95,14 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
     max_tokens = config.evaluation.max_tokens
     max_batches = None if max_tokens is None else math.ceil(max_tokens / (microbatch * context))
     return Stage(
-        program=program,
+        objective=objective,
         tokenizer=corpus.tokenizer,
         total_tokens=total_tokens,
-        batches=lambda start: read(corpus.train, start),
+        batches=lambda start, run: read(corpus.train, start),
         evaluate=_evaluate(
-            held_out_means(program.loss, lambda: read(corpus.validation, 0), microbatch, mesh, max_batches), corpus
+            held_out_means(objective.loss, lambda: read(corpus.validation, 0), microbatch, mesh, max_batches), corpus
         ),
-        sample=_sample(program, corpus.tokenizer, mesh) if config.evaluation.sample_tokens > 0 else None,
+        sample=_sample(objective.parameters, corpus.tokenizer, mesh) if config.evaluation.sample_tokens > 0 else None,
     )
 
 
@@ -87,14 +122,14 @@ def _evaluate(measure: Callable[[Any], dict[str, float]], corpus: Corpus) -> Cal
     return evaluate
 
 
-def _sample(program: Program, tokenizer: Tokenizer, mesh: Mesh) -> Callable[[Any], str]:
-    """The prompt and its continuation, the same draws every time."""
-    config, model = program.config, GPT(program.config.model)
+def _sample(parameters: ParameterSpec, tokenizer: Tokenizer, mesh: Mesh) -> Callable[[Any], str]:
+    """The prompt and its continuation, always with the same sampling seed."""
+    config, model = parameters.config, GPT(parameters.config.model)
     settings = config.evaluation
 
     def sample(params: Any) -> str:
         # No second copy beside the training state.
-        engine = Engine(model, plain(config, params), tokenizer, mesh, weights="stacked")
+        engine = Engine(model, parameters.merge(params), tokenizer, mesh, weights="stacked")
         prompt = np.concatenate([[tokenizer.end_of_text], tokenizer.encode(settings.sample_prompt)])
         completion = engine.generate(
             [prompt],

@@ -5,27 +5,51 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from gptjax.config import Config
+from gptjax.checkpoint.state import ParameterSpec
+from gptjax.config import Config, require
+from gptjax.data import conversations
 from gptjax.data.chat_batches import PackedConversations
-from gptjax.data.conversations import Conversation, Message
+from gptjax.data.conversations import Conversation, Message, Prompt
 from gptjax.data.pipeline import PackedExamples
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.inference.engine import Engine
 from gptjax.inference.sampling import Sampling
 from gptjax.models.gpt import GPT
+from gptjax.stages import policy
 from gptjax.stages.chat_data import ChatData, conversations_of, fitting, open_chat, positions, pretraining_text
+from gptjax.stages.definition import Definition
+from gptjax.stages.pretrain import next_token_loss
 from gptjax.stages.reading import reader
-from gptjax.stages.registry import make_program, plain
 from gptjax.training.held_out import held_out_means, perplexity
 from gptjax.training.intervals import in_tokens
+from gptjax.training.objective import Objective
 from gptjax.training.stage import Stage
 
 
-def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
+def check(config: Config) -> None:
+    """Raises UserError when the config asks for what supervised fine-tuning cannot do."""
+    require(
+        (config.chat.pretraining_share > 0) == (config.chat.pretraining_source is not None),
+        "chat.pretraining_source and chat.pretraining_share need each other",
+    )
+
+
+DEFINITION = Definition(
+    parameters=policy.policy_parameters,
+    loss=next_token_loss,
+    complete=policy.complete,
+    check=check,
+    conversational=True,
+    chats=True,
+)
+
+
+def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None, define: Callable[[Config], Objective]) -> Stage:
     """The stage on `mesh`.
 
     Args:
-      tokenizer: of the run that goes on; None: that of the weights to start from, or the one that the config names.
+      tokenizer: of the run that resumes; None: that of the weights to start from, or the one that the config names.
+      define: complete config -> parameters and loss.
 
     Raises:
       UserError: as of `open_chat`; a conversation whose last exchange is longer than the context.
@@ -35,15 +59,20 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
     validation = _rows(data, data.validation, None, None)
     tokens_per_epoch, tokens = positions(data.config, train)
     config = in_tokens(data.config, tokens_per_epoch)
-    program, size, read = make_program(config), config.sequences_per_microbatch, reader(config, mesh)
+    objective, size, read = define(config), config.sequences_per_microbatch, reader(config, mesh)
     return Stage(
-        program=program,
+        objective=objective,
         tokenizer=data.tokenizer,
         total_tokens=tokens,
-        batches=lambda start: read(train, start),
-        evaluate=_evaluate(held_out_means(program.loss, lambda: read(validation, 0), size, mesh)),
-        sample=_sample(config, data, mesh) if config.evaluation.sample_tokens > 0 else None,
+        batches=lambda start, run: read(train, start),
+        evaluate=_evaluate(held_out_means(objective.loss, lambda: read(validation, 0), size, mesh)),
+        sample=_sample(objective.parameters, data, mesh) if config.evaluation.sample_tokens > 0 else None,
     )
+
+
+def held_out_prompts(config: Config) -> list[Prompt]:
+    """The prompts of the held-out conversations, each with its reference."""
+    return conversations.prompts(conversations_of(config)[1])
 
 
 def _rows(
@@ -65,21 +94,22 @@ def _evaluate(measure: Callable[[Any], dict[str, float]]) -> Callable[[Any], dic
     return evaluate
 
 
-def _sample(config: Config, data: ChatData[Conversation], mesh: Mesh) -> Callable[[Any], str]:
-    """A question and the model's answer, the same draws every time."""
+def _sample(parameters: ParameterSpec, data: ChatData[Conversation], mesh: Mesh) -> Callable[[Any], str]:
+    """A question and the model's completion, always with the same sampling seed."""
+    config = parameters.config
     settings, question = config.evaluation, Message("user", config.evaluation.sample_prompt)
     room = config.model.context_length - settings.sample_tokens
 
     def sample(params: Any) -> str:
         # No second copy beside the training state.
-        engine = Engine(GPT(config.model), plain(config, params), data.tokenizer, mesh, weights="stacked")
-        answer = engine.generate(
+        engine = Engine(GPT(config.model), parameters.merge(params), data.tokenizer, mesh, weights="stacked")
+        completion = engine.generate(
             [data.chat_format.encode_prompt((question,), room)],
             settings.sample_tokens,
             Sampling(settings.sample_temperature, settings.sample_top_k),
             seeds=config.seed,
             end_tokens=(data.chat_format.end_of_turn,),
         )
-        return f"user: {question.content}\nassistant: {answer[0].text}"
+        return f"user: {question.content}\nassistant: {completion[0].text}"
 
     return sample

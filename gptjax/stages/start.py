@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from gptjax.checkpoint.manager import Checkpoints
 from gptjax.checkpoint.position import Position
-from gptjax.checkpoint.state import Program, TrainState, abstract_state, create_state, fresh_params
+from gptjax.checkpoint.state import ParameterSpec, TrainState, abstract_state, create_state, fresh_params
 from gptjax.config import Config, UserError, differences
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.distributed import processes
@@ -24,8 +24,9 @@ from gptjax.files import read_json
 from gptjax.models import peft
 from gptjax.models.heads import VALUE
 from gptjax.parallel.mesh import check_model_fit
-from gptjax.stages.preference.objective import SCALE_FILE
-from gptjax.stages.registry import completed_config, make_program, plain
+from gptjax.stages import registry
+from gptjax.stages.preference.reward_model import SCALE_FILE
+from gptjax.stages.registry import completed_config
 
 # Fields of the model that weights do not depend on once they are there: training that starts from them may choose.
 _FREE_FIELDS = (
@@ -35,7 +36,7 @@ _FREE_FIELDS = (
 )
 
 
-def start_state(program: Program, mesh: Mesh, checkpoints: Checkpoints) -> tuple[TrainState, Position]:
+def start_state(parameters: ParameterSpec, mesh: Mesh, checkpoints: Checkpoints) -> tuple[TrainState, Position]:
     """The state a run starts from, by the precedence above, and where in the data and its numbers; `mesh` in use.
 
     Raises:
@@ -45,69 +46,69 @@ def start_state(program: Program, mesh: Mesh, checkpoints: Checkpoints) -> tuple
     newest = checkpoints.latest_step()
     processes.check_same({"newest checkpoint": newest}, "give all processes the same --workdir, on a shared disk")
     if newest is not None:
-        state, position = checkpoints.restore(abstract_state(program, mesh))
-        if program.has_base:
-            state = state.replace(base=whole_base(program, load_given(program, mesh), mesh))
+        state, position = checkpoints.restore(abstract_state(parameters, mesh))
+        if parameters.has_base:
+            state = state.replace(base=whole_base(parameters, load_given(parameters, mesh), mesh))
             checkpoints.check_base(int(state.step), state.base)
         return state, position
-    state = create_state(program, mesh)
-    if program.config.init_from is None:
+    state = create_state(parameters, mesh)
+    if parameters.config.init_from is None:
         return state, Position()
-    base, params = given_params(program, mesh)
-    params |= {name: _started(program, name, params, mesh) for name in program.starts}
+    base, params = given_params(parameters, mesh)
+    params |= {name: _started(parameters, name, params, mesh) for name in parameters.sources}
     # The average starts at the weights; a copy, as the step donates both.
     ema = None if state.ema is None else jax.tree.map(lambda p: p.copy(), params)
     return state.replace(base=base, params=params, ema=ema), Position()
 
 
-def load_given(program: Program, mesh: Mesh, loaded: dict[Path, Any] | None = None) -> Any:
+def load_given(parameters: ParameterSpec, mesh: Mesh, loaded: dict[Path, Any] | None = None) -> Any:
     """The weights that `init_from` names; UserError when they are of another model.
 
     Args:
       loaded: those that are there already, by workdir; these are added.
     """
     loaded = {} if loaded is None else loaded
-    assert program.config.init_from is not None
-    source = Path(program.config.init_from).expanduser().resolve()
-    _check_model(program.config, completed_config(source)[0], f"init_from={program.config.init_from}")
+    assert parameters.config.init_from is not None
+    source = Path(parameters.config.init_from).expanduser().resolve()
+    _check_model(parameters.config, completed_config(source)[0], f"init_from={parameters.config.init_from}")
     if source not in loaded:
         loaded[source] = load_weights(source, mesh).gpt
     return loaded[source]
 
 
-def given_base(program: Program, given: Any, mesh: Mesh) -> Any:
+def given_base(parameters: ParameterSpec, given: Any, mesh: Mesh) -> Any:
     """What stays as it is of the weights `given`, whose memory it shares, frozen models apart; None: nothing does."""
-    if program.given is None:
+    if parameters.given is None:
         return None
-    wanted = abstract_state(program, mesh).base
-    return _first_rows(given, {name: part for name, part in wanted.items() if name not in program.frozen})
+    wanted = abstract_state(parameters, mesh).base
+    return _first_rows(given, {name: part for name, part in wanted.items() if name not in parameters.frozen})
 
 
-def whole_base(program: Program, given: Any, mesh: Mesh) -> Any:
+def whole_base(parameters: ParameterSpec, given: Any, mesh: Mesh) -> Any:
     """`given_base`, and the frozen models: copies of `given`, of which what it lacks is as the seed makes it."""
-    base = given_base(program, given, mesh)
-    if not program.frozen:
+    base = given_base(parameters, given, mesh)
+    if not parameters.frozen:
         return base
-    abstract = {name: abstract_state(program, mesh).base[name] for name in program.frozen}
+    abstract = {name: abstract_state(parameters, mesh).base[name] for name in parameters.frozen}
 
     def copies(given: Any) -> dict[str, Any]:
-        fresh = nn.unbox(fresh_params(program))
-        return {name: _graft(fresh[name], given) for name in program.frozen}
+        fresh = nn.unbox(fresh_params(parameters))
+        return {name: _graft(fresh[name], given) for name in parameters.frozen}
 
     models = jax.jit(copies, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(given)
     return {**(base or {}), **models}
 
 
-def given_params(program: Program, mesh: Mesh) -> tuple[Any, Any]:
+def given_params(parameters: ParameterSpec, mesh: Mesh) -> tuple[Any, Any]:
     """Base and trained parameters as `init_from` has them, and what it lacks from the seed; `mesh` in use."""
-    given = load_given(program, mesh)
-    base, abstract = whole_base(program, given, mesh), abstract_state(program, mesh)
+    given = load_given(parameters, mesh)
+    base, abstract = whole_base(parameters, given, mesh), abstract_state(parameters, mesh)
 
     def trained(given: Any, longer: Any) -> Any:
-        return program.split(_graft(nn.unbox(fresh_params(program)), peft.join(given, longer)))[1]
+        return parameters.split(_graft(nn.unbox(fresh_params(parameters)), peft.join(given, longer)))[1]
 
     placement = jax.tree.map(lambda leaf: leaf.sharding, abstract.params)
-    if program.given is not None:
+    if parameters.given is not None:
         return base, jax.jit(trained, out_shardings=placement)(given, {})
     # Memory of one size can be given back for another's, and no other.
     wanted, leaves = peft.flatten(abstract.params), peft.flatten(given)
@@ -119,15 +120,15 @@ def given_params(program: Program, mesh: Mesh) -> tuple[Any, Any]:
     return base, make(peft.unflatten(same), peft.unflatten(longer))
 
 
-def _started(program: Program, name: str, params: Any, mesh: Mesh) -> Any:
-    """The parameters that the model `name` of `program.starts` starts from."""
-    wanted, workdir = abstract_state(program, mesh).params[name], program.starts[name]
+def _started(parameters: ParameterSpec, name: str, params: Any, mesh: Mesh) -> Any:
+    """The parameters that the model `name` of `parameters.sources` starts from."""
+    wanted, workdir = abstract_state(parameters, mesh).params[name], parameters.sources[name]
     if workdir is None:
         placement = jax.tree.map(lambda leaf: leaf.sharding, wanted)
         own = {key: part for key, part in params.items() if key in wanted}
         return jax.jit(lambda fresh, given: _graft(fresh, given), out_shardings=placement)(params[name], own)
     weights = load_reward_weights(Path(workdir).expanduser(), mesh)
-    _check_model(program.config, weights.config, f"the reward model {workdir}")
+    _check_model(parameters.config, weights.config, f"the reward model {workdir}")
     return _first_rows({**weights.gpt, "head": weights.head}, wanted)
 
 
@@ -136,7 +137,8 @@ def _check_model(config: Config, given: Config, name: str) -> None:
     free: dict[str, Any] = {name: getattr(config.model, name) for name in _FREE_FIELDS}
     if given.model.adapter_dim is None:
         free["adapter_dim"] = config.model.adapter_dim
-    if config.stage != "pretrain" and (given.model.vocab_size or 0) <= (config.model.vocab_size or 0):
+    adds_tokens = registry.definition(config).adds_tokens
+    if adds_tokens and (given.model.vocab_size or 0) <= (config.model.vocab_size or 0):
         free["vocab_size"] = config.model.vocab_size  # special tokens are new
     if changed := differences(dataclasses.replace(given.model, **free), config.model, "model."):
         raise UserError(f"{name} has another model: {'; '.join(changed)}")
@@ -165,7 +167,7 @@ class Parts:
       step: of the checkpoint.
     """
 
-    program: Program
+    parameters: ParameterSpec
     tokenizer: Tokenizer
     base: Any
     trained: Any
@@ -173,7 +175,7 @@ class Parts:
 
     def join(self, base_and_trained: tuple[Any, Any]) -> Any:
         """All parameters, low-rank matrices folded in."""
-        return plain(self.program.config, self.program.join(*base_and_trained))
+        return self.parameters.merge(self.parameters.join(*base_and_trained))
 
 
 def load_parts(workdir: Path, mesh: Mesh, *, best: bool = False, given: dict[Path, Any] | None = None) -> Parts:
@@ -188,19 +190,19 @@ def load_parts(workdir: Path, mesh: Mesh, *, best: bool = False, given: dict[Pat
     """
     config, tokenizer = completed_config(workdir)
     check_model_fit(config.model, mesh)
-    program = make_program(config)
+    parameters = registry.parameters(config)
     with Checkpoints(workdir, config.checkpoint, read_only=True) as checkpoints:
         newest = checkpoints.latest_step()
         processes.check_same({"newest checkpoint": newest}, "give all processes the same --workdir, on a shared disk")
         if newest is None:
             raise UserError(f"{workdir} has no checkpoint yet")
         wanted = checkpoints.best_step() if best else None
-        trained, step = checkpoints.restore_params(abstract_state(program, mesh).params, wanted)
+        trained, step = checkpoints.restore_params(abstract_state(parameters, mesh).params, wanted)
         base = None
-        if program.given is not None:
-            base = given_base(program, load_given(program, mesh, given), mesh)
+        if parameters.given is not None:
+            base = given_base(parameters, load_given(parameters, mesh, given), mesh)
             checkpoints.check_base(step, base)
-    return Parts(program, tokenizer, base, trained, step)
+    return Parts(parameters, tokenizer, base, trained, step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +229,7 @@ def load_weights(workdir: Path, mesh: Mesh, *, best: bool = False) -> Weights:
     params = dict(parts.join((parts.base, parts.trained)))
     head = params.pop("head", None)
     params.pop(VALUE, None)  # of use in training alone
-    return Weights(parts.program.config, parts.tokenizer, params, head, parts.step)
+    return Weights(parts.parameters.config, parts.tokenizer, params, head, parts.step)
 
 
 def load_reward_weights(workdir: Path, mesh: Mesh) -> Weights:

@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from gptjax.checkpoint.state import Batch, Program, TrainState, dropout_rng, loss_and_gradient
+from gptjax.checkpoint.state import TrainState
 from gptjax.config import UserError
+from gptjax.training.objective import Batch, Objective
+from gptjax.training.step import dropout_rng, loss_and_gradient
 
 
-def save_bundle(workdir: Path, program: Program, state: TrainState, batch: Batch, count: int) -> Path:
+def save_bundle(workdir: Path, objective: Objective, state: TrainState, batch: Batch, count: int) -> Path:
     """Writes the bundle of the step that led to `state`, process 0 alone; returns its directory.
 
     Args:
@@ -27,7 +29,7 @@ def save_bundle(workdir: Path, program: Program, state: TrainState, batch: Batch
     directory = workdir / "debug" / f"step_{int(state.step):08d}"
     whole = jax.jit(lambda batch: batch, out_shardings=PartitionSpec())(batch)
     microbatches = {name: np.asarray(array_MBT)[:count] for name, array_MBT in whole.items()}
-    report = diagnose(program, state, microbatches)
+    report = diagnose(objective, state, microbatches)
     if jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
         np.savez(directory / "batch.npz", **microbatches)  # type: ignore[arg-type]
@@ -47,7 +49,7 @@ def load_bundle(directory: Path) -> tuple[int, dict[str, np.ndarray]]:
         raise UserError(f"cannot read {directory / 'batch.npz'}: {error}") from None
 
 
-def diagnose(program: Program, state: TrainState, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+def diagnose(objective: Objective, state: TrainState, batch: dict[str, np.ndarray]) -> dict[str, Any]:
     """Computes the loss and the gradient of each microbatch (M, B, ...) again, with the dropout they had.
 
     Args:
@@ -61,7 +63,7 @@ def diagnose(program: Program, state: TrainState, batch: dict[str, np.ndarray]) 
 
     @jax.jit
     def numbers(base: Any, params: Any, rows: Batch, rng: Any) -> Any:
-        (loss_sum, (weight, _)), grads = loss_and_gradient(program, base, params, rows, rng)
+        (loss_sum, (weight, _)), grads = loss_and_gradient(objective, base, params, rows, rng)
         grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
         norms = {}
         for (path, param), grad in zip(
@@ -80,7 +82,7 @@ def diagnose(program: Program, state: TrainState, batch: dict[str, np.ndarray]) 
     losses = [float(loss) for loss, _ in found]
     finite = np.isfinite(losses) & np.isfinite(grad_norms)
     worst = int(np.argmax(grad_norms) if finite.all() else np.argmin(finite))
-    period = len(program.config.model.attention_pattern)
+    period = len(objective.config.model.attention_pattern)
     return {
         "step": int(state.step),
         "microbatches": [

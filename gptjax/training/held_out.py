@@ -7,10 +7,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from gptjax.checkpoint.state import Loss
 from gptjax.data.pipeline import Microbatch
 from gptjax.distributed import preemption
 from gptjax.parallel.rows import global_array, process_rows
+from gptjax.training.objective import Loss
 
 
 def perplexity(nats: float) -> float:

@@ -1,5 +1,6 @@
-"""Numbers that go wrong: updates that were skipped as their numbers are not finite, and spikes of the loss."""
+"""Detects numbers that go wrong: updates skipped because they are not finite, and spikes of the loss."""
 
+import dataclasses
 import math
 import statistics
 from collections import deque
@@ -8,39 +9,53 @@ from typing import Any
 from gptjax.config import StabilityConfig
 
 
-class LossSpikeError(Exception):
-    """The loss of a step is far above what it was: `stability.on_spike` says to go back."""
+@dataclasses.dataclass(frozen=True)
+class LossSpike:
+    """The loss of a step is far above the mean of the steps before.
 
-    def __init__(self, step: int, examples: int, loss: float, usual: float):
-        super().__init__(f"the loss of step {step} is {loss:.3f}, after {usual:.3f}")
-        self.step, self.examples, self.loss, self.usual = step, examples, loss, usual
+    Attributes:
+      examples: trained on up to and including the step.
+      usual: the mean loss of the steps before.
+    """
+
+    step: int
+    examples: int
+    loss: float
+    usual: float
+
+    def __str__(self) -> str:
+        return f"the loss of step {self.step} is {self.loss:.3f}, after {self.usual:.3f}"
 
 
-class NotFiniteError(Exception):
-    """`stability.max_skipped_updates` in a row were skipped."""
+@dataclasses.dataclass(frozen=True)
+class NotFinite:
+    """`stability.max_skipped_updates` updates in a row were skipped; the numbers are of the last."""
 
-    def __init__(self, step: int, loss: float, grad_norm: float):
-        super().__init__(f"the loss of step {step} is {loss}, the norm of its gradient {grad_norm}")
-        self.step, self.loss, self.grad_norm = step, loss, grad_norm
+    step: int
+    loss: float
+    grad_norm: float
+
+    def __str__(self) -> str:
+        return f"the loss of step {self.step} is {self.loss}, the norm of its gradient {self.grad_norm}"
 
 
-class Watch:
-    """Looks at the loss of every step.
+class LossMonitor:
+    """Watches the loss of every step.
 
     Attributes:
       skipped: updates skipped so far.
     """
 
     def __init__(self, config: StabilityConfig, state: dict[str, Any] | None = None):
-        """Args: state: what `state()` returned, of a run that goes on; None: of none."""
+        """Args: state: what `state()` returned before a run stopped; None: a new run."""
         state = {"skipped": 0, "in_a_row": 0, "spiking": False, "losses": []} if state is None else state
         self._config = config
         self.skipped, self._in_a_row = state["skipped"], state["in_a_row"]
-        self._spiking = state["spiking"]  # steps of high loss that follow each other are one spike
+        self._spiking = state["spiking"]  # consecutive steps of high loss are one spike
         self._losses: deque[float] = deque(state["losses"], maxlen=config.spike_window)
 
     def state(self) -> dict[str, Any]:
-        """What a run must know to go on as if it had not stopped, as JSON can hold it."""
+        """What a resumed run needs to decide as if it had never stopped; JSON-serialisable."""
         return {
             "skipped": self.skipped,
             "in_a_row": self._in_a_row,
@@ -50,33 +65,27 @@ class Watch:
 
     @property
     def next_may_stop(self) -> bool:
-        """Whether the next step is the last if it is skipped: none is to be dispatched after it before it is seen."""
+        """Whether the run stops if the next update is skipped; its numbers are then read before the next dispatch."""
         return self._in_a_row + 1 >= self._config.max_skipped_updates
 
-    def add(self, step: int, examples: int, loss: float, grad_norm: float, skipped: bool) -> float | None:
-        """Takes the numbers of a step, after which the run has read so many examples.
-
-        Returns:
-          The mean loss of the steps before, if this one's is a spike and the first of it; None otherwise.
-
-        Raises:
-          NotFiniteError: too many updates in a row were skipped.
-          LossSpikeError: the loss is a spike, and `on_spike` is "rewind".
-        """
+    def add(
+        self, step: int, examples: int, loss: float, grad_norm: float, skipped: bool
+    ) -> LossSpike | NotFinite | None:
+        """Takes the numbers of a step; returns what they reveal, a spike only at its first step."""
         self._in_a_row = self._in_a_row + 1 if skipped else 0
         self.skipped += skipped
         if self._in_a_row >= self._config.max_skipped_updates:
-            self._in_a_row = 0  # the run that goes on with other data may skip as many
-            raise NotFiniteError(step, loss, grad_norm)
+            self._in_a_row = 0  # the resumed run, which reads other data, may skip as many
+            return NotFinite(step, loss, grad_norm)
         if not math.isfinite(loss) or self._config.spike_deviations is None:
             return None
         usual = statistics.fmean(self._losses) if len(self._losses) == self._config.spike_window else math.inf
-        # A loss that hardly moves, as that of a text learned by heart, must not make a spike of nothing.
+        # A loss that hardly changes, as on memorised text, must not turn noise into a spike.
         deviation = max(statistics.pstdev(self._losses), 0.01 * usual) if math.isfinite(usual) else math.inf
         spiking = loss > usual + self._config.spike_deviations * deviation
-        first = spiking and not self._spiking
-        if first and self._config.on_spike == "rewind":
-            raise LossSpikeError(step, examples, loss, usual)
+        spike = LossSpike(step, examples, loss, usual) if spiking and not self._spiking else None
+        if spike is not None and self._config.on_spike == "rewind":
+            return spike  # the run goes back, and its state with it
         self._losses.append(loss)
         self._spiking = spiking
-        return usual if first else None
+        return spike

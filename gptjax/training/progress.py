@@ -11,24 +11,25 @@ from tqdm import tqdm
 
 from gptjax.config import Config
 from gptjax.scaling import flops
-from gptjax.training.loss_monitor import Watch
+from gptjax.training.loss_monitor import LossMonitor, LossSpike, NotFinite
 from gptjax.training.metrics_file import MetricsWriter
+from gptjax.training.step import StepResult
 
 
 class Progress:
-    """Reads each step's metrics when the next one is under way, so that logging never stalls the devices.
+    """Reads each step's metrics once the next step is dispatched, so that logging never stalls the devices.
 
-    Every `logging.every_steps` steps it writes a training record: `loss` (nats a token) and what else the stage
+    Every `logging.every_steps` steps it writes a training record: `loss` (nats a token) and the stage's further
     measures, as means over the steps since the last record whose updates were not skipped; `grad_norm` and
     `learning_rate` of the step, `skipped_updates` (of the run, so far), `tokens_per_second` and `mfu` (share of the
-    devices' peak FLOP/s) of the time spent training since then, evaluations and saves excluded. A spike of the loss is
-    a record of its own, of split "spike".
+    devices' peak FLOP/s) over the time spent training since then, evaluations and saves excluded. A spike of the loss
+    is a record of its own, of split "spike".
     """
 
     def __init__(
         self, config: Config, writer: MetricsWriter | None, tokens: int, total_tokens: int, state: dict[str, Any]
     ):
-        """Args: state: what `state()` returned, of a run that goes on; empty: of none."""
+        """Args: state: what `state()` returned before a run stopped; empty: a new run."""
         self._writer = writer
         self._stability = config.stability
         self._every = config.logging.every_steps
@@ -53,44 +54,44 @@ class Progress:
         self._bar.close()
 
     def state(self) -> dict[str, Any]:
-        """What the records of a run that goes on depend on, as JSON can hold it; all steps must have been read."""
-        return {"losses": self._losses, "measured": self._measured, "watch": self._watch.state()}
+        """What the records of a resumed run depend on, JSON-serialisable; all metrics must have been read."""
+        return {"losses": self._losses, "measured": self._measured, "watch": self._monitor.state()}
 
     def go_back(self, tokens: int, state: dict[str, Any]) -> None:
-        """Goes on from an earlier place in the run, and the state it had there; steps not read yet are forgotten."""
-        self._pending: tuple[int, int, int, float, dict[str, jax.Array]] | None = None
-        self._tokens = tokens  # trained by the steps whose metrics have been read
+        """Returns to an earlier place in the run and the state it had there; metrics not read yet are dropped."""
+        self._pending: StepResult | None = None
+        self._problem: LossSpike | NotFinite | None = None
+        self._tokens = tokens  # trained on by the steps whose metrics have been read
         self._losses: list[float] = list(state.get("losses", []))  # since the last record
-        # What the stage measures besides
+        # The stage's further measures
         self._measured: dict[str, list[float]] = {name: list(of) for name, of in state.get("measured", {}).items()}
-        self._watch = Watch(self._stability, state.get("watch"))
+        self._monitor = LossMonitor(self._stability, state.get("watch"))
         self._bar.update(tokens - self._bar.n)
-        self.restart()
+        self.restart_clock()
 
-    def restart(self) -> None:
-        """Starts the clock anew, after compiling, evaluating or saving."""
+    def restart_clock(self) -> None:
+        """Excludes from the next record's rate the time that compiling, evaluating or saving has taken."""
         self._clock, self._clock_tokens = time.perf_counter(), self._tokens
 
-    def add(self, step: int, tokens: int, examples: int, lr: float, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics of the step just dispatched, and reads those of the one before.
+    def add(self, result: StepResult) -> None:
+        """Takes the step just dispatched, and reads the metrics of the one before."""
+        self.read()
+        self._pending = result
+        if self._monitor.next_may_stop:
+            self.read()
 
-        Raises:
-          NotFiniteError, LossSpikeError: see `gptjax.training.loss_monitor`; no step after the former's is dispatched.
-        """
-        self.flush()
-        self._pending = (step, tokens, examples, lr, metrics)
-        if self._watch.next_may_stop:
-            self.flush()
-
-    def flush(self) -> None:
-        """Reads the metrics of the last step, waiting for it; raises as `add` does."""
+    def read(self) -> None:
+        """Reads the metrics of the last step, waiting for it."""
         if self._pending is None:
             return
-        step, tokens, examples, lr, metrics = self._pending
-        self._pending = None
-        values = {name: float(np.asarray(value)) for name, value in metrics.items()}
+        result, self._pending = self._pending, None
+        step, tokens = result.step, result.tokens
+        values = {name: float(np.asarray(value)) for name, value in result.metrics.items()}
         loss, grad_norm, skipped = (values.pop(name) for name in ("loss", "grad_norm", "skipped"))
-        usual = self._watch.add(step, examples, loss, grad_norm, skipped > 0)
+        found = self._monitor.add(step, result.examples, loss, grad_norm, skipped > 0)
+        if isinstance(found, NotFinite) or (found is not None and self._stability.on_spike == "rewind"):
+            self._problem = found
+            return
         self._bar.update(tokens - self._tokens)
         self._bar.set_postfix_str(f"step {step} loss {loss:.3f}", refresh=False)
         self._tokens = tokens
@@ -100,15 +101,20 @@ class Progress:
             self._losses.append(loss)
             for name, value in values.items():
                 self._measured.setdefault(name, []).append(value)
-        if usual is not None:
-            self.say(f"step {step}: the loss spikes, {loss:.3f} after {usual:.3f}")
+        if found is not None:
+            self.say(f"step {step}: the loss spikes, {loss:.3f} after {found.usual:.3f}")
             if self._writer is not None:
-                self._writer.write(step, tokens, "spike", loss=loss, usual=usual)
+                self._writer.write(step, tokens, "spike", loss=loss, usual=found.usual)
         if step % self._every == 0:
             if self._writer is not None:
-                self._write(self._writer, step, tokens, lr, grad_norm)
+                self._write(self._writer, step, tokens, result.lr, grad_norm)
             self._losses, self._measured = [], {}
-            self.restart()
+            self.restart_clock()
+
+    def take_problem(self) -> LossSpike | NotFinite | None:
+        """What was found in the metrics that the run must act upon: a spike to rewind, or too many skipped updates."""
+        problem, self._problem = self._problem, None
+        return problem
 
     def _write(self, writer: MetricsWriter, step: int, tokens: int, lr: float, grad_norm: float) -> None:
         speed = (tokens - self._clock_tokens) / (time.perf_counter() - self._clock)
@@ -120,7 +126,7 @@ class Progress:
             **{name: sum(of) / len(of) for name, of in self._measured.items()},
             grad_norm=grad_norm,
             learning_rate=lr,
-            skipped_updates=self._watch.skipped,
+            skipped_updates=self._monitor.skipped,
             tokens_per_second=speed,
             mfu=None if self._peak_flops is None else speed * self._flops_per_token / self._peak_flops,
         )

@@ -1,28 +1,27 @@
-"""What a stage supplies to the one training loop, and what it may know of the run."""
+"""What a stage supplies to the one training loop, and what its batches may read of the run."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from gptjax.checkpoint.state import Program
 from gptjax.config import Config
 from gptjax.data.pipeline import Microbatch
 from gptjax.data.tokenizers import Tokenizer
+from gptjax.training.objective import Objective
 
 
-class Learner(Protocol):
-    """A run, as far as what makes its batches of what the model writes has to do with it."""
+class Run(Protocol):
+    """A run in progress, as far as batches may depend on it: a policy's batches are completions it sampled itself."""
 
     workdir: Path
-    step: int
 
     @property
     def policy(self) -> Any:
-        """All parameters as the last step left them, not their average."""
+        """All parameters after the last step; not their moving average."""
 
     def record(self, split: str, text: str | None = None, **values: float) -> None:
-        """A record of this step in metrics.jsonl, and a text in samples/."""
+        """Writes a record of this step to metrics.jsonl, and a text to samples/."""
 
     def say(self, text: str) -> None:
         """Prints above the progress bar."""
@@ -30,19 +29,28 @@ class Learner(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """What a stage supplies."""
+    """What a stage supplies.
 
-    program: Program
+    Attributes:
+      objective: the parameters and the loss.
+      total_tokens: length of training, padding excluded.
+      batches: (examples consumed so far, run) -> the microbatches that follow; a policy, which samples its own,
+        needs a run.
+      evaluate: all parameters -> {"loss": ..., ...} on held-out data.
+      sample: all parameters -> text; None: there are no samples.
+      conclude: (parameters of the best checkpoint, workdir) -> text to print; called at the end by all processes.
+      files: name -> content of further files of the workdir: what the data decided.
+    """
+
+    objective: Objective
     tokenizer: Tokenizer
-    total_tokens: int  # to train on, padding left out
-    batches: Callable[[int], Iterator[Microbatch]]  # examples consumed -> what follows
-    evaluate: Callable[[Any], dict[str, float]]  # all parameters -> {"loss": ..., ...} on held-out data
-    sample: Callable[[Any], str] | None  # all parameters -> text
-    # The best checkpoint's parameters, workdir -> text: what is left to do at the end, by all processes
+    total_tokens: int
+    batches: Callable[[int, Run | None], Iterator[Microbatch]]
+    evaluate: Callable[[Any], dict[str, float]]
+    sample: Callable[[Any], str] | None
     conclude: Callable[[Any, Path], str] | None = None
-    files: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of the workdir, by name: what the data decided
-    attach: Callable[[Learner], None] | None = None  # before `batches`, where they depend on the run
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def config(self) -> Config:
-        return self.program.config
+        return self.objective.config

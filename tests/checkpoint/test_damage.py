@@ -18,7 +18,7 @@ from gptjax.config import Config, UserError, replace
 from gptjax.models.gpt import GPT, abstract_params
 from gptjax.parallel.mesh import make_mesh
 from gptjax.run import run
-from gptjax.stages.registry import make_program
+from gptjax.stages import registry
 
 NEWEST, BEFORE = 6, 4
 
@@ -54,7 +54,7 @@ def trained(original: tuple[Config, Path], tmp_path: Path) -> tuple[Config, Path
 def restore(config: Config, workdir: Path) -> tuple[TrainState, Position]:
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh), Checkpoints(workdir, config.checkpoint) as checkpoints:
-        state, position = checkpoints.restore(abstract_state(make_program(config), mesh))
+        state, position = checkpoints.restore(abstract_state(registry.parameters(config), mesh))
         return jax.device_get(state), position
 
 

@@ -4,10 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax.checkpoint.state import create_state, make_train_step, state_shardings
+from gptjax.checkpoint.state import create_state, state_shardings
 from gptjax.config import replace
 from gptjax.parallel.mesh import make_mesh
-from gptjax.stages import pretrain
+from gptjax.stages.builders import build
+from gptjax.training.step import make_train_step
 
 
 @pytest.fixture
@@ -20,10 +21,10 @@ def step_of(tiny):
     def step(rows: dict[str, np.ndarray], microbatch: int, room: int):
         config = replace(tiny, {"batch": {"microbatch_size": microbatch}})
         mesh = make_mesh(config.mesh)
-        stage = pretrain.build(config, mesh, None)
+        stage = build(config, mesh, None)
         config = stage.config
-        state = create_state(stage.program, mesh)
-        train_step = make_train_step(stage.program, state_shardings(stage.program, mesh))
+        state = create_state(stage.objective.parameters, mesh)
+        train_step = make_train_step(stage.objective, state_shardings(stage.objective.parameters, mesh))
         count = len(rows["tokens"]) // microbatch
         batch = {}
         for name, array in rows.items():
@@ -33,7 +34,7 @@ def step_of(tiny):
             state, metrics = train_step(state, batch, np.int32(count), {"lr": np.float32(0.01)})
         return jax.device_get((metrics, state.params, state.ema))
 
-    rows = next(iter(pretrain.build(tiny, make_mesh(tiny.mesh), None).batches(0))).arrays
+    rows = next(iter(build(tiny, make_mesh(tiny.mesh), None).batches(0, None))).arrays
     return step, rows
 
 
@@ -50,8 +51,8 @@ def test_the_average_follows_the_weights(step_of, tiny):
     step, rows = step_of
     _, params, ema = step(rows, 4, room=1)
     mesh = make_mesh(tiny.mesh)
-    stage = pretrain.build(tiny, mesh, None)
-    start = jax.device_get(create_state(stage.program, mesh).params)
+    stage = build(tiny, mesh, None)
+    start = jax.device_get(create_state(stage.objective.parameters, mesh).params)
     expected = jax.tree.map(lambda s, p: 0.9 * s + 0.1 * p, start, params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), ema, expected)
 
@@ -59,11 +60,11 @@ def test_the_average_follows_the_weights(step_of, tiny):
 def test_every_step_and_microbatch_draws_its_own_dropout(tiny):
     config = replace(tiny, {"model": {"residual_dropout": 0.5}, "optimizer": {"weight_decay": 0.0}})
     mesh = make_mesh(config.mesh)
-    stage = pretrain.build(config, mesh, None)
+    stage = build(config, mesh, None)
     config = stage.config
-    state = create_state(stage.program, mesh)
-    train_step = make_train_step(stage.program, state_shardings(stage.program, mesh))
-    rows = next(iter(stage.batches(0))).arrays
+    state = create_state(stage.objective.parameters, mesh)
+    train_step = make_train_step(stage.objective, state_shardings(stage.objective.parameters, mesh))
+    rows = next(iter(stage.batches(0, None))).arrays
     batch = {name: np.stack([array, array]) for name, array in rows.items()}
     losses = []
     with jax.set_mesh(mesh):
@@ -71,7 +72,7 @@ def test_every_step_and_microbatch_draws_its_own_dropout(tiny):
             state, metrics = train_step(state, batch, np.int32(count), {"lr": np.float32(0)})
             losses.append(float(metrics["loss"]))
     assert losses[0] != losses[1]
-    state = create_state(stage.program, mesh)
+    state = create_state(stage.objective.parameters, mesh)
     with jax.set_mesh(mesh):
         _, both = train_step(state, batch, np.int32(2), {"lr": np.float32(0)})
     assert float(both["loss"]) != pytest.approx(losses[0], abs=1e-7)  # the second microbatch is not the first again

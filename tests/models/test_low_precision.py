@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from gptjax import config as c
-from gptjax.checkpoint.state import create_state, make_train_step, state_shardings
+from gptjax.checkpoint.state import create_state, state_shardings
 from gptjax.models import attention_backends, low_precision
 from gptjax.parallel.mesh import make_mesh
-from gptjax.stages.registry import make_program
+from gptjax.stages import registry
+from gptjax.training.step import make_train_step
 
 MODEL = c.GPTConfig(vocab_size=32, context_length=16, num_layers=2, num_heads=2, embed_dim=32, layer_loop="unroll")
 
@@ -100,8 +101,11 @@ def losses(matmul_dtype: str, steps: int = 12) -> list[float]:
     tokens_MBT = jax.random.randint(jax.random.key(0), (1, 8, 16), 0, 32)
     batch = {"tokens": tokens_MBT, "targets": jnp.roll(tokens_MBT, -1, 2), "weights": jnp.ones(tokens_MBT.shape)}
     with jax.set_mesh(mesh):
-        program = make_program(config)
-        step, state = make_train_step(program, state_shardings(program, mesh)), create_state(program, mesh)
+        objective = registry.objective(config)
+        step, state = (
+            make_train_step(objective, state_shardings(objective.parameters, mesh)),
+            create_state(objective.parameters, mesh),
+        )
         measured = []
         for _ in range(steps):
             state, metrics = step(state, batch, np.int32(1), {"lr": np.float32(1e-2)})

@@ -13,8 +13,8 @@ import jax
 
 from gptjax import config as c
 from gptjax.parallel.mesh import make_mesh
-from gptjax.run import STAGES
-from gptjax.training import loop
+from gptjax.run import train_stage
+from gptjax.stages.builders import build
 from gptjax.training.metrics_file import read_metrics
 from tests.multi_device.finetune_on_meshes import train
 from tests.tiny_chats import DIVISIBLE, STAGES_OF_CHAT, config_of, rl_config, save_divisible
@@ -23,7 +23,7 @@ from tests.tiny_chats import DIVISIBLE, STAGES_OF_CHAT, config_of, rl_config, sa
 def learn(config: c.Config, mesh: jax.sharding.Mesh, workdir: Path) -> dict[str, Any]:
     """What a run in which a policy writes its own data has told."""
     workdir.mkdir()
-    report = loop.train(STAGES[config.stage](config, mesh, None), mesh, workdir)
+    report = train_stage(build(config, mesh, None), mesh, workdir)
     records = read_metrics(workdir)[1]
     rollouts = [record for record in records if record["split"] == "rollout"]
     return {
@@ -47,7 +47,7 @@ def main() -> None:
                 mesh = make_mesh(config.mesh, jax.devices()[: 1 if name == "one" else None])
                 found = train(config, mesh, Path(directory) / f"{name}_{stage}")
                 results.setdefault(name, {})[stage] = {key: found[key] for key in ("losses", "validation")}
-            for stage in c.RL_STAGES:
+            for stage in ("ppo", "grpo"):
                 config = rl_config(stage, Path(directory), pretrained)
                 config = c.replace(config, {"model": DIVISIBLE, "mesh": sizes})
                 mesh = make_mesh(config.mesh, jax.devices()[: 1 if name == "one" else None])

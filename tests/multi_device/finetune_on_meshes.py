@@ -16,12 +16,13 @@ import numpy as np
 
 from gptjax import config as c
 from gptjax.checkpoint.manager import Checkpoints
-from gptjax.checkpoint.state import make_train_step, state_shardings
+from gptjax.checkpoint.state import state_shardings
 from gptjax.models import peft
 from gptjax.optim.optimizers import schedule
 from gptjax.parallel.mesh import batch_sharding, make_mesh
-from gptjax.run import STAGES
+from gptjax.stages.builders import build
 from gptjax.stages.start import start_state
+from gptjax.training.step import make_train_step
 from tests.tiny_tasks import MODEL, run_config, save_pretrained, with_method
 
 STEPS = 6
@@ -29,12 +30,16 @@ STEPS = 6
 
 def train(config: c.Config, mesh: jax.sharding.Mesh, workdir: Path) -> dict[str, Any]:
     """Six steps of the stage of `config`, and what its evaluation says after them."""
-    stage = STAGES[config.stage](config, mesh, None)
-    config, program, losses = stage.config, stage.program, []
+    stage = build(config, mesh, None)
+    config, parameters, losses = stage.config, stage.objective.parameters, []
     with jax.set_mesh(mesh), Checkpoints(workdir, config.checkpoint) as checkpoints:
-        state, _ = start_state(program, mesh, checkpoints)
+        state, _ = start_state(parameters, mesh, checkpoints)
         matrices = peft.count_matrices(state.params)
-        step, batches, tokens = make_train_step(program, state_shardings(program, mesh)), stage.batches(0), 0
+        step, batches, tokens = (
+            make_train_step(stage.objective, state_shardings(parameters, mesh)),
+            stage.batches(0, None),
+            0,
+        )
         for number in range(1, STEPS + 1):
             microbatch = next(batches)
             tokens += microbatch.num_tokens
@@ -45,7 +50,7 @@ def train(config: c.Config, mesh: jax.sharding.Mesh, workdir: Path) -> dict[str,
             values = schedule(config, number, tokens, stage.total_tokens, matrices)
             state, metrics = step(state, batch, np.int32(1), values)
             losses.append(float(metrics["loss"]))
-        params = program.join(state.base, state.params)
+        params = parameters.join(state.base, state.params)
         validation = stage.evaluate(params)
     kernel = params["layers"]["block_0"]["mlp"]["up"]["kernel"]
     share = kernel.addressable_shards[0].data.size / kernel.size

@@ -15,10 +15,11 @@ import jax
 import numpy as np
 
 from gptjax import config as c
-from gptjax.checkpoint.state import create_state, make_train_step, state_shardings
+from gptjax.checkpoint.state import create_state, state_shardings
 from gptjax.parallel.mesh import batch_sharding, make_mesh
 from gptjax.planning.program_text import collectives, count_by_kind
-from gptjax.stages import pretrain
+from gptjax.stages.builders import build
+from gptjax.training.step import make_train_step
 
 ROWS, LENGTH, WIDTH = 16, 32, 32  # of a microbatch: more numbers than any parameter has
 
@@ -57,10 +58,10 @@ CHANGES = {
 
 def train(config: c.Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Losses of 10 steps and the held-out loss."""
-    stage = pretrain.build(config, mesh, None)
-    state = create_state(stage.program, mesh)
-    step = make_train_step(stage.program, state_shardings(stage.program, mesh))
-    batches, losses = stage.batches(0), []
+    stage = build(config, mesh, None)
+    state = create_state(stage.objective.parameters, mesh)
+    step = make_train_step(stage.objective, state_shardings(stage.objective.parameters, mesh))
+    batches, losses = stage.batches(0, None), []
 
     def arguments() -> tuple[Any, ...]:
         rows = [next(batches).arrays, next(batches).arrays]
@@ -69,7 +70,7 @@ def train(config: c.Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
 
     with jax.set_mesh(mesh):
         compiled = step.lower(*arguments()).compile()
-        batches = stage.batches(0)
+        batches = stage.batches(0, None)
         for _ in range(10):
             state, metrics = compiled(*arguments())
             losses.append(float(metrics["loss"]))

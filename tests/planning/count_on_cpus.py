@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from gptjax.checkpoint.state import create_state, make_train_step, state_shardings
+from gptjax.checkpoint.state import create_state, state_shardings
 from gptjax.config import BatchConfig, Config, GPTConfig, MeshConfig
 from gptjax.planning import compile as planning
 from gptjax.planning.program_text import collectives, count_by_kind
 from gptjax.planning.topology import lay_out, parse
-from gptjax.stages.registry import make_program
+from gptjax.stages import registry
+from gptjax.training.step import make_train_step
 
 MODEL = GPTConfig(vocab_size=128, context_length=32, num_layers=4, num_heads=4, embed_dim=32, dtype="float32")
 
@@ -49,14 +50,14 @@ def step(mesh: MeshConfig, microbatch: int) -> dict[str, Any]:
     planned = planning.compile_training_step(config, laid_out)
     assert isinstance(planned, planning.Fits)
     with jax.set_mesh(laid_out):
-        program = make_program(config)
-        state = create_state(program, laid_out)
+        objective = registry.objective(config)
+        state = create_state(objective.parameters, laid_out)
         shape = (16 // microbatch, microbatch, 32)
         rows = {"tokens": np.zeros(shape, np.int32), "targets": np.zeros(shape, np.int32), "weights": np.ones(shape)}
         sharding = planning.batch_sharding(laid_out, None)
         arrays = {name: jax.device_put(jnp.asarray(array), sharding) for name, array in rows.items()}
         arrays["weights"] = arrays["weights"].astype(np.float32)
-        train_step = make_train_step(program, state_shardings(program, laid_out))
+        train_step = make_train_step(objective, state_shardings(objective.parameters, laid_out))
         real = train_step.lower(state, arrays, np.int32(shape[0]), {"lr": np.float32(0.1)}).compile()
     analysis = real.memory_analysis()
     device = jax.devices()[0]

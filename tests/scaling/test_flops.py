@@ -11,7 +11,7 @@ from gptjax.checkpoint.state import init_state
 from gptjax.config import Config, GPTConfig, OptimizerConfig
 from gptjax.models.gpt import GPT
 from gptjax.scaling import flops
-from gptjax.stages.registry import make_program
+from gptjax.stages import registry
 
 SMALL = GPTConfig(vocab_size=512, context_length=64, num_layers=4, num_heads=4, embed_dim=128, dtype="float32")
 
@@ -122,7 +122,7 @@ def test_memory_counts_state_and_divides_by_shards() -> None:
 )
 def test_moments_are_those_of_the_state(optimizer: OptimizerConfig) -> None:
     config = Config(model=SMALL, optimizer=optimizer)
-    state = jax.eval_shape(lambda: init_state(make_program(config)))
+    state = jax.eval_shape(lambda: init_state(registry.parameters(config)))
     arrays = [leaf for leaf in jax.tree.leaves(nn.unbox(state).opt_state) if leaf.ndim > 0]
     # Adafactor has a number in the place of what it does not keep, and Muon its coefficients.
     small = 12 + 3 * 4 * SMALL.num_layers * 20

@@ -12,7 +12,9 @@ from gptjax import config as c
 from gptjax.config import UserError
 from gptjax.models import peft
 from gptjax.parallel.mesh import make_mesh
-from gptjax.run import STAGES, run
+from gptjax.run import run
+from gptjax.stages import registry
+from gptjax.stages.builders import build
 from gptjax.stages.chat_data import rankings_of
 from gptjax.stages.registry import completed_config
 from gptjax.stages.start import load_parts, load_weights
@@ -52,8 +54,8 @@ def test_sft_learns_the_answers_and_only_them(finished):
     assert config.model.vocab_size == tokenizer.vocab_size + 2
     assert "user: q1\nassistant: " in next(iter((workdir / "samples").iterdir())).read_text()
     # Of a row only what the assistant writes counts: 1 to 3 letters and the end of its turn, 24 conversations.
-    stage = STAGES["sft"](finished["sft"][0], make_mesh(c.MeshConfig()), None)
-    batches = stage.batches(0)
+    stage = build(finished["sft"][0], make_mesh(c.MeshConfig()), None)
+    batches = stage.batches(0, None)
     rows = stage.total_tokens // CONTEXT
     counted = sum(next(batches).arrays["weights"].sum() for _ in range(-(-rows // BATCH)))
     assert counted >= 24 + sum(1 + i % 3 for i in range(24))
@@ -121,7 +123,7 @@ def test_answers_of_different_lengths_are_to_the_same_prompt(finished, tmp_path)
     path = tmp_path / "rankings.jsonl"
     path.write_text(json.dumps(record) + "\n")
     config = c.replace(finished["dpo"][0], {"data": {"source": f"jsonl:{path}"}})
-    arrays = next(STAGES["dpo"](config, make_mesh(c.MeshConfig()), None).batches(0)).arrays
+    arrays = next(build(config, make_mesh(c.MeshConfig()), None).batches(0, None)).arrays
     prompt, end = [256, *b"q2", 257], 258
     for number, answer in ((1, b"b"), (2, b"c" * 26)):
         here = arrays["segments"][0] == number
@@ -130,7 +132,7 @@ def test_answers_of_different_lengths_are_to_the_same_prompt(finished, tmp_path)
     record["ranking"][1] = "c" * CONTEXT
     path.write_text(json.dumps(record) + "\n")
     with pytest.raises(UserError, match=r"rankings.jsonl:1: an answer has 33 tokens, in a context of 32"):
-        STAGES["dpo"](config, make_mesh(c.MeshConfig()), None)
+        build(config, make_mesh(c.MeshConfig()), None)
 
 
 def test_no_held_out_answer_is_met_in_training_as_a_wrong_one(finished):
@@ -160,11 +162,11 @@ def test_random_answers_that_are_too_long_are_left_out_before_the_prompt_is(fini
     path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
     changes = {"data": {"source": f"jsonl:{path}", "validation_source": f"jsonl:{path}"}}
     config = c.replace(finished["dpo"][0], changes | {"chat": {"random_answers": 4, "on_too_long": "skip"}})
-    arrays = next(STAGES["dpo"](config, make_mesh(c.MeshConfig()), None).batches(0)).arrays
+    arrays = next(build(config, make_mesh(c.MeshConfig()), None).batches(0, None)).arrays
     answers = (arrays["levels"] > 0).sum(axis=-1).reshape(-1)  # of each prompt, and 0 where there is none
     assert set(answers[answers > 0].tolist()) == {4, 5}
     with pytest.raises(UserError, match="its last exchange has"):
-        STAGES["dpo"](c.replace(config, {"chat": {"on_too_long": "error"}}), make_mesh(c.MeshConfig()), None)
+        build(c.replace(config, {"chat": {"on_too_long": "error"}}), make_mesh(c.MeshConfig()), None)
 
 
 def test_bytes_that_are_no_text_are_replaced_or_refused(finished, tmp_path):
@@ -173,9 +175,9 @@ def test_bytes_that_are_no_text_are_replaced_or_refused(finished, tmp_path):
     path.write_bytes(Path(config.data.source.removeprefix("jsonl:")).read_bytes().replace(b"q3", b"\xff"))
     mesh = make_mesh(c.MeshConfig())
     replaced = c.replace(config, {"data": {"source": f"jsonl:{path}", "invalid_utf8": "replace"}})
-    assert STAGES["sft"](replaced, mesh, None).total_tokens > 0
+    assert build(replaced, mesh, None).total_tokens > 0
     with pytest.raises(UserError, match=r"bytes.jsonl:4 is not UTF-8"):
-        STAGES["sft"](c.replace(replaced, {"data": {"invalid_utf8": "error"}}), mesh, None)
+        build(c.replace(replaced, {"data": {"invalid_utf8": "error"}}), mesh, None)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +200,7 @@ def test_mistakes_are_one_line(finished, tmp_path, stage, changes, message):
 
 def test_dpo_needs_a_model_to_start_from(finished):
     with pytest.raises(UserError, match="stage dpo learns how to leave the model it starts from"):
-        c.check(dataclasses.replace(finished["dpo"][0], init_from=None))
+        registry.check(dataclasses.replace(finished["dpo"][0], init_from=None))
 
 
 def test_an_answer_that_is_too_long_is_named_or_left_out(finished, tmp_path):
@@ -211,6 +213,6 @@ def test_an_answer_that_is_too_long_is_named_or_left_out(finished, tmp_path):
     with pytest.raises(UserError, match=r"long.jsonl:25: its last exchange has 36 tokens, and 32 have room"):
         run(config, tmp_path / "error")
     mesh = make_mesh(c.MeshConfig())
-    stages = [STAGES["sft"](c.replace(config, {"chat": {"on_too_long": "skip"}}), mesh, None)]
-    stages.append(STAGES["sft"](finished["sft"][0], mesh, None))
+    stages = [build(c.replace(config, {"chat": {"on_too_long": "skip"}}), mesh, None)]
+    stages.append(build(finished["sft"][0], mesh, None))
     assert stages[0].total_tokens == stages[1].total_tokens

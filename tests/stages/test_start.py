@@ -11,8 +11,8 @@ import pytest
 from gptjax.config import Config, UserError, replace
 from gptjax.models import peft
 from gptjax.parallel.mesh import make_mesh
-from gptjax.stages import start
-from gptjax.stages.registry import make_program
+from gptjax.stages import registry, start
+from gptjax.stages.finetune.task_model import completed
 from gptjax.stages.trained_model import load_model
 from tests.tiny_tasks import LABELS, MODEL, run_config, save_pretrained, with_method
 
@@ -21,7 +21,7 @@ from tests.tiny_tasks import LABELS, MODEL, run_config, save_pretrained, with_me
 def config(pretrained, tmp_path_factory) -> Config:
     """Complete, but for what is trained."""
     directory = tmp_path_factory.mktemp("start")
-    return run_config(directory, "classification", pretrained).completed(257, {"labels": LABELS})
+    return completed(run_config(directory, "classification", pretrained), 257, {"labels": LABELS})
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +32,9 @@ def given(pretrained) -> dict[str, np.ndarray]:
 
 def start_of(config: Config) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Base and trained leaves, by path."""
-    program, mesh = make_program(config), make_mesh(config.mesh)
+    objective, mesh = registry.objective(config), make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        base, trained = start.given_params(program, mesh)
+        base, trained = start.given_params(objective.parameters, mesh)
     return tuple(
         {path: np.asarray(leaf) for path, leaf in peft.flatten(tree or {}).items()} for tree in (base, trained)
     )
@@ -112,8 +112,8 @@ def test_several_share_the_weights_that_they_start_from(config):
     bases = []
     with jax.set_mesh(mesh):
         for method in ("head", "lora"):
-            program = make_program(with_method(config, method))
-            bases.append(peft.flatten(start.given_base(program, start.load_given(program, mesh, loaded), mesh)))
+            parameters = registry.parameters(with_method(config, method))
+            bases.append(peft.flatten(start.given_base(parameters, start.load_given(parameters, mesh, loaded), mesh)))
     (weights,) = loaded.values()
     path = "layers/block_0/mlp/up/kernel"
     memory = {leaf[path].unsafe_buffer_pointer() for leaf in [*bases, peft.flatten(weights)]}

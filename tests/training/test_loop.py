@@ -11,8 +11,9 @@ import pytest
 
 from gptjax.config import Config, UserError, replace
 from gptjax.data import tokenizers
-from gptjax.run import STAGES, run
+from gptjax.run import run
 from gptjax.stages import pretrain
+from gptjax.stages.builders import BUILDERS
 from gptjax.training.metrics_file import read_metrics
 
 
@@ -41,14 +42,14 @@ def train_and_die(config: Config, workdir: Path, microbatches: int, monkeypatch)
     def build(*args):
         stage = pretrain.build(*args)
 
-        def broken(start: int):
-            yield from islice(stage.batches(start), microbatches)
+        def broken(start: int, run):
+            yield from islice(stage.batches(start, run), microbatches)
             raise ConnectionError("the data is gone")
 
         return dataclasses.replace(stage, batches=broken)
 
     with monkeypatch.context() as patch:
-        patch.setitem(STAGES, "pretrain", build)
+        patch.setitem(BUILDERS, "pretrain", build)
         with pytest.raises(ConnectionError):
             run(config, workdir)
 

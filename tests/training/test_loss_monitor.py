@@ -9,37 +9,38 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.checkpoint.state import create_state, make_train_step, state_shardings
+from gptjax.checkpoint.state import create_state, state_shardings
 from gptjax.config import Config, StabilityConfig, UserError, replace
 from gptjax.parallel.mesh import make_mesh
-from gptjax.run import STAGES, run
-from gptjax.stages import pretrain
+from gptjax.run import run
+from gptjax.stages.builders import BUILDERS, build
 from gptjax.training import loop
 from gptjax.training.debug_bundles import load_bundle
-from gptjax.training.loss_monitor import LossSpikeError, NotFiniteError, Watch
+from gptjax.training.loss_monitor import LossMonitor, LossSpike, NotFinite
 from gptjax.training.metrics_file import read_metrics
+from gptjax.training.step import make_train_step
 
 
 def with_bad_examples(monkeypatch, first: int, stop: int, factor: float) -> None:
     """The loss of the examples [first, stop) of the data is multiplied, by way of their weights."""
 
     def build(*args):
-        stage = pretrain.build(*args)
+        stage = build(*args)
         size = stage.config.sequences_per_microbatch
 
         def batches(start: int):
-            for number, batch in enumerate(stage.batches(start)):
+            for number, batch in enumerate(stage.batches(start, None)):
                 begin = start + number * size
                 bad = np.full_like(batch.arrays["weights"], factor if first <= begin < stop else 1.0)
                 yield batch._replace(arrays=batch.arrays | {"bad": bad})
 
         def loss(params, batch, rng):
-            total, *rest = stage.program.loss(params, batch, rng)
+            total, *rest = stage.objective.loss(params, batch, rng)
             return total * jnp.max(batch["bad"]), *rest
 
-        return dataclasses.replace(stage, batches=batches, program=dataclasses.replace(stage.program, loss=loss))
+        return dataclasses.replace(stage, batches=batches, objective=dataclasses.replace(stage.objective, stage_loss=loss))
 
-    monkeypatch.setitem(STAGES, "pretrain", build)
+    monkeypatch.setitem(BUILDERS, "pretrain", build)
 
 
 def records(workdir, split: str) -> list[dict]:
@@ -47,52 +48,52 @@ def records(workdir, split: str) -> list[dict]:
     return [{k: v for k, v in r.items() if k not in clock} for r in read_metrics(workdir)[1] if r["split"] == split]
 
 
-# --- the watch --------------------------------------------------------------------------------------------------------
+# --- the monitor ------------------------------------------------------------------------------------------------------
 
 
 def test_a_spike_is_the_first_of_high_losses_after_a_full_window():
     config = StabilityConfig(spike_deviations=4.0, spike_window=8)
-    watch = Watch(config)
+    monitor = LossMonitor(config)
     losses = [9.0, 3.1, 3.0, 2.9, 3.0, 3.1, 2.9, 3.0, 3.0, 3.1, 5.0, 5.0, 3.0]
-    found = [watch.add(step, step, loss, 1.0, False) for step, loss in enumerate(losses)]
-    assert [step for step, usual in enumerate(found) if usual is not None] == [10]
-    assert found[10] == pytest.approx(np.mean(losses[2:10]))
+    found = [monitor.add(step, step, loss, 1.0, False) for step, loss in enumerate(losses)]
+    assert [step for step, spike in enumerate(found) if spike is not None] == [10]
+    assert found[10].usual == pytest.approx(np.mean(losses[2:10]))
 
 
 def test_a_loss_that_hardly_moves_makes_no_spike_of_little():
-    watch = Watch(StabilityConfig(spike_deviations=4.0, spike_window=8))
-    assert [watch.add(step, step, loss, 1.0, False) for step, loss in enumerate([1.0] * 8 + [1.03])] == [None] * 9
+    monitor = LossMonitor(StabilityConfig(spike_deviations=4.0, spike_window=8))
+    assert [monitor.add(step, step, loss, 1.0, False) for step, loss in enumerate([1.0] * 8 + [1.03])] == [None] * 9
 
 
-def test_a_watch_goes_on_from_its_state():
+def test_a_monitor_continues_from_its_state():
     config = StabilityConfig(spike_deviations=4.0, spike_window=8, max_skipped_updates=3, on_spike="rewind")
     numbers = [(3.0, False)] * 9 + [(np.nan, True), (np.nan, True), (3.0, False), (9.0, False)]
 
-    def go(watches: bool) -> str:
-        watch = Watch(config)
+    def go(restores: bool) -> str:
+        monitor = LossMonitor(config)
         for step, (loss, skipped) in enumerate(numbers):
-            if watches:
-                watch = Watch(config, json.loads(json.dumps(watch.state())))
-            try:
-                watch.add(step, 10 * step, loss, 1.0, skipped)
-            except LossSpikeError as spike:
-                return f"{spike.step} {spike.examples} {spike.loss} {spike.usual} {watch.skipped}"
+            if restores:
+                monitor = LossMonitor(config, json.loads(json.dumps(monitor.state())))
+            spike = monitor.add(step, 10 * step, loss, 1.0, skipped)
+            if isinstance(spike, LossSpike):
+                return f"{spike.step} {spike.examples} {spike.loss} {spike.usual} {monitor.skipped}"
         return "nothing"
 
-    assert go(watches=True) == go(watches=False) == "12 120 9.0 3.0 2"
+    assert go(restores=True) == go(restores=False) == "12 120 9.0 3.0 2"
 
 
 def test_only_updates_skipped_in_a_row_stop_a_run():
-    watch = Watch(StabilityConfig(max_skipped_updates=2))
-    watch.add(1, 1, np.nan, np.nan, True)
-    assert watch.next_may_stop
-    watch.add(2, 2, 3.0, 1.0, False)
-    assert not watch.next_may_stop
-    watch.add(3, 3, np.nan, np.nan, True)
-    with pytest.raises(NotFiniteError, match="the loss of step 4 is inf"):
-        watch.add(4, 4, np.inf, np.nan, True)
-    watch.add(5, 5, np.nan, np.nan, True)  # a run that goes on after it has as many again
-    assert watch.skipped == 4
+    monitor = LossMonitor(StabilityConfig(max_skipped_updates=2))
+    monitor.add(1, 1, np.nan, np.nan, True)
+    assert monitor.next_may_stop
+    monitor.add(2, 2, 3.0, 1.0, False)
+    assert not monitor.next_may_stop
+    monitor.add(3, 3, np.nan, np.nan, True)
+    problem = monitor.add(4, 4, np.inf, np.nan, True)
+    assert isinstance(problem, NotFinite)
+    assert "the loss of step 4 is inf" in str(problem)
+    monitor.add(5, 5, np.nan, np.nan, True)  # a run that goes on after it has as many again
+    assert monitor.skipped == 4
 
 
 # --- the step ---------------------------------------------------------------------------------------------------------
@@ -100,20 +101,20 @@ def test_only_updates_skipped_in_a_row_stop_a_run():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_an_update_that_is_not_finite_changes_the_step_alone(tiny, bad):
-    stage = pretrain.build(tiny, make_mesh(tiny.mesh), None)
+    stage = build(tiny, make_mesh(tiny.mesh), None)
     mesh = make_mesh(tiny.mesh)
-    rows = next(stage.batches(0)).arrays
+    rows = next(stage.batches(0, None)).arrays
     with jax.set_mesh(mesh):
-        placement = state_shardings(stage.program, mesh)
+        placement = state_shardings(stage.objective.parameters, mesh)
 
         def loss(params, batch, rng):
-            total, *rest = stage.program.loss(params, batch, rng)
+            total, *rest = stage.objective.loss(params, batch, rng)
             # The loss stays finite where only a gradient is not: sqrt' at 0 is infinite.
             total += jnp.sum(jnp.sqrt(params["final_norm"]["bias"])) * (np.isinf(bad)) + (bad if np.isnan(bad) else 0.0)
             return total, *rest
 
-        step = make_train_step(dataclasses.replace(stage.program, loss=loss), placement)
-        state = create_state(stage.program, mesh)
+        step = make_train_step(dataclasses.replace(stage.objective, stage_loss=loss), placement)
+        state = create_state(stage.objective.parameters, mesh)
         before = jax.device_get(state)
         batch = {name: jnp.stack([array, array]) for name, array in rows.items()}
         state, metrics = step(state, batch, np.int32(2), {"lr": np.float32(1e-2)})
@@ -152,7 +153,7 @@ def test_many_skipped_updates_stop_the_run_with_a_bundle_that_replays(tiny, tmp_
     step, batch = load_bundle(bundle)
     assert step == 4
     monkeypatch.undo()
-    whole = next(pretrain.build(tiny, make_mesh(tiny.mesh), None).batches(24)).arrays
+    whole = next(build(tiny, make_mesh(tiny.mesh), None).batches(24, None)).arrays
     np.testing.assert_array_equal(batch["tokens"][0], whole["tokens"])
     # The data that follows is good: the same command goes on, from the state before the first skipped update.
     assert run(config, tmp_path / "run").step == 6
@@ -178,10 +179,10 @@ def test_a_run_goes_back_before_a_spike_and_passes_over_its_data(tiny, tmp_path,
     monkeypatch.undo()
 
     def build(*args):
-        stage = pretrain.build(*args)
+        stage = build(*args)
         return dataclasses.replace(stage, batches=lambda start: stage.batches(start + (32 if start >= 64 else 0)))
 
-    monkeypatch.setitem(STAGES, "pretrain", build)
+    monkeypatch.setitem(BUILDERS, "pretrain", build)
     half = replace(config, {"stability": {"spike_deviations": None}, "batch": {"total_tokens": 8 * 128}})
     half = replace(half, {"optimizer": {"decay_tokens": 16 * 128}})
     run(half, tmp_path / "other")

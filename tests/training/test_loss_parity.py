@@ -9,7 +9,7 @@ import pytest
 from benchmarks.loss_parity import FIXTURE, SIZES, Curve, Weights, make_config, train_gptjax
 from gptjax import config as c
 from gptjax.parallel.mesh import make_mesh
-from gptjax.stages import pretrain
+from gptjax.stages.builders import build
 
 STEPS = 20
 
@@ -34,7 +34,7 @@ def train(corpus: c.DataConfig, recorded: dict[str, np.ndarray], microbatch_size
     config = c.replace(config, {"batch": {"microbatch_size": microbatch_size}})
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     weights: Weights = {name: array for name, array in recorded.items() if name.startswith("transformer.")}
-    return train_gptjax(pretrain.build(config, mesh, None), mesh, weights, recorded["windows_NBS"].astype(np.int32))
+    return train_gptjax(build(config, mesh, None), mesh, weights, recorded["windows_NBS"].astype(np.int32))
 
 
 @pytest.mark.parametrize("microbatch_size", [None, 2])

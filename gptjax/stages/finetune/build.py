@@ -25,10 +25,10 @@ from gptjax.models.attention_backends import check_backend
 from gptjax.parallel.mesh import check_fit
 from gptjax.parallel.rows import process_rows
 from gptjax.stages.finetune.predictor import Predictor, measure
-from gptjax.stages.finetune.task_model import TaskModel
+from gptjax.stages.finetune.task_model import TASK_FILE, TaskModel, completed
 from gptjax.stages.reading import find_tokenizer, refuse_settings_of_pretraining
-from gptjax.stages.registry import TASK_FILE, make_program, plain
 from gptjax.training.intervals import in_tokens
+from gptjax.training.objective import Objective
 from gptjax.training.stage import Stage
 
 METRICS_FILE, PREDICTIONS_FILE, CONFUSION_FILE = "report.json", "predictions.jsonl", "confusion.png"
@@ -43,11 +43,12 @@ class Rows:
     test: list[Row]  # of the report at the end
 
 
-def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
+def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None, define: Callable[[Config], Objective]) -> Stage:
     """The stage on `mesh`.
 
     Args:
-      tokenizer: of the run that goes on; None: that of the weights to start from, or the one that the config names.
+      tokenizer: of the run that resumes; None: that of the weights to start from, or the one that the config names.
+      define: complete config -> parameters and loss.
 
     Raises:
       UserError: rows that cannot be read or have no label, weights that are not there, sizes that do not divide over
@@ -63,10 +64,9 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
     if config.task.kind in task_inputs.NAMED:
         for other in (rows.validation, rows.test):
             task_inputs.check_labels(other, found["labels"])
-    config = config.completed(tokenizer.vocab_size, found)
+    config = completed(config, tokenizer.vocab_size, found)
     task, context = config.task, config.model.context_length
     size = config.sequences_per_microbatch
-    predictor = Predictor(TaskModel(config), tokenizer, mesh, size, assemble=lambda params: plain(config, params))
     train = with_copies(rows.train, config.regularisation, config.seed)
     encoded = task_inputs.encode(train, task, task.labels, tokenizer, context)
     examples = Buckets(
@@ -78,13 +78,15 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
     )
     config = in_tokens(config, examples.tokens_per_epoch)
     check_fit(config, mesh)
+    objective = define(config)
+    predictor = Predictor(TaskModel(config), tokenizer, mesh, size, assemble=objective.parameters.merge)
     batch = config.batch
     epochs = 0.0 if batch.epochs is None else batch.epochs
     return Stage(
-        program=make_program(config),
+        objective=objective,
         tokenizer=tokenizer,
         total_tokens=batch.total_tokens or math.ceil(epochs * examples.tokens_per_epoch),
-        batches=lambda start: examples.microbatches(start, process_rows(mesh, size), config.data.prefetch_batches),
+        batches=lambda start, run: examples.microbatches(start, process_rows(mesh, size), config.data.prefetch_batches),
         evaluate=_evaluate(config, predictor, rows.validation),
         sample=None,
         conclude=_conclude(config, predictor, rows.test),

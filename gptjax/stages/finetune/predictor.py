@@ -54,7 +54,7 @@ def load_predictor(
       UserError: as of `load_parts`; or the run is of another stage.
     """
     parts = load_parts(workdir, mesh, best=True, given=given)
-    config = predicting(parts.program.config)
+    config = predicting(parts.parameters.config)
     if config.stage != "finetune":
         raise UserError(f"{workdir} is of stage {config.stage}, which learns to write: use gptjax.generate")
     shards = batch_shards(mesh)

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gptjax.checkpoint.state import Batch, Loss, Measures
-from gptjax.config import NUM_SPECIAL_TOKENS, Config
+from gptjax.config import Config
+from gptjax.data.task_inputs import NUM_SPECIAL_TOKENS
+from gptjax.training.objective import Batch, Loss, Measures
 
 
 def regularised(config: Config, loss: Loss) -> Loss:

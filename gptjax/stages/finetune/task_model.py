@@ -4,6 +4,7 @@ Radford et al. 2018, sections 3.2 and 3.3. A batch has the arrays of `gptjax/dat
 """
 
 import dataclasses
+from pathlib import Path
 from typing import Any, cast
 
 import flax.linen as nn
@@ -11,13 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.checkpoint.state import Batch, Measures
-from gptjax.config import Config
+from gptjax.checkpoint.state import ParameterSpec
+from gptjax.config import Config, UserError
+from gptjax.data.task_inputs import NUM_SPECIAL_TOKENS
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.files import read_json
 from gptjax.losses.cross_entropy import cross_entropy
 from gptjax.models.gpt import GPT, head_embedding, hidden_states
 from gptjax.models.heads import Head, init_with_head
-from gptjax.stages.finetune.regularisation import draw_mixup, mixed, smoothed
+from gptjax.stages.definition import Definition
+from gptjax.stages.finetune.regularisation import draw_mixup, mixed, regularised, smoothed
+from gptjax.training.objective import Batch, Measures
 
+TASK_FILE = "task.json"  # in the workdir of a fine-tuning run: what its training rows decided of TaskConfig
 PER_LABEL = ("classification", "entailment", "similarity", "tagging")  # kinds with an output for each label
 PER_POSITION = ("tagging", "question_answering")
 
@@ -180,3 +187,37 @@ def _labels(batch: Batch) -> jax.Array | None:
 def _picked(values_BK: jax.Array, index_B: jax.Array) -> jax.Array:
     """values_BK[b, index_B[b]], for any number of leading axes."""
     return jnp.take_along_axis(values_BK, index_B[..., None], axis=-1)[..., 0]
+
+
+def completed(config: Config, vocab_size: int, found: dict[str, Any]) -> Config:
+    """The complete config of a fine-tuning run.
+
+    Args:
+      vocab_size: of the tokenizer; the special tokens of `task_inputs.Special` follow it.
+      found: fields of `task` that the training rows decide, such as its labels.
+    """
+    config = dataclasses.replace(config, task=dataclasses.replace(config.task, **found))
+    return config.completed(vocab_size + NUM_SPECIAL_TOKENS, extends_vocabulary=True)
+
+
+def _read_task(path: Path) -> dict[str, Any]:
+    try:
+        found = read_json(path)
+        labels, weights = tuple(map(str, found["labels"])), tuple(map(float, found["label_weights"]))
+        mean, std = (None if found[name] is None else float(found[name]) for name in ("target_mean", "target_std"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    return {"labels": labels, "label_weights": weights, "target_mean": mean, "target_std": std}
+
+
+def _complete(config: Config, tokenizer: Tokenizer, workdir: Path) -> Config:
+    return completed(config, tokenizer.vocab_size, _read_task(workdir / TASK_FILE))
+
+
+DEFINITION = Definition(
+    parameters=lambda config: ParameterSpec(config, TaskModel(config).init),
+    loss=lambda config: regularised(config, TaskModel(config).loss),
+    complete=_complete,
+    reinitialises_special_tokens=True,
+    uses_best_checkpoint=True,
+)

@@ -8,15 +8,15 @@ from jax.sharding import Mesh
 
 from gptjax.config import Config
 from gptjax.data.chat_batches import RankedAnswers, RankedSequences
-from gptjax.data.conversations import Ranking
+from gptjax.data.conversations import Prompt, Ranking
 from gptjax.data.pipeline import Microbatch
 from gptjax.data.templates import TooLongError, answered
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.stages.chat_data import ChatData, fitting, open_chat, positions, rankings_of
 from gptjax.stages.reading import reader
-from gptjax.stages.registry import make_program
 from gptjax.training.held_out import held_out_means
 from gptjax.training.intervals import in_tokens
+from gptjax.training.objective import Objective
 from gptjax.training.stage import Stage
 
 Conclude = Callable[[Any, Path], str]
@@ -26,12 +26,14 @@ def build_ranked(
     config: Config,
     mesh: Mesh,
     tokenizer: Tokenizer | None,
+    define: Callable[[Config], Objective],
     conclude: Callable[[Config, Callable[[], Iterator[Microbatch]], Mesh], Conclude] | None = None,
 ) -> Stage:
     """The stage on `mesh`.
 
     Args:
-      tokenizer: of the run that goes on; None: that of the weights to start from, or the one that the config names.
+      tokenizer: of the run that resumes; None: that of the weights to start from, or the one that the config names.
+      define: complete config -> parameters and loss.
       conclude: config, batches that have the best answer to each training prompt, and mesh -> what a stage does at the
         end.
 
@@ -48,16 +50,22 @@ def build_ranked(
     validation = RankedAnswers(_encode(data, data.validation), context, pack=pack, seed=None)
     tokens_per_epoch, tokens = positions(data.config, train)
     config = in_tokens(data.config, tokens_per_epoch)
-    program, size, read = make_program(config), config.sequences_per_microbatch, reader(config, mesh)
+    objective, size, read = define(config), config.sequences_per_microbatch, reader(config, mesh)
     return Stage(
-        program=program,
+        objective=objective,
         tokenizer=data.tokenizer,
         total_tokens=tokens,
-        batches=lambda start: read(train, start),
-        evaluate=held_out_means(program.loss, lambda: read(validation, 0), size, mesh),
+        batches=lambda start, run: read(train, start),
+        evaluate=held_out_means(objective.loss, lambda: read(validation, 0), size, mesh),
         sample=None,
         conclude=None if conclude is None else conclude(config, lambda: read(once, 0), mesh),
     )
+
+
+def held_out_prompts(config: Config) -> list[Prompt]:
+    """The prompts of the held-out rankings, each with its best completion as the reference."""
+    rankings = rankings_of(config)[1]
+    return list({r.prompt: Prompt(r.prompt, r.answers[0], r.place) for r in rankings}.values())
 
 
 def _encode(data: ChatData[Ranking], rankings: list[Ranking]) -> list[RankedSequences]:

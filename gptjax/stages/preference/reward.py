@@ -9,21 +9,21 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from gptjax.checkpoint.state import Batch, Measures
 from gptjax.config import Config, UserError
 from gptjax.data.pipeline import Microbatch
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.files import write_whole
 from gptjax.models import peft
-from gptjax.stages.preference.objective import SCALE_FILE, RewardModel
 from gptjax.stages.preference.ranked import build_ranked
+from gptjax.stages.preference.reward_model import SCALE_FILE, RewardModel
 from gptjax.training.held_out import held_out_means
+from gptjax.training.objective import Batch, Measures, Objective
 from gptjax.training.stage import Stage
 
 
-def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
+def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None, define: Callable[[Config], Objective]) -> Stage:
     """The stage on `mesh`; arguments and errors as of `build_ranked`."""
-    return build_ranked(config, mesh, tokenizer, _conclude)
+    return build_ranked(config, mesh, tokenizer, define, _conclude)
 
 
 def _conclude(config: Config, read: Callable[[], Iterator[Microbatch]], mesh: Mesh) -> Callable[[Any, Path], str]:

@@ -15,7 +15,7 @@ from gptjax.data.conversations import Message
 from gptjax.data.templates import Encoded, chat_format
 from gptjax.inference.engine import bucket, power_of_two
 from gptjax.parallel.mesh import batch_shards, constrain, use_mesh
-from gptjax.stages.preference.objective import RewardModel
+from gptjax.stages.preference.reward_model import RewardModel
 from gptjax.stages.start import load_reward_weights
 from gptjax.stages.trained_model import predicting
 

@@ -17,12 +17,12 @@ from gptjax.data.templates import Encoded, answered
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.distributed import preemption, processes
 from gptjax.inference.engine import Completion, Engine
+from gptjax.models import peft
 from gptjax.models.gpt import GPT
 from gptjax.models.heads import VALUE
 from gptjax.parallel.mesh import constrain
-from gptjax.stages.preference.objective import REFERENCE
-from gptjax.stages.registry import plain
-from gptjax.stages.rl.objective import answer_measurer
+from gptjax.stages.policy import REFERENCE
+from gptjax.stages.rl.objective import completion_measurer
 from gptjax.stages.rl.reward_functions import RewardSource
 
 ROW_MULTIPLE = 16  # positions: rows are no longer than the longest prompt needs, rounded up
@@ -47,7 +47,7 @@ class Answers:
       prompts: P.
       texts: P x G.
       rewards_N: float64, N = P x G.
-      arrays: (N, T) each: those of `lay_out`, an answer a row, and those of `answer_measurer`.
+      arrays: (N, T) each: those of `lay_out`, an answer a row, and those of `completion_measurer`.
       ended_N: bool, whether each came to an end by itself.
     """
 
@@ -107,7 +107,7 @@ class AnswerWriter:
         self._end_of_turn = end_of_turn
         need = max(len(prompt.tokens) for prompt in prompts) + config.rl.response_tokens
         self.row_length = min(-(-need // ROW_MULTIPLE) * ROW_MULTIPLE, config.model.context_length)
-        measure = answer_measurer(config)
+        measure = completion_measurer(config)
 
         def measured(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
             batch = {name: constrain(array, "batch", None, None) for name, array in batch.items()}
@@ -147,7 +147,7 @@ class AnswerWriter:
         settings = self._config.rl
         policy = {name: part for name, part in params.items() if name not in (REFERENCE, VALUE)}
         # No second copy of the weights.
-        gpt, params = GPT(self._config.model), plain(self._config, policy)
+        gpt, params = GPT(self._config.model), peft.merge(self._config.peft, policy)
         engine = Engine(gpt, params, self._tokenizer, self._mesh, weights="stacked")
         answers: list[Completion] = []
         with ThreadPoolExecutor(1) as host:
@@ -176,7 +176,7 @@ class AnswerWriter:
         return answered(prompt.tokens, np.append(answer.tokens, [] if end is None else [end]).astype(np.int32))
 
     def _measured(self, params: Any, arrays: Arrays, group: int) -> Arrays:
-        """Of `answer_measurer`, (N, T), batch after batch of as many rows as a microbatch of training has."""
+        """Of `completion_measurer`, (N, T), batch after batch of as many rows as a microbatch of training has."""
         size, found = self._config.sequences_per_microbatch * group, []
         for first in range(0, len(arrays["tokens"]), size):
             batch = {}

@@ -1,5 +1,7 @@
 """Stage "grpo": group relative policy optimization, which needs no value function (Shao et al. 2024, DeepSeekMath)."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -9,12 +11,13 @@ from gptjax.data.tokenizers import Tokenizer
 from gptjax.losses import policy_gradient
 from gptjax.stages.rl.completions import Answers, Arrays
 from gptjax.stages.rl.policy_stage import build_rl
+from gptjax.training.objective import Objective
 from gptjax.training.stage import Stage
 
 
-def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
+def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None, define: Callable[[Config], Objective]) -> Stage:
     """The stage on `mesh`; arguments and errors as of `build_rl`."""
-    return build_rl(config, mesh, tokenizer, learn)
+    return build_rl(config, mesh, tokenizer, define, learn)
 
 
 def learn(config: Config, answers: Answers) -> tuple[Arrays, dict[str, float]]:

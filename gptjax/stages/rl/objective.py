@@ -1,8 +1,8 @@
-"""Learning from rewards of what a policy wrote: the losses of PPO and of GRPO, and what is measured of answers first.
+"""The objectives of stages "ppo" and "grpo": learning from rewards of completions that the policy sampled.
 
-A batch has the arrays of `gptjax/data/chat_batches.py`, an element being a prompt with the policy's answers to it, and
-others of the same shape (B, R, T), which the stage has made of them. `weights` says how much a token counts, 0 outside
-the answers. Nothing here depends on how the answers lie in the rows.
+A batch has the arrays of `gptjax/data/chat_batches.py`, an element being a prompt with the policy's completions of it,
+and further arrays of the same shape (B, R, T) that the stage computed from them. `weights` is how much a token counts,
+0 outside the completions. How the completions are laid out in the rows makes no difference here.
 """
 
 from collections.abc import Callable
@@ -11,29 +11,33 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gptjax.checkpoint.state import Batch, Loss, Measures
-from gptjax.config import Config
+from gptjax.checkpoint.state import ParameterSpec
+from gptjax.config import Config, require
 from gptjax.losses import policy_gradient
 from gptjax.losses.cross_entropy import entropies
 from gptjax.models import peft
 from gptjax.models.gpt import GPT, head_embedding
 from gptjax.models.heads import VALUE
-from gptjax.stages.preference.objective import REFERENCE, RewardModel, logprobs_of_states, read_elements, token_logprobs
+from gptjax.stages import policy
+from gptjax.stages.definition import Definition
+from gptjax.stages.policy import REFERENCE, logprobs_of_states, read_elements, token_logprobs
+from gptjax.stages.preference.reward_model import RewardModel
+from gptjax.stages.pretrain import next_token_loss
+from gptjax.training.objective import Batch, Loss, Measures
 
 
-def ppo_loss(config: Config, loss_of_text: Loss) -> Loss:
-    """PPO's losses of policy and value function (Schulman et al. 2017), and of text where there is some: PPO-ptx.
+def ppo_loss(config: Config) -> Loss:
+    """PPO's losses of policy and value function (Schulman et al. 2017); with pretraining text, PPO-ptx.
 
-        loss = mean of policy_gradient.policy_loss + mean of policy_gradient.value_loss + ppo.pretraining_weight * nats a token of text
+        loss = mean of policy_loss + mean of value_loss + ppo.pretraining_weight * cross entropy of the text
 
-    The two functions share no weights, so it does not matter how the losses are weighted against each other. The third
-    is that of Ouyang et al. 2022, equation 2. `advantages`, `old_logprobs`, `old_values` and `returns` are those of the
-    answers as they were written; `text_tokens`, `text_targets` and `text_weights` (B, rows, S) the text.
-
-    Args:
-      loss_of_text: that of stage "pretrain".
+    The two functions are those of `gptjax/losses/policy_gradient.py`. Policy and value function share no weights, so
+    their losses need no relative weight. The third term is that of Ouyang et al. 2022, equation 2. `advantages`,
+    `old_logprobs`, `old_values` and `returns` are of the completions as they were sampled; `text_tokens`,
+    `text_targets` and `text_weights` (B, rows, S) are the text.
     """
     gpt, value_model, rl, ppo = GPT(config.model), RewardModel(config), config.rl, config.ppo
+    text_loss = next_token_loss(config)
 
     def loss(params: Any, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array, Measures]:
         policy_loss, measures = _policy_loss(gpt, params, batch, rl.clip)
@@ -45,7 +49,7 @@ def ppo_loss(config: Config, loss_of_text: Loss) -> Loss:
         if ppo.pretraining_weight > 0:
             names = ("tokens", "targets", "weights")
             text = {name: batch[f"text_{name}"].reshape(-1, batch[f"text_{name}"].shape[-1]) for name in names}
-            measures["text_loss"], *_ = loss_of_text(params, text, None)
+            measures["text_loss"], *_ = text_loss(params, text, None)
             total += ppo.pretraining_weight * measures["text_loss"]
         return total, jnp.sum(batch["weights"]), measures
 
@@ -53,17 +57,17 @@ def ppo_loss(config: Config, loss_of_text: Loss) -> Loss:
 
 
 def grpo_loss(config: Config) -> Loss:
-    """GRPO's loss (Shao et al. 2024, equation 3): the clipped objective, and the distance from the reference.
+    """GRPO's loss (Shao et al. 2024, equation 3): the clipped objective and the KL divergence from the reference.
 
-    loss = mean over answers of the mean over their tokens of policy_gradient.policy_loss + rl.kl_weight * policy_gradient.kl_k3
+    loss = mean over completions of the mean over their tokens of policy_loss + rl.kl_weight * kl_k3
     """
     gpt, rl = GPT(config.model), config.rl
 
     def loss(params: Any, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array, Measures]:
         policy_loss, measures = _policy_loss(gpt, params, batch, rl.clip, batch["reference_logprobs"])
-        distance = measures.pop("distance")
-        measures |= {"policy_loss": policy_loss, "reference_kl": distance}
-        return policy_loss + rl.kl_weight * distance, jnp.sum(batch["weights"]), measures
+        reference_kl = measures["reference_kl"]
+        measures["policy_loss"] = policy_loss
+        return policy_loss + rl.kl_weight * reference_kl, jnp.sum(batch["weights"]), measures
 
     return loss
 
@@ -71,7 +75,7 @@ def grpo_loss(config: Config) -> Loss:
 def _policy_loss(
     gpt: GPT, params: Any, batch: Batch, clip: float, reference_BRT: jax.Array | None = None
 ) -> tuple[jax.Array, Measures]:
-    """Sums over the tokens: of the clipped objective, and of what is measured, with a reference its `distance` too."""
+    """Sums over the tokens: of the clipped objective, and of its measures; with a reference, the KL divergence too."""
     weights_BRT, old_BRT = batch["weights"], batch["old_logprobs"]
     logprobs_BRT = token_logprobs(gpt, params, batch, None)
     losses_BRT, clipped_BRT = policy_gradient.policy_loss(logprobs_BRT, old_BRT, batch["advantages"], clip)
@@ -80,15 +84,15 @@ def _policy_loss(
         "policy_kl": jnp.sum(weights_BRT * policy_gradient.kl_k3(old_BRT, logprobs_BRT)),
     }
     if reference_BRT is not None:
-        measures["distance"] = jnp.sum(weights_BRT * policy_gradient.kl_k3(logprobs_BRT, reference_BRT))
+        measures["reference_kl"] = jnp.sum(weights_BRT * policy_gradient.kl_k3(logprobs_BRT, reference_BRT))
     return jnp.sum(weights_BRT * losses_BRT), measures
 
 
-def answer_measurer(config: Config) -> Callable[[Any, Batch], dict[str, jax.Array]]:
-    """(all parameters, batch) -> float32 (B, R, T) of each token of answers as they were written.
+def completion_measurer(config: Config) -> Callable[[Any, Batch], dict[str, jax.Array]]:
+    """Returns (all parameters, batch) -> float32 (B, R, T) arrays of each token of completions as they were sampled.
 
-    `old_logprobs`: of the policy; `reference_logprobs`: of the model that it started from; `entropy`: of what the
-    policy might have written instead; `old_values`, of stage ppo: what the value function expects.
+    `old_logprobs`: log-probabilities under the policy; `reference_logprobs`: under the reference; `entropy`: of the
+    policy's distribution at the token; `old_values`, where there is a value function: its estimates.
     """
     gpt, value_model = GPT(config.model), RewardModel(config)
 
@@ -103,8 +107,83 @@ def answer_measurer(config: Config) -> Callable[[Any, Batch], dict[str, jax.Arra
             "reference_logprobs": token_logprobs(gpt, params[REFERENCE], batch, None),
             "entropy": entropy_NT.reshape(logprobs_BRT.shape),
         }
-        if config.stage == "ppo":
+        if VALUE in params:
             measured["old_values"] = value_model.values(params[VALUE], batch, None)
         return measured
 
     return measure
+
+
+def _ppo_parameters(config: Config) -> ParameterSpec:
+    """The policy, its frozen reference, and a value function of its own weights."""
+    spec = policy.policy_and_reference(config)
+
+    def init(rng: jax.Array) -> Any:
+        return spec.init(rng) | {VALUE: RewardModel(config).init(jax.random.fold_in(rng, 1))}
+
+    reward_model = config.rl.reward.partition(":")[2] if config.ppo.value_init == "reward" else None
+    factors = {VALUE: config.ppo.value_lr / config.optimizer.peak_lr}
+    return ParameterSpec(config, init, frozen=spec.frozen, sources={VALUE: reward_model}, lr_factors=factors)
+
+
+def _check_rl(config: Config) -> None:
+    """Raises UserError when the config asks for what neither PPO nor GRPO can do."""
+    policy.check_needs_init_from(config)
+    rl, model = config.rl, config.model
+    form, _, name = rl.reward.partition(":")
+    require(
+        rl.reward in ("bleu", "rouge") or (form in ("model", "python") and bool(name)),
+        f"rl.reward={rl.reward!r} is no reward: model:WORKDIR, bleu, rouge or python:MODULE.FUNCTION",
+    )
+    require(
+        rl.prompts_per_iteration % config.sequences_per_batch == 0,
+        f"rl.prompts_per_iteration={rl.prompts_per_iteration} is not a whole number of batches of "
+        f"{config.sequences_per_batch} prompts (batch.tokens_per_batch / model.context_length): change one",
+    )
+    require(
+        (rl.prompt_tokens or 1) + rl.response_tokens <= model.context_length,
+        f"rl.prompt_tokens={rl.prompt_tokens} and rl.response_tokens={rl.response_tokens} exceed "
+        f"model.context_length={model.context_length}: lower them",
+    )
+    for dropout in ("embedding_dropout", "attention_dropout", "residual_dropout"):
+        require(
+            getattr(model, dropout) == 0,
+            f"model.{dropout}={getattr(model, dropout)}: a policy learns from the probabilities with which it sampled "
+            "its tokens, without dropout: set it to 0",
+        )
+    require(
+        config.stability.on_spike != "rewind",
+        "stability.on_spike=rewind skips data, and a policy samples its own data: set it to log",
+    )
+
+
+def check_ppo(config: Config) -> None:
+    """Raises UserError when the config asks for what PPO cannot do."""
+    _check_rl(config)
+    ppo, reward = config.ppo, config.rl.reward
+    require(
+        ppo.value_init == "policy" or reward.startswith("model:"),
+        f"ppo.value_init=reward needs a reward model, and rl.reward={reward} is none: set ppo.value_init=policy",
+    )
+    require(
+        (ppo.pretraining_weight > 0) == (config.chat.pretraining_source is not None),
+        "chat.pretraining_source and ppo.pretraining_weight need each other",
+    )
+    require(
+        config.peft.method == "none",
+        f"peft.method={config.peft.method} is for other stages: ppo trains a value function too; unset it",
+    )
+
+
+def check_grpo(config: Config) -> None:
+    """Raises UserError when the config asks for what GRPO cannot do."""
+    _check_rl(config)
+    policy.check_no_pretraining_text(config)
+    require(
+        config.rl.responses_per_prompt > 1,
+        "stage grpo compares the completions of a prompt with each other: set rl.responses_per_prompt to 2 or more",
+    )
+
+
+PPO = Definition(_ppo_parameters, ppo_loss, policy.complete, check_ppo, conversational=True, chats=True)
+GRPO = Definition(policy.policy_and_reference, grpo_loss, policy.complete, check_grpo, conversational=True, chats=True)

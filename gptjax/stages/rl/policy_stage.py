@@ -14,12 +14,12 @@ from gptjax.data.conversations import Prompt
 from gptjax.data.pipeline import Example
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.stages.chat_data import ChatData, fitting, open_chat, prompts_of
-from gptjax.stages.registry import make_program
 from gptjax.stages.rl.completions import Answers, AnswerWriter, Arrays, EncodedPrompt
 from gptjax.stages.rl.reward_functions import open_reward
 from gptjax.stages.rl.rollouts import Rollouts
 from gptjax.training.intervals import in_tokens
 from gptjax.training.metrics_file import plot_reward
+from gptjax.training.objective import Objective
 from gptjax.training.stage import Stage
 
 SHOWN_METRICS = ("reward", "kl", "entropy", "response_tokens", "ended")  # of held-out prompts
@@ -29,13 +29,15 @@ def build_rl(
     config: Config,
     mesh: Mesh,
     tokenizer: Tokenizer | None,
+    define: Callable[[Config], Objective],
     learn: Callable[[Config, Answers], tuple[Arrays, dict[str, float]]],
     text: Callable[[ChatData[Prompt]], Callable[[int, int], Example] | None] | None = None,
 ) -> Stage:
     """The stage on `mesh`.
 
     Args:
-      tokenizer: of the run that goes on; None: that of the weights to start from.
+      tokenizer: of the run that resumes; None: that of the weights to start from.
+      define: complete config -> parameters and loss.
       learn: the complete config, and answers -> as of `Rollouts`.
       text: as of `Rollouts`, once the data is known.
 
@@ -58,15 +60,19 @@ def build_rl(
     )
     config = in_tokens(data.config, len(train) * config.rl.inner_epochs * rollouts.tokens_per_prompt)
     return Stage(
-        program=make_program(config),
+        objective=define(config),
         tokenizer=data.tokenizer,
         total_tokens=_total_tokens(config, len(train), rollouts.tokens_per_prompt),
         batches=rollouts.batches,
         evaluate=_evaluate(config, writer, validation),
         sample=None,
         conclude=_conclude,
-        attach=rollouts.attach,
     )
+
+
+def held_out_prompts(config: Config) -> list[Prompt]:
+    """The held-out prompts that have a reference."""
+    return [prompt for prompt in prompts_of(config)[1] if prompt.reference is not None]
 
 
 def _encode(data: ChatData[Prompt], prompts: list[Prompt]) -> list[EncodedPrompt]:

@@ -19,15 +19,16 @@ from gptjax.losses import policy_gradient
 from gptjax.stages.chat_data import ChatData, pretraining_text
 from gptjax.stages.rl.completions import Answers, Arrays
 from gptjax.stages.rl.policy_stage import build_rl
+from gptjax.training.objective import Objective
 from gptjax.training.stage import Stage
 
 
-def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
+def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None, define: Callable[[Config], Objective]) -> Stage:
     """The stage on `mesh`; arguments and errors as of `build_rl`; or the value function could not read the policy's
     tokens."""
     if config.ppo.value_init == "reward":
         _check_reads_the_same(config, Path(config.rl.reward.partition(":")[2]).expanduser())
-    return build_rl(config, mesh, tokenizer, learn, _text)
+    return build_rl(config, mesh, tokenizer, define, learn, _text)
 
 
 def _check_reads_the_same(config: Config, reward: Path) -> None:

@@ -19,7 +19,7 @@ from gptjax.data.pipeline import Example, Microbatch
 from gptjax.distributed import processes
 from gptjax.parallel.rows import process_rows
 from gptjax.stages.rl.completions import Answers, AnswerWriter, Arrays, EncodedPrompt
-from gptjax.training.stage import Learner
+from gptjax.training.stage import Run
 
 
 class Rollouts:
@@ -46,7 +46,6 @@ class Rollouts:
         self._config, self._mesh, self._writer, self._prompts = config, mesh, writer, prompts
         self._learn, self._text = learn, text
         self._order = Epochs(len(prompts), len(prompts), config.seed)
-        self._learner: Learner | None = None
 
     @property
     def tokens_per_prompt(self) -> int:
@@ -58,18 +57,19 @@ class Rollouts:
         """P, G and T of the arrays of an iteration."""
         return self._config.rl.prompts_per_iteration, self._config.rl.responses_per_prompt, self._writer.row_length
 
-    def attach(self, learner: Learner) -> None:
-        """Tells whose policy writes; before anything is read."""
-        self._learner = learner
+    def batches(self, start: int, run: Run | None) -> Iterator[Microbatch]:
+        """The microbatches that follow `start` prompts, each counted as often as it was trained on.
 
-    def batches(self, start: int) -> Iterator[Microbatch]:
-        """What follows when `start` prompts have been learned from, each counted as often as it was."""
+        Args:
+          run: whose policy samples the completions.
+        """
+        assert run is not None, "completions are sampled from the policy of a run"
         rl, size, whole = self._config.rl, self._config.sequences_per_microbatch, self._config.sequences_per_batch
         iteration, done = divmod(start, rl.prompts_per_iteration * rl.inner_epochs)
         rows = process_rows(self._mesh, size)
         done -= done % whole  # of a run that goes on with larger batches, a part of one is learned from again
         while True:
-            arrays = (self._kept(iteration) if done else None) or self._written(iteration)
+            arrays = (self._kept(run, iteration) if done else None) or self._written(run, iteration)
             for first in range(done, rl.prompts_per_iteration * rl.inner_epochs, whole):
                 epoch, offset = divmod(first, rl.prompts_per_iteration)
                 chosen = self._shuffled(iteration, epoch)[offset : offset + whole]
@@ -92,27 +92,26 @@ class Rollouts:
     def _generator(self, *numbers: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(np.random.SeedSequence([self._config.seed % 2**64, *numbers])))
 
-    def _written(self, iteration: int) -> Arrays:
+    def _written(self, run: Run, iteration: int) -> Arrays:
         """Has the policy answer the prompts of an iteration: (P, G, T) arrays."""
-        rl, learner = self._config.rl, self._learner
-        assert learner is not None
+        rl = self._config.rl
         first = iteration * rl.prompts_per_iteration
         prompts = [self._prompts[self._order.place(first + i)] for i in range(rl.prompts_per_iteration)]
         count = rl.prompts_per_iteration * rl.responses_per_prompt
         seeds = self._generator(iteration, 0).integers(2**32, size=count).tolist()
-        answers = self._writer.write(learner.policy, prompts, rl.responses_per_prompt, seeds)
+        answers = self._writer.write(run.policy, prompts, rl.responses_per_prompt, seeds)
         learned, told = self._learn(answers)
         known = ("tokens", "targets", "segments", "positions")
         arrays = {name: answers.arrays[name].reshape(self._shape) for name in known}
         arrays |= {name: np.asarray(a_NT).reshape(self._shape) for name, a_NT in learned.items()}
         summary = answers.summary() | told
-        learner.record("rollout", answers.shown(), iteration=iteration, **summary)
-        learner.say(
+        run.record("rollout", answers.shown(), iteration=iteration, **summary)
+        run.say(
             f"iteration {iteration}: reward {summary['reward']:.3f}, KL {summary['kl']:.3f}, "
             f"{summary['response_tokens']:.1f} tokens"
         )
         if processes.is_first():
-            self._keep(learner.workdir, iteration, arrays)
+            self._keep(run.workdir, iteration, arrays)
         return arrays
 
     # --- what a run that goes on in the middle of an iteration reads --------------------------------------------------
@@ -139,18 +138,17 @@ class Rollouts:
         saved = (workdir / "checkpoints").glob("*")
         return [int(directory.name) // steps for directory in saved if directory.name.isdecimal()]
 
-    def _kept(self, iteration: int) -> Arrays | None:
-        """The arrays of an iteration that has begun; None, and a word about it, where they are gone."""
-        assert self._learner is not None
-        path = _path(self._learner.workdir, iteration)
+    def _kept(self, run: Run, iteration: int) -> Arrays | None:
+        """The saved arrays of an iteration that has begun; None, which is reported, where they cannot be used."""
+        path = _path(run.workdir, iteration)
         try:
             with np.load(path) as file:
                 arrays = dict(file)
             if arrays["tokens"].shape == self._shape:
                 return arrays
-            self._learner.say(f"{path} is of an iteration of other sizes: the policy answers its prompts anew")
+            run.say(f"{path} is of an iteration of other sizes: the policy answers its prompts anew")
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-            self._learner.say(f"cannot read {path}: the policy answers the prompts of the iteration anew")
+            run.say(f"cannot read {path}: the policy answers the prompts of the iteration anew")
         return None
 
 

@@ -19,7 +19,8 @@ from gptjax.interop.huggingface import export_workdir, load_pretrained
 from gptjax.models import peft
 from gptjax.models.gpt import GPT
 from gptjax.parallel.mesh import make_mesh
-from gptjax.run import STAGES, run
+from gptjax.run import run
+from gptjax.stages.builders import BUILDERS, build
 from gptjax.stages.finetune import build as finetune
 from gptjax.stages.start import load_parts
 from gptjax.stages.trained_model import load_model
@@ -139,17 +140,17 @@ def test_the_report_is_of_the_best_checkpoint(trained):
 def test_labels_come_in_the_order_that_is_given(config_of):
     order = ("good", "bad", "fair", "never seen")
     config = replace(config_of(), {"task": {"labels": order}})
-    stage = finetune.build(config, make_mesh(config.mesh), None)
+    stage = build(config, make_mesh(config.mesh), None)
     assert stage.config.task.labels == order
     assert json.loads(stage.files["task.json"])["labels"] == list(order)
-    labels = [array for batch in islice(stage.batches(0), STEPS_AN_EPOCH) for array in batch.arrays["labels"]]
+    labels = [array for batch in islice(stage.batches(0, None), STEPS_AN_EPOCH) for array in batch.arrays["labels"]]
     assert np.bincount(labels, minlength=4).tolist() == [5, 6, 5, 0]  # of 16 rows: bad, fair, good, bad, ...
-    assert finetune.build(config_of(), make_mesh(config.mesh), None).config.task.labels == LABELS  # sorted
+    assert build(config_of(), make_mesh(config.mesh), None).config.task.labels == LABELS  # sorted
 
 
 def test_rare_labels_can_count_as_much_as_others(config_of):
     config = replace(config_of(), {"task": {"balanced_labels": True}})
-    stage = finetune.build(config, make_mesh(config.mesh), None)
+    stage = build(config, make_mesh(config.mesh), None)
     assert stage.config.task.label_weights == pytest.approx((16 / 18, 16 / 15, 16 / 15))
 
 
@@ -241,17 +242,17 @@ def test_a_run_that_goes_on_ends_as_one_that_never_stopped(trained, config_of, t
 
 
 def test_a_run_that_dies_in_a_step_goes_on(trained, config_of, tmp_path, monkeypatch):
-    def build(*args):
+    def broken_build(*args):
         stage = finetune.build(*args)
 
-        def broken(start: int):
-            yield from islice(stage.batches(start), 3)
+        def broken(start: int, run):
+            yield from islice(stage.batches(start, run), 3)
             raise ConnectionError("the data is gone")
 
         return dataclasses.replace(stage, batches=broken)
 
     with monkeypatch.context() as patch:
-        patch.setitem(STAGES, "finetune", build)
+        patch.setitem(BUILDERS, "finetune", broken_build)
         with pytest.raises(ConnectionError):
             run(config_of(method="lora"), tmp_path / "run")
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]

@@ -19,7 +19,7 @@ from gptjax.stages.finetune.regularisation import (
     token_replacement,
     word_dropout,
 )
-from gptjax.stages.finetune.task_model import TaskModel
+from gptjax.stages.finetune.task_model import TaskModel, completed
 from tests.tiny_tasks import LABELS, MODEL
 
 START, DELIMITER, EXTRACT, BLANK = 257, 258, 259, 260
@@ -29,7 +29,7 @@ RNG = jax.random.key(0)
 def config_of(lm_weight: float = 0.0, **regularisation: float | None) -> Config:
     task = {"labels": LABELS, "label_weights": (0.5, 2.0, 1.0), "head_dropout": 0.0, "lm_weight": lm_weight}
     base = Config(stage="finetune", model=MODEL)
-    return replace(base, {"task": task, "regularisation": regularisation}).completed(257)
+    return completed(replace(base, {"task": task, "regularisation": regularisation}), 257, {})
 
 
 ALL = RegularisationConfig(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.checkpoint.state import create_state, make_train_step, state_shardings
+from gptjax.checkpoint.state import create_state, state_shardings
 from gptjax.config import Config, replace
 from gptjax.data.buckets import Buckets
 from gptjax.data.labelled import Row
@@ -17,8 +17,9 @@ from gptjax.data.task_inputs import encode
 from gptjax.data.tokenizers import BytesTokenizer
 from gptjax.models.gpt import GPT
 from gptjax.parallel.mesh import make_mesh
-from gptjax.stages.finetune.task_model import TaskModel
-from gptjax.stages.registry import make_program
+from gptjax.stages import registry
+from gptjax.stages.finetune.task_model import TaskModel, completed
+from gptjax.training.step import make_train_step
 from tests.tiny_tasks import KINDS, LABELS, MODEL, records
 
 CONTEXT, ROWS = 64, 5  # two buckets
@@ -43,7 +44,7 @@ def config_of(kind: str, **task: object) -> Config:
         "head_dropout": 0.0,
     }
     base = Config(stage="finetune", model=dataclasses.replace(MODEL, context_length=CONTEXT))
-    return replace(base, {"task": settings | task}).completed(BytesTokenizer.vocab_size)
+    return completed(replace(base, {"task": settings | task}), BytesTokenizer.vocab_size, {})
 
 
 @cache
@@ -253,15 +254,15 @@ def test_microbatches_are_one_batch():
     config = replace(
         config_of("tagging"), {"optimizer": {"eps": 1e-3}, "batch": {"tokens_per_batch": 8 * CONTEXT, "epochs": 1.0}}
     )
-    program, mesh = make_program(config), make_mesh(config.mesh)
+    objective, mesh = registry.objective(config), make_mesh(config.mesh)
     rows = rows_of("tagging", 7)
     rows[1] = Row({"tokens": ["in", "Rome", "it", "is", "so"], "tags": ["O", "B-LOC", "O", "O", "O"]}, "long")
     batch = batch_of("tagging", rows, size=8)
-    train_step, results = make_train_step(program, state_shardings(program, mesh)), []
+    train_step, results = make_train_step(objective, state_shardings(objective.parameters, mesh)), []
     for microbatches in (1, 2):
         cut = {name: array.reshape(microbatches, -1, *array.shape[1:]) for name, array in batch.items()}
         with jax.set_mesh(mesh):
-            state = create_state(program, mesh)
+            state = create_state(objective.parameters, mesh)
             state, metrics = train_step(state, cut, np.int32(microbatches), {"lr": np.float32(1e-2)})
         results.append(jax.device_get((metrics, state.params)))
     close(results[1], results[0], atol=1e-6)

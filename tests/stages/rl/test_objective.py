@@ -14,14 +14,14 @@ from gptjax.data.templates import Encoded
 from gptjax.losses import policy_gradient
 from gptjax.models.gpt import GPT, head_embedding, hidden_states
 from gptjax.models.heads import VALUE
-from gptjax.stages.preference.objective import REFERENCE, RewardModel
-from gptjax.stages.registry import make_loss
-from gptjax.stages.rl.objective import answer_measurer, grpo_loss, ppo_loss
+from gptjax.stages.policy import REFERENCE
+from gptjax.stages.preference.reward_model import RewardModel
+from gptjax.stages.rl.objective import completion_measurer, grpo_loss, ppo_loss
 from tests.tiny_tasks import MODEL
 
 VOCAB, LENGTH = 40, 32
 CONFIG = c.Config(stage="ppo", model=MODEL.with_vocabulary(VOCAB), rl=c.RLConfig(clip=0.2, kl_weight=0.3))
-LOSSES = {"ppo": lambda config: ppo_loss(config, make_loss(GPT(config.model))), "grpo": grpo_loss}
+LOSSES = {"ppo": ppo_loss, "grpo": grpo_loss}
 GENERATOR = np.random.default_rng(0)
 # Of each token of an answer, besides the weights.
 PER_TOKEN = ("advantages", "returns", "old_logprobs", "reference_logprobs", "old_values")
@@ -104,12 +104,12 @@ def test_zero_advantages_move_no_policy(params, stage):
 def test_at_the_old_policy_the_gradient_is_the_policy_gradient(params, stage):
     """-A grad log pi, where nothing has changed since the answers were drawn; the value function is not in its way."""
     arrays = batch(pack=True)
-    measured = jax.jit(answer_measurer(config_of("ppo")))(params, arrays)
+    measured = jax.jit(completion_measurer(config_of("ppo")))(params, arrays)
     arrays["old_logprobs"] = measured["old_logprobs"]
     (_, measures), gradient = evaluated(config_of(stage, rl={"kl_weight": 0.0}), params, arrays)
 
     def reinforce(params):
-        logprobs = jax.jit(answer_measurer(config_of("grpo")))(params, arrays)["old_logprobs"]
+        logprobs = jax.jit(completion_measurer(config_of("grpo")))(params, arrays)["old_logprobs"]
         weights = arrays["weights"]
         return -jnp.sum(weights * arrays["advantages"] * logprobs) / jnp.sum(weights)
 
@@ -125,7 +125,7 @@ def test_grpos_distance_pulls_to_the_reference_alone(params):
     """With no advantages the loss is what k3 makes of the distance, and gone where policy and reference are one."""
     arrays = batch(pack=True, advantages=0.0)
     (loss, measures), _ = evaluated(config_of("grpo"), params, arrays)
-    logprobs = jax.jit(answer_measurer(config_of("grpo")))(params, arrays)["old_logprobs"]
+    logprobs = jax.jit(completion_measurer(config_of("grpo")))(params, arrays)["old_logprobs"]
     k3 = policy_gradient.kl_k3(logprobs, arrays["reference_logprobs"])
     wanted = jnp.sum(arrays["weights"] * k3) / jnp.sum(arrays["weights"])
     assert float(measures["reference_kl"]) == pytest.approx(float(wanted), rel=1e-4)
@@ -163,9 +163,11 @@ def test_ptx_adds_the_mean_loss_of_the_text(params):
 def test_what_is_measured_of_answers(params):
     """Of each token: the policy's and the reference's log-probability, the entropy, and the value before it."""
     arrays = batch(pack=False)
-    measured = jax.jit(answer_measurer(config_of("ppo")))(params, arrays)
+    measured = jax.jit(completion_measurer(config_of("ppo")))(params, arrays)
     assert set(measured) == {"old_logprobs", "reference_logprobs", "entropy", "old_values"}
-    assert "old_values" not in jax.eval_shape(answer_measurer(config_of("grpo")), params, arrays)
+    assert "old_values" not in jax.eval_shape(
+        completion_measurer(config_of("grpo")), {k: v for k, v in params.items() if k != VALUE}, arrays
+    )
     gpt, place = GPT(CONFIG.model), (1, 1)  # an element, a row
     length = int((arrays["segments"][place] > 0).sum())
     tokens, targets = (arrays[name][place][:length] for name in ("tokens", "targets"))

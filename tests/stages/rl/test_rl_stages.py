@@ -16,7 +16,9 @@ from gptjax.distributed import preemption
 from gptjax.distributed.preemption import PreemptedError
 from gptjax.models.heads import VALUE
 from gptjax.parallel.mesh import make_mesh
-from gptjax.run import STAGES, run
+from gptjax.run import run
+from gptjax.stages import registry
+from gptjax.stages.builders import build
 from gptjax.stages.start import load_reward_weights, load_weights, start_state
 from gptjax.training import loop
 from gptjax.training.metrics_file import read_metrics
@@ -130,9 +132,9 @@ def nothing(messages, answer, reference) -> float:
 def test_the_value_function_starts_as_the_reward_model(given):
     mesh = make_mesh(c.MeshConfig())
     config = rl_config("ppo", given, given / "sft", given / "reward")
-    program = STAGES["ppo"](config, mesh, None).program
+    parameters = build(config, mesh, None).objective.parameters
     with jax.set_mesh(mesh), Checkpoints(given / "none", config.checkpoint) as checkpoints:
-        state, _ = start_state(program, mesh, checkpoints)
+        state, _ = start_state(parameters, mesh, checkpoints)
         reward = load_reward_weights(given / "reward", mesh)
     assert distance(state.params[VALUE], {**reward.gpt, "head": reward.head}) == 0
     raw = weights_of(given / "reward").head["linear"]["bias"]
@@ -208,11 +210,10 @@ def test_inner_epochs_and_microbatches_take_every_answer_as_often(given):
     config = c.replace(
         rl_config("grpo", given, given / "sft"), {"rl": {"inner_epochs": 3}, "batch": {"microbatch_size": 2}}
     )
-    stage = STAGES["grpo"](config, make_mesh(c.MeshConfig()), None)
-    learner = FakeLearner(stage.program, given)
-    stage.attach(learner)
+    stage = build(config, make_mesh(c.MeshConfig()), None)
+    learner = FakeLearner(stage.objective, given)
     with jax.set_mesh(make_mesh(c.MeshConfig())):
-        microbatches = list(islice(stage.batches(0), 12))  # 8 prompts in microbatches of 2, three times
+        microbatches = list(islice(stage.batches(0, learner), 12))  # 8 prompts in microbatches of 2, three times
     rows = [row.tobytes() for microbatch in microbatches for row in microbatch.arrays["tokens"]]
     assert all(sorted(rows[i : i + 8]) == sorted(rows[:8]) for i in (0, 8, 16))
     assert rows[8:16] != rows[:8]
@@ -223,13 +224,13 @@ def test_inner_epochs_and_microbatches_take_every_answer_as_often(given):
 class FakeLearner:
     """A policy as it starts."""
 
-    def __init__(self, program, given):
-        self.workdir, self.step, self.told = given / "fake", 0, []
+    def __init__(self, objective, given):
+        self.workdir, self.told = given / "fake", []
         self.workdir.mkdir(exist_ok=True)
         mesh = make_mesh(c.MeshConfig())
         with jax.set_mesh(mesh), Checkpoints(given / "none", c.CheckpointConfig()) as checkpoints:
-            state, _ = start_state(program, mesh, checkpoints)
-        self.policy = program.join(state.base, state.params)
+            state, _ = start_state(objective.parameters, mesh, checkpoints)
+        self.policy = objective.parameters.join(state.base, state.params)
 
     def record(self, split, text=None, **values):
         self.told.append(values)
@@ -250,14 +251,14 @@ class FakeLearner:
         ("ppo", {"ppo": {"gae_lambda": 1.5}}, r"ppo.gae_lambda=1.5 must be in \[0, 1\]"),
         ("ppo", {"ppo": {"pretraining_weight": 1.0}}, r"chat.pretraining_source and ppo.pretraining_weight need each"),
         ("ppo", {"peft": {"method": "lora"}}, r"peft.method=lora is for other stages: ppo trains a value function"),
-        ("ppo", {"stability": {"on_spike": "rewind"}}, r"stability.on_spike=rewind passes over data"),
+        ("ppo", {"stability": {"on_spike": "rewind"}}, r"stability.on_spike=rewind skips data"),
         ("grpo", {"rl": {"responses_per_prompt": 1}}, r"set rl.responses_per_prompt to 2 or more"),
     ],
 )
 def test_settings_that_make_no_sense(given, stage, changes, message):
     config = c.replace(rl_config(stage, given, given / "sft"), changes)
     with pytest.raises(UserError, match=message):
-        c.check(config)
+        registry.check(c.resolve(c.config_dict(config)))
 
 
 @pytest.mark.parametrize(
@@ -273,7 +274,7 @@ def test_settings_that_make_no_sense(given, stage, changes, message):
 def test_rewards_that_are_not_there(given, reward, message):
     config = c.replace(rl_config("grpo", given, given / "sft"), {"rl": {"reward": reward.format(given=given)}})
     with pytest.raises(UserError, match=message):
-        STAGES["grpo"](config, make_mesh(c.MeshConfig()), None)
+        build(config, make_mesh(c.MeshConfig()), None)
 
 
 @pytest.mark.parametrize(("name", "message"), [("broken", "failed on the answer .*oh no"), ("endless", "says inf of")])
@@ -298,12 +299,12 @@ def test_bleu_needs_answers_to_compare_with(given, tmp_path):
     config = rl_config("grpo", given, given / "sft")
     config = c.replace(config, {"data": {"source": f"jsonl:{path}"}, "rl": {"reward": "bleu"}})
     with pytest.raises(UserError, match=r"prompts.jsonl:1 has no answer that rl.reward=bleu could compare with"):
-        STAGES["grpo"](config, make_mesh(c.MeshConfig()), None)
-    STAGES["grpo"](rl_config("grpo", given, given / "sft"), make_mesh(c.MeshConfig()), None)
+        build(config, make_mesh(c.MeshConfig()), None)
+    build(rl_config("grpo", given, given / "sft"), make_mesh(c.MeshConfig()), None)
 
 
 def test_a_value_function_must_read_the_policys_tokens(given):
     config = rl_config("ppo", given, given / "sft", given / "reward")
     config = c.replace(config, {"chat": {"user_format": "U {content}<|a|>"}})
     with pytest.raises(UserError, match=r"has another user_format than the policy"):
-        STAGES["ppo"](config, make_mesh(c.MeshConfig()), None)
+        build(config, make_mesh(c.MeshConfig()), None)

@@ -1,24 +1,11 @@
 """A run small enough to train in a test."""
 
-from collections.abc import Callable
 from pathlib import Path
-
-import pytest
 
 from gptjax import config as c
 
 
-@pytest.fixture(scope="session")
-def make_tiny() -> Callable[[Path], c.Config]:
-    return _tiny
-
-
-@pytest.fixture
-def tiny(tmp_path: Path) -> c.Config:
-    return _tiny(tmp_path)
-
-
-def _tiny(directory: Path) -> c.Config:
+def tiny_config(directory: Path) -> c.Config:
     """Two layers on a text made in `directory`; 6 steps of 2 microbatches, with dropout and averaged weights."""
     text = directory / "text"
     text.mkdir()

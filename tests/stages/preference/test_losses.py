@@ -15,7 +15,9 @@ from gptjax.data.chat_batches import RankedAnswers, RankedSequences
 from gptjax.data.templates import Encoded
 from gptjax.losses.cross_entropy import cross_entropy, target_logprobs
 from gptjax.models.gpt import GPT, head_embedding, hidden_states
-from gptjax.stages.preference.objective import REFERENCE, RewardModel, answer_logprobs, dpo_loss
+from gptjax.stages.policy import REFERENCE
+from gptjax.stages.preference.dpo_objective import completion_logprobs, dpo_loss
+from gptjax.stages.preference.reward_model import RewardModel
 from tests.tiny_tasks import CONTEXT, MODEL
 
 VOCAB = 40
@@ -102,7 +104,7 @@ def test_scores_and_logprobs_are_those_of_each_sequence_alone(params, pack):
     whole = batch(prompts, pack=pack, full=6)
     assert whole["ends"].shape == ((6, 4, 3) if pack else (6, 1, 3))
     scores = jax.jit(RewardModel(CONFIG).scores)(params, whole)
-    logprobs = jax.jit(lambda p, b: answer_logprobs(GPT(CONFIG.model), p, b, None))(params, whole)
+    logprobs = jax.jit(lambda p, b: completion_logprobs(GPT(CONFIG.model), p, b, None))(params, whole)
     there = whole["levels"] > 0
     found = [tuple(map(float, pair)) for pair in zip(scores[there], logprobs[there], strict=True)]
     for sequence, pair in zip((s for sequences, _ in prompts for s in sequences), found, strict=True):

@@ -1,0 +1,45 @@
+"""What each stage makes of its data on a mesh: the `Stage` that the training loop runs."""
+
+from collections.abc import Callable
+
+from jax.sharding import Mesh
+
+from gptjax.config import Config
+from gptjax.data.conversations import Prompt
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.stages import pretrain, registry, sft
+from gptjax.stages.finetune import build as finetune
+from gptjax.stages.preference import dpo, ranked, reward
+from gptjax.stages.rl import grpo, policy_stage, ppo
+from gptjax.training.objective import Objective
+from gptjax.training.stage import Stage
+
+BUILDERS: dict[str, Callable[[Config, Mesh, Tokenizer | None, Callable[[Config], Objective]], Stage]] = {
+    "pretrain": pretrain.build,
+    "finetune": finetune.build,
+    "sft": sft.build,
+    "reward": reward.build,
+    "dpo": dpo.build,
+    "ppo": ppo.build,
+    "grpo": grpo.build,
+}
+
+# Stage -> its held-out prompts with references, of what its model is evaluated on as a dialogue partner.
+HELD_OUT_PROMPTS: dict[str, Callable[[Config], list[Prompt]]] = {
+    "sft": sft.held_out_prompts,
+    "dpo": ranked.held_out_prompts,
+    "ppo": policy_stage.held_out_prompts,
+    "grpo": policy_stage.held_out_prompts,
+}
+
+
+def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
+    """The stage of a config on `mesh`.
+
+    Args:
+      tokenizer: of the run that resumes; None: the stage finds or trains its own.
+
+    Raises:
+      UserError: data that cannot be read, settings of other stages, sizes that do not divide over the mesh.
+    """
+    return BUILDERS[config.stage](config, mesh, tokenizer, registry.objective)

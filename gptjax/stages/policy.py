@@ -1,0 +1,82 @@
+"""What stages that train on conversations share: the policy, its frozen reference, and log-probabilities of tokens.
+
+A batch has the arrays of `gptjax/data/chat_batches.py`: B elements of R rows of T positions. How prompts and
+completions are laid out in the rows makes no difference here.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gptjax.checkpoint.state import ParameterSpec
+from gptjax.config import Config, require
+from gptjax.data.templates import chat_format
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.losses.cross_entropy import target_logprobs
+from gptjax.models.gpt import GPT, head_embedding, hidden_states, init_params
+from gptjax.training.objective import Batch
+
+REFERENCE = "reference"  # top-level key of the frozen parameters of the model that a policy starts from
+
+
+def complete(config: Config, tokenizer: Tokenizer, workdir: Path) -> Config:
+    """The complete config of a stage that reads conversations: the chat template may add tokens to the vocabulary."""
+    return config.completed(chat_format(config.chat, tokenizer).vocab_size, extends_vocabulary=True)
+
+
+def policy_parameters(config: Config) -> ParameterSpec:
+    """The policy's GPT alone."""
+    return ParameterSpec(config, _initialiser(config))
+
+
+def policy_and_reference(config: Config) -> ParameterSpec:
+    """The policy's GPT, and a frozen copy of the weights that it starts from."""
+    init = _initialiser(config)
+    return ParameterSpec(config, lambda rng: init(rng) | {REFERENCE: init(rng)}, frozen=(REFERENCE,))
+
+
+def _initialiser(config: Config) -> Callable[[jax.Array], Any]:
+    return lambda rng: init_params(GPT(config.model), rng)
+
+
+def check_needs_init_from(config: Config) -> None:
+    """Raises UserError unless the config names the weights that serve as the reference."""
+    require(
+        config.init_from is not None,
+        f"stage {config.stage} needs a trained model as its reference: name its workdir by init_from",
+    )
+
+
+def check_no_pretraining_text(config: Config) -> None:
+    """Raises UserError when the config names pretraining text, which this stage does not train on."""
+    require(
+        config.chat.pretraining_source is None and config.chat.pretraining_share == 0,
+        f"chat.pretraining_source and chat.pretraining_share are for sft and ppo, not {config.stage}: unset them",
+    )
+
+
+def read_elements(gpt: GPT, params: Any, batch: Batch, rng: jax.Array | None) -> jax.Array:
+    """Final hidden states of all positions, (B, R, T, D).
+
+    Args:
+      rng: dropout key; None: no dropout.
+    """
+    tokens_BRT = batch["tokens"]
+    rows = (batch[name].reshape(-1, tokens_BRT.shape[-1]) for name in ("tokens", "segments", "positions"))
+    rngs = None if rng is None else {"dropout": rng}
+    x_NTD = hidden_states(gpt, params, *rows, deterministic=rng is None, rngs=rngs)
+    return x_NTD.reshape(*tokens_BRT.shape, -1)
+
+
+def token_logprobs(gpt: GPT, params: Any, batch: Batch, rng: jax.Array | None) -> jax.Array:
+    """Log-probability of the target at each position, float32 (B, R, T)."""
+    return logprobs_of_states(gpt, params, batch, read_elements(gpt, params, batch, rng))
+
+
+def logprobs_of_states(gpt: GPT, params: Any, batch: Batch, x_BRTD: jax.Array) -> jax.Array:
+    """`token_logprobs` from the final hidden states."""
+    rows_NTD, targets_NT = x_BRTD.reshape(-1, *x_BRTD.shape[2:]), batch["targets"].reshape(-1, x_BRTD.shape[2])
+    logprobs_NT = target_logprobs(rows_NTD, head_embedding(params), targets_NT, gpt.config.precision)
+    return logprobs_NT.reshape(x_BRTD.shape[:3])

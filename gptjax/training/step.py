@@ -1,0 +1,201 @@
+"""The one pure step of training (`make_train_step`), and what takes it again and again (`Stepper`)."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from gptjax.checkpoint.state import TrainState, abstract_state, state_shardings
+from gptjax.data.pipeline import Microbatch
+from gptjax.distributed import preemption, processes
+from gptjax.models import peft
+from gptjax.optim import adalora
+from gptjax.optim.optimizers import num_microbatches, schedule
+from gptjax.parallel import compiler
+from gptjax.parallel.rows import global_array, process_rows
+from gptjax.training.objective import Batch, Measures, Objective
+
+
+def dropout_rng(rng: jax.Array, step: jax.Array | int, microbatch: jax.Array | int) -> jax.Array:
+    """The dropout key of a step's microbatch, from the key data of the state."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(rng), step), microbatch)
+
+
+def loss_and_gradient(objective: Objective, base: Any, trained: Any, batch: Batch, rng: jax.Array) -> tuple[Any, Any]:
+    """((loss sum, (weight sum, measures)), gradient of the loss sum by the trained parameters) of a microbatch."""
+
+    def loss(trained: Any) -> tuple[jax.Array, tuple[jax.Array, Measures]]:
+        total, weight, measures = objective.loss(objective.parameters.join(base, trained), batch, rng)
+        return total, (weight, measures)
+
+    return jax.value_and_grad(loss, has_aux=True)(trained)
+
+
+def make_train_step(objective: Objective, placement: TrainState) -> jax.stages.Wrapped:
+    """The jitted step: `step(state, batch, num_microbatches, schedule)` to `(state, metrics)`.
+
+    `batch` holds (M, B, ...) arrays: room for the largest batch in M microbatches, of which `num_microbatches` (int32)
+    count. So a batch ramp changes a number and never recompiles. `schedule` is what `optimizers.schedule` returns. The
+    gradient is that of the mean loss over the whole batch's weights, however it is cut into microbatches. `state` is
+    donated. Metrics are float32 scalars: loss (nats a target), grad_norm (before clipping), skipped (0 or 1: an update
+    that is not finite is skipped), and the means of the loss's further measures.
+
+    Args:
+      placement: the shardings of the state.
+    """
+    config = objective.config
+    optimizer, ema_decay = objective.parameters.optimizer(), config.optimizer.ema_decay
+    on_device = jax.tree.map(lambda sharding: sharding.with_memory_kind("device"), placement.opt_state)
+
+    def accumulate(state: TrainState, batch: Batch, count: jax.Array) -> tuple[jax.Array, jax.Array, Measures, Any]:
+        """Sums over the microbatches: loss, weight, measures, gradient."""
+
+        def microbatch(i: jax.Array | int) -> tuple[jax.Array, jax.Array, Measures, Any]:
+            rows = jax.tree.map(lambda a_MBT: a_MBT[i], batch)
+            rng = dropout_rng(state.rng, state.step, i)
+
+            (loss_sum, (weight, measures)), grads = loss_and_gradient(objective, state.base, state.params, rows, rng)
+            # Sharded as the parameters: each device sums its own part.
+            return loss_sum, weight, measures, jax.lax.with_sharding_constraint(grads, placement.params)
+
+        if next(iter(batch.values())).shape[0] == 1:
+            return microbatch(0)
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(microbatch, 0))
+        return jax.lax.fori_loop(0, count, lambda i, sums: jax.tree.map(jnp.add, sums, microbatch(i)), zeros)
+
+    def step(
+        state: TrainState, batch: Batch, num_microbatches: jax.Array, schedule: dict[str, jax.Array]
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        loss_sum, weight, measures, grads = accumulate(state, batch, num_microbatches)
+        grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+        if config.optimizer.offload:
+            state = state.replace(opt_state=jax.device_put(state.opt_state, on_device))
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, u: (p - schedule["lr"] * u).astype(p.dtype), state.params, updates)
+        if config.peft.method == "adalora":
+            params = adalora.prune(config.peft, params, opt_state, schedule["rank_budget"])
+        ema = state.ema
+        if ema_decay is not None:
+            ema = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, ema, params)
+        loss, grad_norm = loss_sum / weight, optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        metrics = {"loss": loss, "grad_norm": grad_norm, "skipped": 1.0 - finite}
+        metrics |= {name: total / weight for name, total in measures.items()}
+        new, old = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
+        params, opt_state, ema = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
+
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(placement, None, None, None),  # a batch is laid out by `batch_sharding` already
+        out_shardings=(placement, None),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """A step that was dispatched; its metrics are on the device, and reading them waits for the step.
+
+    Attributes:
+      tokens, examples: trained on up to and including this step.
+    """
+
+    step: int
+    tokens: int
+    examples: int
+    lr: float
+    metrics: dict[str, jax.Array]
+
+
+class Stepper:
+    """Takes training steps: reads a batch, compiles the step at its first shapes, dispatches it.
+
+    Attributes:
+      state: after the last step.
+      step, tokens, examples: counted since the start of the run.
+      batch, count: of the last step: (M, B, ...) arrays, and how many microbatches of them were trained on.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        mesh: Mesh,
+        total_tokens: int,
+        state: TrainState,
+        say: Callable[[str], None],
+    ) -> None:
+        config = objective.config
+        self.state, self.step, self.tokens, self.examples = state, int(state.step), 0, 0
+        self.batch: Batch = {}
+        self.count = 0
+        self.abstract_state = abstract_state(objective.parameters, mesh)
+        self._config, self._mesh, self._total_tokens, self._say = config, mesh, total_tokens, say
+        self._batches: Iterator[Microbatch] = iter(())
+        self._microbatch = config.sequences_per_microbatch
+        # Room for the largest batch; a batch ramp fills less of it.
+        self._room = config.batch.tokens_per_batch // (self._microbatch * config.model.context_length)
+        self._rows = process_rows(mesh, self._microbatch)
+        self._train_step = make_train_step(objective, state_shardings(objective.parameters, mesh))
+        self._compiled: dict[Any, jax.stages.Compiled] = {}  # by the shapes of the batch
+        self._matrices = peft.count_matrices(self.abstract_state.params)
+
+    @property
+    def examples_per_batch(self) -> int:
+        """Examples of a whole batch."""
+        return self._room * self._microbatch
+
+    def start(self, state: TrainState, examples: int, tokens: int, batches: Iterator[Microbatch]) -> None:
+        """Continues from `state`, after so many examples and tokens, with the given batches."""
+        self.state, self.step, self.examples, self.tokens = state, int(state.step), examples, tokens
+        self._batches = batches
+
+    def take(self) -> StepResult:
+        """Dispatches one step."""
+        config = self._config
+        self.count = num_microbatches(config.batch, config.model.context_length, self.tokens)
+        self.batch, num_tokens = self._next_batch(self.count)
+        self.examples += self.count * self._microbatch
+        self.tokens += num_tokens
+        self.step += 1
+        values = schedule(config, self.step, self.tokens, self._total_tokens, self._matrices)
+        arguments = (self.state, self.batch, np.int32(self.count), values)
+        shapes = tuple(array.shape for array in self.batch.values())
+        if shapes not in self._compiled:
+            self._compiled[shapes] = self._compile(arguments)
+        self.state, metrics = self._compiled[shapes](*arguments)
+        return StepResult(self.step, self.tokens, self.examples, float(values["lr"]), metrics)
+
+    def _compile(self, arguments: tuple[Any, ...]) -> jax.stages.Compiled:
+        """Compiles before the first call: an executable never recompiles silently, and reports its memory."""
+        start = time.perf_counter()
+        platform = self._mesh.devices.flat[0].platform
+        compiled = compiler.compile(self._train_step.lower(*arguments), platform, self._config.compiler_options)
+        if not self._compiled:
+            preemption.defer()  # from here on there is something to save
+        processes.gather(None)  # gloo gives up on a process that arrives half a minute late at a first collective
+        memory = compiled.memory_analysis()
+        need = 0 if memory is None else memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        self._say(f"compiled the training step in {time.perf_counter() - start:.1f} s; {need / 1e9:.2f} GB a device")
+        return compiled
+
+    def _next_batch(self, count: int) -> tuple[Batch, int]:
+        """The next `count` microbatches as (M, B, ...) global arrays, M being the room for them, and their tokens.
+
+        Microbatches beyond `count` are zeros.
+        """
+        microbatches = [next(self._batches) for _ in range(count)]
+
+        def stack(*local_B: np.ndarray) -> jax.Array:
+            local_MB = np.zeros((self._room, *local_B[0].shape), local_B[0].dtype)
+            local_MB[:count] = local_B
+            return global_array(self._mesh, self._rows, local_MB, self._microbatch, None)
+
+        arrays = jax.tree.map(stack, *(microbatch.arrays for microbatch in microbatches))
+        return arrays, sum(microbatch.num_tokens for microbatch in microbatches)

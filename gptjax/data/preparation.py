@@ -8,6 +8,10 @@ corpus is a directory, named after all that decides its content, that appears wh
                             train_lengths.npy             int64 (documents,): tokens of each, end-of-text included
                             validation-*, validation_*    the same
                             metadata.json                 counts, sizes of the files, where all came from
+
+A process writes into a directory of its own, `<key>.<machine>-<id>.partial`, and renames it when it is complete. So the
+result does not depend on file locks, which some file systems lack or keep on one machine only: without them several
+processes may tokenise the same corpus, and the first to finish is used.
 """
 
 import array
@@ -17,8 +21,11 @@ import hashlib
 import itertools
 import json
 import os
+import platform
 import shutil
 import sys
+import time
+import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,6 +46,7 @@ from gptjax.files import is_plain_name, read_json
 PIECE_TOKENS = 8192
 SHARD_BYTES = 2**28  # a read takes time in proportion to the records of its shard: 2 ns each
 BATCH_CHARACTERS = 2**18  # of documents that one thread encodes at a time
+STALE = 24 * 3600  # seconds without a write after which another machine's unfinished directory is removed
 FORMAT_VERSION = 1  # of the files, PIECE_TOKENS included; part of the key, so a new one never meets old files
 
 # With one record to a chunk a random read reads no more than its record; compression would double the time of a read.
@@ -110,7 +118,7 @@ def prepare(
 ) -> tuple[PreparedSplit, PreparedSplit]:
     """The train and the validation split of `source`: those in the cache, or tokenised now.
 
-    Several processes may ask at once: one tokenises, the others wait for it.
+    Several processes may ask at once: one tokenises, the others wait for it where the file system has locks.
 
     Args:
       source: the documents.
@@ -119,7 +127,8 @@ def prepare(
       validation_fraction: share of the documents held out, as `split_documents` has it.
 
     Raises:
-      UserError: the source cannot be read or holds no text, or the cache cannot be written, as on a full disk.
+      UserError: the source cannot be read, holds no text or changes meanwhile, or the cache cannot be written, as on a
+        full disk.
     """
     identity = {
         "format": FORMAT_VERSION,
@@ -133,24 +142,21 @@ def prepare(
         return splits
     with _writing(directory.parent):
         directory.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(directory.with_suffix(".lock")):
+    with _locked(directory.with_suffix(".lock")) as held:
         if (splits := _open(directory)) is not None:  # another process was faster
             return splits
         if directory.exists():
             logging.warning("The prepared corpus %s is damaged: preparing it again.", directory)
-        _remove_stale(directory.parent)
-        partial = directory.with_suffix(".partial")
+        _remove_stale(directory, held)
+        partial = directory.with_name(f"{key}.{_machine()}-{uuid.uuid4().hex[:8]}.partial")
         try:
             with _writing(partial):
-                shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
             _write_corpus(source, tokenizer, partial, identity)
             with _writing(directory):
                 if _open(partial) is None:  # read back, as not every failed write raises
                     raise OSError("what was written cannot be read back")
-                shutil.rmtree(directory, ignore_errors=True)
-                partial.rename(directory)
-                _sync(directory.parent)
+                _publish(partial, directory)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     splits = _open(directory)
@@ -340,26 +346,81 @@ def _writing(directory: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Holds a lock among processes, which their death releases; BlockingIOError when it is taken and not `wait`."""
+def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Holds a lock among processes, which their death releases.
+
+    Args:
+      wait: until the process that holds it has released it; otherwise BlockingIOError.
+
+    Yields:
+      Whether it is held: not where the file system has no locks.
+    """
     with _writing(path.parent):
         file = path.open("w")
     with file:
+        held = True
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not wait:
+                    raise
+                print(f"waiting for the process that prepares {path.with_suffix('')}", file=sys.stderr)
+                fcntl.flock(file, fcntl.LOCK_EX)
         except BlockingIOError:
-            if not wait:
-                raise
-            print(f"waiting for the process that prepares {path.with_suffix('')}", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+            raise
+        except OSError:  # ENOLCK, ENOSYS, EOPNOTSUPP: NFS without a lock service, mounted buckets
+            held = False
+        yield held
 
 
-def _remove_stale(root: Path) -> None:
-    """Removes what killed processes left half-written: those directories whose lock nobody holds."""
-    for partial in root.glob("*.partial"):
-        with contextlib.suppress(BlockingIOError), _locked(partial.with_suffix(".lock"), wait=False):
-            shutil.rmtree(partial, ignore_errors=True)
+def _publish(partial: Path, directory: Path) -> None:
+    """Renames a complete directory to `directory`, unless another process has done so; replaces a damaged one."""
+    try:
+        partial.rename(directory)
+    except OSError:
+        if not directory.exists():
+            raise
+        if _open(directory) is not None:
+            return
+        damaged = partial.with_name(f"{partial.stem}-damaged.partial")
+        with contextlib.suppress(FileNotFoundError):  # another process has removed it
+            directory.rename(damaged)
+        shutil.rmtree(damaged, ignore_errors=True)
+        partial.rename(directory)
+    _sync(directory.parent)
+
+
+def _machine() -> str:
+    """8 hex digits of this start of this machine, all of whose processes share one table of locks."""
+    try:
+        identity = Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:  # macOS
+        identity = platform.node()
+    return hashlib.sha256(identity.encode()).hexdigest()[:8]
+
+
+def _remove_stale(own: Path, held: bool) -> None:
+    """Removes what killed processes left half-written.
+
+    That is a directory of this machine whose lock is free, or one of another machine that nothing was written into for
+    `STALE` seconds, since a lock may not reach other machines.
+
+    Args:
+      own: the corpus that this process is about to prepare.
+      held: whether it holds the lock of `own`.
+    """
+    for partial in own.parent.glob("*.partial"):
+        key, _, writer = partial.stem.partition(".")
+        with contextlib.suppress(OSError, UserError):  # another process removes it, holds its lock or is another user's
+            newest = max(path.stat().st_mtime for path in (partial, *partial.iterdir()))
+            stale = time.time() - newest > STALE
+            if not stale and writer.startswith(_machine()):
+                lock = own.with_name(f"{key}.lock")
+                with contextlib.nullcontext(held) if key == own.name else _locked(lock, wait=False) as free:
+                    stale = free
+            if stale:
+                shutil.rmtree(partial, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

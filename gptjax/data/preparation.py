@@ -8,24 +8,14 @@ corpus is a directory, named after all that decides its content, that appears wh
                             train_lengths.npy             int64 (documents,): tokens of each, end-of-text included
                             validation-*, validation_*    the same
                             metadata.json                 counts, sizes of the files, where all came from
-
-A process writes into a directory of its own, `<key>.<machine>-<id>.partial`, and renames it when it is complete. So the
-result does not depend on file locks, which some file systems lack or keep on one machine only: without them several
-processes may tokenise the same corpus, and the first to finish is used.
 """
 
 import array
-import contextlib
-import fcntl
 import hashlib
 import itertools
 import json
 import os
-import platform
 import shutil
-import sys
-import time
-import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,6 +29,7 @@ from absl import logging
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from gptjax.config import UserError
+from gptjax.data.prepared_directories import locked, new_partial, publish, remove_stale, sync, writing
 from gptjax.data.sources import Source
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.files import is_plain_name, read_json
@@ -46,7 +37,6 @@ from gptjax.files import is_plain_name, read_json
 PIECE_TOKENS = 8192
 SHARD_BYTES = 2**28  # a read takes time in proportion to the records of its shard: 2 ns each
 BATCH_CHARACTERS = 2**18  # of documents that one thread encodes at a time
-STALE = 24 * 3600  # seconds without a write after which another machine's unfinished directory is removed
 FORMAT_VERSION = 1  # of the files, PIECE_TOKENS included; part of the key, so a new one never meets old files
 
 # With one record to a chunk a random read reads no more than its record; compression would double the time of a read.
@@ -140,23 +130,23 @@ def prepare(
     directory = cache_dir / "corpora" / key
     if (splits := _open(directory)) is not None:
         return splits
-    with _writing(directory.parent):
+    with writing(directory.parent):
         directory.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(directory.with_suffix(".lock")) as held:
+    with locked(directory.with_suffix(".lock")) as held:
         if (splits := _open(directory)) is not None:  # another process was faster
             return splits
         if directory.exists():
             logging.warning("The prepared corpus %s is damaged: preparing it again.", directory)
-        _remove_stale(directory, held)
-        partial = directory.with_name(f"{key}.{_machine()}-{uuid.uuid4().hex[:8]}.partial")
+        remove_stale(directory, held)
+        partial = new_partial(directory)
         try:
-            with _writing(partial):
+            with writing(partial):
                 partial.mkdir()
             _write_corpus(source, tokenizer, partial, identity)
-            with _writing(directory):
+            with writing(directory):
                 if _open(partial) is None:  # read back, as not every failed write raises
                     raise OSError("what was written cannot be read back")
-                _publish(partial, directory)
+                publish(partial, directory, is_whole=lambda path: _open(path) is not None)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     splits = _open(directory)
@@ -212,10 +202,10 @@ def _write_corpus(source: Source, tokenizer: Tokenizer, directory: Path, identit
     documents = split_documents(source.documents(), identity["validation_fraction"])
     with tqdm.tqdm(total=source.size_bytes, unit="B", unit_scale=True, desc=f"Tokenising {source.spec}") as progress:
         for name, ids, text_bytes in _encode(documents, tokenizer):
-            with _writing(directory):
+            with writing(directory):
                 writers[name].add(ids, text_bytes)
             progress.update(text_bytes)
-    with _writing(directory):
+    with writing(directory):
         splits = {name: writer.finish() for name, writer in writers.items()}
     if source.replaced_bytes:
         logging.warning(
@@ -236,10 +226,10 @@ def _write_corpus(source: Source, tokenizer: Tokenizer, directory: Path, identit
         "skipped": source.skipped,
         "splits": splits,
     }
-    with _writing(directory):
+    with writing(directory):
         (directory / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
         for path in (*directory.iterdir(), directory):
-            _sync(path)
+            sync(path)
 
 
 class _SplitWriter:
@@ -333,99 +323,3 @@ def _open(directory: Path) -> tuple[PreparedSplit, PreparedSplit] | None:
         return PreparedSplit(directory, "train", metadata), PreparedSplit(directory, "validation", metadata)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RuntimeError):
         return None
-
-
-@contextlib.contextmanager
-def _writing(directory: Path) -> Iterator[None]:
-    """Makes a failed write, which ArrayRecord reports as a RuntimeError, a UserError."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        mend = "free some space there or set data.cache_dir to another place"
-        raise UserError(f"cannot write {directory}: {mend} ({error})") from error
-
-
-@contextlib.contextmanager
-def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Holds a lock among processes, which their death releases.
-
-    Args:
-      wait: until the process that holds it has released it; otherwise BlockingIOError.
-
-    Yields:
-      Whether it is held: not where the file system has no locks.
-    """
-    with _writing(path.parent):
-        file = path.open("w")
-    with file:
-        held = True
-        try:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if not wait:
-                    raise
-                print(f"waiting for the process that prepares {path.with_suffix('')}", file=sys.stderr)
-                fcntl.flock(file, fcntl.LOCK_EX)
-        except BlockingIOError:
-            raise
-        except OSError:  # ENOLCK, ENOSYS, EOPNOTSUPP: NFS without a lock service, mounted buckets
-            held = False
-        yield held
-
-
-def _publish(partial: Path, directory: Path) -> None:
-    """Renames a complete directory to `directory`, unless another process has done so; replaces a damaged one."""
-    try:
-        partial.rename(directory)
-    except OSError:
-        if not directory.exists():
-            raise
-        if _open(directory) is not None:
-            return
-        damaged = partial.with_name(f"{partial.stem}-damaged.partial")
-        with contextlib.suppress(FileNotFoundError):  # another process has removed it
-            directory.rename(damaged)
-        shutil.rmtree(damaged, ignore_errors=True)
-        partial.rename(directory)
-    _sync(directory.parent)
-
-
-def _machine() -> str:
-    """8 hex digits of this start of this machine, all of whose processes share one table of locks."""
-    try:
-        identity = Path("/proc/sys/kernel/random/boot_id").read_text()
-    except OSError:  # macOS
-        identity = platform.node()
-    return hashlib.sha256(identity.encode()).hexdigest()[:8]
-
-
-def _remove_stale(own: Path, held: bool) -> None:
-    """Removes what killed processes left half-written.
-
-    That is a directory of this machine whose lock is free, or one of another machine that nothing was written into for
-    `STALE` seconds, since a lock may not reach other machines.
-
-    Args:
-      own: the corpus that this process is about to prepare.
-      held: whether it holds the lock of `own`.
-    """
-    for partial in own.parent.glob("*.partial"):
-        key, _, writer = partial.stem.partition(".")
-        with contextlib.suppress(OSError, UserError):  # another process removes it, holds its lock or is another user's
-            newest = max(path.stat().st_mtime for path in (partial, *partial.iterdir()))
-            stale = time.time() - newest > STALE
-            if not stale and writer.startswith(_machine()):
-                lock = own.with_name(f"{key}.lock")
-                with contextlib.nullcontext(held) if key == own.name else _locked(lock, wait=False) as free:
-                    stale = free
-            if stale:
-                shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from absl import logging
 
 from gptjax.config import UserError
-from gptjax.data.compression import file_digest, opened
+from gptjax.data.compression import file_digest, file_state, opened
 
 _FORMS = {
     "text": "text:GLOB",
@@ -202,7 +202,7 @@ class _Files(Source):
         # Names are relative, so that a corpus keeps its fingerprint when its folder moves.
         root = os.path.commonpath([path.absolute().parent for path in self._paths])
         names = [os.path.relpath(path.absolute(), root) for path in self._paths]
-        states = [_state(path) for path in self._paths]
+        states = [file_state(path) for path in self._paths]
         with concurrent.futures.ThreadPoolExecutor(max_workers=4) as pool:
             digests = list(pool.map(self._digest, self._paths))
         self._found = list(zip(self._paths, states, digests, strict=True))
@@ -211,7 +211,7 @@ class _Files(Source):
     def _changed(self) -> Path | None:
         # Its time alone may change, as by touch.
         changed = (
-            path for path, state, digest in self._found if _state(path) != state and self._digest(path) != digest
+            path for path, state, digest in self._found if file_state(path) != state and self._digest(path) != digest
         )
         return next(changed, None)
 
@@ -291,15 +291,6 @@ class _JsonLines(_Files):
             raise UserError(f"{place}: field {self._field!r} is not a string but {json.dumps(text)[:40]}")
         # An escape such as \ud800 is legal JSON, but half of a character, which UTF-8 cannot hold.
         return self._decode(text.encode(errors="surrogatepass"), place) if "\\u" in line else text
-
-
-def _state(path: Path) -> tuple[int, ...] | None:
-    """What changes when a file is written to or replaced; None where there is none."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return None
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
 def matching_files(pattern: str) -> list[Path]:

@@ -15,7 +15,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 import gptjax
 from gptjax.config import UserError
-from gptjax.data import preparation
+from gptjax.data import preparation, prepared_directories
 from gptjax.data.preparation import PreparedSplit, prepare, split_documents
 from gptjax.data.sources import Source, open_source
 from gptjax.data.tokenizers import BytesTokenizer, Tokenizer
@@ -286,9 +286,9 @@ def test_a_file_system_without_locks(source, tmp_path, monkeypatch, error):
     def flock(*_: object) -> None:
         raise OSError(error, os.strerror(error))
 
-    monkeypatch.setattr(preparation.fcntl, "flock", flock)
+    monkeypatch.setattr(prepared_directories.fcntl, "flock", flock)
     (tmp_path / "corpora").mkdir()
-    (left := tmp_path / "corpora" / f"{'0' * 24}.{preparation._machine()}-0.partial").mkdir()
+    (left := tmp_path / "corpora" / f"{'0' * 24}.{prepared_directories._machine()}-0.partial").mkdir()
 
     def prepare_too() -> None:
         train, _ = prepare(source, BytesTokenizer(), tmp_path, validation_fraction=0.0)
@@ -301,11 +301,11 @@ def test_a_file_system_without_locks(source, tmp_path, monkeypatch, error):
 
 def test_a_lock_that_does_not_reach_another_machine(source, tmp_path, monkeypatch):
     """Both machines tokenise; neither removes what the other writes."""
-    monkeypatch.setattr(preparation.fcntl, "flock", lambda *_: None)
+    monkeypatch.setattr(prepared_directories.fcntl, "flock", lambda *_: None)
 
     def prepare_elsewhere() -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(preparation, "_machine", lambda: "elsewhere")
+            patch.setattr(prepared_directories, "_machine", lambda: "elsewhere")
             train, _ = prepare(source, BytesTokenizer(), tmp_path, validation_fraction=0.0)
         assert texts(train) == DOCUMENTS
 
@@ -319,7 +319,7 @@ def test_what_another_machine_left_is_removed_after_a_day(source, tmp_path):
     old, new = (tmp_path / "corpora" / f"{'0' * 24}.elsewhere-{name}.partial" for name in ("old", "new"))
     for partial in (old, new):
         partial.mkdir()
-    os.utime(old, (time.time() - 2 * preparation.STALE,) * 2)
+    os.utime(old, (time.time() - 2 * prepared_directories.STALE,) * 2)
     prepare(source, BytesTokenizer(), tmp_path, validation_fraction=0.0)
     assert (old.exists(), new.exists()) == (False, True)
 

@@ -121,7 +121,7 @@ class _Meeting:
                 if key.fileobj is self._server:
                     self._greet()
                 elif key.fileobj in self._pending:  # not dropped in this round
-                    self._read(self._pending[key.fileobj])  # type: ignore[index]
+                    self._read(self._pending[key.fileobj])
         for newcomer in list(self._pending.values()):
             self._drop(newcomer)
         return self._members

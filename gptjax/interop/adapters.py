@@ -1,4 +1,4 @@
-"""LoRA workdirs to and from directories of Hugging Face PEFT (their files: `gptjax/interop/peft_files.py`)."""
+"""Workdirs of LoRA matrices to and from Hugging Face PEFT's directories (`gptjax/interop/peft_files.py` has the files)."""
 
 from pathlib import Path
 

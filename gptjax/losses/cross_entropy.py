@@ -91,7 +91,7 @@ def target_logprobs(
 def entropies(x_BTD: jax.Array, embedding_VD: jax.Array, precision: str | None = None) -> jax.Array:
     """Entropy of softmax(x embedding^T) in nats, float32 (B, T); arguments as of `cross_entropy`."""
     none_BT = jnp.zeros(x_BTD.shape[:2], jnp.int32)
-    return _of_logits(lambda logits, _: policy_gradient.entropy(logits), x_BTD, embedding_VD, none_BT, precision)
+    return _of_logits(
         lambda logits_BCV, _: policy_gradient.entropy(logits_BCV), x_BTD, embedding_VD, none_BT, precision
     )
 

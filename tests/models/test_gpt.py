@@ -208,7 +208,7 @@ OTHER_FIELDS = {"vocab_size", "context_length", "embed_dim", "qkv_bias", "layer_
 OTHER_FIELDS |= {
     "logits_dtype",
     "matmul_dtype",
-}  # have tests of their own
+}  # tests/losses/test_cross_entropy.py, tests/models/test_low_precision.py
 
 
 def test_every_field_is_tested():

@@ -1,6 +1,6 @@
 """Regularisers of fine-tuning: each transforms a batch, a loss or a pair of outputs, and the model has none of them.
 
-Label smoothing and mixup act inside `gptjax/stages/finetune/task_model.py`.
+Those of labels and of pooled texts, smoothing and mixup, are applied where `gptjax/stages/finetune/task_model.py` has them.
 """
 
 from typing import Any

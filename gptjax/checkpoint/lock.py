@@ -1,11 +1,16 @@
-"""One run in a workdir: its owner keeps a lock there, and a lock whose owner died is told from a living one's.
+"""The lock of a workdir: one run at a time, and a lock left by a dead owner is recognised.
 
-`<workdir>/run.lock` is JSON that names its owner. It is made by O_EXCL, which NFS keeps as well, where flock often does
-not reach other hosts. On the owner's own machine the kernel knows whether it lives. For all others it touches the lock
-every `BEAT` seconds, and is dead when that is seen to stop for `DEAD` seconds; no two clocks are compared.
+`<workdir>/run.lock` is JSON that names its owner. It is created by O_EXCL, which NFS supports as well, where flock
+often does not reach other hosts. On the owner's own machine the kernel reports whether it is alive. Where the kernel
+does not say (another machine, or a process of another user under `hidepid`) its heartbeats do: the owner touches the
+lock every `BEAT` seconds, and is dead when none is seen for `DEAD` seconds; clocks of two machines are not compared.
+
+A stale lock is removed only by the run that holds the lock's claim, a file of the same form whose name contains the id
+of the dead owner. So no run ever removes the lock of another run that took over the stale lock before it did.
 """
 
 import datetime
+import hashlib
 import json
 import os
 import socket
@@ -21,7 +26,6 @@ from typing import Any
 from gptjax.config import UserError
 from gptjax.distributed import processes
 from gptjax.distributed.peers import STOPPED
-from gptjax.files import unfinished_path
 
 LOCK_FILE = "run.lock"
 BEAT, DEAD = 10.0, 60.0  # seconds
@@ -29,7 +33,7 @@ BEAT, DEAD = 10.0, 60.0  # seconds
 
 @contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Holds the workdir, made if it is missing; removes it at the end if nothing has come into it.
+    """Holds the lock of a workdir, created if it is missing; removes one that it created and that is still empty.
 
     Raises:
       UserError: another run holds it, or it cannot be written.
@@ -37,11 +41,7 @@ def locked(workdir: Path) -> Iterator[None]:
     path, own, is_new = workdir / LOCK_FILE, _describe(), not workdir.exists()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        while not _create(path, own):
-            other, beat = _read(path)
-            if beat is not None:
-                _check_dead(path, other, beat)
-                _take_away(path, other)
+        _acquire(path, own)
     except OSError as error:
         raise UserError(f"cannot write in --workdir={workdir}: {error.strerror}") from None
     ended = threading.Event()
@@ -81,21 +81,55 @@ def _machine() -> str | None:
         return socket.gethostname() if sys.platform == "darwin" else None
 
 
-def _started(pid: int) -> str | None:
-    """When a process started, which tells it from a later one of the same number; "" where only its life is known.
+def _stat(path: str) -> list[str]:
+    """Fields of a stat file of /proc from the third, the state, on; none where it cannot be read."""
+    try:
+        return Path(path).read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
 
-    None: there is no such process.
-    """
+
+def _started(pid: int) -> str:
+    """When a process started, which distinguishes it from a later one of the same number; "" where that is hidden."""
+    fields = _stat(f"/proc/{pid}/stat")
+    return fields[19] if len(fields) > 19 else ""
+
+
+def _is_alive(pid: int, started: Any) -> bool | None:
+    """Whether the process of this machine that had number `pid` when it started is alive; None: the kernel hides it."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
-        return None
+        return False
     except PermissionError:
-        pass
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        return ""
+        pass  # it is another user's
+    if not started or not (now := _started(pid)):
+        return None  # macOS, or /proc is mounted with hidepid
+    if now != started:
+        return False
+    # A zombie is dead, but only when its threads are too: one may still be writing.
+    return any(_stat(str(task))[:1] not in ([], ["Z"], ["X"]) for task in Path(f"/proc/{pid}/task").glob("*/stat"))
+
+
+def _acquire(path: Path, own: dict[str, Any]) -> None:
+    """Creates the lock `path`; UserError when its owner is alive.
+
+    A file with the content X at `path` is removed by its owner alone or, if that is dead, by the run that holds the
+    lock `claim` of X. Ids are never used again, so whoever gets that claim later finds that X is gone.
+    """
+    while not _create(path, own):
+        other, beat = _read(path)
+        if beat is None:
+            continue
+        _check_dead(path, other, beat)
+        name = other.get("id") or f"{path.name} {beat}"  # a damaged one has no id
+        claim = path.with_name(f"{LOCK_FILE}.{hashlib.sha256(str(name).encode()).hexdigest()[:16]}")
+        _acquire(claim, own)
+        try:
+            if _read(path) == (other, beat):
+                path.unlink(missing_ok=True)
+        finally:
+            claim.unlink(missing_ok=True)
 
 
 def _create(path: Path, own: dict[str, Any]) -> bool:
@@ -113,7 +147,7 @@ def _create(path: Path, own: dict[str, Any]) -> bool:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], int | None]:
-    """The owner, empty if that cannot be read, and its last sign of life; None when there is no lock."""
+    """The owner, empty if it cannot be read, and its last heartbeat in ns; None when there is no lock."""
     try:
         with path.open() as file:  # NFS asks the server when a file is opened, and not always for its time
             beat = os.fstat(file.fileno()).st_mtime_ns
@@ -126,12 +160,13 @@ def _read(path: Path) -> tuple[dict[str, Any], int | None]:
 
 
 def _check_dead(path: Path, owner: dict[str, Any], beat: int) -> None:
-    """Raises UserError unless the owner is dead; of another machine's it takes `DEAD` seconds to find out."""
+    """Raises UserError unless the owner is dead, which takes `DEAD` seconds where the kernel does not say."""
     name = f"process {owner.get('pid')} on {owner.get('host')}, since {owner.get('since')}"
+    alive = None
     if owner.get("machine") is not None and owner.get("machine") == _machine() and type(owner.get("pid")) is int:
-        alive = _started(owner["pid"]) == owner.get("started")
-    else:
-        print(f"{path} names {name}: looking {DEAD:g} s for a sign of life", file=sys.stderr)
+        alive = _is_alive(owner["pid"], owner.get("started"))
+    if alive is None:
+        print(f"{path} names {name}: waiting {DEAD:g} s for a heartbeat", file=sys.stderr)
         deadline, alive = time.monotonic() + DEAD, False
         while not alive and time.monotonic() < deadline:
             time.sleep(min(1.0, BEAT))
@@ -140,22 +175,11 @@ def _check_dead(path: Path, owner: dict[str, Any], beat: int) -> None:
         raise UserError(
             f"{path.parent} is in use by another run, {name}: wait for its end or stop it, or use another --workdir"
         )
-    print(f"{path} was left by {name}, which is gone: this run goes on", file=sys.stderr)
-
-
-def _take_away(path: Path, owner: dict[str, Any]) -> None:
-    """Removes the lock of a dead owner, and never that of a third run, which was faster to do so."""
-    aside = unfinished_path(path)
-    with suppress(FileNotFoundError):
-        path.rename(aside)
-        if _read(aside)[0] == owner:
-            aside.unlink()
-        else:
-            aside.rename(path)
+    print(f"{path} was left by {name}, which is dead: this run takes over", file=sys.stderr)
 
 
 def _keep(path: Path, own: dict[str, Any], ended: threading.Event) -> None:
-    """Gives signs of life; ends the process when another run has taken the workdir, for two would destroy it."""
+    """Sends heartbeats; ends the process when another run has taken the workdir, since two would destroy it."""
     while not ended.wait(BEAT):
         with suppress(OSError):  # a server that is out of reach for a while
             owner, beat = _read(path)
@@ -166,6 +190,6 @@ def _keep(path: Path, own: dict[str, Any], ended: threading.Event) -> None:
             elif owner:
                 processes.end(
                     f"error: {path.parent} was taken by process {owner.get('pid')} on {owner.get('host')}, since "
-                    f"{owner.get('since')}, as this run gave no sign of life: let one of them go on",
+                    f"{owner.get('since')}, as this run sent no heartbeat: let one of them continue",
                     STOPPED,
                 )

@@ -11,14 +11,11 @@ corpus is a directory, named after all that decides its content, that appears wh
 """
 
 import array
-import contextlib
-import fcntl
 import hashlib
 import itertools
 import json
 import os
 import shutil
-import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +29,7 @@ from absl import logging
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from gptjax.config import UserError
+from gptjax.data.prepared_directories import locked, new_partial, publish, remove_stale, sync, writing
 from gptjax.data.sources import Source
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.files import is_plain_name, read_json
@@ -110,7 +108,7 @@ def prepare(
 ) -> tuple[PreparedSplit, PreparedSplit]:
     """The train and the validation split of `source`: those in the cache, or tokenised now.
 
-    Several processes may ask at once: one tokenises, the others wait for it.
+    Several processes may ask at once: one tokenises, the others wait for it where the file system has locks.
 
     Args:
       source: the documents.
@@ -119,7 +117,8 @@ def prepare(
       validation_fraction: share of the documents held out, as `split_documents` has it.
 
     Raises:
-      UserError: the source cannot be read or holds no text, or the cache cannot be written, as on a full disk.
+      UserError: the source cannot be read, holds no text or changes meanwhile, or the cache cannot be written, as on a
+        full disk.
     """
     identity = {
         "format": FORMAT_VERSION,
@@ -131,26 +130,23 @@ def prepare(
     directory = cache_dir / "corpora" / key
     if (splits := _open(directory)) is not None:
         return splits
-    with _writing(directory.parent):
+    with writing(directory.parent):
         directory.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(directory.with_suffix(".lock")):
+    with locked(directory.with_suffix(".lock")) as held:
         if (splits := _open(directory)) is not None:  # another process was faster
             return splits
         if directory.exists():
             logging.warning("The prepared corpus %s is damaged: preparing it again.", directory)
-        _remove_stale(directory.parent)
-        partial = directory.with_suffix(".partial")
+        remove_stale(directory, held)
+        partial = new_partial(directory)
         try:
-            with _writing(partial):
-                shutil.rmtree(partial, ignore_errors=True)
+            with writing(partial):
                 partial.mkdir()
             _write_corpus(source, tokenizer, partial, identity)
-            with _writing(directory):
+            with writing(directory):
                 if _open(partial) is None:  # read back, as not every failed write raises
                     raise OSError("what was written cannot be read back")
-                shutil.rmtree(directory, ignore_errors=True)
-                partial.rename(directory)
-                _sync(directory.parent)
+                publish(partial, directory, is_whole=lambda path: _open(path) is not None)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     splits = _open(directory)
@@ -206,10 +202,10 @@ def _write_corpus(source: Source, tokenizer: Tokenizer, directory: Path, identit
     documents = split_documents(source.documents(), identity["validation_fraction"])
     with tqdm.tqdm(total=source.size_bytes, unit="B", unit_scale=True, desc=f"Tokenising {source.spec}") as progress:
         for name, ids, text_bytes in _encode(documents, tokenizer):
-            with _writing(directory):
+            with writing(directory):
                 writers[name].add(ids, text_bytes)
             progress.update(text_bytes)
-    with _writing(directory):
+    with writing(directory):
         splits = {name: writer.finish() for name, writer in writers.items()}
     if source.replaced_bytes:
         logging.warning(
@@ -230,10 +226,10 @@ def _write_corpus(source: Source, tokenizer: Tokenizer, directory: Path, identit
         "skipped": source.skipped,
         "splits": splits,
     }
-    with _writing(directory):
+    with writing(directory):
         (directory / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
         for path in (*directory.iterdir(), directory):
-            _sync(path)
+            sync(path)
 
 
 class _SplitWriter:
@@ -327,44 +323,3 @@ def _open(directory: Path) -> tuple[PreparedSplit, PreparedSplit] | None:
         return PreparedSplit(directory, "train", metadata), PreparedSplit(directory, "validation", metadata)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RuntimeError):
         return None
-
-
-@contextlib.contextmanager
-def _writing(directory: Path) -> Iterator[None]:
-    """Makes a failed write, which ArrayRecord reports as a RuntimeError, a UserError."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        mend = "free some space there or set data.cache_dir to another place"
-        raise UserError(f"cannot write {directory}: {mend} ({error})") from error
-
-
-@contextlib.contextmanager
-def _locked(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Holds a lock among processes, which their death releases; BlockingIOError when it is taken and not `wait`."""
-    with _writing(path.parent):
-        file = path.open("w")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not wait:
-                raise
-            print(f"waiting for the process that prepares {path.with_suffix('')}", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _remove_stale(root: Path) -> None:
-    """Removes what killed processes left half-written: those directories whose lock nobody holds."""
-    for partial in root.glob("*.partial"):
-        with contextlib.suppress(BlockingIOError), _locked(partial.with_suffix(".lock"), wait=False):
-            shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

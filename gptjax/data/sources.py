@@ -23,7 +23,7 @@ from typing import Any, Literal
 from absl import logging
 
 from gptjax.config import UserError
-from gptjax.data.compression import file_digest, opened
+from gptjax.data.compression import file_digest, file_state, opened
 
 _FORMS = {
     "text": "text:GLOB",
@@ -135,12 +135,16 @@ class Source(abc.ABC):
     def _content(self) -> list[Any]:
         """What decides which documents come out, as JSON values."""
 
+    def _changed(self) -> Path | None:
+        """A file whose content is not what `_content` found; None where there is none, or that is not known."""
+        return None
+
     def documents(self) -> Iterator[str]:
         """Yields the documents, one in memory at a time, less those of nothing but white space.
 
         Raises:
           UserError: a file or record is damaged or has no such field, bytes are not UTF-8 and the policy is "error", or
-            there is no document at all.
+            there is no document at all; or, at the end, the content is not what `fingerprint` was computed from.
         """
         self.replaced_bytes = self.replaced_documents = self.skipped = 0
         empty = True
@@ -148,6 +152,8 @@ class Source(abc.ABC):
             if text and not text.isspace():
                 empty = False
                 yield text
+        if "_fingerprint" in self.__dict__ and (changed := self._changed()) is not None:
+            raise UserError(f"{changed} was changed while it was read: run the same command again")
         if empty:
             damaged = f", and {self.skipped} were left out as damaged" if self.skipped else ""
             raise UserError(f"source {self.spec} has no text: all its documents are empty{damaged}")
@@ -184,6 +190,7 @@ class _Files(Source):
     """Files in sorted order; `_layout` is what, besides their bytes, decides which documents come out."""
 
     _layout: tuple[str | None, ...]
+    _found: list[tuple[Path, tuple[int, ...] | None, str]]  # state and digest of each when the fingerprint was computed
 
     def __init__(self, spec: str, invalid_utf8: InvalidUtf8, paths: list[Path]) -> None:
         super().__init__(spec, invalid_utf8)
@@ -195,9 +202,18 @@ class _Files(Source):
         # Names are relative, so that a corpus keeps its fingerprint when its folder moves.
         root = os.path.commonpath([path.absolute().parent for path in self._paths])
         names = [os.path.relpath(path.absolute(), root) for path in self._paths]
+        states = [file_state(path) for path in self._paths]
         with concurrent.futures.ThreadPoolExecutor(max_workers=4) as pool:
             digests = list(pool.map(self._digest, self._paths))
+        self._found = list(zip(self._paths, states, digests, strict=True))
         return [self._layout, names, digests]
+
+    def _changed(self) -> Path | None:
+        # Its time alone may change, as by touch.
+        changed = (
+            path for path, state, digest in self._found if file_state(path) != state and self._digest(path) != digest
+        )
+        return next(changed, None)
 
     def _digest(self, path: Path) -> str:
         try:

@@ -1,8 +1,11 @@
-"""The processes of one command, in touch: one that ends is known to all at once, and small values are exchanged.
+"""Control connections between the processes of one command: failure detection and exchange of small values.
 
 Process 0 listens; every other process keeps one TCP connection to it, which carries lines of JSON. A connection that
 closes is a process that ended. The kernel closes it when a process is killed, and gives it up when the machine at its
-other end is silent for `SILENCE` seconds; a process that only compiles for an hour keeps it.
+other end is silent for `SILENCE` seconds; a process that only compiles for an hour keeps it. Any input that is not a
+whole, well-formed message (a line cut off by a kill, or garbage) ends the job in the same way: the peer is lost.
+
+How they connect is in `gptjax.distributed.meeting`.
 
 JAX's own coordination service would notice as well: the death of process 0 at once, that of others after 100 seconds.
 It then ends the process from C++ with a page of text, so it is kept from noticing first: other processes reach it
@@ -16,15 +19,16 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from gptjax.config import UserError
+from gptjax.distributed.meeting import SILENCE, accept, connect, join, line_of, proof_of
 
-SILENCE = 30  # seconds
+MAX_MESSAGE = 2**28  # bytes of a line
 GRACE = 2  # seconds: the end of another process often shows as a failed collective, before it shows here
-# Exit codes: a mistake that the user can mend; anything else; stopped on request, to go on when it is started again
-# (EX_TEMPFAIL of sysexits.h); interrupted at once, as a shell has it.
+# Exit codes: a user error; anything else; stopped on request, to be started again (EX_TEMPFAIL of sysexits.h);
+# interrupted at once, as a shell reports it.
 STOPPED, FAILED, PREEMPTED, INTERRUPTED = 2, 1, 75, 130
 
 
@@ -70,12 +74,17 @@ class Peers:
       boundaries: where this process can stop together with the others, when one calls `ask_to_stop`.
     """
 
-    def __init__(self, host: str, port: int, process: int, count: int, timeout: float):
-        """Waits for all processes.
+    def __init__(self, host: str, port: int, process: int, count: int, timeout: float, token: str = ""):
+        """Connects all processes, and waits for them.
+
+        Args:
+          host, port: where process 0 listens.
+          timeout: seconds to wait for the others.
+          token: secret of the job, equal in all processes. Empty: anyone who reaches the port is accepted.
 
         Raises:
-          UserError: the port is taken, process 0 cannot be reached, or the processes are not `count` different ones,
-            after `timeout` seconds at most.
+          UserError: the port is taken, process 0 cannot be reached, the tokens differ, or the processes are not `count`
+            different ones, after `timeout` seconds at most.
         """
         self.process, self.count = process, count
         self._ending, self._sending, self._agreeing = threading.Lock(), threading.Lock(), threading.Lock()
@@ -84,11 +93,12 @@ class Peers:
         self._why: str | None = None  # process 0: a stop is asked for
         self._passed: dict[int, int] = {}  # process 0: boundaries, by process
         if process == 0:
-            self._sockets = _accept(port, count, timeout)
-            for peer in self._sockets:
-                self._send(peer, {"met": count})
+            members = accept(port, count, timeout, token)
+            self._sockets = {number: member.sock for number, member in members.items()}
+            for peer, member in members.items():
+                self._send(peer, {"met": count, "proof": proof_of(token, member.their_challenge, "met", peer, count)})
         else:
-            self._sockets = {0: _join(host, port, process, count, timeout)}
+            self._sockets = {0: join(host, port, process, count, timeout, token)}
         self._inbox: dict[int, queue.SimpleQueue[Any]] = {peer: queue.SimpleQueue() for peer in self._sockets}
         for peer in self._sockets:
             threading.Thread(target=self._listen, args=(peer,), daemon=True).start()
@@ -143,28 +153,43 @@ class Peers:
         self._leaving = True
 
     def _send(self, peer: int, message: dict[str, Any]) -> None:
+        line = line_of(message)
+        if len(line) > MAX_MESSAGE:
+            raise ValueError(f"{len(line):,} bytes are too many to exchange between processes (limit {MAX_MESSAGE:,})")
         # Threads send too. One that never gets through, as nobody reads, must not keep the process from ending.
         locked = self._sending.acquire(timeout=GRACE if self._ending.locked() else -1)
         try:
             with suppress(OSError):  # of a closed connection `_listen` hears
-                self._sockets[peer].sendall(json.dumps(message).encode() + b"\n")
+                self._sockets[peer].sendall(line)
         finally:
             if locked:
                 self._sending.release()
 
     def _listen(self, peer: int) -> None:
-        with suppress(OSError), self._sockets[peer].makefile("rb") as lines:
-            for line in lines:
-                self._take(peer, json.loads(line))
+        """Receives messages until the connection ends or breaks the protocol; both end this process."""
+        problem = details = ""
+        try:
+            with self._sockets[peer].makefile("rb") as lines:
+                while line := lines.readline(MAX_MESSAGE + 1):
+                    self._take(peer, _parse(line, peer, self.count))
+        except OSError:
+            pass  # the connection was reset or timed out
+        except (ValueError, RecursionError) as error:
+            problem = f" in the middle of a message, or it sent none of this protocol ({error})"
+        except Exception:
+            details = traceback.format_exc()
         if not self._leaving:
             gone = (
-                f"process {peer} is gone: it was killed, or its machine is out of reach; "
-                "run the same command again in all processes, and it goes on from what was saved"
+                f"process {peer} is gone{problem}: it was killed, or its machine is out of reach; "
+                "run the same command again in all processes, and it resumes from what was saved"
             )
-            self._end(gone, gone, FAILED)
+            self._end(gone, gone, FAILED, details)
 
     def _take(self, peer: int, message: dict[str, Any]) -> None:
+        """Acts on a message that `_parse` returned; ValueError when it does not fit what was sent before."""
         if "value" in message:
+            if not self._inbox[peer].empty():  # a process sends its next value when it has received all of this one
+                raise ValueError("a second value before the first was answered")
             self._inbox[peer].put(message["value"])
         elif "stop" in message:
             self._end(message["stop"], message["stop"], message["code"])
@@ -173,6 +198,8 @@ class Peers:
         elif "freeze" in message:
             self._send(peer, {"passed": self.boundaries.freeze()})
         elif "passed" in message:
+            if self._why is None or peer in self._passed:
+                raise ValueError("a number of boundaries that was not asked for")
             self._learn(peer, message["passed"])
         else:
             self.boundaries.decide(*message["decision"])
@@ -181,10 +208,12 @@ class Peers:
         """Says `line` and ends the process; process 0 tells the others first, as they hear of each other through it."""
         if not self._ending.acquire(blocking=False):
             threading.Event().wait()  # another thread is ending the process
-        for peer in self._sockets:
+        for peer, sock in self._sockets.items():
+            with suppress(OSError):
+                sock.settimeout(GRACE)  # a peer that reads nothing must not keep this process from ending
             self._send(peer, {"stop": line_of_others, "code": code})
             with suppress(OSError):
-                self._sockets[peer].shutdown(socket.SHUT_WR)
+                sock.shutdown(socket.SHUT_WR)
         # Neither print nor sys.exit: the main thread may hold a lock, or wait in a collective without end. Or it
         # draws its progress: what it still says goes nowhere, so that this line is the last.
         stderr = os.dup(sys.stderr.fileno())
@@ -204,7 +233,11 @@ def relay(host: str, port: int) -> int:
     def serve() -> None:
         while True:
             near, _ = server.accept()
-            far = _connect(host, port, SILENCE)
+            try:
+                far = connect(host, port, SILENCE)
+            except OSError:
+                near.close()  # the client tries again, or reports it
+                continue
             open_ends.extend((near, far))
             threading.Thread(target=_pump, args=(near, far), daemon=True).start()
             threading.Thread(target=_pump, args=(far, near), daemon=True).start()
@@ -219,116 +252,31 @@ def _pump(source: socket.socket, target: socket.socket) -> None:
             target.sendall(data)
 
 
-# --- how they meet ----------------------------------------------------------------------------------------------------
+# --- messages ---------------------------------------------------------------------------------------------------------
 
 
-def _accept(port: int, count: int, timeout: float) -> dict[int, socket.socket]:
-    """The connections of all others, by their numbers."""
-    deadline = time.monotonic() + timeout
-    sockets: dict[int, socket.socket] = {}
+def _parse(line: bytes, sender: int, count: int) -> dict[str, Any]:
+    """The message of a line.
 
-    def refuse(message: str, *others: socket.socket) -> NoReturn:
-        for sock in (*sockets.values(), *others):
-            with suppress(OSError):
-                sock.sendall(json.dumps({"stop": message, "code": STOPPED}).encode() + b"\n")
-            sock.close()
-        raise UserError(message)
+    Args:
+      sender: number of the process that sent it; process 0 and the others send different messages.
+      count: processes of the job.
 
-    try:
-        both = socket.has_dualstack_ipv6()
-        family = socket.AF_INET6 if both else socket.AF_INET
-        server = socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=count)
-    except OSError as error:
-        raise UserError(f"--coordinator_address: cannot listen at port {port}, {error.strerror}: try another") from None
-    with server:
-        while missing := [number for number in range(1, count) if number not in sockets]:
-            server.settimeout(max(0.01, deadline - time.monotonic()))
-            try:
-                sock, _ = server.accept()
-            except TimeoutError:
-                names = ", ".join(map(str, missing))
-                refuse(f"process {names} of {count} did not come within {timeout:g} s: start all, with the same flags")
-            try:
-                sock.settimeout(5)
-                hello = json.loads(_read_line(sock))
-                number, of = int(hello["gptjax"]), int(hello["of"])
-            except (OSError, ValueError, KeyError, TypeError):
-                sock.close()  # a stranger, such as a port scanner
-                continue
-            if of != count:
-                refuse(f"--num_processes={of} in process {number}, and {count} in process 0: give all the same", sock)
-            if number not in missing:
-                refuse(f"there are two processes with --process_id={number}: give each its own", sock)
-            sock.settimeout(None)
-            _watch(sock)
-            sockets[number] = sock
-    return sockets
-
-
-def _join(host: str, port: int, process: int, count: int, timeout: float) -> socket.socket:
-    """The connection to process 0, once all processes have met."""
-    try:
-        sock = _connect(host, port, timeout)
-    except OSError as error:
-        raise UserError(
-            f"process {process} cannot reach process 0 at {host}:{port} within {timeout:g} s ({error}): "
-            "start all processes, with a --coordinator_address of process 0's machine that all can reach"
-        ) from None
-    sock.sendall(json.dumps({"gptjax": process, "of": count}).encode() + b"\n")
-    try:
-        sock.settimeout(2 * timeout)  # process 0 itself says who is missing, after `timeout`
-        message = json.loads(_read_line(sock))
-        if message != {"met": count} and "stop" not in message:
-            raise ValueError(message)
-    except (OSError, ValueError, TypeError):
-        raise UserError(
-            f"process 0 at {host}:{port} ended while the processes met, or another program answers there: "
-            "see what process 0 says"
-        ) from None
-    if "stop" in message:
-        raise UserError(message["stop"])
-    sock.settimeout(None)
-    return sock
-
-
-def _connect(host: str, port: int, timeout: float) -> socket.socket:
-    """A connection, tried until it succeeds; OSError after `timeout` seconds."""
-    deadline = time.monotonic() + timeout
-    while True:
-        try:
-            sock = socket.create_connection((host, port), timeout=max(0.1, min(5, deadline - time.monotonic())))
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.2)
-        else:
-            sock.settimeout(None)
-            _watch(sock)
-            return sock
-
-
-def _watch(sock: socket.socket) -> None:
-    """Has the kernel give up the connection when the other machine is silent."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", (SILENCE - 10) // 5)):
-        if hasattr(socket, name):  # macOS lacks the first
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: the same where data waits to be acknowledged
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * SILENCE)
-
-
-def _read_line(sock: socket.socket) -> bytes:
-    """Up to the first line end, and nothing after it."""
-    line = b""
-    while not line.endswith(b"\n"):
-        if not (byte := sock.recv(1)) or len(line) > 4096:
-            raise OSError("closed")
-        line += byte
-    return line
-
-
-def free_port() -> int:
-    """One that nothing listens on, at this moment."""
-    with socket.create_server(("", 0)) as server:
-        return server.getsockname()[1]
+    Raises:
+      ValueError or RecursionError: the line is cut off, too long, or no message that `sender` may send.
+    """
+    if not line.endswith(b"\n"):
+        raise ValueError(f"a line that ends after {len(line):,} bytes")
+    message = json.loads(line)
+    match message:
+        case {"stop": str(), "code": int(code)} if code in (FAILED, STOPPED, PREEMPTED, INTERRUPTED):
+            return message
+        case {"value": list(values)} if sender == 0 and len(values) == count:
+            return message
+        case {"freeze": True} | {"decision": [int(), str()]} if sender == 0:
+            return message
+        case {"value": _} | {"ask": str()} if sender != 0:
+            return message
+        case {"passed": int(passed)} if sender != 0 and passed >= 0:
+            return message
+    raise ValueError(f"{line[:40]!r}")

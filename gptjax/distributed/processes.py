@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from gptjax.config import UserError
-from gptjax.distributed.peers import Boundaries, Peers, free_port, relay
+from gptjax.distributed.meeting import TOKEN, free_port
+from gptjax.distributed.peers import Boundaries, Peers, relay
 
 START_TIMEOUT = 300  # seconds, as jax.distributed's: the machines of a job start minutes apart
 APPEARS_WITHIN = 10  # seconds: what one machine writes, another sees late through NFS or a mounted bucket
@@ -79,7 +80,7 @@ def given_place(address: str | None, num_processes: int | None, process_id: int 
 
 def _split(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise UserError(f"--coordinator_address={address} is not HOST:PORT, such as 10.0.0.1:8476")
     return host.strip("[]"), int(port)
 
@@ -138,6 +139,8 @@ def detected_place() -> Place | None:
 def start(place: Place | None, same: Mapping[str, Any]) -> None:
     """Joins the other processes; before this, no program may have asked JAX for devices.
 
+    The environment variable `GPTJAX_JOB_TOKEN`, where it is set, authenticates the processes to each other.
+
     Args:
       place: None: there is one process, and nothing to do.
       same: what must be equal in all processes, such as flags; the versions of packages are checked besides.
@@ -149,7 +152,8 @@ def start(place: Place | None, same: Mapping[str, Any]) -> None:
     if place is None:
         return
     _redirect_stdout(place.process_id)
-    _peers = Peers(place.host, place.port, place.process_id, place.num_processes, START_TIMEOUT)
+    token = os.environ.get(TOKEN, "")
+    _peers = Peers(place.host, place.port, place.process_id, place.num_processes, START_TIMEOUT, token)
     check_same({f"version of {name}": importlib.metadata.version(name) for name in PACKAGES}, "install the same in all")
     check_same(same, "start all processes with the same flags")
     import jax

@@ -1,18 +1,24 @@
-"""What was computed on disk as it comes, so that an evaluation that was stopped goes on where it was.
+"""Results recorded on disk as they are computed, so that an evaluation that was stopped resumes where it was.
 
 `<workdir>/evaluation/scores/<task>-<key>.jsonl` has a line {"index": .., "logprob": .., "num_tokens": ..,
 "is_greedy": ..} for each request; answers to dialogues have such a file too. The key is a hash of the weights, the
-step, the model's config and every token asked for: what is of anything else is never taken.
+step, the model's config and every token asked for: results of anything else are never used.
+
+Only one evaluation at a time writes to a file. Another one of the same key, or one on a file system without locks,
+appends to a file of its own, `<task>-<key>.<id>.jsonl`. All files of a key are read.
 """
 
+import fcntl
+import glob
 import hashlib
 import json
-import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -50,13 +56,13 @@ def resumably(
     compute: Callable[[Sequence[int]], Sequence[T]],
     kind: type[T],
 ) -> list[T]:
-    """What `compute` makes of all batches, by index; what is recorded in `path` is not computed again.
+    """The results of `compute` for all batches, by index; those recorded in `path` are not computed again.
 
-    A batch is computed again unless all of it is there, so that an evaluation that was stopped ends with the very
+    A batch is computed again unless all of it is recorded, so that an evaluation that was stopped ends with exactly the
     numbers of one that was not.
 
     Args:
-      path: its name ends in a `key`; its folder is made if need be.
+      path: its name ends in a `key`; its folder is created if it is missing.
       name: for the progress bar.
       batches: indices, from 0, each in one of them.
       kind: the NamedTuple of a result.
@@ -65,31 +71,28 @@ def resumably(
       UserError: a folder that cannot be written, or a line that is none of these records.
     """
     processes.check_same({f"requests of {name}": path.name}, "give all processes the same files")
-    # One process's records decide for all which batches are computed, as all compute each of them together.
-    recorded: list[Any] = processes.of_first(lambda: list(_read(path, kind).items()))
-    found = {index: kind(*fields) for index, fields in recorded}
     is_first, total = processes.is_first(), sum(map(len, batches))
     try:
-        if is_first:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            (path if is_first else Path(os.devnull)).open("a", encoding="utf-8") as file,
-            tqdm(
+        with _own_file(path) if is_first else nullcontext() as file:
+            # One process's records decide for all which batches are computed, as all compute each of them together.
+            recorded: list[Any] = processes.of_first(lambda: list(_read(path, kind).items()))
+            found = {index: kind(*fields) for index, fields in recorded}
+            with tqdm(
                 total=total,
                 desc=name,
                 unit="req",
                 dynamic_ncols=True,
                 mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds; a log file gets a line now and then
                 disable=not is_first,
-            ) as bar,
-        ):
-            for batch in batches:
-                if not all(index in found for index in batch):
-                    new = dict(zip(batch, compute(batch), strict=True))
-                    file.writelines(_line(index, result) for index, result in new.items())
-                    file.flush()
-                    found |= new
-                bar.update(len(batch))
+            ) as bar:
+                for batch in batches:
+                    if not all(index in found for index in batch):
+                        new = dict(zip(batch, compute(batch), strict=True))
+                        if file is not None:
+                            file.write("".join(_line(index, result) for index, result in new.items()).encode())
+                            file.flush()
+                        found |= new
+                    bar.update(len(batch))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from None
     return [found[index] for index in range(total)]
@@ -112,21 +115,45 @@ def _line(index: int, result: Any) -> str:
     return json.dumps({"index": index, **result._asdict()}) + "\n"
 
 
-def _read(path: Path, kind: type[T]) -> dict[int, T]:
-    """What is recorded. A last line that a kill cut off is cut away, so that the next one starts a line."""
-    if not path.exists():
-        return {}
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(path, whole)
-    results = {}
-    for number, line in enumerate(content[:whole].splitlines(), start=1):
+@contextmanager
+def _own_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file that no other evaluation writes to, to append lines: `path`, or else a new one of the same key."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
         try:
-            record = json.loads(line)
-            index = int(record.pop("index"))
-            results[index] = kind(**record)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            named = kind.__name__.lower()
-            raise UserError(f"{path}:{number} is not a record of a {named}: remove the line, or the file") from None
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed, or the process dies
+        except OSError:
+            pass  # another evaluation holds it, or the file system has no locks
+        else:
+            file.truncate(len(_whole_lines(path)))  # a last line that a kill cut off
+            yield file
+            return
+    own = path.with_name(f"{path.stem}.{uuid.uuid4().hex[:8]}.jsonl")
+    print(f"{path} is in use by another evaluation, or cannot be locked: results go to {own}", file=sys.stderr)
+    with own.open("xb") as file:
+        try:
+            yield file
+        finally:
+            if file.tell() == 0:
+                own.unlink()
+
+
+def _whole_lines(path: Path) -> bytes:
+    """Content up to the last line end: the process that writes the file may be in the middle of a line, or killed."""
+    content = path.read_bytes()
+    return content[: content.rfind(b"\n") + 1]
+
+
+def _read(path: Path, kind: type[T]) -> dict[int, T]:
+    """What is recorded under the key of `path`, by index."""
+    results = {}
+    for file in (path, *sorted(path.parent.glob(f"{glob.escape(path.stem)}.*.jsonl"))):
+        for number, line in enumerate(_whole_lines(file).splitlines(), start=1):
+            try:
+                record = json.loads(line)
+                index = int(record.pop("index"))
+                results[index] = kind(**record)
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                named = kind.__name__.lower()
+                raise UserError(f"{file}:{number} is not a record of a {named}: remove the line, or the file") from None
     return results

@@ -1,5 +1,6 @@
-"""What an evaluation on labelled examples leaves on disk: a picture of the confusions, and each prediction."""
+"""Files that an evaluation on labelled examples writes: a plot of the confusion matrix, and each prediction."""
 
+import io
 import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +22,8 @@ LONGEST_LABEL = 24  # characters
 
 def plot_confusion(path: Path, confusion: npt.NDArray[np.int64], labels: Sequence[str]) -> Path:
     """Draws a confusion matrix: a cell's colour is its share of its row, its number the count; no number is 0.
+
+    The file is written whole or not at all.
 
     Args:
       path: of the PNG.
@@ -73,17 +76,18 @@ def plot_confusion(path: Path, confusion: npt.NDArray[np.int64], labels: Sequenc
         path.parent.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing from")
-            figure.savefig(path, dpi=150)
+            figure.savefig(image := io.BytesIO(), dpi=150, format="png")
+        write_whole(path, image.getvalue())
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from None
     return path
 
 
 def write_predictions(path: Path, records: Iterable[Mapping[str, Any]]) -> int:
-    """Writes records as JSON, one a line; whoever reads `path` meanwhile, or after a failure, finds what was there.
+    """Writes records as JSON, one per line, whole or not at all: until it is complete, `path` stays as it was.
 
     Args:
-      path: its directory is made if need be.
+      path: its directory is created if it is missing.
       records: of strings, numbers (numpy's too; each finite), arrays, lists and dicts.
 
     Returns:

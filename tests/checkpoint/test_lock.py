@@ -87,6 +87,45 @@ def test_a_number_that_another_process_has_by_now_is_not_the_owner(tmp_path):
         pass
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_a_zombie_holds_nothing(tmp_path):
+    process, _ = hold(tmp_path / "run")
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, and its parent has not asked how it ended
+    with locked(tmp_path / "run"):
+        pass
+    process.communicate()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_a_zombie_is_alive_until_its_threads_have_ended(monkeypatch):
+    started, stat = lock._started(os.getpid()), lock._stat
+    for state, alive in (("R", True), ("D", True), ("Z", False), ("X", False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(lock, "_stat", lambda path, state=state: [state] if "/task/" in path else stat(path))
+            assert lock._is_alive(os.getpid(), started) is alive
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError, PermissionError])
+def test_an_owner_that_the_kernel_hides_is_alive_while_its_heart_beats(error, tmp_path, monkeypatch):
+    process, _ = hold(tmp_path / "run")
+    read_text = Path.read_text
+
+    def hide(path: Path, *args: object) -> str:
+        if str(path).startswith(f"/proc/{process.pid}/"):
+            raise error  # as /proc mounted with hidepid does for processes of other users
+        return read_text(path, *args)
+
+    monkeypatch.setattr(Path, "read_text", hide)
+    with pytest.raises(UserError, match=f"in use by another run, process {process.pid}"), locked(tmp_path / "run"):
+        pass
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # its number is still taken
+    with locked(tmp_path / "run"):
+        pass
+    process.communicate()
+
+
 @pytest.mark.parametrize("content", [None, "", "{", "[]", '{"pid": "x"}'])
 def test_the_lock_of_another_machine_or_damaged_is_stale_when_it_is_not_touched(content, tmp_path):
     left_by(tmp_path / "run", host="other", machine="another kernel")
@@ -116,6 +155,62 @@ def test_of_many_that_find_a_stale_lock_one_gets_it(tmp_path):
     assert sorted(said.partition(":")[0].strip() for _, said in started) == ["held", "refused", "refused"]
     for process, _ in started:
         process.communicate("\n")
+
+
+def test_one_that_is_late_does_not_touch_the_lock_of_one_that_was_faster(tmp_path, monkeypatch):
+    """Otherwise a third would find none for a moment, and two would run."""
+    left_by(tmp_path / "run", started="1")
+    path, check_dead, faster, touched = tmp_path / "run" / LOCK_FILE, lock._check_dead, [], []
+
+    def check_and_be_slow(checked: Path, *found: object) -> None:
+        check_dead(checked, *found)
+        if not faster:
+            faster.append(hold(tmp_path / "run"))
+            assert faster[0][1] == "held\n"
+
+    def watch(name: str):
+        original = getattr(Path, name)
+
+        def watched(self: Path, *args: object, **options: object):
+            if path in (self, *args):
+                touched.append(name)
+            return original(self, *args, **options)
+
+        monkeypatch.setattr(Path, name, watched)
+
+    monkeypatch.setattr(lock, "_check_dead", check_and_be_slow)
+    for name in ("rename", "replace", "unlink"):
+        watch(name)
+    with pytest.raises(UserError, match="in use by another run"), locked(tmp_path / "run"):
+        pass
+    assert touched == []
+    faster[0][0].communicate("\n")
+
+
+@pytest.mark.parametrize("content", [None, ""])
+def test_a_claim_whose_owner_was_killed_stops_nobody(content, tmp_path, monkeypatch):
+    """A run was killed between claiming the stale lock and removing it."""
+    monkeypatch.setattr(lock, "DEAD", 0.2)
+    left_by(tmp_path / "run", started="1")
+    path = tmp_path / "run" / LOCK_FILE
+    if content is not None:
+        path.write_text(content)
+
+    class KilledError(BaseException):
+        pass
+
+    def die(*_: object, **__: object) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", die)
+        with pytest.raises(KilledError), locked(tmp_path / "run"):
+            pass
+    (claim,) = [found for found in path.parent.iterdir() if found != path]
+    claim.write_text(content if content is not None else json.dumps(json.loads(claim.read_text()) | {"started": "1"}))
+    with locked(tmp_path / "run"):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+    assert list(path.parent.iterdir()) == []
 
 
 def test_a_run_whose_workdir_was_taken_ends(tmp_path):

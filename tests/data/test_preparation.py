@@ -1,8 +1,12 @@
 """Preparation: what comes back, which documents are held out, and that a cache is whole or absent."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +15,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 import gptjax
 from gptjax.config import UserError
-from gptjax.data import preparation
+from gptjax.data import preparation, prepared_directories
 from gptjax.data.preparation import PreparedSplit, prepare, split_documents
 from gptjax.data.sources import Source, open_source
 from gptjax.data.tokenizers import BytesTokenizer, Tokenizer
@@ -260,6 +264,86 @@ def test_of_two_processes_one_tokenises(source: Source, tmp_path: Path) -> None:
     assert sorted(outputs) == [["prepared"], ["tokenises", "prepared"]]
     assert len(corpora(tmp_path)) == 1
     train, _ = prepare(source, FailingTokenizer(), tmp_path, validation_fraction=0.0)
+    assert texts(train) == DOCUMENTS
+
+
+class NestedTokenizer(BytesTokenizer):
+    """Calls a function once, in the middle of the corpus."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        super().__init__()
+        self.call: Callable[[], object] | None = call
+
+    def encode(self, text: str) -> np.ndarray:
+        if text == DOCUMENTS[30] and self.call is not None:
+            call, self.call = self.call, None
+            call()
+        return super().encode(text)
+
+
+@pytest.mark.parametrize("error", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(source, tmp_path, monkeypatch, error):
+    def flock(*_: object) -> None:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(prepared_directories.fcntl, "flock", flock)
+    (tmp_path / "corpora").mkdir()
+    (left := tmp_path / "corpora" / f"{'0' * 24}.{prepared_directories._machine()}-0.partial").mkdir()
+
+    def prepare_too() -> None:
+        train, _ = prepare(source, BytesTokenizer(), tmp_path, validation_fraction=0.0)
+        assert texts(train) == DOCUMENTS
+
+    train, _ = prepare(source, NestedTokenizer(prepare_too), tmp_path, validation_fraction=0.0)
+    assert texts(train) == DOCUMENTS
+    assert left.exists()  # without a lock it is not known whether somebody writes into it
+
+
+def test_a_lock_that_does_not_reach_another_machine(source, tmp_path, monkeypatch):
+    """Both machines tokenise; neither removes what the other writes."""
+    monkeypatch.setattr(prepared_directories.fcntl, "flock", lambda *_: None)
+
+    def prepare_elsewhere() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(prepared_directories, "_machine", lambda: "elsewhere")
+            train, _ = prepare(source, BytesTokenizer(), tmp_path, validation_fraction=0.0)
+        assert texts(train) == DOCUMENTS
+
+    train, _ = prepare(source, NestedTokenizer(prepare_elsewhere), tmp_path, validation_fraction=0.0)
+    assert texts(train) == DOCUMENTS
+    assert len(corpora(tmp_path)) == 1
+
+
+def test_what_another_machine_left_is_removed_after_a_day(source, tmp_path):
+    (tmp_path / "corpora").mkdir()
+    old, new = (tmp_path / "corpora" / f"{'0' * 24}.elsewhere-{name}.partial" for name in ("old", "new"))
+    for partial in (old, new):
+        partial.mkdir()
+    os.utime(old, (time.time() - 2 * prepared_directories.STALE,) * 2)
+    prepare(source, BytesTokenizer(), tmp_path, validation_fraction=0.0)
+    assert (old.exists(), new.exists()) == (False, True)
+
+
+@pytest.mark.parametrize("change", ["append", "replace", "same size"])
+def test_a_source_that_changes_after_its_digest_is_not_cached(source, tmp_path, change):
+    path = tmp_path / "corpus.jsonl"
+    content = path.read_bytes()
+    changed = {
+        "append": content + b'{"text": "more"}\n',
+        "replace": b'{"text": "another"}\n',
+        "same size": content.replace(b"document 1:", b"document X:"),
+    }
+    source.fingerprint()
+    path.write_bytes(changed[change])
+    with pytest.raises(UserError, match=r"corpus.jsonl was changed while it was read: run the same command again"):
+        prepare(source, BytesTokenizer(), tmp_path, validation_fraction=0.0)
+    assert corpora(tmp_path) == []
+
+
+def test_a_source_that_is_only_touched_is_cached(source, tmp_path):
+    source.fingerprint()
+    os.utime(tmp_path / "corpus.jsonl", (0, 0))
+    train, _ = prepare(source, BytesTokenizer(), tmp_path, validation_fraction=0.0)
     assert texts(train) == DOCUMENTS
 
 

@@ -2,15 +2,20 @@
 
 import json
 import socket
+import subprocess
+import sys
 import threading
+import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
 from gptjax.config import MeshConfig, UserError
-from gptjax.distributed import peers, processes
+from gptjax.distributed import meeting, peers, processes
 from gptjax.distributed.processes import Place, given_place
 from gptjax.parallel.mesh import batch_sharding, make_mesh
 from gptjax.parallel.rows import global_array, process_rows
@@ -90,6 +95,19 @@ def test_a_job_that_jax_does_not_understand_names_the_flags(monkeypatch):
 # --- meeting ----------------------------------------------------------------------------------------------------------
 
 
+def greeting(connection: socket.socket) -> dict[str, Any]:
+    """What process 0 says next."""
+    return meeting._read_message(connection, time.monotonic() + 10)
+
+
+def line(hello: dict[str, int] | str, challenge: dict[str, str], token: str = "") -> bytes:
+    """A hello that answers a challenge; text as it is."""
+    if isinstance(hello, str):
+        return hello.encode() + b"\n"
+    proof = meeting.proof_of(token, challenge["challenge"], "join", hello["gptjax"], hello["of"])
+    return json.dumps(hello | {"challenge": "", "proof": proof}).encode() + b"\n"
+
+
 def test_process_0_out_of_reach():
     port = free_port()
     with pytest.raises(UserError, match=f"process 1 cannot reach process 0 at 127.0.0.1:{port} within 0.5 s"):
@@ -121,13 +139,11 @@ def test_processes_that_do_not_fit_are_told_so(hellos, words):
     port, answers = free_port(), []
 
     def come() -> None:
-        connections = [peers._connect("127.0.0.1", port, 10) for _ in hellos]
-        for hello, connection in zip(hellos, connections, strict=True):
-            text = hello if isinstance(hello, str) else json.dumps(hello)
-            connection.sendall(text.encode() + b"\n")
-        answers.append(json.loads(peers._read_line(connections[-1])))
-        for connection in connections:
-            connection.close()
+        with ExitStack() as stack:
+            for hello in hellos:
+                connection = stack.enter_context(meeting.connect("127.0.0.1", port, 10))
+                connection.sendall(line(hello, greeting(connection)))
+            answers.append(greeting(connection))
 
     thread = threading.Thread(target=come)
     thread.start()
@@ -135,6 +151,191 @@ def test_processes_that_do_not_fit_are_told_so(hellos, words):
         peers.Peers("127.0.0.1", port, 0, 3, timeout=10)
     thread.join()
     assert words in answers[0]["stop"]
+
+
+@pytest.mark.parametrize("given", ["", "another"])
+def test_a_stranger_without_the_token_takes_no_place(given):
+    port, made = free_port(), {}
+    first = threading.Thread(
+        target=lambda: made.update({0: peers.Peers("127.0.0.1", port, 0, 2, timeout=20, token="secret")})
+    )
+    first.start()
+    with pytest.raises(UserError, match="GPTJAX_JOB_TOKEN is not that of process 0: set the same in all"):
+        peers.Peers("127.0.0.1", port, 1, 2, timeout=20, token=given)
+    made[1] = peers.Peers("127.0.0.1", port, 1, 2, timeout=20, token="secret")
+    first.join()
+    for process in made.values():
+        process.leave()
+
+
+def test_a_stranger_does_not_pass_for_process_0():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port, seen = server.getsockname()[1], []
+
+        def answer() -> None:
+            with server.accept()[0] as connection:
+                connection.sendall(b'{"challenge": "c"}\n')
+                seen.append(greeting(connection))
+                connection.sendall(b'{"met": 2, "proof": "' + b"0" * 64 + b'"}\n')
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(UserError, match="another program answers there"):
+            peers.Peers("127.0.0.1", port, 1, 2, timeout=10, token="secret")
+        thread.join()
+    assert "secret" not in str(seen)
+
+
+def test_refused_connections_are_counted_when_a_process_does_not_come():
+    port = free_port()
+
+    def come() -> None:
+        with pytest.raises(UserError):
+            peers.Peers("127.0.0.1", port, 1, 2, timeout=20, token="another")
+
+    thread = threading.Thread(target=come)
+    thread.start()
+    with pytest.raises(UserError, match="1 connections had another GPTJAX_JOB_TOKEN"):
+        peers.Peers("127.0.0.1", port, 0, 2, timeout=2, token="secret")
+    thread.join()
+
+
+def test_strangers_that_send_nothing_or_byte_by_byte_delay_nobody():
+    port, made = free_port(), {}
+    first = threading.Thread(target=lambda: made.update({0: peers.Peers("127.0.0.1", port, 0, 2, timeout=20)}))
+    first.start()
+    with ExitStack() as stack:
+        strangers = [stack.enter_context(meeting.connect("127.0.0.1", port, 10)) for _ in range(3)]
+        strangers[1].sendall(b"{")
+        met = threading.Event()
+
+        def drip() -> None:
+            while not met.wait(0.05):
+                with suppress(OSError):
+                    strangers[2].sendall(b" ")
+
+        dripping = threading.Thread(target=drip)
+        dripping.start()
+        made[1] = peers.Peers("127.0.0.1", port, 1, 2, timeout=20)
+        first.join(20)
+        met.set()
+        dripping.join()
+    assert sorted(made) == [0, 1]
+    for process in made.values():
+        process.leave()
+
+
+@pytest.mark.parametrize("sent", [b"", b" " * 5000, b"{}\n", b"[" * 4000 + b"\n", b"\xff\n"])
+def test_what_is_no_process_0_is_one_line(sent):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            with server.accept()[0] as connection, suppress(OSError):
+                connection.sendall(sent)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(UserError, match="another program answers there"):
+            peers.Peers("127.0.0.1", server.getsockname()[1], 1, 2, timeout=10)
+        thread.join()
+
+
+# --- lost -------------------------------------------------------------------------------------------------------------
+
+WAITING = """
+import sys
+from gptjax.distributed.peers import Peers
+
+peers = Peers("127.0.0.1", int(sys.argv[1]), int(sys.argv[2]), 2, 30)
+while True:
+    peers.gather("x")
+"""
+NO_MESSAGES = {
+    "cut off": b'{"value": 1',
+    "cut off in a number of boundaries": b'{"passed": 1',
+    "random": b"\x00\xff\x80garbage\n",
+    "nested": b"[" * 200_000 + b"\n",
+    "a long number": b'{"passed": ' + b"1" * 5000 + b"}\n",
+    "no object": b"[1]\n",
+    "unknown": b'{"x": 1}\n',
+    "another type": b'{"stop": 1, "code": "x"}\n',
+    "not asked for": b'{"passed": 1}\n',
+    "of the other side": b'{"freeze": true, "decision": [1, "x"]}\n',
+    "two values at once": b'{"value": 1}\n{"value": 1}\n{"value": 1}\n',
+}
+
+
+def waiting(process: int, port: int) -> subprocess.Popen[str]:
+    """A process of two that waits for the value of the other."""
+    command = [sys.executable, "-c", WAITING, str(port), str(process)]
+    return subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.PIPE, text=True)
+
+
+def is_lost(child: subprocess.Popen[str], other: int) -> None:
+    """It ends, as when the other process is killed."""
+    try:
+        _, err = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert child.returncode == peers.FAILED
+    (message,) = [line for line in err.splitlines() if line]
+    assert message.startswith(f"error: process {other} is gone")
+    assert "run the same command again in all processes" in message
+
+
+@pytest.mark.parametrize("sent", NO_MESSAGES.values(), ids=NO_MESSAGES)
+def test_process_0_ends_when_what_comes_is_no_message(sent):
+    port = free_port()
+    child = waiting(0, port)
+    with meeting.join("127.0.0.1", port, 1, 2, 30, "") as connection, suppress(OSError):
+        connection.sendall(sent)
+        connection.shutdown(socket.SHUT_WR)
+        is_lost(child, 1)
+
+
+@pytest.mark.parametrize("sent", [b'{"value": [1', b'{"value": 1}\n', b'{"value": [1]}\n', b'{"passed": 1}\n'])
+def test_another_process_ends_when_what_comes_is_no_message(sent):
+    port = free_port()
+    child = waiting(1, port)
+    (member,) = meeting.accept(port, 2, 30, "").values()
+    with member.sock, suppress(OSError):
+        met = {"met": 2, "proof": meeting.proof_of("", member.their_challenge, "met", 1, 2)}
+        member.sock.sendall(meeting.line_of(met) + sent)
+        member.sock.shutdown(socket.SHUT_WR)
+        is_lost(child, 0)
+
+
+def test_a_line_without_end_is_no_message(monkeypatch):
+    monkeypatch.setattr(peers, "MAX_MESSAGE", 1000)
+    near, far = socket.socketpair()
+    with near, far:
+        process, ended = object.__new__(peers.Peers), []
+        process.process, process.count, process._sockets, process._leaving = 0, 2, {1: near}, False
+        process._end = lambda *given: ended.append(given)
+        far.sendall(b'"' + b"x" * 2000)  # and stays open
+        process._listen(1)
+        with pytest.raises(ValueError, match="too many to exchange"):
+            process._send(1, {"value": "x" * 1000})
+    assert "is gone in the middle of a message" in ended[0][0]
+
+
+def test_a_relay_outlives_a_connection_that_fails(monkeypatch):
+    calls = []
+
+    def refuse_once(host: str, port: int, timeout: float) -> socket.socket:
+        calls.append(port)
+        if len(calls) == 1:
+            raise ConnectionRefusedError
+        return meeting.connect(host, port, timeout)
+
+    monkeypatch.setattr(peers, "connect", refuse_once)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        near = peers.relay("127.0.0.1", server.getsockname()[1])
+        with meeting.connect("127.0.0.1", near, 10) as first:
+            assert first.recv(1) == b""
+        with meeting.connect("127.0.0.1", near, 10) as second, server.accept()[0] as far:
+            second.sendall(b"x")
+            assert far.recv(1) == b"x"
 
 
 # --- agreeing, alone --------------------------------------------------------------------------------------------------

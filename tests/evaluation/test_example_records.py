@@ -1,11 +1,14 @@
 """Stopping and going on: the same numbers, and nothing is scored twice."""
 
+import errno
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 
 from gptjax.config import UserError
+from gptjax.evaluation import example_records as records
 from gptjax.evaluation.example_records import file_name, score_resumably
 from gptjax.evaluation.scoring import Scorer
 
@@ -48,6 +51,52 @@ def test_a_killed_evaluation_goes_on_to_the_same_numbers(tiny, tmp_path):
     assert third.done == 0
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert {line["index"] for line in lines} == set(range(21))
+
+
+def test_two_evaluations_of_one_key_do_not_cut_each_other_s_lines(tiny, tmp_path, capsys):
+    requests = random_requests(12)
+    expected = Scorer(tiny.model, tiny.params, batch_size=4).scores(requests)
+    second = []
+
+    class Interrupted(Counting):
+        """Another evaluation begins and ends while this one is in the middle of a line."""
+
+        def score_batch(self, requests, batch):
+            if self.done == 1:
+                (path,) = tmp_path.iterdir()
+                line = path.read_bytes().splitlines(keepends=True)[0]
+                with path.open("ab") as file:
+                    file.write(line[:20])
+                other = Counting(tiny.model, tiny.params, batch_size=4)
+                second.append(score_resumably(tmp_path, "task", other, 7, requests))
+                second.append(other.done)
+                with path.open("ab") as file:
+                    file.write(line[20:])
+            return super().score_batch(requests, batch)
+
+    first = Interrupted(tiny.model, tiny.params, batch_size=4)
+    assert score_resumably(tmp_path, "task", first, 7, requests) == expected
+    assert second == [expected, first.done - 1]  # the batch that was recorded is not computed again
+    assert "is in use by another evaluation" in capsys.readouterr().err
+    third = Counting(tiny.model, tiny.params, batch_size=4)
+    assert score_resumably(tmp_path, "task", third, 7, requests) == expected
+    assert third.done == 0
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_file_system_without_locks(tiny, tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(records.fcntl, "flock", flock)
+    requests, done = random_requests(12), []
+    for left in (1, 10**9, 10**9):
+        scorer = Counting(tiny.model, tiny.params, batch_size=4, left=left)
+        with nullcontext() if left > 1 else pytest.raises(KeyboardInterrupt):
+            scores = score_resumably(tmp_path, "task", scorer, 7, requests)
+        done.append(scorer.done)
+    assert scores == Scorer(tiny.model, tiny.params, batch_size=4).scores(requests)
+    assert done == [1, len(scorer.plan(requests)) - 1, 0]
 
 
 def test_scores_of_anything_else_are_not_taken(tiny, tmp_path):

@@ -13,6 +13,7 @@ from gptjax.checkpoint.state import create_state, state_shardings
 from gptjax.config import Config, StabilityConfig, UserError, replace
 from gptjax.parallel.mesh import make_mesh
 from gptjax.run import run
+from gptjax.stages import pretrain
 from gptjax.stages.builders import BUILDERS, build
 from gptjax.training import loop
 from gptjax.training.debug_bundles import load_bundle
@@ -24,12 +25,12 @@ from gptjax.training.step import make_train_step
 def with_bad_examples(monkeypatch, first: int, stop: int, factor: float) -> None:
     """The loss of the examples [first, stop) of the data is multiplied, by way of their weights."""
 
-    def build(*args):
-        stage = build(*args)
+    def changed_build(*args):
+        stage = pretrain.build(*args)
         size = stage.config.sequences_per_microbatch
 
-        def batches(start: int):
-            for number, batch in enumerate(stage.batches(start, None)):
+        def batches(start: int, run):
+            for number, batch in enumerate(stage.batches(start, run)):
                 begin = start + number * size
                 bad = np.full_like(batch.arrays["weights"], factor if first <= begin < stop else 1.0)
                 yield batch._replace(arrays=batch.arrays | {"bad": bad})
@@ -38,9 +39,11 @@ def with_bad_examples(monkeypatch, first: int, stop: int, factor: float) -> None
             total, *rest = stage.objective.loss(params, batch, rng)
             return total * jnp.max(batch["bad"]), *rest
 
-        return dataclasses.replace(stage, batches=batches, objective=dataclasses.replace(stage.objective, stage_loss=loss))
+        return dataclasses.replace(
+            stage, batches=batches, objective=dataclasses.replace(stage.objective, stage_loss=loss)
+        )
 
-    monkeypatch.setitem(BUILDERS, "pretrain", build)
+    monkeypatch.setitem(BUILDERS, "pretrain", changed_build)
 
 
 def records(workdir, split: str) -> list[dict]:
@@ -178,11 +181,11 @@ def test_a_run_goes_back_before_a_spike_and_passes_over_its_data(tiny, tmp_path,
     # As if the data had never had them: from the checkpoint on the examples are those after the spike.
     monkeypatch.undo()
 
-    def build(*args):
-        stage = build(*args)
+    def changed_build(*args):
+        stage = pretrain.build(*args)
         return dataclasses.replace(stage, batches=lambda start: stage.batches(start + (32 if start >= 64 else 0)))
 
-    monkeypatch.setitem(BUILDERS, "pretrain", build)
+    monkeypatch.setitem(BUILDERS, "pretrain", changed_build)
     half = replace(config, {"stability": {"spike_deviations": None}, "batch": {"total_tokens": 8 * 128}})
     half = replace(half, {"optimizer": {"decay_tokens": 16 * 128}})
     run(half, tmp_path / "other")

@@ -2,9 +2,15 @@
 
 In each the policy as it is answers `rl.prompts_per_iteration` prompts, the answers are rewarded and measured, and steps
 learn from them, `rl.inner_epochs` times. What was written is kept in `<workdir>/rollouts/` as long as there is a
-checkpoint within the iteration, so that a run that goes on in the middle of one learns from the same answers.
+checkpoint within the iteration, so that a run that resumes in the middle of one learns from the same answers. A file
+that is missing, empty or damaged is discarded, and the policy of the checkpoint answers the prompts again.
 """
 
+import errno
+import hashlib
+import io
+import math
+import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -114,20 +120,20 @@ class Rollouts:
             self._keep(run.workdir, iteration, arrays)
         return arrays
 
-    # --- what a run that goes on in the middle of an iteration reads --------------------------------------------------
+    # --- what a run that resumes in the middle of an iteration reads --------------------------------------------------
 
     def _keep(self, workdir: Path, iteration: int, arrays: Arrays) -> None:
-        """Writes the arrays of an iteration, whole or not at all, and removes those that no checkpoint needs."""
+        """Writes the arrays of an iteration, and removes those that no checkpoint needs and unfinished files."""
         path = _path(workdir, iteration)
         try:
             path.parent.mkdir(exist_ok=True)
-            with (part := path.with_suffix(".part")).open("wb") as file:
-                np.savez(file, **arrays)  # type: ignore[arg-type]
-            part.replace(path)
+            write_arrays(path, arrays)
             oldest = min((*self._iterations_of_checkpoints(workdir), iteration))
             for other in path.parent.glob("*.npz"):
                 if other.stem.isdecimal() and int(other.stem) < oldest:
                     other.unlink(missing_ok=True)
+            for other in path.parent.glob("*.part"):  # of a run that was killed
+                other.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from None
 
@@ -139,17 +145,74 @@ class Rollouts:
         return [int(directory.name) // steps for directory in saved if directory.name.isdecimal()]
 
     def _kept(self, run: Run, iteration: int) -> Arrays | None:
-        """The saved arrays of an iteration that has begun; None, which is reported, where they cannot be used."""
+        """The arrays of an iteration that has begun, if all processes read the same whole file; else None.
+
+        None has the policy write the iteration again, from the same seeds: a pure function of the checkpoint that the
+        run resumes from, but not what an uninterrupted run would have learned from.
+        """
         path = _path(run.workdir, iteration)
+        arrays, digest, problem = None, None, ""
         try:
-            with np.load(path) as file:
-                arrays = dict(file)
-            if arrays["tokens"].shape == self._shape:
-                return arrays
-            run.say(f"{path} is of an iteration of other sizes: the policy answers its prompts anew")
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-            run.say(f"cannot read {path}: the policy answers the prompts of the iteration anew")
+            arrays, digest = read_arrays(path, self._shape)
+        except OSError as error:
+            problem = error.strerror or str(error)
+        except ValueError as error:
+            problem = str(error)
+        # One process may fail to read what the others can, and all must compute the same.
+        found = processes.gather([digest, problem])
+        if digest is not None and all(other == digest for other, _ in found):
+            return arrays
+        reason = next((why for _, why in found if why), "the processes read different files")
+        run.say(f"cannot use {path} ({reason}): the policy writes the completions of the iteration again")
         return None
+
+
+def write_arrays(path: Path, arrays: Arrays) -> None:
+    """Writes the arrays of an iteration to the disk, whole or not at all; OSError when that fails."""
+    with (part := path.with_suffix(".part")).open("wb") as file:
+        np.savez(file, names=np.array(sorted(arrays)), **arrays)  # type: ignore[arg-type]
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems without directories, such as buckets
+            raise
+    finally:
+        os.close(directory)
+
+
+def read_arrays(path: Path, shape: tuple[int, ...]) -> tuple[Arrays, str]:
+    """What `write_arrays` wrote, whatever is in the file.
+
+    Args:
+      shape: of each array.
+
+    Returns:
+      The arrays, and the SHA-256 of the file.
+
+    Raises:
+      OSError: the file cannot be read.
+      ValueError: it is empty or damaged, or its arrays have other shapes.
+    """
+    content = path.read_bytes()
+    largest = 16 * math.prod(shape) + 4096  # bytes: more than any array with its header
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            if any(entry.file_size > largest or entry.compress_type for entry in archive.infolist()):
+                raise ValueError("entries that are compressed or too large")
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}  # zipfile compares checksums
+        names = arrays.pop("names").tolist()
+    except Exception as error:  # on arbitrary bytes zipfile and numpy raise many kinds, of which no list is complete
+        raise ValueError(f"it is damaged: {type(error).__name__}") from None
+    if sorted(arrays) != names or any(array.dtype.kind not in "biuf" for array in arrays.values()):
+        raise ValueError("it is damaged: other arrays than were written")
+    if any(array.shape != shape for array in arrays.values()):
+        raise ValueError("its iteration has other sizes")
+    return arrays, hashlib.sha256(content).hexdigest()
 
 
 def _path(workdir: Path, iteration: int) -> Path:

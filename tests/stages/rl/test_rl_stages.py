@@ -184,7 +184,7 @@ def test_a_run_that_stops_within_an_iteration_goes_on_as_if_it_had_not(finished,
             run(config, tmp_path)
     assert sorted(path.name for path in (tmp_path / "rollouts").iterdir()) == ["00000001.npz"]
     if not kept:
-        (tmp_path / "rollouts" / "00000001.npz").write_bytes(b"PK")
+        (tmp_path / "rollouts" / "00000001.npz").write_bytes(b"")
     run(config, tmp_path)
     steps = [record["step"] for record in records(tmp_path, "train")]
     assert steps == [1, 2, 3, 4, 5, 6]

@@ -1,0 +1,283 @@
+"""How the processes of one command connect to process 0.
+
+Both ends prove by challenge and response (HMAC-SHA256) that they know the job's token, which is never sent:
+
+  process 0 -> other  {"challenge": C}
+  other -> process 0  {"gptjax": number, "of": count, "challenge": D, "proof": HMAC(token, C join number count)}
+  process 0 -> other  {"met": count, "proof": HMAC(token, D met number count)}, or {"stop": reason}
+
+Without a token anyone who reaches the port can take a process's place. Nothing is encrypted or signed afterwards: the
+network must be trusted.
+"""
+
+import hmac
+import json
+import secrets
+import selectors
+import socket
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from gptjax.config import UserError
+
+TOKEN = "GPTJAX_JOB_TOKEN"  # environment variable
+SILENCE = 30  # seconds after which a machine that sends nothing, not even acknowledgements, is out of reach
+HELLO = 30  # seconds that a new connection has for its whole first line
+MAX_HELLO = 4096  # bytes of a line
+MAX_STRANGERS = 128  # connections without a complete hello, besides those of the job; one more closes the oldest
+
+
+def line_of(message: dict[str, Any]) -> bytes:
+    """The line that carries a message."""
+    return json.dumps(message).encode() + b"\n"
+
+
+def proof_of(token: str, challenge: str, role: str, process: int, count: int) -> str:
+    """Response to a challenge, 64 hex digits: shows that the sender knows the token, without revealing it."""
+    return hmac.digest(
+        token.encode(errors="surrogateescape"), f"{challenge} {role} {process} {count}".encode(), "sha256"
+    ).hex()
+
+
+def _is_proof(given: Any, token: str, challenge: str, role: str, process: int, count: int) -> bool:
+    expected = proof_of(token, challenge, role, process, count).encode()
+    return isinstance(given, str) and hmac.compare_digest(given.encode(errors="replace"), expected)
+
+
+@dataclass
+class Newcomer:
+    """A connection that process 0 has accepted, and what it has sent so far of its hello."""
+
+    sock: socket.socket
+    deadline: float
+    challenge: str
+    received: bytes = b""
+    their_challenge: str = ""
+
+    def hello(self) -> tuple[int, int, Any] | None:
+        """Reads what has arrived: number, count and proof once the line is complete, else None.
+
+        Raises:
+          OSError, ValueError, RecursionError: the connection is closed, or what came is no hello.
+        """
+        chunk = self.sock.recv(MAX_HELLO)
+        self.received += chunk
+        line, end, rest = self.received.partition(b"\n")
+        if not chunk or rest or len(self.received) > MAX_HELLO:
+            raise ValueError("no hello")
+        if not end:
+            return None
+        match json.loads(line):
+            case {"gptjax": int(number), "of": int(count), "challenge": str(challenge), "proof": proof} if (
+                challenge.isascii()
+            ):
+                self.their_challenge = challenge
+                return number, count, proof
+        raise ValueError("no hello")
+
+
+def accept(port: int, count: int, timeout: float, token: str) -> dict[int, Newcomer]:
+    """The connections of all other processes, by their numbers.
+
+    Raises:
+      UserError: the port is taken, or the processes are not `count` different ones within `timeout` seconds.
+    """
+    try:
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        server = socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=count + MAX_STRANGERS)
+    except OSError as error:
+        raise UserError(f"--coordinator_address: cannot listen at port {port}, {error.strerror}: try another") from None
+    with server, selectors.DefaultSelector() as selector:
+        return _Meeting(server, selector, count, token).run(timeout)
+
+
+class _Meeting:
+    """Process 0's side. Reads all connections concurrently, so that a stranger (a port scanner) delays nobody."""
+
+    def __init__(self, server: socket.socket, selector: selectors.BaseSelector, count: int, token: str) -> None:
+        self._server, self._selector, self._count, self._token = server, selector, count, token
+        self._members: dict[int, Newcomer] = {}
+        self._pending: dict[socket.socket, Newcomer] = {}  # in order of arrival
+        self._refused = 0  # connections with another token
+        server.setblocking(False)
+        selector.register(server, selectors.EVENT_READ)
+
+    def run(self, timeout: float) -> dict[int, Newcomer]:
+        deadline = time.monotonic() + timeout
+        while missing := [number for number in range(1, self._count) if number not in self._members]:
+            if (now := time.monotonic()) > deadline:
+                names = ", ".join(map(str, missing))
+                refused = f"; {self._refused} connections had another {TOKEN}" if self._refused else ""
+                self._fail(
+                    f"process {names} of {self._count} did not come within {timeout:g} s: "
+                    f"start all, with the same flags{refused}"
+                )
+            for newcomer in [newcomer for newcomer in self._pending.values() if newcomer.deadline < now]:
+                self._drop(newcomer)
+            for key, _ in self._selector.select(min(deadline - now, 0.1)):
+                if key.fileobj is self._server:
+                    self._greet()
+                elif key.fileobj in self._pending:  # not dropped in this round
+                    self._read(self._pending[key.fileobj])
+        for newcomer in list(self._pending.values()):
+            self._drop(newcomer)
+        return self._members
+
+    def _greet(self) -> None:
+        """Accepts a connection and sends it a challenge."""
+        try:
+            sock, _ = self._server.accept()
+        except OSError:  # it is closed already; or there are too many open files
+            time.sleep(0.01)
+            return
+        if len(self._pending) >= self._count + MAX_STRANGERS:
+            self._drop(next(iter(self._pending.values())))
+        sock.setblocking(False)
+        newcomer = Newcomer(sock, time.monotonic() + HELLO, secrets.token_hex(16))
+        with suppress(OSError):
+            sock.sendall(line_of({"challenge": newcomer.challenge}))
+        self._pending[sock] = newcomer
+        self._selector.register(sock, selectors.EVENT_READ)
+
+    def _read(self, newcomer: Newcomer) -> None:
+        """Reads what a connection sent, and accepts or refuses it when its hello is complete."""
+        try:
+            hello = newcomer.hello()
+        except BlockingIOError:
+            return
+        except (OSError, ValueError, RecursionError):
+            self._drop(newcomer)
+            return
+        if hello is None:
+            return
+        number, count, proof = hello
+        if not _is_proof(proof, self._token, newcomer.challenge, "join", number, count):
+            self._refused += 1
+            self._drop(newcomer, f"{TOKEN} is not that of process 0: set the same in all processes")
+        elif count != self._count:
+            self._fail(
+                f"--num_processes={count} in process {number}, and {self._count} in process 0: give all the same"
+            )
+        elif number in self._members or not 0 < number < count:
+            self._fail(f"there are two processes with --process_id={number}: give each its own")
+        else:
+            self._forget(newcomer)
+            newcomer.sock.setblocking(True)
+            _watch(newcomer.sock)
+            self._members[number] = newcomer
+
+    def _forget(self, newcomer: Newcomer) -> None:
+        self._selector.unregister(newcomer.sock)
+        del self._pending[newcomer.sock]
+
+    def _drop(self, newcomer: Newcomer, reason: str | None = None) -> None:
+        self._forget(newcomer)
+        _dismiss(newcomer.sock, reason)
+
+    def _fail(self, message: str) -> NoReturn:
+        """Ends the meeting for all."""
+        for newcomer in (*self._members.values(), *self._pending.values()):
+            _dismiss(newcomer.sock, message)
+        raise UserError(message)
+
+
+def _dismiss(sock: socket.socket, message: str | None) -> None:
+    """Closes a connection, with a reason for the process at its other end."""
+    if message is not None:
+        with suppress(OSError):
+            sock.setblocking(False)
+            sock.sendall(line_of({"stop": message}))
+    sock.close()
+
+
+def join(host: str, port: int, process: int, count: int, timeout: float, token: str) -> socket.socket:
+    """The connection to process 0, once all processes have met."""
+    try:
+        sock = connect(host, port, timeout)
+    except (OSError, UnicodeError) as error:  # UnicodeError: no host name
+        raise UserError(
+            f"process {process} cannot reach process 0 at {host}:{port} within {timeout:g} s ({error}): "
+            "start all processes, with a --coordinator_address of process 0's machine that all can reach"
+        ) from None
+    own = secrets.token_hex(16)
+    try:
+        message = _read_message(sock, time.monotonic() + SILENCE)
+        if "stop" not in message:
+            proof = proof_of(token, message["challenge"], "join", process, count)
+            sock.settimeout(SILENCE)
+            sock.sendall(line_of({"gptjax": process, "of": count, "challenge": own, "proof": proof}))
+            # Process 0 itself reports who is missing, after `timeout`.
+            message = _read_message(sock, time.monotonic() + 2 * timeout)
+        if "stop" not in message and not (
+            message["met"] == count and _is_proof(message["proof"], token, own, "met", process, count)
+        ):
+            raise ValueError(message)
+    except (OSError, ValueError, KeyError, RecursionError):
+        sock.close()
+        raise UserError(
+            f"process 0 at {host}:{port} ended while the processes met, or another program answers there: "
+            "see the output of process 0"
+        ) from None
+    if "stop" in message:
+        sock.close()
+        raise UserError(str(message["stop"]))
+    sock.settimeout(None)
+    return sock
+
+
+def connect(host: str, port: int, timeout: float) -> socket.socket:
+    """A connection, tried until it succeeds; OSError after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            sock = socket.create_connection((host, port), timeout=max(0.1, min(5, deadline - time.monotonic())))
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+        else:
+            if sock.getsockname() == sock.getpeername():  # the kernel chose the port itself as the near end
+                sock.close()
+                continue
+            sock.settimeout(None)
+            _watch(sock)
+            return sock
+
+
+def _watch(sock: socket.socket) -> None:
+    """Has the kernel give up the connection when the other machine is silent."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", (SILENCE - 10) // 5)):
+        if hasattr(socket, name):  # macOS lacks the first
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: the same where data waits to be acknowledged
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * SILENCE)
+
+
+def _read_message(sock: socket.socket, deadline: float) -> dict[str, Any]:
+    """The next line, and nothing after it, as a JSON object.
+
+    Raises:
+      OSError, ValueError, RecursionError: the connection is closed or `deadline` (of the monotonic clock) has passed
+        before the line ends, or it is no JSON object or longer than `MAX_HELLO`.
+    """
+    line = b""
+    while not line.endswith(b"\n"):
+        sock.settimeout(max(0.001, deadline - time.monotonic()))
+        if len(line) > MAX_HELLO or time.monotonic() > deadline or not (byte := sock.recv(1)):
+            raise OSError("closed, too slow or too long")
+        line += byte
+    message = json.loads(line)
+    if not isinstance(message, dict):
+        raise ValueError("no JSON object")
+    return message
+
+
+def free_port() -> int:
+    """One that nothing listens on, at this moment."""
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]

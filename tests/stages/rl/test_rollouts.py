@@ -1,0 +1,126 @@
+"""Files of rollouts: whole or not at all, and what is damaged is written again by all processes together."""
+
+import os
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from gptjax import config as c
+from gptjax.distributed import processes
+from gptjax.parallel.mesh import make_mesh
+from gptjax.stages.rl.rollouts import Rollouts, read_arrays, write_arrays
+
+SHAPE = (2, 3, 8)
+ARRAYS = {name: np.arange(48, dtype="i4").reshape(SHAPE) for name in ("tokens", "targets", "weights")}
+
+
+@pytest.fixture
+def rollouts(tiny, tmp_path: Path) -> Rollouts:
+    """Of a run that resumes within iteration 1, whose file is whole."""
+    config = c.replace(tiny, {"rl": {"prompts_per_iteration": SHAPE[0], "responses_per_prompt": SHAPE[1]}})
+    made = Rollouts(config, make_mesh(c.MeshConfig()), SimpleNamespace(row_length=SHAPE[2]), [None] * 4, None)
+    said: list[str] = []
+    made.attach(SimpleNamespace(workdir=tmp_path, say=said.append, said=said))
+    made._keep(tmp_path, 1, ARRAYS)
+    return made
+
+
+def file_of(rollouts: Rollouts) -> Path:
+    return rollouts._learner.workdir / "rollouts" / "00000001.npz"
+
+
+def test_arrays_come_back(rollouts):
+    found = rollouts._kept(1)
+    assert found.keys() == ARRAYS.keys()
+    for name, array in ARRAYS.items():
+        np.testing.assert_array_equal(found[name], array)
+        assert found[name].dtype == array.dtype
+    assert rollouts._learner.said == []
+
+
+def compressed(path: Path) -> None:
+    np.savez_compressed(path, names=np.array(sorted(ARRAYS)), **ARRAYS)
+
+
+def unsupported(path: Path) -> None:
+    """One flipped bit: a method of compression that zipfile does not know."""
+    with zipfile.ZipFile(path) as archive:
+        start = archive.start_dir
+    content = bytearray(path.read_bytes())
+    content[start + 10] ^= 2
+    path.write_bytes(content)
+
+
+def one_array(path: Path) -> None:
+    with path.open("wb") as file:
+        np.save(file, ARRAYS["tokens"])
+
+
+def without_one(path: Path) -> None:
+    np.savez(path, names=np.array(sorted(ARRAYS)), tokens=ARRAYS["tokens"])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"PK"),
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        lambda path: path.write_bytes(path.read_bytes().replace(b"\x01\0\0\0\x02", b"\x01\0\0\0\x03", 1)),
+        one_array,
+        unsupported,
+        compressed,
+        without_one,
+    ],
+    ids=["empty", "two bytes", "cut short", "flipped", "npy", "unsupported", "compressed", "missing array"],
+)
+def test_a_damaged_file_is_discarded(rollouts, damage):
+    damage(file_of(rollouts))
+    assert rollouts._kept(1) is None
+    (message,) = rollouts._learner.said
+    assert "00000001.npz (it is damaged: " in message
+    rollouts._keep(rollouts._learner.workdir, 1, ARRAYS)
+    assert rollouts._kept(1) is not None
+
+
+def test_a_missing_file_and_one_of_other_sizes(rollouts):
+    file_of(rollouts).unlink()
+    assert rollouts._kept(1) is None
+    write_arrays(file_of(rollouts), {name: array[:1] for name, array in ARRAYS.items()})
+    assert rollouts._kept(1) is None
+    missing, other = rollouts._learner.said
+    assert "(No such file or directory)" in missing
+    assert "(its iteration has other sizes)" in other
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"), [([None, "Input/output error"], "Input/output error"), (["0" * 64, ""], "different files")]
+)
+def test_all_processes_use_the_file_or_none_does(rollouts, other, reason, monkeypatch):
+    monkeypatch.setattr(processes, "gather", lambda own: [own, other])
+    assert rollouts._kept(1) is None
+    assert reason in rollouts._learner.said[0]
+
+
+def test_a_failed_write_leaves_the_file_as_it_was(rollouts, monkeypatch):
+    content = file_of(rollouts).read_bytes()
+
+    def fail(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(c.UserError, match=r"cannot write .*00000001.npz: No space left"):
+            rollouts._keep(rollouts._learner.workdir, 1, {"tokens": ARRAYS["tokens"] + 1})
+    assert file_of(rollouts).read_bytes() == content
+    rollouts._keep(rollouts._learner.workdir, 2, ARRAYS)
+    assert not list(file_of(rollouts).parent.glob("*.part"))
+
+
+def test_what_is_read_is_a_file_that_may_be_anybodys(tmp_path):
+    np.savez(tmp_path / "a.npz", names=np.array(["tokens"]), tokens=np.array([object()] * 48).reshape(SHAPE))
+    with pytest.raises(ValueError, match="damaged"):
+        read_arrays(tmp_path / "a.npz", SHAPE)

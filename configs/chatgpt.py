@@ -44,7 +44,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         data=c.DataConfig(source=args["data"] or "chatterbot", tokenizer="gpt2", validation_fraction=0.05),
         chat=c.ChatConfig(
             # Of the package's dialogues nobody has ranked the answers.
-            random_answers=3 if args["stage"] in ("reward", "dpo") and not args["data"] else 0,
+            random_answers=3 if stage in (reward, dpo) and not args["data"] else 0,
             pretraining_source=args["text"] or None,
         ),
         rl=c.RLConfig(reward=args["reward"], response_tokens=model.context_length // 4),
@@ -144,46 +144,76 @@ def dpo(config: c.Config) -> c.Config:
 def runlocal(config: c.Config) -> c.Config:
     """The same program for a small model on a laptop, with larger steps and, from scratch, a vocabulary of the texts.
 
-    Its step sizes are choices. All stages hold the same fifth of the dialogues out: of few it takes many for a number
-    that means something.
+    Its step sizes are choices. All stages hold out the same fifth of the dialogues: a smaller share would be too few
+    for a meaningful number.
     """
-    peak_lr = {"sft": 1e-3, "reward": 1e-3, "ppo": 3e-4, "dpo": 3e-4, "grpo": 3e-4}[config.stage]
-    ranked = config.stage in ("reward", "dpo")
-    size = 4 if ranked else 16  # rows, or elements, of which each has several rows
-    batch = {"tokens_per_batch": size * config.model.context_length}
-    changes: dict[str, dict[str, Any]] = {
+    shared = {
         "data": {"tokenizer": "bpe:4096", "validation_fraction": 0.2},
-        "chat": {
-            "on_too_long": "skip",
-            "random_draws": 6 if config.stage == "reward" and config.chat.random_answers else 1,
-        },
-        "batch": batch,
-        "optimizer": {"peak_lr": peak_lr, "schedule": "cosine", "warmup_fraction": None},
+        "chat": {"on_too_long": "skip"},
+        "optimizer": {"schedule": "cosine", "warmup_fraction": None},
         "evaluation": {"sample_prompt": "Who are you?", "sample_tokens": 32},
     }
-    if config.stage == "sft":
-        batch["epochs"] = 8.0
-    if config.stage in c.RL_STAGES:
-        context = config.model.context_length
-        changes["rl"] = {
+    return LOCAL[config.stage](c.replace(config, shared))
+
+
+def local_sft(config: c.Config) -> c.Config:
+    changes = {"batch": _batch(config, 16, epochs=8.0), "optimizer": {"peak_lr": 1e-3}, "model": _dropout(0.2)}
+    return c.replace(config, changes)
+
+
+def local_reward(config: c.Config) -> c.Config:
+    changes = {
+        "batch": _batch(config, 4),
+        "optimizer": {"peak_lr": 1e-3},
+        "model": _dropout(0.1),
+        "chat": {"random_draws": 6 if config.chat.random_answers else 1},
+    }
+    return c.replace(config, changes)
+
+
+def local_dpo(config: c.Config) -> c.Config:
+    return c.replace(config, {"batch": _batch(config, 4), "optimizer": {"peak_lr": 3e-4}, "model": _dropout(0.1)})
+
+
+def local_ppo(config: c.Config) -> c.Config:
+    config = c.replace(
+        _local_policy(config),
+        {"ppo": {"value_lr": 3e-4, "pretraining_rows": 1}, "optimizer": {"ema_decay": 0.95}},
+    )
+    if config.ppo.value_init == "policy":
+        return config
+    # A small reward model is soon exploited: completions that nobody would write get the highest rewards.
+    return c.replace(config, {"rl": {"kl_weight": 0.2}, "optimizer": {"peak_lr": 1e-4}, "batch": {"epochs": 2.0}})
+
+
+def local_grpo(config: c.Config) -> c.Config:
+    return c.replace(_local_policy(config), {"rl": {"prompts_per_iteration": 16, "responses_per_prompt": 8}})
+
+
+def _local_policy(config: c.Config) -> c.Config:
+    """What PPO and GRPO share; a policy has no dropout."""
+    context = config.model.context_length
+    changes = {
+        "batch": _batch(config, 16, epochs=1.0),
+        "rl": {
             "prompts_per_iteration": 64,
             "prompt_tokens": 5 * context // 16,
             "response_tokens": 3 * context // 16,
-        }
-        changes["optimizer"]["schedule"] = "constant"
-        changes["logging"] = {"every_steps": 4}
-        batch["epochs"] = 1.0
-    else:  # few rows are soon known by heart
-        residual_dropout = 0.1 if ranked else 0.2
-        changes["model"] = {"embedding_dropout": 0.1, "attention_dropout": 0.1, "residual_dropout": residual_dropout}
-    if config.stage == "ppo":
-        changes["ppo"] = {"value_lr": 3e-4, "pretraining_rows": 1}
-        changes["optimizer"]["ema_decay"] = 0.95
-        if config.ppo.value_init == "reward":
-            # A small reward model is soon deceived: answers that nobody would write have the highest rewards.
-            changes["rl"]["kl_weight"] = 0.2
-            changes["optimizer"]["peak_lr"] = 1e-4
-            batch["epochs"] = 2.0
-    if config.stage == "grpo":
-        changes["rl"] |= {"prompts_per_iteration": 16, "responses_per_prompt": 8}
+        },
+        "optimizer": {"peak_lr": 3e-4, "schedule": "constant"},
+        "logging": {"every_steps": 4},
+    }
     return c.replace(config, changes)
+
+
+def _batch(config: c.Config, size: int, **lengths: float) -> dict[str, Any]:
+    """A batch of `size` rows, or of elements that have several rows each."""
+    return {"tokens_per_batch": size * config.model.context_length, **lengths}
+
+
+def _dropout(residual: float) -> dict[str, float]:
+    """Regularisation against overfitting on few conversations."""
+    return {"embedding_dropout": 0.1, "attention_dropout": 0.1, "residual_dropout": residual}
+
+
+LOCAL = {"sft": local_sft, "reward": local_reward, "dpo": local_dpo, "ppo": local_ppo, "grpo": local_grpo}

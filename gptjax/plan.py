@@ -57,10 +57,8 @@ def main() -> None:
     if CONFIG.value is None or TOPOLOGY.value is None:
         raise UserError("needs --config=FILE and --topology=CHIP:SHAPE, such as --topology=v5e:2x2")
     config = resolve(CONFIG.value)
-    if config.stage != "pretrain":
-        raise UserError(
-            f"a run of stage {config.stage} is not planned, only of stage pretrain: plan that of the same model"
-        )
+    if config.stage != Config().stage:  # another stage's step depends on its data
+        raise UserError(f"a run of stage {config.stage} cannot be planned: plan pretraining of the same model")
     if DECODE.value and (SEARCH.value or TOPOLOGY.value == "all"):
         raise UserError("--decode plans for the mesh of --config.mesh on one topology: leave out --search and all")
     set_environment(TOPOLOGY.value)

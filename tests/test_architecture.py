@@ -6,20 +6,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-LIBRARY = sorted((ROOT / "gptjax").rglob("*.py"))
-ALL_FILES = sorted(path for folder in ("gptjax", "configs", "tests") for path in (ROOT / folder).rglob("*.py"))
+from tests.architecture import ALL_FILES, LIBRARY, ORDER, ROOT, imports, imports_upwards, module_name, stage_tests
 
-# Folder -> what its modules may import of gptjax, and what they may not.
-MAY_IMPORT_ONLY = {
-    "gptjax.models": ("gptjax.models", "gptjax.config", "gptjax.parallel.mesh", "gptjax.parallel.ring"),
-    "gptjax.parallel": ("gptjax.parallel", "gptjax.config"),
-}
-NEVER_IMPORTS = {
-    "gptjax": ("gptjax.main",),
-    "gptjax.data": ("gptjax.models", "gptjax.training"),
-    "gptjax.inference": ("gptjax.training",),
-}
 # Slow to import, or not in the core install.
 ONLY_WHEN_USED = (
     *("torch", "transformers", "tensorflow", "tensorflow_datasets", "wandb", "matplotlib", "tensorboardX"),
@@ -29,22 +17,8 @@ ONLY_WHEN_USED = (
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 
 
-def module_name(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-
-
 def inside(module: str, packages: tuple[str, ...]) -> bool:
     return any(module == package or module.startswith(package + ".") for package in packages)
-
-
-def imports(nodes: Iterator[ast.AST]) -> Iterator[str]:
-    """The modules that import statements name; `from a import b` names a.b, which may be a module or not."""
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "relative import: write the whole name"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def run_on_import(node: ast.AST) -> Iterator[ast.AST]:
@@ -55,16 +29,17 @@ def run_on_import(node: ast.AST) -> Iterator[ast.AST]:
             yield from run_on_import(child)
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=module_name)
-def test_dependency_rule(path: Path) -> None:
-    module, tree = module_name(path), ast.parse(path.read_text())
-    for imported in imports(ast.walk(tree)):
-        for package, allowed in MAY_IMPORT_ONLY.items():
-            if inside(module, (package,)) and inside(imported, ("gptjax",)):
-                assert inside(imported, allowed), f"{module} imports {imported}: {package} may import only {allowed}"
-        for package, forbidden in NEVER_IMPORTS.items():
-            if inside(module, (package,)):
-                assert not inside(imported, forbidden), f"{module} imports {imported}"
+def test_imports_go_down_the_order_of_packages() -> None:
+    assert imports_upwards() == []
+
+
+def test_every_package_stands_in_the_order() -> None:
+    folders = {path.name for path in (ROOT / "gptjax").iterdir() if (path / "__init__.py").exists()}
+    assert folders == set(ORDER) - {"commands", "files"}
+
+
+def test_no_stage_is_asked_for_by_name_outside_the_stages() -> None:
+    assert stage_tests() == []
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=module_name)

@@ -12,9 +12,8 @@ import numpy.typing as npt
 
 from gptjax.config import UserError
 from gptjax.files import write_whole
-from gptjax.training.metrics_file import GRID_COLOR, TRAIN_COLOR
+from gptjax.metrics.figures import DARK_COLOR, GRID_COLOR, TRAIN_COLOR
 
-DARK_COLOR = "#1f4e8c"  # TRAIN_COLOR's hue, for a share of 1
 # Inches of a label's cell, of the whole picture's side, and the smallest type that is still read, in points
 MIN_CELL, MAX_CELL, MAX_SIDE, MIN_POINTS = 0.3, 0.8, 24.0, 5.0
 LONGEST_LABEL = 24  # characters

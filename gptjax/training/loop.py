@@ -19,7 +19,8 @@ from gptjax.distributed.preemption import PreemptedError
 from gptjax.models import peft
 from gptjax.training.debug_bundles import save_bundle
 from gptjax.training.loss_monitor import LossSpike, NotFinite
-from gptjax.training.metrics_file import MetricsWriter, plot_loss
+from gptjax.training.metrics_file import MetricsWriter
+from gptjax.training.plots import plot_loss
 from gptjax.training.progress import Progress
 from gptjax.training.stage import Stage
 from gptjax.training.step import Stepper

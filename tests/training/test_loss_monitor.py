@@ -183,7 +183,9 @@ def test_a_run_goes_back_before_a_spike_and_passes_over_its_data(tiny, tmp_path,
 
     def changed_build(*args):
         stage = pretrain.build(*args)
-        return dataclasses.replace(stage, batches=lambda start: stage.batches(start + (32 if start >= 64 else 0)))
+        return dataclasses.replace(
+            stage, batches=lambda start, run: stage.batches(start + (32 if start >= 64 else 0), run)
+        )
 
     monkeypatch.setitem(BUILDERS, "pretrain", changed_build)
     half = replace(config, {"stability": {"spike_deviations": None}, "batch": {"total_tokens": 8 * 128}})

@@ -12,7 +12,8 @@ from tensorboardX.event_file_writer import _EventLoggerThread
 from tensorboardX.proto.event_pb2 import Event
 
 from gptjax.config import LoggingConfig, UserError
-from gptjax.training.metrics_file import MetricsWriter, plot_loss, read_metrics
+from gptjax.training.metrics_file import MetricsWriter, read_metrics
+from gptjax.training.plots import plot_loss
 
 RUN = {"parameters": 124_439_808, "devices": "8 x TPU v4"}
 QUIET = LoggingConfig(tensorboard=False)

@@ -18,8 +18,8 @@ from gptjax.stages.rl.completions import Answers, AnswerWriter, Arrays, EncodedP
 from gptjax.stages.rl.reward_functions import open_reward
 from gptjax.stages.rl.rollouts import Rollouts
 from gptjax.training.intervals import in_tokens
-from gptjax.training.metrics_file import plot_reward
 from gptjax.training.objective import Objective
+from gptjax.training.plots import plot_reward
 from gptjax.training.stage import Stage
 
 SHOWN_METRICS = ("reward", "kl", "entropy", "response_tokens", "ended")  # of held-out prompts

@@ -68,6 +68,8 @@ def check(options: Options) -> None:
         raise UserError(f"--tasks={','.join(options.tasks)}: two files have the same name: evaluate them one by one")
     if PERPLEXITY in options.tasks and options.source is None:
         raise UserError("--tasks=perplexity needs a text, as in --source=text:wiki.test.tokens")
+    if options.held_out and options.source is not None:
+        raise UserError("--source and --held_out exclude each other: both name the conversations of --tasks=dialogue")
     if options.source is not None and not {PERPLEXITY, DIALOGUE} & set(options.tasks):
         raise UserError("--source is for --tasks=perplexity and --tasks=dialogue")
     if options.source is not None and PERPLEXITY in options.tasks:
@@ -78,8 +80,6 @@ def check(options: Options) -> None:
         raise UserError("--stride, --detokenizer and --concatenate are for --tasks=perplexity")
     if DIALOGUE not in options.tasks and (options.max_new_tokens or options.reward_model or options.held_out):
         raise UserError("--max_new_tokens, --reward_model and --held_out are for --tasks=dialogue")
-    if options.held_out and options.source is not None:
-        raise UserError("--source and --held_out exclude each other: both name the conversations of --tasks=dialogue")
     if options.detokenizer is not None:
         get_detokenizer(options.detokenizer)
 

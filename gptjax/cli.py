@@ -112,7 +112,7 @@ class TerminalWriter:
     """
 
     def __init__(self, stream: Any, *, bars: bool = False) -> None:
-        self._stream = stream._stream if isinstance(stream, TerminalWriter) else stream
+        self._stream: Any = stream._stream if isinstance(stream, TerminalWriter) else stream
         self._bars = bars
 
     def write(self, text: str) -> int:

@@ -131,20 +131,22 @@ def test_text_and_jsonl(tmp_path, content, suffix, cut, whole):
 
 
 MODEL = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2, "</s>": 3}, "merges": [["a", "b"]], "unk_token": None}
+END = {"id": 3, "content": "</s>", "special": True, "normalized": False, "single_word": False}
 TOKENIZERS = [
     {
         "version": "1.0",
-        "added_tokens": [{"id": 3, "content": "</s>", "special": True, "lstrip": False, "rstrip": False}],
-        "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Precompiled", **charsmap}]},
+        "added_tokens": [END | {"lstrip": False, "rstrip": False}],
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, *normalizers]},
         "pre_tokenizer": {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
         "post_processor": None,
-        "decoder": {"type": "Strip", "content": "a", "start": 1, "stop": 0},
+        "decoder": {"type": "Strip", "content": "_", "start": 1, "stop": 0},
         "model": model,
     }
-    for charsmap, pattern, model in (
-        ({"precompiled_charsmap": "CAAAAAAAAAD/////AAA="}, "(a|a)+$", MODEL),
-        ({"precompiled_charsmap": "BAAAAAAAAAAA"}, "a+", {"type": "Unigram", "unk_id": 0, "vocab": [["a", -1.0]]}),
-        ({"precompiled_charsmap": None}, " ?\\w+", MODEL | {"continuing_subword_prefix": "##", "byte_fallback": True}),
+    for normalizers, pattern, model in (
+        ([{"type": "Precompiled", "precompiled_charsmap": "CAAAAAAAAAD/////AAA="}], "a+", MODEL),
+        ([{"type": "Prepend", "prepend": "_"}], "a+", {"type": "Unigram", "unk_id": 0, "vocab": [["a", -1.0]]}),
+        ([], "(a|a)+$", MODEL),
+        ([], " ?\\w+", MODEL | {"byte_fallback": True, "ignore_merges": False}),
     )
 ]
 
@@ -222,6 +224,16 @@ def test_arrays_that_are_pickles_are_refused(tmp_path):
     np.savez(tmp_path / "step_00000001" / "batch.npz", tokens=np.array([{"any": "code"}], dtype=object))
     with pytest.raises(UserError, match="allow_pickle=False"):
         load_bundle(tmp_path / "step_00000001")
+
+
+@pytest.mark.parametrize("content", [b"[]", b'{"init_timestamp_nsecs": []}', b"[" * 100_000, b"{"])
+def test_the_metadata_that_orbax_reads_first(trained, content):
+    (path := trained / "checkpoints" / "0" / "_CHECKPOINT_METADATA").write_bytes(content)
+    if content != b"{":  # which orbax takes for a file that is missing
+        with pytest.raises(UserError, match=r"a _CHECKPOINT_METADATA in .* is damaged .*: remove that file"):
+            load_model(trained)
+        path.unlink()
+    load_model(trained)
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ TOP_P = flags.DEFINE_float("top_p", None, "Only the fewest tokens that together 
 SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
 BEST = flags.DEFINE_bool("best", False, "Use the best checkpoint instead of the newest.")
 MESH = flags.DEFINE_string("mesh", "", "Devices by axis, such as fsdp=2,tensor=4; data takes what is left.")
+CACHE_DIR = cli.define_cache_dir()
 
 HELP = "/system TEXT, /reset, /regen, /save FILE, /help, /quit"
 
@@ -114,7 +115,7 @@ def open_session() -> "ChatSession":
     if DOCUMENTS.value is not None:
         documents = retrieval.Documents(Path(DOCUMENTS.value).expanduser())
     assert WORKDIR.value is not None
-    program_cache.use_that_of(Path(WORKDIR.value))
+    program_cache.use(Path(CACHE_DIR.value))
     trained = load_model(Path(WORKDIR.value), parse_mesh(MESH.value), best=BEST.value)
     form = chat_format(trained.config.chat, trained.tokenizer)
     engine = Engine(trained.model, trained.params, trained.tokenizer, trained.mesh)

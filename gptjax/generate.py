@@ -61,6 +61,7 @@ WEIGHTS = flags.DEFINE_enum(
 MESH = flags.DEFINE_string("mesh", "", "Layout over the devices, such as fsdp=2,tensor=4; default: all on data.")
 LOGPROBS = flags.DEFINE_bool("logprobs", False, "With the token ids and their log-probabilities, as JSON.")
 OUTPUT = flags.DEFINE_string("output", None, "Write JSON lines to this file.")
+CACHE_DIR = cli.define_cache_dir()
 
 
 def main() -> None:
@@ -81,7 +82,7 @@ def main() -> None:
     from gptjax.inference.engine import Engine  # after the checks: it takes seconds to import
     from gptjax.stages.trained_model import load_model, parse_mesh
 
-    program_cache.use_that_of(Path(WORKDIR.value))
+    program_cache.use(Path(CACHE_DIR.value))
     trained = load_model(Path(WORKDIR.value), parse_mesh(MESH.value))
     engine = Engine(trained.model, trained.params, trained.tokenizer, trained.mesh, cast(Any, WEIGHTS.value))
     del trained  # the engine has its own copy

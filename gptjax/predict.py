@@ -29,6 +29,7 @@ COLUMNS = flags.DEFINE_string("columns", None, "Of --source: ROLE=COLUMN,...; de
 OUTPUT = flags.DEFINE_string("output", None, "File for the predictions; default: standard output.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Examples at once, over all devices.", lower_bound=1)
 MESH = flags.DEFINE_string("mesh", "", "Devices by axis, such as fsdp=2,tensor=4; data takes what is left.")
+CACHE_DIR = cli.define_cache_dir()
 
 
 def main() -> None:
@@ -46,7 +47,7 @@ def main() -> None:
     mesh = make_mesh(parse_mesh(MESH.value))
     workdirs = [Path(part) for part in WORKDIR.value.split(",")]
     lines: list[tuple[str, str]] | None = None
-    program_cache.use_that_of(workdirs[0])
+    program_cache.use(Path(CACHE_DIR.value))
     given: dict[Path, Any] = {}
     said: list[list[dict[str, Any]]] = []
     records: list[dict[str, Any]] = []

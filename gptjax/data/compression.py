@@ -1,4 +1,4 @@
-"""Files read as they are, or decompressed: .gz and .zst."""
+"""Files read as they are, or decompressed: .gz and .zst. What is read whole, a line or a file, has a limited size."""
 
 import contextlib
 import gzip
@@ -11,6 +11,9 @@ from typing import Any
 
 from gptjax.config import UserError
 
+MAX_BYTES = 2**30  # of a line, or of a file that is read whole, after decompression; corpora may be larger
+_CHUNK = 512  # compressed bytes that are decompressed at once: zstd makes up to 32 KiB of each
+
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[io.BufferedIOBase]:
@@ -18,13 +21,42 @@ def opened(path: Path) -> Iterator[io.BufferedIOBase]:
     try:
         with open(path, "rb") as file:
             if path.suffix == ".gz":
-                yield gzip.GzipFile(fileobj=file)
+                yield LimitedReader(gzip.GzipFile(fileobj=file))
             elif path.suffix == ".zst":
-                yield io.BufferedReader(_ZstdReader(file))
+                yield LimitedReader(_ZstdReader(file))
             else:
-                yield file
+                yield LimitedReader(file)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {error}") from None
+
+
+class LimitedReader(io.BufferedReader):
+    """A buffered reader whose lines and whole content have up to MAX_BYTES; OSError beyond, as of a decompression bomb.
+
+    Args:
+      raw: a readable binary stream.
+    """
+
+    def __init__(self, raw: Any) -> None:
+        super().__init__(raw, 1 << 16)
+
+    def readline(self, size: int | None = -1) -> bytes:  # which iteration calls, too
+        if size is not None and size >= 0:
+            return super().readline(size)
+        line = super().readline(MAX_BYTES + 1)
+        if len(line) > MAX_BYTES:
+            raise OSError(f"it has a line of more than {MAX_BYTES:,} bytes")
+        return line
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is not None and size >= 0:
+            return super().read(size)
+        content = bytearray()
+        while chunk := super().read(1 << 20):
+            content += chunk
+            if len(content) > MAX_BYTES:
+                raise OSError(f"it has more than {MAX_BYTES:,} bytes, and is read whole: split it")
+        return bytes(content)
 
 
 class _ZstdReader(io.RawIOBase):
@@ -43,7 +75,7 @@ class _ZstdReader(io.RawIOBase):
         import zstandard
 
         while not self._text:
-            chunk = self._compressed or self._file.read(1 << 16)
+            chunk = self._compressed or self._file.read(_CHUNK)
             if not chunk:
                 if self._frame is not None:
                     raise EOFError("the zstd frame is cut short")

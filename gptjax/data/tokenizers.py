@@ -24,6 +24,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from gptjax import files
 from gptjax.config import DataConfig, UserError
+from gptjax.data import tokenizer_check
+from gptjax.data.tokenizer_check import LibraryErrors
 from gptjax.files import unfinished_path, write_whole
 
 END_OF_TEXT = "<|endoftext|>"
@@ -131,14 +133,12 @@ class HuggingFaceTokenizer(Tokenizer):
     """Any tokenizer that the `content` of a tokenizer.json describes; end_of_text is its token of a usual name.
 
     Raises:
-      UserError: the content is damaged.
+      UserError: the content is damaged, or its vocabulary is empty or has too large an id.
     """
 
     def __init__(self, content: str) -> None:
-        try:
+        with LibraryErrors("not a tokenizer.json"):
             tokenizer = tokenizers.Tokenizer.from_str(content)
-        except Exception as error:  # the library raises no narrower class
-            raise UserError(f"not a tokenizer.json: {error}") from None
         vocabulary = tokenizer.get_vocab()
         name = next((name for name in _END_OF_TEXT_NAMES if name in vocabulary), None)
         # Special tokens are encoded as plain text, so this one has to be special, which not every file declares.
@@ -151,16 +151,18 @@ class HuggingFaceTokenizer(Tokenizer):
             tokenizer.model.dropout = None
         self.content = content
         self._tokenizer = tokenizer
-        self.vocab_size = max(vocabulary.values()) + 1
+        self.vocab_size = tokenizer_check.vocab_size(vocabulary)
         self.end_of_text = None if name is None else vocabulary[name]
 
     def encode(self, text: str) -> npt.NDArray[np.int32]:
-        # Of a batch of one, as that form alone does without each token's place in the text, which takes a third longer.
-        (encoding,) = self._tokenizer.encode_batch_fast([_encodable(text)], add_special_tokens=False)
+        # Only the form for batches skips each token's offsets in the text, which take a third longer.
+        with LibraryErrors("the tokenizer cannot encode a text"):
+            (encoding,) = self._tokenizer.encode_batch_fast([_encodable(text)], add_special_tokens=False)
         return np.array(encoding.ids, dtype=np.int32)
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
+        with LibraryErrors("the tokenizer cannot decode its ids"):
+            return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     def _spec(self) -> dict[str, str]:
         return {"kind": "huggingface", "sha256": hashlib.sha256(self.content.encode()).hexdigest()}
@@ -270,10 +272,10 @@ def load(directory: Path, cache_dir: Path | None = None) -> Tokenizer:
 
 
 def read_json(path: Path) -> HuggingFaceTokenizer:
-    """The tokenizer of a tokenizer.json, with an end of text or without; UserError when it is damaged."""
+    """The tokenizer of a tokenizer.json, with or without an end-of-text token; UserError when it cannot be used."""
     try:
-        return HuggingFaceTokenizer(path.read_bytes().decode())  # not read_text, which would change line ends
-    except (UserError, OSError, UnicodeDecodeError) as error:
+        return HuggingFaceTokenizer(tokenizer_check.read(path))
+    except (UserError, OSError, ValueError) as error:
         raise UserError(f"cannot load the tokenizer {path}: {error}") from None
 
 

@@ -9,7 +9,9 @@ import tiktoken
 import tokenizers as huggingface
 from tokenizers import decoders, models, pre_tokenizers
 
+from gptjax import files
 from gptjax.config import UserError
+from gptjax.data import tokenizer_check
 from gptjax.data.templates import ChatFormat
 from gptjax.data.tokenizers import (
     END_OF_TEXT,
@@ -34,18 +36,21 @@ def read_tokenizer(directory: Path) -> HuggingFaceTokenizer | None:
     path = directory / "vocab.json"
     if not (path.is_file() and (directory / "merges.txt").is_file()):
         return None
-    try:
-        return HuggingFaceTokenizer(_read_vocabulary(directory).to_str())
-    except Exception as error:  # the tokenizers library raises no narrower class
-        raise UserError(f"cannot load the tokenizer {path}: {' '.join(str(error).split())}") from None
+    with tokenizer_check.LibraryErrors(f"cannot load the tokenizer {path}"):
+        content = _read_vocabulary(directory).to_str()
+        tokenizer_check.check(content)
+        return HuggingFaceTokenizer(content)
 
 
 def _read_vocabulary(directory: Path) -> huggingface.Tokenizer:
-    """Of vocab.json and merges.txt: GPT-1's form, whose words end in </w>, or GPT-2's."""
+    """The tokenizer of vocab.json and merges.txt: GPT-1's form, whose words end in </w>, or GPT-2's."""
     if (directory / "added_tokens.json").is_file():
         raise UserError("added_tokens.json beside it is not read: save the tokenizer as a tokenizer.json")
     vocab, merges = str(directory / "vocab.json"), str(directory / "merges.txt")
-    vocabulary = json.loads(Path(vocab).read_text(encoding="utf-8"))
+    vocabulary = files.read_json(directory / "vocab.json")
+    files.check_size(directory / "merges.txt", files.MAX_JSON_BYTES)
+    if sorted(vocabulary.values()) != list(range(len(vocabulary))):  # to_str would lose what is behind a gap
+        raise UserError(f"its ids are not those from 0 to {len(vocabulary) - 1}: save it as a tokenizer.json")
     if any(token.endswith("</w>") for token in vocabulary):
         return gpt1_form(models.BPE.from_file(vocab, merges, unk_token="<unk>", end_of_word_suffix="</w>"))
     tokenizer = gpt2_form(models.BPE.from_file(vocab, merges))

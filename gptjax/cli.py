@@ -5,11 +5,11 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 from absl import app, flags, logging
 
 from gptjax.config import UserError, check_key
+from gptjax.files import expand
 from gptjax.parallel import distributed
 from gptjax.parallel.peers import FAILED, INTERRUPTED, PREEMPTED, STOPPED
 from gptjax.parallel.preemption import PreemptedError
@@ -104,8 +104,10 @@ def _parse(argv: list[str]) -> list[str]:
             if value == "None":
                 unset.append(key)
                 continue
-        elif name == "--config" and not Path(path := value.partition(":")[0]).is_file():
-            raise UserError(f"there is no config file {path!r}")
+        elif name == "--config":
+            argument = f"--config={expand(value)}"
+            if not expand(path := value.partition(":")[0]).is_file():
+                raise UserError(f"there is no config file {path!r}")
         kept.append(argument)
     try:
         rest = flags.FLAGS(kept)

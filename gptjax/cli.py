@@ -5,7 +5,6 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 from absl import app, flags, logging
 
@@ -13,6 +12,7 @@ from gptjax.config import UserError, check_key
 from gptjax.distributed import processes
 from gptjax.distributed.peers import FAILED, INTERRUPTED, PREEMPTED, STOPPED
 from gptjax.distributed.preemption import PreemptedError
+from gptjax.files import expand
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # of a disk, a quota, a limit
 
@@ -104,8 +104,10 @@ def _parse(argv: list[str]) -> list[str]:
             if value == "None":
                 unset.append(key)
                 continue
-        elif name == "--config" and not Path(path := value.partition(":")[0]).is_file():
-            raise UserError(f"there is no config file {path!r}")
+        elif name == "--config":
+            argument = f"--config={expand(value)}"
+            if not expand(path := value.partition(":")[0]).is_file():
+                raise UserError(f"there is no config file {path!r}")
         kept.append(argument)
     try:
         rest = flags.FLAGS(kept)

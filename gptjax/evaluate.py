@@ -14,13 +14,13 @@ and, with all they depend on, to --output, and answers beside it. An evaluation 
 when the same command is run again.
 """
 
-from pathlib import Path
 from typing import Any, cast
 
 from absl import flags
 
 from gptjax import cli
 from gptjax.config import UserError
+from gptjax.files import expand, output_file
 from gptjax.parallel import program_cache
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run.")
@@ -60,14 +60,16 @@ OUTPUT = flags.DEFINE_string("output", None, "JSON file of the results; default:
 def main() -> None:
     if WORKDIR.value is None:
         raise UserError("needs --workdir=DIR, the directory of a run")
-    if not Path(WORKDIR.value).expanduser().is_dir():
+    workdir = expand(WORKDIR.value)
+    if not workdir.is_dir():
         raise UserError(f"there is no workdir {WORKDIR.value}")
+    output = None if OUTPUT.value is None else output_file("output", OUTPUT.value)
     cli.join()
-    program_cache.use_that_of(Path(WORKDIR.value).expanduser())
+    program_cache.use_that_of(workdir)
     from gptjax.evaluation.run import Options, evaluate  # takes seconds to import
 
     evaluate(
-        Path(WORKDIR.value).expanduser(),
+        workdir,
         Options(
             tasks=tuple(TASKS.value),
             num_fewshot=NUM_FEWSHOT.value,
@@ -79,10 +81,10 @@ def main() -> None:
             detokenizer=DETOKENIZER.value,
             concatenate=CONCATENATE.value,
             max_new_tokens=MAX_NEW_TOKENS.value,
-            reward_model=None if REWARD_MODEL.value is None else Path(REWARD_MODEL.value).expanduser(),
+            reward_model=None if REWARD_MODEL.value is None else expand(REWARD_MODEL.value),
             mesh=MESH.value,
             dtype=cast(Any, DTYPE.value),
-            output=None if OUTPUT.value is None else Path(OUTPUT.value).expanduser(),
+            output=output,
         ),
     )
 

@@ -2,16 +2,24 @@
 
 import json
 import os
+import stat
 import uuid
 from pathlib import Path
 from typing import Any
 
+from gptjax.config import UserError
+
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file that appears whole or not at all: where that fails (a full disk), an older one stays as it was."""
+    """Writes a file that appears whole or not at all: where that fails (a full disk), an older one stays as it was.
+
+    The new file has the permissions of the one that it replaces. A symbolic link is replaced, not followed.
+    """
     temporary = unfinished_path(path)
     try:
         with temporary.open("wb") as file:
+            if path.is_file() and not path.is_symlink():
+                os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
@@ -32,6 +40,23 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def expand(path: str) -> Path:
+    """A path that a user gives, with `~` as the home directory. Every command reads its path flags by this."""
+    return Path(os.path.expanduser(path))
+
+
+def output_file(flag: str, path: str) -> Path:
+    """The file that a flag names for output, symbolic links resolved, so that one is written through.
+
+    Raises:
+      UserError: it is a directory.
+    """
+    real = Path(os.path.realpath(expand(path)))
+    if real.is_dir():
+        raise UserError(f"--{flag}={path} is a directory: name a file in it")
+    return real
 
 
 def is_plain_name(name: Any) -> bool:

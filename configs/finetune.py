@@ -13,11 +13,10 @@ without it, from scratch), method (a method of PeftConfig), runlocal (for two CP
 model).
 """
 
-from pathlib import Path
-
 import ml_collections
 
 from gptjax import config as c
+from gptjax.files import expand
 
 TASKS = {
     **{kind: kind for kind in ("classification", "entailment", "similarity", "multiple_choice", "regression")},
@@ -40,7 +39,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     peak_lr = c.choose(PEAK_LR, args["method"], "method")
     model = c.GPTConfig(context_length=1024)
     if args["init_from"]:
-        model = c.read_config(Path(args["init_from"]).expanduser()).model
+        model = c.read_config(expand(args["init_from"])).model
     elif args["runlocal"]:
         model = c.GPTConfig(context_length=128, num_layers=4, embed_dim=192, num_heads=6, dtype="float32")
     source = args["data"] or DATA.get(args["task"], "tweets")

@@ -15,6 +15,7 @@ from gptjax.config import DataConfig, UserError, check_key
 from gptjax.distributed import processes
 from gptjax.distributed.peers import FAILED, INTERRUPTED, PREEMPTED, STOPPED
 from gptjax.distributed.preemption import PreemptedError
+from gptjax.files import expand
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # of a disk, a quota, a limit
 
@@ -139,6 +140,18 @@ def define_cache_dir() -> "flags.FlagHolder[str]":
     )
 
 
+def output_file(flag: str, path: str) -> Path:
+    """The file that a flag names for output, symbolic links resolved, so that one is written through.
+
+    Raises:
+      UserError: it is a directory.
+    """
+    real = Path(os.path.realpath(expand(path)))
+    if real.is_dir():
+        raise UserError(f"--{flag}={path} is a directory: name a file in it")
+    return real
+
+
 def given_place() -> processes.Place | None:
     """The place among several processes that the flags give; UserError when they contradict each other."""
     return processes.given_place(COORDINATOR_ADDRESS.value, NUM_PROCESSES.value, PROCESS_ID.value)
@@ -172,8 +185,10 @@ def _parse(argv: list[str]) -> list[str]:
             if value == "None":
                 unset.append(key)
                 continue
-        elif name == "--config" and not Path(path := value.partition(":")[0]).is_file():
-            raise UserError(f"there is no config file {path!r}")
+        elif name == "--config":
+            argument = f"--config={expand(value)}"
+            if not expand(path := value.partition(":")[0]).is_file():
+                raise UserError(f"there is no config file {path!r}")
         kept.append(argument)
     try:
         rest = flags.FLAGS(kept)

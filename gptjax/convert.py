@@ -7,13 +7,13 @@ python -m gptjax.convert --from_peft=DIR --base=runs/gpt2_124m --workdir=runs/lo
 python -m gptjax.convert --workdir=runs/lora --to_peft=DIR
 """
 
-from pathlib import Path
 from typing import cast
 
 from absl import flags
 
 from gptjax import cli
 from gptjax.config import UserError
+from gptjax.files import expand
 
 FROM_HF = flags.DEFINE_string("from_hf", None, "Hugging Face directory, or OWNER/NAME on its Hub, to import.")
 TO_HF = flags.DEFINE_string(
@@ -46,14 +46,14 @@ def main() -> None:
         raise UserError("--from_peft and --base need each other: LoRA matrices are for the weights of a workdir")
     from gptjax.interop import adapters, huggingface  # after the checks: it takes seconds to import
 
-    workdir, place = Path(WORKDIR.value).expanduser(), str(given[way])
-    directory = Path(place).expanduser()
+    workdir, place = expand(WORKDIR.value), str(given[way])
+    directory = expand(place)
     if way == "from_hf":
         huggingface.import_workdir(place, workdir, cast(huggingface.DType, DTYPE.value), TOKENIZER.value)
     elif way == "to_hf":
         huggingface.export_workdir(workdir, directory)
     elif way == "from_peft":
-        adapters.import_adapter(directory, Path(str(BASE.value)).expanduser(), workdir)
+        adapters.import_adapter(directory, expand(str(BASE.value)), workdir)
     else:
         adapters.export_adapter(workdir, directory)
     print(f"imported {place} into {workdir}" if way.startswith("from") else f"exported {workdir} to {place}")

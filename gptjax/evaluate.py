@@ -14,13 +14,13 @@ go to stdout and, with all they depend on, to --output, and the answers to a fil
 resumes when the same command is run again.
 """
 
-from pathlib import Path
 from typing import Any, cast
 
 from absl import flags
 
 from gptjax import cli
 from gptjax.config import UserError
+from gptjax.files import expand
 from gptjax.parallel import program_cache
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run.")
@@ -66,14 +66,16 @@ CACHE_DIR = cli.define_cache_dir()
 def main() -> None:
     if WORKDIR.value is None:
         raise UserError("needs --workdir=DIR, the directory of a run")
-    if not Path(WORKDIR.value).expanduser().is_dir():
+    workdir = expand(WORKDIR.value)
+    if not workdir.is_dir():
         raise UserError(f"there is no workdir {WORKDIR.value}")
+    output = None if OUTPUT.value is None else cli.output_file("output", OUTPUT.value)
     cli.join()
-    program_cache.use(Path(CACHE_DIR.value))
+    program_cache.use(expand(CACHE_DIR.value))
     from gptjax.evaluation.run import Options, evaluate  # takes seconds to import
 
     evaluate(
-        Path(WORKDIR.value).expanduser(),
+        workdir,
         Options(
             tasks=tuple(TASKS.value),
             num_fewshot=NUM_FEWSHOT.value,
@@ -86,10 +88,10 @@ def main() -> None:
             detokenizer=DETOKENIZER.value,
             concatenate=CONCATENATE.value,
             max_new_tokens=MAX_NEW_TOKENS.value,
-            reward_model=None if REWARD_MODEL.value is None else Path(REWARD_MODEL.value).expanduser(),
+            reward_model=None if REWARD_MODEL.value is None else expand(REWARD_MODEL.value),
             mesh=MESH.value,
             dtype=cast(Any, DTYPE.value),
-            output=None if OUTPUT.value is None else Path(OUTPUT.value).expanduser(),
+            output=output,
         ),
     )
 

@@ -16,10 +16,15 @@ MAX_ARRAYS_BYTES = 4 * 2**30  # of the arrays of an .npz file, decompressed
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file that appears whole or not at all: where that fails (a full disk), an older one stays as it was."""
+    """Writes a file that appears whole or not at all: where that fails (a full disk), an older one stays as it was.
+
+    The new file has the permissions of the one that it replaces. A symbolic link is replaced, not followed.
+    """
     temporary = unfinished_path(path)
     try:
         with temporary.open("wb") as file:
+            if path.is_file() and not path.is_symlink():
+                os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
@@ -79,6 +84,11 @@ def read_arrays(path: Path, max_bytes: int = MAX_ARRAYS_BYTES) -> dict[str, npt.
         raise
     except Exception as error:  # a damaged zip file raises one of many kinds, and a false shape a MemoryError
         raise ValueError(f"it is damaged: {error}") from None
+
+
+def expand(path: str) -> Path:
+    """A path that a user gives, with `~` as the home directory. Every command reads its path flags by this."""
+    return Path(os.path.expanduser(path))
 
 
 def is_plain_name(name: Any) -> bool:

@@ -23,7 +23,7 @@ from gptjax.evaluation.example_records import file_name, score_resumably
 from gptjax.evaluation.perplexity import PerplexityTask, perplexity_task
 from gptjax.evaluation.scoring import Scorer
 from gptjax.evaluation.tasks import Examples, ExampleTask, example_task, read_examples
-from gptjax.files import write_whole
+from gptjax.files import expand, write_whole
 from gptjax.metrics.measurement import Measurement
 from gptjax.metrics.report_files import write_predictions
 from gptjax.stages import registry
@@ -62,7 +62,7 @@ def check(options: Options) -> None:
     for name in options.tasks:
         if not name.endswith(".jsonl"):
             check_name(name, (PERPLEXITY, DIALOGUE))
-        elif not Path(name).expanduser().is_file():
+        elif not expand(name).is_file():
             raise UserError(f"there is no task file {name}")
     names = [_short(name, options) for name in dict.fromkeys(options.tasks)]
     if len(set(names)) < len(names):
@@ -179,7 +179,7 @@ def _prepare(name: str, options: Options, trained: TrainedModel) -> ExampleTask 
         )
     examples: Examples
     if name.endswith(".jsonl"):
-        examples, form = read_examples(Path(name).expanduser()), None
+        examples, form = read_examples(expand(name)), None
     else:
         examples, form = read_benchmark(name, options.num_fewshot), BENCHMARKS[name].few_shot_form
     return example_task(

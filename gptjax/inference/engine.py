@@ -115,7 +115,7 @@ class Engine:
           prompts: of any lengths; an empty one means the start of a document.
           max_new_tokens: at least 1.
           sampling: None: temperature 1.
-          seeds: of the draws, one for each prompt; an int counts up from it.
+          seeds: sampling seeds modulo 2**32, one for each prompt; an int counts up from it.
           stop: strings that end a completion; what is before the first of them is kept.
           end_tokens: end a completion as end-of-text does, which may be one of them; such as the end of a turn.
           ignore_end_of_text: go on after it, if it is none of the end tokens.
@@ -217,7 +217,8 @@ class Engine:
         seen_BV: Any = self._seen(windows, rows) if sampling.repetition_penalty is not None else None
         ends_E = np.full(max(MIN_ENDS, power_of_two(len(ends))), -1, np.int32)
         ends_E[: len(ends)] = ends
-        draw = Draw(np.resize(np.asarray(seeds, np.int64), rows).astype(np.uint32), np.int32(0), sampling.knobs, ends_E)
+        seeds_B = np.resize(np.array([seed % 2**32 for seed in seeds], np.uint32), rows)
+        draw = Draw(seeds_B, np.int32(0), sampling.knobs, ends_E)
         memory: Memory | None = None
         ended_B: Any = np.zeros(rows, bool)
         since: list[_Call] = []  # since `windows` were read

@@ -1,5 +1,6 @@
 """configs/finetune.py: every argument gives a whole config, and `runlocal` trains on the embedded tweets."""
 
+import dataclasses
 import json
 
 import pytest
@@ -26,6 +27,15 @@ def test_every_task_resolves(module):
             assert config.stage == "finetune"
             assert config.evaluation.metric == MAIN_METRIC[kind]
     assert set(module.TASKS.values()) == set(MAIN_METRIC)
+
+
+@pytest.mark.parametrize("recipe", ["finetune", "chatgpt"])
+def test_recipes_train_float32_parameters_whatever_the_given_weights_have(recipe, tmp_path):
+    given = c.Config(model=dataclasses.replace(MODEL, param_dtype="bfloat16"))
+    (tmp_path / "config.json").write_text(c.to_json(given))
+    config = c.resolve(config_module(recipe).get_config(f"init_from={tmp_path}"))
+    assert config.model.param_dtype == "float32"
+    assert config.model.embed_dim == MODEL.embed_dim
 
 
 def test_section_4_1_of_gpt1(module):

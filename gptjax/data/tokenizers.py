@@ -6,6 +6,7 @@ found, trained once, kept beside a model and recognised again.
 
 import abc
 import contextlib
+import copy
 import gzip
 import hashlib
 import importlib.util
@@ -13,8 +14,9 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -55,10 +57,34 @@ class Tokenizer(abc.ABC):
       vocab_size: ids are below it; a few of them may stand for nothing.
       end_of_text: id that goes between documents. No text encodes to it: "<|endoftext|>" in a corpus is plain text.
         None: there is no such token, as in GPT-1's original vocabulary; nothing can then be trained with it.
+      ends: ids that end a generated text, `end_of_text` first; others only for models imported with several.
     """
 
     vocab_size: int
     end_of_text: int | None
+    _ends: tuple[int, ...] = ()  # where they are given, and not end_of_text alone
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        return self._ends or (() if self.end_of_text is None else (self.end_of_text,))
+
+    def with_ends(self, ends: Sequence[int]) -> "Tokenizer":
+        """A copy in which each of the tokens `ends` ends a text, the first as `end_of_text`.
+
+        Raises:
+          UserError: an id of no token.
+        """
+        if tuple(ends) == self.ends:
+            return self
+        if missing := [token for token in ends if not self.has_token(token)]:
+            raise UserError(f"no token has the id {missing[0]}, which is said to end a text")
+        found = copy.copy(self)
+        found.end_of_text, found._ends = ends[0], tuple(ends)
+        return found
+
+    def has_token(self, token: int) -> bool:
+        """Whether `token` is an id of the vocabulary."""
+        return 0 <= token < self.vocab_size
 
     @abc.abstractmethod
     def encode(self, text: str) -> npt.NDArray[np.int32]:
@@ -74,17 +100,22 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def _spec(self) -> dict[str, str]:
-        """What `load` finds in spec.json."""
+        """What `load` needs to find the vocabulary again."""
+
+    @property
+    def _whole_spec(self) -> dict[str, str | list[int]]:
+        """Content of spec.json; "ends" only where they are not those of the vocabulary by itself."""
+        return {**self._spec(), **({"ends": list(self._ends)} if self._ends else {})}
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits that change whenever the ids of a text may; `save` and `load` keep them."""
-        return _hash(self._spec())
+        """16 hex digits that change whenever the ids of a document may; `save` and `load` keep them."""
+        return _hash(self._whole_spec)
 
     def save(self, directory: Path) -> None:
         """Writes into `directory`, made if need be, what `load` reads."""
         directory.mkdir(parents=True, exist_ok=True)
-        write_whole(directory / "spec.json", json.dumps(self._spec()) + "\n")
+        write_whole(directory / "spec.json", json.dumps(self._whole_spec) + "\n")
 
 
 class BytesTokenizer(Tokenizer):
@@ -128,21 +159,28 @@ class TiktokenTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """Any tokenizer that the `content` of a tokenizer.json describes; end_of_text is its token of a usual name.
+    """Any tokenizer that the `content` of a tokenizer.json describes.
+
+    Args:
+      ends: ids that end a text, as for `with_ends`. Empty: the first token of a usual name, where there is one.
 
     Raises:
-      UserError: the content is damaged.
+      UserError: the content is damaged, or `ends` has an id of no token.
     """
 
-    def __init__(self, content: str) -> None:
+    def __init__(self, content: str, ends: Sequence[int] = ()) -> None:
         try:
             tokenizer = tokenizers.Tokenizer.from_str(content)
         except Exception as error:  # the library raises no narrower class
             raise UserError(f"not a tokenizer.json: {error}") from None
         vocabulary = tokenizer.get_vocab()
-        name = next((name for name in _END_OF_TEXT_NAMES if name in vocabulary), None)
-        # Special tokens are encoded as plain text, so this one has to be special, which not every file declares.
-        tokenizer.add_special_tokens([] if name is None else [name])
+        guess = next((name for name in _END_OF_TEXT_NAMES if name in vocabulary), None)
+        name_of = {token: name for name, token in vocabulary.items()}
+        if missing := [token for token in ends if token not in name_of]:
+            raise UserError(f"no token has the id {missing[0]}, which is said to end a text")
+        names = [name_of[token] for token in ends] or ([] if guess is None else [guess])
+        # Special tokens are encoded as plain text, so these have to be special, which not every file declares.
+        tokenizer.add_special_tokens(names)
         tokenizer.encode_special_tokens = True
         # The same text must always give the same ids, and all of them.
         tokenizer.no_truncation()
@@ -152,7 +190,18 @@ class HuggingFaceTokenizer(Tokenizer):
         self.content = content
         self._tokenizer = tokenizer
         self.vocab_size = max(vocabulary.values()) + 1
-        self.end_of_text = None if name is None else vocabulary[name]
+        self.end_of_text = vocabulary[names[0]] if names else None
+        self._ends = () if not ends or names == [guess] else tuple(ends)
+
+    def with_ends(self, ends: Sequence[int]) -> "HuggingFaceTokenizer":
+        return HuggingFaceTokenizer(self.content, ends)
+
+    def has_token(self, token: int) -> bool:
+        return super().has_token(token) and self._tokenizer.id_to_token(token) is not None
+
+    def id_of(self, name: str) -> int | None:
+        """Id of the token of that name; None: there is none."""
+        return self._tokenizer.token_to_id(name)
 
     def encode(self, text: str) -> npt.NDArray[np.int32]:
         # Of a batch of one, as that form alone does without each token's place in the text, which takes a third longer.
@@ -255,26 +304,71 @@ def load(directory: Path, cache_dir: Path | None = None) -> Tokenizer:
     try:
         spec = files.read_json(directory / "spec.json")
         kind, name = str(spec["kind"]), str(spec.get("name"))
+        ends = _ends_in(spec)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"no tokenizer in {directory}: spec.json is missing or damaged ({error!r})") from None
     if kind == "bytes":
-        return BytesTokenizer()
+        return BytesTokenizer().with_ends(ends) if ends else BytesTokenizer()
     if kind == "tiktoken" and name in _VOCABULARIES:
-        return TiktokenTokenizer(_openai_encoding(name, cache_dir or Path(DataConfig.cache_dir).expanduser()))
+        found = TiktokenTokenizer(_openai_encoding(name, cache_dir or Path(DataConfig.cache_dir).expanduser()))
+        return found.with_ends(ends) if ends else found
     if kind == "huggingface":
-        tokenizer = read_json(directory / "tokenizer.json")
+        tokenizer = read_json(directory / "tokenizer.json", ends)
         if tokenizer.fingerprint != _hash(spec):
             raise UserError(f"{directory}/tokenizer.json is not the one that spec.json was written for: restore it")
         return tokenizer
     raise UserError(f"{directory}/spec.json names an unknown tokenizer: {spec}")
 
 
-def read_json(path: Path) -> HuggingFaceTokenizer:
-    """The tokenizer of a tokenizer.json, with an end of text or without; UserError when it is damaged."""
+def read_json(path: Path, ends: Sequence[int] | None = None) -> HuggingFaceTokenizer:
+    """The tokenizer of a tokenizer.json, with an end of text or without.
+
+    Args:
+      ends: as for `HuggingFaceTokenizer`. None: what a spec.json of `save` or a tokenizer_config.json declares in the
+        directory of a file that is called tokenizer.json.
+
+    Raises:
+      UserError: a damaged file.
+    """
     try:
-        return HuggingFaceTokenizer(path.read_bytes().decode())  # not read_text, which would change line ends
+        # Not read_text, which would change line ends.
+        tokenizer = HuggingFaceTokenizer(path.read_bytes().decode(), ends or ())
     except (UserError, OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot load the tokenizer {path}: {error}") from None
+    if ends is not None or path.name != "tokenizer.json":
+        return tokenizer
+    saved = _json_object(path.parent / "spec.json")
+    if saved.get("kind") == "huggingface":
+        try:
+            return read_json(path, _ends_in(saved))
+        except (TypeError, ValueError):
+            raise UserError(f"cannot load the tokenizer {path}: spec.json in its directory is damaged") from None
+    return with_declared_end(tokenizer, path.parent)
+
+
+def _ends_in(spec: dict[str, Any]) -> tuple[int, ...]:
+    return tuple(int(token) for token in spec.get("ends", ()))
+
+
+def with_declared_end(tokenizer: HuggingFaceTokenizer, directory: Path) -> HuggingFaceTokenizer:
+    """`tokenizer` with the eos_token of the tokenizer_config.json in `directory`, if that names one of its tokens."""
+    declared = _json_object(directory / "tokenizer_config.json").get("eos_token")
+    name = declared.get("content") if isinstance(declared, dict) else declared  # a dict: the token and its properties
+    token = tokenizer.id_of(name) if isinstance(name, str) else None
+    return tokenizer if token is None else tokenizer.with_ends([token])
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    """Content of a JSON file, {} if there is none; UserError when it is damaged."""
+    try:
+        found = files.read_json(path)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return found
 
 
 def _save_whole(tokenizer: Tokenizer, directory: Path) -> None:

@@ -25,7 +25,7 @@ from gptjax.files import unfinished_path
 from gptjax.interop import families, safetensors_files
 from gptjax.interop.families import Family, Placement, placements
 from gptjax.interop.safetensors_files import DTYPES, Declared, Tensor
-from gptjax.interop.tokenizer_files import read_tokenizer, write_tokenizer
+from gptjax.interop.tokenizer_files import ends_of, read_tokenizer, write_tokenizer
 from gptjax.models.gpt import GPT, abstract_params
 from gptjax.parallel.mesh import make_mesh
 from gptjax.training.checkpoints import Checkpoints
@@ -39,7 +39,9 @@ _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _CONTAINER_DTYPE = {str(dtype): name for name, dtype in DTYPES.items()}
 
 
-def load_pretrained(directory: str | Path, dtype: DType = "float32", mesh: Mesh | None = None) -> tuple[GPT, Any]:
+def load_pretrained(
+    directory: str | Path, dtype: DType = "float32", mesh: Mesh | None = None, param_dtype: DType = "float32"
+) -> tuple[GPT, Any]:
     """The model in a Hugging Face directory, of a family in `families.FAMILIES`.
 
     `model.apply({"params": params}, tokens_BT)` gives the logits, float32 (B, T, V), of transformers' model.
@@ -48,23 +50,24 @@ def load_pretrained(directory: str | Path, dtype: DType = "float32", mesh: Mesh 
       directory: with config.json and model.safetensors, or its shards and their index.
       dtype: of activations.
       mesh: over which the parameters are laid out; None: spread over all devices where the model's width divides.
+      param_dtype: of the parameters, whatever the file's. Training needs float32: in bfloat16, whose spacing is 1/256
+        of a value, most updates of a small learning rate round to nothing. bfloat16 halves the memory of a model that
+        is only used.
 
     Returns:
-      The model, and its parameters as `model.init` makes them: float32, or bfloat16 where all weights are.
+      The model, and its parameters as `model.init` makes them.
 
     Raises:
       UserError: something is missing, damaged, left over, of another shape, or beyond what GPTConfig can say.
     """
     directory = Path(directory).expanduser()
     family, config = families.read_config(directory)
-    config = dataclasses.replace(config, dtype=dtype)
+    config = dataclasses.replace(config, dtype=dtype, param_dtype=param_dtype)
     mesh = make_mesh(_spread(config)) if mesh is None else mesh
     abstract = abstract_params(GPT(config), mesh)
     leaves = _by_path(abstract)
     tensors = _without_prefix(directory, safetensors_files.read_headers(directory))
     table = _match(directory, family, config, leaves, tensors)
-    if all(tensors[place.name].dtype == "BF16" for places in table.values() for place in places):
-        config = dataclasses.replace(config, param_dtype="bfloat16")
     # The largest first: while the last is read, in a buffer of its own, it is the small ones that are held twice.
     order = sorted(leaves, key=lambda path: -math.prod(leaves[path].shape))
     arrays = {path: _read_parameter(leaves[path], config.param_dtype, table[path], tensors) for path in order}
@@ -110,7 +113,7 @@ def _save(
     """
     assert config.vocab_size is not None
     family = families.family_of(config)
-    theirs = families.to_config_json(family, config, None if tokenizer is None else tokenizer.end_of_text)
+    theirs = families.to_config_json(family, config, () if tokenizer is None else tokenizer.ends)
     if chat is not None:
         theirs["eos_token_id"] = chat.end_of_turn
     period = len(config.attention_pattern)
@@ -133,7 +136,13 @@ def _save(
             write_tokenizer(tokenizer, unfinished, config.context_length, chat)
 
 
-def import_workdir(source: str, workdir: Path, dtype: DType = "float32", tokenizer: str | None = None) -> None:
+def import_workdir(
+    source: str,
+    workdir: Path,
+    dtype: DType = "float32",
+    tokenizer: str | None = None,
+    param_dtype: DType = "float32",
+) -> None:
     """Makes a workdir of a Hugging Face directory, for every command that reads one and for `init_from`.
 
     Args:
@@ -141,6 +150,7 @@ def import_workdir(source: str, workdir: Path, dtype: DType = "float32", tokeniz
       workdir: made; it must not exist, or be empty.
       dtype: of activations.
       tokenizer: gpt2, cl100k_base, bytes or json:PATH, in place of the directory's own. None: the directory's.
+      param_dtype: as of `load_pretrained`.
 
     Raises:
       UserError: as of `load_pretrained`; no tokenizer, or one of more tokens than the model has.
@@ -155,7 +165,9 @@ def import_workdir(source: str, workdir: Path, dtype: DType = "float32", tokeniz
             f"the tokenizer has {found.vocab_size} tokens, and the model in {directory} a vocab_size of only "
             f"{config.vocab_size}: give the model's own by --tokenizer"
         )
-    model, params = load_pretrained(directory, dtype)
+    if ends := ends_of(directory, found):
+        found = found.with_ends(ends)
+    model, params = load_pretrained(directory, dtype, param_dtype=param_dtype)
     if isinstance(found, tokenizers.HuggingFaceTokenizer):
         tokenizer = f"json:{workdir.absolute() / 'tokenizer' / 'tokenizer.json'}"
     assert tokenizer is not None

@@ -9,6 +9,7 @@ import tiktoken
 import tokenizers as huggingface
 from tokenizers import decoders, models, pre_tokenizers
 
+from gptjax import files
 from gptjax.config import UserError
 from gptjax.data.templates import ChatFormat
 from gptjax.data.tokenizers import (
@@ -20,11 +21,15 @@ from gptjax.data.tokenizers import (
     gpt1_form,
     gpt2_form,
     read_json,
+    with_declared_end,
 )
 
 
 def read_tokenizer(directory: Path) -> HuggingFaceTokenizer | None:
     """The tokenizer of a model's directory; None when there are no files of one.
+
+    Its end of text is the eos_token of tokenizer_config.json, else the token of a usual name; `ends_of` has what the
+    model's own files say.
 
     Raises:
       UserError: damaged files.
@@ -35,9 +40,46 @@ def read_tokenizer(directory: Path) -> HuggingFaceTokenizer | None:
     if not (path.is_file() and (directory / "merges.txt").is_file()):
         return None
     try:
-        return HuggingFaceTokenizer(_read_vocabulary(directory).to_str())
+        tokenizer = HuggingFaceTokenizer(_read_vocabulary(directory).to_str())
     except Exception as error:  # the tokenizers library raises no narrower class
         raise UserError(f"cannot load the tokenizer {path}: {' '.join(str(error).split())}") from None
+    return with_declared_end(tokenizer, directory)
+
+
+def ends_of(directory: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Ids that end a text by the eos_token_id of a model's files, the one that separates documents first.
+
+    As in transformers' `generate`, generation_config.json (often a list) takes precedence over config.json. Ids of no
+    token do not count: configs keep the default 50256 of GPT-2 over other vocabularies.
+
+    Returns:
+      Empty where neither file names a token; what `read_tokenizer` has found then holds.
+
+    Raises:
+      UserError: a damaged file, or an eos_token_id that is neither an id nor a list of ids.
+    """
+    generation, model = (
+        [token for token in _eos_token_ids(directory / name) if tokenizer.has_token(token)]
+        for name in ("generation_config.json", "config.json")
+    )
+    ends = generation or model
+    if not ends:
+        return ()
+    first = next(token for token in (*model[:1], tokenizer.end_of_text, ends[0]) if token in ends)
+    return tuple(dict.fromkeys([first, *ends]))
+
+
+def _eos_token_ids(path: Path) -> list[int]:
+    try:
+        found = files.read_json(path).get("eos_token_id")
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if any(not isinstance(token, int) or isinstance(token, bool) for token in ids):
+        raise UserError(f"{path}: eos_token_id={json.dumps(found)} is neither a token id nor a list of them")
+    return ids
 
 
 def _read_vocabulary(directory: Path) -> huggingface.Tokenizer:

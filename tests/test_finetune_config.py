@@ -11,7 +11,7 @@ from gptjax.data import labelled
 from gptjax.evaluation.reports import MAIN_METRIC
 from gptjax.training.run import run
 from gptjax.training.stages import finetune
-from tests.tiny_tasks import MODEL, config_module
+from tests.tiny_tasks import MODEL, config_module, save_pretrained
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +31,8 @@ def test_every_task_resolves(module):
 
 @pytest.mark.parametrize("recipe", ["finetune", "chatgpt"])
 def test_recipes_train_float32_parameters_whatever_the_given_weights_have(recipe, tmp_path):
-    given = c.Config(model=dataclasses.replace(MODEL, param_dtype="bfloat16"))
-    (tmp_path / "config.json").write_text(c.to_json(given))
-    config = c.resolve(config_module(recipe).get_config(f"init_from={tmp_path}"))
+    given = save_pretrained(tmp_path / "given", settings=dataclasses.replace(MODEL, param_dtype="bfloat16"))
+    config = c.resolve(config_module(recipe).get_config(f"init_from={given}"))
     assert config.model.param_dtype == "float32"
     assert config.model.embed_dim == MODEL.embed_dim
 

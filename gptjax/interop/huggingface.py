@@ -22,8 +22,9 @@ from gptjax.config import CHAT_STAGES, BatchConfig, Config, DataConfig, GPTConfi
 from gptjax.data import tokenizers
 from gptjax.data.templates import ChatFormat, chat_format
 from gptjax.files import unfinished_path
-from gptjax.interop import families, safetensors_files
+from gptjax.interop import families, heads, safetensors_files
 from gptjax.interop.families import Family, Placement, placements
+from gptjax.interop.heads import Head
 from gptjax.interop.safetensors_files import DTYPES, Declared, Tensor
 from gptjax.interop.tokenizer_files import ends_of, read_tokenizer, write_tokenizer
 from gptjax.models.gpt import GPT, abstract_params
@@ -105,35 +106,42 @@ def _save(
     tokenizer: tokenizers.Tokenizer | None,
     max_file_bytes: int = safetensors_files.MAX_FILE_BYTES,
     chat: ChatFormat | None = None,
+    head: Head | None = None,
 ) -> None:
     """`save_pretrained` of parameters whose shapes and dtypes are in `abstract`, by path, and values in `leaves`.
 
     Args:
       chat: as of `write_tokenizer`.
+      head: of a fine-tuned task, instead of the language model's.
     """
     assert config.vocab_size is not None
     family = families.family_of(config)
     theirs = families.to_config_json(family, config, () if tokenizer is None else tokenizer.ends)
     if chat is not None:
         theirs["eos_token_id"] = chat.end_of_turn
+    layer: dict[str, np.ndarray] = {}
+    if head is not None:
+        layer = {f"{head.module}.{name}": array for name, array in head.tensors.items()}
+        theirs |= head.settings | {"architectures": [head.architecture]}
     period = len(config.attention_pattern)
     places = {path: list(placements(family, period, path, leaf.shape)) for path, leaf in abstract.items()}
     declared = [
         Declared(families.PREFIX + place.name, _CONTAINER_DTYPE[str(leaf.dtype)], place.shape)
         for path, leaf in abstract.items()
         for place in places[path]
-    ]
+    ] + [Declared(name, _CONTAINER_DTYPE[str(array.dtype)], array.shape) for name, array in layer.items()]
 
     def arrays() -> Iterator[np.ndarray]:
         for path, leaf in zip(abstract, leaves, strict=True):
             for place in places[path]:
                 yield place.to_theirs(np.asarray(leaf if place.row is None else leaf[place.row]))
+        yield from layer.values()
 
     with new_directory(directory) as unfinished:
         (unfinished / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
         safetensors_files.write(unfinished, declared, arrays(), max_file_bytes)
         if tokenizer is not None:
-            write_tokenizer(tokenizer, unfinished, config.context_length, chat)
+            write_tokenizer(tokenizer, unfinished, config.context_length, chat, is_task=head is not None)
 
 
 def import_workdir(
@@ -184,22 +192,31 @@ def import_workdir(
 
 
 def export_workdir(workdir: Path, directory: Path) -> None:
-    """Writes the newest weights of a workdir's GPT as a Hugging Face directory (`save_pretrained`).
+    """Writes the newest weights of a workdir as a Hugging Face directory (`save_pretrained`).
 
-    What low-rank matrices of fine-tuning change is in them; a head for a task is left out. The tokenizer of a model of
-    chat has the special tokens of its template, and the template.
+    Low-rank matrices are merged. A fine-tuned task becomes a class of transformers with a head (`interop.heads`), with
+    the weights of the best checkpoint, as in `gptjax.predict`; its tokenizer writes the start, delimiter and extract
+    tokens. The tokenizer of a chat model has the special tokens of its template, and the template.
+
+    Raises:
+      UserError: transformers has no class for the model or its head; `directory` is not new.
     """
     check_new(directory)
     config, tokenizer = completed_config(workdir)
-    families.family_of(config.model)  # before the checkpoint is opened
+    family = families.family_of(config.model)  # before the checkpoint is opened
+    heads.check(workdir, family, config)
     mesh = make_mesh(MeshConfig())
     abstract = abstract_params(GPT(config.model), mesh)
     if config.stage != "pretrain" or config.peft.method != "none":
+        is_task = config.stage == "finetune"
         with jax.set_mesh(mesh):
-            params = load_weights(workdir, mesh).gpt
-        arrays = (np.asarray(leaf) for leaf in jax.tree.leaves(params))
+            weights = load_weights(workdir, mesh, best=is_task)
+        head, leaves = None, _by_path(weights.gpt)
+        if is_task:
+            head, leaves = heads.split_head(family, config, tokenizer, weights.gpt | {"head": weights.head})
+        arrays = (np.asarray(leaves[path]) for path in _by_path(abstract))
         form = chat_format(config.chat, tokenizer) if config.stage in CHAT_STAGES else None
-        _save(config.model, _by_path(abstract), arrays, directory, tokenizer, chat=form)
+        _save(config.model, _by_path(abstract), arrays, directory, tokenizer, chat=form, head=head)
         return
     with Checkpoints(workdir, config.checkpoint, read_only=True) as checkpoints:
         if checkpoints.latest_step() is None:

@@ -10,7 +10,7 @@ from gptjax.config.checks import check
 from gptjax.config.edited import check_key, config_dict, replace, resolve
 from gptjax.config.errors import UserError, nearest
 from gptjax.config.model import GPTConfig
-from gptjax.config.saved import config_hash, differences, read_config, to_json
+from gptjax.config.saved import config_hash, differences, read_config, to_json, with_absolute_paths
 from gptjax.config.sections import (
     ANSWERING_STAGES,
     CHAT_STAGES,
@@ -71,4 +71,5 @@ __all__ = [
     "replace",
     "resolve",
     "to_json",
+    "with_absolute_paths",
 ]

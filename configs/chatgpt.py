@@ -51,7 +51,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         # Appendix C: Adam with 0.9 and 0.95, cosine to 10 % of the peak, no warm-up.
         optimizer=c.OptimizerConfig(beta2=0.95, weight_decay=0.0, floor_lr_fraction=0.1),
     )
-    config = stage(c.replace(config, {"model": DROPOUT}))
+    # The workdir of init_from may keep bfloat16 parameters, whose spacing swallows updates.
+    config = stage(c.replace(config, {"model": DROPOUT | {"param_dtype": "float32"}}))
     return c.config_dict(runlocal(config) if args["runlocal"] else config)
 
 

@@ -64,7 +64,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         evaluation=c.EvaluationConfig(every_epochs=1.0, metric=METRICS.get(kind, "accuracy")),
         checkpoint=c.CheckpointConfig(every_epochs=1.0),
     )
-    config = c.replace(config, {"model": dropout})
+    # The workdir of init_from may keep bfloat16 parameters, whose spacing swallows updates.
+    config = c.replace(config, {"model": dropout | {"param_dtype": "float32"}})
     return c.config_dict(runlocal(config) if args["runlocal"] else config)
 
 

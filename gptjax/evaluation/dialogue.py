@@ -71,6 +71,7 @@ class DialogueTask:
             self.max_new_tokens,
             Sampling(temperature=0),
             end_tokens=(self.end_of_turn,),
+            separate_text=True,
         )
         return [Answer(c.text, len(c.tokens), c.finish_reason != "length") for c in completions]
 

@@ -125,6 +125,7 @@ class ChatSession:
             self._sampling,
             seeds=self._seed,
             end_tokens=(self._format.end_of_turn,),
+            separate_text=True,
             on_text=lambda _, piece: on_text(piece),
         )[0]
         self._seed += 1

@@ -19,7 +19,7 @@ from gptjax.training.stages.held_out import held_out_means
 from gptjax.training.stages.intervals import in_tokens
 from gptjax.training.stages.reading import reader
 
-Conclude = Callable[[Any, Path], str]
+Conclude = Callable[[Any, int, Path], str]
 
 
 def build_ranked(

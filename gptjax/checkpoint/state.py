@@ -128,6 +128,12 @@ def create_state(program: Program, mesh: Mesh) -> TrainState:
     return jax.jit(lambda: nn.unbox(init_state(program)), out_shardings=placement)()
 
 
+def fresh_optimizer_state(program: Program, mesh: Mesh) -> optax.OptState:
+    """The optimizer state before the first step, laid out as in `create_state`."""
+    placement = state_shardings(program, mesh).opt_state
+    return jax.jit(lambda: nn.unbox(init_state(program)).opt_state, out_shardings=placement)()
+
+
 def dropout_rng(rng: jax.Array, step: jax.Array | int, microbatch: jax.Array | int) -> jax.Array:
     """The key of a step's microbatch, from the key data of the state."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(rng), step), microbatch)

@@ -1,12 +1,13 @@
 """Where a run starts from, and the weights that it leaves.
 
 A run starts from the first of these that there is:
-  1. the newest checkpoint of its own workdir: it goes on as if it had never stopped;
+  1. the newest checkpoint of its own workdir: it resumes as if it had never stopped;
   2. the weights of the workdir that `init_from` names: a new run with a fresh optimizer;
   3. its seed.
 """
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,16 @@ from jax.sharding import Mesh
 
 from gptjax.checkpoint.manager import Checkpoints
 from gptjax.checkpoint.position import Position
-from gptjax.checkpoint.state import Program, TrainState, abstract_state, create_state, fresh_params
-from gptjax.config import Config, UserError, differences
+from gptjax.checkpoint.saved_trees import ConfigChanges
+from gptjax.checkpoint.state import (
+    Program,
+    TrainState,
+    abstract_state,
+    create_state,
+    fresh_optimizer_state,
+    fresh_params,
+)
+from gptjax.config import Config, UserError, differences, read_config
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.distributed import processes
 from gptjax.files import read_json
@@ -35,17 +44,22 @@ _FREE_FIELDS = (
 )
 
 
-def start_state(program: Program, mesh: Mesh, checkpoints: Checkpoints) -> tuple[TrainState, Position]:
-    """The state a run starts from, by the precedence above, and where in the data and its numbers; `mesh` in use.
+def start_state(
+    program: Program, mesh: Mesh, checkpoints: Checkpoints, changes: ConfigChanges | None = None
+) -> tuple[TrainState, Position]:
+    """The state a run starts from, by the precedence above, and its position in the data; `mesh` in use.
+
+    Args:
+      changes: as of `resumed_state`.
 
     Raises:
-      UserError: `init_from` has no weights, or those of another model; or they are not what they were when the run
-        started from them.
+      UserError: `init_from` has no weights, or those of another model; or they have changed since the run started from
+        them; or as `resumed_state`.
     """
     newest = checkpoints.latest_step()
     processes.check_same({"newest checkpoint": newest}, "give all processes the same --workdir, on a shared disk")
     if newest is not None:
-        state, position = checkpoints.restore(abstract_state(program, mesh))
+        state, position = resumed_state(program, mesh, checkpoints, changes)
         if program.has_base:
             state = state.replace(base=whole_base(program, load_given(program, mesh), mesh))
             checkpoints.check_base(int(state.step), state.base)
@@ -58,6 +72,33 @@ def start_state(program: Program, mesh: Mesh, checkpoints: Checkpoints) -> tuple
     # The average starts at the weights; a copy, as the step donates both.
     ema = None if state.ema is None else jax.tree.map(lambda p: p.copy(), params)
     return state.replace(base=base, params=params, ema=ema), Position()
+
+
+def resumed_state(
+    program: Program, mesh: Mesh, checkpoints: Checkpoints, changes: ConfigChanges | None = None
+) -> tuple[TrainState, Position]:
+    """The state of the newest whole checkpoint, without its base, and its position.
+
+    Args:
+      changes: of the config since that checkpoint. Where they are allowed, an optimizer state that does not fit the
+        config is replaced by a fresh one, and a moving average that is missing starts at the parameters.
+
+    Raises:
+      UserError: as `Checkpoints.restore`.
+    """
+    changes = ConfigChanges() if changes is None else changes
+    abstract = abstract_state(program, mesh)
+    state, position = checkpoints.restore(abstract, changes=changes)
+    notes = []
+    if state.opt_state is None:
+        state = state.replace(opt_state=fresh_optimizer_state(program, mesh))
+        notes.append(f"a fresh optimizer state: the saved one does not fit ({changes.named('optimizer')})")
+    if abstract.ema is not None and state.ema is None:
+        state = state.replace(ema=jax.tree.map(lambda p: p.copy(), state.params))  # a copy, as the step donates both
+        notes.append("a moving average that starts at the parameters: the saved one is missing or does not fit")
+    for note in notes if processes.is_first() else ():
+        print(f"step {int(state.step)} resumes with {note}", file=sys.stderr)
+    return state, position
 
 
 def load_given(program: Program, mesh: Mesh, loaded: dict[Path, Any] | None = None) -> Any:
@@ -176,11 +217,14 @@ class Parts:
         return plain(self.program.config, self.program.join(*base_and_trained))
 
 
-def load_parts(workdir: Path, mesh: Mesh, *, best: bool = False, given: dict[Path, Any] | None = None) -> Parts:
+def load_parts(
+    workdir: Path, mesh: Mesh, *, best: bool = False, step: int | None = None, given: dict[Path, Any] | None = None
+) -> Parts:
     """The newest weights of a workdir, their moving average where the run kept one; `mesh` is in use.
 
     Args:
       best: those of the best checkpoint instead.
+      step: those of this step instead.
       given: weights that others started from, by workdir, which this one may share; its own is added.
 
     Raises:
@@ -190,12 +234,12 @@ def load_parts(workdir: Path, mesh: Mesh, *, best: bool = False, given: dict[Pat
     check_model_fit(config.model, mesh)
     program = make_program(config)
     with Checkpoints(workdir, config.checkpoint, read_only=True) as checkpoints:
-        newest = checkpoints.latest_step()
-        processes.check_same({"newest checkpoint": newest}, "give all processes the same --workdir, on a shared disk")
-        if newest is None:
+        # A run in progress may save and delete meanwhile, so only whether there is one must be the same.
+        any_saved = checkpoints.latest_step() is not None
+        processes.check_same({"a checkpoint": any_saved}, "give all processes the same --workdir, on a shared disk")
+        if not any_saved:
             raise UserError(f"{workdir} has no checkpoint yet")
-        wanted = checkpoints.best_step() if best else None
-        trained, step = checkpoints.restore_params(abstract_state(program, mesh).params, wanted)
+        trained, step = checkpoints.restore_params(abstract_state(program, mesh).params, step, best=best)
         base = None
         if program.given is not None:
             base = given_base(program, load_given(program, mesh, given), mesh)
@@ -221,9 +265,9 @@ class Weights:
     step: int
 
 
-def load_weights(workdir: Path, mesh: Mesh, *, best: bool = False) -> Weights:
+def load_weights(workdir: Path, mesh: Mesh, *, best: bool = False, step: int | None = None) -> Weights:
     """As `load_parts`, all in one."""
-    parts = load_parts(workdir, mesh, best=best)
+    parts = load_parts(workdir, mesh, best=best, step=step)
     params = dict(parts.join((parts.base, parts.trained)))
     head = params.pop("head", None)
     params.pop(VALUE, None)  # of use in training alone
@@ -231,20 +275,32 @@ def load_weights(workdir: Path, mesh: Mesh, *, best: bool = False) -> Weights:
 
 
 def load_reward_weights(workdir: Path, mesh: Mesh) -> Weights:
-    """Those of a run of stage "reward", the head shifted so that the best answers of its data score 0 on average.
+    """The best weights of a run of stage "reward", shifted so that the best answers of its data score 0 on average.
+
+    The run measures that mean at its end, and records it with the step of the checkpoint it was measured on
+    (`SCALE_FILE`); before, the mean counts as 0. A file without a step is of the best checkpoint.
 
     Raises:
-      UserError: as of `load_parts`; or the run is of another stage.
+      UserError: as of `load_parts`; the run is of another stage; or the checkpoint of the recorded step is gone.
     """
-    weights = load_weights(workdir, mesh)
-    if weights.config.stage != "reward":
-        stage = weights.config.stage
-        raise UserError(f"{workdir} is of stage {stage}: rewards are what a run of stage reward has learned")
+    config = read_config(workdir)
+    if config.stage != "reward":
+        raise UserError(f"{workdir} is of stage {config.stage}: rewards are what a run of stage reward has learned")
+    path = workdir / SCALE_FILE
     try:
-        mean = float(read_json(workdir / SCALE_FILE)["mean"])
-    except FileNotFoundError:  # the run has not come to its end
-        mean = 0.0
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read {workdir / SCALE_FILE}: {error}") from None
+        scale = read_json(path)
+        mean, step = float(scale["mean"]), scale.get("step")
+        if not (step is None or type(step) is int):
+            raise ValueError(f"step {step!r} is not a whole number")
+    except FileNotFoundError:  # the run has not ended yet
+        mean, step = 0.0, None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if step is not None and not (workdir / "checkpoints" / str(step)).is_dir():
+        raise UserError(
+            f"{path} was measured on checkpoint {step}, which is gone: "
+            f"run the command that trained {workdir} again, to its end"
+        )
+    weights = load_weights(workdir, mesh, best=True, step=step)
     linear = weights.head["linear"]
     return dataclasses.replace(weights, head={"linear": linear | {"bias": linear["bias"] - mean}})

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import math
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,6 +15,7 @@ from jax.sharding import Mesh
 
 from gptjax.checkpoint.manager import Checkpoints
 from gptjax.checkpoint.position import Position
+from gptjax.checkpoint.saved_trees import ConfigChanges
 from gptjax.checkpoint.state import Batch, TrainState, abstract_state, make_train_step, state_shardings
 from gptjax.config import Config, UserError, config_hash
 from gptjax.distributed import preemption, processes
@@ -22,7 +24,7 @@ from gptjax.models import peft
 from gptjax.optim.optimizers import num_microbatches, schedule
 from gptjax.parallel import compiler
 from gptjax.parallel.rows import global_array, process_rows
-from gptjax.stages.start import start_state
+from gptjax.stages.start import resumed_state, start_state
 from gptjax.training.debug_bundles import save_bundle
 from gptjax.training.loss_monitor import LossSpikeError, NotFiniteError
 from gptjax.training.metrics_file import MetricsWriter, plot_loss
@@ -45,14 +47,24 @@ class Report:
     conclusion: str | None
 
 
-def train(stage: Stage, mesh: Mesh, workdir: Path, *, profile: bool = False) -> Report:
-    """Trains to `stage.total_tokens`, or on from the newest checkpoint in `workdir`.
+def train(
+    stage: Stage,
+    mesh: Mesh,
+    workdir: Path,
+    *,
+    profile: bool = False,
+    changes: ConfigChanges | None = None,
+    on_start: Callable[[], None] | None = None,
+) -> Report:
+    """Trains to `stage.total_tokens`, from the newest checkpoint in `workdir` if there is one.
 
     Args:
       stage: what to train.
       mesh: the devices.
       workdir: gets checkpoints/, metrics.jsonl, tensorboard/, samples/ and loss.png.
       profile: write a trace of a few steps to `<workdir>/profile/`.
+      changes: of the config since the run in `workdir` was started; None: there are none.
+      on_start: called when the state has been restored, before anything is written.
 
     Raises:
       UserError: the disk is full, the data cannot be read, or too many updates in a row were skipped, as the numbers
@@ -62,8 +74,10 @@ def train(stage: Stage, mesh: Mesh, workdir: Path, *, profile: bool = False) -> 
     config = stage.config
     with jax.set_mesh(mesh), ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint))
-        state, position = start_state(stage.program, mesh, checkpoints)
-        run = _Run(stage, mesh, workdir, checkpoints, state, position, stack)
+        state, position = start_state(stage.program, mesh, checkpoints, changes)
+        if on_start is not None:
+            on_start()
+        run = _Run(stage, mesh, workdir, checkpoints, state, position, stack, changes)
         if run.step > 0:
             run.say(f"going on from step {run.step}")
         if run.owes_evaluation:
@@ -83,7 +97,7 @@ def train(stage: Stage, mesh: Mesh, workdir: Path, *, profile: bool = False) -> 
             run.say(f"no profile: the run ended before step {PROFILED_STEPS.start + 1} of this process")
         if jax.process_index() == 0:
             plot_loss(workdir)
-        conclusion = None if stage.conclude is None else stage.conclude(run.best_params(), workdir)
+        conclusion = None if stage.conclude is None else stage.conclude(*run.best_params(), workdir)
         return Report(run.step, run.tokens, run.validation, run.sample, conclusion)
 
 
@@ -124,7 +138,9 @@ class _Run:
         state: TrainState,
         position: Position,
         stack: ExitStack,
+        changes: ConfigChanges | None = None,
     ):
+        self._changes = changes
         self.stage, self.workdir, self.checkpoints = stage, workdir, checkpoints
         self.state, self.examples, self.skipped_examples = state, position.examples, position.skipped_examples
         self.tokens = position.tokens  # trained on
@@ -169,14 +185,14 @@ class _Run:
         trained = self.state.params if self.state.ema is None else self.state.ema
         return self.stage.program.join(self.state.base, trained)
 
-    def best_params(self) -> Any:
-        """All parameters, as in the best checkpoint."""
+    def best_params(self) -> tuple[Any, int]:
+        """All parameters of the best checkpoint, and its step."""
         self.checkpoints.wait()
         best = self.checkpoints.best_step()
         if best is None or best == self.step:
-            return self.params
+            return self.params, self.step
         trained, _ = self.checkpoints.restore_params(self._abstract_state.params, best)
-        return self.stage.program.join(self.state.base, trained)
+        return self.stage.program.join(self.state.base, trained), best
 
     @property
     def out_of_patience(self) -> bool:
@@ -321,7 +337,7 @@ class _Run:
                 "optimizer.peak_lr or raise stability.spike_deviations, and go on by --allow_config_changes"
             )
         self.checkpoints.wait()
-        restored, position = self.checkpoints.restore(self._abstract_state)
+        restored, position = resumed_state(self.stage.program, self._mesh, self.checkpoints, self._changes)
         self.state = restored.replace(base=self.state.base)
         config = self.stage.config
         since = spike.examples - position.examples

@@ -38,8 +38,8 @@ class Stage:
     batches: Callable[[int], Iterator[Microbatch]]  # examples consumed -> what follows
     evaluate: Callable[[Any], dict[str, float]]  # all parameters -> {"loss": ..., ...} on held-out data
     sample: Callable[[Any], str] | None  # all parameters -> text
-    # The best checkpoint's parameters, workdir -> text: what is left to do at the end, by all processes
-    conclude: Callable[[Any, Path], str] | None = None
+    # Parameters of the best checkpoint, its step, workdir -> text: what all processes do at the end
+    conclude: Callable[[Any, int, Path], str] | None = None
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of the workdir, by name: what the data decided
     attach: Callable[[Learner], None] | None = None  # before `batches`, where they depend on the run
 

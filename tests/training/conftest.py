@@ -1,5 +1,6 @@
 """A run small enough to train in a test."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,31 @@ def make_tiny() -> Callable[[Path], c.Config]:
 @pytest.fixture
 def tiny(tmp_path: Path) -> c.Config:
     return _tiny(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[c.Config, Path]:
+    """A run with the checkpoints 4 and 6; nobody may change it."""
+    from gptjax.run import run
+
+    directory = tmp_path_factory.mktemp("original")
+    changes = {
+        "model": {"vocab_size": 257},
+        "optimizer": {"schedule": "constant"},
+        "evaluation": {"sample_tokens": 0},
+        "checkpoint": {"keep_last": 2},
+    }
+    config = c.replace(_tiny(directory), changes)
+    run(config, directory / "run")
+    return config, directory / "run"
+
+
+@pytest.fixture
+def trained(original: tuple[c.Config, Path], tmp_path: Path) -> tuple[c.Config, Path]:
+    """A run with the checkpoints 4 and 6, and a copy of its workdir."""
+    config, workdir = original
+    shutil.copytree(workdir, tmp_path / "run")
+    return config, tmp_path / "run"
 
 
 def _tiny(directory: Path) -> c.Config:

@@ -18,7 +18,7 @@ from gptjax.models.gpt import GPT, head_embedding, hidden_states
 from gptjax.models.heads import Head, init_with_head
 
 REFERENCE = "reference"  # the key of the parameters of the model that a policy started from
-SCALE_FILE = "reward.json"  # of a workdir of stage "reward": the mean score of the best answers
+SCALE_FILE = "reward.json"  # of a workdir of stage "reward": the mean score of the best answers, and at which step
 
 
 def read_elements(gpt: GPT, params: Any, batch: Batch, rng: jax.Array | None) -> jax.Array:

@@ -105,7 +105,7 @@ def compile_token(size: str, rows: int) -> jax.stages.Compiled:
 
 
 def _compiled(lowered: jax.stages.Lowered, options: tuple[tuple[str, str], ...] = ()) -> jax.stages.Compiled:
-    return compiler.compile(lowered, "gpu", (*options, ("xla_gpu_autotune_level", "0")))  # else kernels would be timed
+    return compiler.compile(lowered, (*options, ("xla_gpu_autotune_level", "0")))  # else kernels would be timed
 
 
 def kernels(text: str) -> Iterator[tuple[str, int, int]]:

@@ -19,10 +19,10 @@ from benchmarks.optimizers import held_out_loss, short_run
 from gptjax import cli
 from gptjax import config as c
 from gptjax.models import low_precision
+from gptjax.parallel.platforms import override_defaults
 
 
 def main() -> None:
-    low_precision.EMULATED["cpu"] = True
     config = short_run(c.resolve(CONFIG.value), TOKENS.value, TOKENS.value // 10)
     result: dict[str, Any] = {**measured_on(), "tokens": TOKENS.value, "losses": {}}
     for matmul_dtype in MATMUL_DTYPE.value:
@@ -30,7 +30,8 @@ def main() -> None:
         for seed in range(SEEDS.value):
             run = dataclasses.replace(c.replace(config, {"model": {"matmul_dtype": matmul_dtype}}), seed=seed)
             c.check(run)
-            losses.append(held_out_loss(run))
+            with override_defaults("cpu", emulate_low_precision=True):
+                losses.append(held_out_loss(run))
             write_json(OUTPUT.value, result)
         print(f"{matmul_dtype:10} held-out loss {' '.join(f'{loss:.4f}' for loss in losses)}", flush=True)
 

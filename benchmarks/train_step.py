@@ -12,9 +12,8 @@ On a CPU the table also has the bound of the matrix products: the time of a step
 large product in the same run, and nothing else took any.
 
 Each --variant is one more program of ours; KEY is a config key such as model.layer_loop, `sequences` of a microbatch,
-`microbatches` of a step, xla.FLAG for the compiler, or what a module of gptjax chooses by platform:
-losses.CHUNK_TOKENS, losses.HEAD_ROWS, losses.ONE_PASS, losses.PICKED_BY_INDEX, attention.SEPARATE_QKV,
-elementwise.RECOMPUTES, elementwise.READS_MOMENTS. --seconds leaves out the variants whose turn to compile comes later;
+`microbatches` of a step, xla.FLAG for the compiler, or platform.FIELD for a field of `PlatformDefaults`
+(gptjax/parallel/platforms.py). --seconds leaves out the variants whose turn to compile comes later;
 --parallel compiles several at once, which takes each longer. --kernels prints where a device spends a step of the first
 and the fastest of ours.
 Needs `pip install torch transformers`.

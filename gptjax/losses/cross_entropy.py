@@ -11,35 +11,22 @@ from jax.sharding import PartitionSpec
 from gptjax.config import GPTConfig
 from gptjax.losses import policy_gradient
 from gptjax.models.gpt import unembed
-from gptjax.parallel.mesh import BATCH_AXES, axis_size, partition_spec, platform
+from gptjax.parallel.mesh import BATCH_AXES, axis_size, partition_spec
+from gptjax.parallel.platforms import PLATFORM_DEFAULTS, platform_defaults
 
-# Tokens that a device turns into logits at a time. A CPU wants the logits of a chunk in its cache. Each chunk reads and
-# writes the head's float32 gradient, so a GPU, whose memory is large beside its bandwidth, wants few chunks.
-CHUNK_TOKENS = {"cpu": 256, "gpu": 8192, "tpu": 2048}
-# Rows of the head are filled up to a multiple of it: a GPU's products are several times slower where GPT-2's 50,257 is
-# the length of a row. The logits of the rows that fill up are masked.
-HEAD_ROWS = {"cpu": 1, "gpu": 128, "tpu": 1}
-# Whether the largest logit and the sum of the exponentials come of one pass over the logits. On a CPU the reduction of
-# pairs is not vectorised.
-ONE_PASS = {"cpu": False, "gpu": True, "tpu": False}
-# Whether a target's logit is read where it lies, or is the sum of a row in which all others count as 0: that sum keeps
-# the pass which writes the gradient from running at the rate of the memory, and costs others nothing.
-PICKED_BY_INDEX = {"cpu": False, "gpu": True, "tpu": False}
-# What model.logits_dtype=auto is where model.dtype is bfloat16; elsewhere it is float32.
-LOGITS_DTYPE = {"cpu": "float32", "gpu": "bfloat16", "tpu": "bfloat16"}
 MASKED = -1e30  # a logit that counts for nothing, and does not make NaN of a difference
 
 
 def logits_dtype(config: GPTConfig, platform: str) -> str:
     """Of the logits that a training step holds."""
     if config.logits_dtype == "auto":
-        return LOGITS_DTYPE[platform] if config.dtype == "bfloat16" else "float32"
+        return PLATFORM_DEFAULTS[platform].logits_dtype if config.dtype == "bfloat16" else "float32"
     return config.logits_dtype
 
 
 def positions_per_chunk(sequences: int) -> int:
     """How many positions make a chunk on a device that has so many sequences."""
-    return max(1, CHUNK_TOKENS[platform()] // sequences)
+    return max(1, platform_defaults().loss_chunk_tokens // sequences)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -196,7 +183,7 @@ def _scan_chunks(
     if axis_size("fsdp") > 1:
         head_VD = jax.lax.all_gather(head_VD, "fsdp", axis=1, tiled=True)
     rows = len(head_VD)
-    head_VD = jnp.pad(head_VD, ((0, -rows % HEAD_ROWS[platform()]), (0, 0)))
+    head_VD = jnp.pad(head_VD, ((0, -rows % platform_defaults().head_row_multiple), (0, 0)))
     first_row = jax.lax.axis_index("tensor") * rows if axis_size("tensor") > 1 else 0
 
     def step(
@@ -243,7 +230,7 @@ def _picked(
     stored_BCV: jax.Array, logits_BCV: jax.Array, hit_BCV: jax.Array, row_BC: jax.Array, rows: int
 ) -> jax.Array:
     """The logits of the targets that lie among a device's `rows`, float32; 0 for the others."""
-    if not PICKED_BY_INDEX[platform()]:
+    if not platform_defaults().gather_target_logits:
         return jnp.sum(jnp.where(hit_BCV, logits_BCV, 0), axis=-1)
     picked_BC = jnp.take_along_axis(stored_BCV, jnp.clip(row_BC, 0, rows - 1)[..., None], axis=-1)[..., 0]
     return jnp.where((row_BC >= 0) & (row_BC < rows), picked_BC.astype(jnp.float32), 0)
@@ -251,7 +238,9 @@ def _picked(
 
 def _logsumexp(logits_BCV: jax.Array) -> jax.Array:
     """Over the whole vocabulary, of which a device has the rows V; (B, C)."""
-    log_z_BC = _one_pass(logits_BCV) if ONE_PASS[platform()] else jax.nn.logsumexp(logits_BCV, axis=-1)
+    log_z_BC = (
+        _one_pass(logits_BCV) if platform_defaults().logsumexp_in_one_pass else jax.nn.logsumexp(logits_BCV, axis=-1)
+    )
     if axis_size("tensor") == 1:
         return log_z_BC
     largest_BC = jax.lax.pmax(log_z_BC, "tensor")

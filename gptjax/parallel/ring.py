@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from jax.ad_checkpoint import checkpoint_name
 
-from gptjax.parallel.mesh import axis_size, partition_spec, platform
+from gptjax.parallel.mesh import axis_size, partition_spec
+from gptjax.parallel.platforms import platform_defaults
 
 MAX_TILE = 512  # queries, and keys, whose scores a device holds at a time
 _HIDDEN = float(np.finfo(np.float32).min)  # the score of what may not be seen
@@ -313,8 +314,7 @@ def _go_round(
 
         visitors, shares_before = hop((keys, segments_NBT), by), no_shares
         if hops > 1:
-            # XLA's CPU of JAX 0.10 now and then mistakes one hop for another in a loop within loops.
-            unroll = platform() == "cpu"
+            unroll = platform_defaults().unroll_ring
             carry, _ = jax.lax.scan(stop, (state, visitors, no_shares), jnp.arange(1, hops), unroll=unroll)
             state, visitors, shares_before = carry
             shares_before = hop(shares_before, by)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config import Config, GPTConfig
-from gptjax.losses.cross_entropy import CHUNK_TOKENS
+from gptjax.parallel.platforms import PLATFORM_DEFAULTS
 from gptjax.planning.compile import microbatches
 from gptjax.planning.program_text import Collective
 from gptjax.scaling.flops import memory_summary, non_embedding_parameter_count, parameter_count
@@ -47,7 +47,7 @@ def expected_memory(config: Config, mesh: Mapping[str, int]) -> ExpectedMemory:
     layer_weights = non_embedding_parameter_count(model) / model.num_layers / mesh["tensor"]
     layer += layer_weights * (2 * size + 4)  # gathered, the next one too, and a gradient not yet summed
     loss = (
-        min(tokens, CHUNK_TOKENS["tpu"]) * V / mesh["tensor"] * 10
+        min(tokens, PLATFORM_DEFAULTS["tpu"].loss_chunk_tokens) * V / mesh["tensor"] * 10
         + V * D / mesh["tensor"] * (size + 8)
         + 4 * tokens * D
     )

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from gptjax.config import GPTConfig
-from gptjax.losses import cross_entropy as losses
-from gptjax.losses.cross_entropy import CHUNK_TOKENS, cross_entropy, logits_dtype, positions_per_chunk
+from gptjax.losses.cross_entropy import cross_entropy, logits_dtype, positions_per_chunk
+from gptjax.parallel.platforms import PLATFORM_DEFAULTS, override_defaults
 
 B, T, D, V = 3, 10, 8, 17
 
@@ -38,17 +38,15 @@ def test_equals_the_plain_loss(chunk):
 
 @pytest.mark.parametrize(("one_pass", "by_index"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("multiple", [1, 16])
-def test_what_suits_a_gpu_equals_the_plain_loss(monkeypatch, one_pass, by_index, multiple):
-    """A head of more rows than there are tokens, the normaliser of one pass, targets read where they lie.
-
-    Logits that would overflow, too.
-    """
-    monkeypatch.setitem(losses.ONE_PASS, "cpu", one_pass)
-    monkeypatch.setitem(losses.PICKED_BY_INDEX, "cpu", by_index)
-    monkeypatch.setitem(losses.HEAD_ROWS, "cpu", multiple)
+def test_gpu_defaults_equal_the_plain_loss(one_pass, by_index, multiple):
+    """A padded head, a log-sum-exp in one pass and gathered target logits, also with logits that exp would overflow."""
     x, embedding, targets, weights = inputs()
     for scale, tolerance in ((1, 1e-5), (100, 1e-3)):
-        actual = jax.value_and_grad(lambda x, e: cross_entropy(x, e, targets, weights, 4), (0, 1))(scale * x, embedding)
+        with override_defaults(
+            "cpu", logsumexp_in_one_pass=one_pass, gather_target_logits=by_index, head_row_multiple=multiple
+        ):
+            loss_and_gradients = jax.value_and_grad(lambda x, e: cross_entropy(x, e, targets, weights, 4), (0, 1))
+            actual = loss_and_gradients(scale * x, embedding)
         expected = jax.value_and_grad(lambda x, e: plain(x, e, targets, weights), (0, 1))(scale * x, embedding)
         for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, rtol=tolerance, atol=1e-5 * scale)
@@ -117,6 +115,6 @@ def test_never_holds_the_logits_of_a_batch():
 
 
 def test_chunks_have_a_bounded_number_of_tokens():
-    assert positions_per_chunk(1) == CHUNK_TOKENS["cpu"]
-    assert positions_per_chunk(8) * 8 == CHUNK_TOKENS["cpu"]
-    assert positions_per_chunk(10 * CHUNK_TOKENS["cpu"]) == 1
+    assert positions_per_chunk(1) == PLATFORM_DEFAULTS["cpu"].loss_chunk_tokens
+    assert positions_per_chunk(8) * 8 == PLATFORM_DEFAULTS["cpu"].loss_chunk_tokens
+    assert positions_per_chunk(10 * PLATFORM_DEFAULTS["cpu"].loss_chunk_tokens) == 1

@@ -1,4 +1,4 @@
-"""The chunked cross entropy is the plain one, in value and gradient, without the batch's logits in memory."""
+"""The chunked cross entropy equals the plain one in value and gradient, without the batch's logits in memory."""
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ def test_gpu_defaults_equal_the_plain_loss(one_pass, by_index, multiple):
             np.testing.assert_allclose(a, b, rtol=tolerance, atol=1e-5 * scale)
 
 
-def test_bfloat16_logits_lose_only_their_own_precision():
+def test_bfloat16_logits_lose_only_bfloat16_precision():
     x, embedding, targets, weights = inputs(jnp.bfloat16)
 
     def loss(x, embedding, dtype):
@@ -60,13 +60,13 @@ def test_bfloat16_logits_lose_only_their_own_precision():
 
     actual, expected = (jax.value_and_grad(loss, (0, 1))(x, embedding, dtype) for dtype in ("bfloat16", "float32"))
     assert actual[0] != expected[0]
-    np.testing.assert_allclose(actual[0], expected[0], rtol=2e-3)  # of B x T roundings to 8 bits
+    np.testing.assert_allclose(actual[0], expected[0], rtol=2e-3)  # B x T roundings to 8 bits
     for a, b in zip(actual[1], expected[1], strict=True):
         a, b = (np.asarray(leaf, np.float32) for leaf in (a, b))
         assert np.linalg.norm(a - b) < 1e-2 * np.linalg.norm(b)
 
 
-def test_the_logits_are_of_the_device_where_none_is_chosen():
+def test_auto_logits_dtype_is_the_platforms():
     assert [logits_dtype(GPTConfig(dtype="bfloat16"), on) for on in ("cpu", "gpu", "tpu")] == [
         "float32",
         "bfloat16",
@@ -77,7 +77,7 @@ def test_the_logits_are_of_the_device_where_none_is_chosen():
     assert logits_dtype(GPTConfig(dtype="bfloat16", logits_dtype="float32"), "gpu") == "float32"
 
 
-def test_bfloat16_states_lose_only_their_own_precision():
+def test_bfloat16_states_lose_only_bfloat16_precision():
     x, embedding, targets, weights = inputs(jnp.bfloat16)
     embedding = embedding.astype(jnp.bfloat16).astype(jnp.float32)
     actual = cross_entropy(x, embedding, targets, weights, 4)
@@ -85,7 +85,7 @@ def test_bfloat16_states_lose_only_their_own_precision():
     np.testing.assert_allclose(actual, plain(x.astype(jnp.float32), embedding, targets, weights), rtol=1e-5)
 
 
-def test_targets_of_weight_zero_do_not_count():
+def test_targets_of_weight_0_are_ignored():
     x, embedding, targets, weights = inputs()
     weights = weights.at[:, 4:].set(0.0)
     moved = x.at[:, 4:].add(1.0)
@@ -95,7 +95,7 @@ def test_targets_of_weight_zero_do_not_count():
 
 
 def test_never_holds_the_logits_of_a_batch():
-    """By the compiled program's own account: the plain loss needs them several times over."""
+    """By the memory analysis of the compiled program; the plain loss holds several arrays of them."""
     batch, length, width, vocab = 8, 1024, 16, 4096
     shapes = (
         jax.ShapeDtypeStruct((batch, length, width), jnp.float32),
@@ -110,7 +110,7 @@ def test_never_holds_the_logits_of_a_batch():
     logits_bytes = 4 * batch * length * vocab
     chunk = positions_per_chunk(batch)
     assert temporaries(lambda *args: plain(*args)) > logits_bytes
-    # A few arrays of one chunk's logits, and nothing near the batch's.
+    # A few arrays of one chunk's logits, far below the batch's.
     assert temporaries(lambda *args: cross_entropy(*args, chunk)) < 3.5 * 4 * batch * chunk * vocab < logits_bytes
 
 

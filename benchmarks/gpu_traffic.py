@@ -167,9 +167,11 @@ def main() -> None:
 
 if __name__ == "__main__":
     SIZE = flags.DEFINE_enum("size", "124m", list(DECODED_SIZES), "Model.")
-    SEQUENCES = flags.DEFINE_integer("sequences", 64, "Of a step, 1,024 tokens each.", lower_bound=1)
-    VARIANT = flags.DEFINE_string("variant", "gptjax", "NAME,KEY=VALUE,...: as of benchmarks.train_step.")
-    DECODE_ROWS = flags.DEFINE_integer("decode_rows", 0, "Instead of a step, a token of so many rows.", lower_bound=0)
-    BANDWIDTH = flags.DEFINE_float("bandwidth", 3e12, "Bytes a second.")
-    SHOWN = flags.DEFINE_integer("shown", 40, "Origins.")
+    SEQUENCES = flags.DEFINE_integer("sequences", 64, "Sequences of a step, 1,024 tokens each.", lower_bound=1)
+    VARIANT = flags.DEFINE_string("variant", "gptjax", "NAME,KEY=VALUE,...: as in benchmarks.train_step.")
+    DECODE_ROWS = flags.DEFINE_integer(
+        "decode_rows", 0, "Compile a decoding step of this many rows instead.", lower_bound=0
+    )
+    BANDWIDTH = flags.DEFINE_float("bandwidth", 3e12, "Memory bandwidth in bytes per second.")
+    SHOWN = flags.DEFINE_integer("shown", 40, "Number of origins to print.")
     cli.run(main)

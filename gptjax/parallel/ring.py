@@ -102,9 +102,9 @@ def ring_attention(
 
         softmax(scale q k^T + causal, band and segment mask) v
 
-    B is sharded over the batch axes of the mesh in use, T over "context", heads over "tensor". No device holds the keys
-    of all positions, or more than MAX_TILE x MAX_TILE scores per sequence and head. The backward pass goes round the
-    ring again; for it, the output and the log-sum-exp of the scores are saved, named "attention" for `jax.checkpoint`.
+    B is sharded over the batch axes of the mesh in use, T over "context", heads over "tensor". No device holds all keys,
+    or more than MAX_TILE x MAX_TILE scores per sequence and head. The backward pass needs the output and the
+    log-sum-exp of the scores, both named "attention" for the policies of `jax.checkpoint`.
 
     Args:
       q_BTHK, k_BTHK, v_BTHK: of one dtype; T is divisible by 2n, with n devices along "context". The tile size is the
@@ -265,8 +265,7 @@ def seen_tiles(query_tile: Any, key_chunk: Any, tiles: int, reach: int) -> tuple
 
     Args:
       query_tile, key_chunk: int indices, counted from position 0.
-      tiles: number of tiles per chunk.
-      reach: number of earlier tiles that a tile of queries attends to.
+      tiles, reach: number of tiles per chunk, and of earlier tiles that a tile of queries attends to.
     """
     ahead = query_tile - key_chunk * tiles
     stop = jnp.clip(ahead + 1, 0, tiles)
@@ -390,10 +389,7 @@ def _mask(
     key_segments_BS: jax.Array | None,
     band_width: int | None,
 ) -> jax.Array:
-    """Returns the mask between a tile of queries and a tile of keys `distance` positions earlier.
-
-    Shape (1, 1, T, S), or (B, 1, T, S) with segments.
-    """
+    """Returns the mask of queries over keys `distance` positions earlier: (1, 1, T, S), or (B, 1, T, S) with segments."""
     back_TS = distance + jnp.arange(size)[:, None] - jnp.arange(size)[None, :]
     mask_TS = back_TS >= 0
     if band_width is not None:

@@ -64,7 +64,7 @@ def test_the_key_changes_with_everything_a_program_depends_on() -> None:
 
 
 def test_the_key_covers_the_source_of_every_module_that_builds_a_program() -> None:
-    """All of gptjax that compiling a step or decoding imports, except what is part of the key or runs before."""
+    """All modules that planning a step or decoding imports, except those that do not affect a program."""
     root = Path(gptjax.__file__).parent
     covered = {path for pattern in SOURCES for path in root.glob(pattern)}
     assert all(list(root.glob(pattern)) for pattern in SOURCES)
@@ -74,7 +74,7 @@ def test_the_key_covers_the_source_of_every_module_that_builds_a_program() -> No
     imported = {Path(line) for line in run.stdout.splitlines()}
     # Configs are in the key; data, metrics, files and processes do not enter the program.
     elsewhere = {"config", "data", "metrics", "scaling", "distributed"}
-    missing = {path.relative_to(root).as_posix() for path in imported - covered}
+    missing = {path.relative_to(root).as_posix() for path in imported - covered if path.name != "__init__.py"}
     assert {name for name in missing if Path(name).parts[0] not in elsewhere} <= {"planning/topology.py", "files.py"}
 
 

@@ -126,7 +126,7 @@ def test_numbers_that_json_cannot_hold():
         (["--workdir={workdir}", "--tasks=perplexity"], ["--tasks=perplexity needs a text, as in --source="]),
         (["--workdir={workdir}", "--tasks=lambada", "--source=sotu"], ["--source is for --tasks=perplexity and"]),
         (["--workdir={workdir}", "--tasks=lambada", "--reward_model=x"], ["--reward_model", "--tasks=dialogue"]),
-        (["--workdir={workdir}", "--tasks=dialogue"], ["is of stage pretrain, which does not answer"]),
+        (["--workdir={workdir}", "--tasks=dialogue"], ["is of stage pretrain: --tasks=dialogue is for stages sft"]),
         (["--workdir={workdir}", "--tasks=dialogue", "--source=sotu"], ["unknown source 'sotu' of conversations"]),
         (["--workdir={workdir}", "--tasks=lambada", "--stride=3"], ["--stride", "--tasks=perplexity"]),
         (["--workdir={workdir}", "--tasks=perplexity", "--source=text:{files}/none"], ["no file matches"]),

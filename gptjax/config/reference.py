@@ -108,8 +108,8 @@ def _text(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    special = {character: f"&#{ord(character)};" for character in "|*_[]\\~^"}
-    return html.escape(text, quote=False).translate(str.maketrans(special))
+    characters = html.escape(text, quote=False)
+    return "".join(f"&#{ord(character)};" if character in "|*_[]\\~^" else character for character in characters)
 
 
 if __name__ == "__main__":

@@ -264,16 +264,18 @@ class GPT(nn.Module):
 def embed(
     config: GPTConfig, token_VD: Any, position_PD: Any, tokens_BT: jax.Array, positions_BT: jax.Array
 ) -> jax.Array:
-    """What the first layer reads, (B, T, D); P is `context_length`.
+    """Sum of token and position embeddings, (B, T, D) of the config's dtype; P is `context_length`.
 
-    Rows are picked before anything is done to them, be it rounding or unboxing: else all of a table would be read.
+    The sum has the wider of the parameters' and the activations' dtypes, as the other layers have. Rows are gathered
+    before they are unboxed or cast, so that the rest of a table is never read.
     """
-
     token_BTD = nn.unbox(jax.tree.map(lambda leaf: take_rows(leaf, tokens_BT), token_VD))
     position_BTD = nn.unbox(
         jax.tree.map(lambda leaf: jnp.take(constrain(leaf, None, None), positions_BT, axis=0), position_PD)
     )
-    return constrain((token_BTD + position_BTD).astype(config.dtype), "batch", "sequence", None)
+    sum_dtype = jnp.promote_types(jnp.result_type(token_BTD, position_BTD), config.dtype)
+    x_BTD = token_BTD.astype(sum_dtype) + position_BTD.astype(sum_dtype)
+    return constrain(x_BTD.astype(config.dtype), "batch", "sequence", None)
 
 
 def take_rows(table_VX: jax.Array, ids_BT: jax.Array) -> jax.Array:

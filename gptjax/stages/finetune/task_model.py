@@ -219,5 +219,6 @@ DEFINITION = Definition(
     loss=lambda config: regularised(config, TaskModel(config).loss),
     complete=_complete,
     reinitialises_special_tokens=True,
+    head="task",
     uses_best_checkpoint=True,
 )

@@ -102,9 +102,9 @@ def ring_attention(
 
         softmax(scale q k^T + causal, band and segment mask) v
 
-    B is sharded over the batch axes of the mesh in use, T over "context", heads over "tensor". No device
-    holds all keys, or more than MAX_TILE x MAX_TILE scores per sequence and head. The backward pass needs the output
-    and the log-sum-exp of the scores, both named "attention" for the policies of `jax.checkpoint`.
+    B is sharded over the batch axes of the mesh in use, T over "context", heads over "tensor". No device holds all
+    keys, or more than MAX_TILE x MAX_TILE scores per sequence and head. The backward pass needs the output and the
+    log-sum-exp of the scores, both named "attention" for the policies of `jax.checkpoint`.
 
     Args:
       q_BTHK, k_BTHK, v_BTHK: of one dtype; T is divisible by 2n, with n devices along "context". The tile size is the

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,13 +9,13 @@ import pytest
 from gptjax.evaluation import run
 from gptjax.evaluation.run import Options, evaluate
 from gptjax.evaluation.scoring import Request, Scorer, encode_pair
+from tests.commands import run_command
 
 ROOT = Path(__file__).parents[2]
 
 
 def command(*arguments):
-    line = [sys.executable, "-m", "gptjax.evaluate", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+    return run_command("gptjax.evaluate", *arguments)
 
 
 @pytest.fixture(scope="module")

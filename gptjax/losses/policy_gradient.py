@@ -185,6 +185,38 @@ def group_advantages(rewards_BG: jax.Array, *, by_std: bool = True, eps: float =
     return above_BG / (jnp.sqrt(variance_B1) + eps)
 
 
+def token_weights(mask_NT: jax.Array, aggregation: str, max_tokens: int) -> jax.Array:
+    """Weights of the tokens of N completions in the loss of GRPO, by the name of the loss.
+
+        grpo     w_t = 1 / length      the sum is divided by N: the mean over completions of the mean over their tokens
+                                       (DeepSeekMath, equation 3)
+        dr_grpo  w_t = 1 / max_tokens  the sum is divided by N: no completion's weight depends on its length (Liu et al.
+                                       2025, section 3.1)
+        dapo     w_t = 1               the sum is divided by the number of tokens: the mean over all tokens (Yu et al.
+                                       2025, equation 12)
+
+    For "grpo" and "dapo" the divisor is the sum of the weights.
+
+    Args:
+      mask_NT: the tokens of the completions that count.
+      max_tokens: the longest that a completion can be.
+
+    Returns:
+      float32 (N, T), 0 outside the mask.
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    weights_NT = _float32(mask_NT)
+    if aggregation == "grpo":
+        return weights_NT / jnp.maximum(jnp.sum(weights_NT, axis=1, keepdims=True), 1)
+    if aggregation == "dr_grpo":
+        return weights_NT / max_tokens
+    if aggregation == "dapo":
+        return weights_NT
+    raise ValueError(f"no aggregation of this name: {aggregation}")
+
+
 def explained_variance(values: jax.Array, returns: jax.Array, weights: jax.Array) -> jax.Array:
     """1 - Var(return - V) / Var(return): 1 where V knows, 0 where it is a constant, less where it misleads.
 

@@ -77,12 +77,15 @@ def parameters(config: Config) -> ParameterSpec:
 
 
 def _with_low_rank(spec: ParameterSpec) -> ParameterSpec:
-    """`spec` with the matrices of LoRA or AdaLoRA next to the kernels of its trained networks."""
+    """`spec` with the matrices of LoRA or AdaLoRA next to the kernels of the policy.
+
+    Other networks, which are frozen or trained whole from weights of their own, have none.
+    """
 
     def init(rng: jax.Array) -> Any:
         params = spec.init(rng)
-        trained = {name: part for name, part in params.items() if name not in spec.frozen}
-        return params | peft.join(trained, peft.low_rank(spec.config.peft, trained, jax.random.fold_in(rng, 1)))
+        policy = {name: part for name, part in params.items() if name not in (*spec.frozen, *spec.sources)}
+        return params | peft.join(policy, peft.low_rank(spec.config.peft, policy, jax.random.fold_in(rng, 1)))
 
     return dataclasses.replace(spec, init=init)
 

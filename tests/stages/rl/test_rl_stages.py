@@ -16,6 +16,7 @@ from gptjax.config import UserError
 from gptjax.data.conversations import Message, Prompt
 from gptjax.distributed import preemption
 from gptjax.distributed.preemption import PreemptedError
+from gptjax.interop.adapters import export_adapter
 from gptjax.models import peft
 from gptjax.models.gpt import GPT, hidden_states
 from gptjax.models.heads import VALUE
@@ -178,7 +179,7 @@ def test_a_run_that_stops_within_an_iteration_resumes_exactly(finished, stage, k
 
     def step_and_count(run):
         train_step(run)
-        taken.append(run.step)
+        taken.append(run.steps_here)
 
     def check():
         if len(taken) == 3:
@@ -276,6 +277,8 @@ def test_ppo_with_lora_trains_low_rank_matrices_and_the_whole_value_function(giv
     assert merged.keys() == start.keys()
     changed = {path for path, leaf in merged.items() if not np.array_equal(leaf, start[path])}
     assert changed == {path for path in start if path.startswith("layers/") and path.endswith("/kernel")}
+    export_adapter(tmp_path / "whole", tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
 def test_the_value_function_of_lora_starts_from_the_policy(given):

@@ -62,7 +62,9 @@ def start_state(
     if parameters.config.init_from is None:
         return state, Position()
     base, params = given_params(parameters, mesh)
-    params |= {name: _started(parameters, name, params, mesh) for name in parameters.sources}
+    if parameters.sources:
+        policy = parameters.merge(parameters.join(base, params))
+        params |= {name: _started(parameters, name, policy, mesh) for name in parameters.sources}
     # The average starts at the weights; a copy, as the step donates both.
     ema = None if state.ema is None else jax.tree.map(lambda p: p.copy(), params)
     return state.replace(base=base, params=params, ema=ema), Position()

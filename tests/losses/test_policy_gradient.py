@@ -233,7 +233,9 @@ class TestAggregation:
 
     def aggregate(self, aggregation, rows=slice(None)):
         weights_NT = policy_gradient.token_weights(self.MASK[rows], aggregation, max_tokens=4)
-        normaliser = np.any(self.MASK[rows], axis=1).sum() if aggregation == "dr_grpo" else jnp.sum(weights_NT)
+        normaliser = (
+            jnp.float32(np.any(self.MASK[rows], axis=1).sum()) if aggregation == "dr_grpo" else jnp.sum(weights_NT)
+        )
         return jnp.sum(weights_NT * self.LOSSES[rows]), normaliser
 
     def test_weights_by_hand(self):

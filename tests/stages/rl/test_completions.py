@@ -20,7 +20,8 @@ HERE = "python:tests.stages.rl.test_completions"
 
 
 def completion(reason: str) -> Completion:
-    return Completion(np.array([1], np.int32), np.zeros(1, np.float32), "a?", reason)
+    end = 9 if reason == "end_of_turn" else None
+    return Completion(np.array([1], np.int32), np.zeros(1, np.float32), "a?", reason, end)
 
 
 def three_arguments(messages, answer, reference) -> float:

@@ -132,6 +132,25 @@ def test_a_prediction_does_not_depend_on_the_batch(kind):
         close(other[: end + 1] if one.shape == (32,) else other, one[: end + 1] if one.shape == (32,) else one)
 
 
+@pytest.mark.parametrize("kind", ["tagging", "question_answering", "multiple_choice"])
+def test_bidirectional_attention_sees_the_whole_text_and_no_padding(kind):
+    params, batch = params_of(kind), batch_of(kind, rows_of(kind))
+    causal, bidirectional = (
+        jax.jit(TaskModel(config_of(kind, bidirectional=both, lm_weight=0.0))._outputs) for both in (False, True)
+    )
+    tokens = batch["tokens"].reshape(-1, 32)
+    ends = batch["ends"].reshape(-1)
+    changed = tokens.copy()
+    changed[np.arange(len(ends)), ends - 1] = 65  # the last token of the text
+    for outputs, moved in ((causal, False), (bidirectional, True)):
+        x_NTD = outputs(params, batch, None)[0]
+        x_other_NTD = outputs(params, batch | {"tokens": changed.reshape(batch["tokens"].shape)}, None)[0]
+        assert np.any(np.abs(x_NTD[:, 0] - x_other_NTD[:, 0]) > 1e-3) == moved
+        x_wide_NTD = outputs(params, widened(batch), None)[0]
+        for n, end in enumerate(ends):
+            close(x_wide_NTD[n, : end + 1], x_NTD[n, : end + 1])
+
+
 @jax.jit
 def hidden_and_logits(params, tokens_NT):
     model = GPT(config_of("classification").model)

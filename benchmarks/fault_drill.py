@@ -199,7 +199,10 @@ def arrays(workdir: Path) -> dict[str, np.ndarray]:
 def records(workdir: Path) -> list[dict[str, Any]]:
     """Without the header, and without what depends on the clock."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()[1:]
-    return [{k: v for k, v in json.loads(line).items() if k not in ("tokens_per_second", "mfu")} for line in lines]
+    return [
+        {k: v for k, v in json.loads(line).items() if k not in ("seconds", "tokens_per_second", "mfu")}
+        for line in lines
+    ]
 
 
 def disturb(run: Run, faults: list[str], corruptions: int, rng: random.Random) -> dict[str, Outcome]:

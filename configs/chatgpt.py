@@ -18,12 +18,12 @@ python:MODULE.FUNCTION), text (of ppo: the text that it goes on learning from, a
 runlocal (for two CPU cores; without init_from a small model).
 """
 
-from pathlib import Path
 from typing import Any
 
 import ml_collections
 
 from gptjax import config as c
+from gptjax.files import expand
 
 DROPOUT = {"embedding_dropout": 0.0, "attention_dropout": 0.0, "residual_dropout": 0.0}
 
@@ -34,7 +34,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     stage = c.choose(stages, args["stage"], "stage")
     model = c.GPTConfig(context_length=2048)
     if args["init_from"]:
-        model = c.read_config(Path(args["init_from"]).expanduser()).model
+        model = c.read_config(expand(args["init_from"])).model
     elif args["runlocal"]:
         model = c.GPTConfig(context_length=128, num_layers=4, embed_dim=192, num_heads=6, dtype="float32")
     config = c.Config(
@@ -51,7 +51,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         # Appendix C: Adam with 0.9 and 0.95, cosine to 10 % of the peak, no warm-up.
         optimizer=c.OptimizerConfig(beta2=0.95, weight_decay=0.0, floor_lr_fraction=0.1),
     )
-    config = stage(c.replace(config, {"model": DROPOUT}))
+    # The workdir of init_from may keep bfloat16 parameters, whose spacing swallows updates.
+    config = stage(c.replace(config, {"model": DROPOUT | {"param_dtype": "float32"}}))
     return c.config_dict(runlocal(config) if args["runlocal"] else config)
 
 

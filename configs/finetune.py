@@ -13,11 +13,10 @@ without it, from scratch), method (a method of PeftConfig), runlocal (for two CP
 model).
 """
 
-from pathlib import Path
-
 import ml_collections
 
 from gptjax import config as c
+from gptjax.files import expand
 
 TASKS = {
     **{kind: kind for kind in ("classification", "entailment", "similarity", "multiple_choice", "regression")},
@@ -40,7 +39,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     peak_lr = c.choose(PEAK_LR, args["method"], "method")
     model = c.GPTConfig(context_length=1024)
     if args["init_from"]:
-        model = c.read_config(Path(args["init_from"]).expanduser()).model
+        model = c.read_config(expand(args["init_from"])).model
     elif args["runlocal"]:
         model = c.GPTConfig(context_length=128, num_layers=4, embed_dim=192, num_heads=6, dtype="float32")
     source = args["data"] or DATA.get(args["task"], "tweets")
@@ -65,7 +64,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         evaluation=c.EvaluationConfig(every_epochs=1.0, metric=METRICS.get(kind, "accuracy")),
         checkpoint=c.CheckpointConfig(every_epochs=1.0),
     )
-    config = c.replace(config, {"model": dropout})
+    # The workdir of init_from may keep bfloat16 parameters, whose spacing swallows updates.
+    config = c.replace(config, {"model": dropout | {"param_dtype": "float32"}})
     return c.config_dict(runlocal(config) if args["runlocal"] else config)
 
 

@@ -19,7 +19,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -27,6 +26,8 @@ from absl import flags
 
 from gptjax import cli
 from gptjax.config import UserError, read_config
+from gptjax.data import text_files
+from gptjax.files import expand
 from gptjax.inference import retrieval
 from gptjax.parallel import program_cache
 
@@ -42,9 +43,10 @@ MAX_NEW_TOKENS = flags.DEFINE_integer(
 TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Divides the logits; 0: always the likeliest token.")
 TOP_K = flags.DEFINE_integer("top_k", 50, "Only so many of the likeliest tokens; 0: all.", lower_bound=0)
 TOP_P = flags.DEFINE_float("top_p", None, "Only the fewest tokens that together are so probable.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
+SEED = flags.DEFINE_integer("seed", 0, "Sampling seed, modulo 2**32.")
 BEST = flags.DEFINE_bool("best", False, "Use the best checkpoint instead of the newest.")
 MESH = flags.DEFINE_string("mesh", "", "Devices by axis, such as fsdp=2,tensor=4; data takes what is left.")
+CACHE_DIR = cli.define_cache_dir()
 
 HELP = "/system TEXT, /reset, /regen, /save FILE, /help, /quit"
 
@@ -54,30 +56,29 @@ def main() -> None:
         raise UserError("needs --workdir=DIR of a run of a stage of chat, such as sft")
     from gptjax.stages import registry  # takes seconds to import
 
-    config = read_config(Path(WORKDIR.value))
+    config = read_config(expand(WORKDIR.value))
     if not registry.definition(config).chats:
         raise UserError(
             f"{WORKDIR.value} is of stage {config.stage}, which does not chat: train it to, with "
             f"--config=configs/chatgpt.py:stage=sft,init_from={WORKDIR.value}"
         )
     if DOCUMENTS.value is not None:
-        retrieval.check(Path(DOCUMENTS.value).expanduser())
+        retrieval.check(expand(DOCUMENTS.value))
     session = open_session()
     interactive = sys.stdin.isatty()
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="strict")  # some locales let bytes through that are no text
+    lines: Iterator[str] = iter(()) if interactive else (line for _, line in text_files.read_lines(None))
     if interactive:
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="strict")  # some locales let bytes through that are no text
         import readline  # noqa: F401 (makes `input` edit lines, and remember them)
 
         print(f"{WORKDIR.value}; {HELP}")
     while True:
         try:
-            line = input("> " if interactive else "").strip()
-        except EOFError:
+            line = (input("> ") if interactive else next(lines)).strip()
+        except (EOFError, StopIteration):
             return
         except UnicodeDecodeError as error:
-            if not interactive:
-                raise UserError(f"standard input is not UTF-8: {error}") from None
             print(f"error: this is not UTF-8: {error}")
             continue
         except KeyboardInterrupt:
@@ -112,10 +113,10 @@ def open_session() -> "ChatSession":
     sampling = Sampling(TEMPERATURE.value, TOP_K.value or None, TOP_P.value)
     documents = None
     if DOCUMENTS.value is not None:
-        documents = retrieval.Documents(Path(DOCUMENTS.value).expanduser())
+        documents = retrieval.Documents(expand(DOCUMENTS.value))
     assert WORKDIR.value is not None
-    program_cache.use_that_of(Path(WORKDIR.value))
-    trained = load_model(Path(WORKDIR.value), parse_mesh(MESH.value), best=BEST.value)
+    program_cache.use(expand(CACHE_DIR.value))
+    trained = load_model(expand(WORKDIR.value), parse_mesh(MESH.value), best=BEST.value)
     form = chat_format(trained.config.chat, trained.tokenizer)
     engine = Engine(trained.model, trained.params, trained.tokenizer, trained.mesh)
     max_new_tokens = MAX_NEW_TOKENS.value or trained.model.config.context_length // 4
@@ -142,7 +143,7 @@ def take(session: "ChatSession", line: str) -> None:
     elif command == "/save":
         if not argument:
             raise UserError("/save needs a FILE to append the conversation to")
-        session.save(Path(argument).expanduser())
+        session.save(expand(argument))
     elif command == "/regen":
         answer(session, session.regenerate)
     elif command == "/help":

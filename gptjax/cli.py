@@ -1,18 +1,21 @@
-"""What all commands share: flags parsed, a user's mistake answered in one line with exit code 2."""
+"""What all commands share: flag parsing, exit codes, one-line user errors, and what may reach a terminal."""
 
 import errno
 import os
+import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, TextIO, cast
 
 from absl import app, flags, logging
 
-from gptjax.config import UserError, check_key
+from gptjax.config import DataConfig, UserError, check_key
 from gptjax.distributed import processes
 from gptjax.distributed.peers import FAILED, INTERRUPTED, PREEMPTED, STOPPED
 from gptjax.distributed.preemption import PreemptedError
+from gptjax.files import expand
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # of a disk, a quota, a limit
 
@@ -23,16 +26,24 @@ NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Of several processe
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of several processes: which this is, from 0.")
 
 
-def run(main: Callable[[], None], *, joins: bool = False) -> None:
-    """Parses the flags and calls `main`; ends the process.
+# C0 and C1 control characters and DEL, which a terminal may obey, except newline and tab.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# What a progress bar writes first: back to the start of the line, or up to the lines of other bars.
+_BAR_MOVES = re.compile("\r|(?:\x1b\\[A)+")
 
-    Exit codes: 0 done, 2 a mistake that the user can mend (`UserError`), 75 stopped on request with all of it saved,
-    130 interrupted, 1 anything else. Of several processes all end with the code of the first that fails; 1 when one is
-    gone without a word.
+
+def run(main: Callable[[], None], *, joins: bool = False) -> None:
+    """Parses the flags and calls `main`; ends the process. Terminals get control characters escaped.
+
+    Exit codes: 0 done, 2 a user error (`UserError`), 75 stopped on request with everything saved, 130 interrupted,
+    1 anything else. With several processes all exit with the code of the first that fails, and with 1 when one dies
+    without reporting it.
 
     Args:
       joins: `main` calls `join`, so that several processes can run the command as one.
     """
+
+    protect_terminals()
 
     def checked() -> None:
         place = given_place()
@@ -52,9 +63,10 @@ def run(main: Callable[[], None], *, joins: bool = False) -> None:
     try:
         app.run(lambda _: checked(), flags_parser=_parse)
     except UserError as error:
+        message = escape_controls(str(error))  # also where stderr is a file: it is likely to be shown in a terminal
         if processes.is_one_of_several():
-            processes.stop(str(error), STOPPED)
-        print(f"error: {error}", file=sys.stderr, flush=True)
+            processes.stop(message, STOPPED)
+        print(f"error: {message}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(2)  # a failed save leaves threads behind that print tracebacks while the interpreter shuts down
     except PreemptedError as request:
@@ -69,7 +81,75 @@ def run(main: Callable[[], None], *, joins: bool = False) -> None:
     except Exception:
         if not processes.is_one_of_several():
             raise
-        processes.stop("failed, see its traceback", FAILED, traceback.format_exc())
+        processes.stop("failed, see its traceback", FAILED, escape_controls(traceback.format_exc()))
+
+
+# --- terminals --------------------------------------------------------------------------------------------------------
+
+
+def escape_controls(text: str) -> str:
+    """`text` with C0 and C1 control characters, except newline and tab, in JSON's form: ESC becomes "\\u001b".
+
+    Prompts, model output, file names and messages quoted from files may hold escape sequences that retitle or clear a
+    terminal, hide what follows, or type into it. Lines of JSON stay valid, and equal to the same values.
+    """
+    return _CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def protect_terminals() -> None:
+    """Makes stdout and stderr, each where it is a terminal, escape control characters; files and pipes get all text."""
+    if sys.stdout is not None and sys.stdout.isatty():
+        sys.stdout = cast(TextIO, TerminalWriter(sys.stdout))
+    if sys.stderr is not None and sys.stderr.isatty():
+        sys.stderr = cast(TextIO, TerminalWriter(sys.stderr, bars=True))
+        logging.get_absl_handler().python_handler.setStream(sys.stderr)  # it keeps the stream that it began with
+
+
+class TerminalWriter:
+    """A text stream that escapes control characters before they reach the terminal behind `stream`.
+
+    Args:
+      bars: a write may begin with the cursor movements of tqdm's progress bars.
+    """
+
+    def __init__(self, stream: Any, *, bars: bool = False) -> None:
+        self._stream: Any = stream._stream if isinstance(stream, TerminalWriter) else stream
+        self._bars = bars
+
+    def write(self, text: str) -> int:
+        moves = _BAR_MOVES.match(text) if self._bars else None
+        start = 0 if moves is None else moves.end()
+        self._stream.write(text[:start] + escape_controls(text[start:]))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+# --- flags ------------------------------------------------------------------------------------------------------------
+
+
+def define_cache_dir() -> "flags.FlagHolder[str]":
+    """The flag --cache_dir of commands that read a workdir: its own config must not choose where programs come from."""
+    return flags.DEFINE_string(
+        "cache_dir", DataConfig.cache_dir, "Directory of compiled programs, which only you may be able to write to."
+    )
+
+
+def output_file(flag: str, path: str) -> Path:
+    """The file that a flag names for output, symbolic links resolved, so that one is written through.
+
+    Raises:
+      UserError: it is a directory.
+    """
+    real = Path(os.path.realpath(expand(path)))
+    if real.is_dir():
+        raise UserError(f"--{flag}={path} is a directory: name a file in it")
+    return real
 
 
 def given_place() -> processes.Place | None:
@@ -91,6 +171,7 @@ def join() -> None:
     present = (name for name in flags.FLAGS if flags.FLAGS[name].present)
     same = {f"--{name}": str(flags.FLAGS[name].value) for name in present if name.partition(".")[0] not in own}
     processes.start(place, same)
+    protect_terminals()  # process 0 got another stdout
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -104,8 +185,10 @@ def _parse(argv: list[str]) -> list[str]:
             if value == "None":
                 unset.append(key)
                 continue
-        elif name == "--config" and not Path(path := value.partition(":")[0]).is_file():
-            raise UserError(f"there is no config file {path!r}")
+        elif name == "--config":
+            argument = f"--config={expand(value)}"
+            if not expand(path := value.partition(":")[0]).is_file():
+                raise UserError(f"there is no config file {path!r}")
         kept.append(argument)
     try:
         rest = flags.FLAGS(kept)

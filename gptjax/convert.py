@@ -7,13 +7,13 @@ python -m gptjax.convert --from_peft=DIR --base=runs/gpt2_124m --workdir=runs/lo
 python -m gptjax.convert --workdir=runs/lora --to_peft=DIR
 """
 
-from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from absl import flags
 
 from gptjax import cli
 from gptjax.config import UserError
+from gptjax.files import expand
 
 FROM_HF = flags.DEFINE_string("from_hf", None, "Hugging Face directory, or OWNER/NAME on its Hub, to import.")
 TO_HF = flags.DEFINE_string(
@@ -25,7 +25,13 @@ FROM_PEFT = flags.DEFINE_string(
 TO_PEFT = flags.DEFINE_string("to_peft", None, "Directory to write the LoRA matrices of --workdir to; it must be new.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Workdir to read, or with --from_hf and --from_peft to make.")
 BASE = flags.DEFINE_string("base", None, "With --from_peft: workdir of the weights that the matrices are for.")
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of activations, with --from_hf.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "With --from_hf: dtype of activations.")
+PARAM_DTYPE = flags.DEFINE_enum(
+    "param_dtype",
+    "float32",
+    ["float32", "bfloat16"],
+    "With --from_hf: dtype of the parameters. bfloat16 halves them, for a model that is not trained.",
+)
 TOKENIZER = flags.DEFINE_string(
     "tokenizer", None, "With --from_hf: gpt2, cl100k_base, bytes or json:PATH, in place of the directory's own."
 )
@@ -40,20 +46,21 @@ def main() -> None:
             "(to export)"
         )
     (way,) = ways
-    if way != "from_hf" and (DTYPE.present or TOKENIZER.present):
-        raise UserError("--dtype and --tokenizer are of an import: a workdir is exported with its own")
+    if way != "from_hf" and (DTYPE.present or PARAM_DTYPE.present or TOKENIZER.present):
+        raise UserError("--dtype, --param_dtype and --tokenizer are for --from_hf: a workdir has its own")
     if (way == "from_peft") != (BASE.value is not None):
         raise UserError("--from_peft and --base need each other: LoRA matrices are for the weights of a workdir")
     from gptjax.interop import adapters, huggingface  # after the checks: it takes seconds to import
 
-    workdir, place = Path(WORKDIR.value).expanduser(), str(given[way])
-    directory = Path(place).expanduser()
+    workdir, place = expand(WORKDIR.value), str(given[way])
+    directory = expand(place)
     if way == "from_hf":
-        huggingface.import_workdir(place, workdir, cast(huggingface.DType, DTYPE.value), TOKENIZER.value)
+        dtype, param_dtype = cast(Any, DTYPE.value), cast(Any, PARAM_DTYPE.value)
+        huggingface.import_workdir(place, workdir, dtype, TOKENIZER.value, param_dtype)
     elif way == "to_hf":
         huggingface.export_workdir(workdir, directory)
     elif way == "from_peft":
-        adapters.import_adapter(directory, Path(str(BASE.value)).expanduser(), workdir)
+        adapters.import_adapter(directory, expand(str(BASE.value)), workdir)
     else:
         adapters.export_adapter(workdir, directory)
     print(f"imported {place} into {workdir}" if way.startswith("from") else f"exported {workdir} to {place}")

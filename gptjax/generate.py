@@ -15,13 +15,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from absl import flags
 
 from gptjax import cli
 from gptjax.config import UserError
+from gptjax.data import text_files
 from gptjax.distributed import processes
+from gptjax.files import expand
 from gptjax.parallel import program_cache
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ DEFAULT_NEW_TOKENS = 128
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run, or of imported weights.")
 PROMPT = flags.DEFINE_string("prompt", None, "Text to go on from; without --prompt and --prompts: standard input.")
 PROMPTS = flags.DEFINE_string(
-    "prompts", None, "File of prompts, one a line, or .jsonl with a field 'prompt'; - is stdin."
+    "prompts", None, "File of prompts, one a line, or .jsonl with a text 'prompt' a line; - is stdin."
 )
 START_DOCUMENT = flags.DEFINE_bool("start_document", False, "Put end-of-text before the prompt: it begins a document.")
 MAX_NEW_TOKENS = flags.DEFINE_integer(
@@ -53,7 +55,7 @@ IGNORE_END_OF_TEXT = flags.DEFINE_bool("ignore_end_of_text", False, "Go on after
 OVERFLOW = flags.DEFINE_enum(
     "overflow", "error", ["error", "slide"], "When a text outgrows the context: refuse, or go on from its last half."
 )
-SEED = flags.DEFINE_integer("seed", 0, "Of the first completion; each further one counts up from it.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the first completion, modulo 2**32; each further one counts up from it.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Completions generated together.", lower_bound=1)
 WEIGHTS = flags.DEFINE_enum(
     "weights", "as_given", ["as_given", "bfloat16", "int8", "stacked"], "Bytes of a weight; stacked: no copy of them."
@@ -61,6 +63,7 @@ WEIGHTS = flags.DEFINE_enum(
 MESH = flags.DEFINE_string("mesh", "", "Layout over the devices, such as fsdp=2,tensor=4; default: all on data.")
 LOGPROBS = flags.DEFINE_bool("logprobs", False, "With the token ids and their log-probabilities, as JSON.")
 OUTPUT = flags.DEFINE_string("output", None, "Write JSON lines to this file.")
+CACHE_DIR = cli.define_cache_dir()
 
 
 def main() -> None:
@@ -72,17 +75,17 @@ def main() -> None:
         check_beams(NUM_BEAMS.value)
     cli.join()
     records = processes.of_first(read_prompts)
-    output = None
-    if OUTPUT.value is not None:
-        output = Path(OUTPUT.value if processes.is_first() else os.devnull).expanduser()
+    output = None if OUTPUT.value is None else cli.output_file("output", OUTPUT.value)
+    if output is not None and not processes.is_first():
+        output = Path(os.devnull)
     if output is not None and not output.parent.is_dir():
         raise UserError(f"--output={output}: there is no directory {output.parent}")
 
     from gptjax.inference.engine import Engine  # after the checks: it takes seconds to import
     from gptjax.stages.trained_model import load_model, parse_mesh
 
-    program_cache.use_that_of(Path(WORKDIR.value))
-    trained = load_model(Path(WORKDIR.value), parse_mesh(MESH.value))
+    program_cache.use(expand(CACHE_DIR.value))
+    trained = load_model(expand(WORKDIR.value), parse_mesh(MESH.value))
     engine = Engine(trained.model, trained.params, trained.tokenizer, trained.mesh, cast(Any, WEIGHTS.value))
     del trained  # the engine has its own copy
     prompts = [encode(engine, record["prompt"]) for record in records]
@@ -93,11 +96,19 @@ def main() -> None:
         for _ in complete(engine, prompts, max_new_tokens, stream=True):
             print()
         return
-    with nullcontext(sys.stdout) if output is None else output.open("w", encoding="utf-8") as file:
+    with nullcontext(sys.stdout) if output is None else opened_output(output) as file:
         completions = complete(engine, prompts, max_new_tokens, stream=False)
         for number, completion in enumerate(progress(completions, len(prompts) * NUM_SAMPLES.value)):
             line = describe(records[number // NUM_SAMPLES.value], completion, SEED.value + number)
             print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
+
+
+def opened_output(path: Path) -> TextIO:
+    """Opens --output for writing; UserError where that is not possible."""
+    try:
+        return path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write --output={path}: {error.strerror}") from None
 
 
 def check_beams(num_beams: int) -> None:
@@ -116,32 +127,19 @@ def read_prompts() -> list[dict[str, Any]]:
     if PROMPTS.value is None:
         if sys.stdin.isatty():
             raise UserError("needs --prompt=TEXT, --prompts=FILE, or text on standard input")
-        return [{"prompt": read_text("-").removesuffix("\n")}]
-    lines = read_text(PROMPTS.value).splitlines()
-    if not lines:
+        return [{"prompt": text_files.without_end(text_files.read_text(None))}]
+    lines = text_files.read_lines(None if PROMPTS.value == "-" else expand(PROMPTS.value))
+    if text_files.is_json_lines(PROMPTS.value):
+        records = []
+        for record, place in text_files.json_objects(lines):
+            if not isinstance(record.get("prompt"), str):
+                raise UserError(f'{place}: a line must be an object with a text "prompt"')
+            records.append(record)
+    else:
+        records = [{"prompt": line} for _, line in lines]
+    if not records:
         raise UserError(f"--prompts={PROMPTS.value} has no lines")
-    if not PROMPTS.value.endswith(".jsonl"):
-        return [{"prompt": line} for line in lines]
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{PROMPTS.value}:{number}: not JSON: {error}") from None
-        if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-            raise UserError(f'{PROMPTS.value}:{number}: a line must be an object with a text "prompt"')
-        records.append(record)
     return records
-
-
-def read_text(path: str) -> str:
-    try:
-        data = sys.stdin.buffer.read() if path == "-" else Path(path).expanduser().read_bytes()
-        return data.decode()
-    except OSError as error:
-        raise UserError(f"cannot read the prompts in {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"the prompts in {path} are not UTF-8: byte {error.start}") from None
 
 
 def encode(engine: "Engine", prompt: str) -> list[int]:

@@ -4,14 +4,13 @@ python -m gptjax.main --config=configs/gpt2.py:runlocal --workdir=runs/demo
 python -m gptjax.main --config=configs/gpt2.py:size=355m --workdir=runs/gpt2 --config.optimizer.peak_lr=3e-4
 """
 
-from pathlib import Path
-
 from absl import flags
 from ml_collections import config_flags
 
 from gptjax import cli
 from gptjax.config import UserError, resolve
 from gptjax.distributed import preemption
+from gptjax.files import expand
 from gptjax.parallel import program_cache
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, its arguments after a colon.")
@@ -26,10 +25,10 @@ def main() -> None:
     config = resolve(CONFIG.value)
     with preemption.watch():
         cli.join()
-        program_cache.use(Path(config.data.cache_dir))
+        program_cache.use(expand(config.data.cache_dir))
         from gptjax.run import run  # after the checks: it takes seconds to import
 
-        run(config, Path(WORKDIR.value), profile=PROFILE.value, allow_config_changes=ALLOW_CHANGES.value)
+        run(config, expand(WORKDIR.value), profile=PROFILE.value, allow_config_changes=ALLOW_CHANGES.value)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from ml_collections import config_flags
 
 from gptjax import cli
 from gptjax.config import Config, UserError, replace, resolve
+from gptjax.files import expand
 
 if TYPE_CHECKING:
     from gptjax.planning.report import Step
@@ -251,7 +252,7 @@ def output(table: str, tree: dict[str, Any]) -> None:
         return
     if JSON.value is not None:
         try:
-            Path(JSON.value).expanduser().write_text(text + "\n")
+            expand(JSON.value).write_text(text + "\n")
         except OSError as error:
             raise UserError(f"cannot write --json={JSON.value}: {error.strerror}") from None
     print(table)

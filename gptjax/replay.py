@@ -4,12 +4,11 @@ python -m gptjax.replay --bundle=runs/gpt2/debug/step_00000123
 python -m gptjax.replay --bundle=runs/gpt2/debug/step_00000123 --dtype=float32 --debug_nans
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from gptjax import cli
 from gptjax.config import UserError, replace
+from gptjax.files import expand
 
 BUNDLE = flags.DEFINE_string("bundle", None, "Debug bundle: a directory WORKDIR/debug/step_....")
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of activations; as trained, if not given.")
@@ -30,7 +29,7 @@ def main() -> None:
     from gptjax.stages.trained_model import parse_mesh
     from gptjax.training.debug_bundles import diagnose, load_bundle
 
-    bundle = Path(BUNDLE.value)
+    bundle = expand(BUNDLE.value)
     step, batch = load_bundle(bundle)
     workdir = bundle.absolute().parent.parent
     config, _ = registry.completed_config(workdir)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from gptjax.checkpoint.lock import locked
 from gptjax.checkpoint.manager import Checkpoints
 from gptjax.checkpoint.state import abstract_state
-from gptjax.config import Config, UserError, differences, read_config, to_json
+from gptjax.config import Config, UserError, differences, read_config, to_json, with_absolute_paths
 from gptjax.data import tokenizers
 from gptjax.distributed import processes
 from gptjax.files import write_whole
@@ -38,6 +38,7 @@ def run(config: Config, workdir: Path, *, profile: bool = False, allow_config_ch
     """
     registry.check(config)
     processes.check_same(_leaves(dataclasses.asdict(config), "config"), "give all processes the same config")
+    config = with_absolute_paths(config)
     mesh = make_mesh(config.mesh)
     if config.init_from is not None:
         read_config(Path(config.init_from).expanduser())  # before the corpus is prepared
@@ -84,7 +85,7 @@ def _check_workdir(config: Config, workdir: Path, allow_changes: bool) -> bool:
             f"{workdir} holds imported weights, and no training to go on with: "
             f"start from them by --config.init_from={workdir} and another --workdir"
         )
-    old = read_config(workdir)
+    old = with_absolute_paths(read_config(workdir))
     if changed := differences(old.model, config.model, "model."):
         raise UserError(f"{workdir} holds a run of another model ({'; '.join(changed)}): use another --workdir")
     changed = differences(old, config)

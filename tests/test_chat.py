@@ -79,7 +79,7 @@ def test_mistakes_end_it_in_one_line(workdir, pretrained, tmp_path):
 def test_input_that_is_no_text(workdir):
     result = subprocess.run(command(f"--workdir={workdir}"), input=b"caf\xe9\n", capture_output=True, timeout=120)
     assert result.returncode == 2
-    assert result.stderr.startswith(b"error: standard input is not UTF-8")
+    assert result.stderr.startswith(b"error: standard input:1 is not UTF-8 at byte 3")
 
 
 class Terminal:

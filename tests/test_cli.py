@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,23 @@ def assert_one_line(result: subprocess.CompletedProcess, *words: str) -> None:
     assert "compiled" not in result.stdout
 
 
+@pytest.mark.parametrize("command", ["generate --prompt=x", "predict", "chat", "evaluate", "convert --to_hf=~/out"])
+def test_a_tilde_is_the_home_directory(command, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("[")
+    arguments = [sys.executable, "-m", *f"gptjax.{command}".split(), "--workdir=~/run"]
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    result = subprocess.run(
+        arguments, capture_output=True, text=True, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL
+    )
+    assert_one_line(result, f"{tmp_path}/run/config.json")
+
+
+def test_every_command_expands_the_paths_of_its_flags():
+    for path in (ROOT / "gptjax").glob("*.py"):
+        assert not re.search(r"\bPath\((str\()?[A-Z_]+\.value", path.read_text()), f"{path}: use gptjax.files.expand"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -45,6 +63,7 @@ def assert_one_line(result: subprocess.CompletedProcess, *words: str) -> None:
         ([RUNLOCAL, "--config.model.num_heads=5"], ["model.num_heads=5", "embed_dim=192", "such as 4"]),
         ([RUNLOCAL, "--config.batch.tokens_per_batch=1000"], ["batch.tokens_per_batch=1000", "try 1024"]),
         ([RUNLOCAL, "--config.batch.epochs=2"], ["set one of batch.total_tokens (700000) and batch.epochs (2.0)"]),
+        ([RUNLOCAL, "--config.seed=12345678901234567890"], ["seed=12345678901234567890", "64-bit"]),
         ([RUNLOCAL, "--unknown=3"], ["unknown"]),
         ([RUNLOCAL, "extra"], ["'extra'"]),
         (["--config=configs/gpt2.py:sise=124m"], ["sise", "did you mean 'size'"]),

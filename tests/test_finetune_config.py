@@ -1,5 +1,6 @@
 """configs/finetune.py: every argument gives a whole config, and `runlocal` trains on the embedded tweets."""
 
+import dataclasses
 import json
 
 import pytest
@@ -10,7 +11,7 @@ from gptjax.data import labelled
 from gptjax.metrics.task_reports import MAIN_METRIC
 from gptjax.run import run
 from gptjax.stages.finetune import build as finetune
-from tests.tiny_tasks import MODEL, config_module
+from tests.tiny_tasks import MODEL, config_module, save_pretrained
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +27,14 @@ def test_every_task_resolves(module):
             assert config.stage == "finetune"
             assert config.evaluation.metric == MAIN_METRIC[kind]
     assert set(module.TASKS.values()) == set(MAIN_METRIC)
+
+
+@pytest.mark.parametrize("recipe", ["finetune", "chatgpt"])
+def test_recipes_train_float32_parameters_whatever_the_given_weights_have(recipe, tmp_path):
+    given = save_pretrained(tmp_path / "given", settings=dataclasses.replace(MODEL, param_dtype="bfloat16"))
+    config = c.resolve(config_module(recipe).get_config(f"init_from={given}"))
+    assert config.model.param_dtype == "float32"
+    assert config.model.embed_dim == MODEL.embed_dim
 
 
 def test_section_4_1_of_gpt1(module):

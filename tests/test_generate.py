@@ -1,17 +1,22 @@
 """The command `gptjax.generate` on a workdir of a tiny random model."""
 
+import importlib
+import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+from absl import flags
 from flax import linen as nn
 
 from gptjax import config as c
 from gptjax.checkpoint.manager import Checkpoints
+from gptjax.config import UserError
 from gptjax.data.tokenizers import BytesTokenizer
 from gptjax.inference.engine import Engine
 from gptjax.inference.sampling import Sampling
@@ -32,6 +37,59 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with Checkpoints(directory, run.checkpoint) as checkpoints:
         checkpoints.save_params(params)
     return directory
+
+
+@pytest.fixture
+def read_prompts(monkeypatch) -> Iterator[Callable[..., list[dict]]]:
+    """`read_prompts(prompts=None, stdin=b"")`: what the command reads of a file or of standard input."""
+    others = set(flags.FLAGS)
+    module = importlib.import_module("gptjax.generate")
+
+    def read(prompts: Path | None = None, stdin: bytes = b"") -> list[dict]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        flags.FLAGS.unparse_flags()
+        flags.FLAGS["prompts"].value = None
+        flags.FLAGS(["generate", *([] if prompts is None else [f"--prompts={prompts}"])])
+        return module.read_prompts()
+
+    yield read
+    for name in set(flags.FLAGS) - others:  # as other commands have flags of the same names
+        delattr(flags.FLAGS, name)
+    for name in ("gptjax.generate", "gptjax.cli"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_prompts_are_lines_that_end_in_a_line_end(read_prompts, tmp_path, encoding):
+    texts = ["one\fpage", "two\u2028\u0085\v\x1c", "", "zwölf"]
+    plain, lines = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
+    plain.write_bytes(("\r\n".join(texts) + "\n").encode(encoding))
+    assert read_prompts(plain) == [{"prompt": text} for text in texts]
+    objects = [json.dumps({"prompt": text, "id": i}, ensure_ascii=False) for i, text in enumerate(texts)]
+    lines.write_bytes(("\n" + "\r\n \n".join(objects)).encode(encoding))
+    assert read_prompts(lines) == [{"prompt": text, "id": i} for i, text in enumerate(texts)]
+    assert read_prompts(stdin="one\r\nand two\r\n".encode(encoding)) == [{"prompt": "one\r\nand two"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"one\ntw\xff\n", r"a\.txt:2 is not UTF-8 at byte 6"),
+        ("a.jsonl", b'{"prompt": "x", "p": NaN}', r"a\.jsonl:1 is not JSON: NaN is not a JSON value"),
+        ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1 is not JSON"),
+        ("a.jsonl", b"\n\n", r"a\.jsonl has no lines"),
+    ],
+)
+def test_prompt_files_that_cannot_be_read(read_prompts, tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_prompts(tmp_path / name)
+
+
+def test_seeds_of_any_size(workdir):
+    result = generate(workdir, "--prompt=x", "--seed=12345678901234567890", "--max_new_tokens=2", "--logprobs")
+    assert result.returncode == 0, result.stderr.decode()
+    assert json.loads(result.stdout)["seed"] == 12345678901234567890
 
 
 def generate(workdir: Path | None, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess:
@@ -93,6 +151,7 @@ def test_beams(workdir):
         (["--prompts=/nowhere"], ["/nowhere", "No such file"]),
         (["--prompt=x", "--mesh=tensr=2"], ["tensr", "did you mean 'tensor'"]),
         (["--prompt=x", "--output=/nowhere/out.jsonl"], ["/nowhere"]),
+        (["--prompt=x", "--output=/"], ["--output=/ is a directory"]),
     ],
 )
 def test_mistakes_are_one_line(workdir, arguments, words):

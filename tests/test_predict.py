@@ -1,5 +1,7 @@
 """The command `gptjax.predict`: what it says of new texts, of several workdirs side by side, and what it refuses."""
 
+import bz2
+import codecs
 import importlib
 import io
 import json
@@ -25,17 +27,18 @@ def command() -> Iterator[Callable[..., list[dict]]]:
     others, modules = set(flags.FLAGS), set(sys.modules)
     predict = importlib.import_module("gptjax.predict")
 
-    def command(*arguments: str, stdin: str = "") -> list[dict]:
+    def command(*arguments: str, stdin: str | bytes = "") -> list[dict]:
         with pytest.MonkeyPatch.context() as patch:
             out = io.StringIO()
-            patch.setattr(sys, "stdin", io.StringIO(stdin))
+            raw = stdin.encode() if isinstance(stdin, str) else stdin
+            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
             patch.setattr(sys, "stdout", out)
             flags.FLAGS.unparse_flags()
             for name in set(flags.FLAGS) - others:
                 flags.FLAGS[name].value = flags.FLAGS[name].default
             flags.FLAGS(["predict", *arguments])
             predict.main()
-        return [json.loads(line) for line in out.getvalue().splitlines()]
+        return [json.loads(line) for line in out.getvalue().split("\n")[:-1]]
 
     yield command
     for name in set(flags.FLAGS) - others:  # as other commands have flags of the same names
@@ -98,6 +101,49 @@ def test_the_words_of_a_line_get_tags(command, workdir_of):
     assert {tag for record in found for tag in record["predicted"]["tags"]} <= {"O", "B-LOC"}
 
 
+def test_texts_may_look_like_json(command, workdir_of, tmp_path, caplog):
+    workdir = f"--workdir={workdir_of('classification')}"
+    texts = ["{sigh} good 1", "[bad] 2", '"good" 3', "bad\u2028 4\f 5", "1", "null"]
+    found = command(workdir, stdin="\ufeff" + "\r\n".join(texts) + "\n")
+    assert [record["text"] for record in found] == texts
+    assert "--input_format" not in caplog.text
+    assert command(workdir, stdin='{"text": "good"}\n')[0]["text"] == '{"text": "good"}'
+    assert "--input_format=jsonl reads its fields" in caplog.text
+
+
+def test_json_lines_by_name_and_by_flag(command, workdir_of, tmp_path):
+    workdir = f"--workdir={workdir_of('classification')}"
+    rows = b'\n{"text": "good 1"}\r\n\n{"text": "bad\xe2\x80\xa8 2"}\n'
+    (tmp_path / "new.JSONL").write_bytes(codecs.BOM_UTF8 + rows)
+    (tmp_path / "new.jsonl.bz2").write_bytes(bz2.compress(rows))
+    by_flag = command(workdir, "--input_format=jsonl", stdin=rows)
+    assert [record["text"] for record in by_flag] == ["good 1", "bad\u2028 2"]
+    for name in ("new.JSONL", "new.jsonl.bz2"):
+        assert command(workdir, f"--input={tmp_path / name}") == by_flag
+    as_text = command(workdir, f"--input={tmp_path / 'new.JSONL'}", "--input_format=text")
+    assert as_text[0]["text"] == '{"text": "good 1"}'
+    for line, words in [('{"txt": "x"}', "has no text"), ('{"text": 5}', "has no text"), ("text", "is not JSON")]:
+        with pytest.raises(UserError, match=f"standard input:1 {words}"):
+            command(workdir, "--input_format=jsonl", stdin=line)
+
+
+def test_words_are_separated_by_blanks_and_tabs_as_in_training(command, workdir_of):
+    workdir = f"--workdir={workdir_of('tagging')}"
+    assert command(workdir, stdin="to\t20\u00a0000  Rome\n")[0]["tokens"] == ["to", "20\u00a0000", "Rome"]
+    with pytest.raises(UserError, match="standard input:1 has no tokens"):
+        command(workdir, "--input_format=jsonl", stdin='{"tokens": ["a", ""]}\n')
+
+
+def test_output_keeps_links_and_is_no_folder(command, workdir_of, tmp_path):
+    workdir = f"--workdir={workdir_of('classification')}"
+    (tmp_path / "said").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "said")
+    command(workdir, f"--output={tmp_path / 'link'}", stdin="good\n")
+    assert json.loads((tmp_path / "said").read_text())["text"] == "good"
+    with pytest.raises(UserError, match=f"--output={tmp_path} is a directory"):
+        command(workdir, f"--output={tmp_path}", stdin="good\n")
+
+
 def test_rows_of_a_file_and_its_columns(command, workdir_of, tmp_path):
     (tmp_path / "new.csv").write_text("id,message\n1,good 1\n2,bad 2\n")
     workdir, source = workdir_of("classification", "head"), f"--source=csv:{tmp_path / 'new.csv'}"
@@ -120,12 +166,13 @@ def test_tasks_of_several_texts_read_json(command, workdir_of):
     [
         ("classification", "", ["there is nothing to predict"]),
         ("classification", "\n \n", ["there is nothing to predict"]),
-        ("classification", 'fine\n{"text": "cut', ["standard input:2 is not JSON"]),
-        ("classification", '{"txt": "x"}\n', ["standard input:1 has no text"]),
-        ("multiple_choice", "a plain line\n", ["standard input:1 has no choices", "context, choices"]),
+        ("multiple_choice", '\n{"context": "cut', ["standard input:2 is not JSON"]),
+        ("multiple_choice", "a plain line\n", ["standard input:1 is not JSON"]),
+        ("multiple_choice", '{"context": "a"}\n', ["standard input:1 has no choices", "context, choices"]),
+        ("multiple_choice", '["a"]\n', ["standard input:1 is not a JSON object"]),
+        ("classification", b"caf\xe9\n", ["standard input:1 is not UTF-8 at byte 3"]),
         ("multiple_choice", '{"context": "a", "choices": "b"}\n', ["standard input:1 has no choices"]),
         ("multiple_choice", '{"context": "a", "choices": ["b", 3, "c"]}\n', ["standard input:1"]),
-        ("tagging", '{"tokens": ["a", ""]}\n', ["standard input:1"]),
     ],
 )
 def test_lines_that_cannot_be_read(command, workdir_of, kind, stdin, words):

@@ -1,6 +1,6 @@
-"""Workdirs, imported directories and data may be anybody's: whatever is in them is data, or one line that refuses it.
+"""Workdirs, imported directories and data may be a stranger's: what is in them is data, or refused in one line.
 
-Each test reads files that hypothesis makes up, or that it changes in one place; nothing but a UserError may come of it.
+Many tests read files that hypothesis makes up, or changes in one place; only a UserError may come of it.
 """
 
 import contextlib
@@ -8,7 +8,10 @@ import copy
 import dataclasses
 import gzip
 import json
+import os
+import shutil
 import string
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +22,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gptjax import config as c
+from gptjax import files
 from gptjax.checkpoint import lock
 from gptjax.config import UserError
-from gptjax.data import preparation, tokenizers
+from gptjax.data import compression, preparation, tokenizers
 from gptjax.data.sources import open_source
 from gptjax.files import is_plain_name
 from gptjax.interop import families, safetensors_files
+from gptjax.stages.trained_model import load_model
 from gptjax.training.debug_bundles import load_bundle
 from gptjax.training.metrics_file import read_metrics
 
@@ -125,16 +130,61 @@ def test_text_and_jsonl(tmp_path, content, suffix, cut, whole):
 # --- a workdir's other files ------------------------------------------------------------------------------------------
 
 
-@fuzz
+MODEL = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2, "</s>": 3}, "merges": [["a", "b"]], "unk_token": None}
+END = {"id": 3, "content": "</s>", "special": True, "normalized": False, "single_word": False}
+TOKENIZERS = [
+    {
+        "version": "1.0",
+        "added_tokens": [END | {"lstrip": False, "rstrip": False}],
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, *normalizers]},
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+        "post_processor": None,
+        "decoder": {"type": "Strip", "content": "_", "start": 1, "stop": 0},
+        "model": model,
+    }
+    for normalizers, pattern, model in (
+        ([{"type": "Precompiled", "precompiled_charsmap": "CAAAAAAAAAD/////AAA="}], "a+", MODEL),
+        ([{"type": "Prepend", "prepend": "_"}], "a+", {"type": "Unigram", "unk_id": 0, "vocab": [["a", -1.0]]}),
+        ([], "(a|a)+$", MODEL),
+        ([], " ?\\w+", MODEL | {"byte_fallback": True, "ignore_merges": False}),
+    )
+]
+
+
+@settings(fuzz, max_examples=25)  # each starts a process
 @given(st.data())
 def test_tokenizers_of_workdirs(tmp_path, data):
     specs = [{"kind": "bytes"}, {"kind": "huggingface", "name": "x"}, {"kind": "tiktoken", "name": "none"}]
     (tmp_path / "spec.json").write_bytes(changed(data.draw, data.draw(st.sampled_from(specs))))
-    (tmp_path / "tokenizer.json").write_bytes(changed(data.draw, {"version": "1.0", "model": {"type": "BPE"}}))
+    (tmp_path / "tokenizer.json").write_bytes(changed(data.draw, data.draw(st.sampled_from(TOKENIZERS))))
     with contextlib.suppress(UserError):
         tokenizers.load(tmp_path)
     with contextlib.suppress(UserError):
-        tokenizers.read_json(tmp_path / "tokenizer.json")
+        tokenizer = tokenizers.read_json(tmp_path / "tokenizer.json")
+        tokenizer.decode(tokenizer.encode("Some text, 日本 aab"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, pretrained: Path) -> Path:
+    return Path(shutil.copytree(pretrained, tmp_path_factory.mktemp("trained") / "run"))
+
+
+@settings(fuzz, max_examples=10)  # each opens a checkpoint
+@given(st.data())
+def test_metadata_of_checkpoints(trained, data):
+    """Of the run and of its checkpoint: all that is JSON in a workdir."""
+    paths = sorted(path for path in trained.rglob("*") if path.is_file() and path.read_bytes()[:1] == b"{")
+    path = data.draw(st.sampled_from(paths))
+    original = path.read_bytes()
+    before = {path for path in trained.rglob("*") if "checkpoints" in path.parts}
+    try:
+        path.write_bytes(changed(data.draw, json.loads(original)))
+        with contextlib.suppress(UserError):
+            load_model(trained)
+        assert {path for path in trained.rglob("*") if "checkpoints" in path.parts} == before
+    finally:
+        path.write_bytes(original)
+    load_model(trained)
 
 
 @fuzz
@@ -174,6 +224,59 @@ def test_arrays_that_are_pickles_are_refused(tmp_path):
     np.savez(tmp_path / "step_00000001" / "batch.npz", tokens=np.array([{"any": "code"}], dtype=object))
     with pytest.raises(UserError, match="allow_pickle=False"):
         load_bundle(tmp_path / "step_00000001")
+
+
+@pytest.mark.parametrize("content", [b"[]", b'{"init_timestamp_nsecs": []}', b"[" * 100_000, b"{"])
+def test_the_metadata_that_orbax_reads_first(trained, content):
+    (path := trained / "checkpoints" / "0" / "_CHECKPOINT_METADATA").write_bytes(content)
+    if content != b"{":  # which orbax takes for a file that is missing
+        with pytest.raises(UserError, match=r"a _CHECKPOINT_METADATA in .* is damaged .*: remove that file"):
+            load_model(trained)
+        path.unlink()
+    load_model(trained)
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+def test_arrays_that_would_fill_the_memory_are_not_decompressed(tmp_path, monkeypatch):
+    (tmp_path / "step_00000001").mkdir()
+    np.savez_compressed(tmp_path / "step_00000001" / "batch.npz", tokens=np.zeros(2**20, np.int32))
+    monkeypatch.setattr(files.read_arrays, "__defaults__", (2**20,))
+    with pytest.raises(UserError, match=r"its arrays have 4,194,\d+ bytes, more than 1,048,576"):
+        load_bundle(tmp_path / "step_00000001")
+
+
+def test_json_files_have_a_largest_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_JSON_BYTES", 100)
+    for name in ("config.json", "model.safetensors.index.json"):
+        (tmp_path / name).write_text(json.dumps({"a": "b" * 100}))
+    for read in (c.read_config, families.read_config, safetensors_files.read_headers):
+        with pytest.raises(UserError, match="it has 109 bytes, more than 100"):
+            read(tmp_path)
+    (tmp_path / "config.json").unlink()
+    os.mkfifo(tmp_path / "config.json")  # which nobody writes: opening it would wait for ever
+    with pytest.raises(UserError, match="is not a regular file"):
+        c.read_config(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("content", [b"a" * 2**26, b"a\n" * 2**25])
+def test_what_is_read_whole_has_a_largest_size(tmp_path, monkeypatch, suffix, content):
+    """A file of a few kB of which 64 MiB come: `jsonl:` reads it by lines, `text:` as a whole."""
+    monkeypatch.setattr(compression, "MAX_BYTES", 2**20)
+    packed = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[suffix](content)
+    (tmp_path / f"a{suffix}").write_bytes(packed)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=r"it has more than 1,048,576 bytes, and is read whole"):
+            list(open_source(f"text:{tmp_path}/a{suffix}").documents())
+        message = "a:1 is not JSON" if b"\n" in content else "it has a line of more than 1,048,576 bytes"
+        with pytest.raises(UserError, match=message.replace("a:1", f"a{suffix}:1")):
+            list(open_source(f"jsonl:{tmp_path}/a{suffix}").documents())
+        assert tracemalloc.get_traced_memory()[1] < 3 * 2**24
+    finally:
+        tracemalloc.stop()
 
 
 # --- prepared corpora -------------------------------------------------------------------------------------------------

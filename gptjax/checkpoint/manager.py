@@ -51,7 +51,7 @@ class Checkpoints:
         _silence_threads()
         options = ocp.CheckpointManagerOptions(preservation_policy=policy, create=not read_only, read_only=read_only)
         with self._errors_named():
-            self._manager = ocp.CheckpointManager(self._directory, options=options)
+            self._manager = _open_manager(self._directory, options)
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
@@ -286,6 +286,19 @@ class Checkpoints:
     def _last_good(self) -> str:
         steps = sorted(int(path.name) for path in self._directory.glob("*") if path.name.isdecimal())
         return f"the last good checkpoint is step {steps[-1]}" if steps else "there is no checkpoint yet"
+
+
+def _open_manager(directory: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+    """Orbax's manager, which reads _CHECKPOINT_METADATA, a file of times, of every step; UserError when one is bad."""
+    try:
+        return ocp.CheckpointManager(directory, options=options)
+    except OSError:
+        raise
+    except Exception as error:  # its parsers raise ValueError, TypeError, RecursionError, ...
+        raise UserError(
+            f"a _CHECKPOINT_METADATA in {directory} is damaged ({_first_line(error)}): remove that file, and the "
+            "checkpoint is read without it"
+        ) from None
 
 
 def _items(state: TrainState) -> dict[str, Any]:

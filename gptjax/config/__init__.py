@@ -10,7 +10,7 @@ from gptjax.config.checks import check, positive, require
 from gptjax.config.edited import check_key, config_dict, replace, resolve
 from gptjax.config.errors import UserError, nearest
 from gptjax.config.model import GPTConfig
-from gptjax.config.saved import config_hash, differences, read_config, to_json
+from gptjax.config.saved import config_hash, differences, read_config, to_json, with_absolute_paths
 from gptjax.config.sections import (
     BatchConfig,
     ChatConfig,
@@ -65,4 +65,5 @@ __all__ = [
     "require",
     "resolve",
     "to_json",
+    "with_absolute_paths",
 ]

@@ -20,6 +20,7 @@ def check(config: Config) -> None:
     _check_batch(config)
     _check_optimizer(config.optimizer)
     _check_intervals(config)
+    require(-(2**63) <= config.seed < 2**63, f"seed={config.seed} must be a 64-bit integer, below 2**63")
 
 
 def require(condition: bool, message: str) -> None:
@@ -76,6 +77,11 @@ def _check_data(config: Config) -> None:
     for name in ("label_smoothing", "word_dropout", "token_replacement", "drop_turns", "shuffle_turns"):
         value = getattr(regularisation, name)
         require(0 <= value <= 1, f"regularisation.{name}={value} must be in [0, 1]")
+    require(
+        regularisation.label_smoothing == 0 or task.kind not in ("regression", "question_answering"),
+        f"regularisation.label_smoothing={regularisation.label_smoothing} smooths the probabilities of labels, and "
+        f"task.kind={task.kind} has none: set it to 0",
+    )
     positive(regularisation, "regularisation", "mixup_alpha", "adversarial_epsilon")
     copies = regularisation.augmented_copies
     require(copies >= 0, f"regularisation.augmented_copies={copies} must not be negative")

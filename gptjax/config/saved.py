@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,24 @@ from gptjax.files import read_json
 
 def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """`config` with absolute paths to the workdirs that it names, so that it can be read from any directory.
+
+    They are init_from and the WORKDIR of rl.reward=model:WORKDIR.
+    """
+    rl, init_from = config.rl, config.init_from
+    if init_from is not None:
+        init_from = _absolute(init_from)
+    kind, _, path = rl.reward.partition(":")
+    if kind == "model" and path:
+        rl = dataclasses.replace(rl, reward=f"model:{_absolute(path)}")
+    return dataclasses.replace(config, init_from=init_from, rl=rl)
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else os.path.abspath(Path(path).expanduser())  # symbolic links stay
 
 
 def read_config(workdir: Path) -> Config:

@@ -4,28 +4,37 @@ Whatever is wrong with a conversation is one line that says in which line of whi
 """
 
 import dataclasses
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar
 
 import grain
 import numpy as np
 
 from gptjax.config import UserError
 from gptjax.data import records
+from gptjax.data.conversation_forms import Message, Role, conversation_messages, prompt_messages, ranked_answers
+from gptjax.data.packages import require_package
 from gptjax.data.preparation import split_documents
-from gptjax.data.sources import InvalidUtf8, require_package
+from gptjax.data.text_files import InvalidUtf8
 
-Role = Literal["system", "user", "assistant"]
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
+__all__ = [
+    "Conversation",
+    "Message",
+    "Prompt",
+    "Ranking",
+    "Role",
+    "check_order",
+    "check_spec",
+    "hold_out",
+    "prompts",
+    "random_rankings",
+    "read_conversations",
+    "read_prompts",
+    "read_rankings",
+]
+
 _FORMS = "jsonl:GLOB, tfds:NAME[@SPLIT], chatterbot[:LANGUAGE+LANGUAGE]"
-
-
-@dataclasses.dataclass(frozen=True)
-class Message:
-    role: Role
-    content: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,17 +107,21 @@ def read_conversations(spec: str, *, invalid_utf8: InvalidUtf8 = "error") -> lis
     """All conversations of a source, in its order.
 
     Args:
-      spec: one of the following; files may be .gz or .zst.
-        jsonl:GLOB — each line a JSON object: OpenAI's {"messages": [{"role": ..., "content": ...}, ...]}, or ShareGPT's
-          {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]};
+      spec: one of the following; GLOB and the files' encodings are as of `sources.open_source`.
+        jsonl:GLOB — each line a JSON object: OpenAI's {"messages": [{"role": ..., "content": ...}, ...]}, ShareGPT's
+          {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]}, Alpaca's
+          {"instruction": ..., "input": ..., "output": ...}, or TRL's {"prompt": ..., "completion": ...}, both texts or
+          lists of messages. A field `system` or `system_prompt` is the system message. The content may be a list of
+          parts {"type": "text", "text": ...}. The role developer is read as system;
         tfds:NAME[@SPLIT] — a tensorflow-datasets dataset with such a feature;
         chatterbot[:LANGUAGE+LANGUAGE] — dialogues of the PyPI package chatterbot-corpus, English if not said otherwise;
           each once.
       invalid_utf8: "replace" puts U+FFFD for bytes that are not UTF-8, and warns; "error" raises.
 
     Raises:
-      UserError: in one line, with the file's name and the line's number: an unknown role, two turns of one side in a
-        row, a message that is empty, no answer at all; or there are no conversations, or the source cannot be had.
+      UserError: in one line, with the file's name and the line's number: an unknown role, calls of tools, two turns of
+        one side in a row, a message that is empty or not text, no answer at all; or there are no conversations, or the
+        source cannot be read.
     """
     check_spec(spec)
     if spec.partition(":")[0] == "chatterbot":
@@ -119,7 +132,7 @@ def read_conversations(spec: str, *, invalid_utf8: InvalidUtf8 = "error") -> lis
         found = list(once.values())
     else:
         records_ = records.read_records(spec, invalid_utf8)
-        found = [Conversation(_whole(_messages(record, place), place), place) for record, place in records_]
+        found = [Conversation(_whole(conversation_messages(record, place), place), place) for record, place in records_]
     if not found:
         raise UserError(f"{spec} has no conversations")
     return found
@@ -129,9 +142,11 @@ def read_rankings(spec: str, *, invalid_utf8: InvalidUtf8 = "error") -> list[Ran
     """All rankings of a source, in its order.
 
     Args:
-      spec: jsonl:GLOB or tfds:NAME[@SPLIT]. A record has its prompt as `messages` (or `prompt`, a user's message), and
-        its answers as `ranking`, a list with the best first, or as `chosen` and `rejected`. These may also be whole
-        conversations, lists of messages that differ in the last alone; then there is no other prompt.
+      spec: jsonl:GLOB or tfds:NAME[@SPLIT]. A record has its prompt as `messages` or `prompt`, a list of messages or a
+        user's message, perhaps with `system`, and its answers as `ranking`, a list with the best first, or as `chosen`
+        and `rejected`. An answer is a text, a list of the assistant's message (TRL), or a whole conversation, a list
+        of messages (UltraFeedback) or a dialogue "\\n\\nHuman: ...\\n\\nAssistant: ..." (Anthropic's HH); these differ
+        in the last message alone, and need no other prompt.
       invalid_utf8: as of `read_conversations`.
 
     Raises:
@@ -150,7 +165,8 @@ def read_prompts(spec: str, *, invalid_utf8: InvalidUtf8 = "error") -> list[Prom
     """What a source gives an assistant to answer: what comes before each of its turns, and a last question without one.
 
     Args:
-      spec, invalid_utf8: as of `read_conversations`. A line may also have `prompt`, a user's message, alone.
+      spec, invalid_utf8: as of `read_conversations`. A line may also have `prompt`, a user's message or a list of
+        messages, alone.
 
     Raises:
       UserError: as of `read_conversations`.
@@ -160,10 +176,7 @@ def read_prompts(spec: str, *, invalid_utf8: InvalidUtf8 = "error") -> list[Prom
         return prompts(read_conversations(spec))
     found: list[Prompt] = []
     for record, place in records.read_records(spec, invalid_utf8):
-        if isinstance(asked := record.get("prompt"), str):
-            messages: tuple[Message, ...] = (Message("user", _content(asked, f"{place}: prompt")),)
-        else:
-            messages = _messages(record, place)
+        messages = prompt_messages(record, place)
         check_order(messages, place)
         found += prompts([Conversation(messages, place)])
         if messages and messages[-1].role == "user":
@@ -244,48 +257,7 @@ def _turns(conversation: Conversation) -> Iterator[tuple[tuple[Message, ...], st
             yield conversation.messages[:i], message.content, conversation.place
 
 
-# --- from records to conversations ------------------------------------------------------------------------------------
-
-
-def _messages(record: Mapping[str, Any], place: str) -> tuple[Message, ...]:
-    """The messages of a record in one of the two forms."""
-    if "messages" in record:
-        return _of_list(record["messages"], place, "role", "content", "messages")
-    if "conversations" in record:
-        return _of_list(record["conversations"], place, "from", "value", "conversations")
-    raise UserError(f"{place} has neither messages nor conversations: it has {', '.join(record) or 'nothing'}")
-
-
-def _of_list(turns: Any, place: str, role_key: str, content_key: str, name: str) -> tuple[Message, ...]:
-    if isinstance(turns, Mapping):  # as tensorflow-datasets has a sequence of features: a list of each
-        try:
-            columns = zip(turns[role_key], turns[content_key], strict=True)
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"{place}: {name} does not have lists of {role_key} and {content_key}") from None
-        turns = [{role_key: role, content_key: content} for role, content in columns]
-    if not isinstance(turns, list):
-        raise UserError(f"{place}: {name} is not a list but {str(turns)[:40]!r}")
-    return tuple(_message(turn, f"{place}: {name}[{i}]", role_key, content_key) for i, turn in enumerate(turns))
-
-
-def _message(turn: Any, place: str, role_key: str, content_key: str) -> Message:
-    if not isinstance(turn, Mapping) or not {role_key, content_key} <= set(turn):
-        raise UserError(f"{place} is not an object with {role_key} and {content_key}")
-    role = turn[role_key]
-    if role_key == "from":
-        role = _SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
-    if role not in get_args(Role):
-        known = ", ".join((*get_args(Role), *(_SHAREGPT_ROLES if role_key == "from" else ())))
-        raise UserError(f"{place} has the unknown {role_key} {str(turn[role_key])[:40]!r}: one of {known}")
-    return Message(role, _content(turn[content_key], place))
-
-
-def _content(value: Any, place: str) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"{place}: the content is not a text but {str(value)[:40]!r}")
-    if not value or value.isspace():
-        raise UserError(f"{place}: the content is empty: remove the conversation, or write what was said")
-    return re.sub("[\ud800-\udfff]", "\ufffd", value)  # halves of characters, which JSON may hold and UTF-8 cannot
+# --- checks ---------------------------------------------------------------------------------------------------------
 
 
 def check_order(messages: Sequence[Message], place: str) -> None:
@@ -312,31 +284,13 @@ def _whole(messages: tuple[Message, ...], place: str) -> tuple[Message, ...]:
 
 
 def _ranking(record: Mapping[str, Any], place: str) -> Ranking:
-    answers = [record[name] for name in ("chosen", "rejected") if name in record]
-    if "ranking" in record:
-        answers = record["ranking"]
-        if not isinstance(answers, list):
-            raise UserError(f"{place}: ranking is not a list of answers but {str(answers)[:40]!r}")
-    elif len(answers) < 2:
-        raise UserError(f"{place} has neither a ranking nor both chosen and rejected: it has {', '.join(record)}")
-    if answers and all(isinstance(answer, list) for answer in answers):
-        whole = [_of_list(answer, place, "role", "content", "an answer") for answer in answers]
-        prompts = {messages[:-1] for messages in whole}
-        if len(prompts) > 1 or any(not messages or messages[-1].role != "assistant" for messages in whole):
-            raise UserError(f"{place}: the answers are not conversations that differ in the last answer alone")
-        prompt, texts = prompts.pop(), [messages[-1].content for messages in whole]
-    else:
-        texts = [_content(answer, f"{place}: answer {i}") for i, answer in enumerate(answers)]
-        if isinstance(asked := record.get("prompt"), str):
-            prompt = (Message("user", _content(asked, f"{place}: prompt")),)
-        else:
-            prompt = _messages(record if asked is None else {"messages": asked}, place)
+    prompt, texts = ranked_answers(record, place)
     check_order(prompt, place)
     if not prompt or prompt[-1].role != "user":
         raise UserError(f"{place}: the prompt does not end in a user's message, which the answers are to")
-    if len(texts) < 2 or len(set(texts)) < len(texts):
-        raise UserError(f"{place} needs two answers or more, all different, the best first")
-    return Ranking(prompt, tuple(texts), place)
+    if len(texts) < 2 or len({text.strip() for text in texts}) < len(texts):
+        raise UserError(f"{place} needs two answers or more, all different by more than blanks, the best first")
+    return Ranking(prompt, texts, place)
 
 
 # --- the packaged dialogues -------------------------------------------------------------------------------------------

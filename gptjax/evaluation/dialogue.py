@@ -71,6 +71,7 @@ class DialogueTask:
             self.max_new_tokens,
             Sampling(temperature=0),
             end_tokens=(self.end_of_turn,),
+            separate_text=True,
         )
         return [Answer(c.text, len(c.tokens), c.finish_reason != "length") for c in completions]
 
@@ -127,11 +128,12 @@ def reward(score: RewardScore, prompts: Sequence[Prompt], answers: Sequence[Answ
 
 
 def read_prompts(source: str | None, config: Config) -> list[Prompt]:
-    """The prompts of a source, each with its reference; without a source those that a run has held out.
+    """The prompts of a source, each with its reference answer.
 
     Args:
-      source: a form of `conversations.read_conversations`.
-      config: of a run of a stage of chat.
+      source: a form of `conversations.read_conversations`. None: what the run held out of the sources that `config`
+        names, so callers must have the user's consent to read the files of a config that may be a stranger's.
+      config: that of a run of a chat stage.
 
     Raises:
       UserError: as of `read_conversations`.

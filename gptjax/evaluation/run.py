@@ -23,7 +23,7 @@ from gptjax.evaluation.example_records import file_name, score_resumably
 from gptjax.evaluation.perplexity import PerplexityTask, perplexity_task
 from gptjax.evaluation.scoring import Scorer
 from gptjax.evaluation.tasks import Examples, ExampleTask, example_task, read_examples
-from gptjax.files import write_whole
+from gptjax.files import expand, write_whole
 from gptjax.metrics.measurement import Measurement
 from gptjax.metrics.report_files import write_predictions
 from gptjax.stages import registry
@@ -42,6 +42,7 @@ class Options:
     batch_size: int = 8
     seed: int = 0
     source: str | None = None
+    held_out: bool = False
     stride: int | None = None
     detokenizer: str | None = None
     concatenate: bool = False
@@ -61,13 +62,15 @@ def check(options: Options) -> None:
     for name in options.tasks:
         if not name.endswith(".jsonl"):
             check_name(name, (PERPLEXITY, DIALOGUE))
-        elif not Path(name).expanduser().is_file():
+        elif not expand(name).is_file():
             raise UserError(f"there is no task file {name}")
     names = [_short(name, options) for name in dict.fromkeys(options.tasks)]
     if len(set(names)) < len(names):
         raise UserError(f"--tasks={','.join(options.tasks)}: two files have the same name: evaluate them one by one")
     if PERPLEXITY in options.tasks and options.source is None:
         raise UserError("--tasks=perplexity needs a text, as in --source=text:wiki.test.tokens")
+    if options.held_out and options.source is not None:
+        raise UserError("--source and --held_out exclude each other: both name the conversations of --tasks=dialogue")
     if options.source is not None and not {PERPLEXITY, DIALOGUE} & set(options.tasks):
         raise UserError("--source is for --tasks=perplexity and --tasks=dialogue")
     if options.source is not None and PERPLEXITY in options.tasks:
@@ -76,8 +79,8 @@ def check(options: Options) -> None:
         conversations.check_spec(options.source)
     if PERPLEXITY not in options.tasks and (options.stride or options.detokenizer or options.concatenate):
         raise UserError("--stride, --detokenizer and --concatenate are for --tasks=perplexity")
-    if DIALOGUE not in options.tasks and (options.max_new_tokens or options.reward_model):
-        raise UserError("--max_new_tokens and --reward_model are for --tasks=dialogue")
+    if DIALOGUE not in options.tasks and (options.max_new_tokens or options.reward_model or options.held_out):
+        raise UserError("--max_new_tokens, --reward_model and --held_out are for --tasks=dialogue")
     if options.detokenizer is not None:
         get_detokenizer(options.detokenizer)
 
@@ -93,6 +96,12 @@ def evaluate(workdir: Path, options: Options) -> dict[str, Any]:
     if DIALOGUE in options.tasks and not registry.definition(config).chats:
         chats = ", ".join(name for name, stage in registry.DEFINITIONS.items() if stage.chats)
         raise UserError(f"{workdir} is of stage {config.stage}: --tasks=dialogue is for stages {chats}")
+    if DIALOGUE in options.tasks and options.source is None and not options.held_out:
+        # The config may be a stranger's: it must not choose which files of this machine are read.
+        raise UserError(
+            "--tasks=dialogue needs --source=jsonl:FILE, or --held_out to read what the run held out of "
+            f"{config.data.validation_source or config.data.source}"
+        )
     trained = load_model(workdir, parse_mesh(options.mesh), options.dtype)
     scorer = Scorer(trained.model, trained.params, trained.mesh, options.batch_size)
     directory = workdir / "evaluation"
@@ -170,7 +179,7 @@ def _prepare(name: str, options: Options, trained: TrainedModel) -> ExampleTask 
         )
     examples: Examples
     if name.endswith(".jsonl"):
-        examples, form = read_examples(Path(name).expanduser()), None
+        examples, form = read_examples(expand(name)), None
     else:
         examples, form = read_benchmark(name, options.num_fewshot), BENCHMARKS[name].few_shot_form
     return example_task(

@@ -19,7 +19,6 @@ such lines shows its other lines.
 
 import dataclasses
 import hashlib
-import json
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.config import UserError
+from gptjax.data.text_files import json_objects, read_lines
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.evaluation.scoring import Request, Score, encode_pair
 from gptjax.metrics.measurement import Measurement, exponential, mean
@@ -123,30 +123,21 @@ def read_examples(path: Path) -> Examples:
     Raises:
       UserError: the file cannot be read, has nothing to ask, or a line of it is of no such form; FILE:LINE says where.
     """
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the task {path}: {error}") from None
     asked: list[Example] = []
     shots: list[Example] = []
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
+    for record, place in json_objects(read_lines(path)):
         try:
-            record = json.loads(line)
             example = _example(record)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}:{number}: {error}") from None
+        except ValueError as error:
+            raise UserError(f"{place}: {error}") from None
         (shots if record.get("split") == "fewshot" else asked).append(example)
     if not asked:
         raise UserError(f"{path} has no example to ask")
     return Examples(asked, shots or asked)
 
 
-def _example(record: Any) -> Example:
+def _example(record: dict[str, Any]) -> Example:
     """Raises ValueError, saying what is wrong with the record."""
-    if not isinstance(record, dict):
-        raise ValueError("not a JSON object")
     if "text" in record:
         return last_word(_string(record, "text"))
     context = _string(record, "context") if "context" in record else ""

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from gptjax.config import UserError
 from gptjax.inference.engine import Completion, Engine, FinishReason, Prompt
+from gptjax.inference.text import TextStream
 from gptjax.models.attention import KeyValues
 from gptjax.models.decoding import Cache, decode, logits, prefill, unstack
 from gptjax.models.gpt import GPT
@@ -41,7 +42,7 @@ class Rules:
     num_beams: int
     length_penalty: float
     early_stopping: bool | Literal["never"]
-    end_of_text: int | None
+    ends: tuple[int, ...]
     max_new_tokens: int
 
 
@@ -58,9 +59,9 @@ def beam_search(
 ) -> list[list[Beam]]:
     """The `num_return` best completions of each prompt, best first.
 
-    In each step a prompt's beams have 2 * num_beams likeliest continuations, all together. Those among the first
-    num_beams that end the text are finished, and of all finished the best num_beams are kept; the first num_beams that
-    do not end it go on.
+    Each step takes the (1 + E) * num_beams likeliest continuations of a prompt's beams, for E tokens that end a text.
+    Those among the first num_beams that end the text are finished, and the best num_beams of all finished ones are
+    kept; the first num_beams that do not end it are the next beams.
 
     Args:
       prompts: of any lengths; an empty one means the start of a document.
@@ -71,14 +72,15 @@ def beam_search(
       early_stopping: True: a search is over as soon as num_beams are finished; False: when besides the best that goes
         on, were it to end now, would score no better than the worst of them; "never": were it to reach max_new_tokens
         without losing any probability, for a positive length_penalty.
-      ignore_end_of_text: go on after it.
+      ignore_end_of_text: the search continues after end-of-text.
 
     Raises:
       UserError: a number out of range, or as `Engine.generate`.
     """
+    ends = () if ignore_end_of_text else engine.tokenizer.ends
     for name, value, most in (
         ("max_new_tokens", max_new_tokens, None),
-        ("num_beams", num_beams, engine.vocab_size // 2),  # that many continuations has a prompt
+        ("num_beams", num_beams, engine.vocab_size // _candidates_per_beam(ends)),  # continuations of a prompt
         ("num_return", num_return, num_beams),
     ):
         if value < 1 or (most is not None and value > most):
@@ -87,17 +89,25 @@ def beam_search(
         num_beams,
         length_penalty,
         True if num_beams == 1 else early_stopping,  # the likeliest token, if it ends the text, ends it
-        None if ignore_end_of_text else engine.tokenizer.end_of_text,
+        ends,
         max_new_tokens,
     )
-    searches = [_Search(rules) for _ in prompts]
-    for candidates in _candidates(engine, [engine.ids(prompt) for prompt in prompts], rules):
+    searches, ids = [_Search(rules) for _ in prompts], [engine.ids(prompt) for prompt in prompts]
+    for candidates in _candidates(engine, ids, rules):
         for row, search in enumerate(searches):
             if not search.over:
                 search.extend(Candidates(*(array[row] for array in candidates)))
         if all(search.over for search in searches):
             break
-    return [[found.beam(engine) for found in search.finished[:num_return]] for search in searches]
+    return [
+        [found.beam(engine, prompt) for found in search.finished[:num_return]]
+        for search, prompt in zip(searches, ids, strict=True)
+    ]
+
+
+def _candidates_per_beam(ends: tuple[int, ...]) -> int:
+    """Continuations a step needs for each beam: as many may end the text as there are `ends`; 2 at least."""
+    return 1 + max(1, len(ends))
 
 
 # --- the host's account -----------------------------------------------------------------------------------------------
@@ -118,15 +128,20 @@ class _Finished:
     score: float
     reason: FinishReason
 
-    def beam(self, engine: Engine) -> Beam:
-        last = self.path.parent if self.reason == "end_of_text" else self.path
+    def beam(self, engine: Engine, prompt: npt.NDArray[np.int32]) -> Beam:
+        ended = self.reason == "end_of_text"
+        last = self.path.parent if ended else self.path
         steps: list[_Path] = []
         while last is not None:
             steps.append(last)
             last = last.parent
         tokens = np.array([step.token for step in reversed(steps)], np.int32)
         logprobs = np.array([step.logprob for step in reversed(steps)], np.float32)
-        return Beam(Completion(tokens, logprobs, engine.tokenizer.decode(tokens), self.reason), self.score)
+        stream = TextStream(engine.tokenizer, prompt=prompt)
+        for token in tokens.tolist():
+            stream.push(token, decode=False)
+        end = self.path.token if ended else None
+        return Beam(Completion(tokens, logprobs, stream.flush(), self.reason, end), self.score)
 
 
 class _Search:
@@ -151,7 +166,7 @@ class _Search:
         columns = zip(candidates.parent_BC, candidates.token_BC, candidates.logprob_BC, strict=True)
         paths = [_Path(self._beams[parent], int(token), float(logprob)) for parent, token, logprob in columns]
         for path, total in list(zip(paths, candidates.total_BC, strict=True))[: rules.num_beams]:
-            if path.token == rules.end_of_text:
+            if path.token in rules.ends:
                 self.finished.append(_Finished(path, self._score(total, self._length), "end_of_text"))
             elif self._length == rules.max_new_tokens:
                 self.finished.append(_Finished(path, self._score(total, self._length), "length"))
@@ -177,6 +192,7 @@ class Program(NamedTuple):
     model: GPT
     slots: int
     num_beams: int
+    num_candidates: int  # of a prompt
 
 
 class Memory(NamedTuple):
@@ -209,15 +225,16 @@ def _candidates(engine: Engine, windows: list[npt.NDArray[np.int32]], rules: Rul
     """Step after step of all prompts, in numpy; each is read while the device works on the next."""
     if not windows:
         return
-    program = Program(engine.model, engine.slots(windows, rules.max_new_tokens), rules.num_beams)
+    num_candidates = _candidates_per_beam(rules.ends) * rules.num_beams
+    program = Program(engine.model, engine.slots(windows, rules.max_new_tokens), rules.num_beams, num_candidates)
     tokens_BT, lengths_B = engine.pad(windows, engine.rows(len(windows)))
-    end_of_text = np.int32(-1 if rules.end_of_text is None else rules.end_of_text)
+    ends_E = np.array(rules.ends or (-1,), np.int32)  # -1 is no token
     lengths_R = np.repeat(lengths_B, rules.num_beams)
     with use_mesh(engine.mesh):
-        memory, last = _prefill(program, engine.params, tokens_BT, lengths_B, end_of_text)
+        memory, last = _prefill(program, engine.params, tokens_BT, lengths_B, ends_E)
     for i in range(rules.max_new_tokens - 1):
         with use_mesh(engine.mesh):
-            memory, new = _decode(program, engine.params, memory, lengths_R + np.int32(i), end_of_text)
+            memory, new = _decode(program, engine.params, memory, lengths_R + np.int32(i), ends_E)
         yield Candidates(*map(np.asarray, last))
         last = new
     yield Candidates(*map(np.asarray, last))
@@ -225,37 +242,37 @@ def _candidates(engine: Engine, windows: list[npt.NDArray[np.int32]], rules: Rul
 
 @partial(jax.jit, static_argnums=0)
 def _prefill(
-    program: Program, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array, end_of_text: jax.Array
+    program: Program, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array, ends_E: jax.Array
 ) -> tuple[Memory, Candidates]:
     """Reads the prompts and branches each into its first beams."""
     params = unstack(program.model.config, params)
     x_BD, cache = prefill(program.model, params, constrain(tokens_BT, "batch", None), lengths_B, program.slots)
-    return _branch(program, params, x_BD, cache, jnp.zeros((len(lengths_B), 1)), end_of_text)
+    return _branch(program, params, x_BD, cache, jnp.zeros((len(lengths_B), 1)), ends_E)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _decode(
-    program: Program, params: Any, memory: Memory, position_R: jax.Array, end_of_text: jax.Array
+    program: Program, params: Any, memory: Memory, position_R: jax.Array, ends_E: jax.Array
 ) -> tuple[Memory, Candidates]:
     """Reads the token that each beam was last continued by, at `position_R`, and branches again."""
     params = unstack(program.model.config, params)
     x_RD, cache = decode(program.model, params, memory.cache, memory.token_BK.reshape(-1), position_R)
-    return _branch(program, params, x_RD, cache, memory.total_BK, end_of_text)
+    return _branch(program, params, x_RD, cache, memory.total_BK, ends_E)
 
 
 def _branch(
-    program: Program, params: Any, x_RD: jax.Array, cache: Cache, total_BK: jax.Array, end_of_text: jax.Array
+    program: Program, params: Any, x_RD: jax.Array, cache: Cache, total_BK: jax.Array, ends_E: jax.Array
 ) -> tuple[Memory, Candidates]:
     """Candidates of the beams so far, and the beams that go on: K of them, each with its parent's cache."""
     batch, beams = total_BK.shape
     logprob_BKV = jax.nn.log_softmax(logits(program.model, params, x_RD)).reshape(batch, beams, -1)
     vocab_size = logprob_BKV.shape[-1]
-    total_BC, at_BC = jax.lax.top_k((total_BK[:, :, None] + logprob_BKV).reshape(batch, -1), 2 * program.num_beams)
+    total_BC, at_BC = jax.lax.top_k((total_BK[:, :, None] + logprob_BKV).reshape(batch, -1), program.num_candidates)
     parent_BC, token_BC = at_BC // vocab_size, at_BC % vocab_size
     logprob_BC = jnp.take_along_axis(logprob_BKV.reshape(batch, -1), at_BC, axis=1)
-    # At most one candidate of a beam ends the text, so as many as there are beams do not.
-    going_on_BC = jnp.where(token_BC == end_of_text, -jnp.inf, total_BC)
-    _, kept_BK = jax.lax.top_k(going_on_BC, program.num_beams)
+    # At most E candidates of a beam end the text, so at least as many as there are beams do not.
+    ended_BC = jnp.any(token_BC[:, :, None] == ends_E[None, None], axis=-1)
+    _, kept_BK = jax.lax.top_k(jnp.where(ended_BC, -jnp.inf, total_BC), program.num_beams)
     parent_BK, token_BK, total_BK = (
         jnp.take_along_axis(x_BC, kept_BK, axis=1) for x_BC in (parent_BC, token_BC, total_BC)
     )

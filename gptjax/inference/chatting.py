@@ -1,12 +1,15 @@
 """A conversation with a model: what was said, and the next answer."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 from gptjax.config import UserError
+from gptjax.data.compression import compression
 from gptjax.data.conversations import Message
 from gptjax.data.templates import ChatFormat, TooLongError
+from gptjax.data.text_files import Utf8, opened_text
 from gptjax.files import write_whole
 from gptjax.inference.engine import Engine
 from gptjax.inference.retrieval import Documents, Passage, with_passages
@@ -80,18 +83,29 @@ class ChatSession:
     def save(self, path: Path) -> None:
         """Appends the conversation to a file, as a line that stage "sft" can read (OpenAI's messages form).
 
+        A file whose last line has no end gets one. Permissions and symbolic links stay.
+
         Raises:
-          UserError: nothing was said, an answer is empty, or the file cannot be written.
+          UserError: nothing was said, an answer is empty, or the file cannot be written or is not plain UTF-8.
         """
         if not self.turns:
             raise UserError("there is nothing to save yet")
         if not all(turn.content.strip() for turn in self.turns):
             raise UserError("an answer is empty, which nothing can learn from: regenerate it, or reset")
         line = json.dumps({"messages": [vars(message) for message in self._all(self.turns)]}, ensure_ascii=False)
+        if compression(path) is not None:
+            raise UserError(f"cannot append to {path}, which is {compression(path)} by its name: name another file")
         try:
-            before = path.read_text(encoding="utf-8") if path.exists() else ""
-            write_whole(path, before + line + "\n")
-        except (OSError, UnicodeDecodeError) as error:
+            path = Path(os.path.realpath(path))
+            before = ""
+            if path.exists():
+                with opened_text(path) as text:
+                    if not text.encoding.startswith("utf-8"):
+                        raise UserError(f"cannot append UTF-8 to {path}, which is {text.encoding}: name another file")
+                before = Utf8().decode(path.read_bytes(), path)
+            end = "" if not before or before.endswith("\n") else "\n"
+            write_whole(path, before + end + line + "\n")
+        except OSError as error:
             raise UserError(f"cannot write {path}: {error}") from None
 
     def reset(self) -> None:
@@ -111,6 +125,7 @@ class ChatSession:
             self._sampling,
             seeds=self._seed,
             end_tokens=(self._format.end_of_turn,),
+            separate_text=True,
             on_text=lambda _, piece: on_text(piece),
         )[0]
         self._seed += 1

@@ -43,27 +43,30 @@ class Completion:
       tokens: int32 (N,), without the end-of-text or end token that ended them; a stop string's tokens are among them,
         and so are tokens behind the tokenizer's vocabulary, of which the text has nothing.
       logprobs: float32 (N,), of the tokens under the model itself: before temperature, penalty and filters.
-      text: of the tokens, up to the stop string.
+      text: what the tokens add to the prompt's text (`TextStream`), up to the stop string.
       finish_reason: "end_of_text", "end_of_turn" (an end token), "stop" (a stop string) or "length" (max_new_tokens).
+      end: the end-of-text or end token that ended it; None: neither did.
     """
 
     tokens: npt.NDArray[np.int32]
     logprobs: npt.NDArray[np.float32]
     text: str
     finish_reason: FinishReason
+    end: int | None = None
 
 
 @dataclasses.dataclass
 class _Row:
-    """A completion under way."""
+    """A completion in progress."""
 
     stream: TextStream
     logprobs: list[float] = dataclasses.field(default_factory=list)
     reason: FinishReason | None = None
+    end: int | None = None
 
     def completion(self) -> Completion:
         tokens, logprobs = np.array(self.stream.tokens, np.int32), np.array(self.logprobs, np.float32)
-        return Completion(tokens, logprobs, self.stream.text, self.reason or "length")
+        return Completion(tokens, logprobs, self.stream.text, self.reason or "length", self.end)
 
 
 class Engine:
@@ -103,6 +106,7 @@ class Engine:
         stop: Sequence[str] = (),
         end_tokens: Sequence[int] = (),
         ignore_end_of_text: bool = False,
+        separate_text: bool = False,
         overflow: Overflow = "error",
         on_text: Callable[[int, str], None] | None = None,
     ) -> list[Completion]:
@@ -115,10 +119,12 @@ class Engine:
           prompts: of any lengths; an empty one means the start of a document.
           max_new_tokens: at least 1.
           sampling: None: temperature 1.
-          seeds: of the draws, one for each prompt; an int counts up from it.
+          seeds: sampling seeds modulo 2**32, one for each prompt; an int counts up from it.
           stop: strings that end a completion; what is before the first of them is kept.
           end_tokens: end a completion as end-of-text does, which may be one of them; such as the end of a turn.
-          ignore_end_of_text: go on after it, if it is none of the end tokens.
+          ignore_end_of_text: generation continues after end-of-text, unless that is one of `end_tokens`.
+          separate_text: a completion's tokens are decoded on their own, as a turn of a conversation is encoded; by
+            default a completion continues the text of its prompt.
           overflow: a text that outgrows the model's context is an error, found before anything runs; or it "slides":
             when the context is full, the last half of it becomes a new one, which is read again.
           on_text: called with the index of a prompt and the next piece of its text, as soon as it is certain.
@@ -134,9 +140,9 @@ class Engine:
         reasons: dict[int, FinishReason] = {int(token): "end_of_turn" for token in end_tokens}
         if outside := [token for token in reasons if not 0 <= token < self.vocab_size]:
             raise UserError(f"the end token {outside[0]} is outside of the model's vocabulary of {self.vocab_size}")
-        if self.tokenizer.end_of_text is not None and not ignore_end_of_text:
-            reasons.setdefault(self.tokenizer.end_of_text, "end_of_text")
-        rows = [_Row(TextStream(self.tokenizer, stop)) for _ in ids]
+        for token in () if ignore_end_of_text else self.tokenizer.ends:
+            reasons.setdefault(token, "end_of_text")
+        rows = [_Row(TextStream(self.tokenizer, stop, () if separate_text else prompt)) for prompt in ids]
         as_it_comes = bool(stop) or on_text is not None  # else the text is decoded once, at the end
 
         def emit(i: int, text: str) -> None:
@@ -157,7 +163,7 @@ class Engine:
                 if row.reason is not None:
                     continue
                 if (token := int(tokens_B[i])) in reasons:
-                    row.reason = reasons[token]
+                    row.reason, row.end = reasons[token], token
                     emit(i, row.stream.flush())
                     continue
                 row.logprobs.append(float(logprobs_B[i]))
@@ -217,7 +223,8 @@ class Engine:
         seen_BV: Any = self._seen(windows, rows) if sampling.repetition_penalty is not None else None
         ends_E = np.full(max(MIN_ENDS, power_of_two(len(ends))), -1, np.int32)
         ends_E[: len(ends)] = ends
-        draw = Draw(np.resize(np.asarray(seeds, np.int64), rows).astype(np.uint32), np.int32(0), sampling.knobs, ends_E)
+        seeds_B = np.resize(np.array([seed % 2**32 for seed in seeds], np.uint32), rows)
+        draw = Draw(seeds_B, np.int32(0), sampling.knobs, ends_E)
         memory: Memory | None = None
         ended_B: Any = np.zeros(rows, bool)
         since: list[_Call] = []  # since `windows` were read

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import itertools
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,13 @@ from typing import Any
 import numpy as np
 
 from gptjax.config import UserError
+from gptjax.data.file_patterns import files_below
+from gptjax.data.text_files import read_lines
 from gptjax.data.words import WORD, is_written_without_blanks, words
 
 SUFFIXES = (".txt", ".md")
+_HEADING = re.compile(r"#{1,6}(\s|$)")  # CommonMark, section 4.2
+_FENCE = re.compile(r" {0,3}(```+|~~~+)")  # of code, section 4.5, in which a # is no heading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +37,9 @@ class Documents:
     """The texts of a folder, and what of them is about a question. Words are compared as they are written.
 
     Args:
-      directory: all .txt and .md files in it and below it are read.
-      max_words: of a passage. Paragraphs that come one after the other share one as far as that allows; a heading
-        begins a new one, and a paragraph that is longer is cut.
+      directory: all .txt and .md files in it and below it are read; hidden ones are not.
+      max_words: of a passage. Paragraphs that follow each other share one as far as that allows; a heading begins a new
+        one, whether an empty line follows it or not, and a paragraph that is longer is cut.
 
     Raises:
       UserError: there is no such folder or nothing to read in it, a file is not UTF-8, or bm25s is not installed.
@@ -45,7 +50,8 @@ class Documents:
         import bm25s
 
         logging.getLogger("bm25s").setLevel(logging.WARNING)  # it would tell of every step
-        found = (passage for path in _files(directory) for passage in _passages(directory, path, max_words))
+        files = files_below(directory, SUFFIXES)
+        found = (passage for path in files for passage in _passages(directory, path, max_words))
         self.passages = [passage for passage in found if words(passage.text)]
         if not self.passages:
             raise UserError(f"{directory} has no text in {' or '.join(SUFFIXES)} files")
@@ -81,15 +87,8 @@ def citations(passages: Sequence[Passage]) -> str:
     return "\n".join(f"[{number}] {passage.place}" for number, passage in enumerate(passages, start=1))
 
 
-def _files(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-
-
 def _passages(directory: Path, path: Path, max_words: int) -> Iterator[Passage]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+    lines = [line for _, line in read_lines(path)]
     parts: list[str] = []  # paragraphs of the passage that is being made
     first = size = 0
     for number, text in [part for paragraph in _paragraphs(lines) for part in _cut(*paragraph, max_words)]:
@@ -106,15 +105,26 @@ def _passages(directory: Path, path: Path, max_words: int) -> Iterator[Passage]:
 
 
 def _paragraphs(lines: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """The number of its first line, from 1, and the text of each: what stands between empty lines."""
-    for is_text, group in itertools.groupby(enumerate(lines, start=1), lambda line: bool(line[1].strip())):
-        if is_text:
-            numbered = list(group)
-            yield numbered[0][0], "\n".join(line for _, line in numbered).strip()
+    """The number of its first line, from 1, and the text of each: a heading, or what stands between empty lines and
+    headings."""
+    paragraph: list[str] = []
+    fence = ""
+    for number, line in enumerate([*lines, ""], start=1):
+        is_heading = not fence and _is_heading(line)
+        if is_heading or not line.strip():
+            if paragraph:
+                yield number - len(paragraph), "\n".join(paragraph).strip()
+            paragraph = []
+            if is_heading:
+                yield number, line.strip()
+            continue
+        paragraph.append(line)
+        if (match := _FENCE.match(line)) and (not fence or match[1].startswith(fence)):
+            fence = "" if fence else match[1]
 
 
 def _is_heading(paragraph: str) -> bool:
-    return paragraph.startswith("#") and "\n" not in paragraph
+    return _HEADING.match(paragraph) is not None and "\n" not in paragraph
 
 
 def _cut(number: int, text: str, max_words: int) -> Iterator[tuple[int, str]]:

@@ -18,7 +18,8 @@ class Sampling:
       UserError: a value out of range.
     """
 
-    temperature: float = 1.0  # divides the logits; 0: always the likeliest token, what is below has no effect then
+    # Divides the logits; 0: greedy decoding, on which top_k, top_p and min_p have no effect
+    temperature: float = 1.0
     top_k: int | None = None  # only the k likeliest tokens (Fan et al. 2018)
     top_p: float | None = None  # only the fewest tokens that together have probability p (Holtzman et al. 2020)
     min_p: float | None = None  # only tokens at least p times as probable as the likeliest (Nguyen et al. 2024)
@@ -48,7 +49,13 @@ class Sampling:
 
     @property
     def knobs(self) -> "Knobs":
-        values = (self.temperature, self.top_p, self.min_p, self.repetition_penalty)
+        # A divisor must not underflow to 0 in float32, nor be subnormal, which XLA may flush to 0.
+        limits = np.finfo(np.float32)
+        temperature, penalty = (
+            float(np.clip(1.0 if value is None else value, limits.tiny, limits.max))
+            for value in (self.temperature, self.repetition_penalty)
+        )
+        values = (temperature, self.top_p, self.min_p, penalty)
         return Knobs(*(np.float32(1.0 if value is None else value) for value in values))
 
 
@@ -98,18 +105,21 @@ def likeliest(logits_BV: jax.Array) -> jax.Array:
 
 
 def penalise(logits_BV: jax.Array, seen_BV: jax.Array, penalty: jax.Array | np.float32) -> jax.Array:
-    """Logits with the repetition penalty."""
-    return jnp.where(seen_BV, jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
+    """Applies the repetition penalty to the logits of the tokens in `seen_BV`; the result is finite."""
+    limit = jnp.finfo(logits_BV.dtype).max
+    penalised_BV = jnp.clip(jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), -limit, limit)
+    return jnp.where(seen_BV, penalised_BV, logits_BV)
 
 
 def candidates(logits_BV: jax.Array, form: Form, knobs: Knobs) -> tuple[jax.Array, jax.Array | None]:
-    """What is drawn from, if not greedily.
+    """The distribution to sample from, unless decoding is greedy.
 
     Returns:
-      The candidates' logits over temperature (B, C), -inf of those that top-p or min-p leaves out, and their tokens:
-      the likeliest `top_k` in falling order, or None: the vocabulary as it is.
+      The candidates' logits divided by the temperature (B, C), the largest of them 0, -inf where top-p or min-p removes
+      a token; and their tokens: the `top_k` likeliest in descending order, or None: the whole vocabulary in its order.
     """
-    logits_BC, token_BC = logits_BV / knobs.temperature, None
+    # The largest is 0 before the division, so that a tiny temperature gives 0 and -inf, the greedy choice.
+    logits_BC, token_BC = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / knobs.temperature, None
     if form.top_k is not None:
         logits_BC, token_BC = jax.lax.top_k(logits_BC, min(form.top_k, logits_BV.shape[-1]))
     if form.has_top_p:

@@ -1,48 +1,73 @@
-"""From sampled tokens to text while they come: whole characters only, and nothing of a stop string."""
+"""Incremental detokenisation: sampled tokens to text, in whole characters and without stop strings."""
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from gptjax.config import UserError
 from gptjax.data.tokenizers import Tokenizer
+
+# Tokens of the prompt that are decoded together with a completion. A decoder looks back by a character's bytes or by a
+# word's pieces, so a few tokens give the text that the whole prompt would.
+CONTEXT_TOKENS = 32
 
 
 class TextStream:
     """The text of one completion, token by token.
 
+    The text of a continuation is decode(prompt + tokens) without decode(prompt): a tokenizer that marks where words
+    begin or end (GPT-1's, SentencePiece's) decodes the tokens alone without the blank between prompt and completion.
+
+    Args:
+      stop: strings that end the text. If several occur, the one that is complete first counts, however the text is
+        split into tokens.
+      prompt: token ids that the completion continues; only those after the last end-of-text count. Empty: the
+        completion is a text of its own, such as a turn of a conversation.
+
     Attributes:
-      tokens: taken so far.
-      text: what `push` has returned so far, joined.
-      stopped: a stop string came; `text` ends before it. Of several, the one that is complete first counts, however
-        the text is cut into tokens.
+      tokens: ids pushed so far.
+      text: concatenation of what `push` and `flush` have returned.
+      stopped: a stop string occurred; `text` ends before it.
 
     Raises:
       UserError: an empty stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), prompt: npt.ArrayLike = ()) -> None:
         if "" in stop:
             raise UserError("a stop string is empty, and would stop every text before it starts")
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
+        self._context = _context(tokenizer, prompt)
+        self._context_text = tokenizer.decode(self._context) if self._context else ""
         self.tokens: list[int] = []
         self.text = ""
         self.stopped = False
 
     def push(self, token: int, decode: bool = True) -> str:
-        """Takes one token; returns the text that is certain now, often empty, never to be taken back.
+        """Appends one token and returns the new text that later tokens cannot change, often "".
 
-        Held back are the bytes of a character that is not complete, and an end that a stop string may begin with.
-        Without `decode` all text is held back.
+        Bytes of an incomplete character are held back, and so is a suffix that may begin a stop string. With
+        decode=False all text is held back.
         """
         self.tokens.append(token)
         if not decode:
             return ""
-        text = self._tokenizer.decode(self.tokens)
-        return self._emit(text.rstrip("\ufffd"), last=False)
+        return self._emit(self._decode(complete=True), last=False)
 
     def flush(self) -> str:
-        """The text held back so far; nothing comes after it."""
-        return self._emit(self._tokenizer.decode(self.tokens), last=True)
+        """Returns the text held back so far; call it after the last token."""
+        return self._emit(self._decode(complete=False), last=True)
+
+    def _decode(self, complete: bool) -> str:
+        """Text of all tokens so far; with `complete`, without an incomplete character at its end."""
+        whole = self._tokenizer.decode([*self._context, *self.tokens])
+        start = len(self._context_text)
+        if not whole.startswith(self._context_text):  # the first token completes a character of the prompt
+            both = zip(whole, self._context_text, strict=False)
+            start = next((i for i, (one, other) in enumerate(both) if one != other), len(whole))
+        return (whole.rstrip("\ufffd") if complete else whole)[start:]
 
     def _emit(self, text: str, last: bool) -> str:
         if self.stopped:
@@ -58,6 +83,13 @@ class TextStream:
         return new
 
 
+def _context(tokenizer: Tokenizer, prompt: npt.ArrayLike) -> list[int]:
+    """The last tokens of a prompt's last document."""
+    ids = np.asarray(prompt, np.int64).ravel()[-CONTEXT_TOKENS:]
+    ends = np.flatnonzero(ids == tokenizer.end_of_text) if tokenizer.end_of_text is not None else ids[:0]
+    return ids[ends[-1] + 1 if len(ends) else 0 :].tolist()
+
+
 def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that `stop` begins with."""
+    """Length of the longest suffix of `text` that is a prefix of `stop`."""
     return next(length for length in range(min(len(text), len(stop)), -1, -1) if text.endswith(stop[:length]))

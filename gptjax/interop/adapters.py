@@ -1,43 +1,107 @@
 """LoRA workdirs to and from directories of Hugging Face PEFT (their files: `gptjax/interop/peft_files.py`)."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from gptjax.checkpoint.manager import Checkpoints
 from gptjax.checkpoint.state import abstract_state
-from gptjax.config import BatchConfig, Config, DataConfig, MeshConfig, UserError, read_config, to_json
+from gptjax.config import (
+    BatchConfig,
+    Config,
+    DataConfig,
+    GPTConfig,
+    MeshConfig,
+    UserError,
+    read_config,
+    to_json,
+)
+from gptjax.data.templates import chat_format
+from gptjax.interop import families, heads
+from gptjax.interop.families import Family
 from gptjax.interop.huggingface import check_new, new_directory
 from gptjax.interop.peft_files import load_lora, save_lora
+from gptjax.interop.tokenizer_files import write_tokenizer
 from gptjax.models import peft
 from gptjax.parallel.mesh import make_mesh
 from gptjax.stages import registry
 from gptjax.stages.registry import completed_config
 from gptjax.stages.start import given_base, load_given, load_parts
 
+_EMBEDDING = "token_embedding/embedding"
+
 
 def export_adapter(workdir: Path, directory: Path) -> None:
     """Writes the LoRA matrices of a workdir as a PEFT directory, to be loaded over the exported `init_from`.
 
-    A head and new special tokens are left out: PEFT's files have no place for them.
+    What else the run has trained is in `modules_to_save`: the embeddings, where it has new special tokens (all of them,
+    so the base model's are resized first), and the head of a fine-tuned task with the layer norm that its bias is
+    folded into (`interop.heads`). The directory also has the tokenizer of a task or a chat, and for a task the
+    config.json of the model with its head, which has the labels.
 
     Raises:
-      UserError: the workdir is not of peft.method=lora; or as `save_lora`.
+      UserError: the workdir is not of peft.method=lora; transformers has no class for its head; or as `save_lora`.
     """
     check_new(directory)
-    config, _ = completed_config(workdir)
-    if config.peft.method != "lora" or config.init_from is None:
-        raise UserError(
-            f"{workdir} is of peft.method={config.peft.method}, and PEFT's files are for lora: export its merged "
-            "weights by --to_hf"
-        )
-    mesh = make_mesh(MeshConfig())
+    config, tokenizer = completed_config(workdir)
+    method = config.peft.method
+    if method != "lora" or config.init_from is None:
+        remedy = "transformers has no such layers" if method == "adapters" else "export the whole model by --to_hf"
+        raise UserError(f"{workdir} is of peft.method={method}, and PEFT's files are for lora: {remedy}")
+    family = families.family_of(config.model)
+    heads.check(workdir, family, config)
+    mesh, is_task = make_mesh(MeshConfig()), registry.definition(config).head == "task"
     with jax.set_mesh(mesh):
         parts = load_parts(workdir, mesh, best=registry.definition(config).uses_best_checkpoint)
-    leaves = {path: np.asarray(leaf) for path, leaf in peft.flatten(parts.trained).items() if path.endswith(peft.LORA)}
-    given, _ = completed_config(Path(config.init_from).expanduser())
-    save_lora(directory, config.peft, given.model, peft.unflatten(leaves))
+        params = peft.join(parts.base, parts.trained)
+    head, leaves = None, peft.flatten(params)
+    if is_task:
+        head, leaves = heads.split_head(family, config, tokenizer, params)
+    modules: dict[str, dict[str, np.ndarray]] = {}
+    if _EMBEDDING in peft.flatten(parts.trained):
+        table = {"weight": np.asarray(leaves[_EMBEDDING])}
+        modules[families.PREFIX + family.names[_EMBEDDING][0].removesuffix(".weight")] = table
+        if head is None:
+            modules[families.HEAD.removesuffix(".weight")] = table  # the same matrix, which PEFT's copy unties
+    if head is not None:
+        modules[head.module] = head.tensors
+        if head.is_folded:
+            modules |= _last_norm(family, config.model, leaves)
+
+    def write_more(unfinished: Path) -> None:
+        form = chat_format(config.chat, tokenizer) if registry.definition(config).conversational else None
+        if is_task or form is not None:
+            write_tokenizer(tokenizer, unfinished, config.model.context_length, form, is_task=is_task)
+        if head is not None:
+            theirs = families.to_config_json(family, config.model, tokenizer.ends) | head.settings
+            theirs["architectures"] = [head.architecture]
+            (unfinished / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
+
+    lora = {path: np.asarray(leaf) for path, leaf in leaves.items() if path.endswith(peft.LORA)}
+    save_lora(
+        directory,
+        config.peft,
+        config.model,
+        peft.unflatten(lora),
+        task_type="CAUSAL_LM" if head is None else head.task_type,
+        modules=modules,
+        write_more=write_more,
+    )
+
+
+def _last_norm(family: Family, model: GPTConfig, leaves: dict[str, Any]) -> dict[str, dict[str, np.ndarray]]:
+    """The layer norm before the head, as a module of transformers with its tensors."""
+    path, row = heads.last_norm(model)
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for name in ("scale", "bias"):
+        leaf = np.asarray(leaves[f"{path}/{name}"])
+        places = list(families.placements(family, len(model.attention_pattern), f"{path}/{name}", leaf.shape))
+        module, _, theirs = places[row or 0].name.rpartition(".")
+        found.setdefault(families.PREFIX + module, {})[theirs] = leaf if row is None else leaf[row]
+    return found
 
 
 def import_adapter(directory: Path, base: Path, workdir: Path) -> None:

@@ -272,8 +272,8 @@ def family_of(model: GPTConfig) -> Family:
     return family
 
 
-def to_config_json(family: Family, model: GPTConfig, end_of_text: int | None) -> dict[str, Any]:
-    """The config.json of `model`, whose vocab_size is set."""
+def to_config_json(family: Family, model: GPTConfig, ends: tuple[int, ...]) -> dict[str, Any]:
+    """The config.json of `model`, whose vocab_size is set; `ends`: ids that end a text, end-of-text first."""
     theirs: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
     for field, (key, _, _) in family.fields.items():
         value = getattr(model, field)
@@ -288,8 +288,8 @@ def to_config_json(family: Family, model: GPTConfig, end_of_text: int | None) ->
     return theirs | {
         "initializer_range": model.kernel_init_std,
         "tie_word_embeddings": True,
-        "bos_token_id": end_of_text,
-        "eos_token_id": end_of_text,
+        "bos_token_id": ends[0] if ends else None,
+        "eos_token_id": list(ends) if len(ends) > 1 else ends[0] if ends else None,
         "dtype": model.param_dtype,
     }
 

@@ -23,10 +23,11 @@ from gptjax.config import BatchConfig, Config, DataConfig, GPTConfig, MeshConfig
 from gptjax.data import tokenizers
 from gptjax.data.templates import ChatFormat, chat_format
 from gptjax.files import unfinished_path
-from gptjax.interop import families, safetensors_files
+from gptjax.interop import families, heads, safetensors_files
 from gptjax.interop.families import Family, Placement, placements
+from gptjax.interop.heads import Head
 from gptjax.interop.safetensors_files import DTYPES, Declared, Tensor
-from gptjax.interop.tokenizer_files import read_tokenizer, write_tokenizer
+from gptjax.interop.tokenizer_files import ends_of, read_tokenizer, write_tokenizer
 from gptjax.models.gpt import GPT, abstract_params
 from gptjax.parallel.mesh import make_mesh
 from gptjax.stages import registry
@@ -40,7 +41,9 @@ _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _CONTAINER_DTYPE = {str(dtype): name for name, dtype in DTYPES.items()}
 
 
-def load_pretrained(directory: str | Path, dtype: DType = "float32", mesh: Mesh | None = None) -> tuple[GPT, Any]:
+def load_pretrained(
+    directory: str | Path, dtype: DType = "float32", mesh: Mesh | None = None, param_dtype: DType = "float32"
+) -> tuple[GPT, Any]:
     """The model in a Hugging Face directory, of a family in `families.FAMILIES`.
 
     `model.apply({"params": params}, tokens_BT)` gives the logits, float32 (B, T, V), of transformers' model.
@@ -49,23 +52,24 @@ def load_pretrained(directory: str | Path, dtype: DType = "float32", mesh: Mesh 
       directory: with config.json and model.safetensors, or its shards and their index.
       dtype: of activations.
       mesh: over which the parameters are laid out; None: spread over all devices where the model's width divides.
+      param_dtype: of the parameters, whatever the file's. Training needs float32: in bfloat16, whose spacing is 1/256
+        of a value, most updates of a small learning rate round to nothing. bfloat16 halves the memory of a model that
+        is only used.
 
     Returns:
-      The model, and its parameters as `model.init` makes them: float32, or bfloat16 where all weights are.
+      The model, and its parameters as `model.init` makes them.
 
     Raises:
       UserError: something is missing, damaged, left over, of another shape, or beyond what GPTConfig can say.
     """
     directory = Path(directory).expanduser()
     family, config = families.read_config(directory)
-    config = dataclasses.replace(config, dtype=dtype)
+    config = dataclasses.replace(config, dtype=dtype, param_dtype=param_dtype)
     mesh = make_mesh(_spread(config)) if mesh is None else mesh
     abstract = abstract_params(GPT(config), mesh)
     leaves = _by_path(abstract)
     tensors = _without_prefix(directory, safetensors_files.read_headers(directory))
     table = _match(directory, family, config, leaves, tensors)
-    if all(tensors[place.name].dtype == "BF16" for places in table.values() for place in places):
-        config = dataclasses.replace(config, param_dtype="bfloat16")
     # The largest first: while the last is read, in a buffer of its own, it is the small ones that are held twice.
     order = sorted(leaves, key=lambda path: -math.prod(leaves[path].shape))
     arrays = {path: _read_parameter(leaves[path], config.param_dtype, table[path], tensors) for path in order}
@@ -103,38 +107,51 @@ def _save(
     tokenizer: tokenizers.Tokenizer | None,
     max_file_bytes: int = safetensors_files.MAX_FILE_BYTES,
     chat: ChatFormat | None = None,
+    head: Head | None = None,
 ) -> None:
     """`save_pretrained` of parameters whose shapes and dtypes are in `abstract`, by path, and values in `leaves`.
 
     Args:
       chat: as of `write_tokenizer`.
+      head: of a fine-tuned task, instead of the language model's.
     """
     assert config.vocab_size is not None
     family = families.family_of(config)
-    theirs = families.to_config_json(family, config, None if tokenizer is None else tokenizer.end_of_text)
+    theirs = families.to_config_json(family, config, () if tokenizer is None else tokenizer.ends)
     if chat is not None:
         theirs["eos_token_id"] = chat.end_of_turn
+    layer: dict[str, np.ndarray] = {}
+    if head is not None:
+        layer = {f"{head.module}.{name}": array for name, array in head.tensors.items()}
+        theirs |= head.settings | {"architectures": [head.architecture]}
     period = len(config.attention_pattern)
     places = {path: list(placements(family, period, path, leaf.shape)) for path, leaf in abstract.items()}
     declared = [
         Declared(families.PREFIX + place.name, _CONTAINER_DTYPE[str(leaf.dtype)], place.shape)
         for path, leaf in abstract.items()
         for place in places[path]
-    ]
+    ] + [Declared(name, _CONTAINER_DTYPE[str(array.dtype)], array.shape) for name, array in layer.items()]
 
     def arrays() -> Iterator[np.ndarray]:
         for path, leaf in zip(abstract, leaves, strict=True):
             for place in places[path]:
                 yield place.to_theirs(np.asarray(leaf if place.row is None else leaf[place.row]))
+        yield from layer.values()
 
     with new_directory(directory) as unfinished:
         (unfinished / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
         safetensors_files.write(unfinished, declared, arrays(), max_file_bytes)
         if tokenizer is not None:
-            write_tokenizer(tokenizer, unfinished, config.context_length, chat)
+            write_tokenizer(tokenizer, unfinished, config.context_length, chat, is_task=head is not None)
 
 
-def import_workdir(source: str, workdir: Path, dtype: DType = "float32", tokenizer: str | None = None) -> None:
+def import_workdir(
+    source: str,
+    workdir: Path,
+    dtype: DType = "float32",
+    tokenizer: str | None = None,
+    param_dtype: DType = "float32",
+) -> None:
     """Makes a workdir of a Hugging Face directory, for every command that reads one and for `init_from`.
 
     Args:
@@ -142,6 +159,7 @@ def import_workdir(source: str, workdir: Path, dtype: DType = "float32", tokeniz
       workdir: made; it must not exist, or be empty.
       dtype: of activations.
       tokenizer: gpt2, cl100k_base, bytes or json:PATH, in place of the directory's own. None: the directory's.
+      param_dtype: as of `load_pretrained`.
 
     Raises:
       UserError: as of `load_pretrained`; no tokenizer, or one of more tokens than the model has.
@@ -156,7 +174,9 @@ def import_workdir(source: str, workdir: Path, dtype: DType = "float32", tokeniz
             f"the tokenizer has {found.vocab_size} tokens, and the model in {directory} a vocab_size of only "
             f"{config.vocab_size}: give the model's own by --tokenizer"
         )
-    model, params = load_pretrained(directory, dtype)
+    if ends := ends_of(directory, found):
+        found = found.with_ends(ends)
+    model, params = load_pretrained(directory, dtype, param_dtype=param_dtype)
     if isinstance(found, tokenizers.HuggingFaceTokenizer):
         tokenizer = f"json:{workdir.absolute() / 'tokenizer' / 'tokenizer.json'}"
     assert tokenizer is not None
@@ -173,22 +193,32 @@ def import_workdir(source: str, workdir: Path, dtype: DType = "float32", tokeniz
 
 
 def export_workdir(workdir: Path, directory: Path) -> None:
-    """Writes the newest weights of a workdir's GPT as a Hugging Face directory (`save_pretrained`).
+    """Writes the newest weights of a workdir as a Hugging Face directory (`save_pretrained`).
 
-    What low-rank matrices of fine-tuning change is in them; a head for a task is left out. The tokenizer of a model of
-    chat has the special tokens of its template, and the template.
+    Low-rank matrices are merged. A fine-tuned task becomes a class of transformers with a head (`interop.heads`), with
+    the weights of the best checkpoint, as in `gptjax.predict`; its tokenizer writes the start, delimiter and extract
+    tokens. The tokenizer of a chat model has the special tokens of its template, and the template.
+
+    Raises:
+      UserError: transformers has no class for the model or its head; `directory` is not new.
     """
     check_new(directory)
     config, tokenizer = completed_config(workdir)
-    families.family_of(config.model)  # before the checkpoint is opened
+    family = families.family_of(config.model)  # before the checkpoint is opened
+    heads.check(workdir, family, config)
     mesh = make_mesh(MeshConfig())
     abstract = abstract_params(GPT(config.model), mesh)
-    if config.stage != "pretrain" or config.peft.method != "none":
+    definition = registry.definition(config)
+    if definition.adds_tokens or config.peft.method != "none":
+        is_task = definition.head == "task"
         with jax.set_mesh(mesh):
-            params = load_weights(workdir, mesh).gpt
-        arrays = (np.asarray(leaf) for leaf in jax.tree.leaves(params))
-        form = chat_format(config.chat, tokenizer) if registry.definition(config).conversational else None
-        _save(config.model, _by_path(abstract), arrays, directory, tokenizer, chat=form)
+            weights = load_weights(workdir, mesh, best=definition.uses_best_checkpoint)
+        head, leaves = None, _by_path(weights.gpt)
+        if is_task:
+            head, leaves = heads.split_head(family, config, tokenizer, weights.gpt | {"head": weights.head})
+        arrays = (np.asarray(leaves[path]) for path in _by_path(abstract))
+        form = chat_format(config.chat, tokenizer) if definition.conversational else None
+        _save(config.model, _by_path(abstract), arrays, directory, tokenizer, chat=form, head=head)
         return
     with Checkpoints(workdir, config.checkpoint, read_only=True) as checkpoints:
         if checkpoints.latest_step() is None:

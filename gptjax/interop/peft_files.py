@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,15 @@ _INITS = (True, False, "gaussian", "orthogonal")
 
 
 def save_lora(
-    directory: str | Path, config: PeftConfig, model: GPTConfig, leaves: Any, base: str | None = None
+    directory: str | Path,
+    config: PeftConfig,
+    model: GPTConfig,
+    leaves: Any,
+    base: str | None = None,
+    *,
+    task_type: str = "CAUSAL_LM",
+    modules: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+    write_more: Callable[[Path], None] = lambda _: None,
 ) -> None:
     """Writes a directory that PEFT's PeftModel.from_pretrained loads over what `save_pretrained` writes of the model.
 
@@ -53,7 +61,11 @@ def save_lora(
       config: of method lora.
       model: resolved.
       leaves: lora_a and lora_b as `low_rank` places them, unboxed, and nothing else.
-      base: what the file says the model is called or where it is. None: nothing.
+      base: name or directory of the base model, written to adapter_config.json; None: none.
+      task_type: PEFT's, such as SEQ_CLS.
+      modules: the `modules_to_save`, which replace those of the base model: their tensors by name, by the name of the
+        module in transformers' class.
+      write_more: writes further files into the directory before it gets its name.
 
     Raises:
       UserError: no family can express the model, something else than LoRA is in `leaves`, or `directory` is not new.
@@ -64,7 +76,7 @@ def save_lora(
         raise UserError(f"{others[0]} is not of LoRA on a layer of the model, and PEFT's files have no place for it")
     declared: list[Declared] = []
     values: list[np.ndarray] = []
-    modules: list[str] = []
+    targets: list[str] = []
     for path, shape in _kernel_shapes(model).items():
         place = path.removesuffix("kernel")
         a, b = (arrays.pop(place + name, None) for name in peft.LORA)
@@ -76,29 +88,36 @@ def save_lora(
         assert a.shape[-1] == b.shape[1] == config.rank
         for where in placements(family, len(model.attention_pattern), path, shape):
             module = where.name.removesuffix(".weight")
-            modules.append(module)
+            targets.append(module)
             for name, theirs in zip("AB", _to_theirs(where, np.asarray(a), np.asarray(b)), strict=True):
                 full_name = f"{_PREFIX}{families.PREFIX}{module}.lora_{name}.weight"
                 declared.append(Declared(full_name, _CONTAINER_DTYPE[str(theirs.dtype)], theirs.shape))
                 values.append(theirs)
     if arrays or not declared:
         raise UserError(f"{next(iter(arrays), 'nothing')} is no LoRA of a kernel that the model has")
+    for module, tensors in (modules or {}).items():
+        for name, array in tensors.items():
+            declared.append(Declared(f"{_PREFIX}{module}.{name}", _CONTAINER_DTYPE[str(array.dtype)], array.shape))
+            values.append(array)
     theirs_config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": task_type,
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": config.rank,
         "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
         "lora_dropout": config.dropout,
-        "target_modules": _target_modules(modules, model.num_layers),
+        "target_modules": _target_modules(targets, model.num_layers),
         "fan_in_fan_out": not family.transposed,
         "bias": "none",
     }
+    if modules:
+        theirs_config |= {"modules_to_save": list(modules), "ensure_weight_tying": task_type == "CAUSAL_LM"}
     with new_directory(Path(directory).expanduser()) as unfinished:
         (unfinished / CONFIG_FILE).write_text(json.dumps(theirs_config, indent=2) + "\n")
         safetensors_files.write(unfinished, declared, values, max_file_bytes=sum(t.num_bytes for t in declared))
         (unfinished / safetensors_files.SINGLE_FILE).rename(unfinished / WEIGHTS_FILE)
+        write_more(unfinished)
 
 
 def load_lora(directory: str | Path, model: GPTConfig) -> tuple[PeftConfig, dict[str, Any]]:

@@ -3,28 +3,34 @@
 import dataclasses
 import itertools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import tiktoken
 import tokenizers as huggingface
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
+from gptjax import files
 from gptjax.config import UserError
+from gptjax.data import tokenizer_check
+from gptjax.data.task_inputs import Special, special_tokens
 from gptjax.data.templates import ChatFormat
 from gptjax.data.tokenizers import (
-    END_OF_TEXT,
     BytesTokenizer,
     HuggingFaceTokenizer,
     TiktokenTokenizer,
     Tokenizer,
-    gpt1_form,
-    gpt2_form,
     read_json,
+    with_declared_end,
 )
+from gptjax.data.vocabularies import END_OF_TEXT, gpt1_form, gpt2_form
 
 
 def read_tokenizer(directory: Path) -> HuggingFaceTokenizer | None:
     """The tokenizer of a model's directory; None when there are no files of one.
+
+    Its end of text is the eos_token of tokenizer_config.json, else the token of a usual name; `ends_of` has what the
+    model's own files say.
 
     Raises:
       UserError: damaged files.
@@ -34,18 +40,58 @@ def read_tokenizer(directory: Path) -> HuggingFaceTokenizer | None:
     path = directory / "vocab.json"
     if not (path.is_file() and (directory / "merges.txt").is_file()):
         return None
+    with tokenizer_check.LibraryErrors(f"cannot load the tokenizer {path}"):
+        content = _read_vocabulary(directory).to_str()
+        tokenizer_check.check(content)
+        tokenizer = HuggingFaceTokenizer(content)
+    return with_declared_end(tokenizer, directory)
+
+
+def ends_of(directory: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Ids that end a text by the eos_token_id of a model's files, the one that separates documents first.
+
+    As in transformers' `generate`, generation_config.json (often a list) takes precedence over config.json. Ids of no
+    token do not count: configs keep the default 50256 of GPT-2 over other vocabularies.
+
+    Returns:
+      Empty where neither file names a token; what `read_tokenizer` has found then holds.
+
+    Raises:
+      UserError: a damaged file, or an eos_token_id that is neither an id nor a list of ids.
+    """
+    generation, model = (
+        [token for token in _eos_token_ids(directory / name) if tokenizer.has_token(token)]
+        for name in ("generation_config.json", "config.json")
+    )
+    ends = generation or model
+    if not ends:
+        return ()
+    first = next(token for token in (*model[:1], tokenizer.end_of_text, ends[0]) if token in ends)
+    return tuple(dict.fromkeys([first, *ends]))
+
+
+def _eos_token_ids(path: Path) -> list[int]:
     try:
-        return HuggingFaceTokenizer(_read_vocabulary(directory).to_str())
-    except Exception as error:  # the tokenizers library raises no narrower class
-        raise UserError(f"cannot load the tokenizer {path}: {' '.join(str(error).split())}") from None
+        found = files.read_json(path).get("eos_token_id")
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if any(not isinstance(token, int) or isinstance(token, bool) for token in ids):
+        raise UserError(f"{path}: eos_token_id={json.dumps(found)} is neither a token id nor a list of them")
+    return ids
 
 
 def _read_vocabulary(directory: Path) -> huggingface.Tokenizer:
-    """Of vocab.json and merges.txt: GPT-1's form, whose words end in </w>, or GPT-2's."""
+    """The tokenizer of vocab.json and merges.txt: GPT-1's form, whose words end in </w>, or GPT-2's."""
     if (directory / "added_tokens.json").is_file():
         raise UserError("added_tokens.json beside it is not read: save the tokenizer as a tokenizer.json")
     vocab, merges = str(directory / "vocab.json"), str(directory / "merges.txt")
-    vocabulary = json.loads(Path(vocab).read_text(encoding="utf-8"))
+    vocabulary = files.read_json(directory / "vocab.json")
+    files.check_size(directory / "merges.txt", files.MAX_JSON_BYTES)
+    if sorted(vocabulary.values()) != list(range(len(vocabulary))):  # to_str would lose what is behind a gap
+        raise UserError(f"its ids are not those from 0 to {len(vocabulary) - 1}: save it as a tokenizer.json")
     if any(token.endswith("</w>") for token in vocabulary):
         return gpt1_form(models.BPE.from_file(vocab, merges, unk_token="<unk>", end_of_word_suffix="</w>"))
     tokenizer = gpt2_form(models.BPE.from_file(vocab, merges))
@@ -53,12 +99,21 @@ def _read_vocabulary(directory: Path) -> huggingface.Tokenizer:
     return tokenizer
 
 
-def write_tokenizer(tokenizer: Tokenizer, directory: Path, context_length: int, chat: ChatFormat | None = None) -> None:
+def write_tokenizer(
+    tokenizer: Tokenizer,
+    directory: Path,
+    context_length: int,
+    chat: ChatFormat | None = None,
+    *,
+    is_task: bool = False,
+) -> None:
     """Writes a tokenizer.json of the same ids, and what makes transformers' AutoTokenizer take it as it is.
 
     Args:
-      chat: the format over it of a model that chats: its special tokens and its template are written too, and what ends
-        an assistant's turn ends a text.
+      chat: format of a chat model: its special tokens and its template are written too, and the token that ends an
+        assistant's turn is the eos_token.
+      is_task: for a fine-tuned task: a text is encoded as [start text extract], a pair as
+        [start first delimiter second extract], and padded by the blank token (Radford et al. 2018, figure 1).
 
     Raises:
       UserError: a tokenizer that a tokenizer.json cannot express, or cannot with these special tokens.
@@ -73,32 +128,58 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path, context_length: int, 
         raise UserError(f"a {type(tokenizer).__name__} cannot be written as a tokenizer.json")
     written = huggingface.Tokenizer.from_str(content)
     if chat is not None:
-        _add_special_tokens(written, chat)
+        _add_special_tokens(written, chat.special_tokens, "the chat template: train with a template of other names")
+        content = written.to_str()
+    if is_task:
+        names = task_tokens(special_tokens(tokenizer))
+        _add_special_tokens(written, names, "a fine-tuned task: train with a tokenizer that lacks it")
+        start, delimiter, extract, blank = names
+        written.post_processor = processors.TemplateProcessing(
+            single=f"{start}:0 $A:0 {extract}:0",
+            pair=f"{start}:0 $A:0 {delimiter}:0 $B:0 {extract}:0",
+            special_tokens=list(names.items()),
+        )
         content = written.to_str()
     (directory / "tokenizer.json").write_bytes(content.encode())
     settings: dict[str, object] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context_length,
         "clean_up_tokenization_spaces": False,
+        # Not token_type_ids, which GPT-2 would read as tokens and add their embeddings.
+        "model_input_names": ["input_ids", "attention_mask"],
     }
     if tokenizer.end_of_text is not None:
         name = written.id_to_token(tokenizer.end_of_text)
         settings |= {"bos_token": name, "eos_token": name}
     if chat is not None:
         settings |= {"eos_token": written.id_to_token(chat.end_of_turn), "chat_template": _jinja(chat, tokenizer)}
+    if is_task:
+        settings |= {"bos_token": start, "sep_token": delimiter, "eos_token": extract, "pad_token": blank}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def _add_special_tokens(written: huggingface.Tokenizer, chat: ChatFormat) -> None:
-    """Behind the vocabulary, where the model has them; no text is read as one of them by us, but is by transformers."""
-    names = [huggingface.AddedToken(name, normalized=False, special=True) for name in chat.special_tokens]
+def _add_special_tokens(written: huggingface.Tokenizer, special: Mapping[str, int], origin: str) -> None:
+    """Adds tokens behind the vocabulary, where the model has them.
+
+    transformers reads their names in a text as these tokens; gptjax never does.
+
+    Args:
+      origin: what they are for, and after a colon what to do where an id is taken.
+    """
+    names = [huggingface.AddedToken(name, normalized=False, special=True) for name in special]
     written.add_special_tokens(names)
-    for name, token in chat.special_tokens.items():
+    purpose, _, remedy = origin.partition(": ")
+    for name, token in special.items():
         if written.token_to_id(name) != token:
             raise UserError(
-                f"the special token {name} of the chat template has the id {token} in the model, and a tokenizer.json "
-                f"of this vocabulary has {written.token_to_id(name)} for it: train with a template of other names"
+                f"the special token {name} of {purpose} has the id {token} in the model, and a tokenizer.json of this "
+                f"vocabulary has {written.token_to_id(name)} for it: {remedy}"
             )
+
+
+def task_tokens(special: Special) -> dict[str, int]:
+    """Ids of the special tokens of fine-tuned tasks by the names that files of transformers have for them."""
+    return {f"<|{name}|>": token for name, token in special._asdict().items()}
 
 
 def _jinja(chat: ChatFormat, tokenizer: Tokenizer) -> str:

@@ -29,6 +29,7 @@ MAIN_METRIC = {
 }
 OUTSIDE = "O"  # the tag of a word that belongs to nothing
 AVERAGES = ("micro", "macro", "weighted")
+_SCHEMES = {"BIO": set("BI"), "IOBES": set("BIES"), "BILOU": set("BILU")}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -159,10 +160,11 @@ def tagging_report(
 ) -> Report:
     """accuracy (of words), f1, and of tags micro_f1, macro_f1, weighted_f1, with a table of each tag.
 
-    Where tags mark spans (all are O, B-type or I-type), also of whole entities entity_precision, entity_recall,
-    entity_f1 (micro-averages), with a table of each type. These are seqeval's, which reads tags as conlleval, the CoNLL
-    shared tasks' script: an I- that follows O, the sentence's start or another type begins an entity, as B- would. An
-    entity is right if its type and both its ends are. f1 is entity_f1 there, and micro_f1 elsewhere.
+    Where tags mark spans (see `tag_scheme`), also of whole entities entity_precision, entity_recall, entity_f1
+    (micro-averages), with a table of each type, as seqeval computes them. BIO is read as by conlleval, the CoNLL shared
+    tasks' script: an I- that follows O, the sentence's start or another type begins an entity, as B- would. IOBES and
+    BILOU are read strictly: what is not a whole B- I- E- (B- I- L-) or a single S- (U-) is no entity. An entity is
+    right if its type and both its ends are. f1 is entity_f1 there, and micro_f1 elsewhere.
 
     Averages leave O out, as is usual: most words have it, and what finds nothing would score well. So micro_f1 is the
     accuracy for part-of-speech tags, which have no O, and not for entities.
@@ -189,8 +191,8 @@ def tagging_report(
     accuracy, f1 = float(np.mean(gold_N == predicted_N)), averages[0].f1
     metrics = {"accuracy": accuracy, "f1": f1, **_average_f1(averages)}
     text = f"accuracy {accuracy:.4f} of {_count(gold_N, 'word')} in {_count(gold, 'sentence')}\n\n"
-    if is_bio(names):
-        entities, entity_averages = _entity_scores(gold, predicted)
+    if (scheme := tag_scheme(names)) is not None:
+        entities, entity_averages = _entity_scores(gold, predicted, scheme)
         micro = entity_averages[0]
         metrics |= {"f1": micro.f1, "entity_precision": micro.precision, "entity_recall": micro.recall}
         metrics["entity_f1"] = micro.f1
@@ -201,14 +203,18 @@ def tagging_report(
     return Report(metrics, text, _confusion(gold_N, predicted_N, len(names)), names)
 
 
-def is_bio(tags: Sequence[str]) -> bool:
-    """Whether these tags mark spans: each is O, B-type or I-type, and not all are O."""
-    return all(re.fullmatch(r"O|[BI]-.+", tag) for tag in tags) and any(tag != OUTSIDE for tag in tags)
+def tag_scheme(tags: Sequence[str]) -> str | None:
+    """How these tags mark spans: "BIO", "IOBES" or "BILOU"; None: they do not.
+
+    Each tag but O is a prefix of the scheme, "-" and a type, and not all are O. Where B- and I- alone occur, it is BIO.
+    """
+    marks = {match[1] if (match := re.fullmatch(r"([A-Z])-.+", tag)) else "" for tag in tags if tag != OUTSIDE}
+    return next((name for name, known in _SCHEMES.items() if marks and marks <= known), None)
 
 
 def _by_type(tag: str) -> tuple[bool, str, str]:
     """Sorts B-LOC, I-LOC, B-PER, I-PER, O."""
-    return tag == OUTSIDE, re.sub("^[BI]-", "", tag), tag
+    return tag == OUTSIDE, re.sub("^[BIESLU]-", "", tag), tag
 
 
 # --- an answer a question ---------------------------------------------------------------------------------------------
@@ -291,17 +297,24 @@ def _scores(
     return rows, averages
 
 
-def _entity_scores(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> tuple[list[_Row], list[_Row]]:
+def _entity_scores(
+    gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]], scheme: str
+) -> tuple[list[_Row], list[_Row]]:
     """A row for each type that occurs, and the micro, macro and weighted averages, of entities."""
+    import seqeval.scheme
     from seqeval.metrics import classification_report as seqeval_report
 
-    if not any(tag != OUTSIDE for side in (gold, predicted) for tags in side for tag in tags):
-        return [], [
-            _Row(f"{average} avg", 0.0, 0.0, 0.0, 0) for average in AVERAGES
-        ]  # of nothing, which seqeval warns of
     # seqeval tells lists of tags from lists of lists by type.
     gold, predicted = [list(tags) for tags in gold], [list(tags) for tags in predicted]
-    scores = seqeval_report(gold, predicted, output_dict=True, zero_division=0)
+    if scheme == "BIO":
+        has_entities = any(tag != OUTSIDE for side in (gold, predicted) for tags in side for tag in tags)
+    else:
+        kind = getattr(seqeval.scheme, scheme)
+        has_entities = any(any(seqeval.scheme.Entities(side, kind).entities) for side in (gold, predicted))
+    if not has_entities:  # which seqeval warns of
+        return [], [_Row(f"{average} avg", 0.0, 0.0, 0.0, 0) for average in AVERAGES]
+    strict = {} if scheme == "BIO" else {"mode": "strict", "scheme": getattr(seqeval.scheme, scheme)}
+    scores = seqeval_report(gold, predicted, output_dict=True, zero_division=0, **strict)
     rows = [
         _Row(name, float(row["precision"]), float(row["recall"]), float(row["f1-score"]), int(row["support"]))
         for name, row in scores.items()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from gptjax.data.words import is_written_without_blanks, words
+from gptjax.data.words import KANA, is_written_without_blanks, words
 
 ROUGES = ("rouge1", "rouge2", "rougeL")
 
@@ -46,8 +46,10 @@ def distinct(texts: Sequence[str], n: int) -> float:
 
 
 def _tokenizer(references: Sequence[str]) -> str:
-    """sacrebleu's name of what cuts such texts into words."""
-    return "zh" if is_written_without_blanks(references) else "13a"
+    """sacrebleu's tokenizer for such texts: its zh leaves kana together, so Japanese is split into characters."""
+    if not is_written_without_blanks(references):
+        return "13a"
+    return "char" if any(KANA.search(text) for text in references) else "zh"
 
 
 @cache

@@ -273,18 +273,19 @@ def embed(
     positions_BT: jax.Array,
     perturbation_BTD: jax.Array | None = None,
 ) -> jax.Array:
-    """What the first layer reads, (B, T, D); P is `context_length`.
+    """Sum of token and position embeddings, (B, T, D) of the config's dtype; P is `context_length`.
 
-    Rows are picked before anything is done to them, be it rounding or unboxing: else all of a table would be read.
+    The sum has the wider of the parameters' and the activations' dtypes, as the other layers have. Rows are gathered
+    before they are unboxed or cast, so that the rest of a table is never read.
     """
-
     token_BTD = nn.unbox(jax.tree.map(lambda leaf: take_rows(leaf, tokens_BT), token_VD))
     position_BTD = nn.unbox(
         jax.tree.map(lambda leaf: jnp.take(constrain(leaf, None, None), positions_BT, axis=0), position_PD)
     )
-    x_BTD = token_BTD + position_BTD
-    if perturbation_BTD is not None:  # before rounding to a possibly coarser dtype, which could swallow it
-        x_BTD += perturbation_BTD
+    sum_dtype = jnp.promote_types(jnp.result_type(token_BTD, position_BTD), config.dtype)
+    x_BTD = token_BTD.astype(sum_dtype) + position_BTD.astype(sum_dtype)
+    if perturbation_BTD is not None:  # before the cast: a coarser dtype could swallow it
+        x_BTD = x_BTD + perturbation_BTD
     return constrain(x_BTD.astype(config.dtype), "batch", "sequence", None)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from gptjax.checkpoint.state import ParameterSpec
 from gptjax.config import Config
@@ -26,6 +27,7 @@ class Definition:
       adds_tokens: its vocabulary may extend that of the weights it starts from.
       reinitialises_special_tokens: embeddings behind the tokenizer's vocabulary are initialised anew, whatever the
         weights it starts from have there.
+      head: what the head of its model is for, a supervised task or a scalar reward; None: it has none.
       uses_best_checkpoint: its results are those of the best checkpoint, not of the newest.
     """
 
@@ -37,4 +39,5 @@ class Definition:
     chats: bool = False
     adds_tokens: bool = True
     reinitialises_special_tokens: bool = False
+    head: Literal["task", "reward"] | None = None
     uses_best_checkpoint: bool = False

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from gptjax.checkpoint.manager import Checkpoints
 from gptjax.checkpoint.position import Position
 from gptjax.checkpoint.state import ParameterSpec, TrainState, abstract_state, create_state, fresh_params
-from gptjax.config import Config, UserError, differences
+from gptjax.config import Config, UserError, differences, read_config
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.distributed import processes
 from gptjax.files import read_json
@@ -188,6 +188,7 @@ def load_parts(workdir: Path, mesh: Mesh, *, best: bool = False, given: dict[Pat
     Raises:
       UserError: not a workdir, no checkpoint in it, or a mesh that does not fit.
     """
+    _check_bases(workdir)
     config, tokenizer = completed_config(workdir)
     check_model_fit(config.model, mesh)
     parameters = registry.parameters(config)
@@ -203,6 +204,17 @@ def load_parts(workdir: Path, mesh: Mesh, *, best: bool = False, given: dict[Pat
             base = given_base(parameters, load_given(parameters, mesh, given), mesh)
             checkpoints.check_base(step, base)
     return Parts(parameters, tokenizer, base, trained, step)
+
+
+def _check_bases(workdir: Path) -> None:
+    """Raises UserError when weights that PEFT was trained over, named by init_from, are in the end its own result."""
+    seen, place = [], workdir.expanduser().resolve()
+    while (config := read_config(place)).peft.method != "none":
+        assert config.init_from is not None  # config.check
+        seen.append(place)
+        place = Path(config.init_from).expanduser().resolve()
+        if place in seen:
+            raise UserError(f"{workdir} has no base weights: init_from leads from {seen[-1]} back to {place}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 
 from gptjax.checkpoint.state import TrainState
 from gptjax.config import UserError
+from gptjax.files import read_arrays
 from gptjax.training.objective import Batch, Objective
 from gptjax.training.step import dropout_rng, loss_and_gradient
 
@@ -43,9 +44,8 @@ def load_bundle(directory: Path) -> tuple[int, dict[str, np.ndarray]]:
     if step is None:
         raise UserError(f"{directory} is not a debug bundle: give a directory such as WORKDIR/debug/step_00000123")
     try:
-        with (directory / "batch.npz").open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return int(step[1]), dict(arrays)
-    except Exception as error:  # of a damaged zip: one of many kinds
+        return int(step[1]), read_arrays(directory / "batch.npz")
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read {directory / 'batch.npz'}: {error}") from None
 
 

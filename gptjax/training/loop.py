@@ -1,7 +1,6 @@
 """The one training loop. A stage supplies objective, batches and evaluation; the loop steps, evaluates, logs, saves."""
 
 import dataclasses
-import importlib.metadata
 import math
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,15 +12,15 @@ from jax.sharding import Mesh
 from gptjax.checkpoint.manager import Checkpoints
 from gptjax.checkpoint.position import Position
 from gptjax.checkpoint.state import TrainState
-from gptjax.config import Config, UserError, config_hash
+from gptjax.config import UserError
 from gptjax.distributed import preemption
 from gptjax.distributed.preemption import PreemptedError
-from gptjax.models import peft
 from gptjax.training.debug_bundles import save_bundle
 from gptjax.training.loss_monitor import LossSpike, NotFinite
 from gptjax.training.metrics_file import MetricsWriter
 from gptjax.training.plots import plot_loss
 from gptjax.training.progress import Progress
+from gptjax.training.provenance import describe_run
 from gptjax.training.stage import Stage
 from gptjax.training.step import Stepper
 
@@ -127,7 +126,7 @@ class _Run:
         self._start_at(state, position)
         self._writer: MetricsWriter | None = None  # of process 0 alone
         if jax.process_index() == 0:
-            header = _header(stage.config, mesh, self._stepper.abstract_state)
+            header = describe_run(stage.config, mesh, self._stepper.abstract_state)
             writer = MetricsWriter(workdir, header, stage.config.logging, resume_step=self._saved)
             self._writer = stack.enter_context(writer)
         self._progress = stack.enter_context(
@@ -356,17 +355,3 @@ class _Run:
             return self.params
         trained, _ = self._checkpoints.restore_params(self._stepper.abstract_state.params, best)
         return self._join(trained)
-
-
-def _header(config: Config, mesh: Mesh, state: TrainState) -> dict[str, Any]:
-    """The first line of metrics.jsonl: a description of the run."""
-    return {
-        "stage": config.stage,
-        "config_hash": config_hash(config),
-        "parameters": peft.count(state.base) + peft.count(state.params),
-        "trained_parameters": peft.count(state.params),
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "processes": jax.process_count(),
-        "mesh": dict(mesh.shape),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "grain")},
-    }

@@ -1,8 +1,8 @@
 """The metrics of a run: written as they come, and read back.
 
 `metrics.jsonl` is the record; TensorBoard and Weights & Biases are views of it. Its first line is {"run": {...}}, each
-later line one object: {"step": 10, "tokens": 5242880, "split": "train", "loss": 9.1, ...}. A NaN or infinite value is
-null, for JSON has neither.
+later line one object: {"step": 10, "tokens": 5242880, "split": "train", "seconds": 61.5, "loss": 9.1, ...}. `seconds`
+is wall-clock time since the start of the run, downtime excluded. A NaN or infinite value is null: JSON has neither.
 """
 
 import json
@@ -10,6 +10,7 @@ import math
 import os
 import re
 import threading
+import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
@@ -50,10 +51,11 @@ class MetricsWriter:
         self._wandb: Any = None
         if logging.wandb_project is not None:
             self._wandb = _start_wandb(workdir, logging.wandb_project, run)
-        self._open(resume_step)
+        self._started = time.monotonic()
+        self._started -= self._open(resume_step)
 
-    def _open(self, resume_step: int | None) -> None:
-        """Opens the files to go on after the records of `resume_step`."""
+    def _open(self, resume_step: int | None) -> float:
+        """Opens the files to append after the records of `resume_step`; returns the `seconds` of the last of those."""
         path = self._workdir / METRICS_FILE
         header, records = ({}, []) if resume_step is None else _read(path)
         kept = [record for record in records if record["step"] <= (resume_step or 0)]
@@ -66,6 +68,7 @@ class MetricsWriter:
             purge_step = 0 if resume_step is None else resume_step + 1
             directory = str(self._workdir / "tensorboard")
             self._tensorboard = SummaryWriter(directory, purge_step=purge_step, max_queue=WAITING_EVENTS)
+        return max((record.get("seconds") or 0.0 for record in kept), default=0.0)
 
     def go_back(self, step: int) -> None:
         """Drops the records of later steps."""
@@ -91,7 +94,8 @@ class MetricsWriter:
           **values: numbers (Python's, numpy's or jax's scalars) or None, by name.
         """
         numbers = {name: _number(value) for name, value in values.items()}
-        self._file.write(_line({"step": step, "tokens": tokens, "split": split, **numbers}))
+        seconds = round(time.monotonic() - self._started, 3)
+        self._file.write(_line({"step": step, "tokens": tokens, "split": split, "seconds": seconds, **numbers}))
         self._file.flush()
         self._last[split] = step
         known = {f"{split}/{name}": value for name, value in numbers.items() if value is not None}

@@ -39,8 +39,8 @@ class Progress:
         self._bar = tqdm(
             total=total_tokens,
             initial=tokens,
-            unit="tok",
             unit_scale=True,
+            bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} tokens [{elapsed}<{remaining}{postfix}]",
             dynamic_ncols=True,
             mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds; a log file gets a line now and then
             disable=writer is None,
@@ -66,7 +66,7 @@ class Progress:
         # The stage's further measures
         self._measured: dict[str, list[float]] = {name: list(of) for name, of in state.get("measured", {}).items()}
         self._monitor = LossMonitor(self._stability, state.get("watch"))
-        self._bar.update(tokens - self._bar.n)
+        self._move_bar(tokens)
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -92,9 +92,10 @@ class Progress:
         if isinstance(found, NotFinite) or (found is not None and self._stability.on_spike == "rewind"):
             self._problem = found
             return
-        self._bar.update(tokens - self._tokens)
-        self._bar.set_postfix_str(f"step {step} loss {loss:.3f}", refresh=False)
+        self._move_bar(tokens)
         self._tokens = tokens
+        speed = (tokens - self._clock_tokens) / (time.perf_counter() - self._clock)
+        self._bar.set_postfix_str(f"step {step} loss {loss:.3f} {speed:,.0f} tokens/s", refresh=False)
         if skipped:
             self.say(f"step {step}: loss {loss}, gradient norm {grad_norm}: the update was skipped")
         else:
@@ -115,6 +116,10 @@ class Progress:
         """What was found in the metrics that the run must act upon: a spike to rewind, or too many skipped updates."""
         problem, self._problem = self._problem, None
         return problem
+
+    def _move_bar(self, tokens: int) -> None:
+        """Moves the bar to `tokens`; the last batch may reach past the total, where tqdm would drop the percentage."""
+        self._bar.update(min(tokens, self._bar.total) - self._bar.n)
 
     def _write(self, writer: MetricsWriter, step: int, tokens: int, lr: float, grad_norm: float) -> None:
         speed = (tokens - self._clock_tokens) / (time.perf_counter() - self._clock)

@@ -16,6 +16,7 @@ from gptjax.data.conversations import (
     hold_out,
     random_rankings,
     read_conversations,
+    read_prompts,
     read_rankings,
 )
 
@@ -43,6 +44,63 @@ def test_both_forms_are_the_same_conversation(jsonl):
     first, second = read_conversations(spec)
     assert first.messages == second.messages == HELLO
     assert (first.place[-2:], second.place[-2:]) == (":1", ":2")
+
+
+USER, ASSISTANT = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi!"}
+NAMES = ("System", "User", "bard")
+PARTS = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"system": "Be kind.", "conversations": SHAREGPT[1:]},
+        {"system_prompt": "Be kind.", "messages": [USER, ASSISTANT]},
+        {"system": "Be kind.", "conversations": SHAREGPT},
+        {"system": "", "messages": OPENAI},
+        {"messages": None, "conversations": SHAREGPT},
+        {"messages": OPENAI, "conversations": []},
+        {"conversations": OPENAI},
+        {"conversations": [{"from": name, "value": m.content} for name, m in zip(NAMES, HELLO, strict=True)]},
+        {"messages": [{"role": "developer", "content": "Be kind."}, USER, ASSISTANT]},
+        {"messages": [OPENAI[0], {"role": "user", "content": PARTS}, ASSISTANT], "id": 3, "prompt": ""},
+        {"system": "Be kind.", "instruction": "Hello", "input": "", "output": "Hi!"},
+        {"system": "Be kind.", "prompt": "Hello", "completion": "Hi!"},
+        {"prompt": OPENAI[:2], "completion": [ASSISTANT]},
+    ],
+)
+def test_common_forms_are_the_same_conversation(jsonl, record):
+    (read,) = read_conversations(jsonl(record))
+    assert read.messages == HELLO
+    (prompt,) = read_prompts(jsonl(record))
+    assert (prompt.messages, prompt.reference) == (HELLO[:2], "Hi!")
+
+
+def test_alpaca_inputs_and_earlier_turns(jsonl):
+    record = {"instruction": "Add.", "input": "1 2", "output": "3", "history": [["Hello", "Hi!"]]}
+    (read,) = read_conversations(jsonl(record))
+    assert [message.content for message in read.messages] == ["Hello", "Hi!", "Add.\n\n1 2", "3"]
+
+
+def test_an_empty_system_message_is_none(jsonl):
+    (read,) = read_conversations(jsonl({"messages": [{"role": "system", "content": " "}, USER, ASSISTANT]}))
+    assert read.messages == HELLO[1:]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"messages": OPENAI, "conversations": SHAREGPT}, "has messages and conversations, two forms"),
+        ({"messages": OPENAI, "prompt": "Hello", "completion": "Hi!"}, "has messages and prompt, two forms"),
+        ({"system": "Be brief.", "messages": OPENAI}, "has system besides a system message that says something else"),
+        ({"system": 3, "messages": OPENAI[1:]}, "system: the content is not a text"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "is a ranking"),
+        ({"messages": OPENAI, "tools": [{"type": "function"}]}, "has tools, and calls of tools are not supported"),
+    ],
+)
+def test_records_that_say_two_things_are_refused(jsonl, record, message):
+    with pytest.raises(UserError, match=f"chats.jsonl:1.*{message}"):
+        read_conversations(jsonl(record))
 
 
 def test_a_question_at_the_end_is_left_out(jsonl):
@@ -115,7 +173,13 @@ def test_a_dataset_as_tensorflow_datasets_reads_it(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([{"role": "tool", "content": "x"}], r"chats.jsonl:2: messages\[0\] has the unknown role 'tool'"),
+        ([{"role": "tool", "content": "x"}], r"chats.jsonl:2: messages\[0\] has the role 'tool', and calls of tools"),
+        ([{"role": "narrator", "content": "x"}], r"messages\[0\] has the unknown role 'narrator': one of system, "),
+        ([OPENAI[1], {"role": "assistant", "content": None}], r"messages\[1\]: the content is null"),
+        ([OPENAI[1], {"role": "assistant", "content": None, "tool_calls": [{}]}], r"messages\[1\] has tool_calls"),
+        ([OPENAI[1], OPENAI[2] | {"reasoning_content": "hm"}], r"messages\[1\] has reasoning_content"),
+        ([OPENAI[1], OPENAI[2] | {"weight": 0}], r"messages\[1\] has weight 0"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], r"the content has a part of type 'image_url'"),
         ([*OPENAI, OPENAI[2]], r"chats.jsonl:2: message 3 is of role assistant behind one of role assistant"),
         ([OPENAI[1], OPENAI[1]], r"chats.jsonl:2: message 1 is of role user behind one of role user"),
         ([OPENAI[1], OPENAI[0]], r"chats.jsonl:2: message 1 is of role system"),
@@ -136,7 +200,7 @@ def test_what_is_malformed_is_named(jsonl, messages, message):
 
 
 def test_records_of_another_kind_and_unknown_sources_are_refused(jsonl):
-    with pytest.raises(UserError, match="neither messages nor conversations: it has text"):
+    with pytest.raises(UserError, match=r"neither messages nor conversations, .*: it has text"):
         read_conversations(jsonl({"text": "Hello"}))
     with pytest.raises(UserError, match=r"chats.jsonl:1 is not JSON"):
         read_conversations(jsonl("{"))
@@ -160,12 +224,31 @@ def test_all_forms_of_a_ranking_are_the_same(jsonl):
         {"prompt": "Hello", "chosen": "Hi!", "rejected": "Go away."},
         {"prompt": question, "chosen": "Hi!", "rejected": "Go away."},
         {"chosen": answered("Hi!"), "rejected": answered("Go away.")},
+        {"prompt": question, "chosen": answered("Hi!")[1:], "rejected": answered("Go away.")[1:]},
+        {"prompt": "Hello", "chosen": answered("Hi!"), "rejected": answered("Go away."), "score_chosen": 8.0},
+        {"prompt": "Hello", "messages": answered("Hi!"), "ranking": [answered("Hi!"), answered("Go away.")]},
+        {"chosen": "\n\nHuman: Hello\n\nAssistant: Hi!", "rejected": "\n\nHuman: Hello\n\nAssistant: Go away."},
+        {"system": "", "prompt": "Hello", "chosen": "Hi!", "rejected": "Go away."},
     )
     found = read_rankings(spec)
     assert {(ranking.prompt, ranking.answers) for ranking in found} == {
         ((Message("user", "Hello"),), ("Hi!", "Go away."))
     }
-    assert len(found) == 5
+    assert len(found) == 10
+    assert {prompt.messages for prompt in read_prompts(spec)} == {(Message("user", "Hello"),)}
+
+
+def test_a_system_field_belongs_to_the_prompt_of_a_ranking(jsonl):
+    for answers in (("Hi!", "No."), ([USER, ASSISTANT], [USER, {"role": "assistant", "content": "No."}])):
+        record = {"system": "Be kind.", "prompt": "Hello", "chosen": answers[0], "rejected": answers[1]}
+        assert read_rankings(jsonl(record))[0].prompt == HELLO[:2]
+
+
+def test_answers_of_a_later_turn(jsonl):
+    begin, ask = [USER, ASSISTANT], {"role": "user", "content": "And?"}
+    yes, no = ({"role": "assistant", "content": text} for text in ("yes", "no"))
+    record = {"prompt": "Hello", "chosen": [*begin, ask, yes], "rejected": [*begin, ask, no]}
+    assert [message.content for message in read_rankings(jsonl(record))[0].prompt] == ["Hello", "Hi!", "And?"]
 
 
 @pytest.mark.parametrize(
@@ -174,6 +257,13 @@ def test_all_forms_of_a_ranking_are_the_same(jsonl):
         ({"prompt": "Hello", "chosen": "Hi!"}, "neither a ranking nor both chosen and rejected"),
         ({"prompt": "Hello", "ranking": ["Hi!"]}, "two answers or more, all different"),
         ({"prompt": "Hello", "ranking": ["Hi!", "Hi!"]}, "two answers or more, all different"),
+        ({"prompt": "Hello", "ranking": ["Hi!", "Hi! "]}, "two answers or more, all different by more than blanks"),
+        ({"chosen": "Hi!", "rejected": "No."}, "has no prompt that the answers are to: it has chosen, rejected"),
+        ({"prompt": "Bye", "chosen": OPENAI, "rejected": OPENAI}, "the prompt is 'Bye', which chosen as a"),
+        ({"messages": OPENAI[:2], "prompt": "Bye", "ranking": ["a", "b"]}, "has a prompt, and messages without it"),
+        ({"prompt": "Hello", "chosen": "a", "rejected": "b", "ranking": ["a", "b"]}, "a ranking besides chosen"),
+        ({"prompt": "Hello", "chosen": "a", "rejected": OPENAI}, "texts beside answers that are messages"),
+        ({"prompt": "Hello", "chosen": "a", "rejected": "b", "tools": [{}]}, "has tools, and calls of tools"),
         ({"messages": OPENAI, "ranking": ["Hi!", "No."]}, "does not end in a user's message"),
         ({"chosen": OPENAI, "rejected": OPENAI[1:]}, "differ in the last answer alone"),
         ({"prompt": "Hello", "ranking": "Hi!"}, "ranking is not a list"),

@@ -73,6 +73,16 @@ def test_a_choice_by_its_number_its_text_or_its_name(label, write):
     ]
 
 
+def test_the_names_of_choices_win_over_their_numbers(write):
+    for label, index in (("2", 1), (4, 3)):
+        choices = {"text": ["3", "2", "1", "0"], "label": ["1", "2", "3", "4"]}
+        path = write("a.jsonl", {"question": "Two?", "choices": choices, "answerKey": label})
+        assert fields(read_rows(f"jsonl:{path}", "multiple_choice"))[0]["label"] == index
+    path = write("a.jsonl", {"question": "Two?", "choices": ["3", "2", "1"], "answer": "2"})
+    with pytest.raises(UserError, match="the text of one of its choices and the number of another"):
+        read_rows(f"jsonl:{path}", "multiple_choice")
+
+
 def test_choices_in_several_columns(write):
     path = write("a.csv", "context,ending0,ending1,label\nHe fell.,He rose.,Tea.,0\n")
     rows = read_rows(f"csv:{path}", "multiple_choice", {"choices": "ending0,ending1"})
@@ -247,11 +257,11 @@ MISTAKES = {
     ),
     "too few cells": (
         "csv", "classification", {}, "text,label\na\n",
-        r":2 has 1 cells, but there are 2 columns$",
+        r":2 has 1 cells, but there are 2 columns, with ",
     ),
     "too many cells": (
         "tsv", "classification", {}, "text\tlabel\na\t1\t\n",
-        r":2 has 3 cells, but there are 2 columns$",
+        r":2 has 3 cells, but there are 2 columns, with ",
     ),
     "open quote": (
         "csv", "classification", {}, 'text,label\na,1\n"b,1\nc,1',

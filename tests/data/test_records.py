@@ -54,6 +54,48 @@ def test_labels_of_json_are_names(write):
     ]
 
 
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("text;label\ngut, sehr gut;pos\n", "gut, sehr gut"),
+        ("label|text\npos|a;b\n", "a;b"),
+        ("text\tlabel\nsehr\tpos\n", "sehr"),
+        ('text, label\n"yes, it is", pos\n', "yes, it is"),
+        ('"text";label\n" ""so"" he said";pos\n', ' "so" he said'),
+    ],
+)
+def test_the_first_line_tells_the_delimiter_of_a_csv(write, content, text):
+    assert fields(read_rows(f"csv:{write('a.csv', content)}", "classification")) == [{"text": text, "label": "pos"}]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('text,label\n"a \\"b\\" c",pos\n', r"a\.csv:2 is malformed: .*: within quotation marks write each .* twice"),
+        ('text,label\n"a", "pos"\n', r"a\.csv:2 has a blank between ',' and a quotation mark"),
+        ("text,label\ra,pos\r", r"a\.csv:1 is malformed: a carriage return alone ends a line"),
+        ("text;label\na;b;c\n", r"a\.csv:2 has 3 cells, but there are 2 columns, with ';' between them"),
+        ("text,label\na,1\nb,1.0\n", r"a\.csv:3 has the label 1\.0 and .*a\.csv:2 the label 1: write one"),
+    ],
+)
+def test_csv_that_could_be_read_wrongly_is_refused(write, content, message):
+    with pytest.raises(UserError, match=message):
+        read_rows(f"csv:{write('a.csv', content)}", "classification")
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_numbers_that_json_does_not_know_are_refused(write, number):
+    path = write("a.jsonl", '{"text": "a", "label": "x"}\n', f'{{"text": "b", "label": {number}}}\n')
+    with pytest.raises(UserError, match=rf"a\.jsonl:2 is not JSON: {number} "):
+        read_rows(f"jsonl:{path}", "classification")
+
+
+def test_numbers_are_not_read_as_python_writes_them(write):
+    path = write("a.jsonl", {"text": "a", "score": "1_000"})
+    with pytest.raises(UserError, match=r"a\.jsonl:1: label is not a number but '1_000'"):
+        read_rows(f"jsonl:{path}", "regression")
+
+
 def test_a_long_text_is_read_whole(write):
     path = write("a.csv", "text,label\n", "long " * 100_000, ",x\n")
     assert len(read_rows(f"csv:{path}", "classification")[0].fields["text"]) == 500_000
@@ -62,7 +104,7 @@ def test_a_long_text_is_read_whole(write):
 def test_bytes_that_are_not_utf8(write):
     path = write("a.csv", b"text,label\nna\xefve,x\n")
     assert read_rows(f"csv:{path}", "classification")[0].fields["text"] == "na\ufffdve"
-    with pytest.raises(UserError, match=r"a\.csv:2 is not UTF-8: convert it, or set data\.invalid_utf8=replace$"):
+    with pytest.raises(UserError, match=r"a\.csv:2 is not UTF-8 at byte 13: convert it, or set data\.invalid_utf8=r"):
         read_rows(f"csv:{path}", "classification", invalid_utf8="error")
 
 
@@ -89,6 +131,13 @@ def test_conll_2003(write):
     ]
     assert [row.place for row in rows] == [f"{path}:{line}" for line in (3, 7, 12)]
     assert read_rows(f"conll:{path}", "tagging", {"tags": "1"})[0].fields["tags"] == ["NNP", "CD"]
+
+
+def test_conll_columns_are_separated_by_blanks_and_tabs_alone(write):
+    path = write("a.txt", "20\u00a0000  B-NUM\r\n\u2028x\u3000y O\n\n")
+    assert fields(read_rows(f"conll:{path}", "tagging")) == [
+        {"tokens": ["20\u00a0000", "\u2028x\u3000y"], "tags": ["B-NUM", "O"]}
+    ]
 
 
 def test_conll_u(write):

@@ -91,10 +91,10 @@ def test_invalid_utf8_is_replaced_and_counted(tmp_path):
 
 def test_invalid_utf8_can_be_an_error(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"good\n---\nbad \xff")
-    with pytest.raises(UserError, match=r"not UTF-8: .*a\.txt at byte 13; .*data\.invalid_utf8=replace"):
+    with pytest.raises(UserError, match=r"a\.txt is not UTF-8 at byte 13: .*data\.invalid_utf8=replace"):
         read(f"text:{tmp_path}/a.txt", document_separator="---", invalid_utf8="error")
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n{"text": "\xff"}')
-    with pytest.raises(UserError, match=r"a\.jsonl at byte 27"):
+    with pytest.raises(UserError, match=r"a\.jsonl:2 is not UTF-8 at byte 27"):
         read(f"jsonl:{tmp_path}/a.jsonl", invalid_utf8="error")
 
 
@@ -110,8 +110,9 @@ def test_json_lines(tmp_path):
 
 
 def test_json_field(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "no", "body": "yes"}')
+    (tmp_path / "a.jsonl").write_text('{"text": "no", "body": "yes", "b#1": "odd"}')
     assert read(f"jsonl:{tmp_path}/a.jsonl#body") == ["yes"]
+    assert read(f"jsonl:{tmp_path}/*.jsonl#b#1") == ["odd"]
 
 
 def test_json_with_half_a_character_or_bytes_that_are_not_utf8(tmp_path):
@@ -128,6 +129,7 @@ def test_json_with_half_a_character_or_bytes_that_are_not_utf8(tmp_path):
     [
         ('{"text": "cut', r"a\.jsonl:3 is not JSON: Unterminated string"),
         ("[" * 100_000, r"a\.jsonl:3 is not JSON"),
+        ('{"text": "a", "score": NaN}', r"a\.jsonl:3 is not JSON: NaN is not a JSON value"),
         ('["text"]', r'a\.jsonl:3 is not a JSON object: write {"text": \.\.\.} on each line'),
         ('{"body": "b", "id": 1}', r"a\.jsonl:3 has no field 'text': choose one with #FIELD: body, id"),
         ('{"text": null}', r"a\.jsonl:3: field 'text' is not a string but null"),

@@ -161,7 +161,10 @@ def test_rewards_of_answers_and_references_are_kept_apart():
 def test_an_evaluation_end_to_end(sft, reward_model, tmp_path, capsys):
     output = tmp_path / "report.json"
     report = evaluate(
-        sft, Options(tasks=("dialogue",), max_new_tokens=6, reward_model=reward_model, output=output, batch_size=2)
+        sft,
+        Options(
+            tasks=("dialogue",), held_out=True, max_new_tokens=6, reward_model=reward_model, output=output, batch_size=2
+        ),
     )
     entry = report["results"]["dialogue"]
     trained = load_model(sft)
@@ -224,7 +227,7 @@ def test_stages_that_do_not_answer(reward_model, sft):
     with pytest.raises(UserError, match="is of stage reward, which does not answer"):
         evaluate(reward_model, Options(tasks=("dialogue",)))
     with pytest.raises(UserError, match="is of stage sft: rewards are what a run of stage reward has learned"):
-        evaluate(sft, Options(tasks=("dialogue",), reward_model=sft))
+        evaluate(sft, Options(tasks=("dialogue",), held_out=True, reward_model=sft))
 
 
 # --- the reward model -------------------------------------------------------------------------------------------------

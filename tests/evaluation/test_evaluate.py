@@ -120,7 +120,7 @@ def test_numbers_that_json_cannot_hold():
         (["--workdir={workdir}", "--tasks=lambda"], ["unknown task 'lambda'", "did you mean 'lambada'"]),
         (["--workdir={workdir}", "--tasks={files}/none.jsonl"], ["there is no task file", "none.jsonl"]),
         (["--workdir={workdir}", "--tasks={files}/words.jsonl,{files}/../tasks0/words.jsonl"], ["the same name"]),
-        (["--workdir={workdir}", "--tasks={files}/bad.jsonl"], ["bad.jsonl:2: Expecting value"]),
+        (["--workdir={workdir}", "--tasks={files}/bad.jsonl"], ["bad.jsonl:2 is not JSON: Expecting value"]),
         (["--workdir={workdir}", "--tasks={files}/which.jsonl", "--num_fewshot=5"], ["only 4 examples to show"]),
         (["--workdir={workdir}", "--tasks=lambada", "--num_fewshot=-1"], ["num_fewshot"]),
         (["--workdir={workdir}", "--tasks=perplexity"], ["--tasks=perplexity needs a text, as in --source="]),
@@ -138,6 +138,7 @@ def test_numbers_that_json_cannot_hold():
             ["--workdir={workdir}", "--tasks=perplexity", "--source=text:{files}/text.txt", "--detokenizer=wiki"],
             ["unknown detokenizer 'wiki'", "wikitext"],
         ),
+        (["--workdir={workdir}", "--tasks={files}/words.jsonl", "--output=/"], ["--output=/ is a directory"]),
         (["--workdir={workdir}", "--tasks={files}/words.jsonl", "--mesh=rows=2"], ["--mesh=rows=2", "rows"]),
     ],
 )

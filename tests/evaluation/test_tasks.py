@@ -31,6 +31,19 @@ def asked_texts(task):
     return [(decode(tokens[:-scored]), decode(tokens[-scored:])) for tokens, scored in task.requests]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_task_file_is_read_as_any_text(tmp_path, encoding):
+    path = tmp_path / "task.jsonl"
+    path.write_bytes('{"context": "a", "continuation": "b\u2028c"}\r\n\r\n'.encode(encoding))
+    assert read_examples(path).asked[0].options == (("a", " b\u2028c"),)
+    path.write_bytes(b'{"text": "a b"}\n{"text": "caf\xe9"}\n')
+    with pytest.raises(UserError, match=r"task\.jsonl:2 is not UTF-8 at byte 29: convert it$"):
+        read_examples(path)
+    path.write_text('{"text": "a b", "score": NaN}\n')
+    with pytest.raises(UserError, match=r"task\.jsonl:1 is not JSON: NaN is not a JSON value"):
+        read_examples(path)
+
+
 def test_the_forms_of_a_task_file(tmp_path):
     path = write(
         tmp_path / "task.jsonl",
@@ -74,7 +87,7 @@ def test_a_bad_line_is_named(line, message, tmp_path):
     path = write(tmp_path / "task.jsonl", {"text": "fine so far"}, line)
     with pytest.raises(UserError) as error:
         read_examples(path)
-    assert str(error.value).startswith(f"{path}:2: ")
+    assert str(error.value).startswith(f"{path}:2")
     assert message in str(error.value)
 
 
@@ -90,7 +103,7 @@ def test_lines_to_show_are_not_asked(tmp_path):
 def test_a_file_with_nothing_to_ask(tmp_path):
     with pytest.raises(UserError, match="no example to ask"):
         read_examples(write(tmp_path / "task.jsonl", {"text": "only shown", "split": "fewshot"}))
-    with pytest.raises(UserError, match="cannot read the task"):
+    with pytest.raises(UserError, match=r"cannot read .*none\.jsonl: No such file"):
         read_examples(tmp_path / "none.jsonl")
 
 

@@ -31,7 +31,7 @@ def logprobs_after(logits_of):
     return logprobs
 
 
-def plain_search(logprobs_after, prompt, end_of_text, length_penalty=1.0, early_stopping=False):
+def plain_search(logprobs_after, prompt, ends=(), length_penalty=1.0, early_stopping=False):
     """[(score, tokens)] of the BEAMS best, best first; tokens with the end-of-text."""
     prompt, going_on, finished = tuple(map(int, prompt)), [(0.0, ())], []
     for length in range(1, NEW + 1):
@@ -42,10 +42,10 @@ def plain_search(logprobs_after, prompt, end_of_text, length_penalty=1.0, early_
         ]
         extended.sort(reverse=True)
         for total, tokens in extended[:BEAMS]:
-            if tokens[-1] == end_of_text or length == NEW:
+            if tokens[-1] in ends or length == NEW:
                 finished.append((total / length**length_penalty, tokens))
         finished = sorted(finished, reverse=True)[:BEAMS]
-        going_on = [(total, tokens) for total, tokens in extended if tokens[-1] != end_of_text][:BEAMS]
+        going_on = [(total, tokens) for total, tokens in extended if tokens[-1] not in ends][:BEAMS]
         if len(finished) == BEAMS:
             expected_length = NEW if early_stopping == "never" and length_penalty > 0 else length
             if early_stopping is True or going_on[0][0] / expected_length**length_penalty <= finished[-1][0]:
@@ -60,7 +60,7 @@ def found_by(beams) -> list[tuple[int, ...]]:
 def test_a_search_to_the_end_finds_what_a_plain_one_finds(engine, logprobs_after, prompts):
     found = beam_search(engine, prompts, NEW, num_beams=BEAMS, num_return=BEAMS, ignore_end_of_text=True)
     for prompt, beams in zip(prompts, found, strict=True):
-        plain = plain_search(logprobs_after, prompt, None)
+        plain = plain_search(logprobs_after, prompt)
         assert found_by(beams) == [tokens for _, tokens in plain]
         np.testing.assert_allclose([beam.score for beam in beams], [score for score, _ in plain], atol=1e-4)
         for beam in beams:
@@ -82,7 +82,7 @@ def test_searches_that_end_find_what_plain_ones_find(engine, logprobs_after, pro
                 engine, prompts, NEW, num_beams=BEAMS, num_return=BEAMS, length_penalty=penalty, early_stopping=early
             )
             for prompt, beams in zip(prompts, found[early], strict=True):
-                plain = plain_search(logprobs_after, prompt, end, penalty, early)
+                plain = plain_search(logprobs_after, prompt, (end,), penalty, early)
                 for (score, tokens), beam in zip(plain, beams, strict=True):
                     ended = tokens[-1] == end
                     assert tuple(beam.completion.tokens.tolist()) == (tokens[:-1] if ended else tokens)
@@ -95,9 +95,26 @@ def test_searches_that_end_find_what_plain_ones_find(engine, logprobs_after, pro
     assert seen == {"end_of_text", "length", True, "never"}, "no case in which the rules of stopping differ"
 
 
+def test_any_of_several_tokens_ends_a_search(engine, logprobs_after, prompts, monkeypatch):
+    ends = tuple(ends_within(prompts, logprobs_after)[:4])
+    monkeypatch.setattr(engine.tokenizer, "_ends", ends, raising=False)
+    seen = set()
+    for prompt, beams in zip(
+        prompts, beam_search(engine, prompts, NEW, num_beams=BEAMS, num_return=BEAMS), strict=True
+    ):
+        for (_, tokens), beam in zip(plain_search(logprobs_after, prompt, ends), beams, strict=True):
+            completion = beam.completion
+            assert (*completion.tokens.tolist(), *([] if completion.end is None else [completion.end])) == tokens
+            seen.add(completion.end)
+    assert len(seen) > 2
+    greedy = engine.generate(prompts, NEW, Sampling(temperature=0))
+    assert {completion.end for completion in greedy} <= {*ends, None}
+    assert all(set(completion.tokens.tolist()).isdisjoint(ends) for completion in greedy)
+
+
 def ends_within(prompts, logprobs_after) -> list[int]:
     """Tokens of the best completions: made the end of a document, they end some of the beams."""
-    best = [plain_search(logprobs_after, prompt, None)[0][1] for prompt in prompts]
+    best = [plain_search(logprobs_after, prompt)[0][1] for prompt in prompts]
     return sorted({token for tokens in best for token in tokens[2:6]})
 
 

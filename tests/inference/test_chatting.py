@@ -1,5 +1,9 @@
 """A conversation with a tiny model: what it reads, remembers, forgets and saves."""
 
+import codecs
+import json
+import stat
+
 import pytest
 
 from gptjax.config import UserError
@@ -119,6 +123,36 @@ def test_what_is_saved_can_be_learned_from(make_session, tmp_path):
     session.turns[-1] = Message("assistant", " ")
     with pytest.raises(UserError, match="an answer is empty"):
         session.save(path)
+
+
+def test_a_saved_line_is_a_line_of_its_own_in_the_same_file(make_session, tmp_path):
+    session, path, link = make_session(), tmp_path / "said.jsonl", tmp_path / "link"
+    session.turns = [Message("user", "q"), Message("assistant", "a")]
+    old = json.dumps({"messages": [vars(turn) for turn in session.turns]})
+    path.write_bytes(codecs.BOM_UTF8 + old.encode())  # without a line end
+    path.chmod(0o640)
+    link.symlink_to(path)
+    session.save(link)
+    assert link.is_symlink()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert path.read_bytes() == codecs.BOM_UTF8 + f"{old}\n{old}\n".encode()
+    assert len(read_conversations(f"jsonl:{path}")) == 2
+
+
+def test_a_line_is_not_appended_to_what_it_would_spoil(make_session, tmp_path):
+    session = make_session()
+    session.turns = [Message("user", "q"), Message("assistant", "a")]
+    for name, raw, message in [
+        ("a.jsonl", "a".encode("utf-16"), "which is utf-16-le"),
+        ("b.jsonl", b"\xff\n", "is not UTF-8 at byte 0"),
+        ("c.jsonl.gz", b"", "which is gzip by its name"),
+    ]:
+        (tmp_path / name).write_bytes(raw)
+        with pytest.raises(UserError, match=message):
+            session.save(tmp_path / name)
+        assert (tmp_path / name).read_bytes() == raw
+    with pytest.raises(UserError, match="Is a directory"):
+        session.save(tmp_path)
 
 
 def test_what_cannot_be_said_changes_nothing(make_session):

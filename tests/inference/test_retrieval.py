@@ -51,15 +51,40 @@ def test_paragraphs_share_a_passage_as_far_as_it_goes(write):
 
 
 def test_a_heading_begins_a_passage_and_stays_with_its_text(write):
-    directory = write("sub/a.MD", "intro\n\n# Top\n\n## One\n\nsome text here\n\nmore\n## no heading\n\n## Two\nlast\n")
+    directory = write("sub/a.MD", "intro\n\n# Top\n\n## One\n\nsome text here\n\nmore\n##no heading\n\n## Two\nlast\n")
     passages = Documents(directory, max_words=4).passages
     assert [passage.text for passage in passages] == [
         "intro",
         "# Top\n\n## One\n\nsome text here",
-        "more\n## no heading",
-        "## Two\nlast",
+        "more\n##no heading",
+        "## Two\n\nlast",
     ]
     assert places(passages) == ["sub/a.MD:1", "sub/a.MD:3", "sub/a.MD:9", "sub/a.MD:12"]
+
+
+def test_a_heading_directly_above_its_text_begins_the_passage(write):
+    directory = write("a.md", "# Price\nIt is 5.\n## Terms\nPay\nnow.\n#tag is text\n")
+    assert Documents(directory).passages == [
+        Passage("# Price\n\nIt is 5.", "a.md:1"),
+        Passage("## Terms\n\nPay\nnow.\n#tag is text", "a.md:3"),
+    ]
+
+
+def test_a_comment_in_fenced_code_is_no_heading(write):
+    directory = write("a.md", "Run:\n```sh\n# first\nmake\n```\n# End\nDone.\n")
+    assert places(Documents(directory).passages) == ["a.md:1", "a.md:6"]
+
+
+@pytest.mark.parametrize("mark", ["\f", "\u2028", "\u0085", "\v"])
+def test_only_line_ends_count_as_lines(write, mark):
+    directory = write("a.txt", f"one{mark}two\r\n{mark}\r\nthree\n")
+    assert places(Documents(directory, max_words=2).passages) == ["a.txt:1", "a.txt:3"]
+
+
+def test_a_folder_that_links_to_itself_is_read_once(write):
+    directory = write("sub/a.txt", "apples")
+    (directory / "sub/again").symlink_to(directory)
+    assert places(Documents(directory).passages) == ["sub/a.txt:1"]
 
 
 def test_a_long_paragraph_is_cut_between_words(write):
@@ -111,7 +136,7 @@ def test_what_cannot_be_read(write, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=message):
             Documents(path)
     (directory / "b.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(UserError, match=r"cannot read .*b.txt"):
+    with pytest.raises(UserError, match=r"b\.txt:1 is not UTF-8 at byte 3"):
         Documents(directory)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'gptjax\[retrieval\]'"):

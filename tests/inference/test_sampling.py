@@ -151,6 +151,26 @@ def test_temperature_0_is_greedy_and_knows_no_filter_but_the_penalty():
     assert set(np.asarray(draw(logits_V, penalised.knobs, penalised.form, 50, seen_V)).tolist()) == {2}
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-45, 1e-300])  # a normal float32, subnormal ones, and 0
+def test_a_tiny_temperature_is_greedy(temperature):
+    logits_V = np.array([-3.0, -1.0, -1.0625, -7.0], np.float32)
+    for sampling in (Sampling(temperature), Sampling(temperature, top_k=3, top_p=0.9, min_p=0.1)):
+        assert set(np.asarray(draw(logits_V, sampling.knobs, sampling.form, 50)).tolist()) == {1}
+
+
+def test_an_enormous_temperature_is_uniform():
+    sampling = Sampling(1e300)
+    logits_BC, _ = candidates(jnp.array([[3.0, -50.0, 1e4]]), sampling.form, sampling.knobs)
+    np.testing.assert_allclose(jax.nn.softmax(logits_BC), np.full((1, 3), 1 / 3), rtol=1e-6)
+
+
+def test_an_extreme_repetition_penalty_leaves_numbers():
+    logits_V, seen_V = np.array([1.0, 3.0, 2.5, -1.0], np.float32), jnp.array([True, True, False, False])
+    for penalty, expected in ((1e-300, {0, 1}), (1e300, {2})):
+        sampling = Sampling(1e-3, repetition_penalty=penalty)
+        assert set(np.asarray(draw(logits_V, sampling.knobs, sampling.form, 50, seen_V)).tolist()) <= expected
+
+
 @pytest.mark.parametrize(
     ("field", "value", "range_"),
     [

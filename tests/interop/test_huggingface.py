@@ -16,6 +16,7 @@ import tokenizers
 
 from gptjax import config as c
 from gptjax.config import GPTConfig, UserError
+from gptjax.data.tokenizers import get_tokenizer
 from gptjax.interop import families, safetensors_files
 from gptjax.interop.huggingface import export_workdir, import_workdir, load_pretrained, save_pretrained
 from gptjax.interop.safetensors_files import DTYPES, Declared
@@ -133,18 +134,35 @@ def test_a_head_alone_stands_for_the_embedding(tmp_path):
     assert_close_to_fixture(model, params, "gpt2")
 
 
-@pytest.mark.parametrize(("dtype", "kept"), [("BF16", "bfloat16"), ("F16", "float32")])
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+@pytest.mark.parametrize("kept", ["float32", "bfloat16"])
 def test_half_precision(dtype, kept, tmp_path):
+    """Parameters are float32 unless asked for otherwise: training in bfloat16 loses its updates."""
     tensors = {name: array.astype(DTYPES[dtype]) for name, array in arrays(FIXTURES / "gpt_neo").items()}
     half = write(tmp_path / "half", tensors, config_of("gpt_neo"))
-    model, params = load_pretrained(half)
+    model, params = load_pretrained(half, **({} if kept == "float32" else {"param_dtype": kept}))
     assert model.config.param_dtype == kept
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(kept)}
     save_pretrained(model.config, params, tmp_path / "out")
     back = arrays(tmp_path / "out")
-    assert all(np.array_equal(back[name].astype(np.float32), tensors[name].astype(np.float32)) for name in tensors)
+    for name, array in tensors.items():
+        np.testing.assert_array_equal(back[name].astype(np.float32), array.astype(kept).astype(np.float32))
     assert {array.dtype for array in back.values()} == {jnp.dtype(kept)}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == kept
+
+
+def test_bfloat16_parameters_compute_as_float32_ones(tmp_path):
+    """Where activations are float32, so is every sum, that of the two embeddings too."""
+    tensors = {name: array.astype(jnp.bfloat16) for name, array in arrays(FIXTURES / "gpt2").items()}
+    half = write(tmp_path / "half", tensors, config_of("gpt2"))
+    tokens_BT = np.load(FIXTURES / "gpt2" / "logits.npz")["tokens_BT"]
+    results = []
+    for param_dtype in ("bfloat16", "float32"):
+        model, params = load_pretrained(half, param_dtype=param_dtype)
+        # Not compiled as a whole: XLA may keep more bits of a sum than its dtype has.
+        results.append(np.asarray(model.apply({"params": params}, tokens_BT)))
+    got, expected = results
+    np.testing.assert_allclose(got, expected, atol=1e-5, rtol=0)
 
 
 def test_devices_hold_their_shards():
@@ -232,6 +250,62 @@ def test_a_model_of_chat_is_exported_with_its_tokens(tmp_path):
     assert theirs["vocab_size"] == written.get_vocab_size() == 257 + 2
     assert (written.token_to_id("<|a|>"), written.token_to_id("<|end|>")) == (257, 258)
     assert (theirs["bos_token_id"], theirs["eos_token_id"]) == (256, 258)
+
+
+def with_tokens(directory: Path, names: list[str], **files: dict) -> Path:
+    """The fixture gpt2 with a vocabulary whose first tokens are `names`, and with JSON files by their names."""
+    shutil.copytree(FIXTURES / "gpt2", directory)
+    vocabulary = {name: i for i, name in enumerate([*names, *(f"word{i}" for i in range(20))])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=names[0]))
+    tokenizer.add_special_tokens([name for name in names if name.startswith("<")])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    files["config"] = config_of("gpt2") | files.get("config", {})
+    for name, content in files.items():
+        (directory / f"{name}.json").write_text(json.dumps(content))
+    return directory
+
+
+GENERIC = ["<|endoftext|>", "</s>", "<a>", "stop"]
+
+
+@pytest.mark.parametrize(
+    ("files", "ends"),
+    [
+        ({}, (0,)),  # by its name
+        ({"tokenizer_config": {"eos_token": "</s>"}}, (1,)),
+        ({"tokenizer_config": {"eos_token": {"content": "<a>", "special": True}}}, (2,)),
+        ({"tokenizer_config": {"eos_token": "<a>"}, "config": {"eos_token_id": 1}}, (1,)),
+        ({"config": {"eos_token_id": 3}}, (3,)),  # no special token, as its files say
+        ({"config": {"eos_token_id": 1}, "generation_config": {"eos_token_id": [2, 1, 3]}}, (1, 2, 3)),
+        ({"config": {"eos_token_id": 0}, "generation_config": {"eos_token_id": 2}}, (2,)),
+        ({"config": {"eos_token_id": [2, 1]}, "generation_config": {"eos_token_id": None}}, (2, 1)),
+        ({"config": {"eos_token_id": 50256}}, (0,)),  # transformers' default, which this vocabulary lacks
+    ],
+)
+def test_a_models_files_say_which_tokens_end_a_text(files, ends, tmp_path):
+    source, workdir = with_tokens(tmp_path / "source", GENERIC, **files), tmp_path / "run"
+    import_workdir(str(source), workdir)
+    trained = load_model(workdir)
+    assert trained.tokenizer.ends == ends
+    assert trained.tokenizer.end_of_text == ends[0]
+    # The config names the same tokenizer, which pretraining checks.
+    spec = c.read_config(workdir).data.tokenizer
+    kept = get_tokenizer(spec, train_documents=tuple, corpus_fingerprint="", cache_dir=tmp_path)
+    assert (kept.fingerprint, kept.ends) == (trained.tokenizer.fingerprint, ends)
+    export_workdir(workdir, tmp_path / "out")
+    theirs = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert theirs["eos_token_id"] == (ends[0] if len(ends) == 1 else list(ends))
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["eos_token"] == GENERIC[ends[0]]
+    import_workdir(str(tmp_path / "out"), tmp_path / "again")
+    assert load_model(tmp_path / "again").tokenizer.ends == ends
+
+
+@pytest.mark.parametrize("wrong", ["1", [1, "2"], True, {"id": 1}])
+def test_ends_that_are_no_ids(wrong, tmp_path):
+    source = with_tokens(tmp_path / "source", GENERIC, generation_config={"eos_token_id": wrong})
+    with pytest.raises(UserError, match=r"eos_token_id=.* is neither a token id nor a list of them"):
+        import_workdir(str(source), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def small(**fields: object) -> GPTConfig:

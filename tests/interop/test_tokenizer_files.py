@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import tokenizers as huggingface
 
+from gptjax import files
 from gptjax.config import ChatConfig, UserError
-from gptjax.data import sources, tokenizers
+from gptjax.data import sources, tokenizer_check, tokenizers
 from gptjax.data.conversations import Message
 from gptjax.data.templates import TEMPLATES, ChatFormat, Template, chat_format
 from gptjax.interop.tokenizer_files import read_tokenizer, write_tokenizer
@@ -128,3 +129,85 @@ def test_damaged_files(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{broken")
     with pytest.raises(UserError, match=r"cannot load the tokenizer .*tokenizer\.json: not a tokenizer\.json"):
         read_tokenizer(tmp_path)
+
+
+# --- files of strangers -----------------------------------------------------------------------------------------------
+
+
+def as_json(**changes: object) -> str:
+    """A tokenizer.json of the tokens a, b and ab, with some of its parts replaced."""
+    model = huggingface.models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")])
+    return json.dumps(json.loads(huggingface.Tokenizer(model).to_str()) | changes)
+
+
+def split(pattern: str) -> dict[str, object]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def bpe(vocabulary: dict[str, int], *merges: str, **changes: object) -> dict[str, object]:
+    return {"type": "BPE", "vocab": vocabulary, "merges": list(merges), **changes}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (as_json(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}), "Cannot parse precompiled_char"),
+        (as_json(normalizer={"type": "Precompiled", "precompiled_charsmap": "CAAAAAAAAAD/////AAA="}), "out of bounds"),
+        (as_json(normalizer={"type": "Precompiled", "precompiled_charsmap": "//////////8="}), "the tokenizers library"),
+        (as_json(pre_tokenizer=split("(a+)+$")), "retry-limit-in-match over"),
+        (as_json(pre_tokenizer={"type": "FixedLength", "length": 0}), "chunk size must be non-zero"),
+        (as_json(decoder={"type": "Strip", "content": "a", "start": 9, "stop": 9}), "out of bounds"),
+        (as_json(model=bpe({})), "its vocabulary is empty"),
+        (as_json(model=bpe({"a": 2**32 - 1, "</s>": 0})), "it has the token id 4294967295: ids must be below 16777216"),
+        (as_json(model=bpe({"a": 2**24})), "it has the token id 16777216: ids must be below 16777216"),
+        (as_json(model=bpe({"a": 2**32})), "expected u32"),
+        # Cuts a character in two: the library panics while it panics, and aborts the process.
+        (as_json(model=bpe({"a": 0, "é": 1, "aé": 2}, "a é", continuing_subword_prefix="x")), "library crashes on it"),
+        ("[" * 100_000, "not a tokenizer.json"),
+        ('{"model": {"type": "BPE", "vocab": {"\\ud800": 0}, "merges": []}}', "not a tokenizer.json"),
+    ],
+)
+def test_files_that_the_library_cannot_take_are_refused_in_one_line(content, message, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError) as caught:
+        read_tokenizer(tmp_path)
+    assert str(caught.value).startswith(f"cannot load the tokenizer {tmp_path}/tokenizer.json: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("token", [2**32 - 1, 2, -1])
+def test_a_vocabulary_with_gaps(token, tmp_path):
+    """The library would lose the token behind the gap."""
+    (tmp_path / "vocab.json").write_text(json.dumps({"a": token, "<|endoftext|>": 0}))
+    (tmp_path / "merges.txt").write_text("")
+    with pytest.raises(UserError, match=r"vocab\.json: its ids are not those from 0 to 1"):
+        read_tokenizer(tmp_path)
+
+
+def test_a_text_that_the_vocabulary_cannot_express(tmp_path):
+    """The library raises, or panics, when such a text comes: a UserError then, as of a file that was not tried."""
+    (tmp_path / "tokenizer.json").write_text(as_json(model={"type": "Unigram", "unk_id": None, "vocab": [["a", -1.0]]}))
+    tokenizer = read_tokenizer(tmp_path)
+    assert tokenizer is not None
+    assert tokenizer.encode("aa").tolist() == [0, 0]
+    with pytest.raises(UserError, match=r"the tokenizer cannot encode a text: .*unk_id"):
+        tokenizer.encode("b")
+    untried = tokenizers.HuggingFaceTokenizer(as_json(pre_tokenizer=split("(a+)+$")))
+    with pytest.raises(UserError, match=r"the tokenizer cannot encode a text: .*retry-limit-in-match over"):
+        untried.encode("a" * 100 + "!")
+
+
+def test_large_files_are_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer_check, "MAX_BYTES", 100)
+    (tmp_path / "tokenizer.json").write_text(as_json())
+    with pytest.raises(UserError, match=r"it has \d+ bytes, more than 100"):
+        read_tokenizer(tmp_path)
+    monkeypatch.setattr(files, "MAX_JSON_BYTES", 100)
+    (tmp_path / "tokenizer.json").unlink()
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / "vocab.json").write_text('{"a": 0}')
+        (tmp_path / "merges.txt").write_text("")
+        (tmp_path / name).write_text(" " * 101)
+        with pytest.raises(UserError, match="it has 101 bytes, more than 100"):
+            read_tokenizer(tmp_path)

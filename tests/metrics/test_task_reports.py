@@ -18,10 +18,10 @@ from gptjax.metrics.task_reports import (
     answer_words,
     choice_report,
     classification_report,
-    is_bio,
     question_answering_report,
     regression_report,
     report,
+    tag_scheme,
     tagging_report,
 )
 
@@ -316,11 +316,26 @@ def test_no_entity_to_find(predicted):
 
 
 def test_tags_mark_spans_or_do_not():
-    assert is_bio(BIO)
-    assert is_bio(["I-PER"])
-    assert not is_bio(["O"])
-    assert not is_bio(["B-PER", "PER"])
-    assert not is_bio(["B-", "O"])
+    for tags, scheme in [(BIO, "BIO"), (["I-A"], "BIO"), (["O", "B-A", "S-B"], "IOBES"), (["L-A", "U-B"], "BILOU")]:
+        assert tag_scheme(tags) == scheme
+    for tags in (["O"], [], ["B-PER", "PER"], ["B-", "O"], ["B", "I"], ["S-A", "L-A"], ["NN", "S-A"]):
+        assert tag_scheme(tags) is None
+
+
+@pytest.mark.parametrize(("end", "single"), ["ES", "LU"])
+def test_iobes_and_bilou_are_read_strictly(end, single):
+    gold = [["B-ORG", "I-ORG", "E-ORG", "O", "S-LOC"], ["S-PER", "O", "B-LOC", "E-LOC", "O"]]
+    # Found: S-LOC and S-PER; wrong: an ORG that is cut short; a B-LOC without its end is no entity.
+    guess = [["B-ORG", "E-ORG", "O", "O", "S-LOC"], ["S-PER", "O", "B-LOC", "I-LOC", "O"]]
+    gold, guess = (
+        [[tag.replace("E-", f"{end}-").replace("S-", f"{single}-") for tag in t] for t in s] for s in (gold, guess)
+    )
+    found = tagging_report(gold, guess)
+    assert found.metrics["entity_precision"] == pytest.approx(2 / 3)
+    assert found.metrics["entity_recall"] == 2 / 4
+    assert found.metrics["f1"] == found.metrics["entity_f1"] == pytest.approx(4 / 7)
+    assert found.metrics["micro_f1"] > found.metrics["f1"]
+    assert tagging_report([["O", "B-A"]], [[f"{end}-A", "O"]]).metrics["entity_f1"] == 0.0  # no whole entity at all
 
 
 def test_tables_have_types_together_and_given_labels_first():

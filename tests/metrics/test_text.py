@@ -55,6 +55,15 @@ def test_other_scripts_count():
     assert "tok:zh" in signature
 
 
+def test_japanese_is_compared_by_characters():
+    answer, reference = "これはとてもおもしろいです", "これはたいへんおもしろいです"
+    score, signature = corpus_bleu([answer], [reference])
+    assert "tok:char" in signature
+    by_blanks, _ = corpus_bleu([" ".join(answer)], [" ".join(reference)])
+    assert score == pytest.approx(by_blanks)
+    assert bleu(answer, reference) > 0.4
+
+
 @given(TEXTS, TEXTS)
 def test_ranges(answer, reference):
     assert 0 <= bleu(answer, reference) <= 1

@@ -1,5 +1,9 @@
 """Compiled programs are kept where they can be, and nothing fails where they cannot."""
 
+import dataclasses
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +12,8 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from gptjax.config import Config, UserError, replace, to_json
+from gptjax.config import Config, replace, to_json
+from gptjax.data.tokenizers import BytesTokenizer
 from gptjax.distributed import processes
 from gptjax.parallel import program_cache
 
@@ -49,15 +54,63 @@ def test_a_program_is_kept_and_found_again(tmp_path):
     assert kept(tmp_path / "compiled") == programs
 
 
-def test_what_uses_a_model_keeps_programs_where_its_run_does(tmp_path):
-    (tmp_path / "run").mkdir()
-    config = replace(Config(), {"data": {"cache_dir": str(tmp_path / "cache")}, "batch": {"total_tokens": 2**20}})
-    (tmp_path / "run" / "config.json").write_text(to_json(config))
-    program_cache.use_that_of(tmp_path / "run")
-    compile_a_program()
-    assert len(kept(tmp_path / "cache" / "compiled")) == 1
-    with pytest.raises(UserError, match="is not a workdir"):
-        program_cache.use_that_of(tmp_path)
+@pytest.mark.parametrize("command", ["generate", "chat", "evaluate", "predict"])
+def test_the_config_of_a_workdir_does_not_choose_the_cache(command, tmp_path):
+    """Each command ends with an error behind the point where it opens the cache, as the workdir has no checkpoint."""
+    workdir, planted, own = (tmp_path / name for name in ("run", "planted", "own"))
+    BytesTokenizer().save(workdir / "tokenizer")
+    changes = {"data": {"cache_dir": str(planted)}, "batch": {"total_tokens": 2**20}}
+    config = dataclasses.replace(replace(Config(), changes), stage="sft" if command == "chat" else "pretrain")
+    (workdir / "config.json").write_text(to_json(config))
+    more = {"generate": ["--prompt=a"], "evaluate": ["--tasks=lambada"]}.get(command, [])
+    result = subprocess.run(
+        [sys.executable, "-m", f"gptjax.{command}", f"--workdir={workdir}", f"--cache_dir={own}", *more],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"},
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: {workdir} has no checkpoint")
+    assert not planted.exists()
+    assert (own / "compiled").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("culprit", "mode"), [("", 0o777), ("", 0o1777), ("compiled", 0o702), ("compiled", 0o720), ("..", 0o707)]
+)
+def test_a_directory_that_others_can_write_to_is_not_used(culprit, mode, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(program_cache, "_is_private_group", lambda group: False)
+    cache = tmp_path / "a" / "cache"
+    (cache / "compiled").mkdir(parents=True)
+    (cache / culprit).chmod(mode)
+    program_cache.use(cache)
+    if mode & 0o1000:  # sticky: others may add entries, but not replace `compiled`
+        assert jax.config.jax_compilation_cache_dir is not None
+        return
+    assert jax.config.jax_compilation_cache_dir is None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"other users may write to {(cache / culprit).resolve()}, and could run code" in line
+
+
+def test_a_directory_of_another_user_is_not_used(tmp_path, capsys, monkeypatch):
+    program_cache.use(tmp_path)
+    assert jax.config.jax_compilation_cache_dir is not None
+    jax.config.update("jax_compilation_cache_dir", None)
+    monkeypatch.setattr(os, "geteuid", lambda: 54321)  # as if this user had not made it
+    program_cache.use(tmp_path)
+    assert jax.config.jax_compilation_cache_dir is None
+    assert "other users may write to" in capsys.readouterr().err
+
+
+def test_a_link_is_followed_before_its_target_is_checked(tmp_path, capsys):
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    (tmp_path / "link").symlink_to(tmp_path / "open")
+    program_cache.use(tmp_path / "link")
+    assert jax.config.jax_compilation_cache_dir is None
+    assert f"other users may write to {tmp_path / 'open'}" in capsys.readouterr().err
 
 
 def test_a_place_that_was_given_stays(tmp_path):

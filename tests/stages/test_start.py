@@ -8,9 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax.config import Config, UserError, replace
+from gptjax.config import Config, UserError, read_config, replace, with_absolute_paths
 from gptjax.models import peft
 from gptjax.parallel.mesh import make_mesh
+from gptjax.run import run
 from gptjax.stages import registry, start
 from gptjax.stages.finetune.task_model import completed
 from gptjax.stages.trained_model import load_model
@@ -95,6 +96,34 @@ def test_training_may_choose_its_own_dropout_and_precision(config):
 
 def _given(config: Config) -> Config:
     return start.completed_config(Path(config.init_from))[0]
+
+
+def test_a_run_from_relative_paths_is_read_from_any_folder(pretrained, tmp_path, monkeypatch):
+    """The other folder has a model of the same name, which is not this run's."""
+    here, other = tmp_path / "here", tmp_path / "other"
+    for folder, weights in ((here, pretrained), (other, save_pretrained(tmp_path / "drawn", seed=1))):
+        shutil.copytree(weights, folder / "given")
+    monkeypatch.chdir(here)
+    config = with_method(run_config(tmp_path, "classification", Path("given")), "lora")
+    run(config, Path("tuned"))
+    assert read_config(Path("tuned")).init_from == str(here / "given")
+    expected = load_model(Path("tuned")).params
+    monkeypatch.chdir(other)
+    jax.tree.map(np.testing.assert_array_equal, load_model(here / "tuned").params, expected)
+    run(dataclasses.replace(config, init_from="../here/given"), here / "tuned")  # resumes: it is the same model
+    with pytest.raises(UserError, match="init_from: "):
+        run(config, here / "tuned")
+
+
+def test_paths_of_a_config_are_made_absolute(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    config = replace(Config(init_from="~/a"), {"rl": {"reward": "model:runs/reward"}})
+    absolute = with_absolute_paths(config)
+    assert (absolute.init_from, absolute.rl.reward) == ("/home/me/a", f"model:{tmp_path}/runs/reward")
+    for reward in ("", "bleu", "python:rewards.score"):
+        kept = replace(Config(init_from="gs://bucket/run"), {"rl": {"reward": reward}})
+        assert with_absolute_paths(kept) == kept
 
 
 def test_weights_that_are_not_there(config, pretrained, tmp_path):

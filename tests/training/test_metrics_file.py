@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import sys
 import threading
 from pathlib import Path
@@ -33,7 +34,9 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path, RUN, QUIET) as metrics:
         metrics.write(0, 0, "validation", loss=10.5, bits_per_byte=np.float32(2.5))
         metrics.write(1, 100, "train", loss=jnp.float32(9.5), mfu=None)
-    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == [
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert all(0 <= record["seconds"] < 60 for record in read_metrics(tmp_path)[1])
+    assert re.sub(r'"seconds": [\d.]+, ', "", text).splitlines() == [
         '{"run": {"parameters": 124439808, "devices": "8 x TPU v4"}}',
         '{"step": 0, "tokens": 0, "split": "validation", "loss": 10.5, "bits_per_byte": 2.5}',
         '{"step": 1, "tokens": 100, "split": "train", "loss": 9.5, "mfu": null}',
@@ -189,3 +192,15 @@ def test_the_file_is_json_lines_for_any_reader(tmp_path: Path) -> None:
     train(tmp_path, range(1, 4))
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert all(isinstance(json.loads(line, parse_constant=pytest.fail), dict) for line in lines)
+
+
+def test_seconds_continue_where_a_run_resumes(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, RUN, QUIET) as metrics:
+        metrics.write(1, 100, "train", loss=9.5)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(re.sub(r'"seconds": [\d.]+', '"seconds": 500.0', path.read_text()))
+    with MetricsWriter(tmp_path, RUN, QUIET, resume_step=1) as metrics:
+        metrics.write(2, 200, "train", loss=9.0)
+    first, second = (record["seconds"] for record in read_metrics(tmp_path)[1])
+    assert first == 500.0
+    assert 500.0 <= second < 560.0

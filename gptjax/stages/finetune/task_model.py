@@ -292,5 +292,6 @@ DEFINITION = Definition(
     complete=_complete,
     check=_check,
     reinitialises_special_tokens=True,
+    head="task",
     uses_best_checkpoint=True,
 )

@@ -81,4 +81,5 @@ DEFINITION = Definition(
     complete=policy.complete,
     check=policy.check_no_pretraining_text,
     conversational=True,
+    head="reward",
 )

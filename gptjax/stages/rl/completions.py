@@ -160,6 +160,7 @@ class AnswerWriter:
                     settings.response_tokens,
                     seeds=seeds[chunk],
                     end_tokens=(self._end_of_turn,),
+                    separate_text=True,
                 )
                 judged = [prompt.prompt for prompt in asked[chunk]], [answer.text for answer in answers[chunk]]
                 if self._reward.on_host and processes.is_first():
@@ -171,9 +172,8 @@ class AnswerWriter:
 
     def _encoded(self, prompt: EncodedPrompt, answer: Completion) -> Encoded:
         """Prompt and answer; the token that ended it is one of its own, and learned as the others are."""
-        ends = {"end_of_turn": self._end_of_turn, "end_of_text": self._tokenizer.end_of_text}
-        end = ends.get(answer.finish_reason)
-        return answered(prompt.tokens, np.append(answer.tokens, [] if end is None else [end]).astype(np.int32))
+        end = [] if answer.end is None else [answer.end]
+        return answered(prompt.tokens, np.append(answer.tokens, end).astype(np.int32))
 
     def _measured(self, params: Any, arrays: Arrays, group: int) -> Arrays:
         """Of `completion_measurer`, (N, T), batch after batch of as many rows as a microbatch of training has."""

@@ -1,0 +1,284 @@
+"""The forms in which records hold conversations and rankings: OpenAI's, ShareGPT's, TRL's, Alpaca's and others.
+
+A field that changes what a model reads or learns is read, or the record is refused by name. Other fields, such as ids
+and scores, are ignored. An empty or null field counts as absent.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from gptjax.config import UserError
+
+Role = Literal["system", "user", "assistant"]
+# In any case. OpenAI's role developer takes the place of system.
+_ROLES: dict[str, Role] = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "bard", "bing", "model"), "assistant"),
+}
+_TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
+_SYSTEM_FIELDS = ("system", "system_prompt")
+_TOOL_FIELDS = ("tools", "functions", "tool_calls", "function_call")  # of records and of messages
+_REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")  # of messages
+_HH_TURN = re.compile(r"\n\n(Human|Assistant):")  # Bai et al. 2022, "Training a Helpful and Harmless Assistant"
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    role: Role
+    content: str
+
+
+class RankedAnswers(NamedTuple):
+    """Answers to one prompt, best first."""
+
+    prompt: tuple[Message, ...]
+    answers: tuple[str, ...]
+
+
+def conversation_messages(record: Mapping[str, Any], place: str) -> tuple[Message, ...]:
+    """The messages of a record, in one of the forms of `conversations.read_conversations`; their order is not checked.
+
+    Raises:
+      UserError: the record has no such form or two at once, or a message cannot be read.
+    """
+    _refuse_tools(record, place)
+    forms = (("messages",), ("conversations",), ("instruction", "output"), ("prompt", "completion"))
+    # Of several forms only one may say something; without any, an empty one gets its own message.
+    found = [form for form in forms if all(_has(record, name) for name in form)] or [
+        form for form in forms if all(record.get(name) is not None for name in form)
+    ][:1]
+    if len(found) > 1:
+        names = " and ".join(form[0] for form in found)
+        raise UserError(f"{place} has {names}, two forms of a conversation: keep one")
+    if not found:
+        if all(_has(record, name) for name in ("chosen", "rejected")):
+            raise UserError(f"{place} is a ranking (chosen, rejected), and here a conversation is read")
+        raise UserError(
+            f"{place} has neither messages nor conversations, nor instruction and output, nor prompt and completion: "
+            f"it has {', '.join(record) or 'nothing'}"
+        )
+    match found[0]:
+        case ("instruction", _):
+            messages = _alpaca(record, place)
+        case (name,):
+            messages = _turns(record[name], place, name)
+        case _:
+            messages = _prompt(record["prompt"], place) + _completion(record["completion"], place, "completion")
+    return _with_system(record, messages, place)
+
+
+def prompt_messages(record: Mapping[str, Any], place: str) -> tuple[Message, ...]:
+    """The messages of a record for `conversations.read_prompts`: whole, or a prompt alone, or a ranking's."""
+    if _has(record, "ranking") or (_has(record, "chosen") and _has(record, "rejected")):
+        return ranked_answers(record, place).prompt
+    if _has(record, "prompt") and not _has(record, "completion"):
+        _refuse_tools(record, place)
+        messages = _prompt(record["prompt"], place)
+        for name in ("messages", "conversations"):
+            if _has(record, name) and messages[-1] not in _turns(record[name], place, name):
+                raise UserError(f"{place} has a prompt, and {name} without it: keep one")
+        return _with_system(record, messages, place)
+    return conversation_messages(record, place)
+
+
+def ranked_answers(record: Mapping[str, Any], place: str) -> RankedAnswers:
+    """The prompt and the answers of a record, in one of the forms of `conversations.read_rankings`.
+
+    Raises:
+      UserError: the record has no such form, its parts contradict each other, or a message cannot be read.
+    """
+    _refuse_tools(record, place)
+    names: tuple[str, ...] = ("chosen", "rejected")
+    answers = [record[name] for name in names if _has(record, name)]
+    if _has(record, "ranking"):
+        if answers:
+            raise UserError(f"{place} has a ranking besides chosen or rejected: keep one")
+        answers = record["ranking"]
+        if not isinstance(answers, list):
+            raise UserError(f"{place}: ranking is not a list of answers but {str(answers)[:40]!r}")
+        names = tuple(f"ranking[{i}]" for i in range(len(answers)))
+    elif len(answers) < 2:
+        raise UserError(f"{place} has neither a ranking nor both chosen and rejected: it has {', '.join(record)}")
+    prompt = _ranking_prompt(record, place)
+    if prompt is None and all(isinstance(answer, str) and _HH_TURN.match(answer) for answer in answers):
+        answers = [_hh(answer, f"{place}: {name}") for answer, name in zip(answers, names, strict=True)]
+    lists = [isinstance(answer, list | Mapping | tuple) for answer in answers]
+    if answers and all(lists):
+        prompt, texts = _common_prompt(record, prompt, answers, names, place)
+    elif any(lists):
+        raise UserError(f"{place} has answers that are texts beside answers that are messages: write all alike")
+    else:
+        texts = [_content(answer, f"{place}: {name}") for answer, name in zip(answers, names, strict=True)]
+        if prompt is None:
+            raise UserError(f"{place} has no prompt that the answers are to: it has {', '.join(record)}")
+    return RankedAnswers(_with_system(record, prompt, place), tuple(texts))
+
+
+# --- parts of records -------------------------------------------------------------------------------------------------
+
+
+def _has(record: Mapping[str, Any], name: str) -> bool:
+    """Whether a field says something."""
+    value = record.get(name)
+    return value is not None and not (hasattr(value, "__len__") and len(value) == 0)
+
+
+def _refuse_tools(record: Mapping[str, Any], place: str) -> None:
+    if names := [name for name in _TOOL_FIELDS if _has(record, name)]:
+        raise UserError(f"{place} has {names[0]}, and calls of tools are not supported: remove it")
+
+
+def _with_system(record: Mapping[str, Any], messages: tuple[Message, ...], place: str) -> tuple[Message, ...]:
+    """`messages` behind the system message that a field of the record has."""
+    given = [name for name in _SYSTEM_FIELDS if _has(record, name)]
+    systems = {name: _content(record[name], f"{place}: {name}", may_be_empty=True) for name in given}
+    for name, text in systems.items():
+        if not text.strip():
+            continue
+        if messages and messages[0].role == "system":
+            if messages[0].content.strip() != text.strip():
+                raise UserError(f"{place} has {name} besides a system message that says something else: keep one")
+        else:
+            messages = (Message("system", text), *messages)
+    return messages
+
+
+def _turns(turns: Any, place: str, name: str) -> tuple[Message, ...]:
+    """A list of messages; tensorflow-datasets has a dict of lists for it."""
+    if isinstance(turns, Mapping):
+        try:
+            turns = [dict(zip(turns, values, strict=True)) for values in zip(*turns.values(), strict=True)]
+        except (TypeError, ValueError):
+            raise UserError(f"{place}: {name} does not have lists of one length") from None
+    if not isinstance(turns, list | tuple):
+        raise UserError(f"{place}: {name} is not a list but {str(turns)[:40]!r}")
+    messages = [
+        turn if isinstance(turn, Message) else _message(turn, f"{place}: {name}[{i}]") for i, turn in enumerate(turns)
+    ]
+    return tuple(message for message in messages if message is not None)
+
+
+def _message(turn: Any, place: str) -> Message | None:
+    """A message with role and content, or ShareGPT's from and value; None for an empty system message."""
+    keys = [keys for keys in (("role", "content"), ("from", "value")) if isinstance(turn, Mapping) and keys[0] in turn]
+    if not keys or not (keys[0][1] in turn or any(_has(turn, name) for name in _TOOL_FIELDS)):
+        raise UserError(f"{place} is not an object with role and content, or from and value")
+    role_key, content_key = keys[0]
+    name = turn[role_key].lower() if isinstance(turn[role_key], str) else None
+    if name in _TOOL_ROLES:
+        raise UserError(f"{place} has the {role_key} {name!r}, and calls of tools are not supported: remove the record")
+    _refuse_tools(turn, place)
+    if reasoning := [field for field in _REASONING_FIELDS if _has(turn, field)]:
+        raise UserError(f"{place} has {reasoning[0]}, which no template shows: remove it, or write it into the content")
+    if name not in _ROLES:
+        raise UserError(f"{place} has the unknown {role_key} {str(turn[role_key])[:40]!r}: one of {', '.join(_ROLES)}")
+    role = _ROLES[name]
+    if role == "assistant" and turn.get("weight") not in (None, 1):
+        raise UserError(f"{place} has weight {turn['weight']!r}, and every answer is learned alike: remove the record")
+    content = _content(turn[content_key], place, may_be_empty=role == "system")
+    return Message(role, content) if content.strip() else None
+
+
+def _content(value: Any, place: str, may_be_empty: bool = False) -> str:
+    """A text; OpenAI's list of parts when all are text."""
+    if isinstance(value, list) and value and all(isinstance(part, Mapping) and "type" in part for part in value):
+        other = [part["type"] for part in value if part["type"] != "text" or not isinstance(part.get("text"), str)]
+        if other:
+            raise UserError(f"{place}: the content has a part of type {str(other[0])[:40]!r}, and only text is read")
+        value = "".join(part["text"] for part in value)
+    if value is None and may_be_empty:
+        return ""
+    if value is None:
+        raise UserError(f"{place}: the content is null: remove the record, or write what was said")
+    if not isinstance(value, str):
+        raise UserError(f"{place}: the content is not a text but {str(value)[:40]!r}")
+    if not may_be_empty and (not value or value.isspace()):
+        raise UserError(f"{place}: the content is empty: remove the record, or write what was said")
+    return re.sub("[\ud800-\udfff]", "\ufffd", value)  # halves of characters, which JSON may hold and UTF-8 cannot
+
+
+def _alpaca(record: Mapping[str, Any], place: str) -> tuple[Message, ...]:
+    """Instruction, perhaps an input below it, and output; `history` has earlier pairs of a question and an answer."""
+    messages: list[Message] = []
+    history = record.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise UserError(f"{place}: history is not a list of pairs, a question and its answer")
+    for i, (question, answer) in enumerate(history):
+        messages.append(Message("user", _content(question, f"{place}: history[{i}]")))
+        messages.append(Message("assistant", _content(answer, f"{place}: history[{i}]")))
+    asked = _content(record["instruction"], f"{place}: instruction")
+    given = _content(record.get("input"), f"{place}: input", may_be_empty=True)
+    messages.append(Message("user", f"{asked}\n\n{given}" if given.strip() else asked))
+    return (*messages, Message("assistant", _content(record["output"], f"{place}: output")))
+
+
+def _prompt(value: Any, place: str) -> tuple[Message, ...]:
+    """A user's message, or a list of messages."""
+    if isinstance(value, str):
+        return (Message("user", _content(value, f"{place}: prompt")),)
+    messages = _turns(value, place, "prompt")
+    if not messages:
+        raise UserError(f"{place}: prompt has no message")
+    return messages
+
+
+def _completion(value: Any, place: str, name: str) -> tuple[Message, ...]:
+    """An assistant's message, or a list of messages."""
+    if isinstance(value, str):
+        return (Message("assistant", _content(value, f"{place}: {name}")),)
+    return _turns(value, place, name)
+
+
+def _ranking_prompt(record: Mapping[str, Any], place: str) -> tuple[Message, ...] | None:
+    found = {name: _prompt(record[name], place) for name in ("prompt",) if _has(record, name)}
+    found |= {name: _turns(record[name], place, name) for name in ("messages", "conversations") if _has(record, name)}
+    if "prompt" in found and len(found) > 1:
+        # UltraFeedback has the chosen conversation as `messages` too.
+        for name, messages in found.items():
+            if found["prompt"] != messages[: len(found["prompt"])] and found["prompt"][-1] not in messages:
+                raise UserError(f"{place} has a prompt, and {name} without it: keep one")
+        return found["prompt"]
+    if len(found) > 1:
+        raise UserError(f"{place} has {' and '.join(found)}: keep one")
+    return next(iter(found.values()), None)
+
+
+def _common_prompt(
+    record: Mapping[str, Any],
+    prompt: tuple[Message, ...] | None,
+    answers: Sequence[Any],
+    names: Sequence[str],
+    place: str,
+) -> tuple[tuple[Message, ...], list[str]]:
+    """The prompt and the texts of answers that are lists of messages: the last alone, behind the prompt or with it."""
+    given = [_turns(answer, place, name) for answer, name in zip(answers, names, strict=True)]
+    begins = {bool(messages) and messages[0].role == "assistant" for messages in given}
+    if begins == {True}:
+        if prompt is None:
+            raise UserError(f"{place} has no prompt that the answers are to: it has {', '.join(record)}")
+        given = [(*prompt, *messages) for messages in given]
+    elif prompt is not None:
+        for messages, name in zip(given, names, strict=True):
+            asked = [message.content.strip() for message in messages if message.role == "user"]
+            if prompt[-1].content.strip() not in asked:
+                raise UserError(
+                    f"{place}: the prompt is {prompt[-1].content[:40]!r}, which {name} as a conversation does not have"
+                )
+            if len(prompt) > 1 and messages[: len(prompt)] != prompt:
+                raise UserError(f"{place}: the conversation of {name} does not begin with the prompt")
+    whole = {messages[:-1] for messages in given}
+    if len(whole) > 1 or any(not messages or messages[-1].role != "assistant" for messages in given):
+        raise UserError(f"{place}: the answers are not conversations that differ in the last answer alone")
+    return whole.pop(), [messages[-1].content for messages in given]
+
+
+def _hh(text: str, place: str) -> tuple[Message, ...]:
+    """A dialogue of Anthropic's HH data: turns that begin with "\\n\\nHuman:" and "\\n\\nAssistant:"."""
+    _, *parts = _HH_TURN.split(text)
+    roles: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
+    return tuple(
+        Message(roles[name], _content(said.strip(), place)) for name, said in zip(parts[::2], parts[1::2], strict=True)
+    )

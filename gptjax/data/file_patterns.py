@@ -1,0 +1,105 @@
+"""Expands paths and glob patterns to files."""
+
+import glob
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from absl import logging
+
+from gptjax.config import UserError
+from gptjax.data.compression import check_name, compression
+from gptjax.data.packages import require_package
+
+_WILD = frozenset("*?")
+
+
+def matching_files(pattern: str) -> list[Path]:
+    """The files that a glob pattern matches, sorted.
+
+    `~` is the home directory. `**` descends into all folders but hidden ones, symbolic links included, into each real
+    folder once. The leading folders of the pattern, or all of it, are taken literally where they exist by that name, so
+    that "runs[1]/a.txt" names that file; elsewhere "[[]" is a literal "[".
+
+    Raises:
+      UserError: no file matches, all are empty, or one cannot be read or is in an unsupported archive format.
+    """
+    matches = [Path(match) for match in expand_pattern(pattern)]
+    if not matches:
+        raise UserError(f"no file matches {pattern!r}")
+    paths = [path for path in matches if not path.is_dir()]
+    if not paths:
+        raise UserError(f"{matches[0]} is a directory: write {matches[0]}/**/*.txt for the files in it")
+    for path in paths:
+        if not os.access(path, os.R_OK):
+            raise UserError(f"cannot read {path}: it is a broken link, or its permissions forbid it")
+        check_name(path)
+        if compression(path) == "zstd":
+            require_package("zstandard", "pip install zstandard", str(path))
+    if all(path.stat().st_size == 0 for path in paths):
+        raise UserError(f"{paths[0]} is empty" + (", and so are all other files that match" if len(paths) > 1 else ""))
+    return paths
+
+
+def split_field(argument: str) -> tuple[str, str | None]:
+    """Splits "GLOB#FIELD" at the last "#" before which the pattern matches something; a file's name may contain "#"."""
+    ends = [len(argument), *(i for i in range(len(argument) - 1, -1, -1) if argument[i] == "#")]
+    for end in ends:
+        if end and expand_pattern(argument[:end]):
+            return argument[:end], argument[end + 1 :] or None
+    pattern, _, field = argument.partition("#")
+    return pattern, field or None
+
+
+def expand_pattern(pattern: str) -> list[str]:
+    """What a pattern of `matching_files` matches, folders too, sorted; empty when there is nothing."""
+    pattern = os.path.expanduser(pattern)
+    literal = ""
+    parts = pattern.split("/")
+    for end in range(len(parts), 0, -1):
+        head = "/".join(parts[:end])
+        if not _WILD & set(head) and os.path.lexists(head):
+            literal, parts = head, parts[end:]
+            break
+    return sorted(set(_expand("/".join([glob.escape(literal), *parts]) if literal else pattern)))
+
+
+def files_below(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """The files in a folder and below it, of these suffixes in any case, sorted; links and hidden folders as `**`."""
+    found = (Path(path) for path in expand_pattern(f"{glob.escape(str(folder))}/**/*"))
+    return [path for path in found if path.suffix.lower() in suffixes and path.is_file()]
+
+
+def _expand(pattern: str) -> Iterator[str]:
+    parts = pattern.split("/")
+    if "**" not in parts:
+        yield from glob.iglob(pattern)
+        return
+    at = parts.index("**")
+    head, rest = "/".join(parts[:at]), "/".join(parts[at + 1 :]) or "*"
+    tops = [""] if at == 0 else ["/"] if not head else [top for top in glob.iglob(head) if os.path.isdir(top)]
+    for top in tops:
+        for folder in _folders(top):
+            yield from _expand(os.path.join(glob.escape(folder), rest))
+
+
+def _folders(top: str) -> Iterator[str]:
+    """`top` and the folders below it, each real folder once, by a path without symbolic links where there is one."""
+    seen: set[str] = set()
+    folders, links = [top], list[str]()
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
+        real = os.path.realpath(folder)
+        if real in seen:
+            continue
+        seen.add(real)
+        yield folder
+        try:
+            names = sorted(os.listdir(folder or "."))
+        except OSError as error:
+            logging.warning("the folder %s is left out: %s", folder, error.strerror)
+            continue
+        for name in names:
+            path = os.path.join(folder, name)
+            if not name.startswith(".") and os.path.isdir(path):
+                (links if os.path.islink(path) else folders).append(path)

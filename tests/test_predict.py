@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from gptjax.config import Config, UserError, replace
+from gptjax.config import Config, UserError, read_config, replace
 from gptjax.run import run
 from gptjax.stages import start
-from tests.tiny_tasks import records, run_config, with_method
+from gptjax.training.metrics_file import read_metrics
+from tests.tiny_tasks import KINDS, records, run_config, with_method
 
 ROOT = Path(__file__).parents[1]
 
@@ -153,6 +154,66 @@ def test_rows_of_a_file_and_its_columns(command, workdir_of, tmp_path):
         command(f"--workdir={workdir}", source)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_labelled_rows_are_scored_as_in_the_run(command, workdir_of, tmp_path, capsys, kind):
+    """The report of the validation rows, which is also the run's own."""
+    workdir = workdir_of(kind)
+    source = f"--source={read_config(workdir).data.validation_source}"
+    predicted = command(f"--workdir={workdir}", source, f"--report={tmp_path / 'report.json'}")
+    report, in_run = (json.loads((place / "report.json").read_text()) for place in (tmp_path, workdir))
+    assert report.keys() == in_run.keys()
+    for name, value in report.items():
+        assert value == (pytest.approx(in_run[name], rel=1e-5) if isinstance(value, float) else in_run[name])
+    assert len(predicted) == 5  # standard output has the predictions only
+    assert " of 5 " in capsys.readouterr().err or kind == "tagging"
+    unscored = command(f"--workdir={workdir}", source, "--noscore")
+    assert [record["predicted"] for record in unscored] == [record["predicted"] for record in predicted]
+    assert capsys.readouterr().err == ""
+
+
+def test_labels_that_cannot_be_scored(command, workdir_of, tmp_path, caplog):
+    """They do not keep rows from being predicted, unless metrics are asked for."""
+    (tmp_path / "new.csv").write_text("text,label\ngood 1,\nbad 2,\n")
+    arguments = (f"--workdir={workdir_of('classification', 'head')}", f"--source=csv:{tmp_path / 'new.csv'}")
+    found = command(*arguments)
+    assert [record.keys() for record in found] == [{"text", "predicted"}] * 2
+    assert "not scored: " in caplog.text
+    with pytest.raises(UserError, match=r"new\.csv:2: label is empty"):
+        command(*arguments, "--score")
+    (tmp_path / "new.csv").write_text("text,label\ngood 1,great\n")
+    with pytest.raises(UserError, match="unknown label 'great'"):
+        command(*arguments, f"--report={tmp_path / 'report.json'}")
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_the_checkpoint_is_chosen(command, pretrained, tmp_path):
+    config = replace(run_config(tmp_path, "classification", pretrained), {"optimizer": {"peak_lr": 0.3}})
+    config = replace(config, {"checkpoint": {"every_tokens": 1}, "evaluation": {"every_tokens": 1}})
+    run(replace(config, {"batch": {"epochs": 2.4}}), tmp_path / "run")  # the last step overshoots
+    losses = {
+        record["step"]: record["loss"]
+        for record in read_metrics(tmp_path / "run")[1]
+        if record["split"] == "validation"
+    }
+    best, newest = min(list(losses)[1:], key=losses.__getitem__), max(losses)
+    assert best != newest
+
+    def loss(*arguments: str) -> float:
+        report = tmp_path / "report.json"
+        command(
+            f"--workdir={tmp_path / 'run'}",
+            f"--source={config.data.validation_source}",
+            f"--report={report}",
+            *arguments,
+        )
+        return json.loads(report.read_text())["loss"]
+
+    assert loss() == loss("--best") == loss(f"--step={best}") == pytest.approx(losses[best], rel=1e-5)
+    assert loss("--nobest") == loss(f"--step={newest}") == pytest.approx(losses[newest], rel=1e-5)
+    with pytest.raises(UserError, match="no checkpoint 999"):
+        loss("--step=999")
+
+
 def test_tasks_of_several_texts_read_json(command, workdir_of):
     workdir = workdir_of("multiple_choice")
     rows = records("multiple_choice", 3)
@@ -191,6 +252,9 @@ def test_flags_that_make_no_sense(command, workdir_of, pretrained, tmp_path):
         ([f"--workdir={tmp_path}"], "is not a workdir"),
         ([f"--workdir={workdir}", "--input=none.txt"], "none.txt"),
         ([f"--workdir={workdir}", "--input=a", "--source=csv:b"], "give one"),
+        ([f"--workdir={workdir}", "--step=2", "--best"], "give one"),
+        ([f"--workdir={workdir}", "--score"], "--source"),
+        ([f"--workdir={workdir}", "--source=csv:b", "--noscore", "--report=c"], "give one"),
         ([f"--workdir={workdir}", "--columns=text"], "--columns"),
     ]:
         with pytest.raises(UserError) as error:

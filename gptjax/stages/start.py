@@ -178,15 +178,23 @@ class Parts:
         return self.parameters.merge(self.parameters.join(*base_and_trained))
 
 
-def load_parts(workdir: Path, mesh: Mesh, *, best: bool = False, given: dict[Path, Any] | None = None) -> Parts:
+def load_parts(
+    workdir: Path,
+    mesh: Mesh,
+    *,
+    best: bool = False,
+    step: int | None = None,
+    given: dict[Path, Any] | None = None,
+) -> Parts:
     """The newest weights of a workdir, their moving average where the run kept one; `mesh` is in use.
 
     Args:
       best: those of the best checkpoint instead.
+      step: those of the checkpoint of this step instead.
       given: weights that others started from, by workdir, which this one may share; its own is added.
 
     Raises:
-      UserError: not a workdir, no checkpoint in it, or a mesh that does not fit.
+      UserError: not a workdir, no checkpoint in it or none of that step, or a mesh that does not fit.
     """
     _check_bases(workdir)
     config, tokenizer = completed_config(workdir)
@@ -197,7 +205,7 @@ def load_parts(workdir: Path, mesh: Mesh, *, best: bool = False, given: dict[Pat
         processes.check_same({"newest checkpoint": newest}, "give all processes the same --workdir, on a shared disk")
         if newest is None:
             raise UserError(f"{workdir} has no checkpoint yet")
-        wanted = checkpoints.best_step() if best else None
+        wanted = checkpoints.best_step() if best and step is None else step
         trained, step = checkpoints.restore_params(abstract_state(parameters, mesh).params, wanted)
         base = None
         if parameters.given is not None:

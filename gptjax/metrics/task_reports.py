@@ -7,15 +7,15 @@ Pure functions of gold and predicted labels. A ratio 0/0, such as the precision 
 import dataclasses
 import re
 import string
-import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from gptjax.config import UserError
+from gptjax.metrics.score_table import ScoreRow, by_name, format_table
 
 # The usual metric of each kind of task; higher is better.
 MAIN_METRIC = {
@@ -109,11 +109,11 @@ def classification_report(gold: npt.ArrayLike, predicted: npt.ArrayLike, labels:
     matthews = 0.0 if one_sided else float(matthews_corrcoef(gold_N, predicted_N))
     text = (
         f"accuracy {accuracy:.4f}, Matthews correlation {matthews:.4f} of {_count(gold_N, 'example')}\n\n"
-        f"{_table('label', rows, averages)}"
+        f"{format_table('label', rows, averages)}"
     )
     metrics = {"accuracy": accuracy, **_average_f1(averages), "matthews": matthews}
     confusion = _confusion(gold_N, predicted_N, len(labels))
-    return TaskReport(metrics, text, confusion, tuple(labels), per_label=_by_name(rows))
+    return TaskReport(metrics, text, confusion, tuple(labels), per_label=by_name(rows))
 
 
 def choice_report(gold: npt.ArrayLike, predicted: npt.ArrayLike) -> TaskReport:
@@ -216,14 +216,14 @@ def tagging_report(
     text, per_entity = f"accuracy {accuracy:.4f} of {_count(gold_N, 'word')} in {_count(gold, 'sentence')}\n\n", {}
     if (scheme := tag_scheme(names)) is not None:
         entities, entity_averages = _entity_scores(gold, predicted, scheme)
-        micro, per_entity = entity_averages[0], _by_name(entities)
+        micro, per_entity = entity_averages[0], by_name(entities)
         metrics |= {"f1": micro.f1, "entity_precision": micro.precision, "entity_recall": micro.recall}
         metrics["entity_f1"] = micro.f1
-        text += f"{_table('entity', entities, entity_averages)}\n"
-    text += _table("tag", rows, averages)
+        text += f"{format_table('entity', entities, entity_averages)}\n"
+    text += format_table("tag", rows, averages)
     if OUTSIDE in names:
         text += f"the averages exclude {OUTSIDE}\n"
-    return TaskReport(metrics, text, _confusion(gold_N, predicted_N, len(names)), names, _by_name(rows), per_entity)
+    return TaskReport(metrics, text, _confusion(gold_N, predicted_N, len(names)), names, by_name(rows), per_entity)
 
 
 def tag_scheme(tags: Sequence[str]) -> str | None:
@@ -284,17 +284,7 @@ def _overlap_f1(gold_words: list[str], guess_words: list[str]) -> float:
     return 2 * (Counter(gold_words) & Counter(guess_words)).total() / (len(gold_words) + len(guess_words))
 
 
-# --- scores and tables ------------------------------------------------------------------------------------------------
-
-
-class _Row(NamedTuple):
-    """The scores of a label, an entity type or an average."""
-
-    name: str
-    precision: float
-    recall: float
-    f1: float
-    support: int
+# --- scores -----------------------------------------------------------------------------------------------------------
 
 
 def _scores(
@@ -302,7 +292,7 @@ def _scores(
     predicted_N: npt.NDArray[np.int64],
     labels: Sequence[str],
     left_out: str | None = None,
-) -> tuple[list[_Row], list[_Row]]:
+) -> tuple[list[ScoreRow], list[ScoreRow]]:
     """Scores each label that occurs; returns these, and their micro, macro and weighted averages without `left_out`."""
     from sklearn.metrics import precision_recall_fscore_support
 
@@ -311,19 +301,19 @@ def _scores(
 
     present = [int(label) for label in np.union1d(gold_N, predicted_N)]
     scores = zip(present, *score(present, None), strict=True)
-    rows = [_Row(labels[label], float(p), float(r), float(f), int(n)) for label, p, r, f, n in scores]
+    rows = [ScoreRow(labels[label], float(p), float(r), float(f), int(n)) for label, p, r, f, n in scores]
     counted = [label for label in present if labels[label] != left_out]
     support = int(np.isin(gold_N, counted).sum())
     averages = []
     for average in AVERAGES:
         p, r, f, _ = score(counted, average) if counted else (0.0, 0.0, 0.0, None)
-        averages.append(_Row(f"{average} avg", float(p), float(r), float(f), support))
+        averages.append(ScoreRow(f"{average} avg", float(p), float(r), float(f), support))
     return rows, averages
 
 
 def _entity_scores(
     gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]], scheme: str
-) -> tuple[list[_Row], list[_Row]]:
+) -> tuple[list[ScoreRow], list[ScoreRow]]:
     """Scores each entity type that occurs; returns these, and their micro, macro and weighted averages."""
     import seqeval.scheme
     from seqeval.metrics import classification_report as seqeval_report
@@ -336,43 +326,18 @@ def _entity_scores(
         kind = getattr(seqeval.scheme, scheme)
         has_entities = any(any(seqeval.scheme.Entities(side, kind).entities) for side in (gold, predicted))
     if not has_entities:  # seqeval warns about these
-        return [], [_Row(f"{average} avg", 0.0, 0.0, 0.0, 0) for average in AVERAGES]
+        return [], [ScoreRow(f"{average} avg", 0.0, 0.0, 0.0, 0) for average in AVERAGES]
     strict = {} if scheme == "BIO" else {"mode": "strict", "scheme": getattr(seqeval.scheme, scheme)}
     scores = seqeval_report(gold, predicted, output_dict=True, zero_division=0, **strict)
     rows = [
-        _Row(name, float(row["precision"]), float(row["recall"]), float(row["f1-score"]), int(row["support"]))
+        ScoreRow(name, float(row["precision"]), float(row["recall"]), float(row["f1-score"]), int(row["support"]))
         for name, row in scores.items()
     ]
     return rows[: -len(AVERAGES)], rows[-len(AVERAGES) :]
 
 
-def _by_name(rows: list[_Row]) -> dict[str, dict[str, float]]:
-    """Returns {name: its scores}."""
-    return {
-        row.name: {"precision": row.precision, "recall": row.recall, "f1": row.f1, "support": row.support}
-        for row in rows
-    }
-
-
-def _average_f1(averages: list[_Row]) -> dict[str, float]:
+def _average_f1(averages: list[ScoreRow]) -> dict[str, float]:
     return {f"{row.name.removesuffix(' avg')}_f1": row.f1 for row in averages}
-
-
-def _table(title: str, rows: list[_Row], averages: list[_Row]) -> str:
-    """Formats rows of precision, recall, F1 and support, and below an empty line the averages."""
-    width = max(_width(name) for name in (title, *(row.name for row in (*rows, *averages))))
-
-    def line(row: _Row) -> str:
-        name = " " * (width - _width(row.name)) + row.name
-        return f"{name}  {row.precision:9.4f}  {row.recall:6.4f}  {row.f1:6.4f}  {row.support:8,}\n"
-
-    header = f"{title:>{width}}  precision  recall      F1   support\n"
-    return "".join([header, *map(line, rows), "\n", *map(line, averages)])
-
-
-def _width(text: str) -> int:
-    """Counts terminal columns: wide characters such as Chinese take two, combining accents none."""
-    return sum(0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "WF") for char in text)
 
 
 def _confusion(gold_N: npt.NDArray[np.int64], predicted_N: npt.NDArray[np.int64], n: int) -> npt.NDArray[np.int64]:

@@ -171,14 +171,14 @@ def test_mixup_and_smoothing_of_a_batch_by_hand(monkeypatch):
     predicted = jax.jit(TaskModel(config).predict)(params(), BATCH | {"examples": np.arange(6)})
     # A head is linear: what it says of mixed texts is the mixture of what it says of each. Logarithms of probabilities
     # are its logits but for a constant, which the softmax forgets.
-    logits_BK = np.log(np.asarray(predicted["probabilities"], np.float64))
-    x_BK = share_B[:, None] * logits_BK + (1 - share_B)[:, None] * logits_BK[partner_B]
-    nats_BK = -(x_BK - np.log(np.exp(x_BK).sum(-1, keepdims=True)))
+    logits_BX = np.log(np.asarray(predicted["probabilities"], np.float64))
+    x_BX = share_B[:, None] * logits_BX + (1 - share_B)[:, None] * logits_BX[partner_B]
+    nats_BX = -(x_BX - np.log(np.exp(x_BX).sum(-1, keepdims=True)))
     of_label = np.array([0.5, 2.0, 1.0])
     labels = BATCH["labels"]
 
     def part(labels: np.ndarray) -> np.ndarray:
-        return of_label[labels] * (0.8 * nats_BK[np.arange(6), labels] + 0.2 * nats_BK.mean(-1))
+        return of_label[labels] * (0.8 * nats_BX[np.arange(6), labels] + 0.2 * nats_BX.mean(-1))
 
     expected_B = share_B * part(labels) + (1 - share_B) * part(labels[partner_B])
     weights_B = share_B * of_label[labels] + (1 - share_B) * of_label[labels[partner_B]]
@@ -190,7 +190,7 @@ def test_mixup_and_smoothing_of_a_batch_by_hand(monkeypatch):
 
 
 def test_the_adversarial_perturbation_by_hand():
-    """Miyato et al. 2017, equations 1 and 5: each example's normalised embeddings move by epsilon along the gradient."""
+    """Miyato et al. 2017, equations 1 and 5: normalised embeddings move by epsilon along each example's gradient."""
     rng, epsilon = np.random.default_rng(0), 0.25
     table, slope = rng.normal(size=(7, 3)) * [0.1, 1.0, 10.0], rng.normal(size=(6, 4, 3))
     slope[2:4] *= 1e-25  # a confident example: the square of its gradient underflows

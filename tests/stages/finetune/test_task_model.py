@@ -167,16 +167,16 @@ def task_loss_by_hand(kind: str, example, states: list[np.ndarray], head) -> tup
     kernel, bias = (np.asarray(head["linear"][name], np.float64) for name in ("kernel", "bias"))
     weights, targets = config_of(kind).task.label_weights, example.targets
     if kind == "tagging":
-        nats_TK = -log_softmax(states[0] @ kernel + bias)
+        nats_TX = -log_softmax(states[0] @ kernel + bias)
         told = [(position, label) for position, label in enumerate(targets["labels"]) if label >= 0]
-        return sum(weights[k] * nats_TK[t, k] for t, k in told), sum(weights[k] for _, k in told)
+        return sum(weights[k] * nats_TX[t, k] for t, k in told), sum(weights[k] for _, k in told)
     if kind == "question_answering":
         nats_2T = -log_softmax((states[0] @ kernel + bias).T)
         return (nats_2T[0, targets["starts"]] + nats_2T[1, targets["stops"]]) / 2, 1.0
     pooled = [state[-1] for state in states]  # at extract
     if kind == "multiple_choice":
-        logits_C = np.array([(state @ kernel + bias)[0] for state in pooled])
-        return -log_softmax(logits_C)[targets["labels"]], 1.0
+        logits_O = np.array([(state @ kernel + bias)[0] for state in pooled])
+        return -log_softmax(logits_O)[targets["labels"]], 1.0
     output = sum(pooled) @ kernel + bias  # of the two orders of similarity and regression, or of the one text
     if kind == "regression":
         return float((output[0] - (targets["labels"] - 2.0) / 1.5) ** 2), 1.0

@@ -48,6 +48,8 @@ CACHE_DIR = cli.define_cache_dir()
 
 
 def main() -> None:
+    if WORKDIR.value is None:
+        raise UserError("needs --workdir=DIR of a fine-tuned run")
     check_flags()
     output = None if OUTPUT.value is None else cli.output_file("output", OUTPUT.value)
     report_file = None if REPORT.value is None else cli.output_file("report", REPORT.value)
@@ -95,9 +97,7 @@ def main() -> None:
 
 
 def check_flags() -> None:
-    """Raises UserError for flags that are missing or contradict each other."""
-    if WORKDIR.value is None:
-        raise UserError("needs --workdir=DIR of a fine-tuned run")
+    """Raises UserError for flags that contradict each other."""
     if INPUT.value is not None and SOURCE.value is not None:
         raise UserError("--input and --source are two ways to say the same: give one")
     if STEP.value is not None and flags.FLAGS["best"].present:

@@ -1,4 +1,4 @@
-"""The command `gptjax.predict`: what it says of new texts, of several workdirs side by side, and what it refuses."""
+"""The command `gptjax.predict`: predictions, several workdirs, scores of labelled rows, and refused input."""
 
 import bz2
 import codecs
@@ -66,13 +66,13 @@ def workdir_of(pretrained, tmp_path_factory) -> Callable[..., Path]:
     return workdir_of
 
 
-def test_says_of_each_line_what_the_run_said_of_the_same_text(command, workdir_of, tmp_path):
+def test_predictions_equal_those_of_the_run(command, workdir_of, tmp_path):
     workdir = workdir_of("classification", "lora")
-    said = [json.loads(line) for line in (workdir / "predictions.jsonl").read_text().splitlines()]
-    stdin = "\n\n".join(record["text"] for record in said) + "\n"  # lines with nothing on them are none
+    predicted = [json.loads(line) for line in (workdir / "predictions.jsonl").read_text().splitlines()]
+    stdin = "\n\n".join(record["text"] for record in predicted) + "\n"  # lines with nothing on them are none
     found = command(f"--workdir={workdir}", stdin=stdin)
-    assert [record["text"] for record in found] == [record["text"] for record in said]
-    for record, of_run in zip(found, said, strict=True):
+    assert [record["text"] for record in found] == [record["text"] for record in predicted]
+    for record, of_run in zip(found, predicted, strict=True):
         assert record.keys() == {"text", "predicted"}
         assert record["predicted"]["label"] == of_run["predicted"]["label"]
         assert record["predicted"]["probabilities"] == pytest.approx(of_run["predicted"]["probabilities"], abs=2e-6)
@@ -80,8 +80,8 @@ def test_says_of_each_line_what_the_run_said_of_the_same_text(command, workdir_o
     arguments = [f"--workdir={workdir}", f"--input={tmp_path / 'texts'}"]
     assert command(*arguments) == found
     assert command(*arguments, "--batch_size=2") == found
-    assert command(*arguments, f"--output={tmp_path / 'said'}") == []
-    assert [json.loads(line) for line in (tmp_path / "said").read_text().splitlines()] == found
+    assert command(*arguments, f"--output={tmp_path / 'predicted'}") == []
+    assert [json.loads(line) for line in (tmp_path / "predicted").read_text().splitlines()] == found
 
 
 def test_several_adapters_share_one_base(command, workdir_of, monkeypatch):
@@ -137,10 +137,10 @@ def test_words_are_separated_by_blanks_and_tabs_as_in_training(command, workdir_
 
 def test_output_keeps_links_and_is_no_folder(command, workdir_of, tmp_path):
     workdir = f"--workdir={workdir_of('classification')}"
-    (tmp_path / "said").write_text("old")
-    (tmp_path / "link").symlink_to(tmp_path / "said")
+    (tmp_path / "predicted").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "predicted")
     command(workdir, f"--output={tmp_path / 'link'}", stdin="good\n")
-    assert json.loads((tmp_path / "said").read_text())["text"] == "good"
+    assert json.loads((tmp_path / "predicted").read_text())["text"] == "good"
     with pytest.raises(UserError, match=f"--output={tmp_path} is a directory"):
         command(workdir, f"--output={tmp_path}", stdin="good\n")
 
@@ -263,7 +263,7 @@ def test_flags_that_make_no_sense(command, workdir_of, pretrained, tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_a_mistake_is_one_line_and_exit_code_2(pretrained):
+def test_a_user_error_is_one_line_and_exit_code_2(pretrained):
     arguments = [sys.executable, "-m", "gptjax.predict", f"--workdir={pretrained}"]
     result = subprocess.run(arguments, input="text\n", capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 2, result.stderr

@@ -62,7 +62,7 @@ def token_replacement(rng: jax.Array, tokens: jax.Array, rate: float) -> jax.Arr
 
 def adversarial_perturbation(
     loss: Callable[[jax.Array], jax.Array],
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     num_examples: int,
     table_VD: jax.Array,
     epsilon: float,

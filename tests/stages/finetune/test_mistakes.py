@@ -1,4 +1,4 @@
-"""A user's mistake in fine-tuning: one line that names the culprit and the mend, before anything is compiled."""
+"""User errors in fine-tuning: one line that names the culprit and the fix, before anything is compiled."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Each regulariser does what its paper says, against hand computation; when off or evaluating, there is none."""
+"""Regularisers against hand computation of their papers' equations; none is active when off or in evaluation."""
 
 import dataclasses
 from functools import cache, partial
@@ -45,7 +45,7 @@ def params():
 
 
 def make_batch() -> dict[str, np.ndarray]:
-    """5 texts and a row that fills up."""
+    """5 texts and a row of batch padding."""
     rng = np.random.default_rng(2)
     tokens, ends = np.zeros((6, 32), np.int32), np.array([9, 30, 20, 11, 15, 0], np.int32)
     for row, end in enumerate(ends[:5]):
@@ -63,7 +63,7 @@ def loss_of(config: Config, params, batch, rng):
 
 
 def texts(length: int = 4000) -> np.ndarray:
-    """A sequence of two texts, and padding."""
+    """A sequence of two texts, with padding."""
     text = np.random.default_rng(0).integers(0, 257, length)
     return np.array([[START, *text, DELIMITER, *text, EXTRACT, 0, 0]], np.int32)
 
@@ -98,7 +98,7 @@ def test_token_replacement_puts_any_token_in_the_place_of_a_share():
     np.testing.assert_array_equal(token_replacement(RNG, jnp.asarray(tokens), 0.0), tokens)
 
 
-def test_what_is_read_changes_and_what_is_told_does_not():
+def test_inputs_are_corrupted_and_targets_are_not():
     seen = []
 
     def loss(params, batch, rng):
@@ -111,11 +111,11 @@ def test_what_is_read_changes_and_what_is_told_does_not():
         np.testing.assert_array_equal(batch["written_tokens"], BATCH["tokens"])
         assert np.any(batch["tokens"] != BATCH["tokens"])
         assert all(batch[name] is array for name, array in BATCH.items() if name != "tokens")
-        assert np.any(jax.random.key_data(rng) != jax.random.key_data(RNG))  # dropout draws numbers of its own
+        assert np.any(jax.random.key_data(rng) != jax.random.key_data(RNG))  # dropout has a key of its own
 
 
-def test_the_language_model_learns_the_text_as_it_was_written():
-    """Of a text of which nothing is left to read, each token is still the target."""
+def test_language_model_targets_are_the_original_text():
+    """With all tokens blanked, the original tokens are still the targets."""
     blanked = BATCH | {"tokens": np.where(BATCH["tokens"] < START, BLANK, BATCH["tokens"])}
     found = loss_of(config_of(lm_weight=0.5, word_dropout=1.0), params(), BATCH, RNG)[0]
     plain = jax.jit(TaskModel(config_of(lm_weight=0.5)).loss)
@@ -250,7 +250,7 @@ def test_the_language_model_loss_is_not_attacked():
 
 
 def lowered(config: Config, training: bool) -> str:
-    """The program of the loss."""
+    """The lowered program of the loss."""
     rng = (lambda seed: jax.random.key(seed)) if training else (lambda seed: None)
     loss = regularised(config, TaskModel(config).loss)
     program = jax.jit(lambda params, batch, seed: loss(params, batch, rng(seed)))

@@ -1,4 +1,4 @@
-"""The task's model: its invariances, and its loss against one computed by hand from the hidden states."""
+"""The task model: its invariances, and its loss against one computed by hand from the hidden states."""
 
 import dataclasses
 from functools import cache, partial
@@ -64,7 +64,7 @@ def encoded(kind: str, rows: list[Row]):
 
 
 def batch_of(kind: str, rows: list[Row], size: int = ROWS) -> dict[str, np.ndarray]:
-    """The rows in their order, and rows that fill up."""
+    """The rows in their order, and batch padding."""
     buckets = Buckets(encoded(kind, rows), context_length=CONTEXT, batch_size=size, microbatch_size=size, seed=None)
     batch = next(buckets.microbatches(0, range(size), 1)).arrays
     order = np.argsort(np.where(batch["examples"] < 0, size, batch["examples"]), kind="stable")
@@ -72,7 +72,7 @@ def batch_of(kind: str, rows: list[Row], size: int = ROWS) -> dict[str, np.ndarr
 
 
 def widened(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The batch in the bucket above."""
+    """The batch in the next larger bucket."""
     length = batch["tokens"].shape[-1]
 
     def wide(name: str, array: np.ndarray) -> np.ndarray:
@@ -185,7 +185,7 @@ def task_loss_by_hand(kind: str, example, states: list[np.ndarray], head) -> tup
 
 
 def language_loss_by_hand(example, logits: list[np.ndarray]) -> float:
-    """Nats a token, the mean over the sequences."""
+    """Nats per token, averaged over the sequences."""
     each = []
     for tokens_T, logits_TV in zip(example.sequences, logits, strict=True):
         nats_TV = -log_softmax(logits_TV)
@@ -269,7 +269,7 @@ def test_evaluation_is_the_tasks_loss_alone():
 
 
 def test_microbatches_are_one_batch():
-    """Rows that count differently, one of which only fills up: the mean is over what counts, and not over the rows."""
+    """Rows of different weights, one of them batch padding: the mean is weighted, not over rows."""
     config = replace(
         config_of("tagging"), {"optimizer": {"eps": 1e-3}, "batch": {"tokens_per_batch": 8 * CONTEXT, "epochs": 1.0}}
     )

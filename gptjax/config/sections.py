@@ -111,7 +111,7 @@ class GRPOConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TaskConfig:
-    """Stage "finetune": what is to be told of a text (Radford et al. 2018, section 3.2).
+    """Stage "finetune": the supervised task (Radford et al. 2018, section 3.2).
 
     `data.source` and `data.validation_source` then name labelled rows, in the forms of `gptjax/data/labelled.py`.
     """
@@ -125,56 +125,59 @@ class TaskConfig:
         "tagging",
         "question_answering",
     ] = "classification"
-    # (what the task reads, the column that has it), such as (("text", "tweet"),); a column not named has its own name
+    # (input of the task, column name), such as (("text", "tweet"),); others are found by their common names
     columns: tuple[tuple[str, str], ...] = ()
     labels: tuple[str, ...] = ()  # in the order of the head's outputs; empty: those of the training rows, sorted
-    test_source: str | None = None  # labelled rows for the report at the end; None: the validation rows
-    lm_weight: float = 0.5  # of the language-model loss beside the task's (section 3.2, equation 5)
+    test_source: str | None = None  # labelled rows for the final report; None: the validation rows
+    lm_weight: float = 0.5  # weight of the auxiliary language-model loss (section 3.2, equation 5)
     head_dropout: float = 0.1
-    # tagging: the piece of a word whose output is its tag; one that reads from left to right knows a word at its last
-    label_piece: Literal["first", "last"] = "first"
-    label_weights: tuple[float, ...] = ()  # how much an example of each label counts; empty: all the same
-    balanced_labels: bool = False  # the same, by how rare the labels are in the training rows
-    # regression: what the head gives is (target - mean) / std; None: those of the training rows
+    # Every position attends to the whole sequence, not only to the positions before it; needs lm_weight=0
+    bidirectional: bool = False
+    # tagging: the subword whose output is the word's tag. With causal attention only the last has seen the whole word
+    label_piece: Literal["first", "last"] = "last"
+    label_weights: tuple[float, ...] = ()  # loss weight of each label; empty: 1
+    balanced_labels: bool = False  # loss weights inversely proportional to the label frequencies in the training rows
+    # regression: the head predicts (target - mean) / std; None: mean and standard deviation of the training rows
     target_mean: float | None = None
     target_std: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class RegularisationConfig:
-    """Stage "finetune": what keeps a model from learning few rows by heart. The kinds of dropout are in `model`."""
+    """Stage "finetune": regularisation against overfitting on small data. Dropout rates are in `model` and `task`."""
 
-    label_smoothing: float = 0.0  # share of the probability that all labels get alike (Szegedy et al. 2016, section 7)
+    label_smoothing: float = 0.0  # probability mass spread evenly over all labels (Szegedy et al. 2016, section 7)
     word_dropout: float = 0.0  # share of a text's tokens that are blanked (Iyyer et al. 2015, section 3.1)
-    token_replacement: float = 0.0  # share of them that become any token (Wang et al. 2018, section 3)
-    mixup_alpha: float | None = None  # texts and labels are mixed in pairs, Beta(a, a) (senMixup of Guo et al. 2019)
-    adversarial_epsilon: float | None = None  # length of the step against the loss (Miyato et al. 2017, section 3)
-    augmented_copies: int = 0  # of each training row, changed by the two that follow; a turn is a line of the text
-    drop_turns: float = 0.0  # probability that a copy loses its oldest turns, up to a turn drawn alike
-    shuffle_turns: float = 0.0  # probability that the turns before the last come in another order
+    token_replacement: float = 0.0  # share of them replaced by random tokens (Wang et al. 2018, section 3)
+    mixup_alpha: float | None = None  # Beta(a, a) mixing of pooled states and labels (senMixup of Guo et al. 2019)
+    # L2 norm of the adversarial perturbation of an example's normalised embeddings (Miyato et al. 2017, equation 5)
+    adversarial_epsilon: float | None = None
+    augmented_copies: int = 0  # augmented copies of each training row, by the two options below; a turn is a line
+    drop_turns: float = 0.0  # probability that a copy loses its oldest turns, up to a uniformly sampled one
+    shuffle_turns: float = 0.0  # probability that the turns before the last are permuted
 
 
 @dataclasses.dataclass(frozen=True)
 class PeftConfig:
-    """Parameter-efficient fine-tuning: what is trained of the weights that `init_from` names."""
+    """Parameter-efficient fine-tuning of the weights that `init_from` names."""
 
-    # none: all weights; lora: Hu et al. 2021; adalora: Zhang et al. 2023; adapters: Houlsby et al. 2019; head: what is
-    # new; top_layers: that and the last layers
+    # none: all weights; lora: Hu et al. 2021; adalora: Zhang et al. 2023; adapters: Houlsby et al. 2019; head: the new
+    # parameters only (head and special tokens); top_layers: those and the last layers
     method: Literal["none", "lora", "adalora", "adapters", "head", "top_layers"] = "none"
-    # Regular expressions over parameter paths: the matrices that lora and adalora change
+    # lora, adalora: regular expressions over the paths of the kernels to adapt
     targets: tuple[str, ...] = ("layers/.*/attention/(qkv|out)/kernel",)
-    rank: int = 8  # of lora; of adalora the average over the targets at the end
-    alpha: float = 16.0  # the product of two low-rank matrices counts alpha / rank times
-    dropout: float = 0.0  # of what lora's and adalora's matrices read
-    initial_rank: int = 12  # the rest is adalora's: of each target at the start
-    initial_fraction: float = 0.1  # share of training before the budget shrinks
-    final_fraction: float = 0.3  # share of training with the final budget
-    prune_every_steps: int = 10
-    sensitivity_beta: float = 0.85  # smooths the importance of a singular value, and its uncertainty
-    uncertainty_beta: float = 0.85
-    orthogonality: float = 0.1  # weight of the penalty that keeps P and Q orthogonal
+    rank: int = 8  # lora: rank of every target; adalora: average rank at the end
+    alpha: float = 16.0  # the low-rank update is scaled by alpha / rank
+    dropout: float = 0.0  # lora, adalora: on the input of the low-rank matrices
+    initial_rank: int = 12  # adalora: rank of every target at the start
+    initial_fraction: float = 0.1  # adalora: share of training before the budget shrinks
+    final_fraction: float = 0.3  # adalora: share of training with the final budget
+    prune_every_steps: int = 10  # adalora
+    sensitivity_beta: float = 0.85  # adalora: moving average of the importance of a singular value
+    uncertainty_beta: float = 0.85  # adalora: moving average of its uncertainty
+    orthogonality: float = 0.1  # adalora: weight of the penalty that keeps P and Q orthogonal
     adapter_dim: int = 32  # adapters: width of the bottleneck
-    num_layers: int = 2  # top_layers: how many
+    num_layers: int = 2  # top_layers: number of trained layers
 
 
 @dataclasses.dataclass(frozen=True)

@@ -194,11 +194,11 @@ def load_parts(
 
     Args:
       best: those of the best checkpoint instead.
-      step: those of this step instead.
+      step: those of the checkpoint of this step instead.
       given: weights that others started from, by workdir, which this one may share; its own is added.
 
     Raises:
-      UserError: not a workdir, no checkpoint in it, or a mesh that does not fit.
+      UserError: not a workdir, no checkpoint in it or none of that step, or a mesh that does not fit.
     """
     _check_bases(workdir)
     config, tokenizer = completed_config(workdir)

@@ -18,17 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from absl import flags
-from ml_collections import config_flags
 
 from gptjax import cli
-from gptjax.config import Config, UserError, replace, resolve
+from gptjax.config import Config, UserError, replace
 from gptjax.files import expand
 
 if TYPE_CHECKING:
     from gptjax.planning.report import Step
     from gptjax.planning.topology import Topology
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, its arguments after a colon.")
+CONFIG = cli.ConfigFlag()
 TOPOLOGY = flags.DEFINE_string(
     "topology", None, "CHIP:SHAPE, such as v5e:4x4 or v5p:8x8x16; all: an overview of many; cpu:N: simulated devices."
 )
@@ -55,9 +54,9 @@ ENVIRONMENT = {
 
 
 def main() -> None:
-    if CONFIG.value is None or TOPOLOGY.value is None:
+    config = CONFIG.load()
+    if config is None or TOPOLOGY.value is None:
         raise UserError("needs --config=FILE and --topology=CHIP:SHAPE, such as --topology=v5e:2x2")
-    config = resolve(CONFIG.value)
     if config.stage != Config().stage:  # another stage's step depends on its data
         raise UserError(f"a run of stage {config.stage} cannot be planned: plan pretraining of the same model")
     if DECODE.value and (SEARCH.value or TOPOLOGY.value == "all"):

@@ -1,6 +1,7 @@
-"""A whole run, from a config to its report: what `python -m gptjax.main` does, callable from a notebook."""
+"""A complete run, from a config to its report: what `python -m gptjax.main` does."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from jax.sharding import Mesh
 from gptjax.checkpoint.lock import locked
 from gptjax.checkpoint.manager import Checkpoints
 from gptjax.checkpoint.state import abstract_state
-from gptjax.config import Config, UserError, differences, read_config, to_json, with_absolute_paths
+from gptjax.config import Config, UserError, changes, differences, read_config, to_json, with_absolute_paths
 from gptjax.data import tokenizers
 from gptjax.distributed import processes
 from gptjax.files import write_whole
@@ -23,48 +24,77 @@ from gptjax.stages.start import start_state
 from gptjax.training.loop import RunReport, train
 from gptjax.training.stage import Stage
 
+Record = dict[str, Any]
+Callbacks = Sequence[Callable[[Record], None]]
 
-def run(config: Config, workdir: Path, *, profile: bool = False, allow_config_changes: bool = False) -> RunReport:
-    """Trains `config` in `workdir`, or goes on with the run found there, printing as it goes.
+
+def run(
+    config: Config,
+    workdir: Path,
+    *,
+    profile: bool = False,
+    allow_config_changes: bool = False,
+    callbacks: Callbacks = (),
+) -> RunReport:
+    """Trains `config` in `workdir`, or resumes the run found there; prints its progress.
 
     Args:
       config: what `gptjax.config.resolve` returns.
-      workdir: made if it is missing.
+      workdir: created if it does not exist.
       profile: write a trace of a few steps to `<workdir>/profile/`.
-      allow_config_changes: go on although the workdir's run was started with another config, of the same model.
+      allow_config_changes: resume although the workdir's run was started with another config, of the same model.
+      callbacks: each is called with every record of metrics.jsonl, by process 0.
 
     Raises:
-      UserError: anything that the user can mend, before anything slow where it can be known.
+      UserError: any user error, before anything slow where it can be known.
     """
+    config, mesh = _checked(config)
+    processes.check_shared(workdir)
+    with locked(workdir) if processes.is_first() else nullcontext():
+        stage = _build(config, workdir, mesh, allow_config_changes)
+        if jax.process_index() == 0:
+            _write_workdir(config, workdir, stage)
+            print(_summary(config, stage, mesh))
+        report = train_stage(stage, mesh, workdir, profile=profile, callbacks=callbacks)
+        if jax.process_index() == 0:
+            print(_report(report, workdir))
+        return report
+
+
+def dry_run(config: Config, workdir: Path, *, allow_config_changes: bool = False) -> str:
+    """Describes the run that `run` would start: config, data, parameters, FLOPs and memory.
+
+    It prepares the data, which is kept in data.cache_dir, and writes nothing in `workdir`; errors as of `run`.
+    """
+    config, mesh = _checked(config)
+    return _summary(config, _build(config, workdir, mesh, allow_config_changes), mesh)
+
+
+def _checked(config: Config) -> tuple[Config, Mesh]:
+    """The config with absolute paths, and its mesh, once what can be checked without the data is."""
     registry.check(config)
     processes.check_same(_leaves(dataclasses.asdict(config), "config"), "give all processes the same config")
     config = with_absolute_paths(config)
     mesh = make_mesh(config.mesh)
     if config.init_from is not None:
         read_config(Path(config.init_from).expanduser())  # before the corpus is prepared
-    processes.check_shared(workdir)
-    with locked(workdir) if processes.is_first() else nullcontext():
-        return _run_alone(config, workdir, mesh, profile, allow_config_changes)
+    return config, mesh
 
 
-def _run_alone(config: Config, workdir: Path, mesh: Mesh, profile: bool, allow_config_changes: bool) -> RunReport:
+def _build(config: Config, workdir: Path, mesh: Mesh, allow_config_changes: bool) -> Stage:
     resumes = _check_workdir(config, workdir, allow_config_changes)
     stage = builders.build(config, mesh, tokenizers.load(workdir / "tokenizer") if resumes else None)
     _check_tokenizer(config, stage.tokenizer)
-    if jax.process_index() == 0:
-        _write_workdir(config, workdir, stage)
-        print(_summary(stage, mesh))
-    report = train_stage(stage, mesh, workdir, profile=profile)
-    if jax.process_index() == 0:
-        print(_report(report, workdir))
-    return report
+    return stage
 
 
-def train_stage(stage: Stage, mesh: Mesh, workdir: Path, *, profile: bool = False) -> RunReport:
-    """Trains a stage in `workdir` from where `start_state` finds its start; arguments and errors as of `loop.train`."""
+def train_stage(
+    stage: Stage, mesh: Mesh, workdir: Path, *, profile: bool = False, callbacks: Callbacks = ()
+) -> RunReport:
+    """Trains a stage in `workdir` from the state that `start_state` returns; arguments and errors as `loop.train`."""
     with jax.set_mesh(mesh), Checkpoints(workdir, stage.config.checkpoint) as checkpoints:
         state, position = start_state(stage.objective.parameters, mesh, checkpoints)
-        return train(stage, mesh, workdir, checkpoints, state, position, profile=profile)
+        return train(stage, mesh, workdir, checkpoints, state, position, profile=profile, callbacks=callbacks)
 
 
 def _leaves(tree: Any, name: str) -> dict[str, Any]:
@@ -75,14 +105,14 @@ def _leaves(tree: Any, name: str) -> dict[str, Any]:
 
 
 def _check_workdir(config: Config, workdir: Path, allow_changes: bool) -> bool:
-    """Whether `workdir` has checkpoints to go on from; UserError when they are of another config, or weights alone."""
+    """Whether `workdir` has checkpoints to resume from; UserError if they are of another config, or only weights."""
     checkpoints = workdir / "checkpoints"
     steps = [path for path in checkpoints.iterdir() if path.name.isdecimal()] if checkpoints.exists() else []
     if not steps:
         return False
     if not any((step / "train").is_dir() for step in steps):
         raise UserError(
-            f"{workdir} holds imported weights, and no training to go on with: "
+            f"{workdir} holds imported weights, and no run to resume: "
             f"start from them by --config.init_from={workdir} and another --workdir"
         )
     old = with_absolute_paths(read_config(workdir))
@@ -92,13 +122,13 @@ def _check_workdir(config: Config, workdir: Path, allow_changes: bool) -> bool:
     if changed and not allow_changes:
         raise UserError(
             f"{workdir} holds a run of another config ({'; '.join(changed)}): "
-            "use another --workdir, or go on with the change by --allow_config_changes"
+            "use another --workdir, or resume with the change by --allow_config_changes"
         )
     return True
 
 
 def _check_tokenizer(config: Config, tokenizer: tokenizers.Tokenizer) -> None:
-    """Raises UserError when the weights to start from read other tokens: their embeddings would mean nothing."""
+    """Raises UserError if `init_from` has another tokenizer: its embeddings are those of other tokens."""
     if config.init_from is None:
         return
     directory = Path(config.init_from).expanduser() / "tokenizer"
@@ -119,8 +149,15 @@ def _write_workdir(config: Config, workdir: Path, stage: Stage) -> None:
         raise UserError(f"cannot write in --workdir={workdir}: {error.strerror}") from None
 
 
-def _summary(stage: Stage, mesh: Mesh) -> str:
-    """The resolved config, and what it costs."""
+def _summary(config: Config, stage: Stage, mesh: Mesh) -> str:
+    """What of the config differs from the defaults, what the data is, and what the run costs.
+
+    Args:
+      config: as the user gave it; that of the stage is complete.
+    """
+    changed = changes(Config(), config)
+    width = max(map(len, changed), default=0)
+    keys = [f"  {name:<{width}}  {value!r}" for name, (_, value) in changed.items()]
     config = stage.config
     model, device = config.model, jax.devices()[0]
     state = abstract_state(stage.objective.parameters, mesh)
@@ -133,19 +170,43 @@ def _summary(stage: Stage, mesh: Mesh) -> str:
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     rows = {
         "parameters": f"{parameters:,}{share}",
-        "training": f"{stage.total_tokens:,} tokens, {config.batch.tokens_per_batch:,} a batch",
-        "compute": f"{per_token / 1e6:,.1f} MFLOP a token, {per_token * stage.total_tokens:.3g} FLOP in all",
-        "state": f"{memory.total / 1e9:.2f} GB a device (parameters, gradients, optimizer)",
+        **stage.description,
+        "training": f"{stage.total_tokens:,} tokens, {config.batch.tokens_per_batch:,} per batch",
+        "compute": f"{per_token / 1e6:,.1f} MFLOP per token, {per_token * stage.total_tokens:.3g} FLOP in total",
+        "memory": f"{memory.total / 1e9:.2f} GB per device for parameters, gradients and optimizer state",
         "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform}), mesh: {axes}",
     }
     table = "\n".join(f"{name:<11} {value}" for name, value in rows.items())
-    return f"{to_json(config)}\n{table}\n"
+    return "\n".join(["config, where it differs from the defaults:", *keys, "", table, ""])
 
 
 def _report(report: RunReport, workdir: Path) -> str:
     values = "\n".join(f"{name.replace('_', ' '):<19} {value:.4f}" for name, value in report.validation.items())
-    sample = "" if report.sample is None else f"\n--- sample ---\n{report.sample}\n--------------\n"
+    parts = [
+        "",
+        f"trained on {report.tokens:,} tokens in {report.step:,} steps and {_duration(report.seconds)}",
+        values,
+    ]
+    if report.best is not None:
+        step, metric, value = report.best
+        parts.append(f"best step {step:,}: {metric.replace('_', ' ')} {value:.4f}")
+    parts.append("")
+    if report.sample is not None:
+        parts += ["--- sample ---", report.sample, "--------------", ""]
     if report.conclusion is not None:
-        sample += f"\n{report.conclusion}\n"
-    trained = f"trained on {report.tokens:,} tokens in {report.step:,} steps"
-    return f"\n{trained}\n{values}\n{sample}\nloss curve: {workdir / 'loss.png'}"
+        parts += [report.conclusion, ""]
+    parts.append("written:")
+    for path in sorted(workdir.iterdir()):
+        if not path.name.startswith(".") and path.suffix != ".lock":
+            parts.append(f"  {path}{'/' if path.is_dir() else ''}")
+    return "\n".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    """Such as "45 s", "3 min 20 s" or "2 h 5 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

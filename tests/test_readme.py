@@ -8,10 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from absl import flags
-from ml_collections import config_flags
 
-from gptjax.config import Config, resolve, to_json
+from gptjax.config import Config, load_config, to_json
 from gptjax.scaling.flops import parameter_count
 
 ROOT = Path(__file__).parents[1]
@@ -35,12 +33,10 @@ def trainings(readme: str) -> list[str]:
 
 
 def load(arguments: list[str]) -> Config:
-    """The config that `--config...` arguments give, found as `gptjax.main` finds it."""
-    values = flags.FlagValues()
-    argv = ["gptjax.main", *arguments]
-    config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-    values(argv)
-    return resolve(config.value)
+    """The config that `--config...` arguments give."""
+    values = dict(argument.removeprefix("--").split("=", 1) for argument in arguments)
+    path = values.pop("config")
+    return load_config(path, {key.removeprefix("config."): value for key, value in values.items()})
 
 
 @pytest.mark.parametrize("readme", READMES)

@@ -103,7 +103,20 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None, define: Calla
             held_out_means(objective.loss, lambda: read(corpus.validation, 0), microbatch, mesh, max_batches), corpus
         ),
         sample=_sample(objective.parameters, corpus.tokenizer, mesh) if config.evaluation.sample_tokens > 0 else None,
+        description=_describe(corpus, total_tokens),
     )
+
+
+def _describe(corpus: Corpus, total_tokens: int) -> dict[str, str]:
+    """The size of the two splits, and how often the run reads the training split."""
+    train, held_out = corpus.train.split, corpus.validation.split
+    share = held_out.num_tokens / (train.num_tokens + held_out.num_tokens)
+    return {
+        "data": f"{train.num_documents:,} documents, {train.num_tokens:,} tokens; the run reads them "
+        f"{total_tokens / train.num_tokens:.3g} times (epochs)",
+        "held out": f"{held_out.num_documents:,} documents, {held_out.num_tokens:,} tokens "
+        f"({100 * share:.2g} % of all tokens)",
+    }
 
 
 def _evaluate(measure: Callable[[Any], dict[str, float]], corpus: Corpus) -> Callable[[Any], dict[str, float]]:

@@ -40,6 +40,7 @@ class Stage:
       sample: all parameters -> text; None: there are no samples.
       conclude: (parameters of the best checkpoint, workdir) -> text to print; called at the end by all processes.
       files: name -> content of further files of the workdir: what the data decided.
+      description: name -> value of what there is to know about the data, such as documents and tokens, for the user.
     """
 
     objective: Objective
@@ -50,6 +51,7 @@ class Stage:
     sample: Callable[[Any], str] | None
     conclude: Callable[[Any, Path], str] | None = None
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    description: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def config(self) -> Config:

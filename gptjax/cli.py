@@ -261,7 +261,7 @@ def _take_overrides(argv: list[str]) -> list[str]:
             section, _, field = key.rpartition(".")
             default = getattr(getattr(Config(), section) if section else Config(), field)
             value = "true" if isinstance(default, bool) else next(arguments, "")
-            if value == "":
+            if value == "" or value.startswith("--"):
                 raise UserError(f"--config.{key} needs a value: --config.{key}={default}")
         _overrides[key] = value
     return kept

@@ -56,3 +56,13 @@ class Stage:
     @property
     def config(self) -> Config:
         return self.objective.config
+
+
+def describe_data(units: str, train: int, held_out: int, tokens_per_epoch: float, total_tokens: int) -> dict[str, str]:
+    """The `description` of a stage that trains on `train` documents, examples or the like, called `units`."""
+    share = held_out / (train + held_out)
+    return {
+        "data": f"{train:,} {units}, {tokens_per_epoch:,.0f} tokens; the run reads them "
+        f"{total_tokens / tokens_per_epoch:.3g} times (epochs)",
+        "held out": f"{held_out:,} {units} ({100 * share:.2g} % of all)",
+    }

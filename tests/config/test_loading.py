@@ -92,7 +92,7 @@ def test_a_workdir_and_its_config_json_are_configs(tmp_path):
     config = saved(tmp_path, seed=7)
     assert load_config(str(tmp_path)) == load_config(str(tmp_path / "config.json")) == config
     assert load_config(str(tmp_path), {"model.num_layers": "2"}).model.num_layers == 2
-    with pytest.raises(UserError, match="is not a workdir: it has no config.json"):
+    with pytest.raises(UserError, match=r"is not a workdir: it has no config\.json"):
         load_config(str(ROOT / "configs"))
 
 

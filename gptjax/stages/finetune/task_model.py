@@ -61,7 +61,7 @@ class TaskModel:
 
         Returns:
           The weighted sum over the examples in nats (regression: squared deviations), the sum of the weights, and
-          nothing else.
+          under "task_loss" the sum without the language model's part.
         """
         regularisation, mixup, smoothing = self.config.regularisation, None, 0.0
         if rng is not None:
@@ -78,10 +78,10 @@ class TaskModel:
             of_partners = self._task_losses(outputs, labels[partner_B], smoothing)
             losses_B, counts_B = mixed(losses_B, of_partners[0], share_B), mixed(counts_B, of_partners[1], share_B)
         weights_B = batch["weights"] * counts_B
-        total = jnp.sum(batch["weights"] * losses_B)
+        task_total = total = jnp.sum(batch["weights"] * losses_B)
         if rng is not None and self.config.task.lm_weight > 0:
             total += self.config.task.lm_weight * self._language_loss(params, x_NTD, batch, weights_B)
-        return total, jnp.sum(weights_B), {}
+        return total, jnp.sum(weights_B), {"task_loss": task_total}
 
     def predict(self, params: Any, batch: Batch) -> dict[str, jax.Array]:
         """What the head says of a batch, with or without labels.

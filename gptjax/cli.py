@@ -272,7 +272,7 @@ def _take_overrides(argv: list[str]) -> list[str]:
 
 def _print_help(main: Callable[[], None], joins: bool, section: str | None, argv: list[str]) -> None:
     """Prints the command's description and flags and, where it takes a config, the arguments and keys of that."""
-    from gptjax.config.reference import config_help
+    from gptjax.config.reference import plain_text
 
     module = inspect.getmodule(main)
     config, file = None, None
@@ -284,7 +284,7 @@ def _print_help(main: Callable[[], None], joins: bool, section: str | None, argv
         if path is not None:
             config = load_config(path, _overrides)
             file = None if is_saved(path) else split_argument(path)[0]
-    keys = config_help(section, config) if ConfigFlag.defined else ""
+    keys = plain_text(section, config) if ConfigFlag.defined else ""
     if section is not None:
         if not ConfigFlag.defined:
             raise UserError(f"--help={section}: this command takes no config")

@@ -19,6 +19,11 @@ DRY_RUN = flags.DEFINE_bool(
 )
 PROFILE = flags.DEFINE_bool("profile", False, "Write a trace of a few steps to WORKDIR/profile.")
 ALLOW_CHANGES = flags.DEFINE_bool("allow_config_changes", False, "Resume a run although its config differs.")
+START_OVER = flags.DEFINE_bool(
+    "start_over",
+    False,
+    "Begin anew where steps are recorded but no whole checkpoint is left; WORKDIR/earlier keeps all.",
+)
 
 
 def main() -> None:
@@ -39,7 +44,13 @@ def main() -> None:
         if DRY_RUN.value:
             print(dry_run(config, workdir, allow_config_changes=ALLOW_CHANGES.value))
             return
-        run(config, workdir, profile=PROFILE.value, allow_config_changes=ALLOW_CHANGES.value)
+        run(
+            config,
+            workdir,
+            profile=PROFILE.value,
+            allow_config_changes=ALLOW_CHANGES.value,
+            start_over=START_OVER.value,
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """A complete run, from a config to its report: what `python -m gptjax.main` does."""
 
 import dataclasses
+import itertools
+import shutil
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,6 +14,7 @@ from jax.sharding import Mesh
 
 from gptjax.checkpoint.lock import locked
 from gptjax.checkpoint.manager import Checkpoints
+from gptjax.checkpoint.saved_trees import ConfigChanges
 from gptjax.checkpoint.state import abstract_state
 from gptjax.config import Config, UserError, changes, differences, read_config, to_json, with_absolute_paths
 from gptjax.data import tokenizers
@@ -20,12 +24,19 @@ from gptjax.models import peft
 from gptjax.parallel.mesh import make_mesh
 from gptjax.scaling import flops
 from gptjax.stages import builders, registry
+from gptjax.stages.preference.reward_model import SCALE_FILE
 from gptjax.stages.start import start_state
 from gptjax.training.loop import RunReport, train
+from gptjax.training.metrics_file import METRICS_FILE, read_metrics
 from gptjax.training.stage import Stage
 
-Record = dict[str, Any]
-Callbacks = Sequence[Callable[[Record], None]]
+# What a run adds to its workdir besides its config and its tokenizer, by name.
+_FILES_OF_A_RUN = (
+    *("checkpoints", "damaged", "rollouts", "debug", "profile", "evaluation", "samples", "tensorboard", "wandb"),
+    *(METRICS_FILE, "loss.png", SCALE_FILE),
+)
+
+Callbacks = Sequence[Callable[[dict[str, Any]], None]]
 
 
 def run(
@@ -34,6 +45,7 @@ def run(
     *,
     profile: bool = False,
     allow_config_changes: bool = False,
+    start_over: bool = False,
     callbacks: Callbacks = (),
 ) -> RunReport:
     """Trains `config` in `workdir`, or resumes the run found there; prints its progress.
@@ -42,7 +54,10 @@ def run(
       config: what `gptjax.config.resolve` returns.
       workdir: created if it does not exist.
       profile: write a trace of a few steps to `<workdir>/profile/`.
-      allow_config_changes: resume although the workdir's run was started with another config, of the same model.
+      allow_config_changes: resume although the workdir's run was started with another config, of the same model. Where
+        the optimizer's state does not fit the new config, a fresh one is made.
+      start_over: begin anew where an earlier run has left records or damaged checkpoints, but no whole checkpoint; its
+        files are kept in `<workdir>/earlier/`. A whole checkpoint is resumed as usual.
       callbacks: each is called with every record of metrics.jsonl, by process 0.
 
     Raises:
@@ -51,27 +66,30 @@ def run(
     config, mesh = _checked(config)
     processes.check_shared(workdir)
     with locked(workdir) if processes.is_first() else nullcontext():
-        stage = _build(config, workdir, mesh, allow_config_changes)
-        if jax.process_index() == 0:
-            _write_workdir(config, workdir, stage)
-            print(_summary(config, stage, mesh))
-        report = train_stage(stage, mesh, workdir, profile=profile, callbacks=callbacks)
-        if jax.process_index() == 0:
-            print(_report(report, workdir))
-        return report
+        try:
+            changed = processes.of_first(lambda: _check_workdir(config, workdir, allow_config_changes, start_over))
+            return _run_alone(config, workdir, mesh, profile, allow_config_changes, changed, callbacks)
+        except (OSError, UserError):
+            if workdir.is_dir():
+                raise
+            raise UserError(
+                f"--workdir={workdir} was deleted during the run, and what it held is lost; "
+                "the same command starts again"
+            ) from None
 
 
 def dry_run(config: Config, workdir: Path, *, allow_config_changes: bool = False) -> str:
-    """Describes the run that `run` would start: config, data, parameters, FLOPs and memory.
+    """Describes the run that `run` would start or resume: config, data, parameters, FLOPs and memory.
 
     It prepares the data, which is kept in data.cache_dir, and writes nothing in `workdir`; errors as of `run`.
     """
     config, mesh = _checked(config)
-    return _summary(config, _build(config, workdir, mesh, allow_config_changes), mesh)
+    changed = _check_workdir(config, workdir, allow_config_changes, start_over=False)
+    return _summary(config, _build(config, workdir, mesh, resumes=changed is not None), mesh)
 
 
 def _checked(config: Config) -> tuple[Config, Mesh]:
-    """The config with absolute paths, and its mesh, once what can be checked without the data is."""
+    """Checks what can be checked without the data; returns the config with absolute paths, and its mesh."""
     registry.check(config)
     processes.check_same(_leaves(dataclasses.asdict(config), "config"), "give all processes the same config")
     config = with_absolute_paths(config)
@@ -81,20 +99,67 @@ def _checked(config: Config) -> tuple[Config, Mesh]:
     return config, mesh
 
 
-def _build(config: Config, workdir: Path, mesh: Mesh, allow_config_changes: bool) -> Stage:
-    resumes = _check_workdir(config, workdir, allow_config_changes)
+def _build(config: Config, workdir: Path, mesh: Mesh, *, resumes: bool) -> Stage:
     stage = builders.build(config, mesh, tokenizers.load(workdir / "tokenizer") if resumes else None)
     _check_tokenizer(config, stage.tokenizer)
     return stage
 
 
-def train_stage(
-    stage: Stage, mesh: Mesh, workdir: Path, *, profile: bool = False, callbacks: Callbacks = ()
+def _run_alone(
+    config: Config,
+    workdir: Path,
+    mesh: Mesh,
+    profile: bool,
+    allow_changes: bool,
+    changed: list[str] | None,
+    callbacks: Callbacks,
 ) -> RunReport:
-    """Trains a stage in `workdir` from the state that `start_state` returns; arguments and errors as `loop.train`."""
+    stage = _build(config, workdir, mesh, resumes=changed is not None)
+
+    def write() -> None:
+        if jax.process_index() == 0:
+            _write_workdir(config, workdir, stage)
+
+    if jax.process_index() == 0:
+        print(_summary(config, stage, mesh))
+    config_changes = ConfigChanges(allow_changes, tuple(changed or ()))
+    # The config is written once a checkpoint is known to fit it: until then the workdir has that of its checkpoints.
+    report = train_stage(
+        stage, mesh, workdir, profile=profile, changes=config_changes, on_start=write, callbacks=callbacks
+    )
+    if jax.process_index() == 0:
+        print(_report(report, workdir))
+    return report
+
+
+def train_stage(
+    stage: Stage,
+    mesh: Mesh,
+    workdir: Path,
+    *,
+    profile: bool = False,
+    changes: ConfigChanges | None = None,
+    on_start: Callable[[], None] | None = None,
+    callbacks: Callbacks = (),
+) -> RunReport:
+    """Trains a stage in `workdir` from the state that `start_state` returns.
+
+    Args:
+      profile: write a trace of a few steps to `<workdir>/profile/`.
+      changes: of the config since the run in `workdir` was started; None: there are none.
+      on_start: called when the state has been restored, before anything is written.
+      callbacks: each is called with every record of metrics.jsonl, by process 0.
+
+    Raises:
+      UserError: as of `start_state` and `loop.train`.
+    """
     with jax.set_mesh(mesh), Checkpoints(workdir, stage.config.checkpoint) as checkpoints:
-        state, position = start_state(stage.objective.parameters, mesh, checkpoints)
-        return train(stage, mesh, workdir, checkpoints, state, position, profile=profile, callbacks=callbacks)
+        state, position = start_state(stage.objective.parameters, mesh, checkpoints, changes)
+        if on_start is not None:
+            on_start()
+        return train(
+            stage, mesh, workdir, checkpoints, state, position, profile=profile, changes=changes, callbacks=callbacks
+        )
 
 
 def _leaves(tree: Any, name: str) -> dict[str, Any]:
@@ -104,15 +169,25 @@ def _leaves(tree: Any, name: str) -> dict[str, Any]:
     return {leaf: value for key, part in tree.items() for leaf, value in _leaves(part, f"{name}.{key}").items()}
 
 
-def _check_workdir(config: Config, workdir: Path, allow_changes: bool) -> bool:
-    """Whether `workdir` has checkpoints to resume from; UserError if they are of another config, or only weights."""
+def _check_workdir(config: Config, workdir: Path, allow_changes: bool, start_over: bool) -> list[str] | None:
+    """The config fields that differ from those of the run found in `workdir`; None: there is nothing to resume.
+
+    Raises:
+      UserError: the checkpoints are of another config, or of weights alone; or an earlier run left records and no whole
+        checkpoint, and `start_over` is not given.
+    """
     checkpoints = workdir / "checkpoints"
-    steps = [path for path in checkpoints.iterdir() if path.name.isdecimal()] if checkpoints.exists() else []
+    try:
+        steps = [path for path in checkpoints.iterdir() if path.name.isdecimal()] if checkpoints.exists() else []
+    except OSError as error:
+        raise UserError(f"cannot read {checkpoints}: {error.strerror}; run the same command again") from None
     if not steps:
-        return False
-    if not any((step / "train").is_dir() for step in steps):
+        if (lost := _lost_run(workdir)) is not None:
+            _set_aside(workdir, lost, start_over)
+        return None
+    if [step.name for step in steps] == ["0"] and not (steps[0] / "train").is_dir():
         raise UserError(
-            f"{workdir} holds imported weights, and no run to resume: "
+            f"{workdir} holds imported weights, and no training to resume: "
             f"start from them by --config.init_from={workdir} and another --workdir"
         )
     old = with_absolute_paths(read_config(workdir))
@@ -124,7 +199,44 @@ def _check_workdir(config: Config, workdir: Path, allow_changes: bool) -> bool:
             f"{workdir} holds a run of another config ({'; '.join(changed)}): "
             "use another --workdir, or resume with the change by --allow_config_changes"
         )
-    return True
+    return changed
+
+
+def _lost_run(workdir: Path) -> str | None:
+    """What an earlier run has left in a workdir without checkpoints, in words; None: no trained step is recorded."""
+    if any((workdir / "damaged").glob("*")):
+        return "damaged checkpoints"
+    if not (workdir / METRICS_FILE).exists():
+        return None
+    try:
+        step = max((record["step"] for record in read_metrics(workdir)[1]), default=0)
+    except UserError:
+        return f"a damaged {METRICS_FILE}"
+    return f"records of {step} steps" if step > 0 else None
+
+
+def _set_aside(workdir: Path, lost: str, start_over: bool) -> None:
+    """Moves the files of a run that cannot be resumed to `<workdir>/earlier/N/`.
+
+    Raises:
+      UserError: `start_over` is not given.
+    """
+    if not start_over:
+        raise UserError(
+            f"{workdir} holds {lost} but no whole checkpoint to resume from: use another --workdir, "
+            f"or begin anew by --start_over, which moves the files of the earlier run to {workdir / 'earlier'}"
+        )
+    try:
+        place = next(path for i in itertools.count() if not (path := workdir / "earlier" / str(i)).exists())
+        place.mkdir(parents=True)
+        for name in _FILES_OF_A_RUN:
+            if (workdir / name).exists():
+                (workdir / name).rename(place / name)
+        if (workdir / "config.json").exists():
+            shutil.copy(workdir / "config.json", place)
+    except OSError as error:
+        raise UserError(f"cannot move the files of the earlier run in {workdir}: {error.strerror}") from None
+    print(f"{workdir} held {lost} but no whole checkpoint: begins anew, earlier files are in {place}", file=sys.stderr)
 
 
 def _check_tokenizer(config: Config, tokenizer: tokenizers.Tokenizer) -> None:

@@ -277,7 +277,7 @@ class Config:
 
     stage: Literal["pretrain", "finetune", "sft", "reward", "dpo", "ppo", "grpo"] = "pretrain"
     seed: int = 0  # of initialisation, dropout, data order and samples
-    # (XLA flag, value) for the training step, over those of gptjax/parallel/compiler.py
+    # (XLA flag, value) pairs for the training step
     compiler_options: tuple[tuple[str, str], ...] = ()
     init_from: str | None = None  # a workdir whose newest weights to start from
     model: GPTConfig = GPTConfig()

@@ -27,6 +27,7 @@ BUILDERS: dict[str, Callable[[Config, Mesh, Tokenizer | None, Callable[[Config],
 # Stage -> its held-out prompts with references, of what its model is evaluated on as a dialogue partner.
 HELD_OUT_PROMPTS: dict[str, Callable[[Config], list[Prompt]]] = {
     "sft": sft.held_out_prompts,
+    "reward": ranked.held_out_prompts,
     "dpo": ranked.held_out_prompts,
     "ppo": policy_stage.held_out_prompts,
     "grpo": policy_stage.held_out_prompts,

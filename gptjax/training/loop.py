@@ -12,6 +12,8 @@ from jax.sharding import Mesh
 
 from gptjax.checkpoint.manager import Checkpoints
 from gptjax.checkpoint.position import Position
+from gptjax.checkpoint.restore import resumed_state
+from gptjax.checkpoint.saved_trees import ConfigChanges
 from gptjax.checkpoint.state import TrainState
 from gptjax.config import UserError
 from gptjax.distributed import preemption
@@ -59,6 +61,7 @@ def train(
     position: Position,
     *,
     profile: bool = False,
+    changes: ConfigChanges | None = None,
     callbacks: Sequence[Callable[[dict[str, Any]], None]] = (),
 ) -> RunReport:
     """Trains to `stage.total_tokens`; `mesh` is in use.
@@ -69,6 +72,7 @@ def train(
       checkpoints: of the workdir.
       state, position: where to start from (`gptjax/stages/start.py`).
       profile: write a trace of a few steps to `<workdir>/profile/`.
+      changes: of the config since the run in `workdir` was started; None: there are none.
       callbacks: each is called with every record of metrics.jsonl, by process 0.
 
     Raises:
@@ -78,7 +82,7 @@ def train(
     """
     config = stage.config
     with ExitStack() as stack:
-        run = _Run(stage, mesh, workdir, checkpoints, state, position, stack, callbacks)
+        run = _Run(stage, mesh, workdir, checkpoints, state, position, changes, stack, callbacks)
         try:
             run.begin()
             while not run.finished:
@@ -123,10 +127,12 @@ class _Run:
         checkpoints: Checkpoints,
         state: TrainState,
         position: Position,
+        changes: ConfigChanges | None,
         stack: ExitStack,
         callbacks: Sequence[Callable[[dict[str, Any]], None]],
     ):
         self.stage, self.workdir, self._checkpoints = stage, workdir, checkpoints
+        self._mesh, self._changes = mesh, changes
         self.steps_here = 0
         self._stepper = Stepper(stage.objective, mesh, stage.total_tokens, state, self._compiled)
         self._skipped_examples, self._best = position.skipped_examples, position.best
@@ -315,7 +321,8 @@ class _Run:
                 "optimizer.peak_lr or raise stability.spike_deviations, and resume with --allow_config_changes"
             )
         self._checkpoints.wait()
-        restored, position = self._checkpoints.restore(self._stepper.abstract_state)
+        parameters = self.stage.objective.parameters
+        restored, position = resumed_state(parameters, self._mesh, self._checkpoints, self._changes)
         since = spike.examples - position.examples
         rewind_batches = self.stage.config.stability.rewind_batches
         self._skipped_examples += since + rewind_batches * self._stepper.examples_per_batch
@@ -357,7 +364,7 @@ class _Run:
             plot_loss(self.workdir)
         conclude, conclusion = self.stage.conclude, None
         if conclude is not None:
-            conclusion = conclude(self._best_params(), self.workdir)
+            conclusion = conclude(*self._best_params(), self.workdir)
         seconds = 0.0 if self._writer is None else self._writer.seconds
         validation, sample = self._validation, self._sample
         return RunReport(self._stepper.step, self.tokens, validation, sample, conclusion, seconds, self._best_value())
@@ -373,11 +380,11 @@ class _Run:
                 return record["step"], name, record[name]
         return None
 
-    def _best_params(self) -> Any:
-        """All parameters, as in the best checkpoint."""
+    def _best_params(self) -> tuple[Any, int]:
+        """All parameters of the best checkpoint, and its step."""
         self._checkpoints.wait()
         best = self._checkpoints.best_step()
         if best is None or best == self._stepper.step:
-            return self.params
+            return self.params, self._stepper.step
         trained, _ = self._checkpoints.restore_params(self._stepper.abstract_state.params, best)
-        return self._join(trained)
+        return self._join(trained), best

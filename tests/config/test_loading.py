@@ -7,7 +7,7 @@ import pytest
 
 from gptjax import config as c
 from gptjax.config import UserError, load_config
-from gptjax.config.reference import config_help, key_comments
+from gptjax.config.reference import plain_text
 
 ROOT = Path(__file__).parents[2]
 GPT2 = f"{ROOT}/configs/gpt2.py:runlocal"
@@ -108,29 +108,15 @@ def test_code_that_a_saved_config_names_must_be_repeated(tmp_path):
 
 
 def test_the_reference_has_every_key_with_its_default_and_comment():
-    text = config_help()
+    text = plain_text()
     for key in c.changes(c.Config(), c.Config(model=c.GPTConfig(num_layers=1))):
         assert f"--config.{key}=12" in text
     for section in dataclasses.fields(c.Config):
         value = getattr(c.Config(), section.name)
         for field in dataclasses.fields(value) if dataclasses.is_dataclass(value) else ():
             assert f"--config.{section.name}.{field.name}=" in text
-    own = config_help("optimizer", c.Config(optimizer=c.OptimizerConfig(peak_lr=1.0)))
+    own = plain_text("optimizer", c.Config(optimizer=c.OptimizerConfig(peak_lr=1.0)))
     assert "--config.optimizer.peak_lr=1.0 (default 0.0006)" in own
     assert "--config.model" not in own
     with pytest.raises(UserError, match="unknown section 'optimiser': did you mean 'optimizer'"):
-        config_help("optimiser")
-
-
-def test_comments_above_behind_and_below_a_field_are_its_own():
-    @dataclasses.dataclass
-    class Section:
-        # above
-        a: int = 1  # behind,
-        # and below
-        # above b, in
-        # two lines.
-        b: int = 2
-        c: int = 3
-
-    assert key_comments(Section) == {"a": "above; behind, and below", "b": "above b, in two lines", "c": ""}
+        plain_text("optimiser")

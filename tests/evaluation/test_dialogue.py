@@ -224,7 +224,7 @@ def test_a_stopped_evaluation_goes_on(sft, tmp_path, monkeypatch):
 
 
 def test_stages_that_do_not_answer(reward_model, sft):
-    with pytest.raises(UserError, match="is of stage reward, which does not answer"):
+    with pytest.raises(UserError, match="is of stage reward: --tasks=dialogue is for stages sft, dpo, ppo, grpo"):
         evaluate(reward_model, Options(tasks=("dialogue",)))
     with pytest.raises(UserError, match="is of stage sft: rewards are what a run of stage reward has learned"):
         evaluate(sft, Options(tasks=("dialogue",), held_out=True, reward_model=sft))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from gptjax import config as c
+from gptjax.checkpoint.manager import Checkpoints
 from gptjax.config import UserError
 from gptjax.models import peft
 from gptjax.parallel.mesh import make_mesh
@@ -17,7 +19,7 @@ from gptjax.stages import registry
 from gptjax.stages.builders import build
 from gptjax.stages.chat_data import rankings_of
 from gptjax.stages.registry import completed_config
-from gptjax.stages.start import load_parts, load_weights
+from gptjax.stages.start import load_parts, load_reward_weights, load_weights, start_state
 from gptjax.training.metrics_file import read_metrics
 from tests.tiny_chats import BATCH, STAGES_OF_CHAT, config_of
 from tests.tiny_tasks import CONTEXT, MODEL
@@ -71,9 +73,43 @@ def test_reward_and_dpo_order_the_answers(finished):
 
 def test_the_best_answers_of_a_reward_model_have_mean_0(finished):
     _, workdir = finished["reward"]
-    assert json.loads((workdir / "reward.json").read_text()).keys() == {"mean"}
+    scale = json.loads((workdir / "reward.json").read_text())
+    assert scale.keys() == {"mean", "step"}
+    with Checkpoints(workdir, c.CheckpointConfig(), read_only=True) as checkpoints:
+        assert scale["step"] == checkpoints.best_step()
     weights = weights_of(workdir)
     assert weights.head["linear"]["kernel"].shape == (MODEL.embed_dim, 1)
+
+
+def test_rewards_are_those_of_the_checkpoint_that_their_mean_was_measured_on(finished, tmp_path):
+    config, source = finished["reward"]
+    workdir = shutil.copytree(source, tmp_path / "reward")
+    scale = json.loads((workdir / "reward.json").read_text())
+    mesh, best = make_mesh(config.mesh), scale["step"]
+    program = registry.parameters(completed_config(workdir)[0])
+
+    def bias() -> tuple[int, float]:
+        weights = load_reward_weights(workdir, mesh)
+        return weights.step, float(weights.head["linear"]["bias"][0])
+
+    with jax.set_mesh(mesh):
+        before = bias()
+        with Checkpoints(workdir, config.checkpoint) as checkpoints:  # training continues, and overfits
+            state, position = start_state(program, mesh, checkpoints)
+            worse = jax.tree.map(lambda leaf: leaf + 1, state.params)
+            checkpoints.save(best + 1, state.replace(step=state.step + 1, params=worse), position, -1e9)
+        assert bias() == before
+        assert before[0] == best
+        # Files of earlier versions have no step: their mean was measured on the best checkpoint too.
+        (workdir / "reward.json").write_text(json.dumps({"mean": scale["mean"]}))
+        assert bias() == before
+        (workdir / "reward.json").write_text(json.dumps({"mean": 0.0, "step": best + 1}))
+        assert bias() == (best + 1, pytest.approx(before[1] + scale["mean"] + 1, abs=1e-5))
+        (workdir / "reward.json").write_text(json.dumps({"mean": 0.0, "step": best + 2}))
+        with pytest.raises(UserError, match=rf"was measured on checkpoint {best + 2}, which is gone"):
+            bias()
+        (workdir / "reward.json").unlink()
+        assert bias() == (best, pytest.approx(before[1] + scale["mean"], abs=1e-5))
 
 
 def test_dpo_leaves_the_reference_and_saves_the_policy_alone(finished):

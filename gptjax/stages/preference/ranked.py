@@ -19,7 +19,7 @@ from gptjax.training.intervals import in_tokens
 from gptjax.training.objective import Objective
 from gptjax.training.stage import Stage, describe_data
 
-Conclude = Callable[[Any, Path], str]
+Conclude = Callable[[Any, int, Path], str]
 
 
 def build_ranked(

@@ -112,5 +112,5 @@ def _evaluate(
     return evaluate
 
 
-def _conclude(params: Any, workdir: Path) -> str:
+def _conclude(params: Any, step: int, workdir: Path) -> str:
     return f"reward against KL: {plot_reward(workdir)}" if jax.process_index() == 0 else ""

@@ -175,13 +175,14 @@ class Stepper:
     def _compile(self, arguments: tuple[Any, ...]) -> jax.stages.Compiled:
         """Compiles before the first call: an executable never recompiles silently, and reports its memory."""
         start = time.perf_counter()
-        compiled = compiler.compile(self._train_step.lower(*arguments), self._config.compiler_options)
+        with compiler.announced("the training step"):
+            compiled = compiler.compile(self._train_step.lower(*arguments), self._config.compiler_options)
         if not self._compiled:
             preemption.defer()  # from here on there is something to save
         processes.gather(None)  # gloo gives up on a process that arrives half a minute late at a first collective
         memory = compiled.memory_analysis()
         need = 0 if memory is None else memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        self._say(f"compiled the training step in {time.perf_counter() - start:.1f} s; {need / 1e9:.2f} GB a device")
+        self._say(f"compiled the training step in {time.perf_counter() - start:.1f} s; {need / 1e9:.2f} GB per device")
         return compiled
 
     def _next_batch(self, count: int) -> tuple[Batch, int]:

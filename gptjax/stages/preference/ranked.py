@@ -17,7 +17,7 @@ from gptjax.stages.reading import reader
 from gptjax.training.held_out import held_out_means
 from gptjax.training.intervals import in_tokens
 from gptjax.training.objective import Objective
-from gptjax.training.stage import Stage
+from gptjax.training.stage import Stage, describe_data
 
 Conclude = Callable[[Any, int, Path], str]
 
@@ -59,6 +59,7 @@ def build_ranked(
         evaluate=held_out_means(objective.loss, lambda: read(validation, 0), size, mesh),
         sample=None,
         conclude=None if conclude is None else conclude(config, lambda: read(once, 0), mesh),
+        description=describe_data("rankings", len(data.train), len(data.validation), tokens_per_epoch, tokens),
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gptjax.data.pipeline import Microbatch
-from gptjax.data.task_inputs import Encoded
+from gptjax.data.task_inputs import EncodedRow
 
 SHORTEST = 32  # tokens; shorter sequences are padded to it, for the work is nothing and each shape is a compilation
 POOL_BATCHES = 50  # examples are sorted within so many batches: more pad less, and mix less
@@ -38,7 +38,7 @@ class Buckets:
 
     def __init__(
         self,
-        examples: Sequence[Encoded],
+        examples: Sequence[EncodedRow],
         *,
         context_length: int,
         batch_size: int,

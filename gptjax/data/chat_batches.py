@@ -18,14 +18,14 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from gptjax.data.pipeline import Example, PackedExamples
-from gptjax.data.templates import Encoded
+from gptjax.data.pipeline import ExampleArrays, PackedExamples
+from gptjax.data.templates import EncodedConversation
 
 NEWEST_ELEMENTS = 64  # in which room for a prompt is looked for: more pad little less, and the search is long
 SHORTEST = 32  # positions of a row of rankings
 
 
-def lay_out(sequences: Sequence[Encoded], rows: int, length: int, *, pack: bool) -> Example:
+def lay_out(sequences: Sequence[EncodedConversation], rows: int, length: int, *, pack: bool) -> ExampleArrays:
     """Sequences in `rows` rows, with `ends`: int32 (K,), where the last token of each is in the R x T positions.
 
     Args:
@@ -35,7 +35,7 @@ def lay_out(sequences: Sequence[Encoded], rows: int, length: int, *, pack: bool)
       ValueError: they do not fit.
     """
     names = ("tokens", "targets", "segments", "positions")
-    arrays: Example = {name: np.zeros((rows, length), np.int32) for name in names}
+    arrays: ExampleArrays = {name: np.zeros((rows, length), np.int32) for name in names}
     arrays["weights"] = np.zeros((rows, length), np.float32)
     arrays["ends"] = np.zeros(len(sequences), np.int32)
     for number, (row, first) in enumerate(_places([len(s) for s in sequences], length, pack)):
@@ -52,7 +52,7 @@ def lay_out(sequences: Sequence[Encoded], rows: int, length: int, *, pack: bool)
     return arrays
 
 
-def rows_needed(sequences: Sequence[Encoded], length: int, *, pack: bool) -> int:
+def rows_needed(sequences: Sequence[EncodedConversation], length: int, *, pack: bool) -> int:
     """How many rows `lay_out` fills."""
     return 1 + max(row for row, _ in _places([len(s) for s in sequences], length, pack))
 
@@ -114,7 +114,7 @@ class Epochs:
         return generator.permutation(self._num_permuted)
 
 
-class PackedConversations(Epochs, grain.sources.RandomAccessDataSource[Example]):
+class PackedConversations(Epochs, grain.sources.RandomAccessDataSource[ExampleArrays]):
     """Rows (T,) of conversations, with the arrays above, but for the axis R; every conversation once an epoch.
 
     Args:
@@ -131,7 +131,7 @@ class PackedConversations(Epochs, grain.sources.RandomAccessDataSource[Example])
 
     def __init__(
         self,
-        conversations: Sequence[Encoded],
+        conversations: Sequence[EncodedConversation],
         length: int,
         *,
         pack: bool,
@@ -141,7 +141,7 @@ class PackedConversations(Epochs, grain.sources.RandomAccessDataSource[Example])
     ) -> None:
         self._length, self._pretraining = length, pretraining
         ordered = sorted(conversations, key=lambda c: -len(c)) if pack else list(conversations)
-        self._rows: list[list[Encoded]] = []
+        self._rows: list[list[EncodedConversation]] = []
         for encoded, (row, _) in zip(ordered, _places([len(e) for e in ordered], length, pack), strict=True):
             if row == len(self._rows):
                 self._rows.append([])
@@ -153,7 +153,7 @@ class PackedConversations(Epochs, grain.sources.RandomAccessDataSource[Example])
         self._texts_before = np.arange(total + 1) * (total - len(self._rows)) // total
         super().__init__(total, len(self._rows), seed)
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> ExampleArrays:
         epoch, number = self._epoch_and_row(index)
         texts = int(self._texts_before[number])
         if self._pretraining is not None and self._texts_before[number + 1] > texts:
@@ -162,7 +162,7 @@ class PackedConversations(Epochs, grain.sources.RandomAccessDataSource[Example])
         return {name: array[0] for name, array in arrays.items() if name != "ends"}
 
 
-def _as_row(text: Example) -> Example:
+def _as_row(text: ExampleArrays) -> ExampleArrays:
     """A row of text, with the arrays of conversations."""
     one = {"segments": np.ones_like(text["tokens"]), "positions": np.arange(len(text["tokens"]), dtype=np.int32)}
     return one | text
@@ -175,11 +175,11 @@ class RankedSequences(NamedTuple):
       levels: of each, 1 the best; of equal ones neither is better.
     """
 
-    sequences: Sequence[Encoded]
+    sequences: Sequence[EncodedConversation]
     levels: Sequence[int]
 
 
-class RankedAnswers(Epochs, grain.sources.RandomAccessDataSource[Example]):
+class PackedRankings(Epochs, grain.sources.RandomAccessDataSource[ExampleArrays]):
     """Elements of R rows of T positions: one prompt or several, each with all its answers; every prompt once an epoch.
 
     All elements have one shape, the smallest in which each prompt has room alone: T is the bucket of the longest
@@ -205,7 +205,7 @@ class RankedAnswers(Epochs, grain.sources.RandomAccessDataSource[Example]):
         self._shape = max(map(len, shares)), max(len(prompt.sequences) for prompt in prompts)
         super().__init__(len(shares), len(shares), seed)
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> ExampleArrays:
         prompts = self._elements[self.place(index)]
         sequences = [sequence for prompt in prompts for sequence in prompt.sequences]
         arrays = lay_out(sequences, self._num_rows, self._length, pack=self._pack)

@@ -17,7 +17,7 @@ from gptjax.data.preparation import DamagedCorpusError, PreparedSplit, prepare, 
 from gptjax.data.sources import Source
 from gptjax.data.tokenizers import Tokenizer
 
-Example = dict[str, np.ndarray]
+ExampleArrays = dict[str, np.ndarray]
 
 
 class Microbatch(NamedTuple):
@@ -87,7 +87,7 @@ class PackedExamples:
         epochs = 1 if self._seed is None else 2**60 // max(1, self.examples_per_epoch)
         return epochs * self.examples_per_epoch
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> ExampleArrays:
         if not 0 <= index < len(self):
             raise IndexError(index)
         number, example = divmod(index, self.examples_per_epoch)
@@ -143,7 +143,7 @@ class PackedExamples:
 
 
 def batches(
-    examples: grain.sources.RandomAccessDataSource[Example],
+    examples: grain.sources.RandomAccessDataSource[ExampleArrays],
     *,
     start: int,
     batch_size: int,
@@ -165,7 +165,7 @@ def batches(
     wanted = range(batch_size) if rows is None else rows
     last = len(examples) - 1
 
-    def row(index: int) -> Example:
+    def row(index: int) -> ExampleArrays:
         if index <= last:
             return examples[index]
         return {name: np.zeros_like(value) for name, value in examples[last].items()}

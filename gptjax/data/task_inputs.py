@@ -40,7 +40,7 @@ def special_tokens(tokenizer: Tokenizer) -> Special:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Encoded:
+class EncodedRow:
     """An example: a row, or the part of a row that fits into the context.
 
     Attributes:
@@ -126,7 +126,7 @@ def _names(row: Row) -> list[str]:
 
 def encode(
     rows: Sequence[Row], task: TaskConfig, labels: Sequence[str], tokenizer: Tokenizer, context_length: int
-) -> list[Encoded]:
+) -> list[EncodedRow]:
     """The examples of all rows, in their order.
 
     A text that does not fit into the context loses its end; of two texts the longer one does. The rows of tagging and
@@ -147,7 +147,7 @@ def encode(
     if task.kind in NAMED:
         check_labels(rows, labels)
     encoder = _Encoder(task, {label: i for i, label in enumerate(labels)}, tokenizer, context_length)
-    examples_of: dict[str, Callable[[int, Row], Iterator[Encoded]]] = {
+    examples_of: dict[str, Callable[[int, Row], Iterator[EncodedRow]]] = {
         "tagging": encoder.tagging,
         "question_answering": encoder.question_answering,
     }
@@ -171,7 +171,7 @@ class _Encoder:
         self._special = special_tokens(tokenizer)
         self._pieces_of: dict[str, Ids] = {}  # of words, most of which come again and again
 
-    def whole(self, index: int, row: Row) -> Iterator[Encoded]:
+    def whole(self, index: int, row: Row) -> Iterator[EncodedRow]:
         """The one example of a row whose label is about all of it."""
         fields, encoded, kind = row.fields, self._tokenizer.encode, self._task.kind
         if kind == "multiple_choice":
@@ -188,7 +188,7 @@ class _Encoder:
         if "label" in fields:
             label = self._label_ids[fields["label"]] if kind in NAMED else fields["label"]
             targets["labels"] = np.array(label, np.float32 if kind == "regression" else np.int32)
-        yield Encoded(index, tuple(sequences), targets)
+        yield EncodedRow(index, tuple(sequences), targets)
 
     def _sequence(self, first: Ids, second: Ids | None = None) -> Ids:
         """[start first extract] or [start first delimiter second extract]; int32 (T,)."""
@@ -200,7 +200,7 @@ class _Encoder:
         first = first[: max(half, room - len(second))]
         return _join([start], first, [delimiter], second[: room - len(first)], [extract])
 
-    def tagging(self, index: int, row: Row) -> Iterator[Encoded]:
+    def tagging(self, index: int, row: Row) -> Iterator[EncodedRow]:
         tokens, tags = row.fields["tokens"], row.fields.get("tags")
         # With the blank before it that the running text has, a word gives the pieces that the text has there.
         words = [self._word(word if i == 0 else " " + word) for i, word in enumerate(tokens)]
@@ -221,7 +221,7 @@ class _Encoder:
                 tags_of_row = np.array([self._label_ids[tag] for tag in tags], np.int32)
                 targets["labels"] = np.where(words_T >= 0, tags_of_row[words_T], np.int32(-1))
             sequence = _join([self._special.start], pieces[begin:end], [self._special.extract])
-            yield Encoded(index, (sequence,), targets, words=words_T)
+            yield EncodedRow(index, (sequence,), targets, words=words_T)
 
     def _word(self, word: str) -> Ids:
         if word not in self._pieces_of:
@@ -229,7 +229,7 @@ class _Encoder:
             self._pieces_of[word] = pieces if len(pieces) else np.array([self._special.blank], np.int32)
         return self._pieces_of[word]
 
-    def question_answering(self, index: int, row: Row) -> Iterator[Encoded]:
+    def question_answering(self, index: int, row: Row) -> Iterator[EncodedRow]:
         start, delimiter, extract, _ = self._special
         room = self._context_length - 3
         question = self._tokenizer.encode(row.fields["question"])[: room // 2]
@@ -254,7 +254,7 @@ class _Encoder:
                 span = (before + first - begin, before + last - begin) if here else (0, 0)
                 targets = {"starts": np.array(span[0], np.int32), "stops": np.array(span[1], np.int32)}
             sequence = _join([start], question, [delimiter], pieces[begin:end], [extract])
-            yield Encoded(index, (sequence,), targets, offsets=offsets_T2)
+            yield EncodedRow(index, (sequence,), targets, offsets=offsets_T2)
 
 
 def _join(*parts: npt.ArrayLike) -> Ids:
@@ -290,7 +290,7 @@ def _pieces_and_offsets(tokenizer: Tokenizer, text: str) -> tuple[Ids, Ids]:
 
 
 def decode_tags(
-    examples: Sequence[Encoded], predictions: Sequence[npt.NDArray[np.integer]], labels: Sequence[str]
+    examples: Sequence[EncodedRow], predictions: Sequence[npt.NDArray[np.integer]], labels: Sequence[str]
 ) -> list[list[str]]:
     """A tag for each word of each row.
 
@@ -316,7 +316,7 @@ class Span(NamedTuple):
 
 
 def decode_spans(
-    examples: Sequence[Encoded],
+    examples: Sequence[EncodedRow],
     start_scores: Sequence[npt.NDArray[np.floating]],
     stop_scores: Sequence[npt.NDArray[np.floating]],
     rows: Sequence[Row],

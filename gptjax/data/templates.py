@@ -54,7 +54,7 @@ TEMPLATES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Encoded:
+class EncodedConversation:
     """A conversation as tokens.
 
     Attributes:
@@ -69,10 +69,10 @@ class Encoded:
         return len(self.tokens)
 
 
-def answered(prompt: npt.NDArray[np.int32], answer: npt.NDArray[np.int32]) -> Encoded:
+def answered(prompt: npt.NDArray[np.int32], answer: npt.NDArray[np.int32]) -> EncodedConversation:
     """A prompt, and an answer behind it that is learned whole."""
     tokens = np.concatenate([prompt, answer])
-    return Encoded(tokens, np.arange(len(tokens)) >= len(prompt))
+    return EncodedConversation(tokens, np.arange(len(tokens)) >= len(prompt))
 
 
 class TooLongError(UserError):
@@ -107,7 +107,9 @@ class ChatFormat:
         self._start = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]  # as documents begin
         self.end_of_turn = self._around["assistant"][1][0]
 
-    def encode(self, messages: Sequence[Message], max_tokens: int | None = None, *, place: str = "") -> Encoded:
+    def encode(
+        self, messages: Sequence[Message], max_tokens: int | None = None, *, place: str = ""
+    ) -> EncodedConversation:
         """A whole conversation; up to the end of its turn where the last message is the assistant's.
 
         Args:
@@ -163,7 +165,7 @@ class ChatFormat:
         parts: list[tuple[list[int], list[bool]]],
         max_tokens: int | None,
         place: str,
-    ) -> Encoded:
+    ) -> EncodedConversation:
         kept = 1 if messages and messages[0].role == "system" else 0
         head, turns = parts[:kept], parts[kept:]
         need = len(self._start) + sum(len(tokens) for tokens, _ in parts)
@@ -177,7 +179,7 @@ class ChatFormat:
             turns = turns[2:]
         tokens = [*self._start, *(token for part, _ in (*head, *turns) for token in part)]
         learned = [*[False] * len(self._start), *(flag for _, part in (*head, *turns) for flag in part)]
-        return Encoded(np.array(tokens, np.int32), np.array(learned, bool))
+        return EncodedConversation(np.array(tokens, np.int32), np.array(learned, bool))
 
 
 def chat_format(chat: ChatConfig, tokenizer: Tokenizer) -> ChatFormat:

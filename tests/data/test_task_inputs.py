@@ -13,7 +13,7 @@ from gptjax.config import TaskConfig, UserError
 from gptjax.data import sources, tokenizers
 from gptjax.data.labelled import Row, read_rows
 from gptjax.data.task_inputs import (
-    Encoded,
+    EncodedRow,
     balanced_weights,
     check_labels,
     decode_spans,
@@ -47,7 +47,9 @@ def rows_of(*fields: dict) -> list[Row]:
     return [Row(f, f"rows.csv:{line}") for line, f in enumerate(fields, start=2)]
 
 
-def encoded(kind: str, *fields: dict, labels: tuple[str, ...] = (), context_length: int = 64, **task) -> list[Encoded]:
+def encoded(
+    kind: str, *fields: dict, labels: tuple[str, ...] = (), context_length: int = 64, **task
+) -> list[EncodedRow]:
     rows = rows_of(*fields)
     return encode(rows, TaskConfig(kind=kind, **task), labels, BytesTokenizer(), context_length)
 
@@ -58,7 +60,7 @@ def shown(sequence: np.ndarray) -> str:
     return "".join(names.get(token) or chr(token) for token in sequence.tolist())
 
 
-def sequences(examples: list[Encoded]) -> list[list[str]]:
+def sequences(examples: list[EncodedRow]) -> list[list[str]]:
     return [[shown(sequence) for sequence in example.sequences] for example in examples]
 
 
@@ -268,7 +270,7 @@ def test_a_word_that_the_tokenizer_reads_nothing_of_has_a_tag(get: Callable[[str
 # --- question answering -----------------------------------------------------------------------------------------------
 
 
-def scores_of(example: Encoded) -> tuple[np.ndarray, np.ndarray]:
+def scores_of(example: EncodedRow) -> tuple[np.ndarray, np.ndarray]:
     """What a model that is sure of the targets says, with padding behind."""
     starts, stops = np.full((2, len(example.sequences[0]) + 3), -20.0)
     starts[example.targets["starts"]] = stops[example.targets["stops"]] = -0.1

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 from gptjax.config import Config, TaskConfig, UserError
 from gptjax.data.buckets import Buckets
 from gptjax.data.labelled import Row
-from gptjax.data.task_inputs import Encoded, decode_spans, decode_tags, encode
+from gptjax.data.task_inputs import EncodedRow, decode_spans, decode_tags, encode
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.distributed import preemption
 from gptjax.metrics.task_reports import Report, report
@@ -88,12 +88,12 @@ class Predictor:
             out_shardings=jax.NamedSharding(mesh, PartitionSpec()),
         )
 
-    def encode(self, rows: Sequence[Row]) -> list[Encoded]:
+    def encode(self, rows: Sequence[Row]) -> list[EncodedRow]:
         """The rows as the model reads them; raises as `task_inputs.encode`."""
         config = self._model.config
         return encode(rows, config.task, config.task.labels, self._tokenizer, config.model.context_length)
 
-    def __call__(self, params: Any, rows: Sequence[Row], encoded: Sequence[Encoded]) -> Predictions:
+    def __call__(self, params: Any, rows: Sequence[Row], encoded: Sequence[EncodedRow]) -> Predictions:
         """What the model says.
 
         Args:
@@ -127,7 +127,7 @@ class Predictor:
 
 
 def _decode(
-    task: TaskConfig, rows: Sequence[Row], encoded: Sequence[Encoded], outputs: Sequence[dict[str, Any]]
+    task: TaskConfig, rows: Sequence[Row], encoded: Sequence[EncodedRow], outputs: Sequence[dict[str, Any]]
 ) -> tuple[list[Any], list[dict[str, Any]]]:
     """Values and details of the rows, of what the model says of their examples."""
     if task.kind == "tagging":

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from gptjax.data.chat_batches import lay_out
 from gptjax.data.conversations import Message
-from gptjax.data.templates import Encoded, chat_format
+from gptjax.data.templates import EncodedConversation, chat_format
 from gptjax.inference.engine import bucket, power_of_two
 from gptjax.parallel.mesh import batch_shards, constrain, use_mesh
 from gptjax.stages.preference.reward_model import RewardModel
@@ -45,7 +45,7 @@ class RewardScorer:
             rewards[indices] = self._score([encoded[i] for i in indices])
         return rewards
 
-    def _score(self, encoded: Sequence[Encoded]) -> npt.NDArray[np.float32]:
+    def _score(self, encoded: Sequence[EncodedConversation]) -> npt.NDArray[np.float32]:
         """One batch, the longest first; few different shapes."""
         shards = batch_shards(self._mesh)
         rows = shards * power_of_two(-(-len(encoded) // shards))

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from gptjax.config import Config
 from gptjax.data.chat_batches import lay_out
 from gptjax.data.conversations import Prompt
-from gptjax.data.templates import Encoded, answered
+from gptjax.data.templates import EncodedConversation, answered
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.distributed import preemption, processes
 from gptjax.inference.engine import Completion, Engine
@@ -170,7 +170,7 @@ class AnswerWriter:
                 return answers, np.array(rewards)
         return answers, self._reward.rewards([prompt.prompt for prompt in asked], [answer.text for answer in answers])
 
-    def _encoded(self, prompt: EncodedPrompt, answer: Completion) -> Encoded:
+    def _encoded(self, prompt: EncodedPrompt, answer: Completion) -> EncodedConversation:
         """Prompt and answer; the token that ended it is one of its own, and learned as the others are."""
         end = [] if answer.end is None else [answer.end]
         return answered(prompt.tokens, np.append(answer.tokens, end).astype(np.int32))

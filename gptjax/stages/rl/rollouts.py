@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from gptjax.config import Config, UserError
 from gptjax.data.chat_batches import Epochs
-from gptjax.data.pipeline import Example, Microbatch
+from gptjax.data.pipeline import ExampleArrays, Microbatch
 from gptjax.distributed import processes
 from gptjax.parallel.rows import process_rows
 from gptjax.stages.rl.completions import Answers, AnswerWriter, Arrays, EncodedPrompt
@@ -47,7 +47,7 @@ class Rollouts:
         writer: AnswerWriter,
         prompts: Sequence[EncodedPrompt],
         learn: Callable[[Answers], tuple[Arrays, dict[str, float]]],
-        text: Callable[[int, int], Example] | None = None,
+        text: Callable[[int, int], ExampleArrays] | None = None,
     ) -> None:
         self._config, self._mesh, self._writer, self._prompts = config, mesh, writer, prompts
         self._learn, self._text = learn, text

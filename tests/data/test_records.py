@@ -215,7 +215,7 @@ def test_brown_words_without_a_tag(write, tmp_path):
         ("csv:", "write csv:GLOB"),
         ("tweets:all", "write tweets$"),
         ("tfds:glue/sst2#sentence", r"write tfds:NAME\[@SPLIT\]$"),
-        ("text:a.txt", "^unknown source 'text:a.txt' of labelled rows: known are tweets, hironsan, csv:GLOB, "),
+        ("text:a.txt", "^unknown source 'text:a.txt' of labelled rows: known sources are tweets, hironsan, csv:GLOB, "),
         ("csv:/nowhere/*.csv", r"^no file matches '/nowhere/\*\.csv'$"),
         ("brown:/nowhere", "no file matches"),
         ("folders:/nowhere", "no file matches"),

@@ -78,7 +78,7 @@ def test_labels_are_those_of_the_rows_sorted_or_the_given_ones() -> None:
 @pytest.mark.parametrize(
     ("kind", "given_labels", "message"),
     [
-        ("classification", ("good", "fine"), r"^rows\.csv:3: unknown label 'bad': known are good, fine$"),
+        ("classification", ("good", "fine"), r"^rows\.csv:3: unknown label 'bad': known labels are good, fine$"),
         ("classification", ("good", "good", "bad"), r"^task\.labels=.* has a label twice$"),
         ("multiple_choice", ("good",), r"^task\.labels=.* is not for task\.kind=multiple_choice"),
     ],
@@ -99,7 +99,7 @@ def test_a_file_of_one_class() -> None:
 
 def test_an_unknown_tag_of_a_validation_row() -> None:
     rows = rows_of({"tokens": ["a", "b"], "tags": ["O", "B-X"]})
-    with pytest.raises(UserError, match=r"^rows\.csv:2: unknown label 'B-X': known are O, B-Y$"):
+    with pytest.raises(UserError, match=r"^rows\.csv:2: unknown label 'B-X': known labels are O, B-Y$"):
         check_labels(rows, ("O", "B-Y"))
     with pytest.raises(UserError, match=r"^rows\.csv:2: unknown label 'B-X'"):
         encode(rows, TaskConfig(kind="tagging"), ("O", "B-Y"), BytesTokenizer(), 16)
@@ -362,5 +362,5 @@ def test_the_best_answer_is_that_of_trying_all(length: int, longest: int, seed: 
 
 def test_a_context_that_the_tokenizer_reads_nothing_of(get: Callable[[str], Tokenizer]) -> None:
     rows = rows_of({"context": "\x00", "question": "q"})
-    with pytest.raises(UserError, match=r"^rows\.csv:2: the tokenizer reads nothing of its context$"):
+    with pytest.raises(UserError, match=r"^rows\.csv:2: the tokenizer encodes its context to no tokens$"):
         encode(rows, TaskConfig(kind="question_answering"), (), get("gpt1_bpe:1000"), 16)

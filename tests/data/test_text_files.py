@@ -39,7 +39,7 @@ def test_utf16_of_either_byte_order_and_what_is_not_utf16(tmp_path):
         path.write_bytes(mark + "ä🙂".encode(encoding))
         assert read(f"text:{path}") == ["ä🙂"]
         path.write_bytes(mark + "ab".encode(encoding) + b"c")
-        with pytest.raises(UserError, match=rf"{path} begins as UTF-16, but is not at byte 6: convert it$"):
+        with pytest.raises(UserError, match=rf"{path} begins as UTF-16, but is invalid at byte 6: convert it$"):
             read(f"text:{path}")
 
 

@@ -250,7 +250,10 @@ def test_json_errors(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("gpt-2", "unknown tokenizer 'gpt-2': known are gpt2, cl100k_base, bytes, bpe:SIZE, gpt1_bpe:SIZE, json:PATH"),
+        (
+            "gpt-2",
+            "unknown tokenizer 'gpt-2': known tokenizers are gpt2, cl100k_base, bytes, bpe:SIZE, gpt1_bpe:SIZE, json:PATH",
+        ),
         ("bytes:3", "unknown tokenizer 'bytes:3'"),
         ("bpe:big", "'bpe:big': SIZE must be a whole number of at least 300"),
         ("bpe", "'bpe': SIZE must be"),

@@ -201,7 +201,7 @@ class PackedRankings(Epochs, grain.sources.RandomAccessDataSource[ExampleArrays]
 
     All elements have the same shape, the smallest that fits every prompt alone: T is the bucket of the longest
     sequence, R the maximum number of rows of a prompt. Remaining space is shared with other prompts. In addition to the
-    arrays above an element has, with P the maximum number of prompts of an element and G that of completions of a prompt:
+    arrays above an element has, with at most P prompts of an element and G completions of a prompt:
       ends: int32 (P, G), index of the last token of each completion in the R x T positions.
       levels: int32 (P, G), rank, 1 for the best; 0 where there is no completion.
 

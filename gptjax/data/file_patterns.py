@@ -18,8 +18,8 @@ def matching_files(pattern: str) -> list[Path]:
     """Returns the files that match a glob pattern, sorted.
 
     `~` is the home directory. `**` descends into all folders except hidden ones, follows symbolic links, and visits
-    each real folder once. Leading folders of the pattern, or all of it, are taken literally if they exist under that name,
-    so that "runs[1]/a.txt" names that file; elsewhere "[[]" is a literal "[".
+    each real folder once. Leading folders of the pattern, or all of it, are taken literally if they exist under that
+    name, so that "runs[1]/a.txt" names that file; elsewhere "[[]" is a literal "[".
 
     Raises:
       UserError: no file matches, all are empty, or one cannot be read or is in an unsupported archive format.

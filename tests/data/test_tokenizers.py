@@ -252,7 +252,7 @@ def test_json_errors(tmp_path):
     [
         (
             "gpt-2",
-            "unknown tokenizer 'gpt-2': known tokenizers are gpt2, cl100k_base, bytes, bpe:SIZE, gpt1_bpe:SIZE, json:PATH",
+            "unknown tokenizer 'gpt-2': known tokenizers are gpt2, cl100k_base, bytes, bpe:SIZE, gpt1_bpe:SIZE",
         ),
         ("bytes:3", "unknown tokenizer 'bytes:3'"),
         ("bpe:big", "'bpe:big': SIZE must be a whole number of at least 300"),

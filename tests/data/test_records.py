@@ -71,7 +71,7 @@ def test_the_first_line_tells_the_delimiter_of_a_csv(write, content, text):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('text,label\n"a \\"b\\" c",pos\n', r"a\.csv:2 is malformed: .*: within quotation marks write each .* twice"),
+        ('text,label\n"a \\"b\\" c",pos\n', r"a\.csv:2 is malformed: .*: double each quotation mark"),
         ('text,label\n"a", "pos"\n', r"a\.csv:2 has a blank between ',' and a quotation mark"),
         ("text,label\ra,pos\r", r"a\.csv:1 is malformed: a carriage return alone ends a line"),
         ("text;label\na;b;c\n", r"a\.csv:2 has 3 cells, but there are 2 columns, with ';' between them"),

@@ -80,7 +80,7 @@ def test_labels_are_those_of_the_rows_sorted_or_the_given_ones() -> None:
     [
         ("classification", ("good", "fine"), r"^rows\.csv:3: unknown label 'bad': known labels are good, fine$"),
         ("classification", ("good", "good", "bad"), r"^task\.labels=.* has a label twice$"),
-        ("multiple_choice", ("good",), r"^task\.labels=.* is not for task\.kind=multiple_choice"),
+        ("multiple_choice", ("good",), r"^task\.labels=.* does not apply to task\.kind=multiple_choice"),
     ],
 )
 def test_labels_that_do_not_fit(kind: str, given_labels: tuple[str, ...], message: str) -> None:

@@ -72,7 +72,7 @@ def main() -> None:
     output = None if OUTPUT.value is None else cli.output_file("output", OUTPUT.value)
     cli.join()
     program_cache.use(expand(CACHE_DIR.value))
-    from gptjax.evaluation.run import Options, evaluate  # takes seconds to import
+    from gptjax.evaluation.run_tasks import Options, evaluate  # takes seconds to import
 
     evaluate(
         workdir,

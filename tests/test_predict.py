@@ -15,7 +15,7 @@ from absl import flags
 
 from gptjax.config import Config, UserError, replace
 from gptjax.run import run
-from gptjax.stages import start
+from gptjax.stages import saved_weights
 from tests.tiny_tasks import records, run_config, with_method
 
 ROOT = Path(__file__).parents[1]
@@ -85,8 +85,10 @@ def test_says_of_each_line_what_the_run_said_of_the_same_text(command, workdir_o
 
 def test_several_adapters_share_one_base(command, workdir_of, monkeypatch):
     workdirs = [workdir_of("classification", "lora"), workdir_of("classification", "head")]
-    loaded, load = [], start.load_weights
-    monkeypatch.setattr(start, "load_weights", lambda *args, **kwargs: loaded.append(args[0]) or load(*args, **kwargs))
+    loaded, load = [], saved_weights.load_weights
+    monkeypatch.setattr(
+        saved_weights, "load_weights", lambda *args, **kwargs: loaded.append(args[0]) or load(*args, **kwargs)
+    )
     both = command(f"--workdir={workdirs[0]},{workdirs[1]}", stdin="good 12\nbad 3\n")
     assert len(loaded) == 1
     for workdir in workdirs:

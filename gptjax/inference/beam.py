@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from gptjax.config import UserError
 from gptjax.inference.engine import Completion, Engine, FinishReason, Prompt
-from gptjax.inference.text import TextStream
+from gptjax.inference.text_stream import TextStream
 from gptjax.models.attention import KeyValues
 from gptjax.models.decoding import Cache, decode, logits, prefill, unstack
 from gptjax.models.gpt import GPT
@@ -171,12 +171,12 @@ class _Search:
             elif self._length == rules.max_new_tokens:
                 self.finished.append(_Finished(path, self._score(total, self._length), "length"))
         self.finished = sorted(self.finished, key=lambda found: -found.score)[: rules.num_beams]
-        self._beams = [paths[kept] for kept in candidates.kept_BK]
+        self._beams = [paths[kept] for kept in candidates.kept_BG]
 
         if len(self.finished) == rules.num_beams:
             longest = rules.early_stopping == "never" and rules.length_penalty > 0
             expected_length = rules.max_new_tokens if longest else self._length
-            expected = self._score(candidates.total_BC[candidates.kept_BK[0]], expected_length)
+            expected = self._score(candidates.total_BC[candidates.kept_BG[0]], expected_length)
             self.over = rules.early_stopping is True or expected <= self.finished[-1].score
 
     def _score(self, total: npt.NDArray[np.float32], length: int) -> float:
@@ -186,7 +186,7 @@ class _Search:
 # --- the compiled programs --------------------------------------------------------------------------------------------
 
 
-class Program(NamedTuple):
+class BeamProgram(NamedTuple):
     """What they are compiled for, besides shapes."""
 
     model: GPT
@@ -195,12 +195,12 @@ class Program(NamedTuple):
     num_candidates: int  # of a prompt
 
 
-class Memory(NamedTuple):
-    """What goes from one step to the next; donated. Rows R of the cache: the beams K of each prompt B in turn."""
+class BeamCache(NamedTuple):
+    """What goes from one step to the next; donated. Rows N of the cache: the beams G of each prompt B in turn."""
 
     cache: Cache
-    token_BK: jax.Array
-    total_BK: jax.Array  # float32, sum of the beam's log-probabilities
+    token_BG: jax.Array
+    total_BG: jax.Array  # float32, sum of the beam's log-probabilities
 
 
 class Candidates(NamedTuple):
@@ -211,14 +211,14 @@ class Candidates(NamedTuple):
       token_BC: int32, by which token.
       logprob_BC: float32, of that token.
       total_BC: float32, of the beam and that token.
-      kept_BK: which candidates are the next beams, best first.
+      kept_BG: which candidates are the next beams, best first.
     """
 
     parent_BC: Any
     token_BC: Any
     logprob_BC: Any
     total_BC: Any
-    kept_BK: Any
+    kept_BG: Any
 
 
 def _candidates(engine: Engine, windows: list[npt.NDArray[np.int32]], rules: Rules) -> Iterator[Candidates]:
@@ -226,15 +226,15 @@ def _candidates(engine: Engine, windows: list[npt.NDArray[np.int32]], rules: Rul
     if not windows:
         return
     num_candidates = _candidates_per_beam(rules.ends) * rules.num_beams
-    program = Program(engine.model, engine.slots(windows, rules.max_new_tokens), rules.num_beams, num_candidates)
+    program = BeamProgram(engine.model, engine.slots(windows, rules.max_new_tokens), rules.num_beams, num_candidates)
     tokens_BT, lengths_B = engine.pad(windows, engine.rows(len(windows)))
-    ends_E = np.array(rules.ends or (-1,), np.int32)  # -1 is no token
-    lengths_R = np.repeat(lengths_B, rules.num_beams)
+    ends_N = np.array(rules.ends or (-1,), np.int32)  # -1 is no token
+    lengths_N = np.repeat(lengths_B, rules.num_beams)
     with use_mesh(engine.mesh):
-        memory, last = _prefill(program, engine.params, tokens_BT, lengths_B, ends_E)
+        memory, last = _prefill(program, engine.params, tokens_BT, lengths_B, ends_N)
     for i in range(rules.max_new_tokens - 1):
         with use_mesh(engine.mesh):
-            memory, new = _decode(program, engine.params, memory, lengths_R + np.int32(i), ends_E)
+            memory, new = _decode(program, engine.params, memory, lengths_N + np.int32(i), ends_N)
         yield Candidates(*map(np.asarray, last))
         last = new
     yield Candidates(*map(np.asarray, last))
@@ -242,52 +242,52 @@ def _candidates(engine: Engine, windows: list[npt.NDArray[np.int32]], rules: Rul
 
 @partial(jax.jit, static_argnums=0)
 def _prefill(
-    program: Program, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array, ends_E: jax.Array
-) -> tuple[Memory, Candidates]:
+    program: BeamProgram, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array, ends_N: jax.Array
+) -> tuple[BeamCache, Candidates]:
     """Reads the prompts and branches each into its first beams."""
     params = unstack(program.model.config, params)
     x_BD, cache = prefill(program.model, params, constrain(tokens_BT, "batch", None), lengths_B, program.slots)
-    return _branch(program, params, x_BD, cache, jnp.zeros((len(lengths_B), 1)), ends_E)
+    return _branch(program, params, x_BD, cache, jnp.zeros((len(lengths_B), 1)), ends_N)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _decode(
-    program: Program, params: Any, memory: Memory, position_R: jax.Array, ends_E: jax.Array
-) -> tuple[Memory, Candidates]:
-    """Reads the token that each beam was last continued by, at `position_R`, and branches again."""
+    program: BeamProgram, params: Any, memory: BeamCache, position_N: jax.Array, ends_N: jax.Array
+) -> tuple[BeamCache, Candidates]:
+    """Reads the token that each beam was last continued by, at `position_N`, and branches again."""
     params = unstack(program.model.config, params)
-    x_RD, cache = decode(program.model, params, memory.cache, memory.token_BK.reshape(-1), position_R)
-    return _branch(program, params, x_RD, cache, memory.total_BK, ends_E)
+    x_ND, cache = decode(program.model, params, memory.cache, memory.token_BG.reshape(-1), position_N)
+    return _branch(program, params, x_ND, cache, memory.total_BG, ends_N)
 
 
 def _branch(
-    program: Program, params: Any, x_RD: jax.Array, cache: Cache, total_BK: jax.Array, ends_E: jax.Array
-) -> tuple[Memory, Candidates]:
+    program: BeamProgram, params: Any, x_ND: jax.Array, cache: Cache, total_BG: jax.Array, ends_N: jax.Array
+) -> tuple[BeamCache, Candidates]:
     """Candidates of the beams so far, and the beams that go on: K of them, each with its parent's cache."""
-    batch, beams = total_BK.shape
-    logprob_BKV = jax.nn.log_softmax(logits(program.model, params, x_RD)).reshape(batch, beams, -1)
-    vocab_size = logprob_BKV.shape[-1]
-    total_BC, at_BC = jax.lax.top_k((total_BK[:, :, None] + logprob_BKV).reshape(batch, -1), program.num_candidates)
+    batch, beams = total_BG.shape
+    logprob_BGV = jax.nn.log_softmax(logits(program.model, params, x_ND)).reshape(batch, beams, -1)
+    vocab_size = logprob_BGV.shape[-1]
+    total_BC, at_BC = jax.lax.top_k((total_BG[:, :, None] + logprob_BGV).reshape(batch, -1), program.num_candidates)
     parent_BC, token_BC = at_BC // vocab_size, at_BC % vocab_size
-    logprob_BC = jnp.take_along_axis(logprob_BKV.reshape(batch, -1), at_BC, axis=1)
+    logprob_BC = jnp.take_along_axis(logprob_BGV.reshape(batch, -1), at_BC, axis=1)
     # At most E candidates of a beam end the text, so at least as many as there are beams do not.
-    ended_BC = jnp.any(token_BC[:, :, None] == ends_E[None, None], axis=-1)
-    _, kept_BK = jax.lax.top_k(jnp.where(ended_BC, -jnp.inf, total_BC), program.num_beams)
-    parent_BK, token_BK, total_BK = (
-        jnp.take_along_axis(x_BC, kept_BK, axis=1) for x_BC in (parent_BC, token_BC, total_BC)
+    ended_BC = jnp.any(token_BC[:, :, None] == ends_N[None, None], axis=-1)
+    _, kept_BG = jax.lax.top_k(jnp.where(ended_BC, -jnp.inf, total_BC), program.num_beams)
+    parent_BG, token_BG, total_BG = (
+        jnp.take_along_axis(x_BC, kept_BG, axis=1) for x_BC in (parent_BC, token_BC, total_BC)
     )
-    memory = Memory([_reorder(layer, parent_BK) for layer in cache], token_BK, total_BK)
-    candidates = Candidates(parent_BC, token_BC, logprob_BC, total_BC, kept_BK)
+    memory = BeamCache([_reorder(layer, parent_BG) for layer in cache], token_BG, total_BG)
+    candidates = Candidates(parent_BC, token_BC, logprob_BC, total_BC, kept_BG)
     return memory, Candidates(*(constrain(array, None, None) for array in candidates))
 
 
-def _reorder(layer: KeyValues, parent_BK: jax.Array) -> KeyValues:
+def _reorder(layer: KeyValues, parent_BG: jax.Array) -> KeyValues:
     """Each beam's parent's keys and values. The beams of a prompt lie on one device, so nothing is sent."""
-    batch, beams = parent_BK.shape
+    batch, beams = parent_BG.shape
 
-    def reorder(x_RHSK: jax.Array) -> jax.Array:
-        x_BPHSK = x_RHSK.reshape(batch, -1, *x_RHSK.shape[1:])
-        x_BKHSK = jax.vmap(lambda x_PHSK, parent_K: jnp.take(x_PHSK, parent_K, axis=0))(x_BPHSK, parent_BK)
-        return constrain(x_BKHSK.reshape(batch * beams, *x_RHSK.shape[1:]), "batch", "heads", None, None)
+    def reorder(x_NHSK: jax.Array) -> jax.Array:
+        x_BGHSK = x_NHSK.reshape(batch, -1, *x_NHSK.shape[1:])
+        reordered_BGHSK = jax.vmap(lambda x_GHSK, parent_G: jnp.take(x_GHSK, parent_G, axis=0))(x_BGHSK, parent_BG)
+        return constrain(reordered_BGHSK.reshape(batch * beams, *x_NHSK.shape[1:]), "batch", "heads", None, None)
 
     return jax.tree.map(reorder, layer)

@@ -15,9 +15,17 @@ from jax.sharding import Mesh
 
 from gptjax.config import UserError
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.inference.programs import MOST_TOKENS, Draw, Drawn, Memory, Program, draw_tokens, read_prompts
+from gptjax.inference.programs import (
+    MOST_TOKENS,
+    DecodingCache,
+    DecodingProgram,
+    Draw,
+    Drawn,
+    draw_tokens,
+    read_prompts,
+)
 from gptjax.inference.sampling import Sampling
-from gptjax.inference.text import TextStream
+from gptjax.inference.text_stream import TextStream
 from gptjax.inference.weights import Weights, prepare
 from gptjax.models.gpt import GPT
 from gptjax.parallel.mesh import batch_shards, use_mesh
@@ -215,14 +223,14 @@ class Engine:
         at_once: int,
     ) -> Iterator[list["_Call"]]:
         """Starts one call of a program after the other."""
-        program = Program(self.model, sampling.form, self.slots(windows, max_new_tokens, overflow))
+        program = DecodingProgram(self.model, sampling.form, self.slots(windows, max_new_tokens, overflow))
         context, rows = self.model.config.context_length, self.rows(len(windows))
         seen_BV: Any = self._seen(windows, rows) if sampling.repetition_penalty is not None else None
-        ends_E = np.full(max(MIN_ENDS, power_of_two(len(ends))), -1, np.int32)
-        ends_E[: len(ends)] = ends
+        ends_N = np.full(max(MIN_ENDS, power_of_two(len(ends))), -1, np.int32)
+        ends_N[: len(ends)] = ends
         seeds_B = np.resize(np.array([seed % 2**32 for seed in seeds], np.uint32), rows)
-        draw = Draw(seeds_B, np.int32(0), sampling.knobs, ends_E)
-        memory: Memory | None = None
+        draw = Draw(seeds_B, np.int32(0), sampling.knobs, ends_N)
+        memory: DecodingCache | None = None
         ended_B: Any = np.zeros(rows, bool)
         since: list[_Call] = []  # since `windows` were read
         while draw.number < max_new_tokens:

@@ -20,7 +20,7 @@ from gptjax.parallel.mesh import constrain
 MOST_TOKENS = 32  # that one call draws: enough to hide what a call costs, few enough for Ctrl-C to be heard
 
 
-class Program(NamedTuple):
+class DecodingProgram(NamedTuple):
     """What they are compiled for, besides shapes."""
 
     model: GPT
@@ -34,15 +34,15 @@ class Draw(NamedTuple):
     seeds_B: npt.NDArray[np.uint32]
     number: np.int32 | jax.Array  # of the token among the new ones
     knobs: Knobs
-    ends_E: npt.NDArray[np.int32]  # tokens that end a text; -1 is none
+    ends_N: npt.NDArray[np.int32]  # tokens that end a text; -1 is none
 
 
-class Memory(NamedTuple):
+class DecodingCache(NamedTuple):
     """What goes from one token to the next; donated."""
 
     cache: Cache
     token_B: jax.Array  # int32, drawn last and not yet read
-    ended_B: jax.Array  # bool: one of `ends_E` was drawn
+    ended_B: jax.Array  # bool: one of `ends_N` was drawn
     seen_BV: jax.Array | None  # bool, for the repetition penalty
 
 
@@ -55,14 +55,14 @@ class Drawn(NamedTuple):
 
 @partial(jax.jit, static_argnums=0)
 def read_prompts(
-    program: Program,
+    program: DecodingProgram,
     params: Any,
     tokens_BT: jax.Array,
     lengths_B: jax.Array,
     ended_B: jax.Array,
     seen_BV: jax.Array | None,
     draw: Draw,
-) -> tuple[Memory, Drawn]:
+) -> tuple[DecodingCache, Drawn]:
     """Reads the prompts and draws the first new token of each, N = 1."""
     params = unstack(program.model.config, params)
     x_BD, cache = prefill(program.model, params, constrain(tokens_BT, "batch", None), lengths_B, program.slots)
@@ -72,8 +72,8 @@ def read_prompts(
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def draw_tokens(
-    program: Program, params: Any, memory: Memory, position_B: jax.Array, count: jax.Array, draw: Draw
-) -> tuple[Memory, Drawn]:
+    program: DecodingProgram, params: Any, memory: DecodingCache, position_B: jax.Array, count: jax.Array, draw: Draw
+) -> tuple[DecodingCache, Drawn]:
     """Reads the token drawn last, at `position_B`, and draws the next, `count` times or until every row has ended.
 
     One call for many tokens: the host's part of a call takes longer than a GPU needs for a token of a small model.
@@ -83,11 +83,11 @@ def draw_tokens(
     """
     params = unstack(program.model.config, params)
 
-    def more(state: tuple[jax.Array, Memory, Drawn]) -> jax.Array:
+    def more(state: tuple[jax.Array, DecodingCache, Drawn]) -> jax.Array:
         i, memory, _ = state
         return (i < count) & ~jnp.all(memory.ended_B)
 
-    def one(state: tuple[jax.Array, Memory, Drawn]) -> tuple[jax.Array, Memory, Drawn]:
+    def one(state: tuple[jax.Array, DecodingCache, Drawn]) -> tuple[jax.Array, DecodingCache, Drawn]:
         i, memory, drawn = state
         x_BD, cache = decode(program.model, params, memory.cache, memory.token_B, position_B + i)
         this = draw._replace(number=draw.number + i)
@@ -102,14 +102,14 @@ def draw_tokens(
 
 
 def _draw(
-    program: Program,
+    program: DecodingProgram,
     params: Any,
     x_BD: jax.Array,
     cache: Cache,
     ended_B: jax.Array,
     seen_BV: jax.Array | None,
     draw: Draw,
-) -> tuple[Memory, jax.Array]:
+) -> tuple[DecodingCache, jax.Array]:
     """Draws the next token of each row: the memory with it, and its log-probability."""
     logits_BV = logits(program.model, params, x_BD)
     keys_B = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), draw.number))(draw.seeds_B)
@@ -119,5 +119,5 @@ def _draw(
     if seen_BV is not None:
         seen_BV = seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
     token_B = constrain(token_B, None)
-    ended_B = ended_B | jnp.any(token_B[:, None] == draw.ends_E[None], axis=-1)
-    return Memory(cache, token_B, ended_B, seen_BV), constrain(logprob_B, None)
+    ended_B = ended_B | jnp.any(token_B[:, None] == draw.ends_N[None], axis=-1)
+    return DecodingCache(cache, token_B, ended_B, seen_BV), constrain(logprob_B, None)

@@ -20,7 +20,7 @@ from gptjax.config import (
     to_json,
 )
 from gptjax.data.templates import chat_format
-from gptjax.interop import families, heads
+from gptjax.interop import families, task_heads
 from gptjax.interop.families import Family
 from gptjax.interop.huggingface import check_new, new_directory
 from gptjax.interop.peft_files import load_lora, save_lora
@@ -29,7 +29,7 @@ from gptjax.models import peft
 from gptjax.parallel.mesh import make_mesh
 from gptjax.stages import registry
 from gptjax.stages.registry import completed_config
-from gptjax.stages.start import given_base, load_given, load_parts
+from gptjax.stages.saved_weights import given_base, load_given, load_parts
 
 _EMBEDDING = "token_embedding/embedding"
 
@@ -39,7 +39,7 @@ def export_adapter(workdir: Path, directory: Path) -> None:
 
     What else the run has trained is in `modules_to_save`: the embeddings, where it has new special tokens (all of them,
     so the base model's are resized first), and the head of a fine-tuned task with the layer norm that its bias is
-    folded into (`interop.heads`). The directory also has the tokenizer of a task or a chat, and for a task the
+    folded into (`interop.task_heads`). The directory also has the tokenizer of a task or a chat, and for a task the
     config.json of the model with its head, which has the labels.
 
     Raises:
@@ -52,14 +52,14 @@ def export_adapter(workdir: Path, directory: Path) -> None:
         remedy = "transformers has no such layers" if method == "adapters" else "export the whole model by --to_hf"
         raise UserError(f"{workdir} is of peft.method={method}, and PEFT's files are for lora: {remedy}")
     family = families.family_of(config.model)
-    heads.check(workdir, family, config)
+    task_heads.check(workdir, family, config)
     mesh, is_task = make_mesh(MeshConfig()), registry.definition(config).head == "task"
     with jax.set_mesh(mesh):
         parts = load_parts(workdir, mesh, best=registry.definition(config).uses_best_checkpoint)
         params = peft.join(parts.base, parts.trained)
     head, leaves = None, peft.flatten(params)
     if is_task:
-        head, leaves = heads.split_head(family, config, tokenizer, params)
+        head, leaves = task_heads.split_head(family, config, tokenizer, params)
     modules: dict[str, dict[str, np.ndarray]] = {}
     if _EMBEDDING in peft.flatten(parts.trained):
         table = {"weight": np.asarray(leaves[_EMBEDDING])}
@@ -94,7 +94,7 @@ def export_adapter(workdir: Path, directory: Path) -> None:
 
 def _last_norm(family: Family, model: GPTConfig, leaves: dict[str, Any]) -> dict[str, dict[str, np.ndarray]]:
     """The layer norm before the head, as a module of transformers with its tensors."""
-    path, row = heads.last_norm(model)
+    path, row = task_heads.last_norm(model)
     found: dict[str, dict[str, np.ndarray]] = {}
     for name in ("scale", "bias"):
         leaf = np.asarray(leaves[f"{path}/{name}"])

@@ -23,16 +23,16 @@ from gptjax.config import BatchConfig, Config, DataConfig, GPTConfig, MeshConfig
 from gptjax.data import tokenizers
 from gptjax.data.templates import ChatFormat, chat_format
 from gptjax.files import unfinished_path
-from gptjax.interop import families, heads, safetensors_files
+from gptjax.interop import families, safetensors_files, task_heads
 from gptjax.interop.families import Family, Placement, placements
-from gptjax.interop.heads import Head
 from gptjax.interop.safetensors_files import DTYPES, Declared, Tensor
+from gptjax.interop.task_heads import Head
 from gptjax.interop.tokenizer_files import ends_of, read_tokenizer, write_tokenizer
 from gptjax.models.gpt import GPT, abstract_params
 from gptjax.parallel.mesh import make_mesh
 from gptjax.stages import registry
 from gptjax.stages.registry import completed_config
-from gptjax.stages.start import load_weights
+from gptjax.stages.saved_weights import load_weights
 
 DType = Literal["float32", "bfloat16"]
 
@@ -195,9 +195,9 @@ def import_workdir(
 def export_workdir(workdir: Path, directory: Path) -> None:
     """Writes the newest weights of a workdir as a Hugging Face directory (`save_pretrained`).
 
-    Low-rank matrices are merged. A fine-tuned task becomes a class of transformers with a head (`interop.heads`), with
-    the weights of the best checkpoint, as in `gptjax.predict`; its tokenizer writes the start, delimiter and extract
-    tokens. The tokenizer of a chat model has the special tokens of its template, and the template.
+    Low-rank matrices are merged. A fine-tuned task becomes the transformers class with its head (`interop.task_heads`)
+    with the weights of the best checkpoint, as in `gptjax.predict`; its tokenizer adds the start, delimiter and extract
+    tokens. The tokenizer of a chat model has the chat template and its special tokens.
 
     Raises:
       UserError: transformers has no class for the model or its head; `directory` is not new.
@@ -205,7 +205,7 @@ def export_workdir(workdir: Path, directory: Path) -> None:
     check_new(directory)
     config, tokenizer = completed_config(workdir)
     family = families.family_of(config.model)  # before the checkpoint is opened
-    heads.check(workdir, family, config)
+    task_heads.check(workdir, family, config)
     mesh = make_mesh(MeshConfig())
     abstract = abstract_params(GPT(config.model), mesh)
     definition = registry.definition(config)
@@ -215,7 +215,7 @@ def export_workdir(workdir: Path, directory: Path) -> None:
             weights = load_weights(workdir, mesh, best=definition.uses_best_checkpoint)
         head, leaves = None, _by_path(weights.gpt)
         if is_task:
-            head, leaves = heads.split_head(family, config, tokenizer, weights.gpt | {"head": weights.head})
+            head, leaves = task_heads.split_head(family, config, tokenizer, weights.gpt | {"head": weights.head})
         arrays = (np.asarray(leaves[path]) for path in _by_path(abstract))
         form = chat_format(config.chat, tokenizer) if definition.conversational else None
         _save(config.model, _by_path(abstract), arrays, directory, tokenizer, chat=form, head=head)

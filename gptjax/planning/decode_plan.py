@@ -144,8 +144,8 @@ def abstract_weights(model: GPTConfig, mesh: Mesh, weights: Weights) -> tuple[GP
     )
 
 
-def _program(model: GPT) -> programs.Program:
-    return programs.Program(model, Sampling().form, model.config.context_length)
+def _program(model: GPT) -> programs.DecodingProgram:
+    return programs.DecodingProgram(model, Sampling().form, model.config.context_length)
 
 
 def _prompts(model: GPT, rows: int) -> tuple[Any, ...]:
@@ -169,7 +169,7 @@ def _lower_decode(model: GPT, params: Any, rows: int) -> jax.stages.Lowered:
     return programs.draw_tokens.lower(_program(model), params, memory, row_B, np.int32(0), _draw(rows))
 
 
-def abstract_memory(model: GPT, params: Any, rows: int) -> programs.Memory:
+def abstract_memory(model: GPT, params: Any, rows: int) -> programs.DecodingCache:
     """Returns the abstract decoding state in prefill's layout: sharded over batch and heads, not over slots."""
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     sharding = NamedSharding(mesh, partition_spec(("batch", "heads", None, None)))
@@ -180,7 +180,7 @@ def abstract_memory(model: GPT, params: Any, rows: int) -> programs.Memory:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
     rest = placed(memory, NamedSharding(mesh, PartitionSpec()))
-    return cast(programs.Memory, rest._replace(cache=placed(memory.cache, sharding)))
+    return cast(programs.DecodingCache, rest._replace(cache=placed(memory.cache, sharding)))
 
 
 def _token_seconds(model: GPTConfig, topology: Topology, bytes_read: int, rows: int, mesh: Mesh) -> float | None:

@@ -20,7 +20,7 @@ from gptjax.stages import pretrain, sft
 from gptjax.stages.definition import Definition
 from gptjax.stages.finetune import task_model
 from gptjax.stages.preference import dpo_objective, reward_model
-from gptjax.stages.rl import objective as rl
+from gptjax.stages.rl import rl_objective as rl
 from gptjax.training.objective import Objective
 
 DEFINITIONS: dict[str, Definition] = {

@@ -15,7 +15,7 @@ from gptjax.data.templates import TEMPLATES, ChatFormat, chat_format
 from gptjax.data.tokenizers import BytesTokenizer
 from gptjax.evaluation import dialogue
 from gptjax.evaluation.dialogue import Answer, Rewards, dialogue_task, read_prompts, reward
-from gptjax.evaluation.run import Options, evaluate
+from gptjax.evaluation.run_tasks import Options, evaluate
 from gptjax.evaluation.scoring import Score, Scorer
 from gptjax.inference.engine import Engine
 from gptjax.inference.sampling import Sampling
@@ -226,7 +226,7 @@ def test_a_stopped_evaluation_goes_on(sft, tmp_path, monkeypatch):
 def test_stages_that_do_not_answer(reward_model, sft):
     with pytest.raises(UserError, match="is of stage reward: --tasks=dialogue is for stages sft, dpo, ppo, grpo"):
         evaluate(reward_model, Options(tasks=("dialogue",)))
-    with pytest.raises(UserError, match="is of stage sft: rewards are what a run of stage reward has learned"):
+    with pytest.raises(UserError, match="is of stage sft: a reward model is a run of stage reward"):
         evaluate(sft, Options(tasks=("dialogue",), held_out=True, reward_model=sft))
 
 

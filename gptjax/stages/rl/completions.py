@@ -22,8 +22,8 @@ from gptjax.models.gpt import GPT
 from gptjax.models.heads import VALUE
 from gptjax.parallel.mesh import constrain
 from gptjax.stages.policy import REFERENCE
-from gptjax.stages.rl.objective import completion_measurer
 from gptjax.stages.rl.reward_functions import RewardSource
+from gptjax.stages.rl.rl_objective import completion_measurer
 
 ROW_MULTIPLE = 16  # positions: rows are no longer than the longest prompt needs, rounded up
 SHOWN = 8  # answers of an iteration in samples/

@@ -22,7 +22,7 @@ from gptjax.parallel.mesh import make_mesh
 from gptjax.run import run
 from gptjax.stages.builders import BUILDERS, build
 from gptjax.stages.finetune import build as finetune
-from gptjax.stages.start import load_parts
+from gptjax.stages.saved_weights import load_parts
 from gptjax.stages.trained_model import load_model
 from gptjax.training.metrics_file import read_metrics
 from tests.tiny_tasks import BATCH, KINDS, LABELS, run_config, save_pretrained, with_method

@@ -19,7 +19,8 @@ from gptjax.parallel.mesh import make_mesh
 from gptjax.run import run
 from gptjax.stages import registry
 from gptjax.stages.builders import build
-from gptjax.stages.start import load_reward_weights, load_weights, start_state
+from gptjax.stages.saved_weights import load_reward_weights, load_weights
+from gptjax.stages.start import start_state
 from gptjax.training import loop
 from gptjax.training.metrics_file import read_metrics
 from tests.tiny_chats import BATCH, config_of, rl_config

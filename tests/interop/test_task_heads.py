@@ -177,7 +177,7 @@ def test_a_reward_model_and_adapters_are_refused(trained, tmp_path):
 
 def test_outputs_that_are_linearly_dependent_are_refused():
     """No bias of the layer norm moves two outputs of the same weights apart."""
-    from gptjax.interop.heads import _folded
+    from gptjax.interop.task_heads import _folded
 
     weight_KD = np.ones((2, 4))
     with pytest.raises(UserError, match="weights of the outputs are linearly dependent"):

@@ -16,7 +16,7 @@ from gptjax.models.gpt import GPT, head_embedding, hidden_states
 from gptjax.models.heads import VALUE
 from gptjax.stages.policy import REFERENCE
 from gptjax.stages.preference.reward_model import RewardModel
-from gptjax.stages.rl.objective import completion_measurer, grpo_loss, ppo_loss
+from gptjax.stages.rl.rl_objective import completion_measurer, grpo_loss, ppo_loss
 from tests.tiny_tasks import MODEL
 
 VOCAB, LENGTH = 40, 32

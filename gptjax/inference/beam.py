@@ -1,7 +1,7 @@
-"""Beam search: the completions that a search of a few beams side by side finds likeliest (Wu et al. 2016, section 7).
+"""Beam search (Wu et al. 2016, section 7), with the rules of transformers' `generate(num_beams=..., do_sample=False)`.
 
-The rules are those of transformers' `generate(num_beams=..., do_sample=False)`. The device extends the beams and gives
-the candidates of each step; which of them are finished, and when a search is over, the host keeps account of.
+The device extends the beams and returns the candidates of each step; the host keeps the finished completions and
+decides when a search ends.
 """
 
 import dataclasses
@@ -25,10 +25,11 @@ from gptjax.parallel.mesh import constrain, use_mesh
 
 @dataclasses.dataclass(frozen=True)
 class Beam:
-    """A completion that the search has found.
+    """A completion found by beam search.
 
     Attributes:
-      score: sum of its log-probabilities, an end-of-text's among them, over (number of tokens) ** length_penalty.
+      completion: the completion.
+      score: sum of its log-probabilities, including end-of-text, over (number of tokens) ** length_penalty.
     """
 
     completion: Completion
@@ -37,7 +38,7 @@ class Beam:
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """What a search is for; see `beam_search`."""
+    """Settings of a search; see `beam_search`."""
 
     num_beams: int
     length_penalty: float
@@ -57,25 +58,26 @@ def beam_search(
     early_stopping: bool | Literal["never"] = False,
     ignore_end_of_text: bool = False,
 ) -> list[list[Beam]]:
-    """The `num_return` best completions of each prompt, best first.
+    """Returns the `num_return` best completions of each prompt, best first.
 
-    Each step takes the (1 + E) * num_beams likeliest continuations of a prompt's beams, for E tokens that end a text.
-    Those among the first num_beams that end the text are finished, and the best num_beams of all finished ones are
-    kept; the first num_beams that do not end it are the next beams.
+    Each step takes the (1 + num_ends) * num_beams most probable continuations of a prompt's beams, where num_ends is
+    the number of tokens that end a text. Those among the first num_beams that end the text are finished, and the best
+    num_beams of all finished ones are kept; the first num_beams that do not end it are the next beams.
 
     Args:
-      prompts: of any lengths; an empty one means the start of a document.
+      prompts: texts or token ids, of any lengths; an empty one means the start of a document.
       max_new_tokens: at least 1.
-      num_beams: 1 is greedy decoding.
-      length_penalty: power of the length that scores are divided by; above 0 favours longer completions.
+      num_beams: number of beams; 1 is greedy decoding.
+      length_penalty: exponent of the length that scores are divided by; above 0 favours longer completions.
       num_return: at most num_beams.
-      early_stopping: True: a search is over as soon as num_beams are finished; False: when besides the best that goes
-        on, were it to end now, would score no better than the worst of them; "never": were it to reach max_new_tokens
-        without losing any probability, for a positive length_penalty.
+      early_stopping: True: a search ends as soon as num_beams completions are finished. False: it ends when,
+        additionally, the best active beam would score no better than the worst finished one if it ended now. "never":
+        as False, but with the score that the active beam would have at max_new_tokens without losing any probability,
+        for a positive length_penalty.
       ignore_end_of_text: the search continues after end-of-text.
 
     Raises:
-      UserError: a number out of range, or as `Engine.generate`.
+      UserError: a number out of range, or as in `Engine.generate`.
     """
     ends = () if ignore_end_of_text else engine.tokenizer.ends
     for name, value, most in (
@@ -88,7 +90,7 @@ def beam_search(
     rules = Rules(
         num_beams,
         length_penalty,
-        True if num_beams == 1 else early_stopping,  # the likeliest token, if it ends the text, ends it
+        True if num_beams == 1 else early_stopping,  # greedy decoding ends at the first end of text
         ends,
         max_new_tokens,
     )
@@ -106,16 +108,16 @@ def beam_search(
 
 
 def _candidates_per_beam(ends: tuple[int, ...]) -> int:
-    """Continuations a step needs for each beam: as many may end the text as there are `ends`; 2 at least."""
+    """Returns the continuations needed for each beam: one more than may end the text, and at least 2."""
     return 1 + max(1, len(ends))
 
 
-# --- the host's account -----------------------------------------------------------------------------------------------
+# --- on the host ------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class _Path:
-    """A token, and how it was come to; beams share what they have in common."""
+    """The last token of a beam, linked to the tokens before it; beams share common prefixes."""
 
     parent: "_Path | None"
     token: int
@@ -148,19 +150,19 @@ class _Search:
     """The search for completions of one prompt.
 
     Attributes:
-      finished: the best so far, best first.
-      over: nothing more will be found.
+      finished: the best finished completions so far, best first.
+      over: the search has ended.
     """
 
     def __init__(self, rules: Rules) -> None:
         self.finished: list[_Finished] = []
         self.over = False
         self._rules = rules
-        self._beams: list[_Path | None] = [None]  # that go on
+        self._beams: list[_Path | None] = [None]  # active beams
         self._length = 0
 
     def extend(self, candidates: "Candidates") -> None:
-        """Takes the candidates of one step, of this prompt alone: arrays (C,), and (K,) of those that go on."""
+        """Processes the candidates of one step for this prompt: arrays (C,), and kept (G,)."""
         rules = self._rules
         self._length += 1
         columns = zip(candidates.parent_BC, candidates.token_BC, candidates.logprob_BC, strict=True)
@@ -187,31 +189,44 @@ class _Search:
 
 
 class BeamProgram(NamedTuple):
-    """What they are compiled for, besides shapes."""
+    """Static arguments of the compiled programs.
+
+    Attributes:
+      model: the model to decode with.
+      slots: positions of the key-value cache.
+      num_beams: beams of a prompt, G.
+      num_candidates: candidates of a prompt, C.
+    """
 
     model: GPT
     slots: int
     num_beams: int
-    num_candidates: int  # of a prompt
+    num_candidates: int
 
 
 class BeamCache(NamedTuple):
-    """What goes from one step to the next; donated. Rows N of the cache: the beams G of each prompt B in turn."""
+    """State carried from one step to the next; donated. The N = B * G rows of the cache are grouped by prompt.
+
+    Attributes:
+      cache: keys and values of the tokens read so far.
+      token_BG: int32, the last token of each beam, which the model has not read yet.
+      total_BG: float32, sum of each beam's log-probabilities.
+    """
 
     cache: Cache
     token_BG: jax.Array
-    total_BG: jax.Array  # float32, sum of the beam's log-probabilities
+    total_BG: jax.Array
 
 
 class Candidates(NamedTuple):
-    """The likeliest continuations of each prompt's beams, best first; whole on every device: any process reads it.
+    """The most probable continuations of each prompt's beams, best first; replicated on all devices.
 
     Attributes:
-      parent_BC: which of the beams it continues.
-      token_BC: int32, by which token.
-      logprob_BC: float32, of that token.
-      total_BC: float32, of the beam and that token.
-      kept_BG: which candidates are the next beams, best first.
+      parent_BC: int32, index of the beam that is continued.
+      token_BC: int32, token that continues it.
+      logprob_BC: float32, log-probability of that token.
+      total_BC: float32, sum of the log-probabilities of the beam and that token.
+      kept_BG: int32, indices of the candidates that are the next beams, best first.
     """
 
     parent_BC: Any
@@ -222,7 +237,7 @@ class Candidates(NamedTuple):
 
 
 def _candidates(engine: Engine, windows: list[npt.NDArray[np.int32]], rules: Rules) -> Iterator[Candidates]:
-    """Step after step of all prompts, in numpy; each is read while the device works on the next."""
+    """Yields the candidates of each step as numpy arrays, while the device computes the next step."""
     if not windows:
         return
     num_candidates = _candidates_per_beam(rules.ends) * rules.num_beams
@@ -244,7 +259,7 @@ def _candidates(engine: Engine, windows: list[npt.NDArray[np.int32]], rules: Rul
 def _prefill(
     program: BeamProgram, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array, ends_N: jax.Array
 ) -> tuple[BeamCache, Candidates]:
-    """Reads the prompts and branches each into its first beams."""
+    """Prefills the prompts and branches each into its first beams."""
     params = unstack(program.model.config, params)
     x_BD, cache = prefill(program.model, params, constrain(tokens_BT, "batch", None), lengths_B, program.slots)
     return _branch(program, params, x_BD, cache, jnp.zeros((len(lengths_B), 1)), ends_N)
@@ -254,7 +269,7 @@ def _prefill(
 def _decode(
     program: BeamProgram, params: Any, memory: BeamCache, position_N: jax.Array, ends_N: jax.Array
 ) -> tuple[BeamCache, Candidates]:
-    """Reads the token that each beam was last continued by, at `position_N`, and branches again."""
+    """Reads the last token of each beam, at `position_N`, and branches again."""
     params = unstack(program.model.config, params)
     x_ND, cache = decode(program.model, params, memory.cache, memory.token_BG.reshape(-1), position_N)
     return _branch(program, params, x_ND, cache, memory.total_BG, ends_N)
@@ -263,14 +278,14 @@ def _decode(
 def _branch(
     program: BeamProgram, params: Any, x_ND: jax.Array, cache: Cache, total_BG: jax.Array, ends_N: jax.Array
 ) -> tuple[BeamCache, Candidates]:
-    """Candidates of the beams so far, and the beams that go on: K of them, each with its parent's cache."""
+    """Computes the candidates of the beams, and the G next beams, each with its parent's cache."""
     batch, beams = total_BG.shape
     logprob_BGV = jax.nn.log_softmax(logits(program.model, params, x_ND)).reshape(batch, beams, -1)
     vocab_size = logprob_BGV.shape[-1]
     total_BC, at_BC = jax.lax.top_k((total_BG[:, :, None] + logprob_BGV).reshape(batch, -1), program.num_candidates)
     parent_BC, token_BC = at_BC // vocab_size, at_BC % vocab_size
     logprob_BC = jnp.take_along_axis(logprob_BGV.reshape(batch, -1), at_BC, axis=1)
-    # At most E candidates of a beam end the text, so at least as many as there are beams do not.
+    # At most num_ends candidates of a beam end the text, so at least num_beams candidates do not.
     ended_BC = jnp.any(token_BC[:, :, None] == ends_N[None, None], axis=-1)
     _, kept_BG = jax.lax.top_k(jnp.where(ended_BC, -jnp.inf, total_BC), program.num_beams)
     parent_BG, token_BG, total_BG = (
@@ -282,7 +297,7 @@ def _branch(
 
 
 def _reorder(layer: KeyValues, parent_BG: jax.Array) -> KeyValues:
-    """Each beam's parent's keys and values. The beams of a prompt lie on one device, so nothing is sent."""
+    """Gathers the keys and values of each beam's parent. The beams of a prompt are on one device: no communication."""
     batch, beams = parent_BG.shape
 
     def reorder(x_NHSK: jax.Array) -> jax.Array:

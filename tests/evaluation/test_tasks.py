@@ -77,10 +77,10 @@ def test_the_forms_of_a_task_file(tmp_path):
         ('{"context": "a", "continuation": " "}', '"continuation" must be a string that is not empty'),
         ('{"choices": ["a"], "answer": 0}', "at least two strings"),
         ('{"choices": ["a", ""], "answer": 0}', "at least two strings"),
-        ('{"choices": ["a", "b"]}', '"answer" must be one of the choices or its place, 0 to 1, not None'),
+        ('{"choices": ["a", "b"]}', '"answer" must be one of the choices or its index, 0 to 1, not None'),
         ('{"choices": ["a", "b"], "answer": 2}', "0 to 1, not 2"),
         ('{"choices": ["a", "b"], "answer": true}', "not True"),
-        ('{"question": "who?", "choices": ["a", "b"], "answer": 0}', "must have XXXXX in it, once"),
+        ('{"question": "who?", "choices": ["a", "b"], "answer": 0}', "must contain XXXXX exactly once"),
     ],
 )
 def test_a_bad_line_is_named(line, message, tmp_path):
@@ -101,7 +101,7 @@ def test_lines_to_show_are_not_asked(tmp_path):
 
 
 def test_a_file_with_nothing_to_ask(tmp_path):
-    with pytest.raises(UserError, match="no example to ask"):
+    with pytest.raises(UserError, match="no example to evaluate"):
         read_examples(write(tmp_path / "task.jsonl", {"text": "only shown", "split": "fewshot"}))
     with pytest.raises(UserError, match=r"cannot read .*none\.jsonl: No such file"):
         read_examples(tmp_path / "none.jsonl")

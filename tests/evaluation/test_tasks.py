@@ -9,7 +9,6 @@ from gptjax.config import UserError
 from gptjax.data.tokenizers import BytesTokenizer
 from gptjax.evaluation.scoring import Score
 from gptjax.evaluation.tasks import (
-    Example,
     Examples,
     as_blank,
     both_contexts,
@@ -148,7 +147,7 @@ def test_winograd_schemas_score_what_follows_the_choice():
 
 
 def numbered(n, word="example"):
-    return [Example(((f"{word} {i} is", f" {i}"),)) for i in range(n)]
+    return [TaskExample(((f"{word} {i} is", f" {i}"),)) for i in range(n)]
 
 
 def test_examples_shown_are_drawn_by_seed_and_place_and_never_the_one_asked():
@@ -184,7 +183,7 @@ def test_each_normalisation_can_choose_differently():
     alone = [Score(-5.0, 2, False), Score(-5.5, 5, False), Score(-3.5, 1, False), Score(-8.0, 3, False)]
 
     def right(answer):
-        moved = example_task(Examples([Example(example.options, answer, True)], []), BytesTokenizer())
+        moved = example_task(Examples([TaskExample(example.options, answer, True)], []), BytesTokenizer())
         return {name: measured.value for name, measured in moved.metrics(asked + alone).items()}
 
     names = ("accuracy", "accuracy_per_token", "accuracy_per_character", "accuracy_by_answer_prompt")

@@ -153,9 +153,7 @@ def test_without_a_whole_checkpoint_nothing_starts_over(trained):
     config, workdir = trained
     for step in (BEFORE, NEWEST):
         (workdir / "checkpoints" / str(step) / "manifest" / "metadata").write_text("{}")
-    with pytest.raises(
-        UserError, match=r"all checkpoints in .* are damaged: use another --workdir, or .* --start_over"
-    ):
+    with pytest.raises(UserError, match=r"all checkpoints in .* are damaged: use another .* --start_over"):
         run(config, workdir)
     assert sorted(path.name for path in (workdir / "damaged").iterdir()) == ["4.0", "6.0"]
 

@@ -73,13 +73,13 @@ C_FC = "transformer.h.1.mlp.c_fc.weight"
         ({"n_layer": "3"}, 'n_layer="3" is not of type int'),
         ({"n_layer": True}, "n_layer=true is not of type int"),
         ({"n_head": 5}, "num_heads=5 does not divide"),
-        ({"n_layer": 4}, r"lacks the tensor h\.3\.\S+ \[.*its config\.json \(gpt2, 4 layers\) asks for"),
+        ({"n_layer": 4}, r"lacks the tensor h\.3\.\S+ \[.*its config\.json \(gpt2, 4 layers\) requires"),
         (
             {"n_layer": 2},
             r"has the tensor h\.2\.\S+ \[.*no place in a gpt2 of 2 layers",
         ),
-        ({"vocab_size": 264}, r"the tensor wte\.weight has shape \[263, 12\], but config.json asks for \[264, 12\]"),
-        ({"n_positions": 14}, r"the tensor wpe\.weight has shape \[13, 12\], but config.json asks for \[14, 12\]"),
+        ({"vocab_size": 264}, r"the tensor wte\.weight has shape \[263, 12\], but config.json requires \[264, 12\]"),
+        ({"n_positions": 14}, r"the tensor wpe\.weight has shape \[13, 12\], but config.json requires \[14, 12\]"),
     ],
 )
 def test_configs(source, changes, match):
@@ -202,7 +202,7 @@ def test_indices(source):
     refused_with({}, r"source lacks the tensor")
     refused_with([], r"cannot read .*index\.json")
     without = {name: file for name, file in good["weight_map"].items() if name != "transformer.h.0.ln_1.bias"}
-    refused_with(without, r"has the tensor transformer\.h\.0\.ln_1\.bias, which .*index\.json does not say is there")
+    refused_with(without, r"has the tensor transformer\.h\.0\.ln_1\.bias, which .*index\.json does not list for it")
     index.write_text(json.dumps(good))
     (source / last).unlink()
     refused(source, rf"{last} is missing, which model\.safetensors\.index\.json names")
@@ -219,9 +219,9 @@ def test_tokenizers(source):
     with pytest.raises(UserError, match=r"source has no tokenizer\.json, and .* by --tokenizer=gpt2, or json:PATH"):
         import_workdir(str(source), source.parent / "run")
     refused(
-        source, "the tokenizer has 50257 tokens, and the model in .*source a vocab_size of only 263", tokenizer="gpt2"
+        source, "the tokenizer has 50257 tokens, but the model in .*source a vocab_size of only 263", tokenizer="gpt2"
     )
-    refused(source, "--tokenizer=bpe:4096 is one to be trained", tokenizer="bpe:4096")
+    refused(source, "--tokenizer=bpe:4096 is a tokenizer to train", tokenizer="bpe:4096")
     refused(source, "unknown tokenizer 'gpt9'", tokenizer="gpt9")
 
 

@@ -10,6 +10,7 @@ from gptjax.data.tokenizers import BytesTokenizer
 from gptjax.evaluation.scoring import Score
 from gptjax.evaluation.tasks import (
     Examples,
+    TaskExample,
     as_blank,
     both_contexts,
     choices,

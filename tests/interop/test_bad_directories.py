@@ -116,7 +116,7 @@ def test_config_files(source, content):
     [
         (lambda t: t.pop(C_FC), r"source lacks the tensor h\.1\.mlp\.c_fc\.weight \[12, 48\]"),
         (lambda t: t.update(score=np.zeros((2, 12), np.float32)), r"model\.safetensors has the tensor score \[2, 12\]"),
-        (lambda t: t.update({C_FC: t[C_FC].T.copy()}), r"c_fc\.weight has shape \[48, 12\], but .* requires \[12, 48\]"),
+        (lambda t: t.update({C_FC: t[C_FC].T.copy()}), r"c_fc\.weight has shape \[48, 12\], .* requires \[12, 48\]"),
         (
             lambda t: t.update({"wte.weight": t["transformer.wte.weight"]}),
             r"wte\.weight twice, with and without 'transf",
@@ -205,18 +205,18 @@ def test_indices(source):
     refused_with(without, r"has the tensor transformer\.h\.0\.ln_1\.bias, which .*index\.json does not list for it")
     index.write_text(json.dumps(good))
     (source / last).unlink()
-    refused(source, rf"{last} is missing, which model\.safetensors\.index\.json names")
+    refused(source, rf"{last} named in model\.safetensors\.index\.json, is missing")
 
 
 def test_pickles(source):
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
-    refused(source, r"its pytorch_model\.bin is not read, as a pickle can run any code: if you trust it, convert it .*save_pretrained")
+    refused(source, r"its pytorch_model\.bin is not read, as a pickle .* convert it .*save_pretrained")
     (source / "pytorch_model.bin").unlink()
     refused(source, r"has neither model\.safetensors nor model\.safetensors\.index\.json")
 
 
 def test_tokenizers(source):
-    with pytest.raises(UserError, match=r"source has neither tokenizer\.json nor .* --tokenizer=gpt2 or --tokenizer=json:PATH"):
+    with pytest.raises(UserError, match=r"neither tokenizer\.json nor .* --tokenizer=gpt2 or --tokenizer=json:PATH"):
         import_workdir(str(source), source.parent / "run")
     refused(
         source, "the tokenizer has 50257 tokens, but the model in .*source a vocab_size of only 263", tokenizer="gpt2"

@@ -205,7 +205,7 @@ def test_indices(source):
     refused_with(without, r"has the tensor transformer\.h\.0\.ln_1\.bias, which .*index\.json does not list for it")
     index.write_text(json.dumps(good))
     (source / last).unlink()
-    refused(source, rf"{last} named in model\.safetensors\.index\.json, is missing")
+    refused(source, rf"{last}, named in model\.safetensors\.index\.json, is missing")
 
 
 def test_pickles(source):

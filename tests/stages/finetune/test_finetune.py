@@ -22,7 +22,7 @@ from gptjax.parallel.mesh import make_mesh
 from gptjax.run import run
 from gptjax.stages.builders import BUILDERS, build
 from gptjax.stages.finetune import build as finetune
-from gptjax.stages.start import load_parts
+from gptjax.stages.saved_weights import load_parts
 from gptjax.stages.trained_model import load_model
 from gptjax.training.metrics_file import read_metrics
 from tests.tiny_tasks import BATCH, KINDS, LABELS, run_config, save_pretrained, with_method
@@ -317,11 +317,11 @@ def test_a_changed_base_is_refused(trained, config_of, tmp_path):
     workdir = shutil.copytree(trained(method="lora"), tmp_path / "run")
     config = json.loads((workdir / "config.json").read_text()) | {"init_from": str(other)}
     (workdir / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="put its init_from back") as error:
+    with pytest.raises(UserError, match="restore its init_from") as error:
         load_model(workdir)
     one_line(error, str(workdir), "are not what they were")
     moved = dataclasses.replace(config_of(method="lora"), init_from=str(other))
-    with pytest.raises(UserError, match="put its init_from back"):
+    with pytest.raises(UserError, match="restore its init_from"):
         run(moved, workdir)
     shutil.rmtree(other)
     with pytest.raises(UserError, match=f"{other} is not a workdir"):

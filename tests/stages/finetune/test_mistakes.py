@@ -13,7 +13,7 @@ from gptjax.run import run
 from gptjax.training import loop
 from tests.tiny_tasks import run_config, with_method
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,11 @@
 """Trains a small model under faults, and compares it with an undisturbed one: `python -m benchmarks.fault_drill`.
 
 A run is killed (SIGKILL) while it starts, tokenises, trains and saves, is stopped (SIGTERM), finds files of its newest
-checkpoint damaged and the disk full while it saves, and is started again each time. In the end its losses, and every
-array of its last checkpoint, must be those of a run that nothing happened to, bit for bit. It needs no privileges: the
-disk is full by a limit on the size of a file.
+checkpoint damaged and the disk full while it saves, cannot read its checkpoints (EIO, EMFILE), is started with another
+config, has a reader beside it while it deletes checkpoints, and is started again each time. In the end its losses, and
+every array of its last checkpoint, must be those of a run that nothing happened to, bit for bit. It needs no
+privileges: a limit on the size of a file fills the disk, a limit on file descriptors causes EMFILE, a patched reader
+EIO.
 
 What happens in which order is drawn from --seed; at which instruction a kill meets the run is not in our hands.
 """
@@ -38,8 +40,52 @@ PATIENCE = 300  # seconds: a run that takes longer hangs
 
 # Of 10 kills: where they meet the run.
 KILLS = ("training",) * 5 + ("saving",) * 2 + ("preparing", "preparing", "starting")
+# Faults of a run that has a checkpoint; but for the reader, the run must refuse to start and change nothing.
+CHANGED, EIO, EMFILE, READER = "changed config", "EIO", "EMFILE", "reader"
+REFUSED = 2
 DAMAGED = "damaged checkpoint"
 DAMAGES = ("flip", "truncate", "zeros", "remove")
+
+
+# `python -m gptjax.main` whose reads of checkpoints fail: argument 1 is the fault, the others are those of the command.
+FAILING_READS = """
+import errno, os, resource, runpy, sys
+from gptjax.checkpoint import read_errors
+from gptjax.checkpoint import stored_checkpoint
+
+fault = sys.argv.pop(1)
+read_errors.RETRY_DELAYS = (0.05, 0.05)
+original = stored_checkpoint.StoredCheckpoint.manifest
+
+def manifest(stored):
+    if fault == "EIO":
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(stored.path))
+    used = {int(name) for name in os.listdir("/proc/self/fd")}
+    lowest = next(number for number in range(len(used) + 1) if number not in used)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    return original(stored)
+
+stored_checkpoint.StoredCheckpoint.manifest = manifest
+runpy.run_module("gptjax.main", run_name="__main__", alter_sys=True)
+"""
+
+# Reads the newest weights of the workdir in argument 1 again and again until SIGTERM.
+READING = """
+import signal, sys
+from pathlib import Path
+import jax
+from gptjax.config import MeshConfig
+from gptjax.parallel.mesh import make_mesh
+from gptjax.stages.start import load_parts
+
+stop = []
+signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+mesh = make_mesh(MeshConfig())
+with jax.set_mesh(mesh):
+    while not stop:
+        load_parts(Path(sys.argv[1]), mesh)
+        print("read", flush=True)
+"""
 
 
 @dataclasses.dataclass
@@ -93,19 +139,38 @@ class Run:
             "logging.every_steps": 1,
             "logging.tensorboard": "false",
         }
-        self._command = [sys.executable, "-m", "gptjax.main", "--config=configs/gpt2.py:runlocal"]
-        self._command += [f"--workdir={self.workdir}", *(f"--config.{key}={value}" for key, value in settings.items())]
+        self._flags = ["--config=configs/gpt2.py:runlocal", f"--workdir={self.workdir}"]
+        self._flags += [f"--config.{key}={value}" for key, value in settings.items()]
         directory.mkdir()
 
-    def start(self, file_limit: int | None = None) -> subprocess.Popen[bytes]:
+    def start(
+        self,
+        file_limit: int | None = None,
+        program: tuple[str, ...] = ("-m", "gptjax.main"),
+        flags: tuple[str, ...] = (),
+    ) -> subprocess.Popen[bytes]:
+        """Starts `program`, by default the run; one without a checkpoint begins anew, whatever was recorded."""
+        command = [sys.executable, *program, *self._flags, *flags, *([] if self.checkpoints() else ["--start_over"])]
+
         def limit() -> None:
             if file_limit is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
 
         with self.log.open("ab") as log:
-            return subprocess.Popen(
-                self._command, cwd=ROOT, env=self._environment, stdout=log, stderr=log, preexec_fn=limit
-            )
+            return subprocess.Popen(command, cwd=ROOT, env=self._environment, stdout=log, stderr=log, preexec_fn=limit)
+
+    def start_reader(self) -> subprocess.Popen[bytes]:
+        """A process that reads the newest weights until SIGTERM; it has read them once when this returns."""
+        reader = subprocess.Popen(
+            [sys.executable, "-c", READING, self.workdir],
+            cwd=ROOT,
+            env=self._environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        assert reader.stdout is not None
+        reader.stdout.readline()
+        return reader
 
     def step(self) -> int:
         """The newest one in its records."""
@@ -133,7 +198,12 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) 
 
 def inject(kind: str, run: Run, rng: random.Random) -> bool:
     """Starts the run and lets a fault happen to it; whether it ended as it should."""
+    if kind in (CHANGED, EIO, EMFILE, READER) and not run.checkpoints():
+        kind = "training"
+    if kind in (CHANGED, EIO, EMFILE):
+        return refuses(kind, run)
     target = run.step() + rng.randint(1, STEPS)
+    reader = run.start_reader() if kind == READER else None
     if kind == "preparing":
         shutil.rmtree(run.cache, ignore_errors=True)
     process = run.start(FILE_LIMIT if kind == "disk full" else None)
@@ -148,14 +218,39 @@ def inject(kind: str, run: Run, rng: random.Random) -> bool:
         wait_until(lambda: run.step() >= target, process)
     if kind != "disk full":
         time.sleep(rng.uniform(0, 0.03))
-        process.send_signal(signal.SIGTERM if kind == "SIGTERM" else signal.SIGKILL)
+        process.send_signal(signal.SIGTERM if kind in ("SIGTERM", READER) else signal.SIGKILL)
     try:
         code = process.wait(PATIENCE)
     except subprocess.TimeoutExpired:
         process.kill()
         code = process.wait()
         return False
-    return code == {"disk full": FULL, "SIGTERM": STOPPED}.get(kind, KILLED)
+    if reader is not None:
+        reader.terminate()
+        _, said = reader.communicate(timeout=PATIENCE)
+        if reader.returncode != 0 or b"damaged" in said:
+            print(said.decode(), file=sys.stderr)
+            return False
+    return code == {"disk full": FULL, "SIGTERM": STOPPED, READER: STOPPED}.get(kind, KILLED)
+
+
+def refuses(kind: str, run: Run) -> bool:
+    """Whether the run refuses to start under a fault, and its checkpoints stay as they are."""
+
+    def files() -> dict[Path, bytes]:
+        return {
+            path: path.read_bytes()
+            for name in ("checkpoints", "damaged", "metrics.jsonl", "config.json")
+            for path in [run.workdir / name, *(run.workdir / name).rglob("*")]
+            if path.is_file()
+        }
+
+    before = files()
+    if kind == CHANGED:
+        process = run.start(flags=("--config.optimizer.first_moment_dtype=bfloat16",))
+    else:
+        process = run.start(program=("-c", FAILING_READS, kind))
+    return process.wait(PATIENCE) == REFUSED and files() == before
 
 
 def damage(run: Run, rng: random.Random) -> str:
@@ -176,9 +271,10 @@ def damage(run: Run, rng: random.Random) -> str:
     return f"{kind} {path.relative_to(newest.parent)}"
 
 
-def plan(kills: int, disk_full: int, rng: random.Random) -> list[str]:
+def plan(kills: int, disk_full: int, others: int, rng: random.Random) -> list[str]:
     """Faults of running processes, in their order; damages come between them."""
     faults = ["disk full"] * disk_full + [KILLS[i % len(KILLS)] for i in range(kills)]
+    faults += [CHANGED, EIO, EMFILE, READER] * others
     faults += ["SIGTERM"] * 2  # and as many as it takes to do all damages: each needs a start that finds it
     rng.shuffle(faults)
     return faults
@@ -240,7 +336,7 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     values = flags.FLAGS
     rng, begin = random.Random(values.seed), time.monotonic()
-    faults = plan(values.kills, values.disk_full, rng)
+    faults = plan(values.kills, values.disk_full, values.others, rng)
     steps = STEPS * (len(faults) + values.corruptions)
     directory = Path(values.directory or tempfile.mkdtemp(prefix="fault_drill_"))
     print(f"{steps} steps, a checkpoint every {INTERVAL}; faults: {dict(Counter(faults))}; in {directory}", flush=True)
@@ -275,6 +371,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("kills", 20, "SIGKILLs.", lower_bound=0)
     flags.DEFINE_integer("corruptions", 10, "Damaged files of checkpoints.", lower_bound=0)
     flags.DEFINE_integer("disk_full", 3, "Saves on a full disk.", lower_bound=0)
+    flags.DEFINE_integer("others", 2, "Each of: changed config, EIO, EMFILE, a reader.", lower_bound=0)
     flags.DEFINE_integer("seed", 0, "Of what happens.")
     flags.DEFINE_string("directory", None, "Empty directory to work in, and keep; default: a temporary one.")
     app.run(main)

@@ -123,12 +123,11 @@ fi
 
 # The defaults, and one change to them each.
 train train_64 150 0.55 "${wide[@]}" --rounds=3 --steps=4 --seconds=80 --parallel=4 --kernels=45 \
-  --variant="moments_again,elementwise.READS_MOMENTS=False" \
-  --variant="larger_chunk,losses.CHUNK_TOKENS=16384" \
-  --variant="masked_sum,losses.PICKED_BY_INDEX=False"
+  --variant="moments_again,platform.store_norm_moments=False" \
+  --variant="larger_chunk,platform.loss_chunk_tokens=16384" \
+  --variant="masked_sum,platform.gather_target_logits=False"
 
-# What was tried first, the likeliest first: layers unrolled, logits in bfloat16, what the compiler may call, how q, k
-# and v are made, the chunk of the loss, padding of the head, rematerialisation of what is cheap, the batch.
+# What was tried first, the likeliest first: layers unrolled, logits in bfloat16, what the compiler may call, the chunk of the loss, padding of the head, rematerialisation of what is cheap, the batch.
 fast=model.layer_loop=unroll,model.logits_dtype=bfloat16
 [ "$SCALE" = tiny ] && fast=model.layer_loop=unroll
 short=,model.layer_loop=scan${fast#model.layer_loop=unroll}
@@ -136,15 +135,14 @@ train train_124m 230 0.45 "${small[@]}" --rounds=3 --steps=8 --seconds=70 --para
   --variant="fast,$fast" \
   --variant="cublaslt,$fast,xla.xla_gpu_enable_cublaslt=true" \
   --variant="most,$fast,sequences=$most" \
-  --variant="separate_qkv,$fast,attention.SEPARATE_QKV=True" \
   --variant="no_triton,$fast,xla.xla_gpu_enable_triton_gemm=false" \
-  --variant="two_pass,$fast,losses.ONE_PASS=False" \
-  --variant="one_chunk,$fast,losses.CHUNK_TOKENS=65536" \
+  --variant="two_pass,$fast,platform.logsumexp_in_one_pass=False" \
+  --variant="one_chunk,$fast,platform.loss_chunk_tokens=65536" \
   --variant="slice_fusion$short,xla.xla_gpu_enable_dynamic_slice_fusion=true" \
   --variant="no_graphs,$fast,xla.xla_gpu_enable_command_buffer=" \
   --variant="cheap,$fast,model.remat=cheap" \
-  --variant="no_padding$short,losses.HEAD_ROWS=1" \
-  --variant="small_chunk$short,losses.CHUNK_TOKENS=2048"
+  --variant="no_padding$short,platform.head_row_multiple=1" \
+  --variant="small_chunk$short,platform.loss_chunk_tokens=2048"
 
 train train_1558m 130 0.93 "${large[@]}" --notorch --nodefault --rounds=3 --steps=2 --parallel=4 --kernels=25 \
   --variant="none$short" \

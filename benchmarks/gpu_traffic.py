@@ -1,11 +1,11 @@
-"""What each kernel of a program for an H100 reads and writes, without an H100.
+"""Memory traffic of each kernel of a program compiled for an H100, without an H100.
 
     python -m benchmarks.gpu_traffic [--size=124m] [--sequences=64] [--variant=NAME,KEY=VALUE,...] [--decode_rows=N]
 
-Compiles the training step, or with --decode_rows a bfloat16 token of so many rows, by XLA's compiler for NVIDIA GPUs,
-and prints the bytes of its kernels, those of one origin together, with the time that they take at --bandwidth. A
-kernel that reads only part of an array counts all of it. Nothing is run: which of several kernels is the fastest a
-GPU would have to find out, so the products are those of XLA's first choice.
+Compiles the training step, or with --decode_rows a bfloat16 decoding step of that many rows, with XLA's compiler for
+NVIDIA GPUs, and prints the bytes that its kernels read and write, grouped by origin, with their time at --bandwidth.
+A kernel that reads only part of an array counts all of it. Autotuning needs a GPU and is off: matrix products are
+XLA's first choice.
 Needs `pip install 'jax[cuda13]'`, on any machine.
 """
 
@@ -24,7 +24,7 @@ from jax.experimental import topologies
 from benchmarks.decode import SIZES as DECODED_SIZES
 from benchmarks.decode import VOCABULARY
 from benchmarks.train_step import make_config
-from benchmarks.variants import Variant, batch_shape, changed, parse_variant
+from benchmarks.variants import Variant, batch_shape, parse_variant
 from gptjax import cli
 from gptjax import config as c
 from gptjax.checkpoint.state import create_state, state_shardings
@@ -36,6 +36,7 @@ from gptjax.models import attention_backends
 from gptjax.models.gpt import GPT
 from gptjax.parallel import compiler
 from gptjax.parallel.mesh import make_mesh, use_mesh
+from gptjax.parallel.platforms import override_defaults
 from gptjax.planning.program_text import INSTRUCTION, array_bytes, calls, computations_of
 from gptjax.stages import registry
 from gptjax.training.step import make_train_step
@@ -63,7 +64,7 @@ _ORIGIN = re.compile(r'op_name="([^"]*)"')
 
 
 def device() -> jax.Device:
-    """An H100 that is not there."""
+    """Returns the description of an H100, which programs can be compiled for."""
     try:
         return topologies.get_topology_desc("", "cuda", target_config=H100, topology="1x1x1").devices[0]
     except Exception as error:  # JAX raises several kinds
@@ -71,13 +72,13 @@ def device() -> jax.Device:
 
 
 def compile_step(variant: Variant) -> jax.stages.Compiled:
-    """The training step."""
+    """Compiles the training step."""
     config = variant.config
     objective, mesh = registry.objective(config), make_mesh(config.mesh, [device()])
     shape_MBT = batch_shape(config)
     integers = jax.ShapeDtypeStruct(shape_MBT, jnp.int32)
     batch = {"tokens": integers, "targets": integers, "weights": jax.ShapeDtypeStruct(shape_MBT, jnp.float32)}
-    with use_mesh(mesh), changed(variant.constants, "gpu"):
+    with use_mesh(mesh), override_defaults("gpu", **variant.defaults):
         step = make_train_step(objective, state_shardings(objective.parameters, mesh))
         state = jax.eval_shape(lambda: create_state(objective.parameters, mesh))
         lowered = step.lower(state, batch, np.int32(shape_MBT[0]), {"lr": np.float32(0)})
@@ -85,7 +86,7 @@ def compile_step(variant: Variant) -> jax.stages.Compiled:
 
 
 def compile_token(size: str, rows: int) -> jax.stages.Compiled:
-    """The loop that draws tokens."""
+    """Compiles the decoding loop."""
     layers, width, heads = DECODED_SIZES[size]
     model = GPT(c.GPTConfig(vocab_size=VOCABULARY, num_layers=layers, embed_dim=width, num_heads=heads))
     greedy = Sampling(temperature=0.0)
@@ -105,14 +106,14 @@ def compile_token(size: str, rows: int) -> jax.stages.Compiled:
 
 
 def _compiled(lowered: jax.stages.Lowered, options: tuple[tuple[str, str], ...] = ()) -> jax.stages.Compiled:
-    return compiler.compile(lowered, "gpu", (*options, ("xla_gpu_autotune_level", "0")))  # else kernels would be timed
+    return compiler.compile(lowered, (*options, ("xla_gpu_autotune_level", "0")))  # autotuning would need a GPU
 
 
 def kernels(text: str) -> Iterator[tuple[str, int, int]]:
-    """(origin, bytes read and written, runs) of each kernel of a compiled program.
+    """Yields (origin, bytes read and written, executions) for each kernel of a compiled program.
 
-    The origin is the end of the path of what was traced, layers counted alike, "transpose" before the backward pass's;
-    a product's is "product", and a custom call's its target.
+    The origin is the end of the traced operation's path, without layer numbers and with the prefix "transpose" in the
+    backward pass; "product" for matrix products, and the target for custom calls.
     """
     computations, entry = computations_of(text)
     fused = set(re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", text))
@@ -166,9 +167,11 @@ def main() -> None:
 
 if __name__ == "__main__":
     SIZE = flags.DEFINE_enum("size", "124m", list(DECODED_SIZES), "Model.")
-    SEQUENCES = flags.DEFINE_integer("sequences", 64, "Of a step, 1,024 tokens each.", lower_bound=1)
-    VARIANT = flags.DEFINE_string("variant", "gptjax", "NAME,KEY=VALUE,...: as of benchmarks.train_step.")
-    DECODE_ROWS = flags.DEFINE_integer("decode_rows", 0, "Instead of a step, a token of so many rows.", lower_bound=0)
-    BANDWIDTH = flags.DEFINE_float("bandwidth", 3e12, "Bytes a second.")
-    SHOWN = flags.DEFINE_integer("shown", 40, "Origins.")
+    SEQUENCES = flags.DEFINE_integer("sequences", 64, "Sequences of a step, 1,024 tokens each.", lower_bound=1)
+    VARIANT = flags.DEFINE_string("variant", "gptjax", "NAME,KEY=VALUE,...: as in benchmarks.train_step.")
+    DECODE_ROWS = flags.DEFINE_integer(
+        "decode_rows", 0, "Compile a decoding step of this many rows instead.", lower_bound=0
+    )
+    BANDWIDTH = flags.DEFINE_float("bandwidth", 3e12, "Memory bandwidth in bytes per second.")
+    SHOWN = flags.DEFINE_integer("shown", 40, "Number of origins to print.")
     cli.run(main)

@@ -1,11 +1,10 @@
-"""What products of 8 bits cost in loss: the same run with each `model.matmul_dtype`.
+"""Held-out loss with 8-bit matrix products: the same run with each `model.matmul_dtype`.
 
     python -m benchmarks.low_precision [--config=configs/gpt2.py:runlocal] [--tokens=200000] [--seeds=2]
         [--matmul_dtype=model --matmul_dtype=int8 ...] [--output=low_precision.json]
 
 Prints the held-out loss at the end of each run; runs of one seed see the same batches and start from the same weights.
-A CPU rounds as other devices do, and multiplies the rounded numbers, which costs time and tells nothing of theirs:
-`benchmarks/train_step.py` measures that.
+A CPU emulates 8-bit products by rounding, which says nothing about their speed: `benchmarks/train_step.py` measures it.
 """
 
 import dataclasses
@@ -19,10 +18,10 @@ from benchmarks.optimizers import held_out_loss, short_run
 from gptjax import cli
 from gptjax import config as c
 from gptjax.models import low_precision
+from gptjax.parallel.platforms import override_defaults
 
 
 def main() -> None:
-    low_precision.EMULATED["cpu"] = True
     config = short_run(c.resolve(CONFIG.value), TOKENS.value, TOKENS.value // 10)
     result: dict[str, Any] = {**measured_on(), "tokens": TOKENS.value, "losses": {}}
     for matmul_dtype in MATMUL_DTYPE.value:
@@ -30,14 +29,15 @@ def main() -> None:
         for seed in range(SEEDS.value):
             run = dataclasses.replace(c.replace(config, {"model": {"matmul_dtype": matmul_dtype}}), seed=seed)
             c.check(run)
-            losses.append(held_out_loss(run))
+            with override_defaults("cpu", emulate_low_precision=True):
+                losses.append(held_out_loss(run))
             write_json(OUTPUT.value, result)
         print(f"{matmul_dtype:10} held-out loss {' '.join(f'{loss:.4f}' for loss in losses)}", flush=True)
 
 
 if __name__ == "__main__":
-    TOKENS = flags.DEFINE_integer("tokens", 200_000, "That a run trains on.", lower_bound=1)
-    SEEDS = flags.DEFINE_integer("seeds", 2, "Runs with each.", lower_bound=1)
+    TOKENS = flags.DEFINE_integer("tokens", 200_000, "Training tokens of a run.", lower_bound=1)
+    SEEDS = flags.DEFINE_integer("seeds", 2, "Runs with each dtype.", lower_bound=1)
     EVERY = ["model", *low_precision.DOT_GENERAL]
     MATMUL_DTYPE = flags.DEFINE_multi_enum("matmul_dtype", EVERY, EVERY, "Values to compare.")
     OUTPUT = flags.DEFINE_string("output", None, "Write the measurements to this JSON file.")

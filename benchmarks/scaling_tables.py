@@ -28,7 +28,7 @@ TOPOLOGIES = {
     "gpt3.py:size=13b": ("v5e:16x16", "v5p:4x4x4", "v6e:16x16"),
     "gpt3.py:size=175b": ("v5p:8x8x16", "v6e:16x16", "v5e:16x16"),
 }
-TRIES = 6  # programs that are compiled before a topology is given up
+TRIES = 6  # programs to compile before giving up on a topology
 HEADER = "| config | topology | mesh | microbatch | remat | memory, GiB | MFU | days | chip-hours |"
 
 
@@ -43,13 +43,13 @@ def main(_: list[str]) -> None:
 
 
 def row(name: str, topology: str) -> str:
-    from gptjax.planning.estimate import training
-    from gptjax.planning.topology import parse
+    from gptjax.planning.estimate import estimate_training
+    from gptjax.planning.topology import parse_topology
 
     path, _, argument = name.partition(":")
     config = c.resolve(runpy.run_path(f"configs/{path}")["get_config"](argument))
     config = c.replace(config, {"model": {"vocab_size": config.model.vocab_size or 50_257}})
-    steps = plan.search_steps(config, parse(topology, 1), TRIES, enough=1)
+    steps = plan.search_steps(config, parse_topology(topology, 1), TRIES, enough=1)
     if not steps:
         return f"| `{name}` | {topology} | none found | | | | | | |"
     step = steps[0]
@@ -58,7 +58,7 @@ def row(name: str, topology: str) -> str:
     mesh = ", ".join(f"{axis} {size}" for axis, size in step.mesh.shape.items() if size > 1)
     count = config.batch.tokens_per_batch // (step.config.sequences_per_microbatch * config.model.context_length)
     memory = f"{step.memory / 2**30:.1f} of {step.capacity / 2**30:.1f}"
-    run = training(step.config, step.estimate, step.serial)
+    run = estimate_training(step.config, step.estimate, step.serial)
     assert run is not None
     mfus = " to ".join(f"{step.estimate.mfu(seconds):.2f}" for seconds in (step.serial, step.estimate.overlapped))
     return (

@@ -1,22 +1,20 @@
-"""The training step here and in compiled PyTorch, in one run.
+"""Compares gptjax's training step with compiled PyTorch.
 
     python -m benchmarks.train_step [--size=124m] [--sequences=8] [--context=128] [--rounds=5] [--steps=4] [--notorch]
         [--variant=NAME,KEY=VALUE,...]... [--seconds=100] [--kernels=20] [--output=train_step.json]
 
 The other side is transformers' GPT2LMHeadModel with torch.compile, fused AdamW, clipping and, on a GPU, bfloat16
 autocast and flash attention. Both sides train GPT-2s of one shape on random tokens, without dropout: in float32 on a
-CPU, in bfloat16 elsewhere. Rounds of --steps steps alternate between all of them; the median counts, and a ratio is the
-median over rounds. MFU is of the data sheet's peak (on a CPU of the measured one), for the model's own arithmetic.
+CPU, in bfloat16 elsewhere. Rounds of --steps steps alternate between all programs; times and ratios are medians over
+rounds. MFU is relative to the data sheet's peak (on a CPU the measured peak), without recomputation.
 
-On a CPU the table also has the bound of the matrix products: the time of a step whose products ran at the rate of one
-large product in the same run, and nothing else took any.
+On a CPU the table also has a lower bound of the step time: matrix products at the rate of one large product measured in
+the same run, and nothing else.
 
-Each --variant is one more program of ours; KEY is a config key such as model.layer_loop, `sequences` of a microbatch,
-`microbatches` of a step, xla.FLAG for the compiler, or what a module of gptjax chooses by platform:
-losses.CHUNK_TOKENS, losses.HEAD_ROWS, losses.ONE_PASS, losses.PICKED_BY_INDEX, attention.SEPARATE_QKV,
-elementwise.RECOMPUTES, elementwise.READS_MOMENTS. --seconds leaves out the variants whose turn to compile comes later;
---parallel compiles several at once, which takes each longer. --kernels prints where a device spends a step of the first
-and the fastest of ours.
+Each --variant is another gptjax program; KEY is a config key such as model.layer_loop, `sequences` of a microbatch,
+`microbatches` of a step, xla.FLAG for the compiler, or platform.FIELD for a field of `PlatformDefaults`
+(gptjax/parallel/platforms.py). Variants that would start compiling later than --seconds are skipped; --parallel
+compiles several at once. --kernels prints the device kernels of the first and the fastest gptjax program.
 Needs `pip install torch transformers`.
 """
 
@@ -214,15 +212,15 @@ def main() -> None:
 
 if __name__ == "__main__":
     SIZE = flags.DEFINE_enum("size", "124m", list(SIZES), "Model.")
-    SEQUENCES = flags.DEFINE_integer("sequences", 8, "Of a step.", lower_bound=1)
+    SEQUENCES = flags.DEFINE_integer("sequences", 8, "Sequences of a step.", lower_bound=1)
     CONTEXT = flags.DEFINE_integer("context", None, "Tokens of a sequence; default: 128 on a CPU, 1024 elsewhere.")
-    ROUNDS = flags.DEFINE_integer("rounds", 5, "Alternations between the sides.", lower_bound=1)
-    STEPS = flags.DEFINE_integer("steps", 4, "Of a round.", lower_bound=1)
-    TORCH = flags.DEFINE_bool("torch", True, "Measure PyTorch too.")
-    DEFAULT = flags.DEFINE_bool("default", True, "Measure the config's defaults too, as gptjax.")
-    VARIANT = flags.DEFINE_multi_string("variant", [], "NAME,KEY=VALUE,...: another program of ours.")
-    SECONDS = flags.DEFINE_float("seconds", None, "From the start; no variant is traced later.")
-    PARALLEL = flags.DEFINE_integer("parallel", 1, "Programs compiled at once.", lower_bound=1)
-    KERNELS = flags.DEFINE_integer("kernels", 0, "Print so many kernels.")
+    ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds, alternating between the programs.", lower_bound=1)
+    STEPS = flags.DEFINE_integer("steps", 4, "Steps of a round.", lower_bound=1)
+    TORCH = flags.DEFINE_bool("torch", True, "Measure PyTorch as well.")
+    DEFAULT = flags.DEFINE_bool("default", True, "Measure the default config as well, as gptjax.")
+    VARIANT = flags.DEFINE_multi_string("variant", [], "NAME,KEY=VALUE,...: another gptjax program.")
+    SECONDS = flags.DEFINE_float("seconds", None, "Skip variants that would be traced later than this after the start.")
+    PARALLEL = flags.DEFINE_integer("parallel", 1, "Programs to compile in parallel.", lower_bound=1)
+    KERNELS = flags.DEFINE_integer("kernels", 0, "Number of kernels to print.")
     OUTPUT = flags.DEFINE_string("output", None, "Write the measurements to this JSON file.")
     cli.run(main)

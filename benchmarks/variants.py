@@ -1,11 +1,9 @@
-"""Our side of `benchmarks/train_step.py`: programs of the training step that differ in how, and not in what."""
+"""Variants of gptjax's training step for `benchmarks/train_step.py`: different programs with equal results."""
 
 import ast
 import dataclasses
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -16,35 +14,40 @@ from benchmarks.measuring import device_kernels
 from gptjax import config as c
 from gptjax.checkpoint.state import TrainState, create_state, state_shardings
 from gptjax.config import UserError
-from gptjax.losses import cross_entropy as losses
-from gptjax.models import attention, elementwise
 from gptjax.parallel import compiler
 from gptjax.parallel.mesh import make_mesh
+from gptjax.parallel.platforms import PlatformDefaults, override_defaults
 from gptjax.stages import registry
 from gptjax.training.step import make_train_step
 
-MODULES: dict[str, Any] = {"losses": losses, "attention": attention, "elementwise": elementwise}
-
 
 def platform() -> str:
-    """As gptjax names it."""
+    """Returns the platform of the default device: "cpu", "gpu" or "tpu"."""
     name = jax.devices()[0].platform
     return "gpu" if name == "cuda" else name
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One program of ours."""
+    """One program of gptjax's training step.
+
+    Attributes:
+      defaults: fields of `PlatformDefaults` that differ from the table, and their values.
+    """
 
     name: str
     config: c.Config
-    constants: dict[tuple[str, str], Any]  # (module, name): what it chooses for the platform
+    defaults: dict[str, Any]
 
 
 def parse_variant(text: str, base: c.Config) -> Variant:
-    """`base` changed as NAME,KEY=VALUE,... says; UserError for a key that is not there."""
+    """Parses NAME,KEY=VALUE,... into `base` with these changes.
+
+    Raises:
+      UserError: a KEY does not exist.
+    """
     name, *changes = text.split(",")
-    edited, flags_of_xla, constants = c.config_dict(base), [], {}
+    edited, xla_flags, defaults = c.config_dict(base), [], {}
     sequences, microbatches = base.sequences_per_microbatch, 1
     for change in changes:
         key, has_value, value = change.partition("=")
@@ -56,23 +59,26 @@ def parse_variant(text: str, base: c.Config) -> Variant:
         elif key == "microbatches":
             microbatches = int(value)
         elif section == "xla":
-            flags_of_xla.append((field, value))
-        elif section in MODULES:
-            if not isinstance(getattr(MODULES[section], field, None), dict):
-                raise UserError(f"--variant={text}: {section} chooses no {field} by platform")
-            constants[section, field] = _literal(value)
+            xla_flags.append((field, value))
+        elif section == "platform":
+            fields = [known.name for known in dataclasses.fields(PlatformDefaults)]
+            if field not in fields:
+                raise UserError(
+                    f"--variant={text}: unknown platform default {field!r}, choose from {', '.join(fields)}"
+                )
+            defaults[field] = _literal(value)
         else:
             c.check_key(key)
             edited.update_from_flattened_dict({key: _literal(value)})
     edited.batch.microbatch_size = sequences
     edited.batch.tokens_per_batch = microbatches * sequences * base.model.context_length
     config = c.resolve(edited)
-    options = (*config.compiler_options, *flags_of_xla)
-    return Variant(name, dataclasses.replace(config, compiler_options=options), constants)
+    options = (*config.compiler_options, *xla_flags)
+    return Variant(name, dataclasses.replace(config, compiler_options=options), defaults)
 
 
 def batch_shape(config: c.Config) -> tuple[int, int, int]:
-    """Microbatches, sequences of each, and their tokens."""
+    """Returns (M, B, T): microbatches, sequences of each, positions of a sequence."""
     rows, context = config.sequences_per_microbatch, config.model.context_length
     return config.batch.tokens_per_batch // (rows * context), rows, context
 
@@ -84,32 +90,18 @@ def _literal(value: str) -> Any:
         return value
 
 
-@contextmanager
-def changed(constants: dict[tuple[str, str], Any], platform: str) -> Iterator[None]:
-    """In which modules choose other values for the platform."""
-    tables = [(getattr(MODULES[module], name), value) for (module, name), value in constants.items()]
-    before = [table[platform] for table, _ in tables]
-    for table, value in tables:
-        table[platform] = value
-    try:
-        yield
-    finally:
-        for (table, _), value in zip(tables, before, strict=True):
-            table[platform] = value
-
-
 class Trainer:
-    """The real training step of several variants, on one state that goes from one to the other, and one device.
+    """The training step of several variants on one device, all on one training state.
 
-    The learning rate is 0, which no program knows: so all variants have one loss and one gradient, and show it.
+    The learning rate is 0 (an argument of the programs), so that all variants must report the same loss and gradient.
 
     Attributes:
-      compile_seconds, memory_bytes: by variant; memory is what the compiler says a step needs.
-      numbers: by variant that has run, the loss and the norm of the gradient.
+      compile_seconds, memory_bytes: by variant; memory is the compiler's figure for a step.
+      numbers: loss and gradient norm of each variant that has run.
     """
 
     def __init__(self, base: c.Config, workers: int):
-        """Args: workers: programs that are compiled at once."""
+        """Args: workers: number of programs compiled in parallel."""
         self._objective = registry.objective(base)
         self._mesh = make_mesh(base.mesh, jax.devices()[:1])
         self._placement = state_shardings(self._objective.parameters, self._mesh)
@@ -123,16 +115,16 @@ class Trainer:
         self.numbers: dict[str, tuple[float, float]] = {}
 
     def start(self, variant: Variant) -> None:
-        """Traces a variant, and has it compiled by another thread."""
+        """Traces a variant and compiles it in another thread."""
         config, name = variant.config, variant.name
         shape_MBT = batch_shape(config)
         tokens = np.random.default_rng(0).integers(0, config.model.vocab_size or 0, shape_MBT[1:], np.int32)
-        # A model with a tied head finds it easy to say what it has just read: targets are the tokens after.
+        # Targets are the next tokens: a tied head easily predicts the token that it has just read.
         rows_MBT = (np.broadcast_to(rows, shape_MBT) for rows in (tokens, np.roll(tokens, -1, axis=1)))
         tokens_MBT, targets_MBT = map(jax.device_put, rows_MBT)
         batch = {"tokens": tokens_MBT, "targets": targets_MBT, "weights": jnp.ones(shape_MBT)}
         self._arguments[name] = (batch, np.int32(shape_MBT[0]), {"lr": np.float32(0)})
-        with jax.set_mesh(self._mesh), changed(variant.constants, platform()):
+        with jax.set_mesh(self._mesh), override_defaults(platform(), **variant.defaults):
             step = make_train_step(registry.objective(config), self._placement)
             state = jax.eval_shape(lambda: create_state(self._objective.parameters, self._mesh))
             lowered = step.lower(state, *self._arguments[name])
@@ -140,18 +132,18 @@ class Trainer:
         def compiled() -> Any:
             start = time.perf_counter()
             with jax.set_mesh(self._mesh):
-                program = compiler.compile(lowered, platform(), config.compiler_options)
+                program = compiler.compile(lowered, config.compiler_options)
             self.compile_seconds[name] = time.perf_counter() - start
             return program
 
         self._compiling[name] = self._pool.submit(compiled)
 
     def wait(self) -> None:
-        """Until all are compiled: cuDNN, building its kernels, breaks the capture of another program's CUDA graphs."""
+        """Waits until all are compiled: cuDNN breaks the capture of CUDA graphs while it builds its own kernels."""
         wait(self._compiling.values())
 
     def finish(self, name: str) -> None:
-        """Waits for the program of a variant, and runs it once."""
+        """Waits for the program of a variant and runs it once."""
         program = self._steps[name] = self._compiling.pop(name).result()
         memory = program.memory_analysis()
         if memory is not None:
@@ -162,11 +154,11 @@ class Trainer:
             metrics = self._advance(name)
             self.numbers[name] = float(metrics["loss"]), float(metrics["grad_norm"])
         except Exception:
-            self._state = None  # it was given away
+            self._state = None  # its buffers were donated
             raise
 
     def program(self, name: str) -> jax.stages.Compiled:
-        """Of a variant that is finished."""
+        """Returns the compiled program of a finished variant."""
         return self._steps[name]
 
     def _advance(self, name: str) -> dict[str, jax.Array]:
@@ -174,8 +166,8 @@ class Trainer:
         return metrics
 
     def train(self, name: str, steps: int) -> float:
-        """Seconds of a step."""
-        self._advance(name)["loss"].block_until_ready()  # another variant ran before
+        """Returns the seconds per step."""
+        self._advance(name)["loss"].block_until_ready()  # warm-up: another variant ran before
         start = time.perf_counter()
         for _ in range(steps):
             metrics = self._advance(name)
@@ -183,5 +175,5 @@ class Trainer:
         return (time.perf_counter() - start) / steps
 
     def kernels(self, name: str, steps: int = 3) -> list[tuple[str, float, int]]:
-        """Of a step, as `device_kernels` tells them."""
+        """Returns the kernels of a step, as `device_kernels` reports them."""
         return device_kernels(lambda: self.train(name, steps), steps + 1)

@@ -14,9 +14,14 @@ from gptjax.files import expand
 from gptjax.parallel import program_cache
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, its arguments after a colon.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; a run found there goes on.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; a run found there is resumed.")
 PROFILE = flags.DEFINE_bool("profile", False, "Write a trace of a few steps to WORKDIR/profile.")
-ALLOW_CHANGES = flags.DEFINE_bool("allow_config_changes", False, "Go on with a run although its config differs.")
+ALLOW_CHANGES = flags.DEFINE_bool("allow_config_changes", False, "Resume a run although its config differs.")
+START_OVER = flags.DEFINE_bool(
+    "start_over",
+    False,
+    "Begin anew where steps are recorded but no whole checkpoint is left; WORKDIR/earlier keeps all.",
+)
 
 
 def main() -> None:
@@ -28,7 +33,13 @@ def main() -> None:
         program_cache.use(expand(config.data.cache_dir))
         from gptjax.run import run  # after the checks: it takes seconds to import
 
-        run(config, expand(WORKDIR.value), profile=PROFILE.value, allow_config_changes=ALLOW_CHANGES.value)
+        run(
+            config,
+            expand(WORKDIR.value),
+            profile=PROFILE.value,
+            allow_config_changes=ALLOW_CHANGES.value,
+            start_over=START_OVER.value,
+        )
 
 
 if __name__ == "__main__":

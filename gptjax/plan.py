@@ -1,12 +1,12 @@
-"""Plans a run on TPUs that need not be there: compiles the real training step and tells memory, traffic and time.
+"""Plans a training run on TPUs without a TPU: compiles the training step and reports memory, collectives and time.
 
 python -m gptjax.plan --config=configs/gpt2.py:size=124m --topology=v5e:2x2 --search
 python -m gptjax.plan --config=configs/gpt3.py:size=175b --topology=v5p:8x8x16 --config.model.vocab_size=50304 \
     --config.mesh.data=1 --config.mesh.fsdp=64 --config.mesh.tensor=16 --config.batch.microbatch_size=64 \
     --config.batch.ramp_start_tokens=131072 --config.model.remat=full
 
-It needs libtpu, which has the compiler for TPUs (pip install 'gptjax[tpu]'), and no TPU. `--topology=cpu:8` compiles
-for simulated CPU devices.
+Needs libtpu, which contains the TPU compiler (pip install 'gptjax[tpu]'). `--topology=cpu:8` compiles for simulated
+CPU devices.
 """
 
 import json
@@ -25,22 +25,30 @@ from gptjax.config import Config, UserError, replace, resolve
 from gptjax.files import expand
 
 if TYPE_CHECKING:
-    from gptjax.planning.report import Step
+    from gptjax.planning.report import StepPlan
     from gptjax.planning.topology import Topology
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, its arguments after a colon.")
 TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "CHIP:SHAPE, such as v5e:4x4 or v5p:8x8x16; all: an overview of many; cpu:N: simulated devices."
+    "topology", None, "CHIP:SHAPE, such as v5e:4x4 or v5p:8x8x16; all: an overview of many; cpu:N: N simulated devices."
 )
-NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "Slices of that shape, joined by the data centre's network.")
-SEARCH = flags.DEFINE_bool("search", False, "Find mesh, microbatch and rematerialisation, and print their flags.")
-SEARCH_LIMIT = flags.DEFINE_integer("search_limit", 4, "Programs that a search compiles at most.", lower_bound=1)
-DECODE = flags.DEFINE_bool("decode", False, "Plan generating instead of training.")
-WEIGHTS = flags.DEFINE_enum("weights", "bfloat16", ["as_given", "bfloat16", "int8"], "Of --decode: bytes of a weight.")
-JSON = flags.DEFINE_string("json", None, "Write the numbers to this file; -: to standard output, instead of the table.")
-CACHE = flags.DEFINE_bool("cache", True, "Keep what was compiled in ~/.cache/gptjax/plans.")
+NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "Slices of that shape, connected by the data-centre network.")
+SEARCH = flags.DEFINE_bool(
+    "search", False, "Search mesh, microbatch size and rematerialisation, and print their flags."
+)
+SEARCH_LIMIT = flags.DEFINE_integer(
+    "search_limit", 4, "Maximum number of programs that a search compiles.", lower_bound=1
+)
+DECODE = flags.DEFINE_bool("decode", False, "Plan generation instead of training.")
+WEIGHTS = flags.DEFINE_enum(
+    "weights", "bfloat16", ["as_given", "bfloat16", "int8"], "With --decode: the dtype of weights."
+)
+JSON = flags.DEFINE_string(
+    "json", None, "Write the plan to this JSON file; -: print JSON to standard output instead of the table."
+)
+CACHE = flags.DEFINE_bool("cache", True, "Cache compilation results in ~/.cache/gptjax/plans.")
 
-# Compiling needs no machine with TPUs: libtpu neither looks for one, nor complains that it is not there.
+# Keeps libtpu from looking for a TPU, and from logging that there is none.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -50,7 +58,7 @@ ENVIRONMENT = {
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "JAX_ENABLE_COMPILATION_CACHE": "false",  # what is compiled without a client cannot be read back
+    "JAX_ENABLE_COMPILATION_CACHE": "false",  # programs compiled without a client cannot be loaded from it
 }
 
 
@@ -58,10 +66,10 @@ def main() -> None:
     if CONFIG.value is None or TOPOLOGY.value is None:
         raise UserError("needs --config=FILE and --topology=CHIP:SHAPE, such as --topology=v5e:2x2")
     config = resolve(CONFIG.value)
-    if config.stage != Config().stage:  # another stage's step depends on its data
+    if config.stage != Config().stage:  # the step of other stages depends on their data
         raise UserError(f"a run of stage {config.stage} cannot be planned: plan pretraining of the same model")
     if DECODE.value and (SEARCH.value or TOPOLOGY.value == "all"):
-        raise UserError("--decode plans for the mesh of --config.mesh on one topology: leave out --search and all")
+        raise UserError("--decode plans the mesh of --config.mesh on one topology: remove --search or --topology=all")
     set_environment(TOPOLOGY.value)
     from gptjax.data.tokenizers import vocab_size
     from gptjax.planning import topology
@@ -72,10 +80,10 @@ def main() -> None:
         check_ranking(config)
         plan_all(config)
         return
-    where = topology.parse(TOPOLOGY.value, NUM_SLICES.value)
+    where = topology.parse_topology(TOPOLOGY.value, NUM_SLICES.value)
     topology.check_libtpu(where)
     if where.chip is None and (SEARCH.value or DECODE.value):
-        raise UserError("--search and --decode need a TPU's topology: how much memory cpu:N may use is not known")
+        raise UserError("--search and --decode need a TPU topology: the memory limit of cpu:N is unknown")
     if DECODE.value:
         plan_decoding(config, where)
     elif SEARCH.value:
@@ -86,16 +94,16 @@ def main() -> None:
 
 
 def check_ranking(config: Config) -> None:
-    """Raises UserError when a search could not tell which plan is the quickest."""
+    """Raises UserError if a search could not rank plans by time."""
     if config.model.dtype == "float32":
         raise UserError(
-            "plans are ranked by time, and no TPU's peak for model.dtype=float32 is published: search with "
+            "plans are ranked by estimated time, and TPUs have no published peak for model.dtype=float32: search with "
             "--config.model.dtype=bfloat16"
         )
 
 
 def set_environment(topology: str) -> None:
-    """For JAX, which reads it when it is imported; a plan for TPUs runs nothing but this machine's CPU."""
+    """Sets the environment variables that JAX reads when it is imported: only this machine's CPU is used."""
     os.environ.update(ENVIRONMENT)
     if (devices := re.fullmatch(r"cpu:(\d+)", topology)) is not None:
         count = f"--xla_force_host_platform_device_count={devices[1]}"
@@ -103,80 +111,84 @@ def set_environment(topology: str) -> None:
 
 
 def plan_step(config: Config, where: "Topology") -> None:
-    """The config as it is; UserError if it does not fit."""
+    """Plans the config's own layout.
+
+    Raises:
+      UserError: the step does not fit.
+    """
     from gptjax.planning import topology
-    from gptjax.planning.compile import TooBig
-    from gptjax.planning.estimate import communicate, estimate
+    from gptjax.planning.compile import OutOfMemory
+    from gptjax.planning.estimate import axis_traffic, estimate_step
     from gptjax.planning.report import step_json, step_table
 
     mesh = topology.lay_out(config.mesh, where)
     say(f"compiling the training step for {where.name}")
     compiled = compile_step(where)(config, mesh)
-    if isinstance(compiled, TooBig):
+    if isinstance(compiled, OutOfMemory):
         needed, capacity = compiled.needed / 2**30, compiled.capacity / 2**30
         raise UserError(
             f"the training step does not fit {where.name}: it needs {needed:.2f} GiB of a device's {capacity:.2f}, "
-            f"{needed - capacity:.2f} too many: --search looks for a layout that does"
+            f"{needed - capacity:.2f} too many: --search looks for a layout that fits"
         )
-    communication = communicate(compiled.collectives, mesh, where)
-    step = make_step(config, where, mesh, compiled, communication, estimate(config, mesh, where, communication))
+    communication = axis_traffic(compiled.collectives, mesh, where)
+    step = make_step(config, where, mesh, compiled, communication, estimate_step(config, mesh, where, communication))
     output(step_table(step), step_json(step))
 
 
 def plan_search(config: Config, where: "Topology") -> None:
-    """The best layouts that were found, with the flags that set them."""
+    """Plans the fastest layouts that a search finds, with the flags that set them."""
     from gptjax.planning.report import step_json, step_table
-    from gptjax.planning.search import flags as flags_of
+    from gptjax.planning.search import override_flags
 
     steps = search_steps(config, where, SEARCH_LIMIT.value)
     if not steps:
         raise UserError(
-            f"no layout was found that fits {where.name} in {SEARCH_LIMIT.value} tries: take more or larger chips "
-            "(--topology=all shows which), or raise --search_limit"
+            f"no layout that fits {where.name} was found in {SEARCH_LIMIT.value} tries: use more or larger chips "
+            "(--topology=all lists some), or raise --search_limit"
         )
     texts, trees = [], []
     for number, step in enumerate(steps, start=1):
-        line = " ".join(flags_of(config, step.config))
+        line = " ".join(override_flags(config, step.config))
         texts.append(
-            f"plan {number} of {len(steps)}, by the time of a step without overlap\n\n{step_table(step)}\n\n{line}"
+            f"plan {number} of {len(steps)}, ranked by step time without overlap\n\n{step_table(step)}\n\n{line}"
         )
         trees.append(step_json(step) | {"flags": line})
     output("\n\n".join(texts[::-1]), {"plans": trees})
 
 
 def plan_all(config: Config) -> None:
-    """For each topology the first plan that fits."""
+    """Plans every topology of `all_topologies`: the first layout that fits."""
     from gptjax.planning.report import overview, step_json
-    from gptjax.planning.search import flags as flags_of
+    from gptjax.planning.search import override_flags
     from gptjax.planning.topology import all_topologies, check_libtpu
 
-    rows: list[tuple[str, Step | str]] = []
+    rows: list[tuple[str, StepPlan | str]] = []
     trees: dict[str, Any] = {}
     for where in all_topologies():
         check_libtpu(where)
         steps = search_steps(config, where, SEARCH_LIMIT.value, enough=1)
         rows.append((where.name, steps[0] if steps else "does not fit"))
         trees[where.name] = (
-            step_json(steps[0]) | {"flags": " ".join(flags_of(config, steps[0].config))} if steps else None
+            step_json(steps[0]) | {"flags": " ".join(override_flags(config, steps[0].config))} if steps else None
         )
     output(overview(rows), trees)
 
 
-def search_steps(config: Config, where: "Topology", limit: int, enough: int | None = None) -> "list[Step]":
-    """The plans that fit, of up to `limit` compiled; no more than `enough`."""
+def search_steps(config: Config, where: "Topology", limit: int, enough: int | None = None) -> "list[StepPlan]":
+    """Returns the plans that fit, fastest first, after compiling at most `limit` or finding `enough`."""
     from tqdm import tqdm
 
     from gptjax.planning import topology
-    from gptjax.planning.compile import Fits
+    from gptjax.planning.compile import CompiledProgram
     from gptjax.planning.search import search
 
     capacity = topology.hbm_bytes(where)
     assert capacity is not None, "a TPU's memory is known"
-    steps: list[Step] = []
+    steps: list[StepPlan] = []
     with tqdm(total=limit, desc=where.name, unit="plan", disable=not sys.stderr.isatty()) as bar:
         for number, trial in enumerate(search(config, where, capacity, compile_step(where)), start=1):
             tried = trial.candidate.config
-            if isinstance(trial.compiled, Fits):
+            if isinstance(trial.compiled, CompiledProgram):
                 parts = (trial.compiled, trial.communication or [], trial.estimate)
                 steps.append(make_step(tried, where, trial.mesh, *parts))
                 verdict = f"fits, {trial.compiled.memory.total / 2**30:.2f} GiB"
@@ -192,7 +204,7 @@ def search_steps(config: Config, where: "Topology", limit: int, enough: int | No
 
 
 def plan_decoding(config: Config, where: "Topology") -> None:
-    """Generating with the config's model on its mesh."""
+    """Plans generation with the config's model on its mesh."""
     from gptjax.planning import decode_plan as decoding
     from gptjax.planning import plan_cache as cache
     from gptjax.planning import topology
@@ -208,29 +220,31 @@ def plan_decoding(config: Config, where: "Topology") -> None:
         where,
         capacity,
         cast(Any, WEIGHTS.value),
-        lambda what, make: cache.compiled(what, config, where, cache_directory(), make),
+        lambda what, make: cache.compile_cached(what, config, where, cache_directory(), make),
     )
     output(decoding_table(plan, capacity), decoding_json(plan))
 
 
 def compile_step(where: "Topology") -> Any:
-    """Compiles a config's training step on a mesh of `where`, or finds it in the cache."""
+    """Returns a function that compiles a config's training step on a mesh of `where`, or reads it from the cache."""
     from gptjax.planning import plan_cache as cache
     from gptjax.planning.compile import compile_training_step
 
     def compile(config: Config, mesh: Any) -> Any:
         make = partial(compile_training_step, config, mesh)
-        return cache.compiled("training step", config, where, cache_directory(), make)
+        return cache.compile_cached("training step", config, where, cache_directory(), make)
 
     return compile
 
 
-def make_step(config: Config, where: "Topology", mesh: Any, compiled: Any, communication: Any, estimate: Any) -> "Step":
+def make_step(
+    config: Config, where: "Topology", mesh: Any, compiled: Any, communication: Any, estimate: Any
+) -> "StepPlan":
     from gptjax.planning.compile import state_bytes
-    from gptjax.planning.report import Step
+    from gptjax.planning.report import StepPlan
     from gptjax.planning.topology import hbm_bytes
 
-    return Step(config, where, mesh, state_bytes(config, mesh), compiled, communication, estimate, hbm_bytes(where))
+    return StepPlan(config, where, mesh, state_bytes(config, mesh), compiled, communication, estimate, hbm_bytes(where))
 
 
 def cache_directory() -> Path | None:
@@ -240,12 +254,12 @@ def cache_directory() -> Path | None:
 
 
 def say(text: str) -> None:
-    """On stderr: what is printed to standard output is the plan."""
+    """Prints progress to stderr; standard output is for the plan."""
     print(text, file=sys.stderr, flush=True)
 
 
 def output(table: str, tree: dict[str, Any]) -> None:
-    """The table, and the JSON where the flag sends it."""
+    """Prints the table, and writes the JSON where --json says."""
     text = json.dumps(tree, indent=2)
     if JSON.value == "-":
         print(text)

@@ -1,6 +1,10 @@
 """A whole run, from a config to its report: what `python -m gptjax.main` does, callable from a notebook."""
 
 import dataclasses
+import itertools
+import shutil
+import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,6 +14,7 @@ from jax.sharding import Mesh
 
 from gptjax.checkpoint.lock import locked
 from gptjax.checkpoint.manager import Checkpoints
+from gptjax.checkpoint.saved_trees import ConfigChanges
 from gptjax.checkpoint.state import abstract_state
 from gptjax.config import Config, UserError, differences, read_config, to_json, with_absolute_paths
 from gptjax.data import tokenizers
@@ -19,22 +24,40 @@ from gptjax.models import peft
 from gptjax.parallel.mesh import make_mesh
 from gptjax.scaling import flops
 from gptjax.stages import builders, registry
+from gptjax.stages.preference.reward_model import SCALE_FILE
 from gptjax.stages.start import start_state
 from gptjax.training.loop import RunReport, train
+from gptjax.training.metrics_file import METRICS_FILE, read_metrics
 from gptjax.training.stage import Stage
 
+# What a run adds to its workdir besides its config and its tokenizer, by name.
+_FILES_OF_A_RUN = (
+    *("checkpoints", "damaged", "rollouts", "debug", "profile", "evaluation", "samples", "tensorboard", "wandb"),
+    *(METRICS_FILE, "loss.png", SCALE_FILE),
+)
 
-def run(config: Config, workdir: Path, *, profile: bool = False, allow_config_changes: bool = False) -> RunReport:
-    """Trains `config` in `workdir`, or goes on with the run found there, printing as it goes.
+
+def run(
+    config: Config,
+    workdir: Path,
+    *,
+    profile: bool = False,
+    allow_config_changes: bool = False,
+    start_over: bool = False,
+) -> RunReport:
+    """Trains `config` in `workdir`, or resumes the run found there, printing its progress.
 
     Args:
       config: what `gptjax.config.resolve` returns.
       workdir: made if it is missing.
       profile: write a trace of a few steps to `<workdir>/profile/`.
-      allow_config_changes: go on although the workdir's run was started with another config, of the same model.
+      allow_config_changes: resume although the workdir's run was started with another config, of the same model. Where
+        the optimizer's state does not fit the new config, a fresh one is made.
+      start_over: begin anew where an earlier run has left records or damaged checkpoints, but no whole checkpoint; its
+        files are kept in `<workdir>/earlier/`. A whole checkpoint is resumed as usual.
 
     Raises:
-      UserError: anything that the user can mend, before anything slow where it can be known.
+      UserError: any error that the user can correct, before anything slow where it can be known.
     """
     registry.check(config)
     processes.check_same(_leaves(dataclasses.asdict(config), "config"), "give all processes the same config")
@@ -44,27 +67,63 @@ def run(config: Config, workdir: Path, *, profile: bool = False, allow_config_ch
         read_config(Path(config.init_from).expanduser())  # before the corpus is prepared
     processes.check_shared(workdir)
     with locked(workdir) if processes.is_first() else nullcontext():
-        return _run_alone(config, workdir, mesh, profile, allow_config_changes)
+        try:
+            changed = processes.of_first(lambda: _check_workdir(config, workdir, allow_config_changes, start_over))
+            return _run_alone(config, workdir, mesh, profile, allow_config_changes, changed)
+        except (OSError, UserError):
+            if workdir.is_dir():
+                raise
+            raise UserError(
+                f"--workdir={workdir} was deleted during the run, and what it held is lost; "
+                "the same command starts again"
+            ) from None
 
 
-def _run_alone(config: Config, workdir: Path, mesh: Mesh, profile: bool, allow_config_changes: bool) -> RunReport:
-    resumes = _check_workdir(config, workdir, allow_config_changes)
+def _run_alone(
+    config: Config, workdir: Path, mesh: Mesh, profile: bool, allow_changes: bool, changed: list[str] | None
+) -> RunReport:
+    resumes = changed is not None
     stage = builders.build(config, mesh, tokenizers.load(workdir / "tokenizer") if resumes else None)
     _check_tokenizer(config, stage.tokenizer)
+
+    def write() -> None:
+        if jax.process_index() == 0:
+            _write_workdir(config, workdir, stage)
+
     if jax.process_index() == 0:
-        _write_workdir(config, workdir, stage)
         print(_summary(stage, mesh))
-    report = train_stage(stage, mesh, workdir, profile=profile)
+    changes = ConfigChanges(allow_changes, tuple(changed or ()))
+    # The config is written once a checkpoint is known to fit it: until then the workdir has that of its checkpoints.
+    report = train_stage(stage, mesh, workdir, profile=profile, changes=changes, on_start=write)
     if jax.process_index() == 0:
         print(_report(report, workdir))
     return report
 
 
-def train_stage(stage: Stage, mesh: Mesh, workdir: Path, *, profile: bool = False) -> RunReport:
-    """Trains a stage in `workdir` from where `start_state` finds its start; arguments and errors as of `loop.train`."""
+def train_stage(
+    stage: Stage,
+    mesh: Mesh,
+    workdir: Path,
+    *,
+    profile: bool = False,
+    changes: ConfigChanges | None = None,
+    on_start: Callable[[], None] | None = None,
+) -> RunReport:
+    """Trains a stage in `workdir` from where `start_state` finds its start.
+
+    Args:
+      profile: write a trace of a few steps to `<workdir>/profile/`.
+      changes: of the config since the run in `workdir` was started; None: there are none.
+      on_start: called when the state has been restored, before anything is written.
+
+    Raises:
+      UserError: as of `start_state` and `loop.train`.
+    """
     with jax.set_mesh(mesh), Checkpoints(workdir, stage.config.checkpoint) as checkpoints:
-        state, position = start_state(stage.objective.parameters, mesh, checkpoints)
-        return train(stage, mesh, workdir, checkpoints, state, position, profile=profile)
+        state, position = start_state(stage.objective.parameters, mesh, checkpoints, changes)
+        if on_start is not None:
+            on_start()
+        return train(stage, mesh, workdir, checkpoints, state, position, profile=profile, changes=changes)
 
 
 def _leaves(tree: Any, name: str) -> dict[str, Any]:
@@ -74,15 +133,25 @@ def _leaves(tree: Any, name: str) -> dict[str, Any]:
     return {leaf: value for key, part in tree.items() for leaf, value in _leaves(part, f"{name}.{key}").items()}
 
 
-def _check_workdir(config: Config, workdir: Path, allow_changes: bool) -> bool:
-    """Whether `workdir` has checkpoints to go on from; UserError when they are of another config, or weights alone."""
+def _check_workdir(config: Config, workdir: Path, allow_changes: bool, start_over: bool) -> list[str] | None:
+    """The config fields that differ from those of the run found in `workdir`; None: there is nothing to resume.
+
+    Raises:
+      UserError: the checkpoints are of another config, or of weights alone; or an earlier run left records and no whole
+        checkpoint, and `start_over` is not given.
+    """
     checkpoints = workdir / "checkpoints"
-    steps = [path for path in checkpoints.iterdir() if path.name.isdecimal()] if checkpoints.exists() else []
+    try:
+        steps = [path for path in checkpoints.iterdir() if path.name.isdecimal()] if checkpoints.exists() else []
+    except OSError as error:
+        raise UserError(f"cannot read {checkpoints}: {error.strerror}; run the same command again") from None
     if not steps:
-        return False
-    if not any((step / "train").is_dir() for step in steps):
+        if (lost := _lost_run(workdir)) is not None:
+            _set_aside(workdir, lost, start_over)
+        return None
+    if [step.name for step in steps] == ["0"] and not (steps[0] / "train").is_dir():
         raise UserError(
-            f"{workdir} holds imported weights, and no training to go on with: "
+            f"{workdir} holds imported weights, and no training to resume: "
             f"start from them by --config.init_from={workdir} and another --workdir"
         )
     old = with_absolute_paths(read_config(workdir))
@@ -92,9 +161,46 @@ def _check_workdir(config: Config, workdir: Path, allow_changes: bool) -> bool:
     if changed and not allow_changes:
         raise UserError(
             f"{workdir} holds a run of another config ({'; '.join(changed)}): "
-            "use another --workdir, or go on with the change by --allow_config_changes"
+            "use another --workdir, or resume with the change by --allow_config_changes"
         )
-    return True
+    return changed
+
+
+def _lost_run(workdir: Path) -> str | None:
+    """What an earlier run has left in a workdir without checkpoints, in words; None: no trained step is recorded."""
+    if any((workdir / "damaged").glob("*")):
+        return "damaged checkpoints"
+    if not (workdir / METRICS_FILE).exists():
+        return None
+    try:
+        step = max((record["step"] for record in read_metrics(workdir)[1]), default=0)
+    except UserError:
+        return f"a damaged {METRICS_FILE}"
+    return f"records of {step} steps" if step > 0 else None
+
+
+def _set_aside(workdir: Path, lost: str, start_over: bool) -> None:
+    """Moves the files of a run that cannot be resumed to `<workdir>/earlier/N/`.
+
+    Raises:
+      UserError: `start_over` is not given.
+    """
+    if not start_over:
+        raise UserError(
+            f"{workdir} holds {lost} but no whole checkpoint to resume from: use another --workdir, "
+            f"or begin anew by --start_over, which moves the files of the earlier run to {workdir / 'earlier'}"
+        )
+    try:
+        place = next(path for i in itertools.count() if not (path := workdir / "earlier" / str(i)).exists())
+        place.mkdir(parents=True)
+        for name in _FILES_OF_A_RUN:
+            if (workdir / name).exists():
+                (workdir / name).rename(place / name)
+        if (workdir / "config.json").exists():
+            shutil.copy(workdir / "config.json", place)
+    except OSError as error:
+        raise UserError(f"cannot move the files of the earlier run in {workdir}: {error.strerror}") from None
+    print(f"{workdir} held {lost} but no whole checkpoint: begins anew, earlier files are in {place}", file=sys.stderr)
 
 
 def _check_tokenizer(config: Config, tokenizer: tokenizers.Tokenizer) -> None:

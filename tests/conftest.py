@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,3 +68,29 @@ def make_tiny() -> Callable[[Path], Any]:
 def tiny(make_tiny: Callable[[Path], Any], tmp_path: Path) -> Any:
     """The config of a run small enough to train in a test."""
     return make_tiny(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def original(make_tiny: Callable[[Path], Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """The config and workdir of a run with the checkpoints 4 and 6; nobody may change it."""
+    from gptjax.config import replace
+    from gptjax.run import run
+
+    directory = tmp_path_factory.mktemp("original")
+    changes = {
+        "model": {"vocab_size": 257},
+        "optimizer": {"schedule": "constant"},
+        "evaluation": {"sample_tokens": 0},
+        "checkpoint": {"keep_last": 2},
+    }
+    config = replace(make_tiny(directory), changes)
+    run(config, directory / "run")
+    return config, directory / "run"
+
+
+@pytest.fixture
+def trained(original: tuple[Any, Path], tmp_path: Path) -> tuple[Any, Path]:
+    """The config of a run with the checkpoints 4 and 6, and a copy of its workdir."""
+    config, workdir = original
+    shutil.copytree(workdir, tmp_path / "run")
+    return config, tmp_path / "run"

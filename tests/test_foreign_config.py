@@ -18,8 +18,9 @@ from gptjax.evaluation import run as evaluation
 from gptjax.evaluation.dialogue import read_prompts
 from gptjax.models.gpt import GPT
 from gptjax.parallel.mesh import make_mesh
+from gptjax.stages import registry
 from gptjax.stages.preference.reward_scorer import load_reward_model
-from gptjax.stages.registry import completed_config, make_program
+from gptjax.stages.registry import completed_config
 from gptjax.stages.rl.reward_functions import open_reward
 from gptjax.stages.start import load_given
 from gptjax.stages.trained_model import load_model
@@ -53,7 +54,7 @@ def test_code_that_a_saved_config_names_does_not_run(foreign, pretrained, tmp_pa
         load_reward_model(foreign, mesh)
     with jax.set_mesh(mesh):
         started = dataclasses.replace(config, init_from=str(foreign))
-        assert load_given(make_program(started), mesh) is not None
+        assert load_given(registry.parameters(started), mesh) is not None
     assert not (tmp_path / "ran").exists()
     assert open_reward("python:planted.reward", mesh, []).on_host  # which the command line has named
     assert (tmp_path / "ran").exists()

@@ -1,21 +1,21 @@
-"""`python -m gptjax.plan`: mistakes in its flags, and a plan for simulated CPU devices."""
+"""`python -m gptjax.plan`: user errors in its flags, and a plan for simulated CPU devices."""
 
 import importlib.util
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from gptjax.config import DataConfig, UserError
 from gptjax.data.tokenizers import get_tokenizer, vocab_size
-from gptjax.planning.topology import check_libtpu, parse
+from gptjax.planning.topology import check_libtpu, parse_topology
+from tests.commands import run_command
 
 ROOT = Path(__file__).parents[1]
 TINY = """
 from gptjax import config as c
+from tests.commands import run_command
 
 def get_config(arg=None):
     return c.config_dict(c.Config(
@@ -34,28 +34,27 @@ def home(tmp_path_factory) -> Path:
 
 
 def plan(home: Path, *arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "gptjax.plan", f"--config={home / 'tiny.py'}", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "HOME": str(home)})
+    return run_command("gptjax.plan", f"--config={home / 'tiny.py'}", *arguments, environment={"HOME": str(home)})
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ([], ["needs --config=FILE and --topology=CHIP:SHAPE"]),
-        (["--topology=v9:2x2"], ["--topology=v9:2x2", "no chip 'v9'", "v4, v5e, v5p, v6e"]),
-        (["--topology=cpu:4", "--search"], ["--search", "a TPU's topology"]),
-        (["--topology=all", "--decode"], ["--decode", "leave out --search and all"]),
+        (["--topology=v9:2x2"], ["--topology=v9:2x2", "unknown chip 'v9'", "v4, v5e, v5p, v6e"]),
+        (["--topology=cpu:4", "--search"], ["--search", "a TPU topology"]),
+        (["--topology=all", "--decode"], ["--decode", "remove --search or --topology=all"]),
         (["--topology=all"], ["model.dtype=float32", "--config.model.dtype=bfloat16"]),
         (
             ["--topology=cpu:4", "--config.stage=reward"],
-            ["a run of stage reward is not planned, only of stage pretrain"],
+            ["a run of stage reward cannot be planned"],
         ),
         (["--topology=cpu:4", "--config.mesh.fsdp=3"], ["fsdp=3", "4 device(s)"]),
         (["--topology=cpu:4", "--config.model.vocab_size=100"], ["model.vocab_size=100", "257 tokens"]),
         (["--topology=cpu:4", "--config.mesh.data=1", "--config.mesh.tensor=4"], ["model.num_heads=2", "tensor=4"]),
     ],
 )
-def test_mistakes_are_one_line(home, arguments, words):
+def test_user_errors_are_one_line(home, arguments, words):
     result = plan(home, *arguments)
     assert result.returncode == 2, result.stderr
     last = result.stderr.strip().splitlines()[-1]
@@ -66,14 +65,14 @@ def test_mistakes_are_one_line(home, arguments, words):
     assert not (home / ".cache/gptjax/plans").exists()
 
 
-def test_a_missing_libtpu_is_named_with_its_mend(monkeypatch):
+def test_a_missing_libtpu_is_named_with_the_command_to_install_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"needs libtpu, their compiler \(no TPU\): pip install 'gptjax\[tpu\]'"):
-        check_libtpu(parse("v5e:2x2"))
-    check_libtpu(parse("cpu:8"))
+    with pytest.raises(UserError, match=r"needs libtpu, .*: pip install 'gptjax\[tpu\]'"):
+        check_libtpu(parse_topology("v5e:2x2"))
+    check_libtpu(parse_topology("cpu:8"))
 
 
-def test_a_plan_is_printed_written_and_kept(home):
+def test_a_plan_is_printed_written_and_cached(home):
     arguments = ("--topology=cpu:4", "--config.mesh.data=2", "--config.mesh.fsdp=2", f"--json={home / 'plan.json'}")
     first = plan(home, *arguments)
     assert first.returncode == 0, first.stderr
@@ -85,23 +84,23 @@ def test_a_plan_is_printed_written_and_kept(home):
     assert memory["arguments"] > memory["parameters"] + memory["optimizer"] > 0
     assert "estimate" not in numbers  # a CPU has no published peaks
 
-    (kept,) = (home / ".cache/gptjax/plans").iterdir()
-    tree = json.loads(kept.read_text())
-    tree["result"]["seconds"] = 12345.6  # what is found there is what is printed
-    kept.write_text(json.dumps(tree))
+    (cached,) = (home / ".cache/gptjax/plans").iterdir()
+    tree = json.loads(cached.read_text())
+    tree["result"]["seconds"] = 12345.6  # the second plan must print the cached number
+    cached.write_text(json.dumps(tree))
     again = plan(home, *arguments[:3], "--json=-")
     assert json.loads(again.stdout)["compile_seconds"] == 12345.6
     assert json.loads(again.stdout)["memory"] == memory
 
 
 @pytest.mark.parametrize("spec", ["gpt2", "cl100k_base", "cl100k", "bytes"])
-def test_a_vocabulary_that_its_name_tells_is_the_tokenizers(spec, tmp_path):
+def test_vocab_size_of_a_name_is_the_tokenizers(spec, tmp_path):
     cache = Path(DataConfig.cache_dir).expanduser()
     tokenizer = get_tokenizer(spec, train_documents=list, corpus_fingerprint="", cache_dir=cache)
     assert vocab_size(spec) == tokenizer.vocab_size
 
 
-def test_a_trained_vocabulary_is_as_large_as_asked_for():
+def test_vocab_size_of_a_trained_tokenizer_is_the_requested_size():
     assert (vocab_size("bpe:4096"), vocab_size("gpt1_bpe:2000")) == (4096, 2000)
     with pytest.raises(UserError, match="unknown tokenizer 'gpt3'"):
         vocab_size("gpt3")

@@ -5,7 +5,6 @@ import codecs
 import importlib
 import io
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from gptjax.config import Config, UserError, read_config, replace
 from gptjax.run import run
 from gptjax.stages import start
 from gptjax.training.metrics_file import read_metrics
+from tests.commands import run_command
 from tests.tiny_tasks import KINDS, records, run_config, with_method
 
 ROOT = Path(__file__).parents[1]
@@ -264,8 +264,7 @@ def test_flags_that_make_no_sense(command, workdir_of, pretrained, tmp_path):
 
 
 def test_a_user_error_is_one_line_and_exit_code_2(pretrained):
-    arguments = [sys.executable, "-m", "gptjax.predict", f"--workdir={pretrained}"]
-    result = subprocess.run(arguments, input="text\n", capture_output=True, text=True, cwd=ROOT)
+    result = run_command("gptjax.predict", f"--workdir={pretrained}", stdin="text\n")
     assert result.returncode == 2, result.stderr
     assert result.stdout == ""
     assert result.stderr.strip().splitlines()[-1].startswith(f"error: {pretrained} is of stage pretrain")

@@ -6,6 +6,7 @@ cut into files, and would not notice a file that is missing, which reads as zero
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,18 +22,33 @@ def checksums(tree: Any) -> dict[str, int]:
     A changed element always changes it, several do but for one chance in 2**32.
 
     Args:
-      tree: of arrays, of jax or numpy, with elements of up to 4 bytes.
+      tree: of arrays, of jax or numpy, with elements of up to 4 bytes; those of jax in device or host memory.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    sums = np.asarray(_sums([leaf for _, leaf in leaves]))
-    names = (jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves)
-    return dict(zip(names, sums.tolist(), strict=True))
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    in_host = {name: leaf for name, (_, leaf) in zip(names, leaves, strict=True) if _is_in_host(leaf)}
+    on_device = {name: leaf for name, (_, leaf) in zip(names, leaves, strict=True) if name not in in_host}
+    sums = dict(zip(on_device, np.asarray(_sums(list(on_device.values()))).tolist(), strict=True)) if on_device else {}
+    # One after the other: a device that offloads its optimizer's state has no room for all of it.
+    sums |= {
+        name: int(_sum_from_host(leaf, leaf.sharding.with_memory_kind("device"))) for name, leaf in in_host.items()
+    }
+    return {name: sums[name] for name in names}
+
+
+def _is_in_host(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and leaf.sharding.memory_kind == "pinned_host"
 
 
 @jax.jit
 def _sums(leaves: list[jax.Array]) -> jax.Array:
     """uint32 (leaves,)."""
     return jnp.stack([_sum(leaf) for leaf in leaves])
+
+
+@partial(jax.jit, static_argnums=1)
+def _sum_from_host(leaf: jax.Array, on_device: jax.sharding.Sharding) -> jax.Array:
+    return _sum(jax.device_put(leaf, on_device))
 
 
 def _sum(array: jax.Array) -> jax.Array:

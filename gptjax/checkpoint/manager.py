@@ -1,15 +1,14 @@
-"""Checkpoints of a workdir, and what is done about damaged ones."""
+"""Checkpoints of a workdir: saving, verified reading, and quarantine of damaged ones."""
 
 import dataclasses
 import functools
 import itertools
-import json
 import re
 import shutil
 import sys
-import zlib
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -18,13 +17,23 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from jax.tree_util import keystr
 from orbax.checkpoint import checkpoint_managers as policies
 
-from gptjax.checkpoint.checksums import checksums
-from gptjax.checkpoint.position import Best, Position
+from gptjax.checkpoint import read_errors
+from gptjax.checkpoint.position import Position
+from gptjax.checkpoint.read_errors import DamageError, ReadError, VanishedError
+from gptjax.checkpoint.saved_trees import ConfigChanges, named_leaves, restorable
 from gptjax.checkpoint.state import TrainState
+from gptjax.checkpoint.stored_checkpoint import (
+    Contents,
+    StoredCheckpoint,
+    make_manifest,
+    position_of,
+    verify,
+    weights_item,
+)
 from gptjax.config import CheckpointConfig, UserError
+from gptjax.distributed import processes
 
 T = TypeVar("T")
 
@@ -33,12 +42,13 @@ class Checkpoints:
     """The checkpoints in `<workdir>/checkpoints/`, written in the background, each device its own shards.
 
     One checkpoint has the items `params`, `ema` (where there is one), `train` (step, optimizer state and random key)
-    and `manifest` (JSON: the `Position`, the score, and the checksum of each array); imported weights are `params` and
-    `manifest`. Parameters that stay as another workdir has them are not in it, but their checksums are. Kept are the
-    newest `keep_last` and the one of the highest score.
+    and `manifest` (JSON: the `Position`, the score, and dtype, shape and checksum of each array); imported weights are
+    `params` and `manifest`. Frozen parameters of another workdir are not stored, but their checksums are. The newest
+    `keep_last` checkpoints and the one of the highest score are kept.
 
-    What is read is checked. A checkpoint that fails is reported, moved to `<workdir>/damaged/` unless `read_only`, and
-    the one before it is read.
+    Reading first compares names, shapes and dtypes with what is wanted, then verifies the checksum of every array. A
+    damaged checkpoint is reported, moved to `<workdir>/damaged/` unless `read_only`, and the one before it is read. An
+    error of the machine (`read_errors`) never moves a checkpoint.
     """
 
     def __init__(self, workdir: Path, config: CheckpointConfig, read_only: bool = False):
@@ -50,8 +60,18 @@ class Checkpoints:
         policy = policies.AnyPreservationPolicy([policies.LatestN(config.keep_last), _KeepBest(self._scores)])
         _silence_threads()
         options = ocp.CheckpointManagerOptions(preservation_policy=policy, create=not read_only, read_only=read_only)
-        with self._errors_named():
-            self._manager = _open_manager(self._directory, options)
+        self._manager = self._listed(lambda: _open_manager(self._directory, options))
+
+    def _listed(self, function: Callable[[], T]) -> T:
+        """The result of `function`, which lists the directory; repeated if a checkpoint is deleted meanwhile."""
+        for delay in (*read_errors.RETRY_DELAYS, None):
+            try:
+                return function()
+            except OSError as error:
+                if delay is None or not self._directory.parent.is_dir():
+                    raise UserError(f"cannot open {self._directory}: {error.strerror}") from None
+            time.sleep(delay)
+        raise AssertionError("unreachable")
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
@@ -67,13 +87,14 @@ class Checkpoints:
         return self._scores
 
     def _saved_score(self, step: int) -> float | None:
-        """Of a checkpoint; None: it has none, or is damaged, which is for those to say who read it."""
+        """The score in a manifest; None: there is none, or the checkpoint is damaged, which reading it will report."""
+        stored = self._stored(step)
         try:
-            score: float | None = self._manifest(step).get("score")
-        except Exception as error:
-            if _is_damage(error):
-                return None
-            raise
+            score: float | None = stored.retried(stored.manifest).get("score")
+        except (DamageError, VanishedError):
+            return None
+        except ReadError as error:
+            raise stored.unreadable(error) from None
         return score
 
     def save(self, step: int, state: TrainState, position: Position, score: float | None) -> None:
@@ -93,7 +114,7 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    manifest=ocp.args.JsonSave(_make_manifest(position, items | fixed, score)),
+                    manifest=ocp.args.JsonSave(make_manifest(position, items | fixed, score)),
                     **{name: ocp.args.StandardSave(item) for name, item in items.items()},
                 ),
             )
@@ -123,13 +144,18 @@ class Checkpoints:
             manager.save(
                 0,
                 args=ocp.args.Composite(
-                    manifest=ocp.args.JsonSave(_make_manifest(Position(), {"params": params} | fixed)),
+                    manifest=ocp.args.JsonSave(make_manifest(Position(), {"params": params} | fixed)),
                     params=ocp.args.PyTreeSave(params),
                 ),
             )
 
     def _check_room(self, arrays: Any) -> None:
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+        if not self._directory.is_dir():
+            raise UserError(
+                f"cannot save: {self._directory} was deleted during the run, and what it held is lost; "
+                "the same command starts again"
+            )
         free = shutil.disk_usage(self._directory).free
         if 1.1 * size > free:  # indices and metadata come on top
             raise UserError(
@@ -137,125 +163,124 @@ class Checkpoints:
                 f"{self._last_good()}; free some space and run the same command again"
             )
 
-    def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, Position]:
-        """The newest whole state, or that of `step`, placed as `abstract`'s shardings say; it lacks its `base`.
+    def restore(
+        self, abstract: TrainState, step: int | None = None, changes: ConfigChanges | None = None
+    ) -> tuple[TrainState, Position]:
+        """Reads the newest whole state, or that of `step`, with `abstract`'s shardings; it lacks its `base`.
+
+        Args:
+          changes: of the config since the checkpoint was saved. Where they are allowed, an optimizer state that does
+            not fit is None in the result, and so is a moving average that the checkpoint lacks.
 
         Raises:
-          UserError: there is no whole checkpoint, or it lacks what `abstract` has.
+          UserError: there is no whole checkpoint, it cannot be read, or it does not fit `abstract`.
         """
+        items, why = _items(abstract), ConfigChanges() if changes is None else changes
 
-        def read(step: int) -> tuple[TrainState, Position]:
-            items, position = self._read(step, _items(abstract))
-            return TrainState(params=items["params"], ema=items.get("ema"), **items["train"]), position
+        def read(stored: StoredCheckpoint) -> Contents:
+            manifest, saved = stored.described()
+            position_of(manifest)
+            return stored.read(manifest, items, restorable(saved, items, str(stored), why))
 
-        return self._newest_whole(read, step)
+        _, contents = self._first_whole(lambda: self._newest_first(step), read)
+        train = {name: contents.filled(f"train/{name}", leaf) for name, leaf in items["train"].items()}
+        ema = None if abstract.ema is None else contents.filled("ema", abstract.ema)
+        state = TrainState(params=contents.filled("params", abstract.params), ema=ema, **train)
+        return state, position_of(contents.manifest)
 
     def check_base(self, step: int, base: Any) -> None:
         """Raises UserError unless `base` holds what the state saved at `step` had."""
+        stored = self._stored(step)
+        manifest = stored.required(stored.manifest)
         try:
-            _check({"base": base}, self._manifest(step)["checksums"])
-        except _DamageError as error:
+            verify({"base": base}, manifest["checksums"])
+        except DamageError as error:
             raise UserError(
-                f"the weights that {self._directory.parent} started from are not what they were ({error}): "
-                "put its init_from back"
+                f"the weights that {self._directory.parent} started from have changed ({error}): put its init_from back"
             ) from None
 
-    def restore_params(self, abstract_params: Any, step: int | None = None) -> tuple[Any, int]:
-        """The newest whole weights, or those of `step`, and their step: their average where the run kept one.
+    def restore_params(self, abstract_params: Any, step: int | None = None, *, best: bool = False) -> tuple[Any, int]:
+        """Reads the newest whole weights, and their step: the moving average where the run kept one.
+
+        Args:
+          step: read those of this step.
+          best: read those of the best checkpoint, unless `step` is given.
 
         Raises:
           UserError: as `restore`.
         """
 
-        def read(step: int) -> tuple[Any, int]:
-            name = self._weights(step)
-            return self._read(step, {name: abstract_params})[0][name], step
+        def read(stored: StoredCheckpoint) -> Contents:
+            manifest, saved = stored.described()
+            items = {weights_item(saved): abstract_params}
+            return stored.read(manifest, items, restorable(saved, items, str(stored), ConfigChanges()))
 
-        return self._newest_whole(read, step)
+        def choose() -> list[int]:
+            steps = self._newest_first(step)
+            return sorted(steps, key=lambda each: each != self.best_step()) if best and step is None else steps
+
+        found, contents = self._first_whole(choose, read)
+        return contents.filled(weights_item(contents.manifest["checksums"]), abstract_params), found
 
     def stream_params(self, abstract_params: Any) -> Iterator[np.ndarray]:
-        """The newest weights, leaf by leaf in the tree's order, each read into host memory when it is asked for.
+        """Yields the newest weights, leaf by leaf in the tree's order, each read into host memory when it is asked for.
 
         Raises:
-          UserError: at the first that is damaged.
+          UserError: at the first that is damaged, or cannot be read.
         """
-        named, structure = jax.tree_util.tree_flatten_with_path(abstract_params)
         step = self.latest_step()
         assert step is not None, self._directory
-        try:
-            expected, name = self._manifest(step)["checksums"], self._weights(step)
-            for i, (path, leaf) in enumerate(named):
-                others = [ocp.PLACEHOLDER] * len(named)
-                one = jax.tree.unflatten(structure, [*others[:i], leaf, *others[i + 1 :]])
-                args = [ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)] * len(named)
-                restore = ocp.args.PyTreeRestore(one, restore_args=jax.tree.unflatten(structure, args))
-                restored = self._manager.restore(step, args=ocp.args.Composite(**{name: restore}))[name]
-                array = jax.tree.leaves(restored)[i]
-                _check({f"{name}/{keystr(path, simple=True, separator='/')}": array}, expected)
-                yield array
-        except Exception as error:
-            if not _is_damage(error):
-                raise
-            raise UserError(
-                f"checkpoint {step} in {self._directory} is damaged ({_first_line(error)}): move it away, and the one "
-                "before it is read"
-            ) from None
+        stored = self._stored(step)
+        manifest, saved = stored.required(stored.described)
+        items = {weights_item(saved): abstract_params}
+        sources = restorable(saved, items, str(stored), ConfigChanges())
+        for name, leaf in named_leaves(items).items():
+            yield stored.required(functools.partial(stored.read_one, manifest, sources[name], leaf))
 
-    def _newest_whole(self, read: Callable[[int], T], only: int | None = None) -> T:
-        """What `read` makes of the newest step that it finds undamaged, or of `only`."""
+    def _first_whole(
+        self, choose: Callable[[], list[int]], read: Callable[[StoredCheckpoint], Contents]
+    ) -> tuple[int, Contents]:
+        """The first of the steps that `choose` lists whose contents are whole; all processes agree on it."""
+        damaged: set[int] = set()
+        while steps := processes.of_first(lambda: [step for step in choose() if step not in damaged]):
+            stored = self._stored(steps[0])
+            try:
+                contents = read_errors.agreed(functools.partial(stored.retried, functools.partial(read, stored)))
+                verify(contents.arrays, contents.manifest["checksums"])
+                return stored.step, contents
+            except VanishedError:  # a reader lists the checkpoints of a run in progress again
+                if not self._read_only:
+                    raise UserError(f"{stored} was deleted while it was read: is --workdir in use?") from None
+            except ReadError as error:
+                raise stored.unreadable(error) from None
+            except DamageError as error:
+                if self._read_only and processes.of_first(functools.partial(_is_deleted_soon, stored)):
+                    continue
+                damaged.add(stored.step)
+                self._report(stored, error)
+        raise UserError(
+            f"no checkpoint in {self._directory} is whole: use another --workdir, or begin anew in this one by "
+            "--start_over, which keeps its files"
+        )
+
+    def _newest_first(self, only: int | None) -> list[int]:
+        self._listed(self._manager.reload)
         steps = sorted(self._manager.all_steps(), reverse=True)
         if only is not None and only not in steps:
             raise UserError(f"there is no checkpoint {only} in {self._directory}: there are {steps}")
-        for step in steps if only is None else [only]:
-            try:
-                return read(step)
-            except Exception as error:
-                if not _is_damage(error):
-                    raise
-                reason = f"checkpoint {step} in {self._directory} is damaged ({_first_line(error)})"
-            if self._read_only:
-                print(f"{reason}: the one before it is read", file=sys.stderr)
-            else:
-                reason += f" and now in {self._set_aside(step)}"
-                print(f"{reason}: the one before it is read", file=sys.stderr)
-            if jax.process_count() > 1:  # the others may have read it, and wait for this one
-                raise UserError(f"{reason}: run the same command again, and it goes on from the one before")
-        raise UserError(f"no checkpoint in {self._directory} is whole: start again with another --workdir")
+        return steps if only is None else [only]
 
-    def _set_aside(self, step: int) -> Path:
-        """Moves a damaged checkpoint out of the way of the one that will be saved at its step, and keeps it."""
-        damaged = self._directory.parent / "damaged"
-        damaged.mkdir(exist_ok=True)
-        place = next(path for i in itertools.count() if not (path := damaged / f"{step}.{i}").exists())
-        with suppress(FileNotFoundError):  # another process was faster
-            (self._directory / str(step)).rename(place)
-        self._manager.reload()
-        return place
+    def _report(self, stored: StoredCheckpoint, error: DamageError) -> None:
+        """Prints that a checkpoint is damaged, and moves it out of the way of the next one saved at its step."""
+        reason = f"{stored} is damaged ({error})"
+        if not self._read_only:
+            reason += f" and now in {processes.of_first(lambda: str(_set_aside(stored)))}"
+            self._listed(self._manager.reload)
+        if processes.is_first():
+            print(f"{reason}: the one before it is read", file=sys.stderr)
 
-    def _read(self, step: int, abstract: dict[str, Any]) -> tuple[dict[str, Any], Position]:
-        """Items of a checkpoint, checked: an error for which `_is_damage` holds if they are not as they were saved."""
-        manifest = self._manifest(step)
-        if "ema" in abstract and not any(name.startswith("ema/") for name in manifest["checksums"]):
-            raise UserError(f"{self._directory.parent} keeps no moving average: leave optimizer.ema_decay unset")
-        args = {name: ocp.args.StandardRestore(item) for name, item in abstract.items()}
-        restored = self._manager.restore(step, args=ocp.args.Composite(**args))
-        items = {name: restored[name] for name in abstract}
-        _check(items, manifest["checksums"])
-        position = Position(**manifest["position"] | {"best": Best(**manifest["position"]["best"])})
-        if [type(value) for value in vars(position).values()] != [type(value) for value in vars(Position()).values()]:
-            raise _DamageError("its manifest is not one of a run")
-        return items, position
-
-    def _manifest(self, step: int) -> dict[str, Any]:
-        args = ocp.args.Composite(manifest=ocp.args.JsonRestore())
-        manifest = self._manager.restore(step, args=args)["manifest"]
-        if manifest.pop("crc32") != _crc32(manifest):
-            raise _DamageError("its manifest is not what was saved")
-        return manifest
-
-    def _weights(self, step: int) -> str:
-        """A checkpoint's item of the weights to use."""
-        return "ema" if any(name.startswith("ema/") for name in self._manifest(step)["checksums"]) else "params"
+    def _stored(self, step: int) -> StoredCheckpoint:
+        return StoredCheckpoint(self._directory, step)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -270,7 +295,7 @@ class Checkpoints:
 
     @contextmanager
     def _errors_named(self) -> Iterator[None]:
-        """Turns a failure to write into one line; orbax's own checkpoints are atomic, so earlier ones are whole."""
+        """Turns a failure to write into a UserError; Orbax writes atomically, so earlier checkpoints are whole."""
         try:
             yield
         except (OSError, ValueError) as error:  # tensorstore's are ValueErrors that name the file they fail to write
@@ -280,7 +305,7 @@ class Checkpoints:
             reason = re.search(r": ([^:]+) \[os_error_code", lines[0])
             raise UserError(
                 f"cannot save in {self._directory}: {reason[1] if reason else lines[0]}; {self._last_good()}; "
-                "mend the disk and run the same command again"
+                "free or repair the disk, and run the same command again"
             ) from None
 
     def _last_good(self) -> str:
@@ -296,8 +321,8 @@ def _open_manager(directory: Path, options: ocp.CheckpointManagerOptions) -> ocp
         raise
     except Exception as error:  # its parsers raise ValueError, TypeError, RecursionError, ...
         raise UserError(
-            f"a _CHECKPOINT_METADATA in {directory} is damaged ({_first_line(error)}): remove that file, and the "
-            "checkpoint is read without it"
+            f"a _CHECKPOINT_METADATA in {directory} is damaged ({read_errors.first_line(error)}): remove that file, "
+            "and the checkpoint is read without it"
         ) from None
 
 
@@ -308,16 +333,6 @@ def _items(state: TrainState) -> dict[str, Any]:
         "train": {"step": state.step, "opt_state": state.opt_state, "rng": state.rng},
     }
     return items if state.ema is None else items | {"ema": state.ema}
-
-
-def _make_manifest(position: Position, items: dict[str, Any], score: float | None = None) -> dict[str, Any]:
-    """What `Checkpoints._manifest` reads again, its own checksum in it."""
-    manifest = {"position": dataclasses.asdict(position), "score": score, "checksums": checksums(items)}
-    return manifest | {"crc32": _crc32(manifest)}
-
-
-def _crc32(manifest: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,28 +352,25 @@ def _best(scores: dict[int, float | None], steps: Sequence[int], default: int | 
     return max(((score, s) for s in steps if (score := scores.get(s)) is not None), default=(0, default))[1]
 
 
-class _DamageError(Exception):
-    """What was read is not what was saved."""
+def _set_aside(stored: StoredCheckpoint) -> Path:
+    """Moves a damaged checkpoint to `<workdir>/damaged/`; returns its new path."""
+    damaged = stored.directory.parent / "damaged"
+    try:
+        damaged.mkdir(exist_ok=True)
+        place = next(path for i in itertools.count() if not (path := damaged / f"{stored.step}.{i}").exists())
+        stored.path.rename(place)
+    except OSError as error:
+        raise UserError(f"cannot move the damaged {stored} to {damaged}: {error.strerror}") from None
+    return place
 
 
-def _check(items: dict[str, Any], expected: dict[str, int]) -> None:
-    """Raises _DamageError unless the arrays of `items` have the checksums expected."""
-    for name, checksum in checksums(items).items():
-        if checksum != expected.get(name):
-            raise _DamageError(f"{name} is not what was saved")
-
-
-def _is_damage(error: Exception) -> bool:
-    """Whether an error in reading a checkpoint means that its files are at fault.
-
-    Nearly all do: what the libraries raise depends on the byte that changed.
-    """
-    return not isinstance(error, (UserError, MemoryError)) and "RESOURCE_EXHAUSTED" not in str(error)
-
-
-def _first_line(error: Exception) -> str:
-    line = next(iter(str(error).splitlines()), "").partition(". See full")[0] or type(error).__name__
-    return line if len(line) <= 120 else f"{line[:117]}..."
+def _is_deleted_soon(stored: StoredCheckpoint) -> bool:
+    """Whether the checkpoint disappears within the time of all retries."""
+    for delay in (0.0, *read_errors.RETRY_DELAYS):
+        time.sleep(delay)
+        if not stored.exists():
+            return True
+    return False
 
 
 @functools.cache

@@ -128,3 +128,9 @@ def create_state(parameters: ParameterSpec, mesh: Mesh) -> TrainState:
     """Initialises a state on the mesh: every device makes its own shards, none ever holds the whole."""
     placement = state_shardings(parameters, mesh)
     return jax.jit(lambda: nn.unbox(init_state(parameters)), out_shardings=placement)()
+
+
+def fresh_optimizer_state(parameters: ParameterSpec, mesh: Mesh) -> optax.OptState:
+    """The optimizer state before the first step, laid out as in `create_state`."""
+    placement = state_shardings(parameters, mesh).opt_state
+    return jax.jit(lambda: nn.unbox(init_state(parameters)).opt_state, out_shardings=placement)()

@@ -28,9 +28,9 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ChatConfig:
-    """The stages of chat: how the conversations are read that `data.source` and `data.validation_source` then name.
+    """Conversations of the chat stages, which `data.source` and `data.validation_source` name there.
 
-    Their forms are in `gptjax/data/conversations.py`, what the templates are in `gptjax/data/templates.py`.
+    Their forms are in `gptjax/data/conversations.py`, the templates in `gptjax/data/templates.py`.
     """
 
     template: Literal["plain", "chatml", "custom"] = "chatml"
@@ -40,56 +40,61 @@ class ChatConfig:
     assistant_format: str = ""  # a special token right behind {content} ends the turn
     # A conversation whose last exchange alone is longer than the context stops the run, or is left out and counted
     on_too_long: Literal["error", "skip"] = "error"
-    pack: bool = True  # sft, reward, dpo: several in a row, none of which sees another; false: one a row
-    # sft, ppo: text as in stage pretrain; of sft its share of all rows (Ouyang et al. 2022, appendix C.3)
-    pretraining_source: str | None = None
-    pretraining_share: float = 0.0
-    # reward, dpo: the answer of each turn is ranked above so many answers of other conversations; 0: the source has
-    # rankings
+    pack: bool = True  # sft, reward, dpo: several sequences in a row, without attention between them; false: one a row
+    pretraining_source: str | None = None  # sft, ppo: pretraining text, in the forms of data.source in stage pretrain
+    pretraining_share: float = 0.0  # sft: the text's share of all rows (Ouyang et al. 2022, appendix C.3)
+    # reward, dpo: the completion of each turn is ranked above so many completions of other conversations; 0: the
+    # source has rankings
     random_answers: int = 0
-    random_draws: int = 1  # of these: an epoch has the answer of each turn so many times, each time above others
+    random_draws: int = 1  # an epoch has each turn so many times, each time with other random completions
 
 
 @dataclasses.dataclass(frozen=True)
 class DPOConfig:
     """Stage "dpo": direct preference optimization (Rafailov et al. 2023)."""
 
-    beta: float = 0.1  # how dear it is to leave the reference
-    label_smoothing: float = 0.0  # share of the rankings taken to be the wrong way round (Mitchell 2023)
+    beta: float = 0.1  # scale of the implicit reward: coefficient of the KL penalty against the reference
+    label_smoothing: float = 0.0  # assumed share of pairs whose ranking is wrong (Mitchell 2023)
 
 
 @dataclasses.dataclass(frozen=True)
 class RLConfig:
-    """Stages "ppo" and "grpo": a policy writes answers to the prompts of `data.source`, and learns from their rewards.
+    """Stages "ppo" and "grpo": reinforcement learning of a policy on its completions of the prompts of `data.source`.
 
-    The numbers are InstructGPT's (Ouyang et al. 2022, appendix C.4) where it gives them. Answers are drawn from the
-    policy as it is, at temperature 1. A step learns from batch.tokens_per_batch / model.context_length prompts.
+    The defaults are InstructGPT's (Ouyang et al. 2022, appendix C.4) where it gives them. Completions are sampled from
+    the policy at temperature 1. A step trains on batch.tokens_per_batch / model.context_length prompts.
     """
 
-    # model:WORKDIR (of stage reward) | bleu | rouge (against the answers that are there) | python:MODULE.FUNCTION
+    # model:WORKDIR (of stage reward) | bleu | rouge (against the reference completions) | python:MODULE.FUNCTION
     reward: str = ""
-    prompts_per_iteration: int = 512  # answered before the policy changes
-    responses_per_prompt: int = 1  # of grpo the group
+    prompts_per_iteration: int = 512  # whose completions are sampled before the policy changes
+    responses_per_prompt: int = 1  # completions of each; in grpo the group size
     prompt_tokens: int | None = None  # at most: a longer prompt loses its oldest turns; None: what the context leaves
-    response_tokens: int = 128  # at most
-    inner_epochs: int = 1  # steps learn from each answer so many times
-    clip: float = 0.2  # how far the probability of a token may gain in an iteration
-    kl_weight: float = 0.02  # how dear it is to leave the model of init_from: of ppo in the reward, of grpo in the loss
-    generate_batch: int = 64  # answers written at once
+    response_tokens: int = 128  # maximum length of a completion, which is cut off there
+    # A completion that was cut off: subtracted from its reward. None, as in TRL: a penalty has the scale of the reward,
+    # so that there is no default for all, and a python: reward can judge by the finish reason itself
+    missing_eos_penalty: float | None = None
+    # ... excluded from the loss, not from the group statistics of grpo (Yu et al. 2025, DAPO, section 3.4). False, as
+    # in TRL: a policy that is never trained on completions that were cut off is not taught to end them
+    mask_truncated_completions: bool = False
+    inner_epochs: int = 1  # epochs over the completions of an iteration
+    clip: float = 0.2  # PPO clip range (epsilon) of the probability ratio
+    kl_weight: float = 0.02  # KL penalty coefficient (beta) against init_from: in the reward of ppo, the loss of grpo
+    generate_batch: int = 64  # completions sampled at once
 
 
 @dataclasses.dataclass(frozen=True)
 class PPOConfig:
     """Stage "ppo": proximal policy optimization (Schulman et al. 2017), with a value function of its own weights."""
 
-    # reward: the value function starts as the reward model of rl.reward; policy: as init_from, with a new head
+    # The value function starts from: reward: the reward model of rl.reward; policy: init_from, with a head of zeros
     value_init: Literal["reward", "policy"] = "reward"
-    value_lr: float = 9e-6  # the peak; the policy's is optimizer.peak_lr
-    value_clip: float = 0.2
-    discount: float = 1.0
-    gae_lambda: float = 0.95
-    whiten_rewards: bool = False
-    # ppo-ptx: of the loss on text of chat.pretraining_source beside PPO's; 27.8 in the paper, with 8 rows a prompt
+    value_lr: float = 9e-6  # peak learning rate of the value function; the policy's is optimizer.peak_lr
+    value_clip: float = 0.2  # clip range of the value estimates
+    discount: float = 1.0  # gamma
+    gae_lambda: float = 0.95  # lambda of generalised advantage estimation
+    whiten_rewards: bool = False  # divide the tokens' rewards by their standard deviation
+    # PPO-ptx: coefficient of the language-model loss on chat.pretraining_source; 27.8 in the paper, 8 rows a prompt
     pretraining_weight: float = 0.0
     pretraining_rows: int = 8
 
@@ -98,7 +103,10 @@ class PPOConfig:
 class GRPOConfig:
     """Stage "grpo": group relative policy optimization (Shao et al. 2024, DeepSeekMath), without a value function."""
 
-    divide_by_std: bool = True  # the advantages, by the standard deviation of the group; false: Dr. GRPO's
+    # How the losses of tokens are averaged. grpo: over the tokens of each completion, then over completions; dr_grpo:
+    # their sum, divided by completions x rl.response_tokens (Liu et al. 2025); dapo: over all tokens (Yu et al. 2025)
+    loss_type: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
+    divide_by_std: bool = True  # divide advantages by the group's standard deviation; Dr. GRPO does not: set false too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,7 +288,7 @@ class Config:
 
     stage: Literal["pretrain", "finetune", "sft", "reward", "dpo", "ppo", "grpo"] = "pretrain"
     seed: int = 0  # of initialisation, dropout, data order and samples
-    # (XLA flag, value) for the training step, over those of gptjax/parallel/compiler.py
+    # (XLA flag, value) pairs for the training step
     compiler_options: tuple[tuple[str, str], ...] = ()
     init_from: str | None = None  # a workdir whose newest weights to start from
     model: GPTConfig = GPTConfig()

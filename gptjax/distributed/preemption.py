@@ -1,25 +1,28 @@
-"""Stopping on request: by SIGTERM, by SIGINT (Ctrl-C), and by the notice that the machine of a TPU gives of its end.
+"""Stopping on request: SIGTERM, SIGINT (Ctrl-C), SIGHUP (a lost terminal), or a TPU machine's notice of its end.
 
-As long as a process has computed nothing that is not on the disk, it ends at once. Later it goes on to the next
-boundary, which lies between two steps or two batches of an evaluation, and saves there; of several processes all do,
-whichever was asked. A second signal ends it at once in any case.
+As long as a process has computed nothing that is not on the disk, it ends at once. Later it continues to the next
+boundary, which lies between two steps or two batches of an evaluation, and saves there; so do all of several processes,
+whichever was asked. A second signal ends it at once in any case, apart from SIGHUP, which a closing terminal may send
+more than once.
 
 A thread reads the signals: Python's own handlers wait for the main thread, which may be in XLA's compiler for minutes.
 """
 
 import os
 import signal
+import stat
 import sys
 import threading
 import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from gptjax.distributed import processes
 from gptjax.distributed.peers import INTERRUPTED, PREEMPTED
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 ASK_EVERY = 5  # seconds; Google says 30 before it takes a Spot machine, and more before maintenance
 
 _deferring = False  # a stop waits for a boundary
@@ -39,7 +42,7 @@ def watch() -> Iterator[None]:
     before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     # Those that a shell has the process ignore stay ignored.
     wanted = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    handlers = {number: signal.signal(number, lambda *_: None) for number in wanted}
+    handlers = {number: signal.signal(number, _on_signal) for number in wanted}
     threading.Thread(target=_listen, args=(read,), daemon=True).start()
     try:
         yield
@@ -69,6 +72,22 @@ def check() -> None:
         raise PreemptedError(why)
 
 
+def _on_signal(number: int, frame: Any) -> None:
+    """Runs in the main thread before its next statement, and so before it prints to a terminal that is gone."""
+    if number == signal.SIGHUP:
+        _drop_terminal()
+
+
+def _drop_terminal() -> None:
+    """Lets what is printed to a terminal vanish: once that is gone, writing to it fails, and would end the run."""
+    for descriptor in (1, 2):
+        with suppress(OSError):
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode):  # a terminal that is gone is no longer `isatty`
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, descriptor)
+                os.close(null)
+
+
 def _listen(read: int) -> None:
     """Takes the signals, whose numbers come as bytes, until the pipe is closed."""
     count = 0
@@ -76,6 +95,10 @@ def _listen(read: int) -> None:
         while number := numbers.read(1):
             if number[0] not in SIGNALS:
                 continue
+            if number[0] == signal.SIGHUP:
+                _drop_terminal()  # the main thread may be in the compiler
+                if count > 0:
+                    continue
             count += 1
             if count > 1:
                 processes.end("interrupted", INTERRUPTED)
@@ -86,7 +109,8 @@ def _ask(why: str) -> None:
     with _deciding:
         if not _deferring:
             processes.end(f"stopped by {why}, with nothing to save: the same command starts again", PREEMPTED)
-    os.write(sys.stderr.fileno(), f"\n{why}: saving after this step; another signal stops at once\n".encode())
+    with suppress(OSError):
+        os.write(sys.stderr.fileno(), f"\n{why}: saving after this step; another signal stops at once\n".encode())
     processes.ask_to_stop(why)
 
 

@@ -20,17 +20,14 @@ from gptjax.inference.sampling import Sampling
 from gptjax.inference.text import TextStream
 from gptjax.inference.weights import Weights, prepare
 from gptjax.models.gpt import GPT
-from gptjax.parallel.mesh import batch_shards, platform, use_mesh
+from gptjax.parallel.mesh import batch_shards, use_mesh
+from gptjax.parallel.platforms import platform_defaults
 
 Prompt = str | npt.ArrayLike  # text, or token ids
 FinishReason = Literal["end_of_text", "end_of_turn", "stop", "length"]
 Overflow = Literal["error", "slide"]
 MIN_BUCKET = 16  # positions
 MIN_ENDS = 4  # tokens that end a text
-# Rows of a device, for bfloat16. Of a product with one row XLA's GPU makes multiplications and sums, in more kernels
-# than it needs for two rows, and starting a kernel takes longer than running it: two rows take less time than one. In
-# float32 they do not.
-MIN_ROWS = {"cpu": 1, "gpu": 2, "tpu": 1}
 # Tokens between two looks at the text: it flows, and what is drawn behind a stop string is little.
 STREAMED_TOKENS = 4
 
@@ -274,7 +271,7 @@ class Engine:
         """Rows of a batch: one a prompt, rounded up so that the mesh divides them evenly."""
         shards = batch_shards(self.mesh)
         with use_mesh(self.mesh):
-            least = MIN_ROWS[platform()] if self.model.config.dtype == "bfloat16" else 1
+            least = platform_defaults().min_decode_rows if self.model.config.dtype == "bfloat16" else 1
         return shards * max(least, power_of_two(-(-prompts // shards)))
 
     def pad(

@@ -18,6 +18,7 @@ from gptjax.data.task_inputs import special_tokens
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.interop.families import Family
 from gptjax.models import peft
+from gptjax.stages import registry
 
 PREDICTIONS_FILE = "predictions.jsonl"  # of a run that has ended: the rows of its report, with all that it read of them
 

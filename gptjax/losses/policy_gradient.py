@@ -1,35 +1,57 @@
-"""Reinforcement learning of a policy from rewards: the equations of PPO and GRPO, as pure functions of arrays.
+"""Losses of PPO and GRPO, as pure functions of arrays.
 
-Everything is computed and returned in float32, whatever the input dtype, and works under `jax.jit`. pi is the policy
-being trained, pi_old the policy that sampled the tokens, pi_ref the reference policy of the KL penalty.
+All functions compute and return float32, whatever the input dtype, and work under `jax.jit`. pi is the policy that is
+trained, pi_old the policy that sampled the tokens, pi_ref the frozen reference policy.
 
-Shapes: B prompts, G completions sampled for each; N rows of T positions. A mask is bool, or 0 and 1: true at the tokens
-that the policy sampled.
+Shapes: P prompts with G sampled completions each; N completions of T positions. A mask is bool, or 0 and 1: true at the
+tokens that the policy sampled.
 """
+
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
+Aggregation = Literal["grpo", "dr_grpo", "dapo"]
+
 
 def kl_k1(logprobs: jax.Array, reference: jax.Array) -> jax.Array:
-    """log pi - log pi_ref of each token drawn from pi: on average KL(pi || pi_ref) (Schulman 2020, k1).
+    """The k1 estimator of KL(pi || pi_ref) for tokens sampled from pi (Schulman 2020).
 
-    http://joschu.net/blog/kl-approx.html. Its gradient does not estimate the divergence's: it belongs into rewards.
+        k1 = log pi - log pi_ref
+
+    Unbiased, but the gradient of its mean does not estimate the gradient of the divergence: use it in rewards, not as a
+    loss. http://joschu.net/blog/kl-approx.html
+
+    Args:
+      logprobs: log pi of the tokens, of any shape.
+      reference: log pi_ref of the tokens, of the same shape.
     """
     return _float32(logprobs) - _float32(reference)
 
 
 def kl_k3(logprobs: jax.Array, reference: jax.Array) -> jax.Array:
-    """pi_ref / pi - 1 - log(pi_ref / pi) of each token drawn from pi (Schulman 2020, k3; DeepSeekMath, equation 4).
+    """The k3 estimator of KL(pi || pi_ref) for tokens sampled from pi (Schulman 2020; DeepSeekMath, equation 4).
 
-    On average KL(pi || pi_ref) too, but never negative, and of less variance.
+        k3 = pi_ref / pi - 1 - log(pi_ref / pi)
+
+    Unbiased, never negative, and of lower variance than k1. Arguments as of `kl_k1`.
     """
     log_ratio = _float32(reference) - _float32(logprobs)
     return jnp.expm1(log_ratio) - log_ratio
 
 
 def entropy(logits: jax.Array) -> jax.Array:
-    """-sum_v p(v) log p(v) in nats, of logits (..., V); a logit of -inf is an entry that is never drawn."""
+    """Entropy of the categorical distribution softmax(logits), in nats.
+
+        H = -sum_v p(v) log p(v)
+
+    Args:
+      logits: (..., V); -inf is a probability of 0.
+
+    Returns:
+      Shape (...).
+    """
     log_p = jax.nn.log_softmax(_float32(logits), axis=-1)
     p = jnp.exp(log_p)
     return -jnp.sum(p * jnp.where(p > 0, log_p, 0.0), axis=-1)
@@ -38,20 +60,23 @@ def entropy(logits: jax.Array) -> jax.Array:
 def penalised_rewards(
     rewards_N: jax.Array, logprobs_NT: jax.Array, reference_NT: jax.Array, mask_NT: jax.Array, coefficient: float
 ) -> jax.Array:
-    """The reward of each token, (N, T): a penalty at every one, the score at the last (Ouyang et al. 2022, equation 2).
+    """Per-token rewards with a KL penalty (Ouyang et al. 2022, equation 2).
 
-        r_t = -coefficient (log pi(a_t) - log pi_ref(a_t)) + [t is the last token] score
+        r_t = [t is the last token] score - coefficient (log pi_old(a_t) - log pi_ref(a_t))
 
     Args:
-      rewards_N: the score of each whole response.
-      logprobs_NT: log pi_old of the tokens, as they were drawn.
+      rewards_N: score of each completion.
+      logprobs_NT: log pi_old of the tokens.
       reference_NT: log pi_ref of the tokens.
-      mask_NT: the response's tokens; rewards are 0 elsewhere. A row without any loses its score.
-      coefficient: beta, of the penalty.
+      mask_NT: the completion's tokens. A completion without tokens loses its score.
+      coefficient: beta, the KL penalty coefficient.
+
+    Returns:
+      (N, T), 0 outside the mask.
     """
     mask_NT = mask_NT.astype(bool)
-    still_to_come_NT = jnp.cumsum(mask_NT[:, ::-1], axis=1)[:, ::-1]  # tokens from here to the end, this one too
-    last_NT = mask_NT & (still_to_come_NT == 1)
+    remaining_NT = jnp.cumsum(mask_NT[:, ::-1], axis=1)[:, ::-1]  # tokens from this one to the end, inclusive
+    last_NT = mask_NT & (remaining_NT == 1)
     penalties_NT = coefficient * kl_k1(logprobs_NT, reference_NT)
     return jnp.where(mask_NT, jnp.where(last_NT, _float32(rewards_N)[:, None], 0.0) - penalties_NT, 0.0)
 
@@ -59,22 +84,24 @@ def penalised_rewards(
 def gae(
     rewards_NT: jax.Array, values_NT: jax.Array, mask_NT: jax.Array, discount: float, gae_lambda: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Generalised advantage estimates (Schulman et al. 2016, equations 11 to 16), and what they say of the returns.
+    """Generalised advantage estimation (Schulman et al. 2016, equations 11 to 16).
 
-        delta_t  = r_t + discount V_{t+1} - V_t            the surprise at t: temporal-difference error
-        A_t      = delta_t + discount gae_lambda A_{t+1}
-        return_t = A_t + V_t                               what the value function should have said
+        delta_t  = r_t + discount V_{t+1} - V_t            temporal-difference error
+        A_t      = delta_t + discount gae_lambda A_{t+1}   advantage
+        return_t = A_t + V_t                               target of the value function
 
-    Beyond the last token both V and A are 0. With gae_lambda 1, return_t is the discounted sum of the rewards to come,
-    and A_t what V_t fell short of it; with gae_lambda 0, A_t is delta_t.
+    V and A are 0 after the last token. With gae_lambda 1, return_t is the discounted sum of future rewards and A_t that
+    sum minus V_t; with gae_lambda 0, A_t is delta_t.
 
     Args:
-      rewards_NT: of each token.
-      values_NT: V_t, what was expected before token t was drawn.
-      mask_NT: the tokens of a response, which lie side by side; a gap ends it.
+      rewards_NT: reward of each token.
+      values_NT: V_t, the value estimate before token t is sampled.
+      mask_NT: the completion's tokens, which are contiguous: a gap ends a completion, and another may follow.
+      discount: gamma, in [0, 1].
+      gae_lambda: lambda, in [0, 1].
 
     Returns:
-      Advantages and returns (N, T), 0 outside the mask.
+      Advantages and returns, (N, T) each, 0 outside the mask.
     """
 
     def step(
@@ -87,20 +114,22 @@ def gae(
         return (advantage_N, jnp.where(mask_N, value_N, 0.0)), advantage_N
 
     rewards_NT, values_NT, mask_NT = _float32(rewards_NT), _float32(values_NT), mask_NT.astype(bool)
-    nothing_N = jnp.zeros(len(mask_NT), jnp.float32)
+    zeros_N = jnp.zeros(len(mask_NT), jnp.float32)
     by_time = rewards_NT.T, values_NT.T, mask_NT.T
-    _, advantages_TN = jax.lax.scan(step, (nothing_N, nothing_N), by_time, reverse=True)
+    _, advantages_TN = jax.lax.scan(step, (zeros_N, zeros_N), by_time, reverse=True)
     advantages_NT = advantages_TN.T
     return advantages_NT, jnp.where(mask_NT, advantages_NT + values_NT, 0.0)
 
 
 def whiten(x_NT: jax.Array, mask_NT: jax.Array, *, shift_mean: bool = True) -> jax.Array:
-    """(x - mean) / standard deviation over all tokens of the mask, 0 elsewhere.
+    """Normalises the values in the mask to unit variance and, with `shift_mean`, zero mean.
 
-    The variance is the sample's, of n - 1 in the denominator.
+        (x - mean) / standard deviation [+ mean without shift_mean]
 
-    Args:
-      shift_mean: whether the mean becomes 0; else it stays what it was.
+    Mean and sample variance (denominator n - 1) are over all tokens of the mask.
+
+    Returns:
+      (N, T), 0 outside the mask.
     """
     mask_NT = mask_NT.astype(bool)
     x_NT = jnp.where(mask_NT, _float32(x_NT), 0.0)
@@ -114,85 +143,130 @@ def whiten(x_NT: jax.Array, mask_NT: jax.Array, *, shift_mean: bool = True) -> j
 def policy_loss(
     logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, clip: float
 ) -> tuple[jax.Array, jax.Array]:
-    """PPO's clipped objective, of each token, to be made small (Schulman et al. 2017, equation 7).
+    """PPO's clipped surrogate objective, negated, for each token (Schulman et al. 2017, equation 7).
 
         ratio = pi(a) / pi_old(a)
-        loss  = -min(ratio A, clip(ratio, 1 - clip, 1 + clip) A)
+        loss  = -min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon) A)
 
-    An action better than expected (A > 0) is made likelier until ratio reaches 1 + clip; a worse one less likely until
-    it is 1 - clip. There the gradient ends. It does not where the ratio is on the wrong side: a mistake is mended from
-    any distance. At ratio 1 the gradient is the policy gradient, -A grad log pi.
+    The gradient is 0 where a positive advantage has raised the ratio above 1 + epsilon or a negative one has lowered it
+    below 1 - epsilon. At ratio 1 it is the policy gradient, -A grad log pi.
 
     Args:
-      logprobs: log pi of the tokens, of any shape; what alone is differentiated.
-      old_logprobs: log pi_old of the same tokens.
-      advantages: of the same tokens.
-      clip: epsilon, how far the ratio may gain.
+      logprobs: log pi of the tokens, of any shape; the only differentiated argument.
+      old_logprobs: log pi_old of the tokens.
+      advantages: A of the tokens.
+      clip: epsilon, the PPO clip range.
 
     Returns:
-      Loss of each token, and 1.0 where clipping has cut it off from its gradient, 0.0 elsewhere.
+      The loss of each token, and 1.0 where clipping sets its gradient to 0, 0.0 elsewhere.
     """
     advantages = jax.lax.stop_gradient(_float32(advantages))
     ratio = jnp.exp(_float32(logprobs) - jax.lax.stop_gradient(_float32(old_logprobs)))
-    free = -ratio * advantages
-    bounded = -jnp.clip(ratio, 1 - clip, 1 + clip) * advantages
-    return jnp.maximum(free, bounded), _float32(bounded > free)
+    unclipped = -ratio * advantages
+    clipped = -jnp.clip(ratio, 1 - clip, 1 + clip) * advantages
+    return jnp.maximum(unclipped, clipped), _float32(clipped > unclipped)
 
 
 def value_loss(
     values: jax.Array, old_values: jax.Array, returns: jax.Array, clip: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Half the squared error of each value, which stops to pull when V is `clip` away from what it was, in PPO's way.
+    """PPO's clipped squared error of the value function, for each token.
 
-        loss = 1/2 max((V - return)^2, (clip(V, V_old - clip, V_old + clip) - return)^2)
+        loss = 1/2 max((V - return)^2, (clip(V, V_old - epsilon, V_old + epsilon) - return)^2)
 
-    As OpenAI's PPO has it (baselines/ppo2; the paper has no such clip).
+    From OpenAI's implementation (baselines/ppo2); the PPO paper does not clip values.
 
     Args:
-      values: V, of any shape; what alone is differentiated.
-      old_values: V_old, from which the advantages were computed.
+      values: V, of any shape; the only differentiated argument.
+      old_values: V_old, the values that the advantages were computed from.
       returns: of `gae`.
+      clip: epsilon, the value clip range.
 
     Returns:
-      Loss of each token, and 1.0 where clipping has cut it off from its gradient, 0.0 elsewhere.
+      The loss of each token, and 1.0 where clipping sets its gradient to 0, 0.0 elsewhere.
     """
     values = _float32(values)
     old_values, returns = jax.lax.stop_gradient((_float32(old_values), _float32(returns)))
-    free = (values - returns) ** 2
-    bounded = (jnp.clip(values, old_values - clip, old_values + clip) - returns) ** 2
-    return jnp.maximum(free, bounded) / 2, _float32(bounded > free)
+    unclipped = (values - returns) ** 2
+    clipped = (jnp.clip(values, old_values - clip, old_values + clip) - returns) ** 2
+    return jnp.maximum(unclipped, clipped) / 2, _float32(clipped > unclipped)
 
 
-def group_advantages(rewards_BG: jax.Array, *, by_std: bool = True, eps: float = 1e-4) -> jax.Array:
-    """How much better each of G responses is than its group, those to the same prompt (DeepSeekMath, section 4.1.2).
+def group_advantages(rewards_PG: jax.Array, *, by_std: bool = True, eps: float = 1e-4) -> jax.Array:
+    """Group-relative advantages of GRPO (DeepSeekMath, section 4.1.2).
 
-        A_i = (r_i - mean(r)) / (std(r) + eps)
+        A_i = (r_i - mean(r)) / (std(r) + eps)     over the G completions of a prompt
+        A_i =  r_i - mean(r)                       without by_std (Dr. GRPO: Liu et al. 2025, section 3.2)
 
-    Every token of a response has the response's advantage. Equal rewards teach nothing: their advantages are 0.
+    All tokens of a completion share its advantage. Where all rewards of a prompt are equal, its advantages are 0.
 
     Args:
-      rewards_BG: scores of G responses to each of B prompts.
-      by_std: whether to divide by the group's standard deviation (of n - 1). Without it, prompts that are nearly always
-        or nearly never answered well do not weigh more than others (Liu et al. 2025, Dr. GRPO).
+      rewards_PG: rewards of G completions for each of P prompts.
+      by_std: whether to divide by the sample standard deviation (denominator G - 1). The division gives larger weight
+        to prompts whose completions nearly all succeed or nearly all fail.
+
+    Returns:
+      (P, G).
     """
-    rewards_BG = _float32(rewards_BG)
-    # Counted from the first, so that equal rewards are exactly their mean: what rounding left would be divided by eps.
-    rewards_BG -= rewards_BG[:, :1]
-    above_BG = rewards_BG - jnp.mean(rewards_BG, axis=1, keepdims=True)
+    rewards_PG = _float32(rewards_PG)
+    # Relative to the first, so that equal rewards equal their mean exactly: eps would divide a rounding error.
+    rewards_PG -= rewards_PG[:, :1]
+    centred_PG = rewards_PG - jnp.mean(rewards_PG, axis=1, keepdims=True)
     if not by_std:
-        return above_BG
-    variance_B1 = jnp.sum(above_BG**2, axis=1, keepdims=True) / max(rewards_BG.shape[1] - 1, 1)
-    return above_BG / (jnp.sqrt(variance_B1) + eps)
+        return centred_PG
+    variance_P1 = jnp.sum(centred_PG**2, axis=1, keepdims=True) / max(rewards_PG.shape[1] - 1, 1)
+    return centred_PG / (jnp.sqrt(variance_P1) + eps)
+
+
+def token_weights(mask_NT: jax.Array, aggregation: Aggregation, max_tokens: int | None = None) -> jax.Array:
+    """Weights that aggregate per-token losses over the N completions of a batch.
+
+        loss = sum_{i,t} weight_{i,t} loss_{i,t} / normaliser
+
+        grpo     weight = 1 / |o_i|        normaliser = N              (Shao et al. 2024, DeepSeekMath, equation 3)
+        dr_grpo  weight = 1 / max_tokens   normaliser = N              (Liu et al. 2025, Dr. GRPO, section 3.2)
+        dapo     weight = 1                normaliser = sum_i |o_i|    (Yu et al. 2025, DAPO, equation 8)
+
+    |o_i| is the number of tokens of completion i. `grpo` is the mean over each completion's tokens, then over
+    completions: tokens of long completions count less. `dr_grpo` divides by a constant instead, which removes that
+    length bias; its advantages are those of `group_advantages(by_std=False)`. `dapo` is the mean over all tokens. For
+    `grpo` and `dapo` the normaliser is the sum of the weights. Weighted losses and normalisers of a step's microbatches
+    are added before the division, so it does not matter how a batch is cut.
+
+    Args:
+      mask_NT: the completions' tokens. A completion without tokens is not counted.
+      max_tokens: the most tokens that a completion can have; read by "dr_grpo" only.
+
+    Returns:
+      (N, T), 0 outside the mask.
+
+    Raises:
+      ValueError: unknown aggregation, or "dr_grpo" without a positive max_tokens.
+    """
+    mask_NT = _float32(mask_NT.astype(bool))
+    if aggregation == "grpo":
+        return mask_NT / jnp.maximum(jnp.sum(mask_NT, axis=1, keepdims=True), 1)
+    if aggregation == "dr_grpo":
+        if max_tokens is None or max_tokens < 1:
+            raise ValueError(f"aggregation dr_grpo needs a positive max_tokens, not {max_tokens}")
+        return mask_NT / max_tokens
+    if aggregation == "dapo":
+        return mask_NT
+    raise ValueError(f"unknown aggregation {aggregation!r}: grpo, dr_grpo or dapo")
 
 
 def explained_variance(values: jax.Array, returns: jax.Array, weights: jax.Array) -> jax.Array:
-    """1 - Var(return - V) / Var(return): 1 where V knows, 0 where it is a constant, less where it misleads.
+    """Explained variance of the value function.
+
+        1 - Var(return - V) / Var(return)
+
+    1 for perfect values, 0 for constant values, negative for values worse than a constant.
 
     Args:
-      values, returns, weights: of one shape; weight 0 leaves a token out.
+      values, returns, weights: of one shape; tokens of weight 0 are ignored.
 
     Returns:
-      A scalar; 0 where all returns are equal, so that there is nothing to explain.
+      A scalar; 0 where all returns are equal.
     """
     values, returns, weights = _float32(values), _float32(returns), _float32(weights)
     counts = weights > 0
@@ -202,7 +276,7 @@ def explained_variance(values: jax.Array, returns: jax.Array, weights: jax.Array
         x = jnp.where(counts, x, 0.0)
         return jnp.sum(weights * (x - jnp.sum(weights * x) / total) ** 2) / total
 
-    # Not by a variance of 0: equal numbers can differ from their mean by its rounding.
+    # Compares the returns themselves: the computed variance of equal numbers can be a rounding error above 0.
     differ = jnp.max(returns, initial=-jnp.inf, where=counts) > jnp.min(returns, initial=jnp.inf, where=counts)
     unexplained = variance(returns - values) / jnp.where(differ, variance(returns), 1.0)
     return jnp.where(differ, 1 - unexplained, 0.0)

@@ -12,10 +12,6 @@ from gptjax.models import low_precision
 from gptjax.models.attention_backends import attention, score_scale
 from gptjax.parallel.mesh import constrain, partitioned, platform, scattered
 
-# Whether training makes queries, keys and values by a product each: kernels of attention want each of them in one
-# piece, and cutting up what one product wrote, and putting together its gradient, moves all of it twice.
-SEPARATE_QKV = {"cpu": False, "gpu": False, "tpu": False}
-
 
 @struct.dataclass
 class KeyValues:
@@ -80,26 +76,6 @@ def product_settings(config: GPTConfig, deterministic: bool = True) -> dict[str,
     return settings
 
 
-class QueriesKeysValues(nn.DenseGeneral):
-    """One product for queries, keys and values, (B, T, D) to (B, T, 3, H, K), or three with the same weights."""
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether nothing lies beside the weights, such as low-rank matrices that are added to the one product."""
-        return set(self.variables["params"]) <= {"kernel", "bias"}
-
-    def one_by_one(self, x_BTD: jax.Array) -> list[jax.Array]:
-        """The parts, (B, T, H, K) each."""
-        params = {name: nn.unbox(leaf).astype(self.dtype) for name, leaf in self.variables["params"].items()}
-        parts = []
-        for i in range(3):
-            part_BTHK = jnp.einsum("BTD,DHK->BTHK", x_BTD, params["kernel"][:, i], precision=self.precision)
-            if self.use_bias:
-                part_BTHK += params["bias"][i][None, None]
-            parts.append(constrain(part_BTHK, "batch", "length", "heads", None))
-        return parts
-
-
 class SelfAttention(nn.Module):
     """Multi-head causal self-attention; (B, T, D) to (B, T, D)."""
 
@@ -127,7 +103,7 @@ class SelfAttention(nn.Module):
         heads = (config.num_heads, config.head_dim)
         # One product for queries, keys and values; the heads are an axis of their own so that tensor parallelism
         # splits them and not the three roles.
-        qkv = QueriesKeysValues(
+        qkv = nn.DenseGeneral(
             (3, *heads),
             use_bias=config.qkv_bias,
             kernel_init=partitioned(
@@ -137,12 +113,8 @@ class SelfAttention(nn.Module):
             name="qkv",
             **product_settings(config, deterministic),
         )
-        training = not deterministic and not self.is_initializing() and config.matmul_dtype == "model"
-        if training and SEPARATE_QKV[platform()] and qkv.is_plain:
-            q_BTHK, k_BTHK, v_BTHK = qkv.one_by_one(x_BTD)
-        else:
-            qkv_BT3HK = constrain(qkv(x_BTD), "batch", "length", None, "heads", None)
-            q_BTHK, k_BTHK, v_BTHK = (qkv_BT3HK[:, :, i] for i in range(3))
+        qkv_BT3HK = constrain(qkv(x_BTD), "batch", "length", None, "heads", None)
+        q_BTHK, k_BTHK, v_BTHK = (qkv_BT3HK[:, :, i] for i in range(3))
         key_values = KeyValues(k_BTHK.swapaxes(1, 2), v_BTHK.swapaxes(1, 2))
         if cache is not None and positions_B is not None:
             key_values = cache.write(key_values, positions_B)

@@ -25,8 +25,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SplashAttentionKernel
 
 from gptjax.config import GPTConfig, UserError
-from gptjax.models.elementwise import RECOMPUTES
 from gptjax.parallel.mesh import BATCH_AXES, axis_size, partition_spec, platform
+from gptjax.parallel.platforms import platform_defaults
 from gptjax.parallel.ring import ring_attention
 
 NAME = "attention"  # of what attention returns, to the policies of rematerialisation
@@ -85,7 +85,7 @@ def attention(
         rate, precision = config.attention_dropout, config.precision
         return dot_product_attention(q_BTHK, k_BTHK, v_BTHK, mask_BHTS, rate, dropout_rng, precision, scale)
 
-    if RECOMPUTES[platform()]:
+    if platform_defaults().recompute_activations:
         plain = jax.checkpoint(plain, prevent_cse=False)
     return checkpoint_name(plain(q_BTHK, k_BTHK, v_BTHK, segments_BT, dropout_rng), NAME)
 
@@ -248,7 +248,7 @@ def splash_attention(
     Returns:
       (B, T, H, K), of q's dtype. It and the log-sum-exp, which the backward pass needs as well, are named NAME.
     """
-    interpret = platform() == "cpu"
+    interpret = platform_defaults().interpret_pallas
 
     def kernel(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
         _, length, heads, _ = q_BTHK.shape

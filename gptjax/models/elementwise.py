@@ -14,17 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.config import GPTConfig
-from gptjax.parallel.mesh import partitioned, platform
+from gptjax.parallel.mesh import partitioned
+from gptjax.parallel.platforms import platform_defaults
 
 Function = Callable[[jax.Array], jax.Array]
-# Whether the backward pass of layers in a loop computes again what an activation and attention's plain softmax
-# returned, although model.remat is "none": on a CPU that costs less than writing it beside that of the other layers and
-# reading it.
-RECOMPUTES = {"cpu": True, "gpu": False, "tpu": False}
-# Whether the backward pass of a layer norm reads the two numbers of a position from memory. Left to itself, XLA's GPU
-# computes them again inside each kernel, can then no longer sum the gradients of scale and bias in it, and writes out
-# what is to be summed in float32.
-READS_MOMENTS = {"cpu": False, "gpu": True, "tpu": False}
 
 
 def keeping_the_input(function: Function) -> Function:
@@ -110,8 +103,8 @@ def _forward(x_BTD: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: float
 
 def _backward(eps: float, kept: tuple, dy_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     x_BTD, scale_D, bias_D, mean_BT1, inverse_BT1 = kept
-    reads_moments = READS_MOMENTS[platform()]
-    if reads_moments:
+    store_moments = platform_defaults().store_norm_moments
+    if store_moments:
         mean_BT1, inverse_BT1 = jax.lax.optimization_barrier((mean_BT1, inverse_BT1))
     unit_BTD = (x_BTD.astype(jnp.float32) - mean_BT1) * inverse_BT1
     dunit_BTD = dy_BTD * _rows(scale_D, x_BTD)
@@ -119,7 +112,7 @@ def _backward(eps: float, kept: tuple, dy_BTD: jax.Array) -> tuple[jax.Array, ja
     dx_BTD = inverse_BT1 * (dunit_BTD - jnp.mean(dunit_BTD, axis=-1, keepdims=True) - unit_BTD * along_BT1)
     leading = tuple(range(x_BTD.ndim - 1))
     on_one_device = all(size == 1 for size in jax.sharding.get_abstract_mesh().shape.values())
-    if reads_moments and on_one_device:
+    if store_moments and on_one_device:
         # One kernel, which reads the gradient once. Over devices, pairs are not reduced but gathered.
         pairs, zeros = (dy_BTD * unit_BTD, dy_BTD.astype(jnp.float32)), (jnp.float32(0), jnp.float32(0))
         dscale_D, dbias_D = jax.lax.reduce(pairs, zeros, lambda a, b: (a[0] + b[0], a[1] + b[1]), leading)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from gptjax.config import GPTConfig
 from gptjax.models.attention import KeyValues, SelfAttention, product_settings
 from gptjax.models.attention_backends import is_cudnn_forward
-from gptjax.models.elementwise import ACTIVATIONS, RECOMPUTES, LayerNorm
+from gptjax.models.elementwise import ACTIVATIONS, LayerNorm
 from gptjax.parallel.mesh import (
     abstract_arrays,
     axis_size,
@@ -26,10 +26,10 @@ from gptjax.parallel.mesh import (
     fitting_spec,
     gathered,
     partitioned,
-    platform,
     scattered,
     shardings,
 )
+from gptjax.parallel.platforms import platform_defaults
 from gptjax.parallel.ring import balance, balanced_positions, restore
 
 # What the backward pass finds kept, by GPTConfig.remat; None: nothing. The names are given where the arrays are made.
@@ -47,16 +47,12 @@ REMAT_POLICIES = {
         offload_dst="pinned_host",
     ),
 }
-# Up to how many layers a training step unrolls them, where model.layer_loop=auto. A scan writes what the backward pass
-# keeps into stacked arrays and cuts it out again: on a GPU a fifth of a step. Unrolled, 48 layers compile in twice the
-# time. A CPU's step gains nothing; what a TPU compiles is planned with layers scanned.
-UNROLLED_LAYERS = {"cpu": 0, "gpu": 48, "tpu": 0}
 
 
 def is_unrolled(config: GPTConfig, deterministic: bool) -> bool:
     """Whether the program that is traced here holds each layer, and not one layer in a loop."""
     if config.layer_loop == "auto":
-        return not deterministic and config.num_layers <= UNROLLED_LAYERS[platform()]
+        return not deterministic and config.num_layers <= platform_defaults().max_unrolled_layers
     return config.layer_loop == "unroll"
 
 
@@ -88,7 +84,7 @@ class MLP(nn.Module):
         def activated(down: nn.Dense, h_BTF: jax.Array) -> jax.Array:
             return down(constrain(ACTIVATIONS[config.activation](h_BTF), "batch", "length", "ffw"))
 
-        if RECOMPUTES[platform()]:
+        if platform_defaults().recompute_activations:
             activated = nn.remat(activated, prevent_cse=False)
         return scattered(activated(down, h_BTF))
 

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 
 from gptjax.config import GPTConfig, UserError
 from gptjax.models import attention_backends
+from gptjax.parallel.platforms import PLATFORM_DEFAULTS
 
 MIN_CAPABILITY = {"float8": 8.9, "int8": 8.0}  # of GPUs that multiply them: Ada, Hopper; Ampere
 TPU_DTYPES = ("int8",)  # that all TPUs from v5e on multiply
-EMULATED = {"cpu": False}  # whether a device that gains nothing by them computes with them all the same, as in tests
 
 Scaled = tuple[jax.Array, jax.Array]  # the rounded array, and what it is to be multiplied by, float32
 
@@ -31,7 +31,8 @@ Scaled = tuple[jax.Array, jax.Array]  # the rounded array, and what it is to be 
 def check_device(config: GPTConfig, platform: str) -> None:
     """Raises UserError when config.matmul_dtype is one in which this device does not multiply."""
     dtype = config.matmul_dtype
-    if dtype == "model" or EMULATED.get(platform) or (platform == "tpu" and dtype in TPU_DTYPES):
+    emulated = PLATFORM_DEFAULTS[platform].emulate_low_precision
+    if dtype == "model" or emulated or (platform == "tpu" and dtype in TPU_DTYPES):
         return
     if platform != "gpu" or attention_backends.compute_capability() < MIN_CAPABILITY[dtype]:
         tpu = "a TPU or " if dtype in TPU_DTYPES else ""

@@ -1,7 +1,7 @@
-"""XLA's flags for the training step, by platform: the one place where they stand.
+"""Compilation with XLA flags that are passed with the program.
 
-They are given to the compiler with the program, so that they need no environment variable, hold for this program alone,
-and are part of its name in the compilation cache. What stands here was measured: `benchmarks/LOG.md`.
+Flags given this way need no environment variable, apply to one program only, and are part of its key in the compilation
+cache.
 """
 
 from collections.abc import Iterable
@@ -10,25 +10,20 @@ import jax
 
 from gptjax.config import UserError
 
-# Platform: flag: value.
-OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "gpu": {}, "tpu": {}}
 
+def compile(lowered: jax.stages.Lowered, flags: Iterable[tuple[str, str]] = ()) -> jax.stages.Compiled:
+    """Compiles a lowered program with XLA flags.
 
-def compiler_options(platform: str, extra: Iterable[tuple[str, str]] = ()) -> dict[str, str | bool]:
-    """What `Lowered.compile` takes as `compiler_options`: those of the platform, with `extra` over them."""
-    truth = {"true": True, "false": False}  # which XLA reads in its environment variable, and not here
-    return {flag: truth.get(value, value) for flag, value in (OPTIONS.get(platform, {}) | dict(extra)).items()}
-
-
-def compile(lowered: jax.stages.Lowered, platform: str, extra: Iterable[tuple[str, str]] = ()) -> jax.stages.Compiled:
-    """`lowered` as a program, by `compiler_options`.
+    Args:
+      flags: (name, value) pairs, such as ("xla_cpu_enable_fast_math", "true").
 
     Raises:
-      UserError: XLA has no such flag, or it cannot have that value.
+      UserError: XLA has no such flag, or rejects its value.
     """
-    options = compiler_options(platform, extra)
+    # XLA parses "true" and "false" in its environment variable, but takes bools here.
+    booleans = {"true": True, "false": False}
     try:
-        return lowered.compile(options)
+        return lowered.compile({name: booleans.get(value, value) for name, value in flags})
     except jax.errors.JaxRuntimeError as error:
         message = str(error).removeprefix("INVALID_ARGUMENT: ")
         if message.startswith(("No such compile option", "While setting option")):

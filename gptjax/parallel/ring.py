@@ -1,11 +1,11 @@
-"""Ring attention: causal self-attention of positions that are spread over the mesh axis "context".
+"""Ring attention: causal self-attention with positions sharded over the mesh axis "context".
 
-Keys and values travel from device to device while each device keeps its queries (Liu et al. 2023, section 3), and the
-softmax is gathered up as they come (Milakov and Gimelshein 2018, section 3). In natural order the last device would
-have all the causal work and the first nearly none, so attention works in *balanced order*: of 2C chunks of positions,
-device i of C holds chunks i and 2C-1-i, and all have the same (The Llama 3 Herd of Models, 2024, section 3.3.2).
+Keys and values are passed from device to device while each device keeps its queries (Liu et al. 2023, section 3), with
+an online softmax (Milakov and Gimelshein 2018, section 3). In natural order, causal masking would give the last device
+far more work than the first. Attention therefore uses a *balanced order* (The Llama 3 Herd of Models, 2024, section
+3.3.2): with n devices the positions are split into 2n chunks, and device i holds chunks i and 2n-1-i.
 
-What a device holds it cuts into N tiles: q_NBHTK are tiles of T queries, k_NBHSK of S keys.
+Each device splits its arrays into N tiles: q_NBHTK has tiles of T queries, k_NBHSK tiles of S keys.
 """
 
 from collections.abc import Callable
@@ -18,38 +18,42 @@ import numpy as np
 import numpy.typing as npt
 from jax.ad_checkpoint import checkpoint_name
 
-from gptjax.parallel.mesh import axis_size, partition_spec, platform
+from gptjax.parallel.mesh import axis_size, partition_spec
+from gptjax.parallel.platforms import platform_defaults
 
-MAX_TILE = 512  # queries, and keys, whose scores a device holds at a time
-_HIDDEN = float(np.finfo(np.float32).min)  # the score of what may not be seen
-_LOWEST = -1e30  # above _HIDDEN, below every other score: a row that has seen nothing yet counts nothing
+MAX_TILE = 512  # most queries, and most keys, of a tile of scores
+_HIDDEN = float(np.finfo(np.float32).min)  # score of a masked key
+_LOWEST = (
+    -1e30
+)  # initial maximum: above _HIDDEN, so that fully masked rows keep a sum of 0, and below every other score
 
 
 def chunks_of(device: Any, shards: int) -> tuple[Any, Any]:
-    """The chunks that device `device` of `shards` holds in balanced order, the lower one first."""
+    """Returns the two chunks that a device of `shards` devices holds in balanced order, the lower one first."""
     return device, 2 * shards - 1 - device
 
 
 def balanced_positions(length: int, shards: int) -> npt.NDArray[np.int32]:
-    """The natural position of each place in balanced order, int32 (T,); `length` T is divisible by 2 * `shards`."""
+    """Returns the permutation of positions in balanced order, int32 (T,); `length` T is divisible by 2 * `shards`."""
     order = [chunk for device in range(shards) for chunk in chunks_of(device, shards)]
     return np.arange(length, dtype=np.int32).reshape(2 * shards, -1)[order].reshape(-1)
 
 
 def balance(x_BT: jax.Array) -> jax.Array:
-    """Natural to balanced order of axis 1: every device sends its two chunks to where they belong, nothing else.
+    """Permutes axis 1 from natural to balanced order, with two collective permutes.
 
     Args:
-      x_BT: (B, T, ...), with B over the batch axes of the mesh in use and T, divisible by 2C, over its context axis.
+      x_BT: (B, T, ...), with B sharded over the batch axes of the mesh in use and T over its context axis of size n; T
+        is divisible by 2n.
 
     Returns:
-      Of the same shape, dtype and layout; `x_BT` itself without a mesh, or where C is 1.
+      An array of the same shape, dtype and sharding; `x_BT` itself without a mesh, or with n = 1.
     """
     return _reorder(x_BT, _balance_shard)
 
 
 def restore(x_BT: jax.Array) -> jax.Array:
-    """Balanced to natural order: undoes `balance`."""
+    """Permutes axis 1 from balanced to natural order, the inverse of `balance`."""
     return _reorder(x_BT, _restore_shard)
 
 
@@ -62,7 +66,7 @@ def _reorder(x_BT: jax.Array, reorder_shard: Callable[[jax.Array, int], jax.Arra
 
 
 def _moves(shards: int) -> list[list[tuple[int, int]]]:
-    """(from, to) of all even chunks, and of all odd ones: of each kind, every device sends one and gets one."""
+    """Returns the (source, target) pairs of all even and of all odd chunks; each device sends one of either kind."""
     owner = {chunk: device for device in range(shards) for chunk in chunks_of(device, shards)}
     return [[(chunk // 2, owner[chunk]) for chunk in range(parity, 2 * shards, 2)] for parity in (0, 1)]
 
@@ -94,18 +98,20 @@ def ring_attention(
     scale: float,
     precision: str | None,
 ) -> jax.Array:
-    """Causal self-attention in balanced order: `dot_product_attention`, but for the order of float32 sums.
+    """Causal self-attention in balanced order; equals `dot_product_attention` up to the order of float32 sums.
 
-    B lies over the batch axes of the mesh in use, T over "context", heads over "tensor". No device holds the keys of
-    all positions, nor the scores of more than MAX_TILE x MAX_TILE. For the backward pass, which goes round once more,
-    the output and the logarithm of the softmax's denominators are kept, both named "attention" for `jax.checkpoint`.
+        softmax(scale q k^T + causal, band and segment mask) v
+
+    B is sharded over the batch axes of the mesh in use, T over "context", heads over "tensor". No device holds all
+    keys, or more than MAX_TILE x MAX_TILE scores per sequence and head. The backward pass needs the output and the
+    log-sum-exp of the scores, both named "attention" for the policies of `jax.checkpoint`.
 
     Args:
-      q_BTHK, k_BTHK, v_BTHK: of one dtype; T divisible by 2C. Tiles are the largest divisor of T / 2C up to MAX_TILE:
-        fast when a high power of 2 divides T.
-      segments_BT: int, documents packed into a row; attention stays within one. None: the row is one document.
-      band_width: positions that each position sees, its own included. None: all that came before.
-      scale: of the scores.
+      q_BTHK, k_BTHK, v_BTHK: of one dtype; T is divisible by 2n, with n devices along "context". The tile size is the
+        largest divisor of T / 2n up to MAX_TILE: fast when T is divisible by a high power of 2.
+      segments_BT: int, the document of each position of a packed row; attention stays within documents. None: one.
+      band_width: number of positions that each position attends to, itself included. None: all earlier positions.
+      scale: factor of the scores.
       precision: of the matrix products.
 
     Returns:
@@ -115,7 +121,7 @@ def ring_attention(
 
 
 class _Rules(NamedTuple):
-    """What `ring_attention` is told besides arrays."""
+    """Arguments of `ring_attention` that are not arrays."""
 
     band_width: int | None
     scale: float
@@ -145,20 +151,20 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 
 def _on_each_device(function: Callable[..., tuple[jax.Array, ...]], *arrays: jax.Array | None) -> tuple[jax.Array, ...]:
-    """`function` of each device's part of `arrays`, which are (B, T) or (B, T, H, ...), as results are."""
+    """Applies `function` to each device's shards of `arrays`, (B, T) or (B, T, H, ...), like its results."""
     logical = ("batch", "length", "heads")
     return jax.shard_map(
         function,
         in_specs=jax.tree.map(lambda x: partition_spec(logical[: x.ndim]), arrays),
         out_specs=partition_spec(logical),
-        check_vma=False,  # its checks serve the derivative, which is written by hand
+        check_vma=False,  # needed only by automatic differentiation of the shard_map
     )(*arrays)
 
 
 def _forward(
     rules: _Rules, q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, segments_BT: jax.Array | None
 ) -> tuple[jax.Array, ...]:
-    """The output, and the logarithm of the softmax's denominators, float32 (B, T, H)."""
+    """Computes the output, and the log-sum-exp of the scores, float32 (B, T, H)."""
 
     def block(query: Any, key: Any, mask_BHTS: jax.Array, state: Any) -> tuple[Any, tuple[()]]:
         (q_BHTK,), (k_BHSK, v_BHSK) = query, key
@@ -190,7 +196,7 @@ def _backward(
     logsumexp_BTH: jax.Array,
     d_out_BTHK: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """The gradients of queries, keys and values (Dao et al. 2022, algorithm 4), of their dtype."""
+    """Computes the gradients of queries, keys and values, of their dtype (Dao et al. 2022, algorithm 4)."""
 
     def block(query: Any, key: Any, mask_BHTS: jax.Array, dq_BHTK: jax.Array) -> tuple[jax.Array, Any]:
         (q_BHTK, d_out_BHTK, logsumexp_BHT, mean_BHT), (k_BHSK, v_BHSK) = query, key
@@ -202,7 +208,7 @@ def _backward(
         dv_BHSK = _product("BHTS,BHTK->BHSK", probs_BHTS.astype(v_BHSK.dtype), d_out_BHTK, rules)
         return dq_BHTK + _product("BHTS,BHSK->BHTK", d_scores_BHTS, k_BHSK, rules), (dk_BHSK, dv_BHSK)
 
-    # The mean of the gradients of a row's probabilities, by these probabilities.
+    # sum_s p_s dp_s of each query, which equals the dot product of the output and its gradient.
     mean_BTH = jnp.sum(d_out_BTHK.astype(jnp.float32) * out_BTHK.astype(jnp.float32), axis=-1)
     queries, keys = _tiles(((q_BTHK, d_out_BTHK, logsumexp_BTH, mean_BTH), (k_BTHK, v_BTHK)))
     zeros_NBHTK = jnp.zeros(queries[0].shape, jnp.float32)
@@ -221,7 +227,7 @@ def _product(axes: str, x: jax.Array, y: jax.Array, rules: _Rules) -> jax.Array:
 
 
 def _tiles(arrays: Any) -> Any:
-    """A device's (B, T, ...) arrays cut into tiles: (N, B, T), (N, B, H, T) or (N, B, H, T, K)."""
+    """Splits a device's (B, T, ...) arrays into tiles: (N, B, T), (N, B, H, T) or (N, B, H, T, K)."""
 
     def cut(x_BT: jax.Array) -> jax.Array:
         batch, length, *others = x_BT.shape
@@ -234,7 +240,7 @@ def _tiles(arrays: Any) -> Any:
 
 
 def _whole(arrays: Any) -> Any:
-    """(N, B, H, T, ...) tiles put together again: (B, T, H, ...)."""
+    """Joins (N, B, H, T, ...) tiles into (B, T, H, ...)."""
 
     def join(x_NBHT: jax.Array) -> jax.Array:
         x_BNTH = jnp.moveaxis(x_NBHT.swapaxes(2, 3), 0, 1)
@@ -244,10 +250,10 @@ def _whole(arrays: Any) -> Any:
 
 
 def routes(shards: int, reach: int) -> list[tuple[int, int]]:
-    """The ways that keys travel round `shards` devices, as (devices a hop goes, hops).
+    """Returns the routes of keys round `shards` devices, as (devices per hop, hops).
 
-    Neighbouring chunks lie on neighbouring devices: the lower ones one way round, the upper ones the other. So a layer
-    that looks `reach` chunks back asks so many neighbours on both sides, where that is shorter than all the way round.
+    Neighbouring chunks are on neighbouring devices: lower chunks in one direction, upper chunks in the other. A layer
+    that attends `reach` chunks back needs `reach` neighbours on both sides, or one whole round if that is shorter.
     """
     if 2 * reach + 1 >= shards:
         return [(1, shards - 1)] if shards > 1 else []
@@ -255,12 +261,11 @@ def routes(shards: int, reach: int) -> list[tuple[int, int]]:
 
 
 def seen_tiles(query_tile: Any, key_chunk: Any, tiles: int, reach: int) -> tuple[Any, Any]:
-    """Which of the `tiles` of a chunk of keys a tile of queries sees something of: the first, and how many.
+    """Returns which tiles of a chunk of keys are not fully masked for a tile of queries: (first, count).
 
     Args:
-      query_tile, key_chunk: int, both counted from position 0.
-      tiles: of a chunk.
-      reach: how many tiles back a tile of queries sees something.
+      query_tile, key_chunk: int indices, counted from position 0.
+      tiles, reach: number of tiles per chunk, and of earlier tiles that a tile of queries attends to.
     """
     ahead = query_tile - key_chunk * tiles
     stop = jnp.clip(ahead + 1, 0, tiles)
@@ -269,7 +274,7 @@ def seen_tiles(query_tile: Any, key_chunk: Any, tiles: int, reach: int) -> tuple
 
 
 def _reach(band_width: int | None, size: int, count: int) -> int:
-    """How many blocks of `size` positions back a block of queries sees something; there are `count` in all."""
+    """Returns how many earlier blocks of `size` positions a block attends to; `count` blocks without a band."""
     return count if band_width is None else (band_width + size - 2) // size
 
 
@@ -282,19 +287,19 @@ def _go_round(
     no_shares: Any,
     band_width: int | None,
 ) -> tuple[Any, Any]:
-    """Brings the keys to all queries that see them; what the queries add for the keys travels on with them, and home.
+    """Passes the keys to all devices whose queries attend to them; accumulators of the keys travel along and return.
 
     Args:
-      block: (tile of queries, tile of keys, mask (B, 1, T, S), state) -> (state, share of these keys).
+      block: (tile of queries, tile of keys, mask (B, 1, T, S), state) -> (state, contribution to the keys' gradients).
       queries, keys: (N, ...) arrays of the device, the first of each (N, B, H, T, K).
-      state: tree of (N, ...) arrays that go with the queries.
-      no_shares: zeros to add the keys' shares to, a tree of (N, ...) arrays.
+      state: tree of (N, ...) arrays that stays with the queries.
+      no_shares: zeros that the keys' contributions are added to, a tree of (N, ...) arrays.
 
     Returns:
-      The state, and the sums of the shares of the device's own keys.
+      The state, and the sums of the contributions to the device's own keys.
     """
     shards, device = axis_size("context"), jax.lax.axis_index("context")
-    tiles, size = queries[0].shape[0] // 2, queries[0].shape[3]  # a chunk's tiles, and their positions
+    tiles, size = queries[0].shape[0] // 2, queries[0].shape[3]  # tiles of a chunk, positions of a tile
     visit = partial(_visit, block, (queries, segments_NBT), device, no_shares, band_width)
 
     def hop(arrays: Any, by: int) -> Any:
@@ -302,19 +307,18 @@ def _go_round(
         return jax.tree.map(lambda x: jax.lax.ppermute(x, "context", pairs), arrays)
 
     def travel(state: Any, by: int, hops: int) -> tuple[Any, Any]:
-        """The state after all visits on a route, and the shares of the own keys, come home."""
+        """Returns the state after all stops of a route, and the contributions to this device's keys."""
 
         def stop(carry: Any, n: jax.Array) -> tuple[Any, None]:
             state, visitors, shares = carry
-            # Sent before the visit, so that it is under way meanwhile.
+            # Sent before the computation, so that both overlap.
             visitors_after, shares_before = hop(visitors, by), hop(shares, by)
             state, shares = visit(state, visitors, (device - by * n) % shards)
             return (state, visitors_after, jax.tree.map(jnp.add, shares, shares_before)), None
 
         visitors, shares_before = hop((keys, segments_NBT), by), no_shares
         if hops > 1:
-            # XLA's CPU of JAX 0.10 now and then mistakes one hop for another in a loop within loops.
-            unroll = platform() == "cpu"
+            unroll = platform_defaults().unroll_ring
             carry, _ = jax.lax.scan(stop, (state, visitors, no_shares), jnp.arange(1, hops), unroll=unroll)
             state, visitors, shares_before = carry
             shares_before = hop(shares_before, by)
@@ -338,21 +342,21 @@ def _visit(
     visitors: tuple[tuple[jax.Array, ...], jax.Array | None],
     home: jax.Array,
 ) -> tuple[Any, Any]:
-    """`block` of every tile of the own queries with every tile of the visiting keys that it sees something of.
+    """Applies `block` to every pair of a query tile and a visiting key tile that is not fully masked.
 
     Args:
       own: queries of `device`, and their segments.
       visitors: keys of the device `home`, and their segments.
 
     Returns:
-      The state, and the shares of the visitors.
+      The state, and the contributions to the visiting keys.
     """
     shards, count, size = axis_size("context"), own[0][0].shape[0], own[0][0].shape[3]
     tiles = count // 2
     reach = _reach(band_width, size, shards * count)
 
     def place(holder: jax.Array, number: jax.Array) -> jax.Array:
-        """A device's tile `number`, counted from position 0."""
+        """Returns the index, counted from position 0, of a device's tile `number`."""
         return jnp.where(number < tiles, *chunks_of(holder, shards)) * tiles + number % tiles
 
     def attend(shares: Any, scanned: tuple[jax.Array, Any, Any]) -> tuple[Any, Any]:
@@ -370,7 +374,7 @@ def _visit(
             state, share = block(query, key, mask_BHTS, state)
             return state, jax.tree.map(lambda all_N, one: all_N.at[number].add(one), shares, share)
 
-        # As many rounds as there are tiles to be seen: what is masked out altogether is never computed.
+        # The trip count is the number of visible tiles: fully masked tiles are not computed.
         state, shares = jax.lax.fori_loop(0, lower_count + upper_count, meet, (state, shares))
         return shares, state
 
@@ -385,7 +389,7 @@ def _mask(
     key_segments_BS: jax.Array | None,
     band_width: int | None,
 ) -> jax.Array:
-    """Where queries may look at keys `distance` before them, tile to tile: (1, 1, T, S), or (B, 1, T, S)."""
+    """Returns the mask of queries over keys `distance` positions earlier: (1 or, with segments, B, 1, T, S)."""
     back_TS = distance + jnp.arange(size)[:, None] - jnp.arange(size)[None, :]
     mask_TS = back_TS >= 0
     if band_width is not None:

@@ -1,4 +1,4 @@
-"""The rows of a batch that a process reads, and the global array that the processes' rows are."""
+"""The rows of a batch that each process reads, and the global array assembled from them."""
 
 from collections.abc import Sequence
 
@@ -11,10 +11,10 @@ from gptjax.parallel.mesh import batch_sharding
 
 
 def process_rows(mesh: Mesh, batch_size: int) -> list[int]:
-    """The rows of a batch of `batch_size` that this process's devices hold, in rising order.
+    """Returns the ascending indices of the rows that this process's devices hold, of a batch of `batch_size` rows.
 
-    They need be neither consecutive nor an equal share: where the processes divide the positions or the heads between
-    them, each holds all rows.
+    They need not be consecutive, nor disjoint between processes: where processes shard positions or heads instead, each
+    holds all rows.
     """
     indices = batch_sharding(mesh, rank=1).addressable_devices_indices_map((batch_size,)).values()
     return sorted({row for index in indices if index is not None for row in range(*index[0].indices(batch_size))})
@@ -23,12 +23,13 @@ def process_rows(mesh: Mesh, batch_size: int) -> list[int]:
 def global_array(
     mesh: Mesh, rows: Sequence[int], local: npt.NDArray[np.generic], batch_size: int, *leading: None
 ) -> jax.Array:
-    """The array of a batch of which this process has the rows `rows` of `process_rows`.
+    """Assembles the global array of a batch from each process's rows.
 
     Args:
-      local: the rows, (len(rows), ...), behind as many unsharded axes as there are in `leading`.
-      batch_size: all rows.
-      leading: as of `batch_sharding`.
+      rows: this process's rows, of `process_rows`.
+      local: their contents, (*leading axes, len(rows), ...).
+      batch_size: number of rows of the whole batch.
+      leading: unsharded axes, as in `batch_sharding`.
     """
     axis = len(leading)
     shape = (*local.shape[:axis], batch_size, *local.shape[axis + 1 :])

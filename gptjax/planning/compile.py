@@ -1,4 +1,4 @@
-"""The real training step, compiled for a mesh that need not be there."""
+"""Ahead-of-time compilation of the training step, for a mesh of devices that need not exist."""
 
 import dataclasses
 import math
@@ -21,16 +21,15 @@ from gptjax.training.step import make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
-    """Bytes on each device, as the compiled program says.
+class DeviceMemory:
+    """Memory of a compiled program on each device in bytes, as reported by the compiler.
 
     Attributes:
-      arguments: what is there before it runs.
-      temporaries: what it needs besides, its results where they do not take an argument's place included: at most at a
-        time on a TPU; all together, which may be more, on a CPU and where the host's memory is used, as the compiler
-        does not tell the peak there.
-      total: both, and its code.
-      host: what it keeps in the memory of the host.
+      arguments: size of the arguments.
+      temporaries: size of temporaries and of results that do not alias an argument: their peak on a TPU. On a CPU, and
+        where host memory is used, the compiler reports no peak and this is their sum, an upper bound.
+      total: arguments, temporaries and generated code.
+      host: size of arguments and temporaries in host memory.
     """
 
     arguments: int
@@ -40,31 +39,31 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True)
-class Fits:
-    """A program that compiles."""
+class CompiledProgram:
+    """A program that fits the device."""
 
-    memory: Memory
+    memory: DeviceMemory
     collectives: list[Collective]
-    seconds: float  # of lowering and compiling, on this machine
+    seconds: float  # lowering and compilation time on this machine
 
 
 @dataclasses.dataclass(frozen=True)
-class TooBig:
-    """A program that the compiler refuses: bytes on a device that it needs, and that there are."""
+class OutOfMemory:
+    """A program that the compiler rejects: the bytes that it needs of a device, and the device's capacity."""
 
     needed: int
     capacity: int
 
 
-Compiled = Fits | TooBig
+CompileResult = CompiledProgram | OutOfMemory
 
 
-def compile_lowered(trace: Any, mesh: Mesh, unknown_trip_count: int = 1) -> Compiled:
-    """Compiles for `mesh` what `trace()` lowers.
+def compile_lowered(trace: Any, mesh: Mesh, unknown_trip_count: int = 1) -> CompileResult:
+    """Compiles a lowered program for `mesh`.
 
     Args:
       trace: () -> jax.stages.Lowered, called with `mesh` in use.
-      unknown_trip_count: as of `collectives`.
+      unknown_trip_count: as in `collectives`.
     """
     start = time.perf_counter()
     try:
@@ -76,36 +75,36 @@ def compile_lowered(trace: Any, mesh: Mesh, unknown_trip_count: int = 1) -> Comp
         return too_big
     seconds = time.perf_counter() - start
     analysis = compiled.memory_analysis()
-    assert analysis is not None, "XLA tells the memory on CPUs, GPUs and TPUs"
+    assert analysis is not None, "XLA reports memory on CPUs, GPUs and TPUs"
     arguments = analysis.argument_size_in_bytes
     host = analysis.host_temp_size_in_bytes + analysis.host_argument_size_in_bytes
-    if mesh.devices.flat[0].platform == "tpu" and host == 0:  # the peak counts what waits in the host's memory too
+    if mesh.devices.flat[0].platform == "tpu" and host == 0:  # with offloading, the peak includes host memory
         temporaries = analysis.peak_memory_in_bytes - arguments
     else:
         temporaries = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     total = arguments + temporaries + analysis.generated_code_size_in_bytes
-    memory = Memory(arguments, temporaries, total, host)
-    return Fits(memory, collectives(compiled.as_text(), unknown_trip_count), seconds)
+    memory = DeviceMemory(arguments, temporaries, total, host)
+    return CompiledProgram(memory, collectives(compiled.as_text(), unknown_trip_count), seconds)
 
 
-def read_refusal(message: str) -> TooBig | None:
-    """What the compiler says when a program is too big for the device; None: it says something else."""
+def read_refusal(message: str) -> OutOfMemory | None:
+    """Parses the compiler's out-of-memory error; returns None for any other message."""
     size = r"([\d.]+[KMGT]?)"
     if found := re.search(rf"Used {size} of {size} hbm", message):
-        return TooBig(parse_bytes(found[1]), parse_bytes(found[2]))
+        return OutOfMemory(parse_bytes(found[1]), parse_bytes(found[2]))
     if found := re.search(rf"\({size}\) exceeds available HBM \({size}\)", message):
-        return TooBig(parse_bytes(found[1]), parse_bytes(found[2]))
+        return OutOfMemory(parse_bytes(found[1]), parse_bytes(found[2]))
     return None
 
 
-def compile_training_step(config: Config, mesh: Mesh) -> Compiled:
-    """The step that `gptjax.main` would run.
+def compile_training_step(config: Config, mesh: Mesh) -> CompileResult:
+    """Compiles the training step that `gptjax.main` would run.
 
     Args:
-      config: with the vocabulary filled in.
+      config: with model.vocab_size set.
 
     Raises:
-      UserError: sizes do not divide over the mesh.
+      UserError: sizes are not divisible by the mesh axes.
     """
     check_fit(config, mesh)
     count = microbatches(config)
@@ -129,13 +128,13 @@ def compile_training_step(config: Config, mesh: Mesh) -> Compiled:
 
 
 def microbatches(config: Config) -> int:
-    """Of a full batch."""
+    """Returns the number of microbatches of a full batch."""
     return config.batch.tokens_per_batch // (config.sequences_per_microbatch * config.model.context_length)
 
 
 @dataclasses.dataclass(frozen=True)
 class StateBytes:
-    """Exact bytes on each device of what a step keeps."""
+    """Exact size of the training state on each device, in bytes."""
 
     parameters: int
     optimizer: int
@@ -143,7 +142,7 @@ class StateBytes:
 
 
 def state_bytes(config: Config, mesh: Mesh) -> StateBytes:
-    """Of the training state's shards; config with the vocabulary filled in."""
+    """Computes the size of the training state's shards; `config` has model.vocab_size set."""
     parameters = registry.parameters(config)
     with jax.set_mesh(mesh):
         state = abstract_state(parameters, mesh)

@@ -1,4 +1,4 @@
-"""What generating needs: the cache by formula, and the engine's programs compiled for a mesh that need not be there."""
+"""Plans generation: cache size by formula, and the engine's programs compiled for a mesh that need not exist."""
 
 import dataclasses
 import math
@@ -17,34 +17,34 @@ from gptjax.inference.sampling import Sampling
 from gptjax.inference.weights import Weights, prepare
 from gptjax.models.gpt import GPT, abstract_params
 from gptjax.parallel.mesh import batch_shards, check_model_fit, partition_spec
-from gptjax.planning.compile import Compiled, Fits, compile_lowered
+from gptjax.planning.compile import CompiledProgram, CompileResult, compile_lowered
 from gptjax.planning.topology import Topology
 from gptjax.scaling.flops import forward_flops_per_token
 
-ROOM = 0.98  # of the memory that is left, for a guess at the batch: programs have temporaries too
-TRIES = 3
+CACHE_FRACTION = 0.98  # of the free memory, for a first batch size: programs need temporaries too
+TRIES = 3  # batch sizes to compile at most
 
 
 @dataclasses.dataclass(frozen=True)
-class Decoding:
-    """Generating at full context.
+class DecodingPlan:
+    """A plan for generation at full context length.
 
     Attributes:
-      cache_bytes: of one sequence, over all devices, by formula.
-      weight_bytes: on a device.
-      batch: the most sequences that fit while their tokens are decoded.
-      decode: the compiled step of that batch.
-      prefill: the compiled reading of prompts as long as the context, one a batch shard; None: it does not fit.
-      prefill_batch: prompts of that length that can be read at once.
-      token_seconds: of a token of each sequence at least: every weight and all of the cache are read once, and products
-        run at the peak. None on a CPU.
+      cache_bytes: key-value cache of one sequence, over all devices, by formula.
+      weight_bytes: weights on one device.
+      batch: the largest batch of sequences that can be decoded.
+      decode: the compiled decoding step of that batch.
+      prefill: the compiled prefill of one prompt of full length per batch shard; None: it does not fit.
+      prefill_batch: prompts of full length that one prefill can take.
+      token_seconds: lower bound of the time of a decoding step: all weights and the cache are read once, and matrix
+        products run at peak FLOP/s. None on a CPU.
     """
 
     cache_bytes: int
     weight_bytes: int
     batch: int
-    decode: Fits
-    prefill: Fits | None
+    decode: CompiledProgram
+    prefill: CompiledProgram | None
     prefill_batch: int
     token_seconds: float | None
 
@@ -54,7 +54,7 @@ class Decoding:
 
 
 def cache_bytes(model: GPTConfig) -> int:
-    """Keys and values of one sequence at full context; a banded layer keeps no more than its band."""
+    """Computes the size of one sequence's key-value cache at full context; a banded layer caches only its band."""
     pattern = model.attention_pattern
     kept = {"dense": model.context_length, "banded": min(model.band_width, model.context_length)}
     slots = sum(kept[pattern[layer % len(pattern)]] for layer in range(model.num_layers))
@@ -67,18 +67,18 @@ def plan_decoding(
     topology: Topology,
     capacity: int,
     weights: Weights,
-    compile: Callable[[str, Callable[[], Compiled]], Compiled],
-) -> Decoding:
-    """The largest batch at full context, and what its programs need.
+    compile: Callable[[str, Callable[[], CompileResult]], CompileResult],
+) -> DecodingPlan:
+    """Finds the largest batch at full context and compiles its programs.
 
     Args:
-      config: with the vocabulary filled in.
+      config: with model.vocab_size set.
       capacity: bytes of a device.
-      weights: as of `gptjax.inference.engine.Engine`.
-      compile: (name of a program, how to compile it) -> the compiled program; may know it already.
+      weights: as in `gptjax.inference.engine.Engine`.
+      compile: (program name, function that compiles it) -> the compiled program, possibly from a cache.
 
     Raises:
-      UserError: the model does not divide over the mesh, or not even one sequence a batch shard fits.
+      UserError: the model's sizes are not divisible by the mesh axes, or one sequence per batch shard does not fit.
     """
     check_model_fit(config.model, mesh)
     model, params = abstract_weights(config.model, mesh, weights)
@@ -88,46 +88,46 @@ def plan_decoding(
     shards, each = batch_shards(mesh), cache_bytes(model.config)
     per_shard = -(-each // mesh.shape["tensor"])
 
-    def compiled(program: str, rows: int) -> Compiled:
+    def compiled(program: str, rows: int) -> CompileResult:
         make = {"decode": _lower_decode, "prefill": _lower_prefill}[program]
         name = f"{program} {rows} rows, weights {weights}"
         return compile(name, lambda: compile_lowered(lambda: make(model, params, rows), mesh))
 
-    rows = int(ROOM * (capacity - weight_bytes) // per_shard)
+    rows = int(CACHE_FRACTION * (capacity - weight_bytes) // per_shard)
     decode = None
     for _ in range(TRIES):
         if rows < 1:
             break
         result = compiled("decode", rows * shards)
-        if isinstance(result, Fits):
+        if isinstance(result, CompiledProgram):
             decode = result
             break
         share = (result.capacity - weight_bytes) / (result.needed - weight_bytes)
-        rows = min(rows - 1, int(ROOM * rows * share))
+        rows = min(rows - 1, int(CACHE_FRACTION * rows * share))
     if decode is None:
         raise UserError(
             f"decoding does not fit {topology.name}: weights take {weight_bytes / 2**30:.2f} GiB and the cache of a "
-            f"sequence {per_shard / 2**30:.2f} GiB of a device's {capacity / 2**30:.2f}: spread them by "
+            f"sequence {per_shard / 2**30:.2f} GiB of a device's {capacity / 2**30:.2f}: shard them with "
             "--config.mesh.tensor or --config.mesh.fsdp, or try --weights=int8"
         )
     prefill = compiled("prefill", shards)
     prefill_batch = 0
-    if isinstance(prefill, Fits):
+    if isinstance(prefill, CompiledProgram):
         growing = max(1, prefill.memory.total - weight_bytes)
         prefill_batch = shards * min(rows, max(1, (capacity - weight_bytes) // growing))
-    return Decoding(
+    return DecodingPlan(
         cache_bytes=each,
         weight_bytes=weight_bytes,
         batch=rows * shards,
         decode=decode,
-        prefill=prefill if isinstance(prefill, Fits) else None,
+        prefill=prefill if isinstance(prefill, CompiledProgram) else None,
         prefill_batch=prefill_batch,
         token_seconds=_token_seconds(model.config, topology, weight_bytes + rows * per_shard, rows, mesh),
     )
 
 
 def abstract_weights(model: GPTConfig, mesh: Mesh, weights: Weights) -> tuple[GPT, Any]:
-    """The engine's model and weights, as shapes with the shardings that the engine's own conversion gives them."""
+    """Returns the engine's model, and its weights as `jax.ShapeDtypeStruct`s with the engine's shardings."""
     converted: list[GPT] = []
 
     def convert(params: Any) -> Any:
@@ -149,7 +149,7 @@ def _program(model: GPT) -> programs.Program:
 
 
 def _prompts(model: GPT, rows: int) -> tuple[Any, ...]:
-    """Arguments of the engine's prefill for prompts as long as the context."""
+    """Returns arguments of the engine's prefill for prompts of full context length."""
     length = model.config.context_length
     tokens_BT, lengths_B = np.zeros((rows, length), np.int32), np.full(rows, length, np.int32)
     return tokens_BT, lengths_B, np.zeros(rows, bool), None, _draw(rows)
@@ -170,7 +170,7 @@ def _lower_decode(model: GPT, params: Any, rows: int) -> jax.stages.Lowered:
 
 
 def abstract_memory(model: GPT, params: Any, rows: int) -> programs.Memory:
-    """What goes from token to token, with the layout that prefill gives it: batch and heads spread, slots together."""
+    """Returns the abstract decoding state in prefill's layout: sharded over batch and heads, not over slots."""
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     sharding = NamedSharding(mesh, partition_spec(("batch", "heads", None, None)))
     prefill = partial(programs.read_prompts, _program(model))

@@ -1,9 +1,9 @@
-"""How long a step takes at least, by a roofline (Williams et al. 2009), and what a run of them comes to.
+"""Roofline estimates of step time and training time (Williams et al. 2009).
 
-Bounds, not promises: peak arithmetic, peak memory bandwidth and peak links of the data sheets. Two are given, between
-which a real step is seldom: everything overlaps (the slowest part alone counts), and no communication overlaps with
-anything (parts add up). Left out: latencies, the time between kernels, the input pipeline, the ramp of the batch.
-Attention counts as MFU counts it, all of a dense layer's square: a kernel that skips the masked half is quicker.
+Estimates assume the peak FLOP/s, memory bandwidth and link bandwidth of the data sheets. There are two per step: with
+everything overlapped (the slowest part counts) and with no communication overlapped (parts add up). A real step is
+usually slower than the first. Not modelled: latencies, gaps between kernels, the input pipeline, the batch size ramp.
+Attention is counted as for MFU, with all scores of a dense layer: a kernel that skips masked blocks is faster.
 """
 
 import dataclasses
@@ -14,22 +14,22 @@ from jax.sharding import Mesh
 
 from gptjax.config import Config, GPTConfig
 from gptjax.losses.cross_entropy import logits_dtype
-from gptjax.planning.program_text import Collective, mesh_axes, traffic
+from gptjax.planning.program_text import Collective, bytes_sent, mesh_axes
 from gptjax.planning.topology import Topology, route
 from gptjax.scaling.flops import flops_per_token, forward_flops_per_token, parameter_count
 
 
 @dataclasses.dataclass(frozen=True)
-class Traffic:
-    """What one device sends in a step in collectives of one kind over the same mesh axes.
+class AxisTraffic:
+    """Traffic of one device in a step, over all collectives of one kind and the same mesh axes.
 
     Attributes:
-      kind: of collective.
-      axes: of the mesh.
-      count: collectives in a step.
-      bytes: sent, by the ring algorithm.
-      ici_seconds: on the links within a slice; None on a CPU.
-      dcn_seconds: on the network between slices; None on a CPU.
+      kind: kind of collective, such as "all-gather".
+      axes: mesh axes.
+      count: number of collectives in a step.
+      bytes: bytes sent, with ring algorithms.
+      ici_seconds: time on the links within a slice; None on a CPU.
+      dcn_seconds: time on the network between slices; None on a CPU.
     """
 
     kind: str
@@ -41,18 +41,18 @@ class Traffic:
 
 
 @dataclasses.dataclass(frozen=True)
-class Estimate:
-    """Of a step, in seconds, and what follows.
+class StepEstimate:
+    """Estimated time of a training step; times in seconds.
 
     Attributes:
-      model_flops: by formula, of all devices, nothing computed twice: the numerator of MFU.
-      executed_flops: the same with what rematerialisation computes again.
-      compute: executed_flops at the devices' peak.
-      hbm: the bytes that memory must at least move, at its peak bandwidth.
-      ici, dcn: of all collectives, one after the other.
-      busiest: of those over the mesh axes that ici spends most on; others may have links of their own.
-      overlapped: the longest of compute, hbm, busiest and dcn.
-      serial: compute or hbm, then ici, then dcn.
+      model_flops: FLOPs of the model over all devices, without recomputation: the numerator of MFU.
+      executed_flops: FLOPs including rematerialisation.
+      compute: time of executed_flops at the devices' peak.
+      hbm: time of the memory traffic at peak bandwidth.
+      ici, dcn: time of all collectives within and between slices, one after the other.
+      busiest: time of the collectives over the mesh axes with the largest ici time; other axes may use other links.
+      overlapped: maximum of compute, hbm, busiest and dcn.
+      serial: max(compute, hbm) + ici + dcn.
     """
 
     tokens: int
@@ -64,7 +64,7 @@ class Estimate:
     ici: float
     busiest: float
     dcn: float
-    peak: float  # FLOP/s of a device
+    peak: float  # peak FLOP/s of a device
 
     @property
     def overlapped(self) -> float:
@@ -79,10 +79,12 @@ class Estimate:
         return self.model_flops / (seconds * self.devices * self.peak)
 
 
-def estimate(config: Config, mesh: Mesh, topology: Topology, communication: list[Traffic]) -> Estimate | None:
-    """The roofline of a training step; None where the device's peaks are not published for its dtype (a CPU).
+def estimate_step(
+    config: Config, mesh: Mesh, topology: Topology, communication: list[AxisTraffic]
+) -> StepEstimate | None:
+    """Computes the roofline of a training step; None where the device's peak is not published for the model's dtype.
 
-    float32 products on a TPU take several passes in bfloat16, whose number is not published.
+    That is the case for CPUs, and for float32 on TPUs, whose float32 products take several bfloat16 passes.
     """
     peak, model = topology.peak, config.model
     flops = None if peak is None else getattr(peak, model.dtype)
@@ -93,7 +95,7 @@ def estimate(config: Config, mesh: Mesh, topology: Topology, communication: list
     for part in communication:
         by_axes[part.axes] = by_axes.get(part.axes, 0) + (part.ici_seconds or 0)
     executed = tokens * (flops_per_token(model) + recomputed_flops_per_token(model))
-    return Estimate(
+    return StepEstimate(
         tokens=tokens,
         devices=devices,
         model_flops=tokens * flops_per_token(model),
@@ -108,7 +110,7 @@ def estimate(config: Config, mesh: Mesh, topology: Topology, communication: list
 
 
 def recomputed_flops_per_token(model: GPTConfig) -> int:
-    """What the backward pass computes again under `model.remat`, per token, of the products that MFU counts."""
+    """Computes the FLOPs per token that the backward pass recomputes under `model.remat`, counted as for MFU."""
     D, F = model.embed_dim, model.feed_forward_dim
     assert model.vocab_size is not None, "resolve model.vocab_size from the tokenizer first"
     layers = forward_flops_per_token(model) - 2 * D * model.vocab_size
@@ -119,13 +121,13 @@ def recomputed_flops_per_token(model: GPTConfig) -> int:
 
 
 def hbm_traffic(config: Config, mesh: Mapping[str, int]) -> float:
-    """Bytes that the memory of a device moves in a step, roughly; attention's scores are taken to stay on the chip.
+    """Estimates the memory traffic of a device in a step, in bytes; attention scores are assumed to stay on chip.
 
-    Weights are written once and read once for every pass over a microbatch (forward, again, and two products
-    backward), gradients added up in float32, optimizer state read and written. Of activations a layer makes 34 bytes a
-    token and unit of width in bfloat16 (Korthikanti et al. 2022, section 4.1): written and read in a forward pass, and
-    as much again twice backward. Logits, of their own dtype, are written and read twice, and their gradient, of the
-    model's, too.
+    Each pass over a microbatch (forward, recomputation, two matrix products backward) writes and reads the gathered
+    weights; gradients are accumulated in float32; optimizer state is read and written. A layer's activations are 34
+    bytes per token and unit of width in bfloat16 (Korthikanti et al. 2022, section 4.1), written and read in the
+    forward pass and twice that in the backward pass. Logits (in logits_dtype) and their gradient (in the model's dtype)
+    are written and read, three passes in all.
     """
     model, batch = config.model, config.batch
     size, stored = jnp.dtype(model.dtype).itemsize, jnp.dtype(model.param_dtype).itemsize
@@ -143,10 +145,10 @@ def hbm_traffic(config: Config, mesh: Mapping[str, int]) -> float:
     return weights + optimizer + layers + logits
 
 
-def communicate(found: list[Collective], mesh: Mesh, topology: Topology) -> list[Traffic]:
-    """What the collectives of a step cost, by kind and mesh axes, the longest first.
+def axis_traffic(found: list[Collective], mesh: Mesh, topology: Topology) -> list[AxisTraffic]:
+    """Sums the cost of a step's collectives by kind and mesh axes, the longest first.
 
-    Of permutes over the same axes those to different neighbours use different links, and so the same time.
+    Permutes to different neighbours along the same axes use different links at the same time.
     """
     groups: dict[tuple[str, tuple[str, ...]], list[Collective]] = {}
     for collective in found:
@@ -154,25 +156,25 @@ def communicate(found: list[Collective], mesh: Mesh, topology: Topology) -> list
         groups.setdefault((collective.kind, axes), []).append(collective)
     parts = []
     for (kind, axes), group in groups.items():
-        sent = sum(traffic(collective, topology.num_devices) for collective in group)
+        sent = sum(bytes_sent(collective, topology.num_devices) for collective in group)
         times: tuple[float | None, float | None] = (None, None)
         if topology.chip is not None:
             by_neighbour: dict[tuple[int, ...], list[tuple[float, float]]] = {}
             for collective in group:
                 neighbour = collective.members if kind == "collective-permute" else ()
-                by_neighbour.setdefault(neighbour, []).append(seconds(collective, mesh, topology))
+                by_neighbour.setdefault(neighbour, []).append(collective_seconds(collective, mesh, topology))
             sums = [[sum(part) for part in zip(*costs, strict=True)] for costs in by_neighbour.values()]
             times = max(ici for ici, _ in sums), max(dcn for _, dcn in sums)
-        parts.append(Traffic(kind, axes, sum(collective.count for collective in group), sent, *times))
+        parts.append(AxisTraffic(kind, axes, sum(collective.count for collective in group), sent, *times))
     return sorted(parts, key=lambda part: -((part.ici_seconds or 0) + (part.dcn_seconds or 0) or part.bytes))
 
 
-def seconds(collective: Collective, mesh: Mesh, topology: Topology) -> tuple[float, float]:
-    """Of all runs of a collective, at the peak of the links: within slices, and on the network between them.
+def collective_seconds(collective: Collective, mesh: Mesh, topology: Topology) -> tuple[float, float]:
+    """Computes the time of all runs of a collective at peak link bandwidth: (within slices, between slices).
 
-    A gathering or reduction sends each chip's share once round a ring in every dimension at a time (Chan et al. 2007);
-    over several slices it does so within each slice, and then each chip passes on its share of what the slice has.
-    An exchange of all with all is bound by the links across the middle of the longest dimension.
+    All-gathers and reductions use ring algorithms along all torus dimensions at once (Chan et al. 2007); over several
+    slices they run within each slice first, and then each chip exchanges its shard with the other slices. All-to-all is
+    bound by the bisection bandwidth of the longest dimension.
     """
     assert topology.chip is not None, "a CPU has no links"
     way = route(collective.members, mesh, topology)
@@ -192,7 +194,7 @@ def seconds(collective: Collective, mesh: Mesh, topology: Topology) -> tuple[flo
 
 
 @dataclasses.dataclass(frozen=True)
-class Training:
+class TrainingEstimate:
     """A whole run, if each step takes `seconds`."""
 
     steps: int
@@ -200,9 +202,9 @@ class Training:
     chip_hours: float
 
 
-def training(config: Config, estimate: Estimate, seconds: float) -> Training | None:
-    """For the tokens that the config sets, at the full batch; None: it sets epochs, and the corpus is not read here."""
+def estimate_training(config: Config, estimate: StepEstimate, seconds: float) -> TrainingEstimate | None:
+    """Estimates a training run at the full batch size; None where the config sets epochs instead of tokens."""
     if config.batch.total_tokens is None:
         return None
     steps = -(-config.batch.total_tokens // config.batch.tokens_per_batch)
-    return Training(steps, steps * seconds / 86400, steps * seconds / 3600 * estimate.devices)
+    return TrainingEstimate(steps, steps * seconds / 86400, steps * seconds / 3600 * estimate.devices)

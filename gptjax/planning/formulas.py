@@ -1,4 +1,4 @@
-"""Memory and communication of a step by formula: rough, and quick enough to try thousands of plans before compiling."""
+"""Memory and communication of a training step by formula: approximate, but fast enough to rank thousands of plans."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config import Config, GPTConfig
-from gptjax.losses.cross_entropy import CHUNK_TOKENS
+from gptjax.parallel.platforms import PLATFORM_DEFAULTS
 from gptjax.planning.compile import microbatches
 from gptjax.planning.program_text import Collective
 from gptjax.scaling.flops import memory_summary, non_embedding_parameter_count, parameter_count
@@ -16,12 +16,12 @@ from gptjax.scaling.flops import memory_summary, non_embedding_parameter_count, 
 
 @dataclasses.dataclass(frozen=True)
 class ExpectedMemory:
-    """Bytes on a device in a step."""
+    """Expected memory of a training step on a device, in bytes."""
 
-    state: int  # parameters, moments, average
+    state: int  # parameters, optimizer moments, EMA
     gradients: int
-    kept: int  # what the forward pass keeps for the backward pass
-    working: int  # of one layer at a time, or of the loss
+    kept: int  # activations saved for the backward pass
+    working: int  # temporaries of one layer, or of the loss
 
     @property
     def total(self) -> int:
@@ -29,25 +29,26 @@ class ExpectedMemory:
 
 
 def expected_memory(config: Config, mesh: Mapping[str, int]) -> ExpectedMemory:
-    """What a step will need on a TPU, where attention never holds all scores unless its probabilities are dropped.
+    """Estimates the memory of a step on a TPU.
 
-    Activations follow Korthikanti et al. 2022, section 4, with positions spread over `tensor` between the products.
+    Activations follow Korthikanti et al. 2022, section 4, with sequence parallelism over `tensor`. Attention scores are
+    materialised only where the splash kernel is not used, for example with attention dropout.
     """
     model, shards = config.model, mesh["fsdp"] * mesh["tensor"]
     summary = memory_summary(model, config.optimizer, shards)
-    # One microbatch's gradient beside the sum of those before it; both of the stacked layers.
+    # With gradient accumulation: a microbatch's gradient, and the sum of those before it.
     gradients = summary.gradients * (2 if microbatches(config) > 1 else 1)
     size = jnp.dtype(model.dtype).itemsize
     tokens = _tokens(config, mesh)
     D, F, V = model.embed_dim, model.feed_forward_dim, model.vocab_size or 0
-    unit = tokens * D * size / mesh["tensor"]  # an activation as wide as the model
+    unit = tokens * D * size / mesh["tensor"]  # one activation of the model's width
     widths = {"none": 17, "cheap": 6 + F / D, "dots": 5 + F / D, "attention": 2, "full": 1, "offload": 0}[model.remat]
     layer = 17 * unit + 2 * tokens * D * size + _scores(config, mesh)
     kept = model.num_layers * (widths * unit + (_scores(config, mesh) if model.remat == "none" else 0))
     layer_weights = non_embedding_parameter_count(model) / model.num_layers / mesh["tensor"]
-    layer += layer_weights * (2 * size + 4)  # gathered, the next one too, and a gradient not yet summed
+    layer += layer_weights * (2 * size + 4)  # gathered weights of this and the next layer, and an unreduced gradient
     loss = (
-        min(tokens, CHUNK_TOKENS["tpu"]) * V / mesh["tensor"] * 10
+        min(tokens, PLATFORM_DEFAULTS["tpu"].loss_chunk_tokens) * V / mesh["tensor"] * 10
         + V * D / mesh["tensor"] * (size + 8)
         + 4 * tokens * D
     )
@@ -55,13 +56,13 @@ def expected_memory(config: Config, mesh: Mapping[str, int]) -> ExpectedMemory:
 
 
 def _tokens(config: Config, mesh: Mapping[str, int]) -> float:
-    """Of a microbatch, on a device."""
+    """Tokens of a microbatch on one device."""
     shards = math.prod(mesh[axis] for axis in ("data", "fsdp", "expert", "context"))
     return config.sequences_per_microbatch * config.model.context_length / shards
 
 
 def _scores(config: Config, mesh: Mapping[str, int]) -> float:
-    """Bytes of a layer's attention scores and probabilities, where they are held."""
+    """Bytes of a layer's attention scores and probabilities; 0 where a kernel does not materialise them."""
     model = config.model
     if model.attention_backend != "xla" and model.attention_dropout == 0 and model.dtype == "bfloat16":
         return 0
@@ -69,11 +70,12 @@ def _scores(config: Config, mesh: Mapping[str, int]) -> float:
 
 
 def expected_collectives(config: Config, mesh: Mapping[str, int]) -> list[Collective]:
-    """What a step will communicate: the sums that its layout asks for, in the dtype of the activations.
+    """Predicts the collectives of a step from its layout, with payloads in the activations' dtype.
 
-    For each microbatch: layers gathered over fsdp forward and backward, gradients reduced over fsdp and data; two
-    gatherings and two reductions a layer over tensor forward, again where it is computed again, and twice backward
-    (Korthikanti et al. 2022, section 4.2.2); keys and values passed round the ring of context.
+    Per microbatch: weights are all-gathered over fsdp in the forward and the backward pass; gradients are reduced over
+    fsdp and data; each layer has two all-gathers and two reduce-scatters over tensor in the forward pass, the
+    recomputation and twice in the backward pass (Korthikanti et al. 2022, section 4.2.2); keys and values go round the
+    ring of context.
     """
     model = config.model
     size, stored = jnp.dtype(model.dtype).itemsize, jnp.dtype(model.param_dtype).itemsize
@@ -105,11 +107,11 @@ def expected_collectives(config: Config, mesh: Mapping[str, int]) -> list[Collec
 
 
 def _passes(model: GPTConfig) -> int:
-    """Through a layer: forward, backward as two, and forward again where it is computed again."""
+    """Passes over a layer: one forward, one backward, and one more with recomputation."""
     return 2 if model.remat in ("none", "cheap", "dots") else 3
 
 
 def _group(mesh: Mapping[str, int], *axes: str) -> tuple[int, ...]:
-    """The devices that differ from the first one along `axes` only, by their places in the mesh."""
+    """Returns the mesh indices of the first device's group: the devices that differ from it along `axes` only."""
     ids = np.arange(math.prod(mesh.values())).reshape(tuple(mesh.values()))
     return tuple(ids[tuple(slice(None) if axis in axes else 0 for axis in mesh)].ravel().tolist())

@@ -1,4 +1,4 @@
-"""What was compiled once, kept: a plan asked for again is there at once."""
+"""Disk cache of compilation results: a repeated plan compiles nothing."""
 
 import dataclasses
 import functools
@@ -12,34 +12,35 @@ from typing import Any
 import gptjax
 from gptjax.config import Config
 from gptjax.files import unfinished_path
-from gptjax.planning.compile import Compiled, Fits, Memory, TooBig
+from gptjax.planning.compile import CompiledProgram, CompileResult, DeviceMemory, OutOfMemory
 from gptjax.planning.program_text import Collective
 from gptjax.planning.topology import Topology
 
 DIRECTORY = Path("~/.cache/gptjax/plans")
-# The code that the compiled programs, and what is read out of them, depend on.
+# The source files that compiled programs and the numbers read from them depend on.
 SOURCES = (
-    *("models/*.py", "training/**/*.py", "parallel/*.py", "inference/*.py"),
-    *(f"planning/{name}.py" for name in ("compile", "decoding", "program_text")),
+    *("stages/**/*.py", "training/*.py", "checkpoint/*.py", "inference/*.py", "optim/*.py", "losses/*.py"),
+    *("models/*.py", "parallel/*.py"),
+    *(f"planning/{name}.py" for name in ("compile", "decode_plan", "program_text")),
 )
 
 
-def compiled(
-    what: str, config: Config, topology: Topology, directory: Path | None, make: Callable[[], Compiled]
-) -> Compiled:
-    """What `make` compiles, or what it compiled for the same key before.
+def compile_cached(
+    what: str, config: Config, topology: Topology, directory: Path | None, make: Callable[[], CompileResult]
+) -> CompileResult:
+    """Returns the cached result for a program, or compiles it with `make` and caches the result.
 
     Args:
-      what: names the program, with all that it depends on besides the arguments that follow.
-      config: of which the parts count that a program depends on.
-      directory: of the cache; None: compile, and keep nothing.
+      what: name of the program, including everything it depends on that the other arguments do not say.
+      config: only the sections that a program depends on are part of the key.
+      directory: of the cache; None disables it.
     """
     if directory is None:
         return make()
     path = directory.expanduser() / f"{key(what, config, topology)}.json"
     try:
         return _read(json.loads(path.read_text()))
-    except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged
+    except (OSError, ValueError, KeyError, TypeError):  # missing or damaged
         result = make()
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = unfinished_path(path)
@@ -49,7 +50,7 @@ def compiled(
 
 
 def key(what: str, config: Config, topology: Topology) -> str:
-    """Of the program, the sizes it is compiled for, the versions of compiler and libraries, and the source code."""
+    """Computes the cache key: a hash of program, sizes, topology, library versions and source code."""
     batch = (config.sequences_per_microbatch, config.batch.tokens_per_batch)
     parts = (config.model, config.optimizer, config.mesh, config.data.packing, batch, topology)
     return hashlib.sha256(repr((what, parts, _versions(), _source())).encode()).hexdigest()[:24]
@@ -75,13 +76,13 @@ def _source() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
-def _write(result: Compiled) -> dict[str, Any]:
-    return {"fits": isinstance(result, Fits), "result": dataclasses.asdict(result)}
+def _write(result: CompileResult) -> dict[str, Any]:
+    return {"fits": isinstance(result, CompiledProgram), "result": dataclasses.asdict(result)}
 
 
-def _read(tree: dict[str, Any]) -> Compiled:
+def _read(tree: dict[str, Any]) -> CompileResult:
     result = tree["result"]
     if not tree["fits"]:
-        return TooBig(**result)
+        return OutOfMemory(**result)
     found = [Collective(**{**item, "members": tuple(item["members"])}) for item in result["collectives"]]
-    return Fits(Memory(**result["memory"]), found, result["seconds"])
+    return CompiledProgram(DeviceMemory(**result["memory"]), found, result["seconds"])

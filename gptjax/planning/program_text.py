@@ -1,7 +1,7 @@
-"""The collectives of a compiled program, counted in its text.
+"""Counts the collectives of a compiled program from its HLO text.
 
-XLA's own cost analysis counts the body of a loop once and does not tell collectives apart, so the text is read: each
-computation once, times how often it is called.
+XLA's cost analysis counts the body of a loop once and does not distinguish collectives. So the text is parsed: the
+collectives of each computation, times the number of its calls.
 """
 
 import dataclasses
@@ -27,22 +27,22 @@ _IOTA_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d
 _MESH_GROUPS = re.compile(
     r"replica_groups=@?mesh\[([^\]]*)\](?:, device_ids=\((\[[\d,]+\](?:T\([\d,]+\))?)\))?\s*\{([^}]*)\}"
 )
-# Between slices of TPUs: each chip hands its share to its host, whose library does the rest.
+# Between TPU slices: each chip sends its shard to the host, whose Megascale library exchanges it.
 _BETWEEN_SLICES = re.compile(r'_xla_megascale_target="\{([\d,]+)\}x\{([\d,:]+)\}",_xla_megascale_transfer_type="(\w+)"')
 _PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """A collective operation of a program, as one device takes part in it.
+    """A collective operation of a program, from the point of view of one device.
 
     Attributes:
       kind: one of KINDS.
-      payload: bytes of the whole array that the devices of a group gather, reduce, scatter or exchange; of a permute,
-        what one device sends.
-      members: a group of devices, by their place in the program's device list (the mesh's, flattened); of a permute,
-        a source and its target. Empty: all devices.
-      count: how often a run of the program does it.
+      payload: bytes of the whole array that a group gathers, reduces or scatters; for an all-to-all and a permute, the
+        bytes of one device.
+      members: a group of devices, as indices into the program's device list (the flattened mesh); for a permute, a
+        source and its target. Empty: all devices.
+      count: number of executions in a run of the program.
     """
 
     kind: str
@@ -52,14 +52,14 @@ class Collective:
 
 
 def collectives(text: str, unknown_trip_count: int = 1) -> list[Collective]:
-    """The collectives of a compiled program (`jax.stages.Compiled.as_text`), equal ones merged.
+    """Returns the collectives of a compiled program (`jax.stages.Compiled.as_text`), equal ones merged.
 
-    A program for several slices of TPUs is that of one of them; what it sends to the others counts as the collective
-    that it is a part of. An asynchronous pair counts once, and so does the all-reduce within a TPU fusion named
-    all-reduce-scatter, which is a reduce-scatter. Of a conditional, all branches are counted: an upper bound.
+    A program for several TPU slices is the program of one slice; its sends to other slices count as the collective that
+    they are part of. A start/done pair counts once. The all-reduce within a TPU fusion named all-reduce-scatter is a
+    reduce-scatter. All branches of a conditional are counted: an upper bound.
 
     Args:
-      unknown_trip_count: of loops whose length is not written in the program, as that over the microbatches.
+      unknown_trip_count: assumed for loops whose trip count is not in the text, such as the loop over microbatches.
     """
     computations, entry = computations_of(text)
     found: Counter[tuple[str, int, tuple[int, ...]]] = Counter()
@@ -71,18 +71,20 @@ def collectives(text: str, unknown_trip_count: int = 1) -> list[Collective]:
 
 
 def count_by_kind(found: list[Collective]) -> Counter[str]:
-    """How often a run does each kind of collective."""
+    """Returns the number of executions of each kind of collective in a run."""
     counts: Counter[str] = Counter()
     for collective in found:
         counts[collective.kind] += collective.count
     return counts
 
 
-def traffic(collective: Collective, devices: int) -> float:
-    """Bytes that a device sends, and receives, in all runs of a collective by its ring algorithm (Chan et al. 2007).
+def bytes_sent(collective: Collective, devices: int) -> float:
+    """Computes the bytes that a device sends in all executions of a collective, with ring algorithms.
+
+    Chan et al. 2007, "Collective communication: theory, practice, and experience". A device receives as many.
 
     Args:
-      devices: of the program, for a collective over all of them.
+      devices: number of devices of the program, for collectives over all of them.
     """
     size = len(collective.members) or devices
     if collective.kind == "collective-permute":
@@ -94,10 +96,10 @@ def traffic(collective: Collective, devices: int) -> float:
 
 
 def mesh_axes(members: tuple[int, ...], shape: Mapping[str, int]) -> tuple[str, ...]:
-    """The mesh axes along which the members of a group differ; of all axes with more than a device if it is empty.
+    """Returns the mesh axes along which a group's members differ; for an empty group, all axes larger than 1.
 
     Args:
-      shape: `Mesh.shape`: its axes in the order in which the device list is laid out.
+      shape: `Mesh.shape`, whose order of axes is that of the device list.
     """
     if not members:
         return tuple(axis for axis, size in shape.items() if size > 1)
@@ -106,7 +108,7 @@ def mesh_axes(members: tuple[int, ...], shape: Mapping[str, int]) -> tuple[str, 
 
 
 def computations_of(text: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of each computation that matter, and the entry's name."""
+    """Splits HLO text into (the instruction lines of each computation, the name of the entry computation)."""
     computations: dict[str, list[str]] = {}
     entry, lines = "", []
     for line in text.splitlines():
@@ -119,7 +121,7 @@ def computations_of(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def calls(computations: dict[str, list[str]], entry: str, unknown: int) -> Counter[str]:
-    """How often each computation runs."""
+    """Returns the number of executions of each computation."""
     times: Counter[str] = Counter({entry: 1})
     for name in _topological(computations, entry):
         for line in computations[name]:
@@ -129,7 +131,7 @@ def calls(computations: dict[str, list[str]], entry: str, unknown: int) -> Count
 
 
 def _topological(computations: dict[str, list[str]], entry: str) -> list[str]:
-    """The computations below `entry`, callers before the called."""
+    """Returns the computations reachable from `entry` in topological order, callers first."""
     order: list[str] = []
     seen = {entry}
     stack: list[tuple[str, Iterator[str]]] = []
@@ -151,7 +153,7 @@ def _topological(computations: dict[str, list[str]], entry: str) -> list[str]:
 
 
 def _called(line: str, computations: dict[str, list[str]], unknown: int) -> Iterator[tuple[str, int]]:
-    """The computations that an instruction runs, and how often."""
+    """Yields (computation, executions) for the computations that an instruction calls."""
     match = INSTRUCTION.match(line)
     operation = "" if match is None else match[3]
     if operation == "while" and (loop := _WHILE.search(line)):
@@ -160,7 +162,7 @@ def _called(line: str, computations: dict[str, list[str]], unknown: int) -> Iter
         yield loop[2], trips
         return
     if operation.endswith(("-done", "-update")) or operation.startswith(("all-reduce", "reduce")):
-        return  # what was started is counted where it starts; a reduction's computation adds two numbers
+        return  # counted at the start operation; a reduction's computation is a scalar operator
     names = _CALLED.findall(line) + [
         name.strip().lstrip("%") for group in _BRANCHES.findall(line) for name in group.split(",")
     ]
@@ -168,7 +170,7 @@ def _called(line: str, computations: dict[str, list[str]], unknown: int) -> Iter
 
 
 def _trip_count(line: str, condition: list[str], unknown: int) -> int:
-    """Of a while loop: as annotated, or else the constant that its condition compares the counter with."""
+    """Returns a while loop's trip count: its annotation, or the constant that its condition compares with."""
     if match := _TRIP_COUNT.search(line):
         return int(match[1])
     root = next((line for line in condition if "ROOT" in line), "")
@@ -204,7 +206,7 @@ def _collective(line: str, computation: str) -> tuple[str, int, tuple[int, ...]]
 
 
 def _between_slices(line: str, sent: int) -> tuple[str, int, tuple[int, ...]] | None:
-    """A chip's part in a collective over the slices; its group has the first chip of each."""
+    """Parses a send that is part of a collective between slices; the group is the first chip of each slice."""
     match = _BETWEEN_SLICES.search(line)
     if match is None:
         return None
@@ -218,7 +220,7 @@ def _between_slices(line: str, sent: int) -> tuple[str, int, tuple[int, ...]] | 
 
 
 def array_bytes(shape: str) -> list[int]:
-    """Bytes of each array in a shape such as "(bf16[8,128]{1,0}, f32[])"."""
+    """Returns the bytes of each array of an HLO shape such as "(bf16[8,128]{1,0}, f32[])"."""
     sizes = []
     for dtype, dims in _SHAPE.findall(re.sub(r"\{[^}]*\}", "", shape)):
         digits = re.search(r"\d+", dtype)
@@ -228,14 +230,14 @@ def array_bytes(shape: str) -> list[int]:
 
 
 def _pair(line: str) -> tuple[int, ...]:
-    """The first source and target of a permute that are not one device."""
+    """Returns the first (source, target) pair of a permute with two different devices."""
     match = _PAIRS.search(line)
     pairs = re.findall(r"\{(\d+),(\d+)\}", "" if match is None else match[1])
     return next(((int(source), int(target)) for source, target in pairs if source != target), (0,))
 
 
 def _group(line: str) -> tuple[int, ...]:
-    """The first group of devices, in any of the forms that XLA writes; empty: all devices."""
+    """Returns the first replica group, in any of XLA's notations; empty: all devices."""
     if match := _LISTED_GROUPS.search(line):
         return tuple(map(int, filter(None, match[1].split(","))))
     if match := _IOTA_GROUPS.search(line):
@@ -259,7 +261,7 @@ def _group(line: str) -> tuple[int, ...]:
 
 
 def _iota(text: str) -> np.ndarray:
-    """Device ids of the form "[64,16]T(1,0)": counted up, reshaped, transposed."""
+    """Parses an iota device list such as "[64,16]T(1,0)": arange, reshaped and transposed."""
     dims, _, permutation = text.partition("T")
     ids_N = np.arange(math.prod(shape := [int(dim) for dim in dims.strip("[]").split(",")])).reshape(shape)
     return ids_N.transpose([int(axis) for axis in permutation.strip("()").split(",")]) if permutation else ids_N

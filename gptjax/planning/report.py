@@ -1,6 +1,6 @@
-"""Plans as tables for people and as JSON for programs.
+"""Formats plans as tables and as JSON.
 
-The table says of each number whether the compiler gave it, or a formula.
+A table marks each number as exact, reported by the compiler, or computed by formula.
 """
 
 import dataclasses
@@ -9,47 +9,47 @@ from typing import Any
 from jax.sharding import Mesh
 
 from gptjax.config import Config
-from gptjax.planning.compile import Fits, StateBytes, microbatches
-from gptjax.planning.decode_plan import Decoding
-from gptjax.planning.estimate import Estimate, Traffic, training
+from gptjax.planning.compile import CompiledProgram, StateBytes, microbatches
+from gptjax.planning.decode_plan import DecodingPlan
+from gptjax.planning.estimate import AxisTraffic, StepEstimate, estimate_training
 from gptjax.planning.topology import Topology
 from gptjax.scaling.flops import flops_per_token, memory_summary, parameter_count
 
 GiB, MiB = 2**30, 2**20
-Rows = list[tuple[str, str, str]]  # what, value, remark
+Rows = list[tuple[str, str, str]]  # quantity, value, remark
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
-    """A training step that fits, and all that is known of it."""
+class StepPlan:
+    """A training step that fits its topology, with its compiled memory, collectives and estimated time."""
 
     config: Config
     topology: Topology
     mesh: Mesh
     state: StateBytes
-    compiled: Fits
-    communication: list[Traffic]
-    estimate: Estimate | None  # None: a CPU, whose peaks are not published
+    compiled: CompiledProgram
+    communication: list[AxisTraffic]
+    estimate: StepEstimate | None  # None on a CPU, whose peak FLOP/s is not published
     capacity: int | None  # bytes of a device
 
     @property
     def memory(self) -> int:
-        """Bytes of a device that the step needs at most.
+        """Upper bound of the memory that the step needs on a device, in bytes.
 
-        It fits, or it would not have compiled; a sum of temporaries that are not all there at once may still be more.
+        At most the device's capacity, since the program compiled: the compiler's sum of temporaries can exceed it.
         """
         total = self.compiled.memory.total
         return total if self.capacity is None else min(total, self.capacity)
 
     @property
     def serial(self) -> float:
-        """Seconds without overlap, by which plans are ranked."""
+        """Step time in seconds without overlap; plans are ranked by it."""
         assert self.estimate is not None, "TPUs have published peaks"
         return self.estimate.serial
 
 
-def step_json(step: Step) -> dict[str, Any]:
-    """All numbers of a step: bytes, FLOPs, seconds."""
+def step_json(step: StepPlan) -> dict[str, Any]:
+    """Returns all numbers of a step plan: bytes, FLOPs, seconds."""
     config, memory, estimate = step.config, step.compiled.memory, step.estimate
     tree: dict[str, Any] = {
         "topology": step.topology.name,
@@ -68,7 +68,7 @@ def step_json(step: Step) -> dict[str, Any]:
     if estimate is not None:
         tree["estimate"] = dataclasses.asdict(estimate)
         for name, seconds in bounds(estimate).items():
-            run = training(config, estimate, seconds)
+            run = estimate_training(config, estimate, seconds)
             tree["estimate"][name] = {
                 "seconds": seconds,
                 "mfu": estimate.mfu(seconds),
@@ -78,31 +78,31 @@ def step_json(step: Step) -> dict[str, Any]:
     return tree
 
 
-def bounds(estimate: Estimate) -> dict[str, float]:
-    """The two bounds of a step, in seconds."""
+def bounds(estimate: StepEstimate) -> dict[str, float]:
+    """Returns the two estimates of the step time, in seconds."""
     return {"overlapped": estimate.overlapped, "serial": estimate.serial}
 
 
-def step_table(step: Step) -> str:
-    """A step for people."""
+def step_table(step: StepPlan) -> str:
+    """Formats a step plan as a table."""
     config, mesh = step.config, step.mesh
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     whole = f"microbatch {config.sequences_per_microbatch} x {microbatches(config)}"
     lines = [
         f"{step.topology.name}: {step.topology.num_devices} devices, mesh {axes}, {whole}, remat {config.model.remat}",
-        f"{parameter_count(config.model):,} parameters, {flops_per_token(config.model) / 1e9:,.2f} GFLOP a token",
+        f"{parameter_count(config.model):,} parameters, {flops_per_token(config.model) / 1e9:,.2f} GFLOP per token",
         "",
-        *_table("memory of a device", _memory_rows(step)),
-        *_table("collectives of a device in a step, found in the compiled program", _communication_rows(step)),
+        *_table("memory per device", _memory_rows(step)),
+        *_table("collectives per device and step, counted in the compiled program", _communication_rows(step)),
     ]
     if step.estimate is not None:
-        title = f"a step of {step.estimate.tokens:,} tokens, estimates by formula at the data sheets' peaks"
+        title = f"time of a step of {step.estimate.tokens:,} tokens, estimated by formula at data-sheet peaks"
         lines += _table(title, _time_rows(step, step.estimate))
     cached = f"compiled in {step.compiled.seconds:.1f} s"
     return "\n".join([*lines, cached])
 
 
-def _memory_rows(step: Step) -> Rows:
+def _memory_rows(step: StepPlan) -> Rows:
     memory, state = step.compiled.memory, step.state
     shards = step.mesh.shape["fsdp"] * step.mesh.shape["tensor"]
     gradients = memory_summary(step.config.model, step.config.optimizer, shards).gradients
@@ -110,19 +110,19 @@ def _memory_rows(step: Step) -> Rows:
     rows = [
         ("parameters", gib(state.parameters), "exact"),
         ("optimizer state", gib(state.optimizer), "exact"),
-        *([("their average", gib(state.average), "exact")] if state.average else []),
-        ("batch and padding", gib(batch), "compiled: the rest of the arguments"),
+        *([("EMA of parameters", gib(state.average), "exact")] if state.average else []),
+        ("batch and padding", gib(batch), "compiled: the remaining arguments"),
         ("temporaries", gib(memory.temporaries), f"compiled: activations and gradients ({gib(gradients)} by formula)"),
     ]
     if memory.host:
-        rows.append(("on the host", gib(memory.host), "compiled: activations that wait there"))
+        rows.append(("host memory", gib(memory.host), "compiled: offloaded arrays"))
     if step.capacity is None:
-        return [*rows, ("in all", gib(memory.total), "compiled")]
+        return [*rows, ("total", gib(memory.total), "compiled")]
     free = f"compiled; {gib(step.capacity - step.memory)} of {gib(step.capacity)} free"
-    return [*rows, ("in all", gib(step.memory), free)]
+    return [*rows, ("total", gib(step.memory), free)]
 
 
-def _communication_rows(step: Step) -> Rows:
+def _communication_rows(step: StepPlan) -> Rows:
     rows = []
     for part in step.communication:
         if part.bytes < 1e-4 * sum(other.bytes for other in step.communication):
@@ -137,25 +137,25 @@ def _communication_rows(step: Step) -> Rows:
     return rows or [("none", "0 GB", "")]
 
 
-def _time_rows(step: Step, estimate: Estimate) -> Rows:
+def _time_rows(step: StepPlan, estimate: StepEstimate) -> Rows:
     ratio = estimate.executed_flops / estimate.model_flops
-    again = f"{estimate.executed_flops:.3g} FLOP, {ratio:.2f} times the model's for what is computed again"
+    executed = f"{estimate.executed_flops:.3g} FLOP, {ratio:.2f} times the model's because of recomputation"
     rows = [
-        ("arithmetic", f"{estimate.compute:.3f} s", again),
-        ("memory", f"{estimate.hbm:.3f} s", "a rough count of what must be read and written"),
+        ("compute", f"{estimate.compute:.3f} s", executed),
+        ("memory", f"{estimate.hbm:.3f} s", "approximate memory traffic"),
         ("links", f"{estimate.ici:.3f} s", f"the collectives above; {estimate.busiest:.3f} s over the busiest axes"),
     ]
     if step.topology.num_slices > 1:
-        rows.append(("network", f"{estimate.dcn:.3f} s", "the same, between slices"))
-    names = {"overlapped": "all at once", "serial": "one by one"}
+        rows.append(("network", f"{estimate.dcn:.3f} s", "the same between slices"))
+    names = {"overlapped": "overlapped", "serial": "serial"}
     remarks = {
-        "overlapped": "the slowest of these (links: the busiest), all else behind it",
+        "overlapped": "the slowest of these (links: the busiest axes)",
         "serial": "communication overlaps with nothing",
     }
     for name, seconds in bounds(estimate).items():
         rate = f"MFU {estimate.mfu(seconds):.1%}, {estimate.tokens / seconds:,.0f} tokens/s; {remarks[name]}"
         rows.append((names[name], f"{seconds:.3f} s", rate))
-    runs = [training(step.config, estimate, seconds) for seconds in bounds(estimate).values()]
+    runs = [estimate_training(step.config, estimate, seconds) for seconds in bounds(estimate).values()]
     if (first := runs[0]) is not None and (last := runs[1]) is not None:
         days = (
             f"{first.days:,.2f} to {last.days:,.2f} days, {first.chip_hours:,.0f} to {last.chip_hours:,.0f} chip-hours"
@@ -164,8 +164,8 @@ def _time_rows(step: Step, estimate: Estimate) -> Rows:
     return rows
 
 
-def decoding_json(decoding: Decoding) -> dict[str, Any]:
-    """All numbers of a decoding plan: bytes, seconds."""
+def decoding_json(decoding: DecodingPlan) -> dict[str, Any]:
+    """Returns all numbers of a decoding plan: bytes, seconds."""
     return {
         "cache_bytes_per_sequence": decoding.cache_bytes,
         "weight_bytes": decoding.weight_bytes,
@@ -178,28 +178,28 @@ def decoding_json(decoding: Decoding) -> dict[str, Any]:
     }
 
 
-def decoding_table(decoding: Decoding, capacity: int) -> str:
-    """A decoding plan for people."""
+def decoding_table(decoding: DecodingPlan, capacity: int) -> str:
+    """Formats a decoding plan as a table."""
     used = f"compiled, of {gib(capacity)}"
     rows = [
-        ("cache of a sequence", gib(decoding.cache_bytes), "by formula, over all devices"),
-        ("weights", gib(decoding.weight_bytes), "of a device, exact"),
-        ("largest batch", f"{decoding.batch:,}", "sequences, all at full context"),
-        ("decoding it", gib(decoding.decode.memory.total), used),
+        ("cache per sequence", gib(decoding.cache_bytes), "by formula, over all devices"),
+        ("weights", gib(decoding.weight_bytes), "exact"),
+        ("largest batch", f"{decoding.batch:,}", "sequences at full context length"),
+        ("decoding", gib(decoding.decode.memory.total), used),
     ]
     if decoding.prefill is None:
-        rows.append(("prefill", "none", "prompts as long as the context do not fit: read shorter ones"))
+        rows.append(("prefill", "none", "prompts of full context length do not fit: use shorter ones"))
     else:
-        rows.append(("prefill", gib(decoding.prefill.memory.total), f"{used}: one full prompt a batch shard"))
-        rows.append(("prompts at once", f"{decoding.prefill_batch:,}", "of full length, from the line above"))
+        rows.append(("prefill", gib(decoding.prefill.memory.total), f"{used}: one full prompt per batch shard"))
+        rows.append(("prefill batch", f"{decoding.prefill_batch:,}", "prompts of full length, from the line above"))
     if decoding.token_seconds is not None and decoding.tokens_per_second is not None:
-        bound = f"{decoding.tokens_per_second:,.0f} tokens/s: bound by formula, weights and cache read once a token"
-        rows.append(("a token of each", f"{decoding.token_seconds * 1e3:.2f} ms", bound))
-    return "\n".join(_table("generating, of a device", rows))
+        bound = f"{decoding.tokens_per_second:,.0f} tokens/s: upper bound by formula, reads weights and cache once"
+        rows.append(("decoding step", f"{decoding.token_seconds * 1e3:.2f} ms", bound))
+    return "\n".join(_table("generation, memory per device", rows))
 
 
-def overview(rows: list[tuple[str, Step | str]]) -> str:
-    """One line a topology: the quickest plan that was found, or why there is none."""
+def overview(rows: list[tuple[str, StepPlan | str]]) -> str:
+    """Formats one line per topology: the fastest plan found, or why there is none."""
     header = ("topology", "chips", "memory", "mesh", "microbatch", "remat", "step, s", "MFU", "days", "chip-hours")
     cells = [header]
     for name, step in rows:
@@ -209,7 +209,7 @@ def overview(rows: list[tuple[str, Step | str]]) -> str:
         estimate = step.estimate
         assert estimate is not None, "TPUs have published peaks"
         axes = ",".join(f"{axis}={size}" for axis, size in step.mesh.shape.items() if size > 1) or "one device"
-        run = training(step.config, estimate, estimate.serial)
+        run = estimate_training(step.config, estimate, estimate.serial)
         time = ("", "") if run is None else (f"{run.days:,.2f}", f"{run.chip_hours:,.0f}")
         cells.append(
             (

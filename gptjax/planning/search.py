@@ -1,4 +1,4 @@
-"""Which mesh, microbatch and rematerialisation to take: all are weighed by formula, the likeliest are compiled."""
+"""Searches mesh, microbatch size and rematerialisation: ranks all by formula and compiles the most promising."""
 
 import dataclasses
 import itertools
@@ -10,20 +10,20 @@ from jax.sharding import Mesh
 from gptjax import config as c
 from gptjax.config import Config, UserError
 from gptjax.parallel.mesh import check_fit
-from gptjax.planning.compile import Compiled, Fits
-from gptjax.planning.estimate import Estimate, Traffic, communicate, estimate
+from gptjax.planning.compile import CompiledProgram, CompileResult
+from gptjax.planning.estimate import AxisTraffic, StepEstimate, axis_traffic, estimate_step
 from gptjax.planning.formulas import expected_collectives, expected_memory
 from gptjax.planning.topology import Topology, lay_out
 
 REMATS = ("none", "dots", "attention", "full", "offload")
-VOCABULARY_MULTIPLE = 128  # rows that fill a TPU's lanes on every device
-HOPE = 2  # times the device's memory: formulas that ask for more are not that far off
-MAX_MICROBATCHES = 4096  # of a step: beyond it a plan is no plan
+VOCABULARY_MULTIPLE = 128  # vocabulary padding: the lanes of a TPU's vector unit
+FORMULA_SLACK = 2  # candidates are dropped above this many times the device's memory, by formula
+MAX_MICROBATCHES = 4096  # per step
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A config that differs from the one asked about in mesh, microbatch, rematerialisation, padding of the vocabulary.
+    """A variant of a config in mesh, microbatch size, rematerialisation and vocabulary padding.
 
     Attributes:
       memory: bytes on a device, by formula.
@@ -32,31 +32,31 @@ class Candidate:
 
     config: Config
     memory: int
-    estimate: Estimate
+    estimate: StepEstimate
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A candidate that was compiled.
+    """A compiled candidate.
 
     Attributes:
-      communication, estimate: by the compiled program; None where it does not fit.
+      communication, estimate: from the compiled program; None where it does not fit.
     """
 
     candidate: Candidate
     mesh: Mesh
-    compiled: Compiled
-    communication: list[Traffic] | None
-    estimate: Estimate | None
+    compiled: CompileResult
+    communication: list[AxisTraffic] | None
+    estimate: StepEstimate | None
 
 
 def candidates(config: Config, topology: Topology, capacity: int) -> list[Candidate]:
-    """All layouts that divide the config and that the formulas let fit, those with the shortest step first.
+    """Returns all valid layouts that may fit by formula, by increasing step time.
 
-    A step's time is that without overlap, which tells apart what communicates more and less.
+    Step times are without overlap, so that layouts with less communication rank higher.
 
     Args:
-      config: with the vocabulary filled in.
+      config: with model.vocab_size set.
       capacity: bytes of a device.
     """
     found = []
@@ -67,18 +67,18 @@ def candidates(config: Config, topology: Topology, capacity: int) -> list[Candid
             continue
         for changed in _variants(config, mesh_config, mesh):
             memory = expected_memory(changed, mesh.shape).total
-            if memory <= HOPE * capacity:
-                communication = communicate(expected_collectives(changed, mesh.shape), mesh, topology)
-                expected = estimate(changed, mesh, topology, communication)
+            if memory <= FORMULA_SLACK * capacity:
+                communication = axis_traffic(expected_collectives(changed, mesh.shape), mesh, topology)
+                expected = estimate_step(changed, mesh, topology, communication)
                 assert expected is not None, "TPUs have published peaks"
                 found.append(Candidate(changed, memory, expected))
     return sorted(found, key=lambda candidate: (candidate.estimate.serial, candidate.memory))
 
 
 def meshes(config: Config, topology: Topology) -> Iterator[c.MeshConfig]:
-    """The products of data, fsdp, tensor and context that use all devices and divide the model.
+    """Yields the sizes of data, fsdp, tensor and context whose product is the number of devices.
 
-    Context and tensor are tried up to 16 and 32: positions or heads cut smaller leave a chip too little to do.
+    context is at most 16 and tensor at most 32: larger values leave each chip too little work.
     """
     model, devices = config.model, topology.num_devices
     for tensor, context in itertools.product(_divisors(devices), repeat=2):
@@ -92,7 +92,7 @@ def meshes(config: Config, topology: Topology) -> Iterator[c.MeshConfig]:
 
 
 def _variants(config: Config, mesh_config: c.MeshConfig, mesh: Mesh) -> Iterator[Config]:
-    """Of one mesh: microbatches from the whole batch down, halved until a device has one sequence; all remats."""
+    """Yields all microbatch sizes of a mesh, the whole batch first, with every rematerialisation policy."""
     model, batch = config.model, config.batch
     sequences = batch.tokens_per_batch // model.context_length
     shards = math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "expert"))
@@ -112,7 +112,11 @@ def _variants(config: Config, mesh_config: c.MeshConfig, mesh: Mesh) -> Iterator
 
 
 def with_layout(config: Config, mesh: c.MeshConfig, microbatch: int, remat: str) -> Config:
-    """`config` laid out so, its vocabulary rounded up where `mesh` asks for it, its ramp started later if it must."""
+    """Returns `config` with another layout.
+
+    The vocabulary is padded where the tensor axis does not divide it, and the batch size ramp starts at one microbatch
+    at least.
+    """
     vocab_size = config.model.vocab_size
     assert vocab_size is not None, "resolve model.vocab_size from the tokenizer first"
     if vocab_size % mesh.tensor:
@@ -121,7 +125,7 @@ def with_layout(config: Config, mesh: c.MeshConfig, microbatch: int, remat: str)
     batch, unit = config.batch, microbatch * config.model.context_length
     ramp: dict[str, int | None] = {}
     if batch.ramp_start_tokens is not None and batch.ramp_start_tokens < unit:
-        whole = unit == batch.tokens_per_batch  # nothing is left to ramp
+        whole = unit == batch.tokens_per_batch  # no room for a ramp
         ramp = {"ramp_start_tokens": None, "ramp_tokens": None} if whole else {"ramp_start_tokens": unit}
     return c.replace(
         config,
@@ -134,17 +138,18 @@ def with_layout(config: Config, mesh: c.MeshConfig, microbatch: int, remat: str)
 
 
 def search(
-    config: Config, topology: Topology, capacity: int, compile: Callable[[Config, Mesh], Compiled]
+    config: Config, topology: Topology, capacity: int, compile: Callable[[Config, Mesh], CompileResult]
 ) -> Iterator[Trial]:
-    """Compiles one candidate after the other, the most promising first; what fits is not sorted by its time.
+    """Compiles candidates one after the other, the most promising first.
 
-    The next is the quickest by formula that is believed to fit, unless it is slower by formula than one of its mesh
-    that does. What each turns out to need corrects the belief in all others of its rematerialisation.
+    The next candidate is the fastest by formula among those expected to fit. Once one fits, slower ones of the same
+    mesh are skipped. The ratio of compiled to expected memory corrects the expectation for all candidates with the same
+    rematerialisation policy.
 
     Args:
-      config: with the vocabulary filled in.
+      config: with model.vocab_size set.
       capacity: bytes of a device.
-      compile: a training step.
+      compile: (config, mesh) -> the compiled training step.
     """
     waiting = candidates(config, topology, capacity)
     correction = dict.fromkeys(REMATS, 1.0)
@@ -155,13 +160,15 @@ def search(
         waiting.remove(candidate)
         mesh = lay_out(candidate.config.mesh, topology)
         compiled = compile(candidate.config, mesh)
-        needed = compiled.memory.total if isinstance(compiled, Fits) else compiled.needed
+        needed = compiled.memory.total if isinstance(compiled, CompiledProgram) else compiled.needed
         correction[candidate.config.model.remat] = needed / candidate.memory
-        if not isinstance(compiled, Fits):
+        if not isinstance(compiled, CompiledProgram):
             yield Trial(candidate, mesh, compiled, None, None)
             continue
-        communication = communicate(compiled.collectives, mesh, topology)
-        yield Trial(candidate, mesh, compiled, communication, estimate(candidate.config, mesh, topology, communication))
+        communication = axis_traffic(compiled.collectives, mesh, topology)
+        yield Trial(
+            candidate, mesh, compiled, communication, estimate_step(candidate.config, mesh, topology, communication)
+        )
         waiting = [
             other
             for other in waiting
@@ -169,8 +176,8 @@ def search(
         ]
 
 
-def flags(old: Config, new: Config) -> list[str]:
-    """The overrides that make `new` of `old` on the command line of any command that takes a config."""
+def override_flags(old: Config, new: Config) -> list[str]:
+    """Returns the --config overrides that turn `old` into `new`."""
     return [
         f"--config.{section}.{field.name}={value}"
         for section in ("model", "batch", "mesh")

@@ -1,4 +1,4 @@
-"""Slices of TPUs that exist on paper: their devices, without a TPU, by libtpu's compiler."""
+"""TPU topologies for ahead-of-time compilation: their devices, from libtpu's compiler and without a TPU."""
 
 import dataclasses
 import functools
@@ -18,17 +18,17 @@ from gptjax.parallel.mesh import make_mesh
 from gptjax.scaling.flops import TPU_CHIPS, DevicePeak, TPUChip, device_peak
 
 FLAT_SHAPES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))  # of v5e and v6e
-SMALL_SHAPES = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))  # of v4 and v5p; larger ones are made of cubes of 4 x 4 x 4
+SMALL_SHAPES = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))  # of v4 and v5p; larger slices consist of 4 x 4 x 4 cubes
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """What to plan for.
+    """Devices to plan for: slices of a TPU, or simulated CPU devices.
 
     Attributes:
-      chip: None: simulated CPU devices.
+      chip: kind of TPU; None for simulated CPU devices.
       shape: chips of a slice along each dimension of the torus.
-      num_slices: joined by the data centre's network.
+      num_slices: slices, connected by the data-centre network.
     """
 
     chip: TPUChip | None
@@ -46,23 +46,23 @@ class Topology:
 
     @property
     def peak(self) -> DevicePeak | None:
-        """Of a device; None for a CPU."""
+        """Peak rates of a device; None for a CPU."""
         return None if self.chip is None else device_peak(self.chip.device)
 
 
-def parse(name: str, num_slices: int = 1) -> Topology:
-    """The topology of a name such as v5p:8x8x16, v5e:2x2 or cpu:8.
+def parse_topology(name: str, num_slices: int = 1) -> Topology:
+    """Parses a topology name such as v5p:8x8x16, v5e:2x2 or cpu:8.
 
     Raises:
-      UserError: there is no such slice.
+      UserError: unknown chip or slice shape.
     """
     kind, _, dims = name.partition(":")
     if kind != "cpu" and kind not in TPU_CHIPS:
-        raise UserError(f"--topology={name}: there is no chip {kind!r}: one of {', '.join(TPU_CHIPS)} (or cpu:N)")
+        raise UserError(f"--topology={name}: unknown chip {kind!r}, choose from {', '.join(TPU_CHIPS)} (or cpu:N)")
     shape = tuple(map(int, dims.split("x"))) if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", dims) else ()
     if kind == "cpu":
         if len(shape) != 1 or num_slices != 1:
-            raise UserError(f"--topology={name}: cpu:N is N simulated devices, in one slice")
+            raise UserError(f"--topology={name}: cpu:N takes one number of simulated devices, in one slice")
         return Topology(None, shape)
     chip = TPU_CHIPS[kind]
     if num_slices < 1:
@@ -73,7 +73,7 @@ def parse(name: str, num_slices: int = 1) -> Topology:
         else:
             small = ", ".join("x".join(map(str, known)) for known in SMALL_SHAPES)
             choices = f"{small}, or AxBxC of multiples of 4 with A <= B <= C and at most {chip.max_chips} chips"
-        raise UserError(f"--topology={name}: there is no such slice of {kind}: {choices}")
+        raise UserError(f"--topology={name}: unknown slice shape of {kind}, choose from {choices}")
     return Topology(chip, shape, num_slices)
 
 
@@ -85,30 +85,32 @@ def _exists(chip: TPUChip, shape: tuple[int, ...]) -> bool:
 
 
 def check_libtpu(topology: Topology) -> None:
-    """Raises UserError when the compiler for TPUs is not installed."""
+    """Raises UserError if the topology is a TPU's and libtpu is not installed."""
     if topology.chip is not None and importlib.util.find_spec("libtpu") is None:
-        raise UserError("planning for TPUs needs libtpu, their compiler (no TPU): pip install 'gptjax[tpu]'")
+        raise UserError(
+            "planning for TPUs needs libtpu, which has their compiler (but no TPU): pip install 'gptjax[tpu]'"
+        )
 
 
 @functools.cache
 def devices(topology: Topology) -> list[jax.Device]:
-    """The devices to compile for; not there to run on, but for a CPU's.
+    """Returns the devices to compile for. TPU devices are descriptions: nothing can run on them.
 
     Raises:
-      UserError: libtpu is not installed, or does not know the topology.
+      UserError: libtpu is not installed or does not support the topology.
     """
     if topology.chip is None:
         found = jax.devices("cpu")
         if len(found) < topology.num_devices:
             raise UserError(
-                f"{topology.name} needs {topology.num_devices} simulated devices, here are {len(found)}: "
+                f"{topology.name} needs {topology.num_devices} simulated devices, but there are {len(found)}: set "
                 f"XLA_FLAGS=--xla_force_host_platform_device_count={topology.num_devices}"
             )
         return found[: topology.num_devices]
     check_libtpu(topology)
     options: dict[str, object] = {"num_slices": topology.num_slices}
     if topology.chip.name == "v4":
-        options["chip_config_name"] = "megacore"  # both of a chip's cores as one device, as on a v4 machine
+        options["chip_config_name"] = "megacore"  # both cores of a chip as one device, as on a v4 machine
     if math.prod(topology.shape) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
     shape = "x".join(map(str, topology.shape))
@@ -117,25 +119,30 @@ def devices(topology: Topology) -> list[jax.Device]:
             platform="tpu", topology_name=f"{topology.chip.name}:{shape}", **options
         )
     except Exception as error:  # libtpu raises several kinds
-        raise UserError(f"libtpu does not make {topology.name}: {_one_line(error)}") from None
+        raise UserError(f"libtpu does not support {topology.name}: {_one_line(error)}") from None
     return list(description.devices)
 
 
 def lay_out(config: MeshConfig, topology: Topology) -> Mesh:
-    """The mesh over the devices of `topology`.
+    """Builds the mesh over the devices of `topology`.
 
     Raises:
-      UserError: the axes do not multiply to the number of devices, or cannot be laid over the torus.
+      UserError: the axes do not multiply to the number of devices, or cannot be mapped onto the torus.
     """
     try:
         return make_mesh(config, devices(topology))
     except (NotImplementedError, ValueError, AssertionError) as error:
-        raise UserError(f"this mesh cannot be laid over {topology.name}: {_one_line(error)}: try others") from None
+        raise UserError(
+            f"this mesh cannot be mapped onto {topology.name}: {_one_line(error)}: change --config.mesh"
+        ) from None
 
 
 @functools.cache
 def hbm_bytes(topology: Topology) -> int | None:
-    """Memory of a device that a program may use, as libtpu tells when a program asks for too much; None for a CPU."""
+    """Returns the memory of a device that programs may use, in bytes; None for a CPU.
+
+    Read from libtpu's error for a program that is too large.
+    """
     if topology.chip is None:
         return None
     placement = SingleDeviceSharding(devices(topology)[0])
@@ -150,7 +157,7 @@ def hbm_bytes(topology: Topology) -> int | None:
 
 
 def parse_bytes(text: str) -> int:
-    """libtpu's "15.75G" as bytes."""
+    """Parses a size as libtpu prints it, such as "15.75G", into bytes."""
     unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}.get(text[-1])
     return round(float(text)) if unit is None else round(float(text[:-1]) * unit)
 
@@ -164,11 +171,11 @@ def _one_line(error: Exception) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """What a group of devices communicates over.
+    """The links that a group of devices communicates over.
 
     Attributes:
-      slices: that it has members in.
-      send: bytes per second that a chip can send to the others of its slice, over all the links that help.
+      slices: number of slices with members of the group.
+      send: bytes per second that a chip can send to members in its slice, over all useful links.
       length: members of one slice along the longest dimension.
     """
 
@@ -178,10 +185,13 @@ class Route:
 
 
 def route(members: tuple[int, ...], mesh: Mesh, topology: Topology) -> Route:
-    """How a group, by the members' places in `mesh.devices` (empty: all), lies on the torus of a TPU.
+    """Maps a group of devices onto the links of the torus.
 
-    It is taken to be a box. Each dimension along which it stretches gives a link, or two where it closes to a ring; if
-    the members are some chips apart, the groups between them want the same links.
+    The group is assumed to be a box. Each dimension that it extends along contributes one link, or two where it closes
+    to a ring. Where members are several chips apart, interleaved groups share the links.
+
+    Args:
+      members: indices into the flattened `mesh.devices`; empty: all devices.
     """
     assert topology.chip is not None, "a CPU has no links"
     flat = mesh.devices.ravel()
@@ -201,7 +211,7 @@ def route(members: tuple[int, ...], mesh: Mesh, topology: Topology) -> Route:
 
 
 def all_topologies() -> Iterator[Topology]:
-    """A few sizes of each chip, smallest first: what `--topology=all` plans for."""
+    """Yields a few sizes of each chip, smallest first: the topologies of `--topology=all`."""
     flat = ((1, 1), (2, 2), (4, 4), (16, 16))
     cubic = ((2, 2, 1), (4, 4, 4), (4, 8, 8), (8, 8, 16))
     for chip in TPU_CHIPS.values():

@@ -1,7 +1,7 @@
 """Where a run starts from, and the weights that it leaves.
 
 A run starts from the first of these that there is:
-  1. the newest checkpoint of its own workdir: it goes on as if it had never stopped;
+  1. the newest checkpoint of its own workdir: it resumes as if it had never stopped;
   2. the weights of the workdir that `init_from` names: a new run with a fresh optimizer;
   3. its seed.
 """
@@ -16,6 +16,8 @@ from jax.sharding import Mesh
 
 from gptjax.checkpoint.manager import Checkpoints
 from gptjax.checkpoint.position import Position
+from gptjax.checkpoint.restore import resumed_state
+from gptjax.checkpoint.saved_trees import ConfigChanges
 from gptjax.checkpoint.state import ParameterSpec, TrainState, abstract_state, create_state, fresh_params
 from gptjax.config import Config, UserError, differences, read_config
 from gptjax.data.tokenizers import Tokenizer
@@ -36,17 +38,22 @@ _FREE_FIELDS = (
 )
 
 
-def start_state(parameters: ParameterSpec, mesh: Mesh, checkpoints: Checkpoints) -> tuple[TrainState, Position]:
-    """The state a run starts from, by the precedence above, and where in the data and its numbers; `mesh` in use.
+def start_state(
+    parameters: ParameterSpec, mesh: Mesh, checkpoints: Checkpoints, changes: ConfigChanges | None = None
+) -> tuple[TrainState, Position]:
+    """The state a run starts from, by the precedence above, and its position in the data; `mesh` in use.
+
+    Args:
+      changes: as of `resumed_state`.
 
     Raises:
-      UserError: `init_from` has no weights, or those of another model; or they are not what they were when the run
-        started from them.
+      UserError: `init_from` has no weights, or those of another model; or they have changed since the run started from
+        them; or as `resumed_state`.
     """
     newest = checkpoints.latest_step()
     processes.check_same({"newest checkpoint": newest}, "give all processes the same --workdir, on a shared disk")
     if newest is not None:
-        state, position = checkpoints.restore(abstract_state(parameters, mesh))
+        state, position = resumed_state(parameters, mesh, checkpoints, changes)
         if parameters.has_base:
             state = state.replace(base=whole_base(parameters, load_given(parameters, mesh), mesh))
             checkpoints.check_base(int(state.step), state.base)
@@ -55,7 +62,9 @@ def start_state(parameters: ParameterSpec, mesh: Mesh, checkpoints: Checkpoints)
     if parameters.config.init_from is None:
         return state, Position()
     base, params = given_params(parameters, mesh)
-    params |= {name: _started(parameters, name, params, mesh) for name in parameters.sources}
+    if parameters.sources:
+        policy = parameters.merge(parameters.join(base, params))
+        params |= {name: _started(parameters, name, policy, mesh) for name in parameters.sources}
     # The average starts at the weights; a copy, as the step donates both.
     ema = None if state.ema is None else jax.tree.map(lambda p: p.copy(), params)
     return state.replace(base=base, params=params, ema=ema), Position()
@@ -179,12 +188,7 @@ class Parts:
 
 
 def load_parts(
-    workdir: Path,
-    mesh: Mesh,
-    *,
-    best: bool = False,
-    step: int | None = None,
-    given: dict[Path, Any] | None = None,
+    workdir: Path, mesh: Mesh, *, best: bool = False, step: int | None = None, given: dict[Path, Any] | None = None
 ) -> Parts:
     """The newest weights of a workdir, their moving average where the run kept one; `mesh` is in use.
 
@@ -201,12 +205,12 @@ def load_parts(
     check_model_fit(config.model, mesh)
     parameters = registry.parameters(config)
     with Checkpoints(workdir, config.checkpoint, read_only=True) as checkpoints:
-        newest = checkpoints.latest_step()
-        processes.check_same({"newest checkpoint": newest}, "give all processes the same --workdir, on a shared disk")
-        if newest is None:
+        # A run in progress may save and delete meanwhile, so only whether there is one must be the same.
+        any_saved = checkpoints.latest_step() is not None
+        processes.check_same({"a checkpoint": any_saved}, "give all processes the same --workdir, on a shared disk")
+        if not any_saved:
             raise UserError(f"{workdir} has no checkpoint yet")
-        wanted = checkpoints.best_step() if best and step is None else step
-        trained, step = checkpoints.restore_params(abstract_state(parameters, mesh).params, wanted)
+        trained, step = checkpoints.restore_params(abstract_state(parameters, mesh).params, step, best=best)
         base = None
         if parameters.given is not None:
             base = given_base(parameters, load_given(parameters, mesh, given), mesh)
@@ -243,9 +247,9 @@ class Weights:
     step: int
 
 
-def load_weights(workdir: Path, mesh: Mesh, *, best: bool = False) -> Weights:
+def load_weights(workdir: Path, mesh: Mesh, *, best: bool = False, step: int | None = None) -> Weights:
     """As `load_parts`, all in one."""
-    parts = load_parts(workdir, mesh, best=best)
+    parts = load_parts(workdir, mesh, best=best, step=step)
     params = dict(parts.join((parts.base, parts.trained)))
     head = params.pop("head", None)
     params.pop(VALUE, None)  # of use in training alone
@@ -253,20 +257,32 @@ def load_weights(workdir: Path, mesh: Mesh, *, best: bool = False) -> Weights:
 
 
 def load_reward_weights(workdir: Path, mesh: Mesh) -> Weights:
-    """Those of a run of stage "reward", the head shifted so that the best answers of its data score 0 on average.
+    """The best weights of a run of stage "reward", shifted so that the best answers of its data score 0 on average.
+
+    The run measures that mean at its end, and records it with the step of the checkpoint it was measured on
+    (`SCALE_FILE`); before, the mean counts as 0. A file without a step is of the best checkpoint.
 
     Raises:
-      UserError: as of `load_parts`; or the run is of another stage.
+      UserError: as of `load_parts`; the run is of another stage; or the checkpoint of the recorded step is gone.
     """
-    weights = load_weights(workdir, mesh)
-    if weights.config.stage != "reward":
-        stage = weights.config.stage
-        raise UserError(f"{workdir} is of stage {stage}: rewards are what a run of stage reward has learned")
+    config = read_config(workdir)
+    if config.stage != "reward":
+        raise UserError(f"{workdir} is of stage {config.stage}: rewards are what a run of stage reward has learned")
+    path = workdir / SCALE_FILE
     try:
-        mean = float(read_json(workdir / SCALE_FILE)["mean"])
-    except FileNotFoundError:  # the run has not come to its end
-        mean = 0.0
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read {workdir / SCALE_FILE}: {error}") from None
+        scale = read_json(path)
+        mean, step = float(scale["mean"]), scale.get("step")
+        if not (step is None or type(step) is int):
+            raise ValueError(f"step {step!r} is not a whole number")
+    except FileNotFoundError:  # the run has not ended yet
+        mean, step = 0.0, None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if step is not None and not (workdir / "checkpoints" / str(step)).is_dir():
+        raise UserError(
+            f"{path} was measured on checkpoint {step}, which is gone: "
+            f"run the command that trained {workdir} again, to its end"
+        )
+    weights = load_weights(workdir, mesh, best=True, step=step)
     linear = weights.head["linear"]
     return dataclasses.replace(weights, head={"linear": linear | {"bias": linear["bias"] - mean}})

@@ -11,6 +11,8 @@ from jax.sharding import Mesh
 
 from gptjax.checkpoint.manager import Checkpoints
 from gptjax.checkpoint.position import Position
+from gptjax.checkpoint.restore import resumed_state
+from gptjax.checkpoint.saved_trees import ConfigChanges
 from gptjax.checkpoint.state import TrainState
 from gptjax.config import UserError
 from gptjax.distributed import preemption
@@ -49,6 +51,7 @@ def train(
     position: Position,
     *,
     profile: bool = False,
+    changes: ConfigChanges | None = None,
 ) -> RunReport:
     """Trains to `stage.total_tokens`; `mesh` is in use.
 
@@ -58,6 +61,7 @@ def train(
       checkpoints: of the workdir.
       state, position: where to start from (`gptjax/stages/start.py`).
       profile: write a trace of a few steps to `<workdir>/profile/`.
+      changes: of the config since the run in `workdir` was started; None: there are none.
 
     Raises:
       UserError: the disk is full, the data cannot be read, or too many updates in a row were not finite. Checkpoints
@@ -66,7 +70,7 @@ def train(
     """
     config = stage.config
     with ExitStack() as stack:
-        run = _Run(stage, mesh, workdir, checkpoints, state, position, stack)
+        run = _Run(stage, mesh, workdir, checkpoints, state, position, changes, stack)
         try:
             run.begin()
             while not run.finished:
@@ -111,9 +115,11 @@ class _Run:
         checkpoints: Checkpoints,
         state: TrainState,
         position: Position,
+        changes: ConfigChanges | None,
         stack: ExitStack,
     ):
         self.stage, self.workdir, self._checkpoints = stage, workdir, checkpoints
+        self._mesh, self._changes = mesh, changes
         self.steps_here = 0
         self._stepper = Stepper(stage.objective, mesh, stage.total_tokens, state, self._compiled)
         self._skipped_examples, self._best = position.skipped_examples, position.best
@@ -302,7 +308,8 @@ class _Run:
                 "optimizer.peak_lr or raise stability.spike_deviations, and resume with --allow_config_changes"
             )
         self._checkpoints.wait()
-        restored, position = self._checkpoints.restore(self._stepper.abstract_state)
+        parameters = self.stage.objective.parameters
+        restored, position = resumed_state(parameters, self._mesh, self._checkpoints, self._changes)
         since = spike.examples - position.examples
         rewind_batches = self.stage.config.stability.rewind_batches
         self._skipped_examples += since + rewind_batches * self._stepper.examples_per_batch
@@ -344,14 +351,14 @@ class _Run:
             plot_loss(self.workdir)
         conclude, conclusion = self.stage.conclude, None
         if conclude is not None:
-            conclusion = conclude(self._best_params(), self.workdir)
+            conclusion = conclude(*self._best_params(), self.workdir)
         return RunReport(self._stepper.step, self.tokens, self._validation, self._sample, conclusion)
 
-    def _best_params(self) -> Any:
-        """All parameters, as in the best checkpoint."""
+    def _best_params(self) -> tuple[Any, int]:
+        """All parameters of the best checkpoint, and its step."""
         self._checkpoints.wait()
         best = self._checkpoints.best_step()
         if best is None or best == self._stepper.step:
-            return self.params
+            return self.params, self._stepper.step
         trained, _ = self._checkpoints.restore_params(self._stepper.abstract_state.params, best)
-        return self._join(trained)
+        return self._join(trained), best

@@ -38,7 +38,8 @@ class Stage:
         needs a run.
       evaluate: all parameters -> {"loss": ..., ...} on held-out data.
       sample: all parameters -> text; None: there are no samples.
-      conclude: (parameters of the best checkpoint, workdir) -> text to print; called at the end by all processes.
+      conclude: (parameters of the best checkpoint, its step, workdir) -> text to print; called at the end by all
+        processes.
       files: name -> content of further files of the workdir: what the data decided.
     """
 
@@ -48,7 +49,7 @@ class Stage:
     batches: Callable[[int, Run | None], Iterator[Microbatch]]
     evaluate: Callable[[Any], dict[str, float]]
     sample: Callable[[Any], str] | None
-    conclude: Callable[[Any, Path], str] | None = None
+    conclude: Callable[[Any, int, Path], str] | None = None
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property

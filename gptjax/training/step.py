@@ -175,8 +175,7 @@ class Stepper:
     def _compile(self, arguments: tuple[Any, ...]) -> jax.stages.Compiled:
         """Compiles before the first call: an executable never recompiles silently, and reports its memory."""
         start = time.perf_counter()
-        platform = self._mesh.devices.flat[0].platform
-        compiled = compiler.compile(self._train_step.lower(*arguments), platform, self._config.compiler_options)
+        compiled = compiler.compile(self._train_step.lower(*arguments), self._config.compiler_options)
         if not self._compiled:
             preemption.defer()  # from here on there is something to save
         processes.gather(None)  # gloo gives up on a process that arrives half a minute late at a first collective

@@ -1,5 +1,6 @@
 """A checksum changes with any element, and with nothing else."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -48,3 +49,10 @@ def test_leaves_are_named_by_their_paths():
         "params/a/0",
         "params/b",
     ]
+
+
+def test_arrays_in_host_memory_have_the_same_checksum():
+    array = jnp.arange(24, dtype=jnp.float32).reshape(2, 3, 4)
+    in_host = jax.device_put(array, array.sharding.with_memory_kind("pinned_host"))
+    assert in_host.sharding.memory_kind == "pinned_host"
+    assert checksums({"a": in_host, "b": array, "c": in_host[0]}) == checksums({"a": array, "b": array, "c": array[0]})

@@ -3,14 +3,13 @@
 import json
 import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from gptjax.checkpoint import manager as checkpoints_module
+from gptjax.checkpoint import read_errors, stored_checkpoint
 from gptjax.checkpoint.manager import Checkpoints
 from gptjax.checkpoint.position import Position
 from gptjax.checkpoint.state import TrainState, abstract_state
@@ -19,6 +18,7 @@ from gptjax.models.gpt import GPT, abstract_params
 from gptjax.parallel.mesh import make_mesh
 from gptjax.run import run
 from gptjax.stages import registry
+from gptjax.training.metrics_file import read_metrics
 
 NEWEST, BEFORE = 6, 4
 
@@ -27,28 +27,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
 ]
-
-
-@pytest.fixture(scope="module")
-def original(make_tiny: Callable[[Path], Config], tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
-    directory = tmp_path_factory.mktemp("original")
-    changes = {
-        "model": {"vocab_size": 257},
-        "optimizer": {"schedule": "constant"},
-        "evaluation": {"sample_tokens": 0},
-        "checkpoint": {"keep_last": 2},
-    }
-    config = replace(make_tiny(directory), changes)
-    run(config, directory / "run")
-    return config, directory / "run"
-
-
-@pytest.fixture
-def trained(original: tuple[Config, Path], tmp_path: Path) -> tuple[Config, Path]:
-    """A run with the checkpoints 4 and 6, and a copy of its workdir."""
-    config, workdir = original
-    shutil.copytree(workdir, tmp_path / "run")
-    return config, tmp_path / "run"
 
 
 def restore(config: Config, workdir: Path) -> tuple[TrainState, Position]:
@@ -139,7 +117,7 @@ def test_a_manifest_that_anybody_may_have_written_is_none(trained, change):
     path = workdir / "checkpoints" / str(NEWEST) / "manifest" / "metadata"
     manifest = json.loads(path.read_text()) | change
     del manifest["crc32"]
-    path.write_text(json.dumps(manifest | {"crc32": checkpoints_module._crc32(manifest)}))
+    path.write_text(json.dumps(manifest | {"crc32": stored_checkpoint.crc32(manifest)}))
     assert int(restore(config, workdir)[0].step) == BEFORE
 
 
@@ -156,8 +134,9 @@ def test_a_run_goes_on_from_the_checkpoint_before_as_if_undisturbed(trained, tmp
     assert equal(restore(longer, workdir)[0], restore(longer, tmp_path / "whole")[0])
 
 
-def test_a_command_that_only_reads_moves_nothing(trained, capsys):
+def test_a_command_that_only_reads_moves_nothing(trained, capsys, monkeypatch):
     config, workdir = trained
+    monkeypatch.setattr(read_errors, "RETRY_DELAYS", ())  # in which a run would have deleted the checkpoint
     shutil.rmtree(workdir / "checkpoints" / str(NEWEST) / "ema" / "d")
     mesh = make_mesh(config.mesh)
     with Checkpoints(workdir, config.checkpoint, read_only=True) as checkpoints:
@@ -174,14 +153,65 @@ def test_without_a_whole_checkpoint_nothing_starts_over(trained):
     config, workdir = trained
     for step in (BEFORE, NEWEST):
         (workdir / "checkpoints" / str(step) / "manifest" / "metadata").write_text("{}")
-    with pytest.raises(UserError, match=r"no checkpoint in .* is whole: start again with another --workdir"):
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole: use another --workdir, or .* --start_over"):
         run(config, workdir)
     assert sorted(path.name for path in (workdir / "damaged").iterdir()) == ["4.0", "6.0"]
 
 
-def test_an_average_that_no_checkpoint_has_is_no_damage(trained, tmp_path):
-    config, _ = trained
-    run(replace(config, {"optimizer": {"ema_decay": None}}), tmp_path / "without")
-    with pytest.raises(UserError, match=r"keeps no moving average: leave optimizer\.ema_decay unset"):
-        run(config, tmp_path / "without", allow_config_changes=True)
-    assert not (tmp_path / "without" / "damaged").exists()
+# --- what cannot be resumed is not begun anew -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["damaged", "records", "damaged records"])
+def test_a_lost_run_is_begun_anew_only_on_demand(trained, kind, capsys):
+    config, workdir = trained
+    if kind == "damaged":
+        for step in (BEFORE, NEWEST):
+            (workdir / "checkpoints" / str(step) / "manifest" / "metadata").write_text("{}")
+        with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
+            run(config, workdir)
+        (workdir / "metrics.jsonl").unlink()
+    else:
+        shutil.rmtree(workdir / "checkpoints")
+        if kind == "damaged records":
+            (workdir / "metrics.jsonl").write_text("?\n")
+    before = {path.relative_to(workdir): path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"no whole checkpoint to resume from: .* --start_over"):
+            run(config, workdir)
+    assert {path.relative_to(workdir): path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
+    assert run(config, workdir, start_over=True).step == NEWEST
+    assert "begins anew" in capsys.readouterr().err
+    for path in ("config.json", "metrics.jsonl", f"damaged/{NEWEST}.0/manifest/metadata"):
+        if Path(path) in before:
+            assert (workdir / "earlier" / "0" / path).read_bytes() == before[Path(path)]
+    # A whole checkpoint is resumed whether the flag is given or not.
+    assert run(config, workdir, start_over=True).step == NEWEST
+    assert [path.name for path in (workdir / "earlier").iterdir()] == ["0"]
+
+
+def test_records_of_step_0_alone_are_no_lost_run(trained):
+    config, workdir = trained
+    shutil.rmtree(workdir / "checkpoints")
+    lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (workdir / "metrics.jsonl").write_text("".join(lines[:2]))
+    assert [record["step"] for record in read_metrics(workdir)[1]] == [0]
+    assert run(config, workdir).step == NEWEST
+
+
+def test_a_workdir_deleted_under_its_run_is_one_line(trained, monkeypatch):
+    config, workdir = trained
+    longer = replace(config, {"batch": {"total_tokens": 9 * 128}})
+    save = Checkpoints.save
+
+    def deleted(self, *args):
+        shutil.rmtree(deleted.directory)
+        save(self, *args)
+
+    monkeypatch.setattr(Checkpoints, "save", deleted)
+    for deleted.directory, words in (
+        (workdir / "checkpoints", "checkpoints was deleted during the run"),
+        (workdir, "run was deleted during the run"),
+    ):
+        with pytest.raises(UserError, match=words) as error:
+            run(longer, workdir, allow_config_changes=True, start_over=True)
+        assert "\n" not in str(error.value)

@@ -5,8 +5,8 @@ import pytest
 
 from gptjax.config import UserError
 from gptjax.inference import programs as programs_module
-from gptjax.inference.engine import MIN_ROWS
 from gptjax.inference.sampling import Sampling
+from gptjax.parallel.platforms import override_defaults
 
 CONTEXT = 32
 GREEDY = Sampling(temperature=0)
@@ -68,14 +68,14 @@ def test_a_completion_does_not_depend_on_the_prompts_beside_it(engine, prompts):
     assert tokens_of(engine.generate([prompts[1]], NEW, sampling, seeds=4)) == [together[1]]
 
 
-def test_one_row_decoded_as_two_says_the_same(engine_of, prompts, monkeypatch):
-    """As a GPU does it, in bfloat16."""
+def test_one_row_decoded_as_two_gives_the_same_tokens(engine_of, prompts):
+    """As on a GPU, in bfloat16."""
     engine, float32 = engine_of("banded", "bfloat16"), engine_of("banded")
     (alone,) = engine.generate(prompts[:1], NEW, seeds=5)
     assert engine.rows(1) == 1
-    monkeypatch.setitem(MIN_ROWS, "cpu", 2)
-    assert (engine.rows(1), engine.rows(2), float32.rows(1)) == (2, 2, 1)
-    (as_two,) = engine.generate(prompts[:1], NEW, seeds=5)
+    with override_defaults("cpu", min_decode_rows=2):
+        assert (engine.rows(1), engine.rows(2), float32.rows(1)) == (2, 2, 1)
+        (as_two,) = engine.generate(prompts[:1], NEW, seeds=5)
     np.testing.assert_array_equal(as_two.tokens, alone.tokens)
     np.testing.assert_allclose(as_two.logprobs, alone.logprobs, atol=0.05)
 

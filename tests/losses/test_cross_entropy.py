@@ -1,4 +1,4 @@
-"""The chunked cross entropy is the plain one, in value and gradient, without the batch's logits in memory."""
+"""The chunked cross entropy equals the plain one in value and gradient, without the batch's logits in memory."""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from gptjax.config import GPTConfig
-from gptjax.losses import cross_entropy as losses
-from gptjax.losses.cross_entropy import CHUNK_TOKENS, cross_entropy, logits_dtype, positions_per_chunk
+from gptjax.losses.cross_entropy import cross_entropy, logits_dtype, positions_per_chunk
+from gptjax.parallel.platforms import PLATFORM_DEFAULTS, override_defaults
 
 B, T, D, V = 3, 10, 8, 17
 
@@ -38,23 +38,21 @@ def test_equals_the_plain_loss(chunk):
 
 @pytest.mark.parametrize(("one_pass", "by_index"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("multiple", [1, 16])
-def test_what_suits_a_gpu_equals_the_plain_loss(monkeypatch, one_pass, by_index, multiple):
-    """A head of more rows than there are tokens, the normaliser of one pass, targets read where they lie.
-
-    Logits that would overflow, too.
-    """
-    monkeypatch.setitem(losses.ONE_PASS, "cpu", one_pass)
-    monkeypatch.setitem(losses.PICKED_BY_INDEX, "cpu", by_index)
-    monkeypatch.setitem(losses.HEAD_ROWS, "cpu", multiple)
+def test_gpu_defaults_equal_the_plain_loss(one_pass, by_index, multiple):
+    """A padded head, a log-sum-exp in one pass and gathered target logits, also with logits that exp would overflow."""
     x, embedding, targets, weights = inputs()
     for scale, tolerance in ((1, 1e-5), (100, 1e-3)):
-        actual = jax.value_and_grad(lambda x, e: cross_entropy(x, e, targets, weights, 4), (0, 1))(scale * x, embedding)
+        with override_defaults(
+            "cpu", logsumexp_in_one_pass=one_pass, gather_target_logits=by_index, head_row_multiple=multiple
+        ):
+            loss_and_gradients = jax.value_and_grad(lambda x, e: cross_entropy(x, e, targets, weights, 4), (0, 1))
+            actual = loss_and_gradients(scale * x, embedding)
         expected = jax.value_and_grad(lambda x, e: plain(x, e, targets, weights), (0, 1))(scale * x, embedding)
         for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, rtol=tolerance, atol=1e-5 * scale)
 
 
-def test_bfloat16_logits_lose_only_their_own_precision():
+def test_bfloat16_logits_lose_only_bfloat16_precision():
     x, embedding, targets, weights = inputs(jnp.bfloat16)
 
     def loss(x, embedding, dtype):
@@ -62,13 +60,13 @@ def test_bfloat16_logits_lose_only_their_own_precision():
 
     actual, expected = (jax.value_and_grad(loss, (0, 1))(x, embedding, dtype) for dtype in ("bfloat16", "float32"))
     assert actual[0] != expected[0]
-    np.testing.assert_allclose(actual[0], expected[0], rtol=2e-3)  # of B x T roundings to 8 bits
+    np.testing.assert_allclose(actual[0], expected[0], rtol=2e-3)  # B x T roundings to 8 bits
     for a, b in zip(actual[1], expected[1], strict=True):
         a, b = (np.asarray(leaf, np.float32) for leaf in (a, b))
         assert np.linalg.norm(a - b) < 1e-2 * np.linalg.norm(b)
 
 
-def test_the_logits_are_of_the_device_where_none_is_chosen():
+def test_auto_logits_dtype_is_the_platforms():
     assert [logits_dtype(GPTConfig(dtype="bfloat16"), on) for on in ("cpu", "gpu", "tpu")] == [
         "float32",
         "bfloat16",
@@ -79,7 +77,7 @@ def test_the_logits_are_of_the_device_where_none_is_chosen():
     assert logits_dtype(GPTConfig(dtype="bfloat16", logits_dtype="float32"), "gpu") == "float32"
 
 
-def test_bfloat16_states_lose_only_their_own_precision():
+def test_bfloat16_states_lose_only_bfloat16_precision():
     x, embedding, targets, weights = inputs(jnp.bfloat16)
     embedding = embedding.astype(jnp.bfloat16).astype(jnp.float32)
     actual = cross_entropy(x, embedding, targets, weights, 4)
@@ -87,7 +85,7 @@ def test_bfloat16_states_lose_only_their_own_precision():
     np.testing.assert_allclose(actual, plain(x.astype(jnp.float32), embedding, targets, weights), rtol=1e-5)
 
 
-def test_targets_of_weight_zero_do_not_count():
+def test_targets_of_weight_0_are_ignored():
     x, embedding, targets, weights = inputs()
     weights = weights.at[:, 4:].set(0.0)
     moved = x.at[:, 4:].add(1.0)
@@ -97,7 +95,7 @@ def test_targets_of_weight_zero_do_not_count():
 
 
 def test_never_holds_the_logits_of_a_batch():
-    """By the compiled program's own account: the plain loss needs them several times over."""
+    """By the memory analysis of the compiled program; the plain loss holds several arrays of them."""
     batch, length, width, vocab = 8, 1024, 16, 4096
     shapes = (
         jax.ShapeDtypeStruct((batch, length, width), jnp.float32),
@@ -112,11 +110,11 @@ def test_never_holds_the_logits_of_a_batch():
     logits_bytes = 4 * batch * length * vocab
     chunk = positions_per_chunk(batch)
     assert temporaries(lambda *args: plain(*args)) > logits_bytes
-    # A few arrays of one chunk's logits, and nothing near the batch's.
+    # A few arrays of one chunk's logits, far below the batch's.
     assert temporaries(lambda *args: cross_entropy(*args, chunk)) < 3.5 * 4 * batch * chunk * vocab < logits_bytes
 
 
 def test_chunks_have_a_bounded_number_of_tokens():
-    assert positions_per_chunk(1) == CHUNK_TOKENS["cpu"]
-    assert positions_per_chunk(8) * 8 == CHUNK_TOKENS["cpu"]
-    assert positions_per_chunk(10 * CHUNK_TOKENS["cpu"]) == 1
+    assert positions_per_chunk(1) == PLATFORM_DEFAULTS["cpu"].loss_chunk_tokens
+    assert positions_per_chunk(8) * 8 == PLATFORM_DEFAULTS["cpu"].loss_chunk_tokens
+    assert positions_per_chunk(10 * PLATFORM_DEFAULTS["cpu"].loss_chunk_tokens) == 1

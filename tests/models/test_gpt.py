@@ -15,8 +15,8 @@ import pytest
 from gptjax.config import GPTConfig, resolve
 from gptjax.models import gpt
 from gptjax.models.attention_backends import attention_mask, dot_product_attention
-from gptjax.models.elementwise import RECOMPUTES
 from gptjax.models.gpt import GPT, head_embedding, hidden_states, unembed
+from gptjax.parallel.platforms import override_defaults
 from gptjax.scaling.flops import parameter_count
 
 TINY = GPTConfig(
@@ -135,7 +135,7 @@ def test_recomputation_saves_memory():
     assert full < 0.8 * dots < 0.8 * none
 
 
-def test_what_a_cpu_computes_again_changes_no_number_and_saves_memory(monkeypatch):
+def test_recomputing_activations_changes_no_number_and_saves_memory():
     """Softmax and activation, with dropout."""
     config = dataclasses.replace(TINY, residual_dropout=0.2, attention_dropout=0.2)
 
@@ -150,10 +150,10 @@ def test_what_a_cpu_computes_again_changes_no_number_and_saves_memory(monkeypatc
         return jax.jit(jax.grad(loss)).lower(shapes).compile().memory_analysis().temp_size_in_bytes
 
     def with_recomputation(chosen: bool) -> tuple[Any, int]:
-        monkeypatch.setitem(RECOMPUTES, "cpu", chosen)
         loss_and_gradients.cache_clear()
         jax.clear_caches()
-        return loss_and_gradients(config), temporaries()
+        with override_defaults("cpu", recompute_activations=chosen):
+            return loss_and_gradients(config), temporaries()
 
     (kept, kept_bytes), (again, again_bytes) = with_recomputation(False), with_recomputation(True)
     close(again, kept)
@@ -170,16 +170,18 @@ def test_scanned_programs_do_not_grow_with_depth():
     assert size("unroll", 48) > 2 * size("unroll", 12)
 
 
-def test_layers_unroll_where_the_device_gains_by_it(monkeypatch):
+def test_layers_unroll_where_the_device_gains_by_it():
     """And only in programs that train, up to a depth."""
     assert not gpt.is_unrolled(TINY, deterministic=False)
     before = loss_and_gradients(TINY)
-    monkeypatch.setitem(gpt.UNROLLED_LAYERS, "cpu", TINY.num_layers)
-    assert gpt.is_unrolled(TINY, deterministic=False)
-    assert not gpt.is_unrolled(TINY, deterministic=True)
-    assert not gpt.is_unrolled(dataclasses.replace(TINY, layer_loop="scan"), deterministic=False)
-    assert not gpt.is_unrolled(dataclasses.replace(TINY, num_layers=2 * TINY.num_layers), deterministic=False)
-    close(loss_and_gradients(TINY), before)
+    loss_and_gradients.cache_clear()
+    jax.clear_caches()
+    with override_defaults("cpu", max_unrolled_layers=TINY.num_layers):
+        assert gpt.is_unrolled(TINY, deterministic=False)
+        assert not gpt.is_unrolled(TINY, deterministic=True)
+        assert not gpt.is_unrolled(dataclasses.replace(TINY, layer_loop="scan"), deterministic=False)
+        assert not gpt.is_unrolled(dataclasses.replace(TINY, num_layers=2 * TINY.num_layers), deterministic=False)
+        close(loss_and_gradients(TINY), before)
 
 
 CHANGES = {

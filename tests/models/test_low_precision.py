@@ -11,6 +11,7 @@ from gptjax import config as c
 from gptjax.checkpoint.state import create_state, state_shardings
 from gptjax.models import attention_backends, low_precision
 from gptjax.parallel.mesh import make_mesh
+from gptjax.parallel.platforms import override_defaults
 from gptjax.stages import registry
 from gptjax.training.step import make_train_step
 
@@ -18,8 +19,9 @@ MODEL = c.GPTConfig(vocab_size=32, context_length=16, num_layers=2, num_heads=2,
 
 
 @pytest.fixture
-def emulated(monkeypatch):
-    monkeypatch.setitem(low_precision.EMULATED, "cpu", True)
+def emulated():
+    with override_defaults("cpu", emulate_low_precision=True):
+        yield
 
 
 @pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])

@@ -1,4 +1,4 @@
-"""Ring attention on 8 simulated devices, beside `dot_product_attention` on one: `ring_on_meshes.py OUT.json CASE...`.
+"""Compares ring attention on 8 simulated devices with `dot_product_attention`: `ring_on_meshes.py OUT.json CASE...`.
 
 A case is MESH:BAND:SEGMENTS:DTYPE, such as context=8:5:segments:float32; a BAND of 0 is dense. Writes
 {"cases": {case: {"differences": the largest of out, dq, dk, dv, "sent": collectives of the program}}, "order": ...,
@@ -24,7 +24,7 @@ from gptjax.models.attention_backends import attention_mask, dot_product_attenti
 from gptjax.parallel import ring
 from gptjax.parallel.mesh import axis_size, batch_sharding, make_mesh
 
-LENGTH = 96  # in 2C chunks of 24, 16, 12 or 6
+LENGTH = 96  # in chunks of 24, 16, 12 or 6
 SCALE = 0.3
 COLLECTIVES = r"\b(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
 
@@ -67,7 +67,7 @@ def with_gradients(attend: Callable[..., jax.Array]) -> Callable[..., tuple[jax.
 
 
 def run(function: Callable[..., Any], *given: Any) -> tuple[Any, dict[str, int]]:
-    """The results, and how many collectives of each kind stand in the compiled program."""
+    """Returns the results, and the number of collectives of each kind in the compiled program."""
     compiled = jax.jit(function).lower(*given).compile()
     return compiled(*given), Counter(re.findall(COLLECTIVES, compiled.as_text()))
 
@@ -88,7 +88,7 @@ def compare(case: str) -> dict[str, Any]:
 
 
 def order(mesh: str) -> dict[str, Any]:
-    """Whether `balance`, `restore` and the gradient of `balance` are right, and what they send."""
+    """Whether `balance`, `restore` and the gradient of `balance` are correct, and their collectives."""
     mesh_in_use = mesh_of(mesh)
     positions_T = ring.balanced_positions(LENGTH, mesh_in_use.shape["context"])
     with jax.set_mesh(mesh_in_use):
@@ -113,15 +113,15 @@ def order(mesh: str) -> dict[str, Any]:
 
 
 def poison(band_width: int | None, bad: slice) -> dict[str, list[int]]:
-    """The positions whose outputs and whose queries' gradients are finite when keys and values `bad` are not.
+    """Returns the positions whose outputs and query gradients are finite when keys and values `bad` are NaN.
 
-    What is computed and masked shows all the same, since 0 * NaN is NaN.
+    A tile that is computed and then masked shows up, since 0 * NaN is NaN.
     """
     positions_T = ring.balanced_positions(LENGTH, 4)
     bad_T = np.isin(positions_T, np.arange(LENGTH)[bad])
     q_BTHK, k_BTHK, v_BTHK, d_out_BTHK, segments_BT = arrays("float32")
     k_BTHK, v_BTHK = k_BTHK.at[:, bad_T].set(jnp.nan), v_BTHK.at[:, bad_T].set(jnp.nan)
-    one_document = jnp.zeros_like(segments_BT) if band_width is None else None  # a program compiled for a case
+    one_document = jnp.zeros_like(segments_BT) if band_width is None else None  # covers the program with segments
     with jax.set_mesh(mesh_of("context=4")):
         results, _ = run(with_gradients(on_the_ring(band_width)), q_BTHK, k_BTHK, v_BTHK, d_out_BTHK, one_document)
     finite = {name: np.isfinite(x).all(axis=(0, 2, 3)) for name, x in zip(("out", "dq"), results, strict=False)}

@@ -46,6 +46,10 @@ def test_every_optimizer_gives_the_losses_of_one_device(results, name):
     assert one[-1] != pytest.approx(results["one"]["losses"][-1], rel=1e-3)
 
 
+def test_every_layout_of_the_state_is_saved_and_resumed(results):
+    assert all(result["resumes"] for result in results.values()), results
+
+
 def test_the_runs_compared_learn_and_differ(results):
     plain, dropout = results["one"], results["one+dropout+sample"]
     assert plain["losses"][-1] < plain["losses"][0] - 0.5

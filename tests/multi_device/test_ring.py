@@ -1,4 +1,4 @@
-"""Ring attention on eight simulated devices is attention on one, and sends and computes no more than it must."""
+"""Ring attention on eight simulated devices equals attention on one, without needless transfers and tiles."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ CASES = [
     "context=2:0:segments:float32",
     "context=4:0:segments:float32",
     "context=8:0:segments:float32",
-    "context=8:1:whole:float32",  # a position sees itself only
+    "context=8:1:whole:float32",  # a position attends to itself only
     "context=4:6:whole:float32",  # half a chunk
     "context=8:6:whole:float32",  # a chunk
     "context=8:13:segments:float32",  # two neighbours on each side
@@ -29,32 +29,32 @@ def results(run_script) -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients_are_those_of_one_device(results, case):
-    # Of float32 sums in another order; or of the last bit of bfloat16 values between 2 and 4.
+    # Another order of float32 sums, or the last bit of bfloat16 values between 2 and 4.
     tolerance = 5e-6 if case.endswith("float32") else 0.02
     assert results["cases"][case]["differences"] == pytest.approx([0, 0, 0, 0], abs=tolerance)
 
 
 @pytest.mark.parametrize("mesh", ["context=2,tensor=2,fsdp=2", "context=3,data=2", "context=8"])
-def test_balanced_order_is_a_permutation_that_two_sends_make_and_two_undo(results, mesh):
+def test_balanced_order_takes_two_permutes_in_each_direction(results, mesh):
     expected = {"right": True, "sent": {"collective-permute": 2}}
     assert results["order"][mesh] == dict.fromkeys(("balance", "restore", "gradient"), expected)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_keys_and_values_are_sent_from_device_to_device_and_never_gathered(results, case):
-    """Of a band of 1 there is nothing to send."""
+def test_keys_and_values_are_permuted_and_never_gathered(results, case):
+    """A band of 1 needs no communication."""
     sent = {"collective-permute"} if ":1:" not in case else set()
     assert set(results["cases"][case]["sent"]) == sent
 
 
-def test_what_a_banded_layer_sends_does_not_grow_with_the_devices(results):
+def test_communication_of_a_banded_layer_does_not_grow_with_the_devices(results):
     assert (
         results["cases"]["context=8:6:whole:float32"]["sent"] == results["cases"]["context=4:6:whole:float32"]["sent"]
     )
 
 
 @pytest.mark.parametrize("array", ["out", "dq"])
-def test_tiles_that_the_mask_hides_are_not_computed(results, array):
-    """With tiles of 4 and a band of 6: queries 32 to 35 are the first to see no tile before position 24."""
+def test_fully_masked_tiles_are_not_computed(results, array):
+    """With tiles of 4 and a band of 6: queries 32 to 35 are the first that need no tile before position 24."""
     assert results["poison"]["dense"][array] == list(range(48))
     assert results["poison"]["banded"][array] == list(range(32, 96))

@@ -1,7 +1,8 @@
 """Trains one tiny model on several meshes: `train_on_meshes.py OUT.json data=8 fsdp=4,data=2 ...`.
 
 Writes {"one" or mesh: {"losses": [...], "share": of the feed-forward kernel that a device holds, "sample": text,
-"counts": how often a step does each kind of collective, "gathered": bytes of the largest array that devices gather}}.
+"counts": how often a step does each kind of collective, "gathered": bytes of the largest array that devices gather,
+"resumes": whether a checkpoint of the state gives it back, laid out alike}}.
 A change may follow the mesh, as in `fsdp=8+offload`.
 """
 
@@ -15,9 +16,12 @@ import jax
 import numpy as np
 
 from gptjax import config as c
-from gptjax.checkpoint.state import create_state, state_shardings
+from gptjax.checkpoint.manager import Checkpoints
+from gptjax.checkpoint.position import Position
+from gptjax.checkpoint.state import TrainState, abstract_state, create_state, state_shardings
 from gptjax.parallel.mesh import batch_sharding, make_mesh
 from gptjax.planning.program_text import collectives, count_by_kind
+from gptjax.stages import registry
 from gptjax.stages.builders import build
 from gptjax.training.step import make_train_step
 
@@ -56,7 +60,18 @@ CHANGES = {
 }
 
 
-def train(config: c.Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+def resumes(config: c.Config, mesh: jax.sharding.Mesh, state: TrainState, workdir: Path) -> bool:
+    """Whether a checkpoint of `state` gives it back, laid out alike."""
+    workdir.mkdir()
+    with Checkpoints(workdir, config.checkpoint) as checkpoints:
+        checkpoints.save(int(state.step), state, Position(), None)
+    with Checkpoints(workdir, config.checkpoint) as checkpoints:
+        restored, _ = checkpoints.restore(abstract_state(registry.parameters(config.completed(264)), mesh))
+    equal = jax.tree.map(lambda a, b: a.sharding == b.sharding and np.array_equal(a, b), restored, state)
+    return jax.tree.all(equal)
+
+
+def train(config: c.Config, mesh: jax.sharding.Mesh, workdir: Path) -> dict[str, Any]:
     """Losses of 10 steps and the held-out loss."""
     stage = build(config, mesh, None)
     state = create_state(stage.objective.parameters, mesh)
@@ -76,12 +91,14 @@ def train(config: c.Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
             losses.append(float(metrics["loss"]))
         losses.append(stage.evaluate(state.params)["loss"])
         sample = stage.sample(state.params) if stage.sample is not None else None
+        resumed = resumes(config, mesh, state, workdir)
     up = state.params["layers"]["block_0"]["mlp"]["up"]["kernel"]
     found = collectives(compiled.as_text(), unknown_trip_count=2)
     return {
         "losses": losses,
         "share": up.addressable_shards[0].data.size / up.size,
         "sample": sample,
+        "resumes": resumed,
         "counts": count_by_kind(found),
         "gathered": max((found.payload for found in found if found.kind == "all-gather"), default=0),
     }
@@ -100,7 +117,8 @@ def main() -> None:
             if axes != "one":
                 sizes = {"data": 1} | {axis: int(size) for axis, size in (part.split("=") for part in axes.split(","))}
                 run = c.replace(run, {"mesh": sizes})
-            results[name] = train(run, make_mesh(run.mesh, jax.devices()[:1] if axes == "one" else None))
+            mesh = make_mesh(run.mesh, jax.devices()[:1] if axes == "one" else None)
+            results[name] = train(run, mesh, Path(directory) / name)
     Path(out).write_text(json.dumps(results))
 
 

@@ -1,4 +1,4 @@
-"""Ring attention on one device, and the plain arithmetic of who meets whom; several devices: tests/multi_device."""
+"""Ring attention on one device, and the schedule of its tiles; several devices: tests/multi_device."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ def attend(q_BTHK: jax.Array) -> jax.Array:
 
 
 def tiles_met(shards: int, tiles: int, reach: int) -> np.ndarray:
-    """How many tiles of keys that live on each device (axis 1) each device (axis 0) computes with its queries."""
+    """The number of tiles that device i computes with the keys of device j, [i, j]."""
     places, chunks = np.arange(2 * shards * tiles)[:, None], np.arange(2 * shards)[None, :]
     _, counts = ring.seen_tiles(places, chunks, tiles, reach)
     by_chunk = np.asarray(counts).reshape(2 * shards, tiles, 2 * shards).sum(axis=1)
@@ -44,7 +44,7 @@ def test_every_device_has_the_same_causal_work_with_every_visitor(shards):
 
 
 @pytest.mark.parametrize("band_width", [None, 1, 3, 4, 5, 9, 30])
-def test_the_tiles_computed_are_those_of_which_the_mask_shows_something(band_width):
+def test_exactly_the_tiles_that_are_not_fully_masked_are_computed(band_width):
     size, tiles, chunks = 4, 3, 4
     length = size * tiles * chunks
     t_T1, s_1T = np.arange(length)[:, None], np.arange(length)[None, :]
@@ -60,7 +60,7 @@ def test_the_tiles_computed_are_those_of_which_the_mask_shows_something(band_wid
 
 
 @pytest.mark.parametrize("shards", [2, 3, 4, 8])
-def test_routes_lead_past_every_device_that_is_needed_once_and_no_further_than_needed(shards):
+def test_routes_visit_every_needed_device_once_and_stop(shards):
     for reach in range(2 * shards + 1):
         met = tiles_met(shards, 1, reach)
         needed = {(i - j) % shards for i, j in zip(*np.nonzero(met), strict=True)} - {0}
@@ -70,7 +70,7 @@ def test_routes_lead_past_every_device_that_is_needed_once_and_no_further_than_n
         assert len(visited) == min(2 * reach, shards - 1)
 
 
-def test_without_a_context_axis_order_stays_natural():
+def test_without_a_context_axis_the_order_is_natural():
     x_BT = jnp.arange(12).reshape(2, 6)
     assert ring.balance(x_BT) is x_BT
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
@@ -78,7 +78,7 @@ def test_without_a_context_axis_order_stays_natural():
 
 
 @pytest.mark.parametrize(("names", "rings"), [(["attention"], 2), ([], 3)])
-def test_a_policy_that_keeps_attention_spares_the_backward_pass_a_second_forward_ring(names, rings):
+def test_a_remat_policy_that_saves_attention_avoids_a_second_forward_ring(names, rings):
     layer = jax.checkpoint(attend, policy=jax.checkpoint_policies.save_only_these_names(*names))
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
         program = jax.make_jaxpr(jax.grad(lambda q_BTHK: jnp.sum(layer(q_BTHK))))(jnp.ones((1, 8, 2, 4)))

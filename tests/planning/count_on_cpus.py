@@ -1,4 +1,4 @@
-"""Compiles for simulated CPU devices what the tests count in; writes the counts as JSON to the given file."""
+"""Compiles programs for simulated CPU devices and writes counts of their collectives as JSON to the given file."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from gptjax.checkpoint.state import create_state, state_shardings
 from gptjax.config import BatchConfig, Config, GPTConfig, MeshConfig
 from gptjax.planning import compile as planning
 from gptjax.planning.program_text import collectives, count_by_kind
-from gptjax.planning.topology import lay_out, parse
+from gptjax.planning.topology import lay_out, parse_topology
 from gptjax.stages import registry
 from gptjax.training.step import make_train_step
 
@@ -24,18 +24,18 @@ MODEL = GPTConfig(vocab_size=128, context_length=32, num_layers=4, num_heads=4, 
 
 
 def loop(trips: int) -> dict[str, Any]:
-    """A loop whose every turn sums a product over two devices of a mesh of 2 x 4."""
+    """A loop with one all-reduce per iteration, over two devices of a 2 x 4 mesh."""
     mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     spread = NamedSharding(mesh, PartitionSpec(None, "data"))
     whole = NamedSharding(mesh, PartitionSpec())
 
     @partial(jax.jit, in_shardings=(spread, spread), out_shardings=whole)
     def program(x_NN: jax.Array, y_NN: jax.Array) -> jax.Array:
-        def turn(z_NN: jax.Array, _: None) -> tuple[jax.Array, None]:
+        def step(z_NN: jax.Array, _: None) -> tuple[jax.Array, None]:
             product_NN = x_NN @ (y_NN + z_NN).T
             return jax.lax.with_sharding_constraint(jnp.sin(product_NN), whole), None
 
-        return jax.lax.scan(turn, jnp.zeros((16, 16)), length=trips)[0]
+        return jax.lax.scan(step, jnp.zeros((16, 16)), length=trips)[0]
 
     array = jax.ShapeDtypeStruct((16, 16), jnp.float32)
     found = collectives(program.lower(array, array).compile().as_text())
@@ -43,12 +43,12 @@ def loop(trips: int) -> dict[str, Any]:
 
 
 def step(mesh: MeshConfig, microbatch: int) -> dict[str, Any]:
-    """The planner's numbers for a training step, and those of the step as a run compiles it, on arrays that exist."""
+    """The planner's numbers for a training step, and those of the step that a run compiles with real arrays."""
     batch = BatchConfig(total_tokens=1024, tokens_per_batch=16 * 32, microbatch_size=microbatch)
     config = Config(model=MODEL, batch=batch, mesh=mesh)
-    laid_out = lay_out(config.mesh, parse("cpu:8"))
+    laid_out = lay_out(config.mesh, parse_topology("cpu:8"))
     planned = planning.compile_training_step(config, laid_out)
-    assert isinstance(planned, planning.Fits)
+    assert isinstance(planned, planning.CompiledProgram)
     with jax.set_mesh(laid_out):
         objective = registry.objective(config)
         state = create_state(objective.parameters, laid_out)
@@ -63,7 +63,7 @@ def step(mesh: MeshConfig, microbatch: int) -> dict[str, Any]:
     device = jax.devices()[0]
 
     def live(tree: Any) -> int:
-        """Bytes of the shards that lie on the first device."""
+        """Bytes of the shards on the first device."""
         shards = [shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards]
         return sum(shard.data.nbytes for shard in shards if shard.device == device)
 

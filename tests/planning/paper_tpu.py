@@ -1,4 +1,4 @@
-"""Devices of a TPU slice as the planner sees them, laid out by hand: tests of arithmetic need no libtpu."""
+"""Fake devices of a TPU slice, so that tests of the planner's arithmetic need no libtpu."""
 
 import dataclasses
 import itertools
@@ -22,13 +22,13 @@ class Chip:
 
 
 def chips(topology: Topology) -> list[Chip]:
-    """In the order of libtpu: slices outermost, the first dimension innermost."""
+    """Returns devices in libtpu's order: slices outermost, the first dimension innermost."""
     places = itertools.product(range(topology.num_slices), *(range(size) for size in topology.shape[::-1]))
     return [Chip(i, (*place[:0:-1], 0)[:3], place[0]) for i, place in enumerate(places)]
 
 
 def mesh(topology: Topology, **sizes: int) -> Mesh:
-    """The chips in their order over the mesh axes."""
+    """Lays the chips out over the mesh axes in their order."""
     shape = [sizes.get(axis, 1) for axis in MESH_AXES]
     devices = np.empty(topology.num_devices, object)
     devices[:] = chips(topology)

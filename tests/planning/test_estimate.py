@@ -4,14 +4,14 @@ import pytest
 
 from gptjax.config import BatchConfig, Config, GPTConfig, replace
 from gptjax.planning.estimate import (
-    Estimate,
-    Traffic,
-    communicate,
-    estimate,
+    AxisTraffic,
+    StepEstimate,
+    axis_traffic,
+    collective_seconds,
+    estimate_step,
+    estimate_training,
     hbm_traffic,
     recomputed_flops_per_token,
-    seconds,
-    training,
 )
 from gptjax.planning.formulas import expected_collectives, expected_memory
 from gptjax.planning.program_text import Collective, mesh_axes
@@ -26,38 +26,42 @@ CONFIG = Config(model=MODEL, batch=BatchConfig(total_tokens=1_000_000, tokens_pe
 RING = tuple(range(16))  # the innermost 16 chips of a v5e pod: a closed dimension
 
 
-def test_a_gathering_takes_as_long_as_its_ring_lets_it() -> None:
+def test_an_all_gather_is_bound_by_its_ring() -> None:
     laid_out = mesh(V5E, fsdp=16, tensor=16)
-    # 16 MB, of which 15 come over two links of 50 GB/s; a reduction to all is two of it.
-    assert seconds(Collective("all-gather", 16_000_000, RING, 3), laid_out, V5E) == pytest.approx((3 * 15e6 / 100e9, 0))
-    assert seconds(Collective("all-reduce", 16_000_000, RING, 1), laid_out, V5E) == pytest.approx((30e6 / 100e9, 0))
+    # 15 of 16 MB arrive over two links of 50 GB/s; an all-reduce takes twice as long.
+    assert collective_seconds(Collective("all-gather", 16_000_000, RING, 3), laid_out, V5E) == pytest.approx(
+        (3 * 15e6 / 100e9, 0)
+    )
+    assert collective_seconds(Collective("all-reduce", 16_000_000, RING, 1), laid_out, V5E) == pytest.approx(
+        (30e6 / 100e9, 0)
+    )
 
 
-def test_an_exchange_of_all_with_all_is_bound_by_the_middle_of_its_ring() -> None:
+def test_an_all_to_all_is_bound_by_the_bisection_of_its_ring() -> None:
     # Each of 16 chips has 16 MB: of 256 MB half crosses the middle, a quarter each way, over two links each way.
     exchange = Collective("all-to-all", 16_000_000, RING, 1)
-    assert seconds(exchange, mesh(V5E, fsdp=16, tensor=16), V5E) == pytest.approx((256e6 / 4 / 2 / 50e9, 0))
+    assert collective_seconds(exchange, mesh(V5E, fsdp=16, tensor=16), V5E) == pytest.approx((256e6 / 4 / 2 / 50e9, 0))
 
 
 def test_a_permute_passes_its_array_over_one_link() -> None:
     permute = Collective("collective-permute", 5_000_000, (0, 1), 2)
-    assert seconds(permute, mesh(V5E, fsdp=16, tensor=16), V5E) == pytest.approx((2 * 5e6 / 50e9, 0))
+    assert collective_seconds(permute, mesh(V5E, fsdp=16, tensor=16), V5E) == pytest.approx((2 * 5e6 / 50e9, 0))
 
 
 def test_permutes_in_opposite_directions_take_the_same_time() -> None:
     there, back = (Collective("collective-permute", 5_000_000, (0, target), 1) for target in (1, 15))
-    (part,) = communicate([there, back], mesh(V5E, fsdp=16, tensor=16), V5E)
+    (part,) = axis_traffic([there, back], mesh(V5E, fsdp=16, tensor=16), V5E)
     assert (part.bytes, part.ici_seconds) == (10e6, pytest.approx(5e6 / 50e9))
 
 
-def test_what_crosses_slices_takes_the_network() -> None:
+def test_collectives_between_slices_use_the_network() -> None:
     laid_out = mesh(TWO_SLICES, data=2, fsdp=4)
     network = TPU_CHIPS["v5e"].network
     over_data = Collective("all-reduce", 8_000_000, (0, 4), 1)
-    assert seconds(over_data, laid_out, TWO_SLICES) == pytest.approx((0, 2 * 8e6 / 2 / network))
+    assert collective_seconds(over_data, laid_out, TWO_SLICES) == pytest.approx((0, 2 * 8e6 / 2 / network))
     # Over all eight: reduced within a slice of 2 x 2 over two links, then a quarter of it between the slices.
     over_all = Collective("all-reduce", 8_000_000, (), 1)
-    assert seconds(over_all, laid_out, TWO_SLICES) == pytest.approx((2 * 6e6 / 100e9, 2 * 2e6 / 2 / network))
+    assert collective_seconds(over_all, laid_out, TWO_SLICES) == pytest.approx((2 * 6e6 / 100e9, 2 * 2e6 / 2 / network))
 
 
 def test_collectives_are_summed_by_kind_and_axes() -> None:
@@ -67,13 +71,13 @@ def test_collectives_are_summed_by_kind_and_axes() -> None:
         Collective("all-gather", 32_000, RING, 1),
         Collective("all-gather", 16_000, tuple(range(0, 256, 16)), 1),
     ]
-    parts = {part.axes: (part.count, part.bytes) for part in communicate(found, laid_out, V5E)}
+    parts = {part.axes: (part.count, part.bytes) for part in axis_traffic(found, laid_out, V5E)}
     assert parts == {("tensor",): (3, 60_000), ("fsdp",): (1, 15_000)}
 
 
 def test_the_roofline_by_hand() -> None:
     laid_out = mesh(V5E, data=256)
-    result = estimate(CONFIG, laid_out, V5E, [])
+    result = estimate_step(CONFIG, laid_out, V5E, [])
     assert result is not None
     assert result.model_flops == 256 * 128 * flops_per_token(MODEL)
     assert result.compute == pytest.approx(result.model_flops / (256 * 197e12))
@@ -82,23 +86,23 @@ def test_the_roofline_by_hand() -> None:
 
 
 def test_logits_of_half_the_bytes_move_half_as_many() -> None:
-    """Written and read twice beside their gradient: of 2 + 2 or 4 + 2 bytes."""
+    """Three passes over logits and their gradient: 2 + 2 or 4 + 2 bytes."""
     laid_out = mesh(V5E, data=256)
     moved = {
         dtype: hbm_traffic(replace(CONFIG, {"model": {"logits_dtype": dtype}}), laid_out.shape)
         for dtype in ("auto", "bfloat16", "float32")
     }
-    logits = 128 * 1000  # of the one sequence of a device
+    logits = 128 * 1000  # of the one sequence on a device
     assert moved["auto"] == moved["bfloat16"] == moved["float32"] - 3 * 2 * logits
 
 
-def test_axes_have_links_of_their_own() -> None:
+def test_axes_use_different_links() -> None:
     laid_out = mesh(V5E, fsdp=16, tensor=16)
     parts = [
-        Traffic("all-gather", (axis,), 1, 1.0, ici, 0.0)
+        AxisTraffic("all-gather", (axis,), 1, 1.0, ici, 0.0)
         for axis, ici in (("fsdp", 2.0), ("fsdp", 3.0), ("tensor", 4.0))
     ]
-    result = estimate(CONFIG, laid_out, V5E, parts)
+    result = estimate_step(CONFIG, laid_out, V5E, parts)
     assert result is not None
     assert (result.ici, result.busiest, result.overlapped, result.serial) == (
         9,
@@ -109,7 +113,7 @@ def test_axes_have_links_of_their_own() -> None:
 
 
 def test_the_bounds_are_the_longest_part_and_the_sum() -> None:
-    parts = Estimate(
+    parts = StepEstimate(
         tokens=100,
         devices=4,
         model_flops=8e12,
@@ -123,24 +127,24 @@ def test_the_bounds_are_the_longest_part_and_the_sum() -> None:
     )
     assert (parts.overlapped, parts.serial) == (4, 9)
     assert parts.mfu(parts.serial) == 8e12 / (9 * 4 * 1e12)
-    run = training(CONFIG, parts, 8)
+    run = estimate_training(CONFIG, parts, 8)
     assert run is not None
     assert (run.steps, run.days, run.chip_hours) == (31, 31 * 8 / 86400, 31 * 8 * 4 / 3600)
 
 
-def test_without_a_number_of_tokens_there_is_no_length_of_training() -> None:
+def test_without_a_number_of_tokens_there_is_no_training_time() -> None:
     epochs = replace(CONFIG, {"batch": {"total_tokens": None, "epochs": 1.0}})
-    parts = Estimate(1, 1, 1, 1, 1, 1, 1, 1, 1, 1)
-    assert training(epochs, parts, 1) is None
+    parts = StepEstimate(1, 1, 1, 1, 1, 1, 1, 1, 1, 1)
+    assert estimate_training(epochs, parts, 1) is None
 
 
 def test_a_cpu_and_float32_on_a_tpu_have_no_published_peak() -> None:
     laid_out = mesh(V5E, data=256)
-    assert estimate(CONFIG, laid_out, Topology(None, (256,)), []) is None
-    assert estimate(replace(CONFIG, {"model": {"dtype": "float32"}}), laid_out, V5E, []) is None
+    assert estimate_step(CONFIG, laid_out, Topology(None, (256,)), []) is None
+    assert estimate_step(replace(CONFIG, {"model": {"dtype": "float32"}}), laid_out, V5E, []) is None
 
 
-def test_what_is_computed_again_depends_on_what_is_kept() -> None:
+def test_recomputed_flops_of_each_remat_policy() -> None:
     again = {remat: recomputed_flops_per_token(dataclasses.replace(MODEL, remat=remat)) for remat in REMATS}
     layers = forward_flops_per_token(MODEL) - 2 * 64 * 1000
     assert again["none"] == 0
@@ -151,7 +155,7 @@ def test_what_is_computed_again_depends_on_what_is_kept() -> None:
 REMATS = ("none", "dots", "attention", "full", "offload")
 
 
-def test_expected_memory_falls_with_what_is_computed_again_and_with_the_shards() -> None:
+def test_expected_memory_falls_with_recomputation_and_sharding() -> None:
     one = dict.fromkeys(("data", "fsdp", "tensor", "context", "expert"), 1)
     totals = [expected_memory(replace(CONFIG, {"model": {"remat": remat}}), one).total for remat in REMATS]
     assert totals == sorted(totals, reverse=True)
@@ -161,7 +165,7 @@ def test_expected_memory_falls_with_what_is_computed_again_and_with_the_shards()
     assert spread[1] < spread[0]  # fsdp spreads the state too
 
 
-def test_expected_collectives_name_the_axes_that_they_are_over() -> None:
+def test_expected_collectives_are_over_the_right_axes() -> None:
     shape = {"data": 2, "fsdp": 4, "tensor": 2, "context": 2, "expert": 1}
     found = {(item.kind, mesh_axes(item.members, shape)) for item in expected_collectives(CONFIG, shape)}
     assert found == {

@@ -40,7 +40,7 @@ def test_a_step_for_four_chips(home):
     assert result.returncode == 0, result.stderr
     numbers = json.loads(result.stdout)
     memory = numbers["memory"]
-    assert memory["capacity"] == 15.75 * 2**30  # of 16 GiB, what libtpu leaves
+    assert memory["capacity"] == 15.75 * 2**30  # what libtpu leaves of 16 GiB
     assert memory["parameters"] + memory["optimizer"] < memory["arguments"] < memory["total"] < memory["capacity"]
     assert {axis for part in numbers["communication"] for axis in part["axes"]} == {"data", "fsdp"}
     estimate = numbers["estimate"]
@@ -48,11 +48,11 @@ def test_a_step_for_four_chips(home):
     assert estimate["overlapped"]["seconds"] == max(parts)
     assert 0 < estimate["serial"]["mfu"] < estimate["overlapped"]["mfu"] < 1
     assert estimate["serial"]["training"]["steps"] == 9766
-    # Only what the program itself says reaches the terminal, none of libtpu's log.
+    # Only the program's own messages reach the terminal, not libtpu's log.
     assert result.stderr == "compiling the training step for v5e:2x2\n"
 
 
-def test_what_does_not_fit_is_one_line(home):
+def test_out_of_memory_is_one_line(home):
     result = plan(home, "--topology=v5e:2x2", "--config.model.vocab_size=60000000")
     assert result.returncode == 2
     assert "GiB of a device's 15.75" in result.stderr.splitlines()[-1]
@@ -60,7 +60,7 @@ def test_what_does_not_fit_is_one_line(home):
     assert "Traceback" not in result.stderr
 
 
-def test_a_search_prints_flags_that_make_its_plan(home):
+def test_a_search_prints_the_flags_of_its_plan(home):
     result = plan(home, "--topology=v5e:2x2", "--search", "--search_limit=1", f"--json={home / 'found.json'}")
     assert result.returncode == 0, result.stderr
     (found,) = json.loads((home / "found.json").read_text())["plans"]

@@ -2,11 +2,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gptjax.planning.program_text import Collective, collectives, count_by_kind, mesh_axes, traffic
+from gptjax.planning.program_text import Collective, bytes_sent, collectives, count_by_kind, mesh_axes
 
 SHAPE = {"data": 2, "fsdp": 4, "tensor": 1}  # of a mesh of eight devices
 
-# What XLA writes, shortened: a loop of 3 in one of 5 in one whose length is an argument.
+# Shortened XLA output: a loop of 3 in a loop of 5 in a loop whose trip count is an argument.
 NESTED = """HloModule jit_step, is_scheduled=true
 
 %add (x: f32[], y: f32[]) -> f32[] {
@@ -65,7 +65,7 @@ def program(*lines: str, computations: str = "") -> str:
     return f"HloModule m\n\n{computations}ENTRY %main (a: f32[8]) -> f32[8] {{\n{body}\n}}\n"
 
 
-def test_collectives_in_nested_loops_count_once_for_every_turn() -> None:
+def test_collectives_in_nested_loops_count_once_per_iteration() -> None:
     assert collectives(NESTED, unknown_trip_count=7) == [Collective("all-reduce", 512, (0, 1, 2, 3), 7 * 5 * 3)]
 
 
@@ -155,12 +155,14 @@ def test_equal_collectives_are_merged_and_groups_of_one_left_out() -> None:
     assert collectives(program(line, line, alone)) == [Collective("all-reduce", 16, (0, 1, 2, 3), 2)]
 
 
-def test_traffic_is_that_of_the_ring_algorithms() -> None:
+def test_bytes_sent_are_those_of_ring_algorithms() -> None:
     members = (0, 1, 2, 3)
-    sent = {kind: traffic(Collective(kind, 400, members, 2), 8) for kind in ("all-gather", "all-reduce", "all-to-all")}
+    sent = {
+        kind: bytes_sent(Collective(kind, 400, members, 2), 8) for kind in ("all-gather", "all-reduce", "all-to-all")
+    }
     assert sent == {"all-gather": 600, "all-reduce": 1200, "all-to-all": 600}
-    assert traffic(Collective("collective-permute", 400, (0, 1), 2), 8) == 800
-    assert traffic(Collective("all-gather", 400, (), 1), 8) == 350
+    assert bytes_sent(Collective("collective-permute", 400, (0, 1), 2), 8) == 800
+    assert bytes_sent(Collective("all-gather", 400, (), 1), 8) == 350
 
 
 def test_a_program_for_one_device_has_no_collectives() -> None:

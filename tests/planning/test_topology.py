@@ -1,7 +1,7 @@
 import pytest
 
 from gptjax.config import UserError
-from gptjax.planning.topology import Route, Topology, all_topologies, parse, parse_bytes, route
+from gptjax.planning.topology import Route, Topology, all_topologies, parse_bytes, parse_topology, route
 from gptjax.scaling.flops import DEVICE_PEAKS, TPU_CHIPS, device_peak
 from tests.planning.paper_tpu import mesh
 
@@ -10,31 +10,35 @@ V5P, V5E = TPU_CHIPS["v5p"], TPU_CHIPS["v5e"]
 
 @pytest.mark.parametrize("name", ["v5e:1x1", "v5e:16x16", "v6e:2x4", "v4:2x2x1", "v5p:8x8x16", "v5p:16x16x24", "cpu:8"])
 def test_slices_that_exist(name: str) -> None:
-    assert parse(name).name == name
+    assert parse_topology(name).name == name
 
 
 @pytest.mark.parametrize(
     ("name", "slices", "message"),
     [
-        ("v9:2x2", 1, r"--topology=v9:2x2: there is no chip 'v9': one of v4, v5e, v5p, v6e \(or cpu:N\)"),
-        ("", 1, "there is no chip ''"),
-        ("v5p:7x9x3", 1, "there is no such slice of v5p: 2x2x1, .*, or AxBxC of multiples of 4 with A <= B <= C"),
+        ("v9:2x2", 1, r"--topology=v9:2x2: unknown chip 'v9', choose from v4, v5e, v5p, v6e \(or cpu:N\)"),
+        ("", 1, "unknown chip ''"),
+        (
+            "v5p:7x9x3",
+            1,
+            "unknown slice shape of v5p, choose from 2x2x1, .*, or AxBxC of multiples of 4 with A <= B <= C",
+        ),
         ("v5p:16x8x8", 1, "A <= B <= C"),
         ("v5p:16x16x28", 1, "at most 6144 chips"),
-        ("v5p:4x4", 1, "no such slice"),
-        ("v5e:3x3", 1, "there is no such slice of v5e: 1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16"),
-        ("v5e:2x2x1", 1, "no such slice"),
-        ("v5e:", 1, "no such slice"),
-        ("v5e:0x2", 1, "no such slice"),
-        ("v5e:2x2; rm", 1, "no such slice"),
+        ("v5p:4x4", 1, "unknown slice shape"),
+        ("v5e:3x3", 1, "unknown slice shape of v5e, choose from 1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16"),
+        ("v5e:2x2x1", 1, "unknown slice shape"),
+        ("v5e:", 1, "unknown slice shape"),
+        ("v5e:0x2", 1, "unknown slice shape"),
+        ("v5e:2x2; rm", 1, "unknown slice shape"),
         ("v5e:2x2", 0, "--num_slices=0 must be at least 1"),
-        ("cpu:2x2", 1, "cpu:N is N simulated devices"),
+        ("cpu:2x2", 1, "cpu:N takes one number of simulated devices"),
         ("cpu:8", 2, "in one slice"),
     ],
 )
-def test_slices_that_do_not_exist_are_told_from_those_that_do(name: str, slices: int, message: str) -> None:
+def test_unknown_slices_are_refused_with_the_choices(name: str, slices: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        parse(name, slices)
+        parse_topology(name, slices)
 
 
 def test_every_chip_has_its_peaks() -> None:
@@ -47,10 +51,10 @@ def test_all_links_of_a_chip_together_are_the_published_bandwidth() -> None:
 
 
 def test_the_overview_names_slices_that_exist() -> None:
-    assert all(parse(topology.name) == topology for topology in all_topologies())
+    assert all(parse_topology(topology.name) == topology for topology in all_topologies())
 
 
-def test_sizes_as_libtpu_writes_them() -> None:
+def test_sizes_in_libtpus_notation() -> None:
     assert parse_bytes("15.75G") == 15.75 * 2**30
     assert parse_bytes("3.0M") == 3 * 2**20
     assert parse_bytes("512") == 512
@@ -73,7 +77,7 @@ def test_a_group_over_two_dimensions_uses_the_links_of_both() -> None:
     assert route((), laid_out, topology) == Route(1, 6 * V5P.link, 8)
 
 
-def test_groups_that_lie_between_each_other_share_their_links() -> None:
+def test_interleaved_groups_share_links() -> None:
     topology = Topology(V5E, (4, 4))
     assert route((0, 2), mesh(topology, fsdp=8, tensor=2), topology) == Route(1, V5E.link / 2, 2)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -102,6 +103,28 @@ def test_a_second_signal_ends_the_command_at_once(tiny, tmp_path):
     _, err = process.communicate()
     assert process.returncode == 130, err
     assert err.splitlines()[-1] == "interrupted"
+
+
+def test_a_lost_terminal_stops_the_command_with_all_saved(tiny, tmp_path):
+    long = replace(tiny, {"batch": {"total_tokens": 10**8}, "evaluation": {"every_tokens": None}})
+    long = replace(long, {"checkpoint": {"every_tokens": None}})
+    file = write_config(tmp_path / "run.py", long)
+    terminal, other_end = pty.openpty()
+    # The first terminal that the leader of a session opens controls it.
+    script = "import os, sys\nfor _ in range(3): os.dup2(os.open(sys.argv[1], os.O_RDWR), _)\n"
+    script += "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
+    command = ["-m", "gptjax.main", f"--config={file}", f"--workdir={tmp_path / 'run'}"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, os.ttyname(other_end), *command], cwd=ROOT, start_new_session=True
+    )
+    shown = b""
+    while b"compiled the training step" not in shown:
+        shown += os.read(terminal, 1000)  # OSError when the process has ended
+    os.close(other_end)
+    os.close(terminal)  # the kernel sends SIGHUP, and writing to the terminal fails from here on
+    assert process.wait() == 75
+    (step,) = steps(tmp_path / "run")
+    assert records(tmp_path / "run", "train")[-1]["step"] == step
 
 
 def test_the_best_checkpoint_is_known_after_a_stop(tiny, tmp_path, monkeypatch):

@@ -143,10 +143,10 @@ def _evaluate(config: Config, predictor: Predictor, rows: list[Row]) -> Callable
     return evaluate
 
 
-def _conclude(config: Config, predictor: Predictor, rows: list[Row]) -> Callable[[Any, Path], str]:
+def _conclude(config: Config, predictor: Predictor, rows: list[Row]) -> Callable[[Any, int, Path], str]:
     """Returns a function that writes the report on the test rows to a workdir and returns it as text."""
 
-    def conclude(params: Any, workdir: Path) -> str:
+    def conclude(params: Any, step: int, workdir: Path) -> str:
         predictions = predictor(params, rows, predictor.encode(rows))
         report = measure(config.task, rows, predictions)
         if jax.process_index() == 0:

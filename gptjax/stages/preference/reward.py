@@ -26,7 +26,7 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None, define: Calla
     return build_ranked(config, mesh, tokenizer, define, _conclude)
 
 
-def _conclude(config: Config, read: Callable[[], Iterator[Microbatch]], mesh: Mesh) -> Callable[[Any, Path], str]:
+def _conclude(config: Config, read: Callable[[], Iterator[Microbatch]], mesh: Mesh) -> Callable[[Any, int, Path], str]:
     """Measures the mean score of the best answers, so that what reads the rewards can make it 0."""
     model = RewardModel(config)
 
@@ -37,11 +37,11 @@ def _conclude(config: Config, read: Callable[[], Iterator[Microbatch]], mesh: Me
 
     measure = held_out_means(best_scores, read, config.sequences_per_microbatch, mesh)
 
-    def conclude(params: Any, workdir: Path) -> str:
+    def conclude(params: Any, step: int, workdir: Path) -> str:
         mean = measure(params)["loss"]
         if jax.process_index() == 0:
             try:
-                write_whole(workdir / SCALE_FILE, json.dumps({"mean": mean}) + "\n")
+                write_whole(workdir / SCALE_FILE, json.dumps({"mean": mean, "step": step}) + "\n")
             except OSError as error:
                 raise UserError(f"cannot write in --workdir={workdir}: {error.strerror}") from None
         return f"the best answers score {mean:.3f} on average, which is taken from all rewards: {workdir / SCALE_FILE}"

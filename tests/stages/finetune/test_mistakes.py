@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ import pytest
 from gptjax.config import Config, UserError, replace
 from gptjax.run import run
 from gptjax.training import loop
+from tests.commands import run_command
 from tests.tiny_tasks import run_config, with_method
 
 ROOT = Path(__file__).parents[3]
@@ -139,8 +138,7 @@ def test_what_a_task_would_ignore_or_contradict(kind, changes, words, tmp_path):
 def test_the_command_ends_with_one_line_and_exit_code_2(flags, words, tmp_path):
     (tmp_path / "rows.csv").write_text("text,label\n,good\nbad,bad\n")
     arguments = [f"--config=configs/finetune.py:runlocal,{flags.format(tmp_path)}", f"--workdir={tmp_path / 'run'}"]
-    command = [sys.executable, "-m", "gptjax.main", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    result = run_command("gptjax.main", *arguments)
     assert result.returncode == 2, result.stderr
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ")

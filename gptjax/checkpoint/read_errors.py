@@ -1,0 +1,111 @@
+"""Classification of errors in reading a checkpoint: damage, a failing read, or a checkpoint that was deleted.
+
+Only damage (a wrong checksum, a wrong format, a missing file) is a property of the checkpoint. Everything else, such as
+exhausted file descriptors or a disk or file server that does not answer, is a property of the machine, and may pass.
+"""
+
+import errno
+import os
+import re
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from gptjax.config import UserError
+from gptjax.distributed import processes
+
+T = TypeVar("T")
+
+RETRY_DELAYS = (0.2, 1.0, 3.0)  # seconds before each further attempt
+
+_MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
+# Status codes of TensorStore that do not describe the content of a file.
+_STATUSES = "UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|ABORTED|CANCELLED|RESOURCE_EXHAUSTED"
+# What Orbax, TensorStore and our own parsing raise for content of the wrong format.
+_FORMAT_ERRORS = (
+    *(ValueError, LookupError, TypeError, AttributeError, EOFError, OverflowError, RecursionError),
+    *(NotImplementedError, AssertionError, FileNotFoundError, NotADirectoryError, IsADirectoryError),
+)
+
+
+class DamageError(Exception):
+    """The content of a checkpoint is not what was saved."""
+
+
+class ReadError(Exception):
+    """A checkpoint cannot be read now; nothing is known about its content."""
+
+
+class VanishedError(Exception):
+    """A checkpoint was deleted while it was read."""
+
+
+def retried(read: Callable[[], T], exists: Callable[[], bool]) -> T:
+    """Returns `read()`; a failing read is repeated after each of `RETRY_DELAYS`.
+
+    Args:
+      exists: whether the checkpoint is still there.
+
+    Raises:
+      UserError: as raised by `read`.
+      DamageError, ReadError, VanishedError: as their names say. Any other error is a defect of the program.
+    """
+    for delay in (*RETRY_DELAYS, None):
+        try:
+            return read()
+        except (UserError, DamageError):
+            raise
+        except Exception as error:
+            reason = refusal(error)
+            if reason is None:
+                if not isinstance(error, _FORMAT_ERRORS) and type(error) is not Exception:  # Orbax raises it as such
+                    raise
+                if not exists():
+                    raise VanishedError(first_line(error)) from error
+                raise DamageError(first_line(error)) from error
+            if delay is None:
+                raise ReadError(reason) from error
+        time.sleep(delay)
+    raise AssertionError("unreachable")
+
+
+def agreed(read: Callable[[], T]) -> T:
+    """Returns `read()` where it succeeds in all processes; otherwise raises the same error in all of them.
+
+    A deleted checkpoint takes precedence over a damaged one, and that over one that cannot be read.
+    """
+    kinds = (VanishedError, DamageError, ReadError)
+    verdict: list[str] | None = None
+    try:
+        value = read()
+    except kinds as error:
+        verdict, cause = [type(error).__name__, str(error)], error.__cause__
+    verdicts = [each for each in processes.gather(verdict) if each is not None]
+    for kind in kinds:
+        for name, reason in verdicts:
+            if name == kind.__name__:
+                raise kind(reason) from (cause if verdict is not None else None)
+    return value
+
+
+def first_line(error: BaseException) -> str:
+    """The message of an error, as a part of one line."""
+    line = next(iter(str(error).splitlines()), "").partition(". See full")[0] or type(error).__name__
+    return line if len(line) <= 120 else f"{line[:117]}..."
+
+
+def refusal(error: BaseException | None) -> str | None:
+    """Why a read failed, if the operating system or the file server refused it; None: it did not.
+
+    Libraries raise some of these errors from others, and TensorStore as a ValueError that names the code in its text.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None and error.errno not in _MISSING:
+            return error.strerror or os.strerror(error.errno)
+        codes = [int(code) for code in re.findall(r"os_error_code='?(\d+)", str(error))]
+        if code := next((code for code in codes if code not in _MISSING), None):
+            return os.strerror(code)
+        if isinstance(error, ValueError) and (status := re.match(_STATUSES, str(error))) is not None:
+            return status[0].lower().replace("_", " ")
+        error = error.__cause__ or error.__context__
+    return None

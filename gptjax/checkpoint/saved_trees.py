@@ -1,0 +1,142 @@
+"""Comparison of the arrays that a checkpoint holds with those that a program wants: names, shapes and dtypes.
+
+It precedes reading, so that a changed config is never taken for a damaged checkpoint.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from gptjax.config import UserError
+
+# Sections and keys of the config on which the arrays of a part of the state depend.
+_PARAMS_FIELDS = ("model.", "peft.", "task.", "chat.", "ppo.", "stage", "init_from", "data.tokenizer")
+_OPTIMIZER_FIELDS = ("optimizer.", "peft.", "ppo.", "stage")
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfigChanges:
+    """How the config of a run differs from the one in its workdir.
+
+    Attributes:
+      allowed: the user allows differences (`--allow_config_changes`).
+      fields: each as "key: old -> new".
+    """
+
+    allowed: bool = False
+    fields: Sequence[str] = ()
+
+    def named(self, item: str) -> str:
+        """The changed fields on which `item` ("params", "ema" or "optimizer") can depend, for a message."""
+        keys = _OPTIMIZER_FIELDS if item == "optimizer" else _PARAMS_FIELDS
+        related = [field for field in self.fields if field.startswith(keys)] or self.fields
+        return "; ".join(related) or "another config, or another version of gptjax or Optax, saved it"
+
+
+def name_of(path: tuple[Any, ...]) -> str:
+    """The name of a leaf, such as "params/head/bias"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree, by name."""
+    return {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def described(tree: Any) -> dict[str, str]:
+    """The dtype and shape of each leaf, by name, such as "float32[16,48]"."""
+    return {
+        name: f"{leaf.dtype}[{','.join(str(size) for size in leaf.shape)}]" for name, leaf in named_leaves(tree).items()
+    }
+
+
+def of_item(arrays: Mapping[str, str], item: str) -> dict[str, str]:
+    """The arrays of one item of a checkpoint, by their names within it."""
+    return {name.removeprefix(f"{item}/"): text for name, text in arrays.items() if name.startswith(f"{item}/")}
+
+
+def first_difference(saved: Mapping[str, str], wanted: Mapping[str, str]) -> str | None:
+    """The first array in which two descriptions differ, in words; None: there is none."""
+    for name in sorted(saved.keys() | wanted.keys()):
+        if saved.get(name) != wanted.get(name):
+            there, here = (text.get(name, "missing") for text in (saved, wanted))
+            return f"{name} is {there} there and {here} here"
+    return None
+
+
+def check_item(item: str, saved: Mapping[str, str], wanted: Mapping[str, str], place: str, why: ConfigChanges) -> None:
+    """Raises UserError, which names the first array that differs and the config fields, unless both are the same."""
+    if (difference := first_difference(saved, wanted)) is not None:
+        raise UserError(f"{place} does not fit this config: {item}/{difference} ({why.named(item)})")
+
+
+def restorable(saved: Mapping[str, str], items: Mapping[str, Any], place: str, why: ConfigChanges) -> dict[str, str]:
+    """The full name in the checkpoint of each array that can be restored, by its full name in `items`.
+
+    Args:
+      saved: what the checkpoint holds, as `described` gives it.
+      items: what is wanted: trees of abstract arrays, by item.
+      place: the checkpoint, for a message.
+      why: where it allows changes, arrays of an optimizer state or a moving average that do not fit are left out.
+
+    Raises:
+      UserError: other arrays do not fit.
+    """
+    wanted, sources = described(items), dict[str, str]()
+    for item in items:
+        there, here = of_item(saved, item), of_item(wanted, item)
+        names = {name: name for name in here}
+        if item == "train":
+            names = _train_names(there, here, place, why)
+        elif item == "ema" and there != here and why.allowed:
+            continue
+        elif item == "ema" and not there:
+            raise UserError(
+                f"{place} has no moving average: leave optimizer.ema_decay unset, or start one at the parameters by "
+                "--allow_config_changes"
+            )
+        else:
+            check_item(item, there, here, place, why)
+        sources |= {f"{item}/{name}": f"{item}/{source}" for name, source in names.items()}
+    return sources
+
+
+def _train_names(there: dict[str, str], here: dict[str, str], place: str, why: ConfigChanges) -> dict[str, str]:
+    """The saved name of each array of item "train"; without the optimizer's state where that does not fit."""
+    saved, wanted = ({n: text for n, text in arrays.items() if n.startswith("opt_state")} for arrays in (there, here))
+    rest = {name: text for name, text in here.items() if name not in wanted}
+    check_item("train", {name: text for name, text in there.items() if name not in saved}, rest, place, why)
+    names = match_optimizer(saved, wanted)
+    if names is None and not why.allowed:
+        difference = first_difference(saved, wanted) or "its structure"
+        raise UserError(
+            f"{place} has another optimizer state: {difference} ({why.named('optimizer')}); "
+            "--allow_config_changes resumes with a fresh one"
+        )
+    return {name: name for name in rest} | (names or {})
+
+
+def match_optimizer(saved: Mapping[str, str], wanted: Mapping[str, str]) -> dict[str, str] | None:
+    """The saved name of each wanted array of the optimizer's state; None: the states differ.
+
+    Names are those of `opt_state`, the states of an `optax.chain`. A transformation without arrays, such as clipping or
+    weight decay, changes the positions of those behind it, and so positions are compared by their order alone.
+    """
+    ranked_saved, ranked_wanted = _ranked(saved), _ranked(wanted)
+    if first_difference(
+        {rank: saved[name] for rank, name in ranked_saved.items()},
+        {rank: wanted[name] for rank, name in ranked_wanted.items()},
+    ):
+        return None
+    return {name: ranked_saved[rank] for rank, name in ranked_wanted.items()}
+
+
+def _ranked(names: Mapping[str, str]) -> dict[str, str]:
+    """Names by what they become when the positions in the chain are counted without gaps."""
+    position = re.compile(r"(opt_state/)(\d+)(?=/|$)")
+    positions = sorted({int(match[2]) for name in names if (match := position.match(name))})
+    rank = {str(number): str(i) for i, number in enumerate(positions)}
+    return {position.sub(lambda match: match[1] + rank[match[2]], name, count=1): name for name in names}

@@ -69,6 +69,11 @@ def check(workdir: Path, family: Family, config: Config) -> None:
         )
     if head is None:
         return
+    if config.task.bidirectional:
+        raise UserError(
+            f"{workdir} attends in both directions (task.bidirectional=true), which no {family.model_type} class of "
+            "transformers does: use gptjax.predict"
+        )
     kind = config.task.kind
     reads = {
         "similarity": "reads the sum of the hidden states of both orders of two texts",

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
-from gptjax.config import Config, MeshConfig, UserError, parse_arg, replace
+from gptjax.config import Config, MeshConfig, UserError, parse_arg, read_config, replace
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.models.gpt import GPT
 from gptjax.parallel.mesh import make_mesh
@@ -53,6 +53,8 @@ def load_model(
     Raises:
       UserError: `workdir` is not a workdir, has no checkpoint, or its model does not fit the mesh.
     """
+    if read_config(workdir).task.bidirectional:
+        raise UserError(f"{workdir} attends in both directions (task.bidirectional=true): use gptjax.predict")
     device_mesh = make_mesh(MeshConfig() if mesh is None else mesh)
     with jax.set_mesh(device_mesh):
         weights = load_weights(workdir, device_mesh, best=best)

@@ -235,6 +235,17 @@ def open_corpus(data: DataConfig, *, context_length: int, seed: int, tokenizer: 
     return Corpus(tokenizer, packed(train, seed), packed(validation, None))
 
 
+def held_out_documents(data: DataConfig) -> Iterator[str]:
+    """Yields the documents of the validation split: those of `open_corpus`, without tokenising the others."""
+    train_source, validation_source = _open_sources(data)
+    if validation_source is not None:
+        yield from validation_source.documents()
+        return
+    for split, document in split_documents(train_source.documents(), data.validation_fraction):
+        if split == "validation":
+            yield document
+
+
 def _open_sources(data: DataConfig) -> tuple[Source, Source | None]:
     def open_(spec: str) -> Source:
         return sources.open_source(

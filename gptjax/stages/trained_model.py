@@ -42,20 +42,22 @@ def load_model(
     dtype: Literal["float32", "bfloat16"] | None = None,
     *,
     best: bool = False,
+    step: int | None = None,
 ) -> TrainedModel:
-    """The newest weights of `workdir`: their moving average where the run kept one.
+    """Loads the newest weights of `workdir`: their moving average where the run kept one.
 
     Args:
       mesh: how to lay them out over the devices; None: all on axis `data`.
       dtype: of activations; None: as trained.
-      best: those of the best checkpoint instead.
+      best: load those of the best checkpoint instead.
+      step: load those of this step instead.
 
     Raises:
-      UserError: not a workdir, no checkpoint in it, or a mesh that does not fit.
+      UserError: not a workdir, no such checkpoint in it, or a mesh that does not fit.
     """
     device_mesh = make_mesh(MeshConfig() if mesh is None else mesh)
     with jax.set_mesh(device_mesh):
-        weights = load_weights(workdir, device_mesh, best=best)
+        weights = load_weights(workdir, device_mesh, best=best, step=step)
     config = predicting(weights.config)
     if dtype is not None:
         config = replace(config, {"model": {"dtype": dtype}})

@@ -1,4 +1,4 @@
-"""The style of all figures."""
+"""The common style of figures."""
 
 from typing import Any
 

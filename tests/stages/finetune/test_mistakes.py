@@ -1,4 +1,4 @@
-"""A user's mistake in fine-tuning: one line that names the culprit and the mend, before anything is compiled."""
+"""User errors in fine-tuning: one line that names the culprit and the fix, before anything is compiled."""
 
 import dataclasses
 import json
@@ -106,6 +106,25 @@ def test_what_is_about_places_is_not_mixed(tmp_path):
         check(config)
     with pytest.raises(UserError, match=r"peft\.method=lora .* init_from"):
         check(with_method(run_config(tmp_path, "tagging", None), "lora"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "words"),
+    [
+        ("regression", {"regularisation": {"label_smoothing": 0.1}}, ["label_smoothing=0.1", "task.kind=regression"]),
+        ("question_answering", {"regularisation": {"label_smoothing": 0.1}}, ["label_smoothing", "set it to 0"]),
+        ("regression", {"task": {"balanced_labels": True}}, ["task.balanced_labels", "task.kind=regression"]),
+        ("tagging", {"task": {"bidirectional": True}}, ["task.bidirectional", "task.lm_weight=0.5 to 0"]),
+        (
+            "tagging",
+            {"task": {"bidirectional": True, "lm_weight": 0.0}, "model": {"attention_backend": "splash"}},
+            ["model.attention_backend=splash", "auto"],
+        ),
+    ],
+)
+def test_what_a_task_would_ignore_or_contradict(kind, changes, words, tmp_path):
+    refused(replace(run_config(tmp_path, kind, None), changes), tmp_path, *words)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

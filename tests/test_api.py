@@ -21,6 +21,21 @@ def test_importing_the_library_imports_nothing_heavy():
     assert found.stdout == "[]\n"
 
 
+@pytest.mark.parametrize("command", [path.stem for path in sorted((ROOT / "gptjax").glob("*.py"))])
+def test_no_command_imports_jax_before_its_flags_are_checked(command):
+    if "cli.run(main" not in (ROOT / "gptjax" / f"{command}.py").read_text():
+        pytest.skip("no command")
+    code = f"import sys, gptjax.{command}; print('jax' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert found.stdout == "False\n"
+
+
+def test_reading_weights_does_not_import_grain():
+    code = "import sys, gptjax.inference.engine, gptjax.stages.trained_model; print('grain' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert found.stdout == "False\n"
+
+
 @pytest.mark.parametrize("name", gptjax.__all__)
 def test_every_public_name_is_there(name):
     assert getattr(gptjax, name).__doc__

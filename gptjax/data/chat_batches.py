@@ -15,7 +15,6 @@ import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import grain
 import numpy as np
 
 from gptjax.data.pipeline import Example, PackedExamples
@@ -114,7 +113,7 @@ class Epochs:
         return generator.permutation(self._num_permuted)
 
 
-class PackedConversations(Epochs, grain.sources.RandomAccessDataSource[Example]):
+class PackedConversations(Epochs):
     """Rows (T,) of conversations, with the arrays above, but for the axis R; every conversation once an epoch.
 
     Args:
@@ -179,7 +178,7 @@ class RankedSequences(NamedTuple):
     levels: Sequence[int]
 
 
-class RankedAnswers(Epochs, grain.sources.RandomAccessDataSource[Example]):
+class RankedAnswers(Epochs):
     """Elements of R rows of T positions: one prompt or several, each with all its answers; every prompt once an epoch.
 
     All elements have one shape, the smallest in which each prompt has room alone: T is the bucket of the longest

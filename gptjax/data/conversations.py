@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import grain
 import numpy as np
 
 from gptjax.config import UserError
@@ -223,6 +222,8 @@ def random_rankings(conversations: Sequence[Conversation], answers: int, seed: i
     Raises:
       UserError: there are not so many others.
     """
+    import grain
+
     true: dict[tuple[Message, ...], set[str]] = {}
     owners: dict[str, set[int]] = {}  # which conversations have an answer
     turns = [(number, *turn) for number, conversation in enumerate(conversations) for turn in _turns(conversation)]

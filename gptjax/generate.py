@@ -66,6 +66,7 @@ WEIGHTS = flags.DEFINE_enum(
 MESH = flags.DEFINE_string("mesh", "", "Layout over the devices, such as fsdp=2,tensor=4; default: all on data.")
 LOGPROBS = flags.DEFINE_bool("logprobs", False, "Output token ids and log-probabilities, as JSON.")
 OUTPUT = flags.DEFINE_string("output", None, "Write JSON lines to this file.")
+CHECKPOINT = cli.CheckpointFlags()
 CACHE_DIR = cli.define_cache_dir()
 
 
@@ -88,7 +89,8 @@ def main() -> None:
     from gptjax.stages.trained_model import load_model, parse_mesh
 
     program_cache.use(expand(CACHE_DIR.value))
-    trained = load_model(expand(WORKDIR.value), parse_mesh(MESH.value))
+    mesh = parse_mesh(MESH.value)
+    trained = load_model(expand(WORKDIR.value), mesh, best=CHECKPOINT.best, step=CHECKPOINT.step)
     engine = Engine(trained.model, trained.params, trained.tokenizer, trained.mesh, cast(Any, WEIGHTS.value))
     del trained  # the engine has its own copy
     prompts = [encode(engine, record["prompt"]) for record in records]

@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 import jax
 
-from gptjax.config import UserError, read_config
+from gptjax.config import Config, UserError, read_config
 from gptjax.data import conversations
-from gptjax.data.sources import open_source
+from gptjax.data.pipeline import held_out_documents
+from gptjax.data.sources import is_packaged, open_source
 from gptjax.data.templates import chat_format
 from gptjax.distributed import processes
 from gptjax.evaluation.catalogue import BENCHMARKS, check_name, read_benchmark
@@ -51,6 +52,8 @@ class Options:
     mesh: str = ""
     dtype: Literal["float32", "bfloat16"] | None = None
     output: Path | None = None
+    best: bool = False
+    step: int | None = None
 
 
 def check(options: Options) -> None:
@@ -67,10 +70,8 @@ def check(options: Options) -> None:
     names = [_short(name, options) for name in dict.fromkeys(options.tasks)]
     if len(set(names)) < len(names):
         raise UserError(f"--tasks={','.join(options.tasks)}: two files have the same name: evaluate them separately")
-    if PERPLEXITY in options.tasks and options.source is None:
-        raise UserError("--tasks=perplexity needs a text, as in --source=text:wiki.test.tokens")
     if options.held_out and options.source is not None:
-        raise UserError("--source and --held_out exclude each other: both name the conversations of --tasks=dialogue")
+        raise UserError("--source and --held_out exclude each other: both say what perplexity and dialogue read")
     if options.source is not None and not {PERPLEXITY, DIALOGUE} & set(options.tasks):
         raise UserError("--source is for --tasks=perplexity and --tasks=dialogue")
     if options.source is not None and PERPLEXITY in options.tasks:
@@ -79,14 +80,18 @@ def check(options: Options) -> None:
         conversations.check_spec(options.source)
     if PERPLEXITY not in options.tasks and (options.stride or options.detokenizer or options.concatenate):
         raise UserError("--stride, --detokenizer and --concatenate are for --tasks=perplexity")
-    if DIALOGUE not in options.tasks and (options.max_new_tokens or options.reward_model or options.held_out):
-        raise UserError("--max_new_tokens, --reward_model and --held_out are for --tasks=dialogue")
+    if options.held_out and not {PERPLEXITY, DIALOGUE} & set(options.tasks):
+        raise UserError("--held_out is for --tasks=perplexity and --tasks=dialogue")
+    if DIALOGUE not in options.tasks and (options.max_new_tokens or options.reward_model):
+        raise UserError("--max_new_tokens and --reward_model are for --tasks=dialogue")
     if options.detokenizer is not None:
         get_detokenizer(options.detokenizer)
 
 
 def evaluate(workdir: Path, options: Options) -> dict[str, Any]:
-    """Evaluates the newest weights of a workdir; prints a table, writes the report and returns it.
+    """Evaluates the newest weights of a workdir, or those that `options` choose.
+
+    Prints a table, writes the report and returns it.
 
     Raises:
       UserError: see `check` and `load_model`; a task cannot be read or does not fit the model.
@@ -96,13 +101,8 @@ def evaluate(workdir: Path, options: Options) -> dict[str, Any]:
     if DIALOGUE in options.tasks and not registry.definition(config).chats:
         chats = ", ".join(name for name, stage in registry.DEFINITIONS.items() if stage.chats)
         raise UserError(f"{workdir} is of stage {config.stage}: --tasks=dialogue is for stages {chats}")
-    if DIALOGUE in options.tasks and options.source is None and not options.held_out:
-        # The config may be untrusted: it must not choose which files of this machine are read.
-        raise UserError(
-            "--tasks=dialogue needs --source=jsonl:FILE, or --held_out to read what the run held out of "
-            f"{config.data.validation_source or config.data.source}"
-        )
-    trained = load_model(workdir, parse_mesh(options.mesh), options.dtype)
+    _check_held_out(options, config)
+    trained = load_model(workdir, parse_mesh(options.mesh), options.dtype, best=options.best, step=options.step)
     scorer = Scorer(trained.model, trained.params, trained.mesh, options.batch_size)
     directory = workdir / "evaluation"
     names = tuple(dict.fromkeys(options.tasks))
@@ -123,7 +123,7 @@ def evaluate(workdir: Path, options: Options) -> dict[str, Any]:
             "metrics": {metric: _json(measured) for metric, measured in metrics.items()},
             "requests": len(task.requests),
             "truncated_requests": sum(map(scorer.is_truncated, task.requests)),
-            "source": options.source if name in (PERPLEXITY, DIALOGUE) else name,
+            "source": _source(name, options, config),
             **task.settings,
             **stated,
             **({} if score is None or name != DIALOGUE else {"reward_model": str(options.reward_model)}),
@@ -157,11 +157,31 @@ def evaluate(workdir: Path, options: Options) -> dict[str, Any]:
     return report
 
 
+def _check_held_out(options: Options, config: Config) -> None:
+    """Raises UserError where a task would read the run's held-out data without --held_out, or data of another kind.
+
+    The config may be someone else's: without consent it must not choose which files of this machine are read. The text
+    of an installed package needs no consent.
+    """
+    if options.source is not None:
+        return
+    named = config.data.validation_source or config.data.source
+    definition = registry.definition(config)
+    if PERPLEXITY in options.tasks and (definition.conversational or definition.head is not None):
+        raise UserError(f"--tasks=perplexity needs --source=text:FILE: stage {config.stage} trains on no plain text")
+    for task, form in ((PERPLEXITY, "text"), (DIALOGUE, "jsonl")):
+        allowed = options.held_out or (task == PERPLEXITY and is_packaged(named))
+        if task in options.tasks and not allowed:
+            raise UserError(
+                f"--tasks={task} needs --source={form}:FILE, or --held_out to read what the run held out of {named}"
+            )
+
+
 def _prepare(name: str, options: Options, trained: TrainedModel) -> ExampleTask | PerplexityTask | DialogueTask:
     if name == PERPLEXITY:
-        assert options.source is not None
+        data = trained.config.data
         return perplexity_task(
-            open_source(options.source).documents(),
+            held_out_documents(data) if options.source is None else open_source(options.source).documents(),
             trained.tokenizer,
             trained.model.config.context_length,
             limit=options.limit,
@@ -206,6 +226,13 @@ def _short(name: str, options: Options) -> str:
     if name in (PERPLEXITY, DIALOGUE) and options.source is not None:
         return f"{name}:{options.source}"
     return Path(name).stem if name.endswith(".jsonl") else name
+
+
+def _source(name: str, options: Options, config: Config) -> str | None:
+    """What a task's examples were read from, for the report."""
+    if name == PERPLEXITY and options.source is None:
+        return f"held out of {config.data.validation_source or config.data.source}"
+    return options.source if name in (PERPLEXITY, DIALOGUE) else name
 
 
 def _json(measured: Measurement) -> dict[str, float | None]:

@@ -34,7 +34,7 @@ from gptjax.stages.saved_weights import given_base, load_given, load_parts
 _EMBEDDING = "token_embedding/embedding"
 
 
-def export_adapter(workdir: Path, directory: Path) -> None:
+def export_adapter(workdir: Path, directory: Path, *, best: bool = False, step: int | None = None) -> None:
     """Writes the LoRA matrices of a workdir as a PEFT directory, to be loaded over the exported `init_from`.
 
     Other trained parameters are in `modules_to_save`: the embeddings, if special tokens were added (the whole table, so
@@ -55,7 +55,8 @@ def export_adapter(workdir: Path, directory: Path) -> None:
     task_heads.check(workdir, family, config)
     mesh, is_task = make_mesh(MeshConfig()), registry.definition(config).head == "task"
     with jax.set_mesh(mesh):
-        parts = load_parts(workdir, mesh, best=registry.definition(config).uses_best_checkpoint)
+        best = best or registry.definition(config).uses_best_checkpoint
+        parts = load_parts(workdir, mesh, best=best, step=step)
         params = peft.join(parts.base, parts.trained)
     head, leaves = None, peft.flatten(params)
     if is_task:

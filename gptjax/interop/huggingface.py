@@ -191,7 +191,7 @@ def import_workdir(
             checkpoints.save_params(params)
 
 
-def export_workdir(workdir: Path, directory: Path) -> None:
+def export_workdir(workdir: Path, directory: Path, *, best: bool = False, step: int | None = None) -> None:
     """Writes the newest weights of a workdir as a Hugging Face directory (`save_pretrained`).
 
     Low-rank matrices are merged. A fine-tuned task becomes the transformers class with its head (`interop.task_heads`)
@@ -208,10 +208,10 @@ def export_workdir(workdir: Path, directory: Path) -> None:
     mesh = make_mesh(MeshConfig())
     abstract = abstract_params(GPT(config.model), mesh)
     definition = registry.definition(config)
-    if definition.adds_tokens or config.peft.method != "none":
+    if definition.adds_tokens or config.peft.method != "none" or best or step is not None:
         is_task = definition.head == "task"
         with jax.set_mesh(mesh):
-            weights = load_weights(workdir, mesh, best=definition.uses_best_checkpoint)
+            weights = load_weights(workdir, mesh, best=best or definition.uses_best_checkpoint, step=step)
         head, leaves = None, _by_path(weights.gpt)
         if is_task:
             head, leaves = task_heads.split_head(family, config, tokenizer, weights.gpt | {"head": weights.head})

@@ -42,6 +42,7 @@ def load_model(
     dtype: Literal["float32", "bfloat16"] | None = None,
     *,
     best: bool = False,
+    step: int | None = None,
 ) -> TrainedModel:
     """Loads the newest weights of `workdir`, or their moving average if the run kept one.
 
@@ -49,15 +50,16 @@ def load_model(
       mesh: device mesh over which the parameters are sharded; None: all devices on axis `data`.
       dtype: dtype of activations; None: as in training.
       best: loads the best checkpoint instead.
+      step: loads the checkpoint of this step instead.
 
     Raises:
-      UserError: `workdir` is not a workdir, has no checkpoint, or its model does not fit the mesh.
+      UserError: `workdir` is not a workdir, has no such checkpoint, or its model does not fit the mesh.
     """
     if read_config(workdir).task.bidirectional:
         raise UserError(f"{workdir} attends in both directions (task.bidirectional=true): use gptjax.predict")
     device_mesh = make_mesh(MeshConfig() if mesh is None else mesh)
     with jax.set_mesh(device_mesh):
-        weights = load_weights(workdir, device_mesh, best=best)
+        weights = load_weights(workdir, device_mesh, best=best, step=step)
     config = predicting(weights.config)
     if dtype is not None:
         config = replace(config, {"model": {"dtype": dtype}})

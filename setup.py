@@ -12,6 +12,7 @@ DEMO = [
 ]
 RETRIEVAL = ["bm25s>=0.3.9"]
 TEST = [*DEMO, *WANDB, *RETRIEVAL, "pytest>=9.0", "pytest-xdist>=3.8", "hypothesis>=6.170"]
+DOCS = ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
 LM_EVAL = ["lm-eval>=0.4.13,<0.5"]
 # What models and losses are compared with, by tests that are skipped without it; the library never imports it. This
 # torch is the CPU's on Python 3.11; elsewhere the package index has it with CUDA, which is some gigabytes. Later
@@ -61,6 +62,7 @@ setup(
         "retrieval": RETRIEVAL,
         "interop": INTEROP,
         "lm-eval": LM_EVAL,
+        "docs": DOCS,
         "test": TEST,
         "dev": [*TEST, "mypy~=2.4.1", "ruff~=0.17.6"],
     },

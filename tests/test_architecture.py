@@ -38,6 +38,12 @@ def test_every_package_stands_in_the_order() -> None:
     assert folders == set(ORDER) - {"commands", "files"}
 
 
+def test_every_folder_with_modules_is_a_package() -> None:
+    """An installed copy lacks folders without __init__.py, and an empty one is easily lost in a merge."""
+    folders = {path.parent for path in LIBRARY}
+    assert [folder for folder in folders if not (folder / "__init__.py").exists()] == []
+
+
 def test_no_stage_is_asked_for_by_name_outside_the_stages() -> None:
     assert stage_tests() == []
 

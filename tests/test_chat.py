@@ -20,6 +20,7 @@ from gptjax.data.conversations import read_conversations
 from gptjax.data.tokenizers import BytesTokenizer
 from gptjax.models.gpt import GPT
 from gptjax.run import run
+from tests.commands import run_command
 from tests.tiny_chats import config_of
 
 
@@ -35,7 +36,7 @@ def command(*flags: str) -> list[str]:
 
 
 def chat(stdin: str, *flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*flags), input=stdin, capture_output=True, text=True, timeout=120)
+    return run_command("gptjax.chat", *flags, stdin=stdin)
 
 
 def test_a_conversation_from_a_pipe(workdir, tmp_path):
@@ -63,8 +64,12 @@ def test_mistakes_end_it_in_one_line(workdir, pretrained, tmp_path):
     (tmp_path / "reward" / "config.json").write_text(to_json(config_of("reward", tmp_path, pretrained)))
     for stdin, flags, message in (
         ("", [], "error: needs --workdir=DIR"),
-        ("", [f"--workdir={pretrained}"], f"error: {pretrained} is of stage pretrain, which does not answer"),
-        ("", [f"--workdir={tmp_path / 'reward'}"], f"error: {tmp_path / 'reward'} is of stage reward, which does not"),
+        ("", [f"--workdir={pretrained}"], f"error: {pretrained} is of stage pretrain, which does not chat"),
+        (
+            "",
+            [f"--workdir={tmp_path / 'reward'}"],
+            f"error: {tmp_path / 'reward'} is of stage reward, which does not chat",
+        ),
         ("", [f"--workdir={workdir}", "--max_new_tokens=0"], "error: flag --max_new_tokens=0"),
         ("", [f"--workdir={workdir}", "--documents=/none"], "error: there is no folder /none"),
         ("q1\n/save\n", [f"--workdir={workdir}"], "error: /save needs a FILE"),
@@ -77,7 +82,7 @@ def test_mistakes_end_it_in_one_line(workdir, pretrained, tmp_path):
 
 
 def test_input_that_is_no_text(workdir):
-    result = subprocess.run(command(f"--workdir={workdir}"), input=b"caf\xe9\n", capture_output=True, timeout=120)
+    result = run_command("gptjax.chat", f"--workdir={workdir}", stdin=b"caf\xe9\n", text=False)
     assert result.returncode == 2
     assert result.stderr.startswith(b"error: standard input:1 is not UTF-8 at byte 3")
 

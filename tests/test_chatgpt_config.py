@@ -31,6 +31,15 @@ def test_every_stage_resolves(module, pretrained):
         module.get_config("stage=rlhf")
 
 
+def test_dpo_has_no_dropout_and_keeps_the_checkpoint_of_the_lowest_loss(module, pretrained):
+    """The margin grows while the policy overfits."""
+    for end in ("", ",runlocal"):
+        dpo = c.resolve(module.get_config(f"stage=dpo,init_from={pretrained}{end}"))
+        assert dpo.evaluation.metric == "loss"
+        model = dpo.model
+        assert (model.embedding_dropout, model.attention_dropout, model.residual_dropout) == (0, 0, 0)
+
+
 def test_instructgpts_numbers(module):
     """Ouyang et al. 2022, appendix C."""
     sft, reward = (c.resolve(module.get_config(f"stage={stage}")) for stage in ("sft", "reward"))

@@ -10,17 +10,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import run_command
+
 ROOT = Path(__file__).parents[1]
 RUNLOCAL = "--config=configs/gpt2.py:runlocal"
 
 
 def main(*arguments: object, workdir: Path | None = None, limits: str = "") -> subprocess.CompletedProcess:
     """Runs the command, under a shell's `ulimit` where there are limits."""
-    command = [sys.executable, "-m", "gptjax.main", *map(str, arguments)]
-    if limits:
-        command = ["bash", "-c", f'ulimit {limits}; exec "$0" "$@"', *command]
-    if workdir is not None:
-        command.append(f"--workdir={workdir}")
+    flags = [*arguments] if workdir is None else [*arguments, f"--workdir={workdir}"]
+    if not limits:
+        return run_command("gptjax.main", *flags)
+    command = ["bash", "-c", f'ulimit {limits}; exec "$0" "$@"', sys.executable, "-m", "gptjax.main", *map(str, flags)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
@@ -39,11 +40,8 @@ def assert_one_line(result: subprocess.CompletedProcess, *words: str) -> None:
 def test_a_tilde_is_the_home_directory(command, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("[")
-    arguments = [sys.executable, "-m", *f"gptjax.{command}".split(), "--workdir=~/run"]
-    environment = {**os.environ, "HOME": str(tmp_path)}
-    result = subprocess.run(
-        arguments, capture_output=True, text=True, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL
-    )
+    name, *flags = command.split()
+    result = run_command(f"gptjax.{name}", *flags, "--workdir=~/run", environment={"HOME": str(tmp_path)})
     assert_one_line(result, f"{tmp_path}/run/config.json")
 
 

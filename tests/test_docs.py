@@ -1,20 +1,23 @@
-"""The pages of docs/ and the files of examples/ name what exists: paths, modules, flags, config keys."""
+"""The pages of docs/ and examples/ name paths, modules, flags and config keys that exist; the config reference."""
 
+import dataclasses
 import importlib.util
 import re
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
-from gptjax.config import check_key
+from gptjax.config import Config, check_key, reference
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(path for folder in ("docs", "examples") for path in (ROOT / folder).iterdir() if path.is_file())
+GUIDES = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [*GUIDES, *sorted(path for path in (ROOT / "examples").iterdir() if path.is_file())]
 # Flags of other programs that the pages call.
 OTHERS = {
     *("zone", "worker", "command", "accelerator-type", "version", "node-count", "implicit-dirs"),
     *("kill-on-bad-exit", "job-name", "nodes", "ntasks-per-node", "gres", "cpus-per-task", "time", "requeue"),
-    *("open-mode", "output", "xla_force_host_platform_device_count"),
+    *("open-mode", "output", "xla_force_host_platform_device_count", "xla_gpu_exclude_nondeterministic_ops"),
 }
 
 
@@ -26,27 +29,86 @@ def defined_flags() -> set[str]:
     return set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', code))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_flags_and_config_keys_exist(page: Path) -> None:
     named = re.findall(r"(?<![\w-])--([a-z][\w-]*)(?:\.([\w.]*\w))?", page.read_text())
-    assert named
+    assert named or page.name == "index.md"
     for name, key in named:
         assert name in defined_flags() | OTHERS, f"no flag --{name}"
         if key:
             check_key(key)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_modules_and_paths_exist(page: Path) -> None:
     text = page.read_text()
-    modules = re.findall(r"\b(gptjax\.(?:main|evaluate|generate|convert|plan|predict|chat)|benchmarks\.\w+)\b", text)
+    modules = re.findall(
+        r"\b(gptjax\.(?:main|evaluate|generate|convert|plan|predict|chat)|benchmarks\.(?!md\b)\w+)\b", text
+    )
     assert not [module for module in modules if importlib.util.find_spec(module) is None]
     links = {page.parent / link for link in re.findall(r"\]\((?!http|#)([^)#]+)", text)}
     paths = {ROOT / path for path in re.findall(r"(?<![\w/.-])((?:gptjax|configs|tests|examples)/[\w./-]*\w)", text)}
     assert not [path for path in links | paths if not path.exists()]
 
 
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_config_keys_in_backticks_exist(guide: Path) -> None:
+    sections = [name for name in reference.sections() if name]
+    for section, key in re.findall(rf"`({'|'.join(sections)})\.([a-z_]+)(?=[`=])", guide.read_text()):
+        check_key(f"{section}.{key}")
+
+
 def test_there_are_pages() -> None:
-    assert {"multi_host.md", "finetuning.md", "chat.md", "slurm.sbatch", "gke_jobset.yaml"} <= {
-        page.name for page in PAGES
+    named = {page.relative_to(ROOT).as_posix() for page in PAGES}
+    assert {"docs/multi_host.md", "docs/finetuning.md", "docs/chat.md", "examples/slurm.sbatch"} <= named
+    assert {"docs/zh/training.md", "docs/zh/finetuning.md", "docs/zh/chat.md", "examples/gke_jobset.yaml"} <= named
+
+
+def test_every_guide_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    assert not [guide for guide in GUIDES if guide.relative_to(ROOT / "docs").as_posix() not in navigation]
+
+
+def test_the_config_reference_has_every_key_once() -> None:
+    def names(section: object, prefix: str = "") -> list[str]:
+        found = []
+        for field in dataclasses.fields(section):  # type: ignore[arg-type]
+            value = getattr(section, field.name)
+            inner = dataclasses.is_dataclass(value)
+            found += names(value, f"{prefix}{field.name}.") if inner else [prefix + field.name]
+        return found
+
+    listed = [key.name for section in reference.sections() for key in reference.keys(section)]
+    assert sorted(listed) == sorted(names(Config()))
+    assert all(f"`{name}`" in reference.markdown() for name in listed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Commented:
+    """A docstring."""
+
+    # Above,
+    # over two lines
+    first: int = 1
+    second: Literal["a", "b"] = "a"  # behind;
+    # continued below
+    third: tuple[str, ...] = (
+        "x",  # inside
+    )
+
+    fourth: int | None = None
+
+
+def test_the_config_reference_reads_the_comments_of_fields() -> None:
+    assert reference.field_comments(Commented) == {
+        "first": "Above, over two lines",
+        "second": "behind; continued below",
+        "third": "inside",
+        "fourth": "",
     }
+
+
+def test_the_config_reference_escapes_what_a_markdown_table_would_read() -> None:
+    lines = [line for line in reference.markdown().splitlines() if line.startswith("| `")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {5}
+    assert not [line for line in lines if re.search(r"<(?!/?code>)", line)]

@@ -200,7 +200,7 @@ def test_a_model_says_the_label_of_each_text(monitoring, tmp_path):
     for one in said:
         assert one["label"] == max(LABELS, key=one["probabilities"].__getitem__)
     assert monitoring.classify(workdir, texts[::-1], 2, "negative")[0] == said[::-1]
-    with pytest.raises(UserError, match="does not tell 'sad': --label is one of negative, neutral, positive"):
+    with pytest.raises(UserError, match="has no label 'sad': --label is one of negative, neutral, positive"):
         monitoring.classify(workdir, texts, 2, "sad")
     found = monitoring.shares([day] * 3, [one["label"] for one in said], LABELS, "day")
     alert = monitoring.Alert(day, 3, 0.5, 0.1, 0.4)

@@ -10,6 +10,7 @@ from gptjax.config import UserError
 from gptjax.data import labelled
 from gptjax.metrics.task_reports import MAIN_METRIC
 from gptjax.run import run
+from gptjax.stages import registry
 from gptjax.stages.finetune import build as finetune
 from tests.tiny_tasks import MODEL, config_module, save_pretrained
 
@@ -47,6 +48,29 @@ def test_section_4_1_of_gpt1(module):
     )
     assert (config.task.lm_weight, config.task.head_dropout) == (0.5, 0.1)
     assert config.data.source == "tweets"
+
+
+def test_full_attention_is_without_the_language_model_loss(module):
+    for end in ("", ",runlocal"):
+        config = c.resolve(module.get_config(f"task=question_answering,bidirectional{end}"))
+        assert (config.task.bidirectional, config.task.lm_weight) == (True, 0.0)
+        registry.check(config)
+
+
+def test_runlocal_finds_the_entities_of_the_training_rows(module, tmp_path, monkeypatch):
+    """The defaults find entities: a run with them, on few sentences that repeat, does not end at an F1 of 0."""
+    sentences = labelled.read_rows("hironsan", "tagging")[:8]
+    monkeypatch.setattr(finetune, "read_rows", lambda spec, *args, **kwargs: sentences)
+    edited = module.get_config("task=ner,runlocal")
+    edited.data.tokenizer = "bytes"
+    edited.data.validation_source = "hironsan"
+    edited.data.cache_dir = str(tmp_path / "cache")
+    edited.batch.tokens_per_batch = 4 * edited.model.context_length
+    edited.evaluation.every_epochs = 16.0
+    edited.checkpoint.every_epochs = None
+    config = c.resolve(edited)
+    assert (config.task.label_piece, config.batch.epochs) == ("last", 16.0)
+    assert run(config, tmp_path / "run").validation["entity_f1"] > 0.1
 
 
 def test_every_method_needs_and_takes_weights_to_start_from(module, pretrained):

@@ -22,6 +22,7 @@ from gptjax.inference.engine import Engine
 from gptjax.inference.sampling import Sampling
 from gptjax.models.gpt import GPT
 from gptjax.stages.trained_model import load_model
+from tests.commands import run_command
 
 ROOT = Path(__file__).parents[1]
 MODEL = c.GPTConfig(vocab_size=257, context_length=32, num_layers=1, num_heads=2, embed_dim=16, dtype="float32")
@@ -93,10 +94,8 @@ def test_seeds_of_any_size(workdir):
 
 
 def generate(workdir: Path | None, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "gptjax.generate", *arguments]
-    if workdir is not None:
-        command.append(f"--workdir={workdir}")
-    return subprocess.run(command, input=stdin.encode(), capture_output=True, cwd=ROOT)
+    flags = [*arguments] if workdir is None else [*arguments, f"--workdir={workdir}"]
+    return run_command("gptjax.generate", *flags, stdin=stdin, text=False)
 
 
 def test_one_prompt_is_text_and_several_are_json_lines(workdir, tmp_path):

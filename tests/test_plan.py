@@ -2,9 +2,7 @@
 
 import importlib.util
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +10,12 @@ import pytest
 from gptjax.config import DataConfig, UserError
 from gptjax.data.tokenizers import get_tokenizer, vocab_size
 from gptjax.planning.topology import check_libtpu, parse_topology
+from tests.commands import run_command
 
 ROOT = Path(__file__).parents[1]
 TINY = """
 from gptjax import config as c
+from tests.commands import run_command
 
 def get_config(arg=None):
     return c.config_dict(c.Config(
@@ -34,8 +34,7 @@ def home(tmp_path_factory) -> Path:
 
 
 def plan(home: Path, *arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "gptjax.plan", f"--config={home / 'tiny.py'}", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "HOME": str(home)})
+    return run_command("gptjax.plan", f"--config={home / 'tiny.py'}", *arguments, environment={"HOME": str(home)})
 
 
 @pytest.mark.parametrize(

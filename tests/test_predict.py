@@ -1,11 +1,10 @@
-"""The command `gptjax.predict`: what it says of new texts, of several workdirs side by side, and what it refuses."""
+"""The command `gptjax.predict`: predictions, several workdirs, scores of labelled rows, and refused input."""
 
 import bz2
 import codecs
 import importlib
 import io
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,10 +12,12 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from gptjax.config import Config, UserError, replace
+from gptjax.config import Config, UserError, read_config, replace
 from gptjax.run import run
 from gptjax.stages import start
-from tests.tiny_tasks import records, run_config, with_method
+from gptjax.training.metrics_file import read_metrics
+from tests.commands import run_command
+from tests.tiny_tasks import KINDS, records, run_config, with_method
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,13 +66,13 @@ def workdir_of(pretrained, tmp_path_factory) -> Callable[..., Path]:
     return workdir_of
 
 
-def test_says_of_each_line_what_the_run_said_of_the_same_text(command, workdir_of, tmp_path):
+def test_predictions_equal_those_of_the_run(command, workdir_of, tmp_path):
     workdir = workdir_of("classification", "lora")
-    said = [json.loads(line) for line in (workdir / "predictions.jsonl").read_text().splitlines()]
-    stdin = "\n\n".join(record["text"] for record in said) + "\n"  # lines with nothing on them are none
+    predicted = [json.loads(line) for line in (workdir / "predictions.jsonl").read_text().splitlines()]
+    stdin = "\n\n".join(record["text"] for record in predicted) + "\n"  # lines with nothing on them are none
     found = command(f"--workdir={workdir}", stdin=stdin)
-    assert [record["text"] for record in found] == [record["text"] for record in said]
-    for record, of_run in zip(found, said, strict=True):
+    assert [record["text"] for record in found] == [record["text"] for record in predicted]
+    for record, of_run in zip(found, predicted, strict=True):
         assert record.keys() == {"text", "predicted"}
         assert record["predicted"]["label"] == of_run["predicted"]["label"]
         assert record["predicted"]["probabilities"] == pytest.approx(of_run["predicted"]["probabilities"], abs=2e-6)
@@ -79,8 +80,8 @@ def test_says_of_each_line_what_the_run_said_of_the_same_text(command, workdir_o
     arguments = [f"--workdir={workdir}", f"--input={tmp_path / 'texts'}"]
     assert command(*arguments) == found
     assert command(*arguments, "--batch_size=2") == found
-    assert command(*arguments, f"--output={tmp_path / 'said'}") == []
-    assert [json.loads(line) for line in (tmp_path / "said").read_text().splitlines()] == found
+    assert command(*arguments, f"--output={tmp_path / 'predicted'}") == []
+    assert [json.loads(line) for line in (tmp_path / "predicted").read_text().splitlines()] == found
 
 
 def test_several_adapters_share_one_base(command, workdir_of, monkeypatch):
@@ -136,10 +137,10 @@ def test_words_are_separated_by_blanks_and_tabs_as_in_training(command, workdir_
 
 def test_output_keeps_links_and_is_no_folder(command, workdir_of, tmp_path):
     workdir = f"--workdir={workdir_of('classification')}"
-    (tmp_path / "said").write_text("old")
-    (tmp_path / "link").symlink_to(tmp_path / "said")
+    (tmp_path / "predicted").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "predicted")
     command(workdir, f"--output={tmp_path / 'link'}", stdin="good\n")
-    assert json.loads((tmp_path / "said").read_text())["text"] == "good"
+    assert json.loads((tmp_path / "predicted").read_text())["text"] == "good"
     with pytest.raises(UserError, match=f"--output={tmp_path} is a directory"):
         command(workdir, f"--output={tmp_path}", stdin="good\n")
 
@@ -151,6 +152,66 @@ def test_rows_of_a_file_and_its_columns(command, workdir_of, tmp_path):
     assert [record["text"] for record in found] == ["good 1", "bad 2"]
     with pytest.raises(UserError, match="no column for text"):
         command(f"--workdir={workdir}", source)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_labelled_rows_are_scored_as_in_the_run(command, workdir_of, tmp_path, capsys, kind):
+    """The report of the validation rows, which is also the run's own."""
+    workdir = workdir_of(kind)
+    source = f"--source={read_config(workdir).data.validation_source}"
+    predicted = command(f"--workdir={workdir}", source, f"--report={tmp_path / 'report.json'}")
+    report, in_run = (json.loads((place / "report.json").read_text()) for place in (tmp_path, workdir))
+    assert report.keys() == in_run.keys()
+    for name, value in report.items():
+        assert value == (pytest.approx(in_run[name], rel=1e-5) if isinstance(value, float) else in_run[name])
+    assert len(predicted) == 5  # standard output has the predictions only
+    assert " of 5 " in capsys.readouterr().err or kind == "tagging"
+    unscored = command(f"--workdir={workdir}", source, "--noscore")
+    assert [record["predicted"] for record in unscored] == [record["predicted"] for record in predicted]
+    assert capsys.readouterr().err == ""
+
+
+def test_labels_that_cannot_be_scored(command, workdir_of, tmp_path, caplog):
+    """They do not keep rows from being predicted, unless metrics are asked for."""
+    (tmp_path / "new.csv").write_text("text,label\ngood 1,\nbad 2,\n")
+    arguments = (f"--workdir={workdir_of('classification', 'head')}", f"--source=csv:{tmp_path / 'new.csv'}")
+    found = command(*arguments)
+    assert [record.keys() for record in found] == [{"text", "predicted"}] * 2
+    assert "not scored: " in caplog.text
+    with pytest.raises(UserError, match=r"new\.csv:2: label is empty"):
+        command(*arguments, "--score")
+    (tmp_path / "new.csv").write_text("text,label\ngood 1,great\n")
+    with pytest.raises(UserError, match="unknown label 'great'"):
+        command(*arguments, f"--report={tmp_path / 'report.json'}")
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_the_checkpoint_is_chosen(command, pretrained, tmp_path):
+    config = replace(run_config(tmp_path, "classification", pretrained), {"optimizer": {"peak_lr": 0.3}})
+    config = replace(config, {"checkpoint": {"every_tokens": 1}, "evaluation": {"every_tokens": 1}})
+    run(replace(config, {"batch": {"epochs": 2.4}}), tmp_path / "run")  # the last step overshoots
+    losses = {
+        record["step"]: record["loss"]
+        for record in read_metrics(tmp_path / "run")[1]
+        if record["split"] == "validation"
+    }
+    best, newest = min(list(losses)[1:], key=losses.__getitem__), max(losses)
+    assert best != newest
+
+    def loss(*arguments: str) -> float:
+        report = tmp_path / "report.json"
+        command(
+            f"--workdir={tmp_path / 'run'}",
+            f"--source={config.data.validation_source}",
+            f"--report={report}",
+            *arguments,
+        )
+        return json.loads(report.read_text())["loss"]
+
+    assert loss() == loss("--best") == loss(f"--step={best}") == pytest.approx(losses[best], rel=1e-5)
+    assert loss("--nobest") == loss(f"--step={newest}") == pytest.approx(losses[newest], rel=1e-5)
+    with pytest.raises(UserError, match="no checkpoint 999"):
+        loss("--step=999")
 
 
 def test_tasks_of_several_texts_read_json(command, workdir_of):
@@ -191,6 +252,9 @@ def test_flags_that_make_no_sense(command, workdir_of, pretrained, tmp_path):
         ([f"--workdir={tmp_path}"], "is not a workdir"),
         ([f"--workdir={workdir}", "--input=none.txt"], "none.txt"),
         ([f"--workdir={workdir}", "--input=a", "--source=csv:b"], "give one"),
+        ([f"--workdir={workdir}", "--step=2", "--best"], "give one"),
+        ([f"--workdir={workdir}", "--score"], "--source"),
+        ([f"--workdir={workdir}", "--source=csv:b", "--noscore", "--report=c"], "give one"),
         ([f"--workdir={workdir}", "--columns=text"], "--columns"),
     ]:
         with pytest.raises(UserError) as error:
@@ -199,9 +263,8 @@ def test_flags_that_make_no_sense(command, workdir_of, pretrained, tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_a_mistake_is_one_line_and_exit_code_2(pretrained):
-    arguments = [sys.executable, "-m", "gptjax.predict", f"--workdir={pretrained}"]
-    result = subprocess.run(arguments, input="text\n", capture_output=True, text=True, cwd=ROOT)
+def test_a_user_error_is_one_line_and_exit_code_2(pretrained):
+    result = run_command("gptjax.predict", f"--workdir={pretrained}", stdin="text\n")
     assert result.returncode == 2, result.stderr
     assert result.stdout == ""
     assert result.stderr.strip().splitlines()[-1].startswith(f"error: {pretrained} is of stage pretrain")

@@ -1,4 +1,4 @@
-"""A few conversations and rankings, and runs of the stages of chat that take a second or two."""
+"""A few conversations and rankings, and configs of short runs of the chat stages."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ from tests.tiny_tasks import CONTEXT, MODEL, save_pretrained
 
 STAGES_OF_CHAT = ("sft", "reward", "dpo")
 BATCH = 4
-# The byte tokenizer's 257, and 2 special tokens more, rounded up to divide over a tensor axis.
+# The byte tokenizer's 257 tokens and 2 special tokens, rounded up to divide over a tensor axis.
 DIVISIBLE = {"vocab_size": 260}
 
 
@@ -23,27 +23,27 @@ def write_conversations(path: Path, count: int) -> str:
 
 
 def write_rankings(path: Path, count: int) -> str:
-    """Answers of three lengths, the more a's the better."""
+    """Rankings of two or three completions: the more a's, the better."""
     lines = [json.dumps({"prompt": f"q{i}", "ranking": ["aa", "a", "b"][: 2 + i % 2]}) for i in range(count)]
     path.write_text("\n".join(lines) + "\n")
     return f"jsonl:{path}"
 
 
 def save_divisible(workdir: Path) -> Path:
-    """A workdir of weights to start from that divide over a tensor axis, here and with `DIVISIBLE`."""
+    """Saves weights to start from that divide over a tensor axis, here and with `DIVISIBLE`; returns the workdir."""
     return save_pretrained(workdir, settings=dataclasses.replace(MODEL, vocab_size=258))
 
 
-def low_characters(messages: list[dict], answer: str, reference: str | None) -> float:
-    """A reward that can be learned in a few steps: a third of what a model that knows nothing writes is so."""
-    return float(sum(character < "a" for character in answer))
+def low_characters(messages: list[dict], completion: str, reference: str | None) -> float:
+    """A reward that can be learned in a few steps: an untrained model writes a third of such characters."""
+    return float(sum(character < "a" for character in completion))
 
 
 def rl_config(stage: str, directory: Path, sft: Path, reward: Path | None = None) -> c.Config:
-    """Of stage ppo or grpo: 3 iterations of 8 prompts, 2 steps in each.
+    """The config of a run of stage ppo or grpo: 3 iterations of 8 prompts, 2 steps in each.
 
     Args:
-      reward: of a run of stage reward; None: `low_characters`.
+      reward: the workdir of a run of stage reward; None: the reward is `low_characters`.
     """
     config = config_of(stage, directory, sft)
     return dataclasses.replace(

@@ -1,4 +1,4 @@
-"""A few labelled rows of each kind of task, weights to start from, and runs that take a second or two."""
+"""A few labelled rows of each kind of task, pretrained weights, and runs that take a second or two."""
 
 import dataclasses
 import importlib.util
@@ -28,7 +28,7 @@ LABELS = ("bad", "fair", "good")
 
 
 def config_module(name: str) -> ModuleType:
-    """A file of configs/."""
+    """Imports a file of configs/."""
     spec = importlib.util.spec_from_file_location(f"{name}_config", ROOT / "configs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -36,7 +36,7 @@ def config_module(name: str) -> ModuleType:
 
 
 def write_config(path: Path, config: c.Config) -> Path:
-    """A config as `--config` takes it, exactly as it is."""
+    """Writes a config as a Python file for `--config`."""
     path.write_text(
         "import json\nfrom gptjax.config import config_dict, resolve\n"
         f"def get_config(arg=None):\n    return config_dict(resolve(json.loads({c.to_json(config)!r})))\n"
@@ -45,7 +45,7 @@ def write_config(path: Path, config: c.Config) -> Path:
 
 
 def records(kind: str, count: int) -> list[dict]:
-    """Rows of a kind, by the names that it has for their parts; all fit into the context."""
+    """Returns records of a kind of task; all fit into the context."""
     made = []
     for i in range(count):
         label, word = LABELS[i % 3], f"{i:02}" * (1 + i % 4)
@@ -68,7 +68,7 @@ def records(kind: str, count: int) -> list[dict]:
 
 
 def write_rows(directory: Path, kind: str, count: int, name: str = "rows") -> str:
-    """Writes rows of a kind in a form that suits it; what data.source calls them."""
+    """Writes rows in a file format that suits the kind; returns the value of data.source."""
     rows, path = records(kind, count), directory / name
     if kind == "classification":
         path.write_text("text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in rows))
@@ -82,7 +82,7 @@ def write_rows(directory: Path, kind: str, count: int, name: str = "rows") -> st
 
 
 def run_config(directory: Path, kind: str, pretrained: Path | None) -> c.Config:
-    """Two steps of one microbatch on rows written to `directory`, from the weights of a workdir or none."""
+    """Writes rows to `directory`; returns a config of two steps of one microbatch, pretrained or from scratch."""
     return c.Config(
         stage="finetune",
         init_from=None if pretrained is None else str(pretrained),
@@ -102,7 +102,7 @@ def run_config(directory: Path, kind: str, pretrained: Path | None) -> c.Config:
 
 
 def save_pretrained(workdir: Path, seed: int = 0, settings: c.GPTConfig = MODEL) -> Path:
-    """A workdir of weights that are far from uniform."""
+    """Writes a workdir with random weights far from uniform."""
     model = GPT(settings.with_vocabulary(BytesTokenizer.vocab_size))
     abstract = abstract_params(model, make_mesh(c.MeshConfig(), jax.devices()[:1]))
     rng = np.random.default_rng(seed)

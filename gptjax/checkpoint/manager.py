@@ -321,8 +321,8 @@ def _open_manager(directory: Path, options: ocp.CheckpointManagerOptions) -> ocp
         raise
     except Exception as error:  # its parsers raise ValueError, TypeError, RecursionError, ...
         raise UserError(
-            f"a _CHECKPOINT_METADATA in {directory} is damaged ({read_errors.first_line(error)}): remove that file, and "
-            "the checkpoint is read without it"
+            f"a _CHECKPOINT_METADATA in {directory} is damaged ({read_errors.first_line(error)}): remove that file, "
+            "and the checkpoint is read without it"
         ) from None
 
 

@@ -100,15 +100,15 @@ def _check_chat(config: Config) -> None:
     formats = (chat.system_format, chat.user_format, chat.assistant_format)
     require(
         all(formats) if chat.template == "custom" else not any(formats),
-        "chat.template=custom needs chat.system_format, chat.user_format and chat.assistant_format, other templates "
-        f"have their own, and chat.template={chat.template}: give all three or none",
+        "chat.template=custom needs chat.system_format, chat.user_format and chat.assistant_format, which other "
+        f"templates do not have; chat.template={chat.template}: set all three or none",
     )
     require(0 <= chat.pretraining_share < 1, f"chat.pretraining_share={chat.pretraining_share} must be in [0, 1)")
     require(chat.random_answers >= 0, f"chat.random_answers={chat.random_answers} must not be negative")
     positive(chat, "chat", "random_draws")
     require(
         chat.random_draws == 1 or chat.random_answers > 0,
-        f"chat.random_draws={chat.random_draws} are of chat.random_answers: set that too",
+        f"chat.random_draws={chat.random_draws} needs chat.random_answers: set both",
     )
     positive(dpo, "dpo", "beta")
     require(0 <= dpo.label_smoothing < 0.5, f"dpo.label_smoothing={dpo.label_smoothing} must be in [0, 0.5)")
@@ -117,7 +117,7 @@ def _check_chat(config: Config) -> None:
 def _check_rl(config: Config) -> None:
     rl, ppo = config.rl, config.ppo
     positive(rl, "rl", "prompts_per_iteration", "responses_per_prompt", "response_tokens", "inner_epochs", "clip")
-    positive(rl, "rl", "generate_batch", "prompt_tokens")
+    positive(rl, "rl", "generate_batch", "prompt_tokens", "missing_eos_penalty")
     require(rl.kl_weight >= 0, f"rl.kl_weight={rl.kl_weight} must not be negative")
     positive(ppo, "ppo", "value_lr", "value_clip", "pretraining_rows")
     for field in ("discount", "gae_lambda"):

@@ -28,9 +28,9 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ChatConfig:
-    """The stages of chat: how the conversations are read that `data.source` and `data.validation_source` then name.
+    """Conversations of the chat stages, which `data.source` and `data.validation_source` name there.
 
-    Their forms are in `gptjax/data/conversations.py`, what the templates are in `gptjax/data/templates.py`.
+    Their forms are in `gptjax/data/conversations.py`, the templates in `gptjax/data/templates.py`.
     """
 
     template: Literal["plain", "chatml", "custom"] = "chatml"
@@ -40,56 +40,61 @@ class ChatConfig:
     assistant_format: str = ""  # a special token right behind {content} ends the turn
     # A conversation whose last exchange alone is longer than the context stops the run, or is left out and counted
     on_too_long: Literal["error", "skip"] = "error"
-    pack: bool = True  # sft, reward, dpo: several in a row, none of which sees another; false: one a row
-    # sft, ppo: text as in stage pretrain; of sft its share of all rows (Ouyang et al. 2022, appendix C.3)
-    pretraining_source: str | None = None
-    pretraining_share: float = 0.0
-    # reward, dpo: the answer of each turn is ranked above so many answers of other conversations; 0: the source has
-    # rankings
+    pack: bool = True  # sft, reward, dpo: several sequences in a row, without attention between them; false: one a row
+    pretraining_source: str | None = None  # sft, ppo: pretraining text, in the forms of data.source in stage pretrain
+    pretraining_share: float = 0.0  # sft: the text's share of all rows (Ouyang et al. 2022, appendix C.3)
+    # reward, dpo: the completion of each turn is ranked above so many completions of other conversations; 0: the
+    # source has rankings
     random_answers: int = 0
-    random_draws: int = 1  # of these: an epoch has the answer of each turn so many times, each time above others
+    random_draws: int = 1  # an epoch has each turn so many times, each time with other random completions
 
 
 @dataclasses.dataclass(frozen=True)
 class DPOConfig:
     """Stage "dpo": direct preference optimization (Rafailov et al. 2023)."""
 
-    beta: float = 0.1  # how dear it is to leave the reference
-    label_smoothing: float = 0.0  # share of the rankings taken to be the wrong way round (Mitchell 2023)
+    beta: float = 0.1  # scale of the implicit reward: coefficient of the KL penalty against the reference
+    label_smoothing: float = 0.0  # assumed share of pairs whose ranking is wrong (Mitchell 2023)
 
 
 @dataclasses.dataclass(frozen=True)
 class RLConfig:
-    """Stages "ppo" and "grpo": a policy writes answers to the prompts of `data.source`, and learns from their rewards.
+    """Stages "ppo" and "grpo": reinforcement learning of a policy on its completions of the prompts of `data.source`.
 
-    The numbers are InstructGPT's (Ouyang et al. 2022, appendix C.4) where it gives them. Answers are drawn from the
-    policy as it is, at temperature 1. A step learns from batch.tokens_per_batch / model.context_length prompts.
+    The defaults are InstructGPT's (Ouyang et al. 2022, appendix C.4) where it gives them. Completions are sampled from
+    the policy at temperature 1. A step trains on batch.tokens_per_batch / model.context_length prompts.
     """
 
-    # model:WORKDIR (of stage reward) | bleu | rouge (against the answers that are there) | python:MODULE.FUNCTION
+    # model:WORKDIR (of stage reward) | bleu | rouge (against the reference completions) | python:MODULE.FUNCTION
     reward: str = ""
-    prompts_per_iteration: int = 512  # answered before the policy changes
-    responses_per_prompt: int = 1  # of grpo the group
+    prompts_per_iteration: int = 512  # whose completions are sampled before the policy changes
+    responses_per_prompt: int = 1  # completions of each; in grpo the group size
     prompt_tokens: int | None = None  # at most: a longer prompt loses its oldest turns; None: what the context leaves
-    response_tokens: int = 128  # at most
-    inner_epochs: int = 1  # steps learn from each answer so many times
-    clip: float = 0.2  # how far the probability of a token may gain in an iteration
-    kl_weight: float = 0.02  # how dear it is to leave the model of init_from: of ppo in the reward, of grpo in the loss
-    generate_batch: int = 64  # answers written at once
+    response_tokens: int = 128  # maximum length of a completion, which is cut off there
+    # A completion that was cut off: subtracted from its reward. None, as in TRL: a penalty has the scale of the reward,
+    # so that there is no default for all, and a python: reward can judge by the finish reason itself
+    missing_eos_penalty: float | None = None
+    # ... excluded from the loss, not from the group statistics of grpo (Yu et al. 2025, DAPO, section 3.4). False, as
+    # in TRL: a policy that is never trained on completions that were cut off is not taught to end them
+    mask_truncated_completions: bool = False
+    inner_epochs: int = 1  # epochs over the completions of an iteration
+    clip: float = 0.2  # PPO clip range (epsilon) of the probability ratio
+    kl_weight: float = 0.02  # KL penalty coefficient (beta) against init_from: in the reward of ppo, the loss of grpo
+    generate_batch: int = 64  # completions sampled at once
 
 
 @dataclasses.dataclass(frozen=True)
 class PPOConfig:
     """Stage "ppo": proximal policy optimization (Schulman et al. 2017), with a value function of its own weights."""
 
-    # reward: the value function starts as the reward model of rl.reward; policy: as init_from, with a new head
+    # The value function starts from: reward: the reward model of rl.reward; policy: init_from, with a head of zeros
     value_init: Literal["reward", "policy"] = "reward"
-    value_lr: float = 9e-6  # the peak; the policy's is optimizer.peak_lr
-    value_clip: float = 0.2
-    discount: float = 1.0
-    gae_lambda: float = 0.95
-    whiten_rewards: bool = False
-    # ppo-ptx: of the loss on text of chat.pretraining_source beside PPO's; 27.8 in the paper, with 8 rows a prompt
+    value_lr: float = 9e-6  # peak learning rate of the value function; the policy's is optimizer.peak_lr
+    value_clip: float = 0.2  # clip range of the value estimates
+    discount: float = 1.0  # gamma
+    gae_lambda: float = 0.95  # lambda of generalised advantage estimation
+    whiten_rewards: bool = False  # divide the tokens' rewards by their standard deviation
+    # PPO-ptx: coefficient of the language-model loss on chat.pretraining_source; 27.8 in the paper, 8 rows a prompt
     pretraining_weight: float = 0.0
     pretraining_rows: int = 8
 
@@ -98,12 +103,15 @@ class PPOConfig:
 class GRPOConfig:
     """Stage "grpo": group relative policy optimization (Shao et al. 2024, DeepSeekMath), without a value function."""
 
-    divide_by_std: bool = True  # the advantages, by the standard deviation of the group; false: Dr. GRPO's
+    # How the losses of tokens are averaged. grpo: over the tokens of each completion, then over completions; dr_grpo:
+    # their sum, divided by completions x rl.response_tokens (Liu et al. 2025); dapo: over all tokens (Yu et al. 2025)
+    loss_type: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
+    divide_by_std: bool = True  # divide advantages by the group's standard deviation; Dr. GRPO does not: set false too
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskConfig:
-    """Stage "finetune": what is to be told of a text (Radford et al. 2018, section 3.2).
+    """Stage "finetune": the supervised task (Radford et al. 2018, section 3.2).
 
     `data.source` and `data.validation_source` then name labelled rows, in the forms of `gptjax/data/labelled.py`.
     """
@@ -117,56 +125,59 @@ class TaskConfig:
         "tagging",
         "question_answering",
     ] = "classification"
-    # (what the task reads, the column that has it), such as (("text", "tweet"),); a column not named has its own name
+    # (input of the task, column name), such as (("text", "tweet"),); others are found by their common names
     columns: tuple[tuple[str, str], ...] = ()
     labels: tuple[str, ...] = ()  # in the order of the head's outputs; empty: those of the training rows, sorted
-    test_source: str | None = None  # labelled rows for the report at the end; None: the validation rows
-    lm_weight: float = 0.5  # of the language-model loss beside the task's (section 3.2, equation 5)
+    test_source: str | None = None  # labelled rows for the final report; None: the validation rows
+    lm_weight: float = 0.5  # weight of the auxiliary language-model loss (section 3.2, equation 5)
     head_dropout: float = 0.1
-    # tagging: the piece of a word whose output is its tag; one that reads from left to right knows a word at its last
-    label_piece: Literal["first", "last"] = "first"
-    label_weights: tuple[float, ...] = ()  # how much an example of each label counts; empty: all the same
-    balanced_labels: bool = False  # the same, by how rare the labels are in the training rows
-    # regression: what the head gives is (target - mean) / std; None: those of the training rows
+    # Every position attends to the whole sequence, not only to the positions before it; needs lm_weight=0
+    bidirectional: bool = False
+    # tagging: the subword whose output is the word's tag. With causal attention only the last has seen the whole word
+    label_piece: Literal["first", "last"] = "last"
+    label_weights: tuple[float, ...] = ()  # loss weight of each label; empty: 1
+    balanced_labels: bool = False  # loss weights inversely proportional to the label frequencies in the training rows
+    # regression: the head predicts (target - mean) / std; None: mean and standard deviation of the training rows
     target_mean: float | None = None
     target_std: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class RegularisationConfig:
-    """Stage "finetune": what keeps a model from learning few rows by heart. The kinds of dropout are in `model`."""
+    """Stage "finetune": regularisation against overfitting on small data. Dropout rates are in `model` and `task`."""
 
-    label_smoothing: float = 0.0  # share of the probability that all labels get alike (Szegedy et al. 2016, section 7)
+    label_smoothing: float = 0.0  # probability mass spread evenly over all labels (Szegedy et al. 2016, section 7)
     word_dropout: float = 0.0  # share of a text's tokens that are blanked (Iyyer et al. 2015, section 3.1)
-    token_replacement: float = 0.0  # share of them that become any token (Wang et al. 2018, section 3)
-    mixup_alpha: float | None = None  # texts and labels are mixed in pairs, Beta(a, a) (senMixup of Guo et al. 2019)
-    adversarial_epsilon: float | None = None  # length of the step against the loss (Miyato et al. 2017, section 3)
-    augmented_copies: int = 0  # of each training row, changed by the two that follow; a turn is a line of the text
-    drop_turns: float = 0.0  # probability that a copy loses its oldest turns, up to a turn drawn alike
-    shuffle_turns: float = 0.0  # probability that the turns before the last come in another order
+    token_replacement: float = 0.0  # share of them replaced by random tokens (Wang et al. 2018, section 3)
+    mixup_alpha: float | None = None  # Beta(a, a) mixing of pooled states and labels (senMixup of Guo et al. 2019)
+    # L2 norm of the adversarial perturbation of an example's normalised embeddings (Miyato et al. 2017, equation 5)
+    adversarial_epsilon: float | None = None
+    augmented_copies: int = 0  # augmented copies of each training row, by the two options below; a turn is a line
+    drop_turns: float = 0.0  # probability that a copy loses its oldest turns, up to a uniformly sampled one
+    shuffle_turns: float = 0.0  # probability that the turns before the last are permuted
 
 
 @dataclasses.dataclass(frozen=True)
 class PeftConfig:
-    """Parameter-efficient fine-tuning: what is trained of the weights that `init_from` names."""
+    """Parameter-efficient fine-tuning of the weights that `init_from` names."""
 
-    # none: all weights; lora: Hu et al. 2021; adalora: Zhang et al. 2023; adapters: Houlsby et al. 2019; head: what is
-    # new; top_layers: that and the last layers
+    # none: all weights; lora: Hu et al. 2021; adalora: Zhang et al. 2023; adapters: Houlsby et al. 2019; head: the new
+    # parameters only (head and special tokens); top_layers: those and the last layers
     method: Literal["none", "lora", "adalora", "adapters", "head", "top_layers"] = "none"
-    # Regular expressions over parameter paths: the matrices that lora and adalora change
+    # lora, adalora: regular expressions over the paths of the kernels to adapt
     targets: tuple[str, ...] = ("layers/.*/attention/(qkv|out)/kernel",)
-    rank: int = 8  # of lora; of adalora the average over the targets at the end
-    alpha: float = 16.0  # the product of two low-rank matrices counts alpha / rank times
-    dropout: float = 0.0  # of what lora's and adalora's matrices read
-    initial_rank: int = 12  # the rest is adalora's: of each target at the start
-    initial_fraction: float = 0.1  # share of training before the budget shrinks
-    final_fraction: float = 0.3  # share of training with the final budget
-    prune_every_steps: int = 10
-    sensitivity_beta: float = 0.85  # smooths the importance of a singular value, and its uncertainty
-    uncertainty_beta: float = 0.85
-    orthogonality: float = 0.1  # weight of the penalty that keeps P and Q orthogonal
+    rank: int = 8  # lora: rank of every target; adalora: average rank at the end
+    alpha: float = 16.0  # the low-rank update is scaled by alpha / rank
+    dropout: float = 0.0  # lora, adalora: on the input of the low-rank matrices
+    initial_rank: int = 12  # adalora: rank of every target at the start
+    initial_fraction: float = 0.1  # adalora: share of training before the budget shrinks
+    final_fraction: float = 0.3  # adalora: share of training with the final budget
+    prune_every_steps: int = 10  # adalora
+    sensitivity_beta: float = 0.85  # adalora: moving average of the importance of a singular value
+    uncertainty_beta: float = 0.85  # adalora: moving average of its uncertainty
+    orthogonality: float = 0.1  # adalora: weight of the penalty that keeps P and Q orthogonal
     adapter_dim: int = 32  # adapters: width of the bottleneck
-    num_layers: int = 2  # top_layers: how many
+    num_layers: int = 2  # top_layers: number of trained layers
 
 
 @dataclasses.dataclass(frozen=True)

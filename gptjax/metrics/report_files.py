@@ -1,4 +1,4 @@
-"""Files that an evaluation on labelled examples writes: a plot of the confusion matrix, and each prediction."""
+"""Output files of an evaluation on labelled examples: the plot of the confusion matrix, and the predictions."""
 
 import io
 import json
@@ -14,20 +14,20 @@ from gptjax.config import UserError
 from gptjax.files import write_whole
 from gptjax.metrics.figures import DARK_COLOR, GRID_COLOR, TRAIN_COLOR
 
-# Inches of a label's cell, of the whole picture's side, and the smallest type that is still read, in points
+# Inches of a label's cell and of the longer side of the figure, and the smallest legible font size in points
 MIN_CELL, MAX_CELL, MAX_SIDE, MIN_POINTS = 0.3, 0.8, 24.0, 5.0
 LONGEST_LABEL = 24  # characters
 
 
 def plot_confusion(path: Path, confusion: npt.NDArray[np.int64], labels: Sequence[str]) -> Path:
-    """Draws a confusion matrix: a cell's colour is its share of its row, its number the count; no number is 0.
+    """Plots a confusion matrix, coloured by the share of each row, with the counts other than 0.
 
-    The file is written whole or not at all.
+    The file is replaced atomically.
 
     Args:
       path: of the PNG.
-      confusion: int (labels, labels), row: the gold label, column: the predicted one.
-      labels: their names. Of characters that no installed font has, boxes are drawn.
+      confusion: int (labels, labels), rows: gold, columns: predicted.
+      labels: their names. Characters that no installed font has are drawn as boxes.
 
     Returns:
       `path`.
@@ -46,7 +46,7 @@ def plot_confusion(path: Path, confusion: npt.NDArray[np.int64], labels: Sequenc
     colors = LinearSegmentedColormap.from_list("share", ["white", TRAIN_COLOR, DARK_COLOR])
     axes.imshow(share, cmap=colors, vmin=0, vmax=1)
     points = min(10.0, cell * 72 * 0.7)
-    # A label may hold a $, as the Brown corpus' tags do: it is no formula.
+    # Labels may contain $, as the tags of the Brown corpus do, which is not mathematics.
     names = [name if len(name) <= LONGEST_LABEL else name[: LONGEST_LABEL - 1] + "…" for name in labels]
     text: dict[str, Any] = {"fontsize": points, "parse_math": False}
     rotated: dict[str, Any] = {
@@ -70,7 +70,7 @@ def plot_confusion(path: Path, confusion: npt.NDArray[np.int64], labels: Sequenc
     axes.spines[:].set_color(GRID_COLOR)
     axes.set_xlabel("predicted")
     axes.set_ylabel("gold")
-    axes.set_title(f"{int(np.trace(confusion)):,} of {total:,} right", fontsize=11, loc="left")
+    axes.set_title(f"{int(np.trace(confusion)):,} of {total:,} correct", fontsize=11, loc="left")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
@@ -83,26 +83,26 @@ def plot_confusion(path: Path, confusion: npt.NDArray[np.int64], labels: Sequenc
 
 
 def write_predictions(path: Path, records: Iterable[Mapping[str, Any]]) -> int:
-    """Writes records as JSON, one per line, whole or not at all: until it is complete, `path` stays as it was.
+    """Writes records as JSON lines, atomically: `path` is replaced once everything is written.
 
     Args:
       path: its directory is created if it is missing.
-      records: of strings, numbers (numpy's too; each finite), arrays, lists and dicts.
+      records: dicts of strings, finite numbers (also numpy's), arrays, lists and dicts.
 
     Returns:
-      How many.
+      The number of records.
 
     Raises:
       UserError: `path` cannot be written.
     """
-    # numpy's scalars and arrays are no numbers and lists to json.
+    # json does not serialise numpy's scalars and arrays.
     lines = [
         json.dumps(record, ensure_ascii=False, allow_nan=False, default=lambda value: value.tolist()) + "\n"
         for record in records
     ]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Half a surrogate pair, which UTF-8 cannot hold, is escaped; so JSON writes it too.
+        # Lone surrogates, which UTF-8 cannot encode, are escaped as JSON does.
         write_whole(path, "".join(lines).encode(errors="backslashreplace"))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from None

@@ -1,7 +1,7 @@
-"""How alike texts are, and how varied: BLEU and ROUGE, as the packages that papers quote compute them, and distinct-n.
+"""Text metrics: BLEU (sacrebleu), ROUGE (rouge-score) and distinct-n.
 
-Of pairs, for rewards, and of a corpus, for reports. Texts may be of any language: what is written without blanks, as
-Chinese is, is compared character by character.
+For pairs, as rewards, and for corpora, in reports. Text of scripts without spaces, such as Chinese, is compared
+character by character.
 """
 
 from collections.abc import Sequence
@@ -13,40 +13,42 @@ from gptjax.data.words import KANA, is_written_without_blanks, words
 ROUGES = ("rouge1", "rouge2", "rougeL")
 
 
-def bleu(answer: str, reference: str) -> float:
-    """Sentence BLEU in [0, 1], smoothed by halving for each order of n-grams without a match (Chen and Cherry 2014,
-    method 3): 1 for the same text, 0 where no word is the same."""
-    if not answer.strip() or not reference.strip():
+def bleu(completion: str, reference: str) -> float:
+    """Computes sentence BLEU in [0, 1] with exponential smoothing (Chen and Cherry 2014, method 3).
+
+    1 for equal texts, 0 without a common word.
+    """
+    if not completion.strip() or not reference.strip():
         return 0.0
-    score = _bleu(_tokenizer([reference]), effective_order=True).sentence_score(answer, [reference]).score
+    score = _bleu(_tokenizer([reference]), effective_order=True).sentence_score(completion, [reference]).score
     return min(score / 100, 1.0)
 
 
-def rouge_l(answer: str, reference: str) -> float:
-    """ROUGE-L in [0, 1]: F1 of the longest words in common, in their order (Lin 2004, section 3.1)."""
-    return rouge(answer, reference)["rougeL"]
+def rouge_l(completion: str, reference: str) -> float:
+    """Computes ROUGE-L in [0, 1]: F1 by the longest common subsequence of words (Lin 2004, section 3.1)."""
+    return rouge(completion, reference)["rougeL"]
 
 
-def rouge(answer: str, reference: str) -> dict[str, float]:
-    """F1 of each of ROUGES; words are compared as they are, not by their stems."""
-    return {name: float(score.fmeasure) for name, score in _rouge().score(reference, answer).items()}
+def rouge(completion: str, reference: str) -> dict[str, float]:
+    """Computes the F1 of each of ROUGES, without stemming."""
+    return {name: float(score.fmeasure) for name, score in _rouge().score(reference, completion).items()}
 
 
-def corpus_bleu(answers: Sequence[str], references: Sequence[str]) -> tuple[float, str]:
-    """BLEU in [0, 1] of all pairs together (Papineni et al. 2002), and sacrebleu's signature of how it was computed."""
+def corpus_bleu(completions: Sequence[str], references: Sequence[str]) -> tuple[float, str]:
+    """Computes corpus BLEU in [0, 1] (Papineni et al. 2002); returns it and sacrebleu's signature."""
     metric = _bleu(_tokenizer(references), effective_order=False)
-    score = metric.corpus_score(list(answers), [list(references)]).score
+    score = metric.corpus_score(list(completions), [list(references)]).score
     return min(score / 100, 1.0), str(metric.get_signature())
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
-    """Different n-grams of words over all of them, within the texts (Li et al. 2016, section 5.3); 0 of none."""
+    """Computes the ratio of distinct to all word n-grams within the texts (Li et al. 2016, section 5.3); 0 if none."""
     grams = [tuple(of_text[i : i + n]) for of_text in map(words, texts) for i in range(len(of_text) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def _tokenizer(references: Sequence[str]) -> str:
-    """sacrebleu's tokenizer for such texts: its zh leaves kana together, so Japanese is split into characters."""
+    """Returns the name of sacrebleu's tokenizer. Its "zh" does not split kana, so Japanese is split into characters."""
     if not is_written_without_blanks(references):
         return "13a"
     return "char" if any(KANA.search(text) for text in references) else "zh"
@@ -64,7 +66,7 @@ def _rouge() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
     class Words:
-        """In place of the package's own, for which a word is of the letters a to z."""
+        """Splits any language into words; the package's own tokenizer keeps only a to z and digits."""
 
         def tokenize(self, text: str) -> list[str]:
             return words(text)

@@ -45,10 +45,10 @@ def attention(
     dropout_rng: jax.Array | None,
     ring: bool = False,
 ) -> jax.Array:
-    """Causal attention among T positions, by the backend that `choose_backend` says.
+    """Attention among T positions, causal unless `kind` is "full", by the backend that `choose_backend` returns.
 
     Args:
-      kind: "dense", or "banded" (position t sees t - config.band_width < s <= t).
+      kind: "dense", "banded" (position t sees t - config.band_width < s <= t) or "full" (t sees every s).
       q_BTHK, k_BTHK, v_BTHK: of one dtype.
       segments_BT: int, documents packed into a row; attention stays within one. None: the row is one document.
       dropout_rng: key of the attention dropout; None: there is none.
@@ -65,13 +65,16 @@ def attention(
     scale = score_scale(config)
     band_width = config.band_width if kind == "banded" and config.band_width < length else None
     if ring:
+        assert kind != "full", "the ring is causal"
         assert dropout_rng is None, "the ring drops nothing out; mesh.check_fit says so to the user"
         return ring_attention(
             q_BTHK, k_BTHK, v_BTHK, segments_BT, band_width=band_width, scale=scale, precision=config.precision
         )
-    backend = choose_backend(
-        config, platform(), length, segments_BT is not None, dropout_rng is not None, compute_capability()
-    )
+    backend = "xla"  # the kernels are set up for causal masks
+    if kind != "full":
+        backend = choose_backend(
+            config, platform(), length, segments_BT is not None, dropout_rng is not None, compute_capability()
+        )
     if backend == "splash" and _divide_over_mesh(rows, heads):
         return splash_attention(q_BTHK, k_BTHK, v_BTHK, segments_BT, band_width, scale)
     if backend == "cudnn" and _divide_over_mesh(rows, heads):
@@ -179,7 +182,7 @@ def attention_mask(kind: str, band_width: int, length: int, segments_BT: jax.Arr
     """What each position may see: True where position t may look at position s.
 
     Args:
-      kind: "dense" (s <= t) or "banded" (t - band_width < s <= t).
+      kind: "dense" (s <= t), "banded" (t - band_width < s <= t) or "full" (every s).
       band_width: positions a banded layer sees, its own included.
       length: T.
       segments_BT: int, documents packed into a row; attention stays within one. None: the row is one document.
@@ -188,7 +191,7 @@ def attention_mask(kind: str, band_width: int, length: int, segments_BT: jax.Arr
       bool (1, 1, T, T), or (B, 1, T, T) with segments.
     """
     t_T1, s_1T = jnp.arange(length)[:, None], jnp.arange(length)[None, :]
-    mask_TS = s_1T <= t_T1
+    mask_TS = jnp.ones((length, length), bool) if kind == "full" else s_1T <= t_T1
     if kind == "banded":
         mask_TS &= s_1T > t_T1 - band_width
     if segments_BT is None:

@@ -220,6 +220,7 @@ class GPT(nn.Module):
         segments_BT: jax.Array | None = None,
         positions_BT: jax.Array | None = None,
         deterministic: bool = True,
+        perturbation_BTD: jax.Array | None = None,
     ) -> jax.Array:
         """Final hidden states: the input of the head.
 
@@ -228,6 +229,7 @@ class GPT(nn.Module):
           segments_BT: int, documents packed into a row (attention stays within one). None: the row is one document.
           positions_BT: int. None: 0, 1, ..., T-1.
           deterministic: no dropout; otherwise a "dropout" rng is needed.
+          perturbation_BTD: added to the token embeddings, for adversarial training. None: zero.
 
         Returns:
           (B, T, D), of the config's dtype.
@@ -237,11 +239,13 @@ class GPT(nn.Module):
         rows_divide = fitting_spec(tokens_BT.shape, "batch", None)[0] is not None
         ring = context > 1 and length % (2 * context) == 0 and rows_divide
         if ring:
-            tokens_BT, segments_BT, positions_BT = jax.tree.map(balance, (tokens_BT, segments_BT, positions_BT))
+            tokens_BT, segments_BT, positions_BT, perturbation_BTD = jax.tree.map(
+                balance, (tokens_BT, segments_BT, positions_BT, perturbation_BTD)
+            )
         if positions_BT is None:
             positions_BT = jnp.asarray(balanced_positions(length, context) if ring else np.arange(length))[None]
         tables = self.token_embedding.embedding, self.position_embedding.embedding
-        x_BTD = embed(config, *tables, tokens_BT, positions_BT)
+        x_BTD = embed(config, *tables, tokens_BT, positions_BT, perturbation_BTD)
         x_BTD = nn.Dropout(config.embedding_dropout, deterministic=deterministic)(x_BTD)
 
         periods = config.num_layers // len(config.attention_pattern)
@@ -260,11 +264,17 @@ class GPT(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         """Next-token logits, float32 (B, T, V); the arguments are those of `hidden`."""
-        return head_logits(self.config, self.variables["params"], self.hidden(*args, **kwargs))
+        x_BTD = self.hidden(*args, **kwargs)  # when initialising, this creates the parameters
+        return head_logits(self.config, self.variables["params"], x_BTD)
 
 
 def embed(
-    config: GPTConfig, token_VD: Any, position_TD: Any, tokens_BT: jax.Array, positions_BT: jax.Array
+    config: GPTConfig,
+    token_VD: Any,
+    position_TD: Any,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    perturbation_BTD: jax.Array | None = None,
 ) -> jax.Array:
     """Input of the first layer, (B, T, D) of the config's dtype: token embeddings with their positions.
 
@@ -273,6 +283,8 @@ def embed(
     """
     token_BTD = nn.unbox(jax.tree.map(lambda leaf: take_rows(leaf, tokens_BT), token_VD))
     x_BTD = add_positions(config, token_BTD, position_TD, positions_BT)
+    if perturbation_BTD is not None:  # before the cast: a coarser dtype could swallow it
+        x_BTD = x_BTD + perturbation_BTD
     return constrain(x_BTD.astype(config.dtype), "batch", "sequence", None)
 
 

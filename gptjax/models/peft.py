@@ -44,7 +44,7 @@ def count(tree: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def count_adalora_matrices(tree: Any) -> int:
+def count_matrices(tree: Any) -> int:
     """Number of kernels that AdaLoRA adapts in `tree`; the kernels of stacked layers count one for each layer."""
     lambdas = (nn.unbox(leaf) for path, leaf in flatten(tree).items() if path.endswith("/lora_lambda"))
     return sum(math.prod(lambda_.shape[:-1]) for lambda_ in lambdas)
@@ -68,7 +68,7 @@ def low_rank(config: PeftConfig, params: Any, rng: jax.Array) -> dict[str, Any]:
       params: boxed with logical axes, as the result is; the leaves are sharded as their kernels, along all axes but A.
 
     Raises:
-      UserError: a regex of `targets` matches no parameter or one that is no kernel, or A exceeds a kernel's rank.
+      UserError: a regex of `targets` matches no parameter or no kernel, or A exceeds the rank of a kernel.
     """
     key = {"lora": "rank", "adalora": "initial_rank"}[config.method]
     rank = getattr(config, key)
@@ -102,7 +102,7 @@ def low_rank(config: PeftConfig, params: Any, rng: jax.Array) -> dict[str, Any]:
 def _gaussian(
     rng: jax.Array, variance: float, kernel: jax.Array, before: list[int], rank: int, after: list[int]
 ) -> jax.Array:
-    """A float32 Gaussian array, or zeros, whose shape is `kernel`'s axes `before`, the rank, `kernel`'s axes `after`."""
+    """A float32 Gaussian array, or zeros; its shape is `kernel`'s axes `before`, the rank, `kernel`'s axes `after`."""
     shape = (*(kernel.shape[axis] for axis in before), rank, *(kernel.shape[axis] for axis in after))
     if variance == 0:
         return jnp.zeros(shape, jnp.float32)

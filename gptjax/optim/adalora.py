@@ -122,7 +122,7 @@ def prune(config: PeftConfig, trained: Any, opt_state: Any, budget: jax.Array) -
     importances = {path: _importance(path, scores) for path in nonzero}
     importance_N = jnp.concatenate([importances[path].reshape(-1) for path in nonzero])
     pruned_N = jnp.concatenate([~nonzero[path].reshape(-1) for path in nonzero])
-    is_final = (budget == config.rank * peft.count_adalora_matrices(trained)) & (jnp.sum(~pruned_N) <= budget)
+    is_final = (budget == config.rank * peft.count_matrices(trained)) & (jnp.sum(~pruned_N) <= budget)
     # lexsort: the last key is the primary one, and the sort is stable.
     order_N = jnp.lexsort((-importance_N, pruned_N & is_final))
     kept_N = jnp.zeros(importance_N.shape, bool).at[order_N].set(jnp.arange(importance_N.size) < budget)

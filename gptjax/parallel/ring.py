@@ -102,8 +102,8 @@ def ring_attention(
 
         softmax(scale q k^T + causal, band and segment mask) v
 
-    B is sharded over the batch axes of the mesh in use, T over "context", heads over "tensor". No device holds all keys,
-    or more than MAX_TILE x MAX_TILE scores per sequence and head. The backward pass needs the output and the
+    B is sharded over the batch axes of the mesh in use, T over "context", heads over "tensor". No device holds all
+    keys, or more than MAX_TILE x MAX_TILE scores per sequence and head. The backward pass needs the output and the
     log-sum-exp of the scores, both named "attention" for the policies of `jax.checkpoint`.
 
     Args:
@@ -389,7 +389,7 @@ def _mask(
     key_segments_BS: jax.Array | None,
     band_width: int | None,
 ) -> jax.Array:
-    """Returns the mask of queries over keys `distance` positions earlier: (1, 1, T, S), or (B, 1, T, S) with segments."""
+    """Returns the mask of queries over keys `distance` positions earlier: (1 or, with segments, B, 1, T, S)."""
     back_TS = distance + jnp.arange(size)[:, None] - jnp.arange(size)[None, :]
     mask_TS = back_TS >= 0
     if band_width is not None:

@@ -1,4 +1,4 @@
-"""What each stage makes of its data on a mesh: the `Stage` that the training loop runs."""
+"""Builds the `Stage` that the training loop runs, from a config, its data and a mesh."""
 
 from collections.abc import Callable
 
@@ -24,7 +24,7 @@ BUILDERS: dict[str, Callable[[Config, Mesh, Tokenizer | None, Callable[[Config],
     "grpo": grpo.build,
 }
 
-# Stage -> its held-out prompts with references, of what its model is evaluated on as a dialogue partner.
+# Stage -> the held-out prompts with reference completions that evaluation of dialogue uses.
 HELD_OUT_PROMPTS: dict[str, Callable[[Config], list[Prompt]]] = {
     "sft": sft.held_out_prompts,
     "reward": ranked.held_out_prompts,
@@ -35,7 +35,7 @@ HELD_OUT_PROMPTS: dict[str, Callable[[Config], list[Prompt]]] = {
 
 
 def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None) -> Stage:
-    """The stage of a config on `mesh`.
+    """Builds the stage of a config on `mesh`.
 
     Args:
       tokenizer: of the run that resumes; None: the stage finds or trains its own.

@@ -1,4 +1,4 @@
-"""What the stages of chat share: conversations, the format they are read in, and where they come from."""
+"""The data of the chat stages: conversations, rankings or prompts, and their chat format."""
 
 import dataclasses
 import math
@@ -23,12 +23,12 @@ from gptjax.stages.reading import find_tokenizer, refuse_settings_of_pretraining
 
 T = TypeVar("T", Conversation, Ranking, Prompt)
 E = TypeVar("E")
-Split: TypeAlias = tuple[list[T], list[T]]  # to learn from, and held out
+Split: TypeAlias = tuple[list[T], list[T]]  # training and held-out items
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatData(Generic[T]):
-    """What a stage learns from.
+    """The data of a stage.
 
     Attributes:
       config: complete.
@@ -44,15 +44,15 @@ class ChatData(Generic[T]):
 def open_chat(
     config: Config, mesh: Mesh, tokenizer: Tokenizer | None, read: Callable[[Config], Split[T]]
 ) -> ChatData[T]:
-    """The data of a stage of chat on `mesh`.
+    """Reads the data of a chat stage.
 
     Args:
-      tokenizer: of the run that goes on; None: that of the weights to start from, or the one that the config names.
+      tokenizer: of the run that resumes; None: that of the weights to start from, or the one that the config names.
       read: `conversations_of`, `rankings_of` or `prompts_of`.
 
     Raises:
-      UserError: conversations that cannot be read or are malformed, settings that are of other stages, sizes that do
-        not divide over the mesh.
+      UserError: conversations that cannot be read or are malformed, settings of other stages, sizes that do not divide
+        over the mesh.
     """
     refuse_settings_of_pretraining(config, mesh, "conversation")
     check_backend(config.model, mesh.devices.flat[0].platform, has_segments=True)
@@ -69,7 +69,7 @@ def open_chat(
 
 
 def conversations_of(config: Config) -> Split[Conversation]:
-    """Conversations to learn from, and those held out."""
+    """Reads the training and the held-out conversations."""
 
     def read(spec: str) -> list[Conversation]:
         return conversations.read_conversations(spec, invalid_utf8=config.data.invalid_utf8)
@@ -78,10 +78,10 @@ def conversations_of(config: Config) -> Split[Conversation]:
 
 
 def rankings_of(config: Config) -> Split[Ranking]:
-    """Rankings to learn from, and those held out: of the source, or made of its conversations.
+    """Reads the training and the held-out rankings, or makes them from conversations with chat.random_answers.
 
-    Random answers come from the same side. Were they drawn from all, the true answers that are held out would be met in
-    training as wrong ones alone, and the model would learn them by heart as such.
+    The random completions of a training ranking come from the training conversations, those of a held-out ranking from
+    the held-out ones. Otherwise the model would be trained to score held-out completions low.
     """
     if config.chat.random_answers == 0:
         return _split(config, lambda spec: conversations.read_rankings(spec, invalid_utf8=config.data.invalid_utf8))
@@ -93,7 +93,7 @@ def rankings_of(config: Config) -> Split[Ranking]:
 
 
 def prompts_of(config: Config) -> Split[Prompt]:
-    """Prompts to answer, and those held out."""
+    """Reads the training and the held-out prompts."""
     return _split(config, lambda spec: conversations.read_prompts(spec, invalid_utf8=config.data.invalid_utf8))
 
 
@@ -105,35 +105,35 @@ def _split(config: Config, read: Callable[[str], list[T]]) -> Split[T]:
 
 
 def _texts(item: Conversation | Ranking | Prompt) -> list[str]:
-    """All that a model reads of it."""
+    """Returns all texts of an item."""
     if not isinstance(item, Ranking):
         return [message.content for message in item.messages]
     return [*(message.content for message in item.prompt), *item.answers]
 
 
 def fitting(config: Config, items: Sequence[T], encode: Callable[[T], E]) -> list[E]:
-    """What `encode` makes of the items, without those too long for the context where chat.on_too_long says so.
+    """Encodes the items; with chat.on_too_long=skip without those that are too long for the context.
 
     Raises:
-      UserError: one is too long, or all are.
+      UserError: an item is too long and may not be skipped, or all are.
     """
-    encoded, left_out = [], []
+    encoded, skipped = [], []
     for item in items:
         try:
             encoded.append(encode(item))
         except TooLongError as error:
             if config.chat.on_too_long == "error":
                 raise UserError(f"{error}, or set chat.on_too_long=skip") from None
-            left_out.append(error)
+            skipped.append(error)
     if not encoded:
-        raise UserError(str(left_out[0]))
-    if left_out:
-        logging.warning("left out: %d of %d; the first: %s", len(left_out), len(items), left_out[0])
+        raise UserError(str(skipped[0]))
+    if skipped:
+        logging.warning("skipped %d of %d; the first: %s", len(skipped), len(items), skipped[0])
     return encoded
 
 
 def pretraining_text(data: ChatData[Any]) -> PackedExamples | None:
-    """Rows of the text that chat.pretraining_source names; None: it names none."""
+    """Returns rows of the text that chat.pretraining_source names; None if it is unset."""
     config = data.config
     if config.chat.pretraining_source is None:
         return None
@@ -146,6 +146,8 @@ def pretraining_text(data: ChatData[Any]) -> PackedExamples | None:
 
 
 def positions(config: Config, rows: PackedConversations | RankedAnswers) -> tuple[int, int]:
-    """Positions in an epoch of `rows` and in all training; a position counts whether a token is there or not."""
+    """Returns the number of positions in an epoch of `rows` and in all training, padding included."""
     per_epoch, batch = rows.rows_per_epoch * rows[0]["tokens"].size, config.batch
-    return per_epoch, batch.total_tokens or math.ceil((batch.epochs or 0) * per_epoch)
+    if batch.total_tokens is not None:
+        return per_epoch, batch.total_tokens
+    return per_epoch, math.ceil((batch.epochs or 0) * per_epoch)

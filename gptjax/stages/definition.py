@@ -1,4 +1,4 @@
-"""What a stage is, as far as its config alone decides: before there is data, and on any machine."""
+"""The definition of a stage: all of it that depends on the config alone, not on data or devices."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,22 +13,22 @@ from gptjax.training.objective import Loss
 
 @dataclasses.dataclass(frozen=True)
 class Definition:
-    """A stage's networks, its loss, and what other code must know about the weights it trains.
+    """A stage's networks, its loss, and the properties of its weights that other code reads.
 
     Low-rank matrices and frozen pretrained weights are added to any stage's parameters by `stages.registry`.
 
     Attributes:
-      parameters: complete config -> the networks, which of them are frozen, and what they start from.
+      parameters: complete config -> the networks, which of them are frozen, and the weights they start from.
       loss: complete config -> the pure loss.
-      complete: config, tokenizer, workdir -> the config that the run computes with: vocabulary size, labels.
-      check: raises UserError when the config asks for what this stage cannot do.
-      conversational: it reads conversations through a chat template.
-      chats: its model can be talked with.
-      adds_tokens: its vocabulary may extend that of the weights it starts from.
-      reinitialises_special_tokens: embeddings behind the tokenizer's vocabulary are initialised anew, whatever the
-        weights it starts from have there.
-      head: what the head of its model is for, a supervised task or a scalar reward; None: it has none.
-      uses_best_checkpoint: its results are those of the best checkpoint, not of the newest.
+      complete: config, tokenizer, workdir -> the config with the fields that data decides: vocabulary size, labels.
+      check: raises UserError when the config asks for what this stage does not support.
+      conversational: whether it reads conversations through a chat template.
+      chats: whether its model is a chat model.
+      adds_tokens: whether its vocabulary may extend that of the weights it starts from.
+      reinitialises_special_tokens: whether the embeddings of special tokens are initialised anew, not restored from the
+        weights it starts from.
+      head: what the head of its model is for, a supervised task or a scalar reward; None: it has no head.
+      uses_best_checkpoint: whether its results are those of the best checkpoint, not of the newest.
     """
 
     parameters: Callable[[Config], ParameterSpec]

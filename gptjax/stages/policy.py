@@ -1,4 +1,4 @@
-"""What stages that train on conversations share: the policy, its frozen reference, and log-probabilities of tokens.
+"""The policy of the chat stages, its frozen reference, and log-probabilities of tokens.
 
 A batch has the arrays of `gptjax/data/chat_batches.py`: B elements of R rows of T positions. How prompts and
 completions are laid out in the rows makes no difference here.
@@ -19,6 +19,7 @@ from gptjax.models.gpt import GPT, head_embedding, hidden_states, init_params
 from gptjax.training.objective import Batch
 
 REFERENCE = "reference"  # top-level key of the frozen parameters of the model that a policy starts from
+DROPOUTS = ("embedding_dropout", "attention_dropout", "residual_dropout")  # fields of `model`
 
 
 def complete(config: Config, tokenizer: Tokenizer, workdir: Path) -> Config:
@@ -54,6 +55,26 @@ def check_no_pretraining_text(config: Config) -> None:
     require(
         config.chat.pretraining_source is None and config.chat.pretraining_share == 0,
         f"chat.pretraining_source and chat.pretraining_share are for sft and ppo, not {config.stage}: unset them",
+    )
+
+
+def check_computed_as_reference(config: Config) -> None:
+    """Raises UserError when the policy would be computed in another way than the reference it is compared with.
+
+    A log-ratio of two models is meaningful only where both are computed alike: without dropout, in one precision.
+    """
+    model = config.model
+    settings = {f"model.{name}": getattr(model, name) for name in DROPOUTS} | {"peft.dropout": config.peft.dropout}
+    for name, value in settings.items():
+        require(
+            value == 0,
+            f"{name}={value}: stage {config.stage} compares log-probabilities of the policy with those of a model that "
+            "is computed without dropout: set it to 0",
+        )
+    require(
+        model.matmul_dtype == "model",
+        f"model.matmul_dtype={model.matmul_dtype} is not supported by stage {config.stage}, which compares "
+        "log-probabilities of the policy with those of a model that is not quantised: set it to model",
     )
 
 

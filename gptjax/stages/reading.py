@@ -1,4 +1,4 @@
-"""How the stages read: with which tokenizer, which settings only pretraining has, and batch after batch."""
+"""The tokenizer and the batches of stages other than pretraining, and a check for settings that only it has."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -16,21 +16,23 @@ from gptjax.parallel.rows import process_rows
 
 
 def refuse_settings_of_pretraining(config: Config, mesh: Mesh, record: str) -> None:
-    """Raises UserError when `config` has what other stages do not do.
+    """Raises UserError when `config` sets what only stage "pretrain" supports.
 
     Args:
-      record: what a stage calls a part of its data.
+      record: the stage's name of an item of its data, for messages.
     """
     if config.batch.ramp_start_tokens is not None:
         raise UserError("batch.ramp_start_tokens is for stage pretrain: unset it")
     if config.data.on_corrupt == "skip":
-        raise UserError(f"data.on_corrupt=skip is for stage pretrain: mend or remove a {record} that is damaged")
+        raise UserError(
+            f"data.on_corrupt=skip is for stage pretrain: set it to error, and correct any damaged {record}"
+        )
     if mesh.shape["context"] > 1:
-        raise UserError(f"mesh.context={mesh.shape['context']} is for stage pretrain, whose rows are long: set it to 1")
+        raise UserError(f"mesh.context={mesh.shape['context']} is for stage pretrain: set it to 1")
 
 
 def find_tokenizer(config: Config, texts: list[str]) -> Tokenizer:
-    """That of the weights to start from; without such the one that data.tokenizer names, trained on the texts."""
+    """Returns the tokenizer of `init_from`; if that is unset, the one that data.tokenizer names, trained on `texts`."""
     if config.init_from is not None:
         return tokenizers.load(Path(config.init_from).expanduser() / "tokenizer")
     return tokenizers.get_tokenizer(
@@ -44,7 +46,7 @@ def find_tokenizer(config: Config, texts: list[str]) -> Tokenizer:
 def reader(
     config: Config, mesh: Mesh
 ) -> Callable[[grain.sources.RandomAccessDataSource[Any], int], Iterator[Microbatch]]:
-    """Examples, and how many of them were consumed before -> this process's rows of the microbatches that follow."""
+    """Returns (examples, number of them consumed before) -> this process's rows of the microbatches that follow."""
     size = config.sequences_per_microbatch
     rows, prefetch = process_rows(mesh, size), config.data.prefetch_batches
     return lambda examples, start: batches(examples, start=start, batch_size=size, rows=rows, prefetch=prefetch)

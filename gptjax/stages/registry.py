@@ -20,7 +20,7 @@ from gptjax.stages import pretrain, sft
 from gptjax.stages.definition import Definition
 from gptjax.stages.finetune import task_model
 from gptjax.stages.preference import dpo_objective, reward_model
-from gptjax.stages.rl import objective as rl
+from gptjax.stages.rl import rl_objective
 from gptjax.training.objective import Objective
 
 DEFINITIONS: dict[str, Definition] = {
@@ -29,8 +29,8 @@ DEFINITIONS: dict[str, Definition] = {
     "sft": sft.DEFINITION,
     "reward": reward_model.DEFINITION,
     "dpo": dpo_objective.DEFINITION,
-    "ppo": rl.PPO,
-    "grpo": rl.GRPO,
+    "ppo": rl_objective.PPO,
+    "grpo": rl_objective.GRPO,
 }
 
 
@@ -77,12 +77,15 @@ def parameters(config: Config) -> ParameterSpec:
 
 
 def _with_low_rank(spec: ParameterSpec) -> ParameterSpec:
-    """`spec` with the matrices of LoRA or AdaLoRA next to the kernels of its trained networks."""
+    """`spec` with the matrices of LoRA or AdaLoRA next to the kernels of the policy.
+
+    Other networks, which are frozen or trained whole from weights of their own, have none.
+    """
 
     def init(rng: jax.Array) -> Any:
         params = spec.init(rng)
-        trained = {name: part for name, part in params.items() if name not in spec.frozen}
-        return params | peft.join(trained, peft.low_rank(spec.config.peft, trained, jax.random.fold_in(rng, 1)))
+        policy = {name: part for name, part in params.items() if name not in (*spec.frozen, *spec.sources)}
+        return params | peft.join(policy, peft.low_rank(spec.config.peft, policy, jax.random.fold_in(rng, 1)))
 
     return dataclasses.replace(spec, init=init)
 

@@ -45,7 +45,7 @@ DEFINITION = Definition(
 
 
 def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None, define: Callable[[Config], Objective]) -> Stage:
-    """The stage on `mesh`.
+    """Builds the stage on `mesh`.
 
     Args:
       tokenizer: of the run that resumes; None: that of the weights to start from, or the one that the config names.
@@ -71,21 +71,21 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None, define: Calla
 
 
 def held_out_prompts(config: Config) -> list[Prompt]:
-    """The prompts of the held-out conversations, each with its reference."""
+    """Returns the prompts of the held-out conversations, each with its reference completion."""
     return conversations.prompts(conversations_of(config)[1])
 
 
 def _rows(
-    data: ChatData[Conversation], of: list[Conversation], seed: int | None, pretraining: PackedExamples | None
+    data: ChatData[Conversation], items: list[Conversation], seed: int | None, pretraining: PackedExamples | None
 ) -> PackedConversations:
     chat, context = data.config.chat, data.config.model.context_length
-    encoded = fitting(data.config, of, lambda item: data.chat_format.encode(item.messages, context, place=item.place))
+    encoded = fitting(data.config, items, lambda i: data.chat_format.encode(i.messages, context, place=i.place))
     share = chat.pretraining_share if pretraining is not None else 0.0
     return PackedConversations(encoded, context, pack=chat.pack, seed=seed, pretraining=pretraining, share=share)
 
 
 def _evaluate(measure: Callable[[Any], dict[str, float]]) -> Callable[[Any], dict[str, float]]:
-    """Loss (nats a token of the answers) and perplexity on the validation conversations."""
+    """Returns (all parameters) -> loss, in nats per token of the completions, and perplexity on held-out data."""
 
     def evaluate(params: Any) -> dict[str, float]:
         means = measure(params)
@@ -95,21 +95,21 @@ def _evaluate(measure: Callable[[Any], dict[str, float]]) -> Callable[[Any], dic
 
 
 def _sample(parameters: ParameterSpec, data: ChatData[Conversation], mesh: Mesh) -> Callable[[Any], str]:
-    """A question and the model's completion, always with the same sampling seed."""
+    """Returns (all parameters) -> a prompt and the model's completion, always with the same sampling seed."""
     config = parameters.config
-    settings, question = config.evaluation, Message("user", config.evaluation.sample_prompt)
+    settings, message = config.evaluation, Message("user", config.evaluation.sample_prompt)
     room = config.model.context_length - settings.sample_tokens
 
     def sample(params: Any) -> str:
-        # No second copy beside the training state.
+        # Stacked: no second copy of the weights.
         engine = Engine(GPT(config.model), parameters.merge(params), data.tokenizer, mesh, weights="stacked")
         completion = engine.generate(
-            [data.chat_format.encode_prompt((question,), room)],
+            [data.chat_format.encode_prompt((message,), room)],
             settings.sample_tokens,
             Sampling(settings.sample_temperature, settings.sample_top_k),
             seeds=config.seed,
             end_tokens=(data.chat_format.end_of_turn,),
         )
-        return f"user: {question.content}\nassistant: {completion[0].text}"
+        return f"user: {message.content}\nassistant: {completion[0].text}"
 
     return sample

@@ -62,7 +62,9 @@ def start_state(
     if parameters.config.init_from is None:
         return state, Position()
     base, params = given_params(parameters, mesh)
-    params |= {name: _started(parameters, name, params, mesh) for name in parameters.sources}
+    if parameters.sources:
+        policy = parameters.merge(parameters.join(base, params))
+        params |= {name: _started(parameters, name, policy, mesh) for name in parameters.sources}
     # The average starts at the weights; a copy, as the step donates both.
     ema = None if state.ema is None else jax.tree.map(lambda p: p.copy(), params)
     return state.replace(base=base, params=params, ema=ema), Position()
@@ -192,11 +194,11 @@ def load_parts(
 
     Args:
       best: those of the best checkpoint instead.
-      step: those of this step instead.
+      step: those of the checkpoint of this step instead.
       given: weights that others started from, by workdir, which this one may share; its own is added.
 
     Raises:
-      UserError: not a workdir, no checkpoint in it, or a mesh that does not fit.
+      UserError: not a workdir, no checkpoint in it or none of that step, or a mesh that does not fit.
     """
     _check_bases(workdir)
     config, tokenizer = completed_config(workdir)

@@ -145,7 +145,7 @@ class Stepper:
         self._rows = process_rows(mesh, self._microbatch)
         self._train_step = make_train_step(objective, state_shardings(objective.parameters, mesh))
         self._compiled: dict[Any, jax.stages.Compiled] = {}  # by the shapes of the batch
-        self._matrices = peft.count_adalora_matrices(self.abstract_state.params)
+        self._matrices = peft.count_matrices(self.abstract_state.params)
 
     @property
     def examples_per_batch(self) -> int:

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,13 +9,13 @@ import pytest
 from gptjax.evaluation import run
 from gptjax.evaluation.run import Options, evaluate
 from gptjax.evaluation.scoring import Request, Scorer, encode_pair
+from tests.commands import run_command
 
 ROOT = Path(__file__).parents[2]
 
 
 def command(*arguments):
-    line = [sys.executable, "-m", "gptjax.evaluate", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+    return run_command("gptjax.evaluate", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +124,7 @@ def test_numbers_that_json_cannot_hold():
         (["--workdir={workdir}", "--tasks=perplexity"], ["--tasks=perplexity needs a text, as in --source="]),
         (["--workdir={workdir}", "--tasks=lambada", "--source=sotu"], ["--source is for --tasks=perplexity and"]),
         (["--workdir={workdir}", "--tasks=lambada", "--reward_model=x"], ["--reward_model", "--tasks=dialogue"]),
-        (["--workdir={workdir}", "--tasks=dialogue"], ["is of stage pretrain, which does not answer"]),
+        (["--workdir={workdir}", "--tasks=dialogue"], ["is of stage pretrain: --tasks=dialogue is for stages sft"]),
         (["--workdir={workdir}", "--tasks=dialogue", "--source=sotu"], ["unknown source 'sotu' of conversations"]),
         (["--workdir={workdir}", "--tasks=lambada", "--stride=3"], ["--stride", "--tasks=perplexity"]),
         (["--workdir={workdir}", "--tasks=perplexity", "--source=text:{files}/none"], ["no file matches"]),

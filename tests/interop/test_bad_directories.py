@@ -15,6 +15,7 @@ from gptjax.config import UserError
 from gptjax.interop import safetensors_files
 from gptjax.interop.huggingface import export_workdir, import_workdir
 from gptjax.interop.safetensors_files import Declared
+from tests.commands import run_command
 from tests.interop.write_fixtures import FIXTURES
 
 ROOT = Path(__file__).parents[2]
@@ -252,11 +253,13 @@ def test_sources_that_do_not_exist(tmp_path, monkeypatch):
 
 def convert(*flags: object, limits: str = "") -> str:
     """Standard error's one line of a command that fails with exit code 2."""
-    command = [sys.executable, "-m", "gptjax.convert", *map(str, flags)]
     if limits:
+        command = [sys.executable, "-m", "gptjax.convert", *map(str, flags)]
         command = ["bash", "-c", f'ulimit {limits}; exec "$0" "$@"', *command]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    else:
+        result = run_command("gptjax.convert", *flags, environment={"HF_HUB_OFFLINE": "1"})
     assert result.returncode == 2, result.stderr
     # Where orbax's writes fail, its other threads may print that they were cut off.
     assert limits or "Traceback" not in result.stderr

@@ -25,6 +25,7 @@ from gptjax.parallel.mesh import make_mesh
 from gptjax.run import run
 from gptjax.stages.trained_model import load_model
 from tests import tiny_chats
+from tests.commands import run_command
 from tests.interop.write_fixtures import FIXTURES, MODELS
 from tests.tiny_tasks import save_pretrained as save_weights
 
@@ -187,8 +188,9 @@ np.testing.assert_allclose(got, expected["logits_BTV"], atol=1e-4, rtol=0)
 
 def test_the_commands_go_there_and_back(tmp_path):
     def convert(*flags: str) -> str:
-        command = [sys.executable, "-m", "gptjax.convert", *flags]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        result = run_command("gptjax.convert", *flags)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
 
     convert(f"--from_hf={FIXTURES}/gpt2", f"--workdir={tmp_path}/run", "--tokenizer=bytes", "--dtype=bfloat16")
     assert c.read_config(tmp_path / "run").model.dtype == "bfloat16"

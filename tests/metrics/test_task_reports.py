@@ -14,7 +14,7 @@ from gptjax.config import TaskConfig, UserError
 from gptjax.metrics import task_reports as reports
 from gptjax.metrics.task_reports import (
     MAIN_METRIC,
-    Report,
+    TaskReport,
     answer_words,
     choice_report,
     classification_report,
@@ -252,7 +252,7 @@ def test_tagging_by_hand():
     assert rows(entities)["micro avg"] == ["0.3333", "0.5000", "0.4000", "2"]
     assert rows(tags)["O"] == ["0.6667", "0.6667", "0.6667", "3"]
     assert rows(tags)["micro avg"] == ["0.6667", "0.6667", "0.6667", "3"]
-    assert "the averages leave O out" in tags
+    assert "the averages exclude O" in tags
     assert found.labels == BIO
     assert found.confusion.tolist() == [
         [1, 0, 0, 0, 0],
@@ -305,7 +305,7 @@ def test_part_of_speech_tags_have_no_entities():
     assert set(found.metrics) == {"accuracy", "f1", "micro_f1", "macro_f1", "weighted_f1"}
     assert found.metrics["f1"] == found.metrics["micro_f1"] == found.metrics["accuracy"] == pytest.approx(2 / 3)
     assert "entity" not in found.text
-    assert "leave O out" not in found.text
+    assert "exclude O" not in found.text
 
 
 @pytest.mark.parametrize("predicted", ["O", "B-PER"])
@@ -395,6 +395,6 @@ def test_question_answering_is_the_mean_over_questions():
 
 
 def test_a_report_is_not_changed_by_accident():
-    found = Report({}, "")
+    found = TaskReport({}, "")
     with pytest.raises(AttributeError):
         found.text = "better"

@@ -1,6 +1,6 @@
-"""Trains each stage of chat on several meshes: `chat_on_meshes.py OUT.json one data=2,fsdp=2,tensor=2 ...`.
+"""Trains each chat stage on several meshes: `chat_on_meshes.py OUT.json one data=2,fsdp=2,tensor=2 ...`.
 
-Writes {mesh: {stage: {"losses": [...], "validation": {...}}}}, and of stages that write answers "rewards" and "kl" too.
+Writes {mesh: {stage: {"losses": [...], "validation": {...}}}}, with "rewards" and "kl" of ppo and grpo.
 """
 
 import json
@@ -20,8 +20,8 @@ from tests.multi_device.finetune_on_meshes import train
 from tests.tiny_chats import DIVISIBLE, STAGES_OF_CHAT, config_of, rl_config, save_divisible
 
 
-def learn(config: c.Config, mesh: jax.sharding.Mesh, workdir: Path) -> dict[str, Any]:
-    """What a run in which a policy writes its own data has told."""
+def train_policy(config: c.Config, mesh: jax.sharding.Mesh, workdir: Path) -> dict[str, Any]:
+    """Runs a stage that samples its own data; returns its metrics."""
     workdir.mkdir()
     report = train_stage(build(config, mesh, None), mesh, workdir)
     records = read_metrics(workdir)[1]
@@ -51,7 +51,7 @@ def main() -> None:
                 config = rl_config(stage, Path(directory), pretrained)
                 config = c.replace(config, {"model": DIVISIBLE, "mesh": sizes})
                 mesh = make_mesh(config.mesh, jax.devices()[: 1 if name == "one" else None])
-                results[name][stage] = learn(config, mesh, Path(directory) / f"{name}_{stage}")
+                results[name][stage] = train_policy(config, mesh, Path(directory) / f"{name}_{stage}")
     Path(out).write_text(json.dumps(results))
 
 

@@ -1,4 +1,4 @@
-"""The stages of chat on simulated devices give the losses of one."""
+"""The chat stages on simulated devices have the losses of one device."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ def test_many_devices_give_the_losses_of_one(results, stage):
 
 
 @pytest.mark.parametrize("stage", ["ppo", "grpo"])
-def test_a_policy_writes_and_learns_the_same(results, stage):
+def test_policies_sample_and_learn_the_same(results, stage):
     found, expected = results[MESH][stage], results["one"][stage]
     assert found["rewards"] == expected["rewards"]
     assert len(expected["rewards"]) == 3

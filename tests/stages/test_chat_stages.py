@@ -1,4 +1,4 @@
-"""The stages of chat on the one loop: whole runs, resumed ones, and mistakes."""
+"""The chat stages on the training loop: whole runs, resumed ones, and user errors."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ from tests.tiny_tasks import CONTEXT, MODEL
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, pretrained):
-    """A whole run of each stage, sft's weights being those that the others start from."""
+    """A whole run of each stage; the others start from the weights of sft."""
     root = tmp_path_factory.mktemp("chat")
     runs: dict[str, tuple[c.Config, Path]] = {}
     for stage in STAGES_OF_CHAT:
@@ -47,7 +47,7 @@ def last(workdir: Path, split: str) -> dict:
     return [record for record in read_metrics(workdir)[1] if record["split"] == split][-1]
 
 
-def test_sft_learns_the_answers_and_only_them(finished):
+def test_sft_is_trained_on_the_completions_alone(finished):
     _, workdir = finished["sft"]
     records = read_metrics(workdir)[1]
     first, final = (record["loss"] for record in records if record["split"] == "validation")
@@ -55,7 +55,7 @@ def test_sft_learns_the_answers_and_only_them(finished):
     config, tokenizer = completed_config(workdir)
     assert config.model.vocab_size == tokenizer.vocab_size + 2
     assert "user: q1\nassistant: " in next(iter((workdir / "samples").iterdir())).read_text()
-    # Of a row only what the assistant writes counts: 1 to 3 letters and the end of its turn, 24 conversations.
+    # Only the assistant's tokens count: 1 to 3 letters and the end of its turn in each of 24 conversations.
     stage = build(finished["sft"][0], make_mesh(c.MeshConfig()), None)
     batches = stage.batches(0, None)
     rows = stage.total_tokens // CONTEXT
@@ -63,7 +63,7 @@ def test_sft_learns_the_answers_and_only_them(finished):
     assert counted >= 24 + sum(1 + i % 3 for i in range(24))
 
 
-def test_reward_and_dpo_order_the_answers(finished):
+def test_reward_and_dpo_rank_the_completions(finished):
     for stage in ("reward", "dpo"):
         _, workdir = finished[stage]
         assert last(workdir, "validation")["accuracy"] > 0.7
@@ -71,7 +71,7 @@ def test_reward_and_dpo_order_the_answers(finished):
     assert last(finished["dpo"][1], "validation")["margin"] > 0
 
 
-def test_the_best_answers_of_a_reward_model_have_mean_0(finished):
+def test_the_mean_of_the_best_completions_is_recorded(finished):
     _, workdir = finished["reward"]
     scale = json.loads((workdir / "reward.json").read_text())
     assert scale.keys() == {"mean", "step"}
@@ -122,7 +122,7 @@ def test_dpo_leaves_the_reference_and_saves_the_policy_alone(finished):
 
 @pytest.mark.parametrize("stage", STAGES_OF_CHAT)
 def test_a_run_in_two_parts_is_the_same_run(finished, stage, tmp_path):
-    """It stops after one step, in the middle of what a record is the mean of."""
+    """It stops after one step, in the middle of the steps that a record averages."""
     config, whole = finished[stage]
     config = c.replace(config, {"logging": {"every_steps": 2}})
     first = dataclasses.replace(config, batch=dataclasses.replace(config.batch, epochs=None, total_tokens=1))
@@ -141,7 +141,7 @@ def test_a_run_in_two_parts_is_the_same_run(finished, stage, tmp_path):
             assert mean[name] == (one[name] + two[name]) / 2
 
 
-def test_lora_trains_its_matrices_alone_beside_a_reference(finished, tmp_path):
+def test_lora_with_a_reference_trains_its_matrices_alone(finished, tmp_path):
     start = finished["sft"][1]
     run(dataclasses.replace(finished["dpo"][0], peft=c.PeftConfig(method="lora", rank=2)), tmp_path)
     header = read_metrics(tmp_path)[0]
@@ -152,8 +152,8 @@ def test_lora_trains_its_matrices_alone_beside_a_reference(finished, tmp_path):
     assert all(path.endswith(("attention/qkv/kernel", "attention/out/kernel")) for path in changed)
 
 
-def test_answers_of_different_lengths_are_to_the_same_prompt(finished, tmp_path):
-    """The first exchange has room beside the short answer, not beside the long one."""
+def test_completions_of_different_lengths_have_the_same_prompt(finished, tmp_path):
+    """The first exchange fits with the short completion, but not with the long one."""
     turns = [("user", "q1"), ("assistant", "a"), ("user", "q2")]
     record = {"messages": [{"role": r, "content": t} for r, t in turns], "ranking": ["b", "c" * 26]}
     path = tmp_path / "rankings.jsonl"
@@ -161,17 +161,17 @@ def test_answers_of_different_lengths_are_to_the_same_prompt(finished, tmp_path)
     config = c.replace(finished["dpo"][0], {"data": {"source": f"jsonl:{path}"}})
     arrays = next(build(config, make_mesh(c.MeshConfig()), None).batches(0, None)).arrays
     prompt, end = [256, *b"q2", 257], 258
-    for number, answer in ((1, b"b"), (2, b"c" * 26)):
+    for number, completion in ((1, b"b"), (2, b"c" * 26)):
         here = arrays["segments"][0] == number
-        assert arrays["tokens"][0][here].tolist() == [*prompt, *answer, end]
-        assert arrays["weights"][0][here].sum() == len(answer) + 1
+        assert arrays["tokens"][0][here].tolist() == [*prompt, *completion, end]
+        assert arrays["weights"][0][here].sum() == len(completion) + 1
     record["ranking"][1] = "c" * CONTEXT
     path.write_text(json.dumps(record) + "\n")
-    with pytest.raises(UserError, match=r"rankings.jsonl:1: an answer has 33 tokens, in a context of 32"):
+    with pytest.raises(UserError, match=r"rankings.jsonl:1: a completion has 33 tokens, in a context of 32"):
         build(config, make_mesh(c.MeshConfig()), None)
 
 
-def test_no_held_out_answer_is_met_in_training_as_a_wrong_one(finished):
+def test_no_held_out_completion_is_a_wrong_one_in_training(finished):
     config = c.replace(
         finished["dpo"][0],
         {
@@ -180,27 +180,27 @@ def test_no_held_out_answer_is_met_in_training_as_a_wrong_one(finished):
         },
     )
     train, validation = rankings_of(config)
-    said = [
-        {answer for turns in side for answer in turns}
+    used = [
+        {text for texts in side for text in texts}
         for side in ([r.answers for r in train], [r.answers for r in validation])
     ]
     true = [{r.answers[0] for r in side} for side in (train, validation)]
-    assert said[0] <= true[0]
-    assert said[1] <= true[1]
+    assert used[0] <= true[0]
+    assert used[1] <= true[1]
     assert 0.05 < len(validation) / len(train) < 0.2
 
 
-def test_random_answers_that_are_too_long_are_left_out_before_the_prompt_is(finished, tmp_path):
-    """The long answer has room behind its own question alone."""
-    said = [("q", "a" * 26), *((f"question {i}", letter) for i, letter in enumerate("bcde"))]
-    turns = [[{"role": "user", "content": asked}, {"role": "assistant", "content": told}] for asked, told in said]
+def test_random_completions_that_are_too_long_are_left_out_before_the_prompt_is(finished, tmp_path):
+    """The long completion fits behind its own prompt alone."""
+    exchanges = [("q", "a" * 26), *((f"question {i}", letter) for i, letter in enumerate("bcde"))]
+    turns = [[{"role": "user", "content": user}, {"role": "assistant", "content": text}] for user, text in exchanges]
     path = tmp_path / "chats.jsonl"
     path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
     changes = {"data": {"source": f"jsonl:{path}", "validation_source": f"jsonl:{path}"}}
     config = c.replace(finished["dpo"][0], changes | {"chat": {"random_answers": 4, "on_too_long": "skip"}})
     arrays = next(build(config, make_mesh(c.MeshConfig()), None).batches(0, None)).arrays
-    answers = (arrays["levels"] > 0).sum(axis=-1).reshape(-1)  # of each prompt, and 0 where there is none
-    assert set(answers[answers > 0].tolist()) == {4, 5}
+    counts = (arrays["levels"] > 0).sum(axis=-1).reshape(-1)  # completions of each prompt, 0 where there is no prompt
+    assert set(counts[counts > 0].tolist()) == {4, 5}
     with pytest.raises(UserError, match="its last exchange has"):
         build(c.replace(config, {"chat": {"on_too_long": "error"}}), make_mesh(c.MeshConfig()), None)
 
@@ -225,9 +225,12 @@ def test_bytes_that_are_no_text_are_replaced_or_refused(finished, tmp_path):
         ("reward", {"data": {"source": "chatterbot"}}, r"set chat\.random_answers"),
         ("dpo", {"dpo": {"beta": 0.0}}, r"dpo\.beta=0.0 must be positive"),
         ("dpo", {"dpo": {"label_smoothing": 0.5}}, r"dpo\.label_smoothing=0.5 must be in"),
+        ("dpo", {"model": {"residual_dropout": 0.1}}, r"model\.residual_dropout=0.1: stage dpo .* set it to 0"),
+        ("dpo", {"peft": {"method": "lora", "dropout": 0.1}}, r"peft\.dropout=0.1: stage dpo .* set it to 0"),
+        ("dpo", {"model": {"matmul_dtype": "int8"}}, r"model\.matmul_dtype=int8 is not supported by stage dpo"),
     ],
 )
-def test_mistakes_are_one_line(finished, tmp_path, stage, changes, message):
+def test_user_errors_are_one_line(finished, tmp_path, stage, changes, message):
     config = c.replace(finished[stage][0], changes)
     with pytest.raises(UserError, match=message):
         run(c.resolve(c.config_dict(config)), tmp_path / "run")
@@ -235,11 +238,11 @@ def test_mistakes_are_one_line(finished, tmp_path, stage, changes, message):
 
 
 def test_dpo_needs_a_model_to_start_from(finished):
-    with pytest.raises(UserError, match="stage dpo learns how to leave the model it starts from"):
+    with pytest.raises(UserError, match="stage dpo needs a trained model as its reference: name its workdir"):
         registry.check(dataclasses.replace(finished["dpo"][0], init_from=None))
 
 
-def test_an_answer_that_is_too_long_is_named_or_left_out(finished, tmp_path):
+def test_a_completion_that_is_too_long_is_named_or_skipped(finished, tmp_path):
     config, _ = finished["sft"]
     path = tmp_path / "long.jsonl"
     lines = Path(config.data.source.removeprefix("jsonl:")).read_text().splitlines()

@@ -1,4 +1,4 @@
-"""Stage "finetune": a labelled task on top of a language model (Radford et al. 2018, sections 3.2 and 3.3)."""
+"""Stage "finetune": supervised fine-tuning on labelled rows (Radford et al. 2018, sections 3.2 and 3.3)."""
 
 import dataclasses
 import json
@@ -35,24 +35,23 @@ METRICS_FILE, PREDICTIONS_FILE, CONFUSION_FILE = "report.json", "predictions.jso
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class RowSplits:
     """The labelled rows of a run."""
 
     train: list[Row]
     validation: list[Row]
-    test: list[Row]  # of the report at the end
+    test: list[Row]  # for the final report
 
 
 def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None, define: Callable[[Config], Objective]) -> Stage:
-    """The stage on `mesh`.
+    """Builds the stage on `mesh`.
 
     Args:
-      tokenizer: of the run that resumes; None: that of the weights to start from, or the one that the config names.
+      tokenizer: of the run to resume; None: that of the weights to start from, or the one that the config names.
       define: complete config -> parameters and loss.
 
     Raises:
-      UserError: rows that cannot be read or have no label, weights that are not there, sizes that do not divide over
-        the mesh.
+      UserError: rows that cannot be read or have no label, missing weights, sizes that do not divide over the mesh.
     """
     refuse_settings_of_pretraining(config, mesh, "labelled row")
     check_backend(config.model, mesh.devices.flat[0].platform, has_segments=False)
@@ -60,11 +59,11 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None, define: Calla
     rows = processes.first_then_others(lambda: read(config))
     if tokenizer is None:
         tokenizer = find_tokenizer(config, [text for row in rows.train for text in _texts(row)])
-    found = _decided_by(rows.train, config)
+    task_fields = _task_fields(rows.train, config)
     if config.task.kind in task_inputs.NAMED:
         for other in (rows.validation, rows.test):
-            task_inputs.check_labels(other, found["labels"])
-    config = completed(config, tokenizer.vocab_size, found)
+            task_inputs.check_labels(other, task_fields["labels"])
+    config = completed(config, tokenizer.vocab_size, task_fields)
     task, context = config.task, config.model.context_length
     size = config.sequences_per_microbatch
     train = with_copies(rows.train, config.regularisation, config.seed)
@@ -90,12 +89,12 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None, define: Calla
         evaluate=_evaluate(config, predictor, rows.validation),
         sample=None,
         conclude=_conclude(config, predictor, rows.test),
-        files={TASK_FILE: json.dumps(found, indent=2) + "\n"},
+        files={TASK_FILE: json.dumps(task_fields, indent=2) + "\n"},
     )
 
 
-def read(config: Config) -> Rows:
-    """The rows that `config` names; UserError as of `read_rows`."""
+def read(config: Config) -> RowSplits:
+    """Reads the rows that `config` names; raises as `read_rows`."""
     data, task = config.data, config.task
     specs = (data.source, data.validation_source, task.test_source)
     for spec in filter(None, specs):
@@ -109,33 +108,33 @@ def read(config: Config) -> Rows:
         train, validation = split_rows(train, data.validation_fraction)
     else:
         validation = rows(data.validation_source)
-    return Rows(train, validation, validation if task.test_source is None else rows(task.test_source))
+    return RowSplits(train, validation, validation if task.test_source is None else rows(task.test_source))
 
 
 def _texts(row: Row) -> list[str]:
-    """All that a model reads of a row."""
+    """Returns all text of a row that a model reads, to train a tokenizer on."""
     texts = [value for role, value in row.fields.items() if isinstance(value, str) and role != "label"]
     return [*texts, " ".join(row.fields.get("tokens", [])), *row.fields.get("choices", [])]
 
 
-def _decided_by(rows: list[Row], config: Config) -> dict[str, Any]:
-    """The fields of `task` that are left to the training rows: what TASK_FILE keeps."""
+def _task_fields(rows: list[Row], config: Config) -> dict[str, Any]:
+    """Determines the fields of `task` that the config leaves to the training rows: the content of TASK_FILE."""
     task = config.task
     labels = task_inputs.find_labels(rows, task.kind, task.labels)
     weights = task_inputs.balanced_weights(rows, labels) if task.balanced_labels else task.label_weights
     if weights and len(weights) != len(labels):
-        raise UserError(f"task.label_weights={weights} does not have a weight for each of {len(labels)} labels")
+        raise UserError(f"task.label_weights={weights} needs one weight for each of {len(labels)} labels")
     mean, std = task.target_mean, task.target_std
     if task.kind == "regression":
         targets = np.array([row.fields["label"] for row in rows])
         mean = float(np.mean(targets)) if mean is None else mean
         if std is None:
-            std = float(np.std(targets)) or 1.0  # where all are the same, any
+            std = float(np.std(targets)) or 1.0  # all targets are equal: any scale will do
     return {"labels": labels, "label_weights": tuple(weights), "target_mean": mean, "target_std": std}
 
 
 def _evaluate(config: Config, predictor: Predictor, rows: list[Row]) -> Callable[[Any], dict[str, float]]:
-    """The task's loss and metrics on the validation rows."""
+    """Returns a function from parameters to the loss and metrics on the validation rows."""
     encoded = predictor.encode(rows)
 
     def evaluate(params: Any) -> dict[str, float]:
@@ -145,20 +144,21 @@ def _evaluate(config: Config, predictor: Predictor, rows: list[Row]) -> Callable
 
 
 def _conclude(config: Config, predictor: Predictor, rows: list[Row]) -> Callable[[Any, int, Path], str]:
-    """Writes the report of the test rows, and returns it."""
+    """Returns a function that writes the report on the test rows to a workdir and returns it as text."""
 
     def conclude(params: Any, step: int, workdir: Path) -> str:
         predictions = predictor(params, rows, predictor.encode(rows))
         report = measure(config.task, rows, predictions)
         if jax.process_index() == 0:
-            details = zip(rows, predictions.details, strict=True)
-            write_predictions(
-                workdir / PREDICTIONS_FILE, ({"place": row.place, **row.fields, "predicted": d} for row, d in details)
+            records = (
+                {"place": row.place, **row.fields, "predicted": details}
+                for row, details in zip(rows, predictions.details, strict=True)
             )
+            write_predictions(workdir / PREDICTIONS_FILE, records)
             if report.confusion is not None:
                 plot_confusion(workdir / CONFUSION_FILE, report.confusion, report.labels)
             try:
-                write_whole(workdir / METRICS_FILE, json.dumps(report.metrics, indent=2) + "\n")
+                write_whole(workdir / METRICS_FILE, json.dumps(report.as_json(), indent=2) + "\n")
             except OSError as error:
                 raise UserError(f"cannot write in --workdir={workdir}: {error.strerror}") from None
         return f"{report.text}\npredictions: {workdir / PREDICTIONS_FILE}"

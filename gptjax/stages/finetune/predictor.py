@@ -1,4 +1,4 @@
-"""What a fine-tuned model says of rows, and what that is worth where they have labels."""
+"""Predictions of a fine-tuned model on rows, and their metrics where the rows have labels."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ from gptjax.data.labelled import Row
 from gptjax.data.task_inputs import Encoded, decode_spans, decode_tags, encode
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.distributed import preemption
-from gptjax.metrics.task_reports import Report, report
+from gptjax.metrics.task_reports import TaskReport, report
 from gptjax.parallel.mesh import batch_shards
 from gptjax.parallel.rows import global_array, process_rows
 from gptjax.stages.finetune.task_model import TaskModel
@@ -28,12 +28,12 @@ PREFETCH = 4  # microbatches
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """Of rows, in their order.
+    """The predictions for rows, in their order.
 
     Attributes:
-      values: of each row its label, the place of its choice, its number, the tags of its words, or its answer.
-      details: of each row the same and how sure the model is, as JSON can hold it.
-      loss: the task's, a row; None where rows have no labels.
+      values: for each row the index of its label or option, its number, the tags of its words, or its answer.
+      details: the same with probabilities or scores, as JSON values.
+      loss: the weighted mean of the task's loss; None if the rows have no labels.
     """
 
     values: list[Any]
@@ -42,21 +42,28 @@ class Predictions:
 
 
 def load_predictor(
-    workdir: Path, mesh: Mesh, batch_size: int, *, given: dict[Path, Any] | None = None
+    workdir: Path,
+    mesh: Mesh,
+    batch_size: int,
+    *,
+    best: bool = True,
+    step: int | None = None,
+    given: dict[Path, Any] | None = None,
 ) -> tuple[Config, Callable[[Sequence[Row]], Predictions]]:
-    """The config of a fine-tuned run, complete, and what its best checkpoint says of rows; `mesh` is in use for both.
+    """Loads a fine-tuned run; returns its complete config and a function from rows to predictions.
 
     Args:
-      batch_size: rows at once, rounded up to a multiple of the devices that they are spread over.
-      given: as of `load_parts`.
+      mesh: in use (`jax.set_mesh`) here and when the function is called.
+      batch_size: rows per batch, rounded up to a multiple of the number of batch shards.
+      best, step, given: as of `load_parts`; by default the best checkpoint.
 
     Raises:
-      UserError: as of `load_parts`; or the run is of another stage.
+      UserError: as `load_parts`, or the run is of another stage.
     """
-    parts = load_parts(workdir, mesh, best=True, given=given)
+    parts = load_parts(workdir, mesh, best=best, step=step, given=given)
     config = predicting(parts.parameters.config)
     if config.stage != "finetune":
-        raise UserError(f"{workdir} is of stage {config.stage}, which learns to write: use gptjax.generate")
+        raise UserError(f"{workdir} is of stage {config.stage}, not finetune: use gptjax.generate or gptjax.chat")
     shards = batch_shards(mesh)
     predictor = Predictor(
         TaskModel(config), parts.tokenizer, mesh, math.ceil(batch_size / shards) * shards, assemble=parts.join
@@ -65,7 +72,7 @@ def load_predictor(
 
 
 class Predictor:
-    """Applies a model and its head to rows, in batches of like length, on the mesh in use."""
+    """Applies a fine-tuned model to rows, in batches of similar length, on the mesh in use."""
 
     def __init__(
         self,
@@ -75,30 +82,30 @@ class Predictor:
         batch_size: int,
         assemble: Callable[[Any], Any] = lambda params: params,
     ):
-        """Takes a model.
+        """Compiles nothing yet.
 
         Args:
-          batch_size: rows at once, over all devices; a multiple of those that batches are spread over.
-          assemble: what is called with -> parameters of `model`, low-rank matrices folded in.
+          batch_size: rows per batch, over all devices; a multiple of the number of batch shards.
+          assemble: maps the `params` of `__call__` to the parameters of `model`, low-rank matrices merged.
         """
         self._model, self._tokenizer, self._mesh, self._batch_size = model, tokenizer, mesh, batch_size
-        # All processes get the predictions of all rows.
+        # Replicated, so that every process has the predictions of all rows.
         self._predict = jax.jit(
             lambda params, batch: model.predict(assemble(params), batch),
             out_shardings=jax.NamedSharding(mesh, PartitionSpec()),
         )
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded]:
-        """The rows as the model reads them; raises as `task_inputs.encode`."""
+        """Encodes rows as token sequences; raises as `task_inputs.encode`."""
         config = self._model.config
         return encode(rows, config.task, config.task.labels, self._tokenizer, config.model.context_length)
 
     def __call__(self, params: Any, rows: Sequence[Row], encoded: Sequence[Encoded]) -> Predictions:
-        """What the model says.
+        """Predicts rows.
 
         Args:
-          params: what `assemble` takes.
-          encoded: what `encode` makes of the rows.
+          params: the argument of `assemble`.
+          encoded: `encode(rows)`.
         """
         buckets = Buckets(
             encoded,
@@ -115,13 +122,13 @@ class Predictor:
                 name: global_array(self._mesh, local_rows, array, self._batch_size)
                 for name, array in microbatch.arrays.items()
             }
-            found = jax.device_get(self._predict(params, batch))
-            if "losses" in found:
-                total += float(found.pop("losses").sum(dtype=np.float64))
-                weight += float(found.pop("counts").sum(dtype=np.float64))
-            for place, example in enumerate(found.pop("examples").tolist()):
+            arrays = jax.device_get(self._predict(params, batch))
+            if "losses" in arrays:
+                total += float(arrays.pop("losses").sum(dtype=np.float64))
+                weight += float(arrays.pop("counts").sum(dtype=np.float64))
+            for index, example in enumerate(arrays.pop("examples").tolist()):
                 if example >= 0:
-                    outputs[example] = {name: array[place] for name, array in found.items()}
+                    outputs[example] = {name: array[index] for name, array in arrays.items()}
         values, details = _decode(self._model.config.task, rows, encoded, outputs)
         return Predictions(values, details, total / weight if weight > 0 else None)
 
@@ -129,10 +136,10 @@ class Predictor:
 def _decode(
     task: TaskConfig, rows: Sequence[Row], encoded: Sequence[Encoded], outputs: Sequence[dict[str, Any]]
 ) -> tuple[list[Any], list[dict[str, Any]]]:
-    """Values and details of the rows, of what the model says of their examples."""
+    """Converts the model's outputs for examples to the values and details of `Predictions` for rows."""
     if task.kind == "tagging":
         tags = decode_tags(encoded, [output["tags"] for output in outputs], task.labels)
-        return list(tags), [{"tags": of_row} for of_row in tags]
+        return list(tags), [{"tags": row_tags} for row_tags in tags]
     if task.kind == "question_answering":
         starts, stops = ([output[name] for output in outputs] for name in ("start_nats", "stop_nats"))
         spans = decode_spans(encoded, starts, stops, rows)
@@ -155,8 +162,8 @@ def _rounded(output: dict[str, Any]) -> list[float]:
     return [round(value, 6) for value in output["probabilities"].tolist()]
 
 
-def measure(task: TaskConfig, rows: Sequence[Row], predictions: Predictions) -> Report:
-    """What predictions of labelled rows are worth; "loss" is among the metrics."""
+def measure(task: TaskConfig, rows: Sequence[Row], predictions: Predictions) -> TaskReport:
+    """Computes the metrics of predictions on labelled rows, with the task's loss as "loss"."""
     if task.kind == "tagging":
         gold = [row.fields["tags"] for row in rows]
     elif task.kind == "question_answering":
@@ -165,6 +172,6 @@ def measure(task: TaskConfig, rows: Sequence[Row], predictions: Predictions) -> 
         gold = [row.fields["label"] for row in rows]
     else:
         gold = [task.labels.index(row.fields["label"]) for row in rows]
-    found = report(task.kind, gold, predictions.values, task.labels)
+    measured = report(task.kind, gold, predictions.values, task.labels)
     assert predictions.loss is not None
-    return dataclasses.replace(found, metrics={"loss": predictions.loss, **found.metrics})
+    return dataclasses.replace(measured, metrics={"loss": predictions.loss, **measured.metrics})

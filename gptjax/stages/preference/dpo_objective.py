@@ -1,7 +1,7 @@
 """The objective of stage "dpo": direct preference optimization, without a reward model (Rafailov et al. 2023).
 
-A batch has the arrays of `gptjax/data/chat_batches.py`: an element is P prompts with K completions each, best first,
-laid out in R rows of T positions.
+A batch has the arrays of `gptjax/data/chat_batches.py`: an element is P prompts with G completions each, best first,
+laid out in R rows of T positions; X = R T.
 """
 
 from typing import Any
@@ -20,32 +20,33 @@ from gptjax.training.objective import Batch, Loss, Measures
 
 
 def completion_logprobs(gpt: GPT, params: Any, batch: Batch, rng: jax.Array | None) -> jax.Array:
-    """Log-probability of each completion given its prompt, float32 (B, P, K); arbitrary where there is none."""
-    learned_BRT = token_logprobs(gpt, params, batch, rng) * batch["weights"]
-    learned_BN = learned_BRT.reshape(len(learned_BRT), -1)
-    segments_BN = batch["segments"].reshape(len(learned_BRT), -1)
-    numbers_BPK = at_ends(batch["segments"], batch["ends"])
-    here_BPKN = segments_BN[:, None, None] == numbers_BPK[..., None]
-    return jnp.sum(jnp.where(here_BPKN, learned_BN[:, None, None], 0), axis=-1)
+    """Log-probability of each completion given its prompt, float32 (B, P, G); arbitrary where there is none."""
+    logprobs_BRT = token_logprobs(gpt, params, batch, rng) * batch["weights"]
+    logprobs_BX = logprobs_BRT.reshape(len(logprobs_BRT), -1)
+    segments_BX = batch["segments"].reshape(len(logprobs_BRT), -1)
+    numbers_BPG = at_ends(batch["segments"], batch["ends"])
+    mask_BPGX = segments_BX[:, None, None] == numbers_BPG[..., None]
+    return jnp.sum(jnp.where(mask_BPGX, logprobs_BX[:, None, None], 0), axis=-1)
 
 
 def dpo_loss(config: Config) -> Loss:
-    """Rafailov et al. 2023, equation 7, over all pairs of a prompt's completions.
+    """The loss of Rafailov et al. 2023, equation 7: the mean over the pairs of a prompt's completions.
 
-    The loss measures `accuracy`, the share of a prompt's pairs whose implicit rewards are ranked correctly, and
+    It measures `accuracy`, the share of a prompt's pairs whose implicit rewards are ranked correctly, and
     `margin`, the difference of the implicit rewards: beta times the difference of the log-ratios to the reference.
     """
     gpt, settings = GPT(config.model), config.dpo
 
     def loss(params: Any, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array, Measures]:
-        policy_BPK = completion_logprobs(gpt, params, batch, rng)
-        reference_BPK = jax.lax.stop_gradient(completion_logprobs(gpt, params[REFERENCE], batch, None))
+        # Both with the key, so that both are the same computation; `check` refuses dropout.
+        policy_BPG = completion_logprobs(gpt, params, batch, rng)
+        reference_BPG = jax.lax.stop_gradient(completion_logprobs(gpt, params[REFERENCE], batch, rng))
         better, worse, there_BPJ = preference.ranked_pairs(batch["levels"])
         losses_BPJ, margins_BPJ = preference.dpo_loss(
-            policy_BPK[..., better],
-            policy_BPK[..., worse],
-            reference_BPK[..., better],
-            reference_BPK[..., worse],
+            policy_BPG[..., better],
+            policy_BPG[..., worse],
+            reference_BPG[..., better],
+            reference_BPG[..., worse],
             settings.beta,
             settings.label_smoothing,
         )
@@ -63,6 +64,7 @@ def check(config: Config) -> None:
     """Raises UserError when the config asks for what DPO cannot do."""
     policy.check_needs_init_from(config)
     policy.check_no_pretraining_text(config)
+    policy.check_computed_as_reference(config)
 
 
 DEFINITION = Definition(

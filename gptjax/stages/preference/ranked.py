@@ -1,4 +1,4 @@
-"""The stages that learn from rankings of answers, "reward" and "dpo", but for what is their own."""
+"""What stages "reward" and "dpo" share: training on ranked completions."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,22 +29,22 @@ def build_ranked(
     define: Callable[[Config], Objective],
     conclude: Callable[[Config, Callable[[], Iterator[Microbatch]], Mesh], Conclude] | None = None,
 ) -> Stage:
-    """The stage on `mesh`.
+    """Builds the stage on `mesh`.
 
     Args:
       tokenizer: of the run that resumes; None: that of the weights to start from, or the one that the config names.
       define: complete config -> parameters and loss.
-      conclude: config, batches that have the best answer to each training prompt, and mesh -> what a stage does at the
-        end.
+      conclude: config, batches that have the best completion of each training prompt, and mesh -> what the stage does
+        at the end of training.
 
     Raises:
-      UserError: as of `open_chat`; an answer that is longer than the context.
+      UserError: as of `open_chat`; a completion that is longer than the context.
     """
     data = open_chat(config, mesh, tokenizer, rankings_of)
     context, pack = data.config.model.context_length, data.config.chat.pack
     encoded = _encode(data, data.train)
     train = RankedAnswers(encoded, context, pack=pack, seed=data.config.seed)
-    # The best answers are the same in each draw of random ones.
+    # Each draw of random completions repeats the best ones.
     first_draw = encoded[: -(-len(encoded) // data.config.chat.random_draws)]
     once = RankedAnswers(first_draw, context, pack=pack, seed=None)
     validation = RankedAnswers(_encode(data, data.validation), context, pack=pack, seed=None)
@@ -63,31 +63,32 @@ def build_ranked(
 
 
 def held_out_prompts(config: Config) -> list[Prompt]:
-    """The prompts of the held-out rankings, each with its best completion as the reference."""
+    """Returns the prompts of the held-out rankings, each with its best completion as the reference."""
     rankings = rankings_of(config)[1]
     return list({r.prompt: Prompt(r.prompt, r.answers[0], r.place) for r in rankings}.values())
 
 
 def _encode(data: ChatData[Ranking], rankings: list[Ranking]) -> list[RankedSequences]:
-    """Each prompt with its answers, which are to be in one batch together (Ouyang et al. 2022, section 3.5)."""
+    """Tokenises each prompt with its completions, which share a batch element (Ouyang et al. 2022, section 3.5)."""
     form, context = data.chat_format, data.config.model.context_length
 
     def sequences(item: Ranking) -> RankedSequences:
-        answers, levels = [form.encode_answer(text) for text in item.answers], item.levels
-        if not item.ordered and data.config.chat.on_too_long == "skip":  # of random answers others do as well
+        completions, levels = [form.encode_answer(text) for text in item.answers], item.levels
+        if not item.ordered and data.config.chat.on_too_long == "skip":  # random completions can be left out
             room = context - len(form.encode_prompt(item.prompt[-1:]))
-            kept = [i for i, answer in enumerate(answers) if i == 0 or len(answer) <= room]
-            answers, levels = [answers[i] for i in kept], tuple(levels[i] for i in kept)
-            if len(answers) < 2:
-                raise TooLongError(f"{item.place}: no random answer has room behind its prompt")
-        longest = max(map(len, answers))
+            kept = [i for i, completion in enumerate(completions) if i == 0 or len(completion) <= room]
+            completions, levels = [completions[i] for i in kept], tuple(levels[i] for i in kept)
+            if len(completions) < 2:
+                raise TooLongError(f"{item.place}: no random completion fits behind its prompt")
+        longest = max(map(len, completions))
         if longest >= context:
             raise TooLongError(
-                f"{item.place}: an answer has {longest} tokens, in a context of {context}: shorten it, or enlarge "
+                f"{item.place}: a completion has {longest} tokens, in a context of {context}: shorten it, or increase "
                 "model.context_length"
             )
-        # One prompt for all: were more of it left out before a longer answer, they would not answer the same.
+        # The same tokens of the prompt for all completions, whatever their lengths: log-probabilities and scores of
+        # different prompts are not comparable.
         prompt = form.encode_prompt(item.prompt, context - longest, place=item.place)
-        return RankedSequences([answered(prompt, answer) for answer in answers], levels)
+        return RankedSequences([answered(prompt, completion) for completion in completions], levels)
 
     return fitting(data.config, rankings, sequences)

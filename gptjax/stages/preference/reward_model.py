@@ -1,7 +1,7 @@
 """The reward model of stage "reward" and its loss: a GPT that scores completions (Ouyang et al. 2022, section 3.5).
 
-A batch has the arrays of `gptjax/data/chat_batches.py`: an element is P prompts with K completions each, best first,
-laid out in R rows of T positions.
+A batch has the arrays of `gptjax/data/chat_batches.py`: an element is P prompts with G completions each, best first,
+laid out in R rows of T positions; X = R T.
 """
 
 import dataclasses
@@ -62,17 +62,17 @@ class RewardModel:
         Returns:
           The loss, the number of prompts, and `accuracy`: the share of a prompt's pairs that are ranked correctly.
         """
-        levels_BPK = batch["levels"]
-        losses_BP, accuracies_BP = preference.ranking_loss(self.scores(params, batch, rng), levels_BPK)
+        levels_BPG = batch["levels"]
+        losses_BP, accuracies_BP = preference.ranking_loss(self.scores(params, batch, rng), levels_BPG)
         # An element may have fewer prompts than others, or be padding of the batch.
-        count = jnp.sum(jnp.any(levels_BPK > 0, axis=-1), dtype=jnp.float32)
+        count = jnp.sum(jnp.any(levels_BPG > 0, axis=-1), dtype=jnp.float32)
         return jnp.sum(losses_BP), count, {"accuracy": jnp.sum(accuracies_BP)}
 
 
-def at_ends(of_positions: jax.Array, ends: jax.Array) -> jax.Array:
-    """Reads (B, R, T) at the last tokens of completions, in the shape of `ends`."""
-    flat_BN, ends_BS = of_positions.reshape(len(ends), -1), ends.reshape(len(ends), -1)
-    return jnp.take_along_axis(flat_BN, ends_BS, axis=1).reshape(ends.shape)
+def at_ends(values_BRT: jax.Array, ends: jax.Array) -> jax.Array:
+    """Returns the values at the last tokens of completions, in the shape of `ends`."""
+    flat_BX, ends_BN = values_BRT.reshape(len(ends), -1), ends.reshape(len(ends), -1)
+    return jnp.take_along_axis(flat_BX, ends_BN, axis=1).reshape(ends.shape)
 
 
 DEFINITION = Definition(

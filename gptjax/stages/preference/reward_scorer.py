@@ -1,4 +1,4 @@
-"""What a trained reward model says of answers."""
+"""Scores completions with a trained reward model."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -8,36 +8,52 @@ from typing import Any
 import jax
 import numpy as np
 import numpy.typing as npt
+from absl import logging
 from jax.sharding import Mesh
 
 from gptjax.data.chat_batches import lay_out
-from gptjax.data.conversations import Message
-from gptjax.data.templates import Encoded, chat_format
+from gptjax.data.conversations import Message, Prompt
+from gptjax.data.templates import ChatFormat, Encoded, TooLongError, answered, chat_format
 from gptjax.inference.engine import bucket, power_of_two
 from gptjax.parallel.mesh import batch_shards, constrain, use_mesh
 from gptjax.stages.preference.reward_model import RewardModel
+from gptjax.stages.registry import completed_config
 from gptjax.stages.start import load_reward_weights
 from gptjax.stages.trained_model import predicting
 
 
 class RewardScorer:
-    """Scores answers, each with the conversation before it; see `load_reward_model`."""
+    """Scores completions, each given the conversation before it; see `load_reward_model`."""
 
-    def __init__(self, model: RewardModel, params: Any, encode: Any, mesh: Mesh, batch_size: int) -> None:
-        self._model, self._params, self._encode = model, params, encode
+    def __init__(self, model: RewardModel, params: Any, chat_format: ChatFormat, mesh: Mesh, batch_size: int) -> None:
+        self._model, self._params, self._format = model, params, chat_format
         self._mesh, self._batch_size = mesh, batch_size
 
-    def __call__(self, answered: Sequence[tuple[Sequence[Message], str]]) -> npt.NDArray[np.float64]:
-        """The rewards (N,), on the scale on which the best answers of the run's data have 0 on average.
+    def __call__(
+        self, pairs: Sequence[tuple[Sequence[Message], str]], ended: Sequence[bool] | None = None
+    ) -> npt.NDArray[np.float64]:
+        """Returns the rewards (N,), on the scale on which the best completions of the run's data have mean 0.
 
         Args:
-          answered: messages, the last a user's, and an answer to them. The oldest turns are left out of what is too
-            long.
+          pairs: messages, the last a user's, and a completion. The oldest turns of a conversation that is longer than
+            the reward model's context are dropped; a completion that is still too long is truncated, with a warning.
+          ended: whether each completion ended by itself. The reward of one that was cut off is read at its last token,
+            without the token that ends a turn, which the policy did not write. None: all ended.
 
         Raises:
-          UserError: a last exchange alone is longer than the reward model's context.
+          UserError: a last user message alone is longer than the reward model's context.
         """
-        encoded = [self._encode([*messages, Message("assistant", answer)]) for messages, answer in answered]
+        ended = [True] * len(pairs) if ended is None else ended
+        encoded, num_truncated = [], 0
+        for (messages, text), end in zip(pairs, ended, strict=True):
+            sequence, truncated = self._encode(messages, text, end)
+            encoded.append(sequence)
+            num_truncated += truncated
+        if num_truncated:
+            logging.warning(
+                "%d of %d completions exceed the context of the reward model, which scores what fits",
+                *(num_truncated, len(pairs)),
+            )
         rewards = np.zeros(len(encoded))
         order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
         for first in range(0, len(order), self._batch_size):
@@ -45,8 +61,20 @@ class RewardScorer:
             rewards[indices] = self._score([encoded[i] for i in indices])
         return rewards
 
+    def _encode(self, messages: Sequence[Message], text: str, ended: bool) -> tuple[Encoded, bool]:
+        """Returns a prompt with its completion, and whether the completion was truncated."""
+        context = self._model.config.model.context_length
+        completion = self._format.encode_answer(text)
+        if not ended:
+            completion = completion[:-1]
+        try:
+            return answered(self._format.encode_prompt(messages, context - len(completion)), completion), False
+        except TooLongError:
+            prompt = self._format.encode_prompt(messages, context - 1, place="a prompt of the reward model")
+            return answered(prompt, completion[: context - len(prompt)]), True
+
     def _score(self, encoded: Sequence[Encoded]) -> npt.NDArray[np.float32]:
-        """One batch, the longest first; few different shapes."""
+        """Scores one batch, the longest sequence first; shapes are rounded up, so that few programs are compiled."""
         shards = batch_shards(self._mesh)
         rows = shards * power_of_two(-(-len(encoded) // shards))
         length = min(bucket(len(encoded[0])), self._model.config.model.context_length)
@@ -58,16 +86,16 @@ class RewardScorer:
 
 @partial(jax.jit, static_argnums=0)
 def _scores(model: RewardModel, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
-    """(B, 1), whole on every device: any process reads it."""
+    """Returns the scores (B, 1), replicated, so that any process can read them."""
     batch = {name: constrain(array, "batch", *[None] * (array.ndim - 1)) for name, array in batch.items()}
     return constrain(model.scores(params, batch), None, None)
 
 
 def load_reward_model(workdir: Path, mesh: Mesh, batch_size: int = 8) -> RewardScorer:
-    """The reward model of a workdir, laid out over `mesh`.
+    """Loads the reward model of a workdir, laid out over `mesh`.
 
     Args:
-      batch_size: answers at once, rounded up to what the mesh needs.
+      batch_size: completions scored at once, rounded up to what the mesh needs.
 
     Raises:
       UserError: not a workdir, not one of stage "reward", or without a checkpoint.
@@ -75,10 +103,13 @@ def load_reward_model(workdir: Path, mesh: Mesh, batch_size: int = 8) -> RewardS
     with use_mesh(mesh):
         weights = load_reward_weights(workdir, mesh)
     config = predicting(weights.config)
-    encode = partial(
-        chat_format(config.chat, weights.tokenizer).encode,
-        max_tokens=config.model.context_length,
-        place="an answer to be rewarded",
-    )
     params = {**weights.gpt, "head": weights.head}
-    return RewardScorer(RewardModel(config), params, encode, mesh, batch_size)
+    return RewardScorer(RewardModel(config), params, chat_format(config.chat, weights.tokenizer), mesh, batch_size)
+
+
+def check_prompts_fit(workdir: Path, prompts: Sequence[Prompt]) -> None:
+    """Raises UserError when the last message of a prompt alone exceeds the context of a workdir's reward model."""
+    config, tokenizer = completed_config(workdir)
+    form = chat_format(config.chat, tokenizer)
+    for prompt in prompts:
+        form.encode_prompt(prompt.messages, config.model.context_length - 1, place=f"{workdir}: {prompt.place}")

@@ -1,4 +1,4 @@
-"""Answers that a policy writes to prompts, rewarded and measured. All processes hold all of them."""
+"""Samples completions of prompts from a policy, and measures them. Every process holds all of them."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -22,33 +22,33 @@ from gptjax.models.gpt import GPT
 from gptjax.models.heads import VALUE
 from gptjax.parallel.mesh import constrain
 from gptjax.stages.policy import REFERENCE
-from gptjax.stages.rl.objective import completion_measurer
 from gptjax.stages.rl.reward_functions import RewardSource
+from gptjax.stages.rl.rl_objective import completion_measurer
 
-ROW_MULTIPLE = 16  # positions: rows are no longer than the longest prompt needs, rounded up
-SHOWN = 8  # answers of an iteration in samples/
+ROW_MULTIPLE = 16  # the length of a row is rounded up to a multiple of this
+NUM_SHOWN = 8  # completions of an iteration in samples/
 
 Arrays = dict[str, npt.NDArray[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt as the policy reads it: int32 tokens up to where its answer begins."""
+    """A prompt, and its int32 tokens up to where the completion begins."""
 
     prompt: Prompt
     tokens: npt.NDArray[np.int32]
 
 
 @dataclasses.dataclass(frozen=True)
-class Answers:
-    """What a policy wrote: G answers to each of P prompts, those to one side by side.
+class Completions:
+    """G completions of each of P prompts, sampled from a policy; those of one prompt are adjacent. N = P G.
 
     Attributes:
       prompts: P.
-      texts: P x G.
-      rewards_N: float64, N = P x G.
-      arrays: (N, T) each: those of `lay_out`, an answer a row, and those of `completion_measurer`.
-      ended_N: bool, whether each came to an end by itself.
+      texts: N.
+      rewards_N: float64, less rl.missing_eos_penalty where a completion was cut off.
+      arrays: (N, T) each: those of `lay_out`, with one completion a row, and those of `completion_measurer`.
+      ended_N: bool, False where a completion was cut off at rl.response_tokens.
     """
 
     prompts: Sequence[Prompt]
@@ -59,11 +59,15 @@ class Answers:
 
     @property
     def mask_NT(self) -> npt.NDArray[np.bool_]:
-        """Where the target is a token of an answer."""
+        """True where the target is a token of a completion."""
         return self.arrays["weights"] > 0
 
+    def loss_mask_NT(self, config: Config) -> npt.NDArray[np.bool_]:
+        """`mask_NT`, without the completions that rl.mask_truncated_completions excludes from the loss."""
+        return self.mask_NT & self.ended_N[:, None] if config.rl.mask_truncated_completions else self.mask_NT
+
     def summary(self) -> dict[str, float]:
-        """What metrics.jsonl tells of them: means over answers, but for entropy, which is one over tokens."""
+        """Returns the metrics: means over completions; the mean of the entropy is over tokens."""
         mask_NT, arrays = self.mask_NT, self.arrays
         log_ratio_NT = np.where(mask_NT, arrays["old_logprobs"] - arrays["reference_logprobs"], 0)
         return {
@@ -76,22 +80,24 @@ class Answers:
         }
 
     def shown(self) -> str:
-        """The first answers with their prompts and rewards, for people to read."""
+        """Returns the first completions with their prompts and rewards, as text."""
         group = len(self.texts) // len(self.prompts)
         parts = []
-        for i in range(min(SHOWN, len(self.texts))):
-            said = [f"{m.role}: {m.content}" for m in self.prompts[i // group].messages]
-            parts.append("\n".join([*said, f"assistant: {self.texts[i]}", f"(reward {self.rewards_N[i]:.3f})"]))
+        for i in range(min(NUM_SHOWN, len(self.texts))):
+            lines = [f"{m.role}: {m.content}" for m in self.prompts[i // group].messages]
+            lines.append(f"assistant: {self.texts[i]}")
+            lines.append(f"(reward {self.rewards_N[i]:.3f}{'' if self.ended_N[i] else ', cut off'})")
+            parts.append("\n".join(lines))
         return "\n\n".join(parts)
 
 
-class AnswerWriter:
-    """Has a policy answer prompts, and measures what it wrote.
+class CompletionSampler:
+    """Samples completions from a policy, rewards and measures them.
 
     Args:
       config: complete.
-      prompts: all that will be answered: the longest decides how long a row is.
-      end_of_turn: the token that ends an answer.
+      prompts: all prompts that will be used: the longest decides the length of a row.
+      end_of_turn: the token that ends a completion.
     """
 
     def __init__(
@@ -111,72 +117,74 @@ class AnswerWriter:
 
         def measured(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
             batch = {name: constrain(array, "batch", None, None) for name, array in batch.items()}
-            # Whole on every device: any process reads it.
+            # Replicated, so that any process can read it.
             return {name: constrain(array, None, None, None) for name, array in measure(params, batch).items()}
 
         self._measure = jax.jit(measured)
 
-    def write(self, params: Any, prompts: Sequence[EncodedPrompt], group: int, seeds: Sequence[int]) -> Answers:
-        """`group` answers to each prompt, rewarded.
+    def sample(self, params: Any, prompts: Sequence[EncodedPrompt], group: int, seeds: Sequence[int]) -> Completions:
+        """Samples `group` completions of each prompt.
 
         Args:
-          params: all parameters; a value function may be among them.
-          seeds: of each answer.
+          params: all parameters, with or without a value function.
+          seeds: the sampling seed of each completion.
 
         Raises:
-          UserError: the source of the rewards fails.
+          UserError: the source of rewards fails.
           PreemptedError: the run was asked to stop.
         """
-        asked = [prompt for prompt in prompts for _ in range(group)]
-        answers, rewards_N = self._generate(params, asked, seeds)
-        encoded = [self._encoded(prompt, answer) for prompt, answer in zip(asked, answers, strict=True)]
-        rows = [lay_out([of_one], 1, self.row_length, pack=False) for of_one in encoded]
+        repeated = [prompt for prompt in prompts for _ in range(group)]
+        completions, rewards_N = self._generate(params, repeated, seeds)
+        ended_N = np.array([completion.finish_reason != "length" for completion in completions])
+        if self._config.rl.missing_eos_penalty is not None:
+            rewards_N = rewards_N - self._config.rl.missing_eos_penalty * ~ended_N
+        encoded = [self._encoded(prompt, completion) for prompt, completion in zip(repeated, completions, strict=True)]
+        rows = [lay_out([sequence], 1, self.row_length, pack=False) for sequence in encoded]
         arrays = {name: np.concatenate([row[name] for row in rows]) for name in rows[0] if name != "ends"}
-        return Answers(
+        return Completions(
             prompts=[prompt.prompt for prompt in prompts],
-            texts=[answer.text for answer in answers],
+            texts=[completion.text for completion in completions],
             rewards_N=rewards_N,
             arrays=arrays | self._measured(params, arrays, group),
-            ended_N=np.array([answer.finish_reason != "length" for answer in answers]),
+            ended_N=ended_N,
         )
 
     def _generate(
-        self, params: Any, asked: Sequence[EncodedPrompt], seeds: Sequence[int]
+        self, params: Any, prompts: Sequence[EncodedPrompt], seeds: Sequence[int]
     ) -> tuple[list[Completion], npt.NDArray[np.float64]]:
-        """The answers, and their rewards: while some are written, the host judges those that are there."""
-        settings = self._config.rl
+        """Returns a completion of each prompt, and the rewards, which the host computes while others are sampled."""
+        settings, texts = self._config.rl, [prompt.prompt for prompt in prompts]
         policy = {name: part for name, part in params.items() if name not in (REFERENCE, VALUE)}
-        # No second copy of the weights.
+        # Stacked: no second copy of the weights.
         gpt, params = GPT(self._config.model), peft.merge(self._config.peft, policy)
         engine = Engine(gpt, params, self._tokenizer, self._mesh, weights="stacked")
-        answers: list[Completion] = []
+        completions: list[Completion] = []
         with ThreadPoolExecutor(1) as host:
             pending = []
-            for first in range(0, len(asked), settings.generate_batch):
+            for first in range(0, len(prompts), settings.generate_batch):
                 preemption.check()
                 chunk = slice(first, first + settings.generate_batch)
-                answers += engine.generate(
-                    [prompt.tokens for prompt in asked[chunk]],
+                completions += engine.generate(
+                    [prompt.tokens for prompt in prompts[chunk]],
                     settings.response_tokens,
                     seeds=seeds[chunk],
                     end_tokens=(self._end_of_turn,),
                     separate_text=True,
                 )
-                judged = [prompt.prompt for prompt in asked[chunk]], [answer.text for answer in answers[chunk]]
                 if self._reward.on_host and processes.is_first():
-                    pending.append(host.submit(self._reward.rewards, *judged))
-            if self._reward.on_host:  # by one process: what a function says need not be the same twice
-                rewards = processes.of_first(lambda: np.concatenate([of.result() for of in pending]).tolist())
-                return answers, np.array(rewards)
-        return answers, self._reward.rewards([prompt.prompt for prompt in asked], [answer.text for answer in answers])
+                    pending.append(host.submit(self._reward.rewards, texts[chunk], completions[chunk]))
+            if self._reward.on_host:  # by one process: a user's function need not be deterministic
+                rewards = processes.of_first(lambda: np.concatenate([future.result() for future in pending]).tolist())
+                return completions, np.array(rewards)
+        return completions, self._reward.rewards(texts, completions)
 
-    def _encoded(self, prompt: EncodedPrompt, answer: Completion) -> Encoded:
-        """Prompt and answer; the token that ended it is one of its own, and learned as the others are."""
-        end = [] if answer.end is None else [answer.end]
-        return answered(prompt.tokens, np.append(answer.tokens, end).astype(np.int32))
+    def _encoded(self, prompt: EncodedPrompt, completion: Completion) -> Encoded:
+        """Returns prompt and completion; the token that ended the completion is trained on as the others are."""
+        end = [] if completion.end is None else [completion.end]
+        return answered(prompt.tokens, np.append(completion.tokens, end).astype(np.int32))
 
     def _measured(self, params: Any, arrays: Arrays, group: int) -> Arrays:
-        """Of `completion_measurer`, (N, T), batch after batch of as many rows as a microbatch of training has."""
+        """Returns the (N, T) arrays of `completion_measurer`, computed in batches of a microbatch's rows."""
         size, found = self._config.sequences_per_microbatch * group, []
         for first in range(0, len(arrays["tokens"]), size):
             batch = {}

@@ -1,4 +1,4 @@
-"""The stages in which a policy learns from rewards of its own answers, "ppo" and "grpo", but for what is their own."""
+"""What stages "ppo" and "grpo" share: a policy is trained on completions that it sampled, and on their rewards."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from gptjax.data.conversations import Prompt
 from gptjax.data.pipeline import Example
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.stages.chat_data import ChatData, fitting, open_chat, prompts_of
-from gptjax.stages.rl.completions import Answers, AnswerWriter, Arrays, EncodedPrompt
+from gptjax.stages.rl.completions import Arrays, Completions, CompletionSampler, EncodedPrompt
 from gptjax.stages.rl.reward_functions import open_reward
 from gptjax.stages.rl.rollouts import Rollouts
 from gptjax.training.intervals import in_tokens
@@ -30,32 +30,32 @@ def build_rl(
     mesh: Mesh,
     tokenizer: Tokenizer | None,
     define: Callable[[Config], Objective],
-    learn: Callable[[Config, Answers], tuple[Arrays, dict[str, float]]],
+    loss_arrays: Callable[[Config, Completions], tuple[Arrays, dict[str, float]]],
     text: Callable[[ChatData[Prompt]], Callable[[int, int], Example] | None] | None = None,
 ) -> Stage:
-    """The stage on `mesh`.
+    """Builds the stage on `mesh`.
 
     Args:
       tokenizer: of the run that resumes; None: that of the weights to start from.
       define: complete config -> parameters and loss.
-      learn: the complete config, and answers -> as of `Rollouts`.
-      text: as of `Rollouts`, once the data is known.
+      loss_arrays: complete config, completions -> as of `Rollouts`.
+      text: data -> as of `Rollouts`.
 
     Raises:
-      UserError: as of `open_chat` and `open_reward`; a prompt that leaves no room for an answer.
+      UserError: as of `open_chat` and `open_reward`; a prompt that leaves no room for a completion.
     """
     data = open_chat(config, mesh, tokenizer, prompts_of)
-    reward = open_reward(data.config.rl.reward, mesh, [*data.train, *data.validation])
     train, validation = (_encode(data, prompts) for prompts in (data.train, data.validation))
-    writer = AnswerWriter(
+    reward = open_reward(data.config.rl.reward, mesh, [prompt.prompt for prompt in (*train, *validation)])
+    sampler = CompletionSampler(
         data.config, mesh, data.tokenizer, reward, [*train, *validation], data.chat_format.end_of_turn
     )
     rollouts = Rollouts(
         data.config,
         mesh,
-        writer,
+        sampler,
         train,
-        lambda answers: learn(data.config, answers),
+        lambda completions: loss_arrays(data.config, completions),
         None if text is None else text(data),
     )
     config = in_tokens(data.config, len(train) * config.rl.inner_epochs * rollouts.tokens_per_prompt)
@@ -64,20 +64,21 @@ def build_rl(
         tokenizer=data.tokenizer,
         total_tokens=_total_tokens(config, len(train), rollouts.tokens_per_prompt),
         batches=rollouts.batches,
-        evaluate=_evaluate(config, writer, validation),
+        evaluate=_evaluate(config, sampler, validation),
         sample=None,
         conclude=_conclude,
     )
 
 
 def held_out_prompts(config: Config) -> list[Prompt]:
-    """The held-out prompts that have a reference."""
+    """Returns the held-out prompts that have a reference completion."""
     return [prompt for prompt in prompts_of(config)[1] if prompt.reference is not None]
 
 
 def _encode(data: ChatData[Prompt], prompts: list[Prompt]) -> list[EncodedPrompt]:
-    rl = data.config.rl
-    room = rl.prompt_tokens or data.config.model.context_length - rl.response_tokens
+    rl, room = data.config.rl, data.config.rl.prompt_tokens
+    if room is None:
+        room = data.config.model.context_length - rl.response_tokens
 
     def encode(prompt: Prompt) -> EncodedPrompt:
         tokens = data.chat_format.encode_prompt(prompt.messages, room, place=prompt.place)
@@ -87,23 +88,25 @@ def _encode(data: ChatData[Prompt], prompts: list[Prompt]) -> list[EncodedPrompt
 
 
 def _total_tokens(config: Config, num_prompts: int, tokens_per_prompt: int) -> int:
-    """To train on: whole iterations."""
+    """Returns the length of training, rounded up to whole iterations."""
     rl, batch = config.rl, config.batch
     iteration = rl.prompts_per_iteration * rl.inner_epochs * tokens_per_prompt
-    wanted = batch.total_tokens or (batch.epochs or 0) * num_prompts * rl.inner_epochs * tokens_per_prompt
+    wanted = (batch.epochs or 0) * num_prompts * rl.inner_epochs * tokens_per_prompt
+    if batch.total_tokens is not None:
+        wanted = batch.total_tokens
     return math.ceil(wanted / iteration) * iteration
 
 
 def _evaluate(
-    config: Config, writer: AnswerWriter, prompts: Sequence[EncodedPrompt]
+    config: Config, sampler: CompletionSampler, prompts: Sequence[EncodedPrompt]
 ) -> Callable[[Any], dict[str, float]]:
-    """All parameters -> what is told of an answer to each held-out prompt, always drawn by the same seeds."""
+    """Returns (all parameters) -> metrics of one completion of each held-out prompt, with the same sampling seeds."""
     if config.evaluation.max_tokens is not None:
-        prompts = prompts[: max(1, config.evaluation.max_tokens // writer.row_length)]
+        prompts = prompts[: max(1, config.evaluation.max_tokens // sampler.row_length)]
     seeds = np.random.default_rng([config.seed % 2**64, 1]).integers(2**32, size=len(prompts)).tolist()
 
     def evaluate(params: Any) -> dict[str, float]:
-        summary = writer.write(params, prompts, 1, seeds).summary()
+        summary = sampler.sample(params, prompts, 1, seeds).summary()
         return {name: summary[name] for name in SHOWN_METRICS}
 
     return evaluate

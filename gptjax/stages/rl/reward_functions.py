@@ -1,7 +1,8 @@
-"""Where the rewards of stages "ppo" and "grpo" come from: `rl.reward`."""
+"""The sources of rewards of stages "ppo" and "grpo": `rl.reward`."""
 
 import dataclasses
 import importlib
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,18 +14,20 @@ from jax.sharding import Mesh
 
 from gptjax.config import UserError, read_config
 from gptjax.data.conversations import Prompt
+from gptjax.inference.engine import Completion
 from gptjax.metrics.text import bleu, rouge_l
-from gptjax.stages.preference.reward_scorer import RewardScorer, load_reward_model
+from gptjax.stages.preference.reward_scorer import RewardScorer, check_prompts_fit, load_reward_model
 
-Rewards = Callable[[Sequence[Prompt], Sequence[str]], npt.NDArray[np.float64]]
+Rewards = Callable[[Sequence[Prompt], Sequence[Completion]], npt.NDArray[np.float64]]
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardSource:
-    """Prompts and an answer to each -> their rewards, float64 (N,).
+    """Rewards of completions.
 
     Attributes:
-      on_host: it needs no accelerator, so it may work while the policy writes what comes next.
+      rewards: prompts and a completion of each -> float64 (N,).
+      on_host: it needs no accelerator, so it can run while the policy samples the next completions.
     """
 
     rewards: Rewards
@@ -32,34 +35,38 @@ class RewardSource:
 
 
 def open_reward(spec: str, mesh: Mesh, prompts: Sequence[Prompt]) -> RewardSource:
-    """The source that `spec` names.
+    """Returns the source of rewards that `spec` names.
 
     Args:
       spec: one of the following.
-        model:WORKDIR — the reward model of a run of stage "reward";
-        bleu, rouge — sentence BLEU, or ROUGE-L, against the answer that is there (`gptjax/metrics/text.py`);
-        python:MODULE.FUNCTION — a function of the messages, a list of {"role": ..., "content": ...}, of the answer, and
-          of the answer that is there, or None; it returns a number.
-      mesh: that a reward model lies on.
-      prompts: all that will be answered.
+        model:WORKDIR — the reward model of a run of stage "reward". The reward of a completion that was cut off at
+          rl.response_tokens is read at its last token;
+        bleu, rouge — sentence BLEU, or ROUGE-L, against the reference completion (`gptjax/metrics/text.py`);
+        python:MODULE.FUNCTION — a function of the messages (a list of {"role": ..., "content": ...}), the completion,
+          and the reference completion or None, which returns a number. If it has a parameter `finish_reason`, it gets
+          this keyword argument: "end_of_turn", "end_of_text", or "length" for a completion that was cut off.
+      mesh: the devices that a reward model is laid out over.
+      prompts: all prompts that completions will be sampled for.
 
     Raises:
-      UserError: there is no such source, or prompts lack what it compares with.
+      UserError: there is no such source, prompts lack a reference completion, or exceed the reward model's context.
     """
     form, _, name = spec.partition(":")
     if form == "python":
         return RewardSource(_of_function(spec, _imported(spec, name)), on_host=True)
     if form == "model":
-        if (stage := read_config(Path(name).expanduser()).stage) != "reward":
-            raise UserError(f"rl.reward={spec} is a run of stage {stage}: rewards are what stage reward has learned")
-        return RewardSource(_OfModel(Path(name).expanduser(), mesh), on_host=False)
+        workdir = Path(name).expanduser()
+        if (stage := read_config(workdir).stage) != "reward":
+            raise UserError(f"rl.reward={spec} is a run of stage {stage}: name the workdir of a run of stage reward")
+        check_prompts_fit(workdir, prompts)
+        return RewardSource(_ModelRewards(workdir, mesh), on_host=False)
     if missing := [prompt.place for prompt in prompts if prompt.reference is None]:
-        raise UserError(f"{missing[0]} has no answer that rl.reward={spec} could compare with: add one, or remove it")
+        raise UserError(f"{missing[0]} has no reference completion, which rl.reward={spec} needs: add one")
     metric = {"bleu": bleu, "rouge": rouge_l}[spec]
 
-    def rewards(prompts: Sequence[Prompt], answers: Sequence[str]) -> npt.NDArray[np.float64]:
-        pairs = zip(prompts, answers, strict=True)
-        return np.array([metric(answer, prompt.reference or "") for prompt, answer in pairs])
+    def rewards(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> npt.NDArray[np.float64]:
+        pairs = zip(prompts, completions, strict=True)
+        return np.array([metric(completion.text, prompt.reference or "") for prompt, completion in pairs])
 
     return RewardSource(rewards, on_host=True)
 
@@ -69,34 +76,51 @@ def _imported(spec: str, name: str) -> Callable[..., Any]:
     try:
         found = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"rl.reward={spec}: {error}; modules are looked for from the current directory on") from None
+        raise UserError(f"rl.reward={spec}: {error}; modules are searched from the current directory") from None
     if not callable(found):
         raise UserError(f"rl.reward={spec} is not a function but {type(found).__name__}")
     return found
 
 
 def _of_function(spec: str, function: Callable[..., Any]) -> Rewards:
-    def reward(prompt: Prompt, answer: str) -> float:
+    takes_finish_reason = _takes_keyword(function, "finish_reason")
+
+    def reward(prompt: Prompt, completion: Completion) -> float:
         messages = [{"role": message.role, "content": message.content} for message in prompt.messages]
+        keywords = {"finish_reason": completion.finish_reason} if takes_finish_reason else {}
         try:
-            value = float(function(messages, answer, prompt.reference))
-        except Exception as error:  # whatever the function of a user does
-            raise UserError(f"rl.reward={spec} failed on the answer {answer!r}: {error!r}") from error
+            value = float(function(messages, completion.text, prompt.reference, **keywords))
+        except Exception as error:  # a user's function may raise anything
+            raise UserError(f"rl.reward={spec} failed on the completion {completion.text!r}: {error!r}") from error
         if not math.isfinite(value):
-            raise UserError(f"rl.reward={spec} says {value} of the answer {answer!r}: rewards are finite numbers")
+            raise UserError(
+                f"rl.reward={spec} returned {value} for the completion {completion.text!r}: return a finite number"
+            )
         return value
 
-    return lambda prompts, answers: np.array([reward(p, a) for p, a in zip(prompts, answers, strict=True)])
+    return lambda prompts, completions: np.array([reward(p, c) for p, c in zip(prompts, completions, strict=True)])
 
 
-class _OfModel:
-    """Loads the model when it is first asked."""
+def _takes_keyword(function: Callable[..., Any], name: str) -> bool:
+    """Whether a function accepts a keyword argument; False for one without a signature, such as some built-in ones."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return False
+    by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    named = name in parameters and parameters[name].kind in by_keyword
+    return named or any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+
+
+class _ModelRewards:
+    """Rewards of a reward model, which is loaded at the first call."""
 
     def __init__(self, workdir: Path, mesh: Mesh) -> None:
         self._workdir, self._mesh = workdir, mesh
         self._scorer: RewardScorer | None = None
 
-    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> npt.NDArray[np.float64]:
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> npt.NDArray[np.float64]:
         if self._scorer is None:
             self._scorer = load_reward_model(self._workdir, self._mesh, batch_size=32)
-        return self._scorer([(p.messages, a) for p, a in zip(prompts, answers, strict=True)])
+        pairs = [(prompt.messages, c.text) for prompt, c in zip(prompts, completions, strict=True)]
+        return self._scorer(pairs, [c.finish_reason != "length" for c in completions])

@@ -1,9 +1,9 @@
-"""The batches of a policy that learns from its own answers, iteration after iteration.
+"""The batches of a policy that is trained on its own completions, iteration after iteration.
 
-In each the policy as it is answers `rl.prompts_per_iteration` prompts, the answers are rewarded and measured, and steps
-learn from them, `rl.inner_epochs` times. What was written is kept in `<workdir>/rollouts/` as long as there is a
-checkpoint within the iteration, so that a run that resumes in the middle of one learns from the same answers. A file
-that is missing, empty or damaged is discarded, and the policy of the checkpoint answers the prompts again.
+In an iteration the policy completes `rl.prompts_per_iteration` prompts, the completions are rewarded and measured, and
+the policy is trained on them for `rl.inner_epochs` epochs. The arrays are kept in `<workdir>/rollouts/` while a
+checkpoint lies within the iteration, so that a run that resumes in the middle of one trains on the same completions. A
+file that is missing, empty or damaged is discarded, and the policy of the checkpoint samples the completions again.
 """
 
 import errno
@@ -24,58 +24,58 @@ from gptjax.data.chat_batches import Epochs
 from gptjax.data.pipeline import Example, Microbatch
 from gptjax.distributed import processes
 from gptjax.parallel.rows import process_rows
-from gptjax.stages.rl.completions import Answers, AnswerWriter, Arrays, EncodedPrompt
+from gptjax.stages.rl.completions import Arrays, Completions, CompletionSampler, EncodedPrompt
 from gptjax.training.stage import Run
 
 
 class Rollouts:
-    """The batches of a stage whose policy writes its own data, iteration after iteration.
+    """The batches of a stage whose policy samples its own data, iteration after iteration.
 
     Args:
       config: complete.
-      prompts: to learn from.
-      learn: answers -> what the loss reads of each token besides `lay_out`'s arrays, (N, T) each, `weights` among them;
-        and more numbers for metrics.jsonl.
-      text: how many prompts were learned from before, and how many follow -> arrays that come with these besides, by
-        prompt; their `text_weights` sum to 1 over the prompts. None: there are none.
+      prompts: the training prompts.
+      loss_arrays: completions -> what the loss reads of each token in addition to the arrays of `lay_out`, (N, T) each,
+        with `weights`; and further metrics.
+      text: number of prompts trained on before, number of prompts that follow -> further arrays of the latter, with the
+        prompts as leading axis; their `text_weights` sum to 1 over the prompts. None: there are none.
     """
 
     def __init__(
         self,
         config: Config,
         mesh: Mesh,
-        writer: AnswerWriter,
+        sampler: CompletionSampler,
         prompts: Sequence[EncodedPrompt],
-        learn: Callable[[Answers], tuple[Arrays, dict[str, float]]],
+        loss_arrays: Callable[[Completions], tuple[Arrays, dict[str, float]]],
         text: Callable[[int, int], Example] | None = None,
     ) -> None:
-        self._config, self._mesh, self._writer, self._prompts = config, mesh, writer, prompts
-        self._learn, self._text = learn, text
+        self._config, self._mesh, self._sampler, self._prompts = config, mesh, sampler, prompts
+        self._loss_arrays, self._text = loss_arrays, text
         self._order = Epochs(len(prompts), len(prompts), config.seed)
 
     @property
     def tokens_per_prompt(self) -> int:
-        """Positions of an element of a batch, whether a token is there or not."""
-        return self._config.rl.responses_per_prompt * self._writer.row_length
+        """Positions of an element of a batch, padding included."""
+        return self._config.rl.responses_per_prompt * self._sampler.row_length
 
     @property
     def _shape(self) -> tuple[int, int, int]:
-        """P, G and T of the arrays of an iteration."""
-        return self._config.rl.prompts_per_iteration, self._config.rl.responses_per_prompt, self._writer.row_length
+        """(P, G, T) of the arrays of an iteration."""
+        return self._config.rl.prompts_per_iteration, self._config.rl.responses_per_prompt, self._sampler.row_length
 
     def batches(self, start: int, run: Run | None) -> Iterator[Microbatch]:
-        """The microbatches that follow `start` prompts, each counted as often as it was trained on.
+        """Yields the microbatches that follow the first `start` prompts; a prompt counts once in each inner epoch.
 
         Args:
-          run: whose policy samples the completions.
+          run: the run whose policy samples the completions.
         """
         assert run is not None, "completions are sampled from the policy of a run"
         rl, size, whole = self._config.rl, self._config.sequences_per_microbatch, self._config.sequences_per_batch
         iteration, done = divmod(start, rl.prompts_per_iteration * rl.inner_epochs)
         rows = process_rows(self._mesh, size)
-        done -= done % whole  # of a run that goes on with larger batches, a part of one is learned from again
+        done -= done % whole  # a run that resumes with larger batches repeats a part of one
         while True:
-            arrays = (self._kept(run, iteration) if done else None) or self._written(run, iteration)
+            arrays = (self._kept(run, iteration) if done else None) or self._sampled(run, iteration)
             for first in range(done, rl.prompts_per_iteration * rl.inner_epochs, whole):
                 epoch, offset = divmod(first, rl.prompts_per_iteration)
                 chosen = self._shuffled(iteration, epoch)[offset : offset + whole]
@@ -92,26 +92,26 @@ class Rollouts:
             iteration, done = iteration + 1, 0
 
     def _shuffled(self, iteration: int, epoch: int) -> npt.NDArray[np.intp]:
-        """The order in which an inner epoch takes the prompts of its iteration."""
+        """Returns the order of an iteration's prompts in an inner epoch."""
         return self._generator(iteration, 1 + epoch).permutation(self._config.rl.prompts_per_iteration)
 
     def _generator(self, *numbers: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(np.random.SeedSequence([self._config.seed % 2**64, *numbers])))
 
-    def _written(self, run: Run, iteration: int) -> Arrays:
-        """Has the policy answer the prompts of an iteration: (P, G, T) arrays."""
+    def _sampled(self, run: Run, iteration: int) -> Arrays:
+        """Samples the completions of an iteration from the policy; returns (P, G, T) arrays."""
         rl = self._config.rl
         first = iteration * rl.prompts_per_iteration
         prompts = [self._prompts[self._order.place(first + i)] for i in range(rl.prompts_per_iteration)]
         count = rl.prompts_per_iteration * rl.responses_per_prompt
         seeds = self._generator(iteration, 0).integers(2**32, size=count).tolist()
-        answers = self._writer.write(run.policy, prompts, rl.responses_per_prompt, seeds)
-        learned, told = self._learn(answers)
-        known = ("tokens", "targets", "segments", "positions")
-        arrays = {name: answers.arrays[name].reshape(self._shape) for name in known}
-        arrays |= {name: np.asarray(a_NT).reshape(self._shape) for name, a_NT in learned.items()}
-        summary = answers.summary() | told
-        run.record("rollout", answers.shown(), iteration=iteration, **summary)
+        completions = self._sampler.sample(run.policy, prompts, rl.responses_per_prompt, seeds)
+        loss_arrays, metrics = self._loss_arrays(completions)
+        laid_out = ("tokens", "targets", "segments", "positions")
+        arrays = {name: completions.arrays[name].reshape(self._shape) for name in laid_out}
+        arrays |= {name: np.asarray(a_NT).reshape(self._shape) for name, a_NT in loss_arrays.items()}
+        summary = completions.summary() | metrics
+        run.record("rollout", completions.shown(), iteration=iteration, **summary)
         run.say(
             f"iteration {iteration}: reward {summary['reward']:.3f}, KL {summary['kl']:.3f}, "
             f"{summary['response_tokens']:.1f} tokens"
@@ -120,7 +120,7 @@ class Rollouts:
             self._keep(run.workdir, iteration, arrays)
         return arrays
 
-    # --- what a run that resumes in the middle of an iteration reads --------------------------------------------------
+    # --- files for a run that resumes in the middle of an iteration ---------------------------------------------------
 
     def _keep(self, workdir: Path, iteration: int, arrays: Arrays) -> None:
         """Writes the arrays of an iteration, and removes those that no checkpoint needs and unfinished files."""
@@ -138,17 +138,17 @@ class Rollouts:
             raise UserError(f"cannot write {path}: {error.strerror}") from None
 
     def _iterations_of_checkpoints(self, workdir: Path) -> list[int]:
-        """Those that the checkpoints lie in."""
+        """Returns the iterations of the checkpoints."""
         rl = self._config.rl
         steps = rl.prompts_per_iteration * rl.inner_epochs // self._config.sequences_per_batch
         saved = (workdir / "checkpoints").glob("*")
         return [int(directory.name) // steps for directory in saved if directory.name.isdecimal()]
 
     def _kept(self, run: Run, iteration: int) -> Arrays | None:
-        """The arrays of an iteration that has begun, if all processes read the same whole file; else None.
+        """Reads the arrays of an iteration that has begun; None unless all processes read the same undamaged file.
 
-        None has the policy write the iteration again, from the same seeds: a pure function of the checkpoint that the
-        run resumes from, but not what an uninterrupted run would have learned from.
+        After None the policy samples the iteration again, with the same sampling seeds: a pure function of the
+        checkpoint that the run resumes from, but not what an uninterrupted run would have trained on.
         """
         path = _path(run.workdir, iteration)
         arrays, digest, problem = None, None, ""
@@ -163,7 +163,7 @@ class Rollouts:
         if digest is not None and all(other == digest for other, _ in found):
             return arrays
         reason = next((why for _, why in found if why), "the processes read different files")
-        run.say(f"cannot use {path} ({reason}): the policy writes the completions of the iteration again")
+        run.say(f"cannot use {path} ({reason}): the policy samples the completions of the iteration again")
         return None
 
 
@@ -185,7 +185,7 @@ def write_arrays(path: Path, arrays: Arrays) -> None:
 
 
 def read_arrays(path: Path, shape: tuple[int, ...]) -> tuple[Arrays, str]:
-    """What `write_arrays` wrote, whatever is in the file.
+    """Reads what `write_arrays` wrote, from a file that may contain anything.
 
     Args:
       shape: of each array.

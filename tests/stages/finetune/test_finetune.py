@@ -1,4 +1,4 @@
-"""Fine-tuning runs from start to end: what each kind of task and each method writes, keeps, resumes and refuses."""
+"""Fine-tuning runs end to end: outputs, checkpoints, resuming and refusals of each kind of task and each method."""
 
 import dataclasses
 import json
@@ -119,8 +119,18 @@ def test_each_kind_of_task_writes_its_report(trained, kind):
         assert record["predicted"].keys() == SAID[kind]
         assert f"validation.{kind}:" in record["place"], i
         assert "text" in record or "first" in record or "tokens" in record or record.keys() & {"context", "premise"}
-    drawn = (workdir / finetune.CONFUSION_FILE).exists()
-    assert drawn == (kind not in ("regression", "multiple_choice", "question_answering"))
+    has_classes = kind not in ("regression", "multiple_choice", "question_answering")
+    assert (workdir / finetune.CONFUSION_FILE).exists() == has_classes
+    assert ("per_label" in report) == ("confusion" in report) == has_classes
+    assert ("per_entity" in report) == (kind == "tagging")
+    if has_classes:
+        counts, labels = np.array(report["confusion"]["counts"]), report["confusion"]["labels"]
+        assert counts.shape == (len(labels), len(labels))
+        for label, scores in report["per_label"].items():
+            i = labels.index(label)
+            assert scores["support"] == counts[i].sum()
+            assert scores["recall"] == pytest.approx(counts[i, i] / max(counts[i].sum(), 1))
+            assert scores["precision"] == pytest.approx(counts[i, i] / max(counts[:, i].sum(), 1))
     task = json.loads((workdir / "task.json").read_text())
     assert task.keys() == {"labels", "label_weights", "target_mean", "target_std"}
     if kind == "regression":
@@ -225,7 +235,7 @@ def test_the_given_workdir_is_only_read(trained, pretrained, tmp_path_factory):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_that_goes_on_ends_as_one_that_never_stopped(trained, config_of, tmp_path, method):
+def test_a_resumed_run_ends_as_an_uninterrupted_one(trained, config_of, tmp_path, method):
     whole = trained(method=method)
     resumed = shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(resumed / "checkpoints" / str(STEPS))  # as if it had died in the steps before
@@ -241,7 +251,7 @@ def test_a_run_that_goes_on_ends_as_one_that_never_stopped(trained, config_of, t
     assert [r["loss"] for r in read_metrics(resumed)[1]] == [r["loss"] for r in read_metrics(whole)[1]]
 
 
-def test_a_run_that_dies_in_a_step_goes_on(trained, config_of, tmp_path, monkeypatch):
+def test_a_run_that_dies_in_a_step_resumes(trained, config_of, tmp_path, monkeypatch):
     def broken_build(*args):
         stage = finetune.build(*args)
 

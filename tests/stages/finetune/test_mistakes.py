@@ -1,9 +1,7 @@
-"""A user's mistake in fine-tuning: one line that names the culprit and the mend, before anything is compiled."""
+"""User errors in fine-tuning: one line that names the culprit and the fix, before anything is compiled."""
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ import pytest
 from gptjax.config import Config, UserError, replace
 from gptjax.run import run
 from gptjax.training import loop
+from tests.commands import run_command
 from tests.tiny_tasks import run_config, with_method
 
 ROOT = Path(__file__).parents[2]
@@ -110,6 +109,25 @@ def test_what_is_about_places_is_not_mixed(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("kind", "changes", "words"),
+    [
+        ("regression", {"regularisation": {"label_smoothing": 0.1}}, ["label_smoothing=0.1", "task.kind=regression"]),
+        ("question_answering", {"regularisation": {"label_smoothing": 0.1}}, ["label_smoothing", "set it to 0"]),
+        ("regression", {"task": {"balanced_labels": True}}, ["task.balanced_labels", "task.kind=regression"]),
+        ("tagging", {"task": {"bidirectional": True}}, ["task.bidirectional", "task.lm_weight=0.5 to 0"]),
+        (
+            "tagging",
+            {"task": {"bidirectional": True, "lm_weight": 0.0}, "model": {"attention_backend": "splash"}},
+            ["model.attention_backend=splash", "auto"],
+        ),
+    ],
+)
+def test_what_a_task_would_ignore_or_contradict(kind, changes, words, tmp_path):
+    refused(replace(run_config(tmp_path, kind, None), changes), tmp_path, *words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
     ("flags", "words"),
     [
         ("method=lora", ["peft.method=lora", "init_from"]),
@@ -120,8 +138,7 @@ def test_what_is_about_places_is_not_mixed(tmp_path):
 def test_the_command_ends_with_one_line_and_exit_code_2(flags, words, tmp_path):
     (tmp_path / "rows.csv").write_text("text,label\n,good\nbad,bad\n")
     arguments = [f"--config=configs/finetune.py:runlocal,{flags.format(tmp_path)}", f"--workdir={tmp_path / 'run'}"]
-    command = [sys.executable, "-m", "gptjax.main", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    result = run_command("gptjax.main", *arguments)
     assert result.returncode == 2, result.stderr
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ")

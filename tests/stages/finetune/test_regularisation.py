@@ -1,4 +1,4 @@
-"""Each regulariser does what its paper says, against hand computation; when off or evaluating, there is none."""
+"""Regularisers against hand computation of their papers' equations; none is active when off or in evaluation."""
 
 import dataclasses
 from functools import cache, partial
@@ -11,10 +11,10 @@ import pytest
 
 from gptjax.config import Config, RegularisationConfig, replace
 from gptjax.stages.finetune.regularisation import (
-    adversarial,
-    draw_mixup,
+    adversarial_perturbation,
     mixed,
     regularised,
+    sample_mixup,
     smoothed,
     token_replacement,
     word_dropout,
@@ -45,7 +45,7 @@ def params():
 
 
 def make_batch() -> dict[str, np.ndarray]:
-    """5 texts and a row that fills up."""
+    """5 texts and a row of batch padding."""
     rng = np.random.default_rng(2)
     tokens, ends = np.zeros((6, 32), np.int32), np.array([9, 30, 20, 11, 15, 0], np.int32)
     for row, end in enumerate(ends[:5]):
@@ -63,7 +63,7 @@ def loss_of(config: Config, params, batch, rng):
 
 
 def texts(length: int = 4000) -> np.ndarray:
-    """A sequence of two texts, and padding."""
+    """A sequence of two texts, with padding."""
     text = np.random.default_rng(0).integers(0, 257, length)
     return np.array([[START, *text, DELIMITER, *text, EXTRACT, 0, 0]], np.int32)
 
@@ -98,7 +98,7 @@ def test_token_replacement_puts_any_token_in_the_place_of_a_share():
     np.testing.assert_array_equal(token_replacement(RNG, jnp.asarray(tokens), 0.0), tokens)
 
 
-def test_what_is_read_changes_and_what_is_told_does_not():
+def test_inputs_are_corrupted_and_targets_are_not():
     seen = []
 
     def loss(params, batch, rng):
@@ -111,11 +111,11 @@ def test_what_is_read_changes_and_what_is_told_does_not():
         np.testing.assert_array_equal(batch["written_tokens"], BATCH["tokens"])
         assert np.any(batch["tokens"] != BATCH["tokens"])
         assert all(batch[name] is array for name, array in BATCH.items() if name != "tokens")
-        assert np.any(jax.random.key_data(rng) != jax.random.key_data(RNG))  # dropout draws numbers of its own
+        assert np.any(jax.random.key_data(rng) != jax.random.key_data(RNG))  # dropout has a key of its own
 
 
-def test_the_language_model_learns_the_text_as_it_was_written():
-    """Of a text of which nothing is left to read, each token is still the target."""
+def test_language_model_targets_are_the_original_text():
+    """With all tokens blanked, the original tokens are still the targets."""
     blanked = BATCH | {"tokens": np.where(BATCH["tokens"] < START, BLANK, BATCH["tokens"])}
     found = loss_of(config_of(lm_weight=0.5, word_dropout=1.0), params(), BATCH, RNG)[0]
     plain = jax.jit(TaskModel(config_of(lm_weight=0.5)).loss)
@@ -139,9 +139,9 @@ def test_label_smoothing_is_the_cross_entropy_with_smooth_labels():
     np.testing.assert_allclose(found, -(smooth * log_probs).sum(-1), rtol=1e-5)
 
 
-def test_mixup_draws_partners_and_shares():
+def test_mixup_samples_partners_and_coefficients():
     weights = jnp.array([1.0] * 900 + [0.0] * 100)
-    share_B, partner_B = draw_mixup(RNG, 0.4, weights)
+    share_B, partner_B = sample_mixup(RNG, 0.4, weights)
     assert sorted(partner_B.tolist()) == list(range(1000))
     fills_up = np.asarray(partner_B) >= 900
     assert np.all(np.asarray(share_B)[fills_up] == 1)
@@ -166,19 +166,19 @@ def test_mixup_and_smoothing_of_a_batch_by_hand(monkeypatch):
         np.testing.assert_array_equal(weights_B.shape, (6,))
         return jnp.asarray(share_B), jnp.asarray(partner_B)
 
-    monkeypatch.setattr("gptjax.stages.finetune.task_model.draw_mixup", draw)
+    monkeypatch.setattr("gptjax.stages.finetune.task_model.sample_mixup", draw)
     loss, weight, _ = loss_of(config, params(), BATCH, RNG)
     predicted = jax.jit(TaskModel(config).predict)(params(), BATCH | {"examples": np.arange(6)})
     # A head is linear: what it says of mixed texts is the mixture of what it says of each. Logarithms of probabilities
     # are its logits but for a constant, which the softmax forgets.
-    logits_BK = np.log(np.asarray(predicted["probabilities"], np.float64))
-    x_BK = share_B[:, None] * logits_BK + (1 - share_B)[:, None] * logits_BK[partner_B]
-    nats_BK = -(x_BK - np.log(np.exp(x_BK).sum(-1, keepdims=True)))
+    logits_BX = np.log(np.asarray(predicted["probabilities"], np.float64))
+    x_BX = share_B[:, None] * logits_BX + (1 - share_B)[:, None] * logits_BX[partner_B]
+    nats_BX = -(x_BX - np.log(np.exp(x_BX).sum(-1, keepdims=True)))
     of_label = np.array([0.5, 2.0, 1.0])
     labels = BATCH["labels"]
 
     def part(labels: np.ndarray) -> np.ndarray:
-        return of_label[labels] * (0.8 * nats_BK[np.arange(6), labels] + 0.2 * nats_BK.mean(-1))
+        return of_label[labels] * (0.8 * nats_BX[np.arange(6), labels] + 0.2 * nats_BX.mean(-1))
 
     expected_B = share_B * part(labels) + (1 - share_B) * part(labels[partner_B])
     weights_B = share_B * of_label[labels] + (1 - share_B) * of_label[labels[partner_B]]
@@ -189,48 +189,68 @@ def test_mixup_and_smoothing_of_a_batch_by_hand(monkeypatch):
 # --- adversarial training ---------------------------------------------------------------------------------------------
 
 
-def test_the_adversarial_step_by_hand():
-    """Miyato et al. 2017, equation 3, of half the squared distance d from a point: the step makes it d + epsilon."""
+def test_the_adversarial_perturbation_by_hand():
+    """Miyato et al. 2017, equations 1 and 5: normalised embeddings move by epsilon along each example's gradient."""
     rng, epsilon = np.random.default_rng(0), 0.25
-    table, target = rng.normal(size=(2, 5, 3))
-    seen = []
+    table, slope = rng.normal(size=(7, 3)) * [0.1, 1.0, 10.0], rng.normal(size=(6, 4, 3))
+    slope[2:4] *= 1e-25  # a confident example: the square of its gradient underflows
+    slope[4:] = 0
+    shape, std = slope.shape, table.std(axis=0)
 
-    def loss(params, batch, rng):
-        moved = params["token_embedding"]["embedding"]
-        seen.append(moved)
-        return 0.5 * jnp.sum((moved - batch["target"]) ** 2) + jnp.sum(params["other"]), jnp.float32(4.0), {}
+    def perturbation(table):
+        slope_NTD = jnp.asarray(slope, jnp.float32)
+        return adversarial_perturbation(lambda r_NTD: jnp.sum(slope_NTD * r_NTD), shape, 3, table, epsilon)
 
-    tree = {"token_embedding": {"embedding": jnp.asarray(table)}, "other": jnp.ones(2)}
-    of_both, batch = adversarial(loss, epsilon), {"target": jnp.asarray(target)}
-    (total, weight), gradient = jax.value_and_grad(lambda tree: of_both(tree, batch, RNG)[:2], has_aux=True)(tree)
-    distance = np.linalg.norm(table - target)
-    assert float(total) == pytest.approx(2 + (0.5 * distance**2 + 0.5 * (distance + epsilon) ** 2) / 2, rel=1e-5)
-    assert float(weight) == 4
-    # The step is no function of the parameters that is differentiated.
-    step = epsilon * (table - target) / distance
-    found = gradient["token_embedding"]["embedding"]
-    np.testing.assert_allclose(found, (table - target) + step / 2, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(gradient["other"], 1)
+    found = np.asarray(perturbation(jnp.asarray(table)))
+    for example in (slice(0, 2), slice(2, 4)):
+        direction = slope[example] * std / np.linalg.norm(slope[example] * std)
+        np.testing.assert_allclose(found[example], epsilon * direction * std, rtol=1e-5)
+        assert np.linalg.norm(found[example] / std) == pytest.approx(epsilon, rel=1e-5)
+    assert np.all(found[4:] == 0)
+    gradient = jax.grad(lambda table: jnp.sum(perturbation(table)))(jnp.asarray(table, jnp.float32))
+    assert np.all(np.asarray(gradient) == 0)  # a constant
 
 
-def test_a_flat_loss_has_no_adversary():
-    tree = {"token_embedding": {"embedding": jnp.ones((2, 3))}}
-    total, *_ = adversarial(lambda params, batch, rng: (jnp.float32(3.0), jnp.float32(1.0), {}), 0.5)(tree, {}, RNG)
-    assert float(total) == 3
+def test_the_adversarial_loss_does_not_depend_on_the_cut_into_microbatches():
+    config, lengths = config_of(lm_weight=0.5, adversarial_epsilon=2.0), (1, 2, 3)
+    whole, weight, _ = loss_of(config, params(), BATCH, RNG)
+    assert float(whole) > float(loss_of(config_of(lm_weight=0.5), params(), BATCH, RNG)[0]) * 1.01
+    for length in lengths:
+        parts = [
+            loss_of(config, params(), {name: array[i : i + length] for name, array in BATCH.items()}, RNG)
+            for i in range(0, 6, length)
+        ]
+        assert float(sum(loss for loss, *_ in parts)) == pytest.approx(float(whole), rel=1e-5)
+        assert float(sum(weight for _, weight, _ in parts)) == pytest.approx(float(weight), rel=1e-6)
 
 
-def test_the_adversary_raises_the_loss_of_a_model():
-    plain = loss_of(config_of(), params(), BATCH, RNG)
-    harder = loss_of(config_of(adversarial_epsilon=0.05), params(), BATCH, RNG)
-    assert float(harder[0]) > float(plain[0]) * (1 + 1e-4)
-    assert float(harder[1]) == float(plain[1])
+def test_the_adversarial_loss_to_first_order():
+    """The mean of the clean and the perturbed loss, which is larger by epsilon times the norm of the gradient."""
+    epsilon, config = 1e-2, config_of()
+    plain = float(loss_of(config, params(), BATCH, RNG)[0])
+    harder = float(loss_of(config_of(adversarial_epsilon=epsilon), params(), BATCH, RNG)[0])
+    model, std_D = TaskModel(config), jnp.std(params()["token_embedding"]["embedding"], axis=0)
+    gradient = jax.grad(lambda r: model._task_loss(params(), BATCH, None, None, r)[0])(jnp.zeros((6, 32, 16)))
+    norms = np.linalg.norm((np.asarray(gradient) * np.asarray(std_D)).reshape(6, -1), axis=1)
+    assert np.all(norms[:5] > 0)
+    assert norms[5] == 0  # batch padding
+    assert harder - plain == pytest.approx(epsilon * norms.sum() / 2, rel=0.05)
+
+
+def test_the_language_model_loss_is_not_attacked():
+    of_language = [
+        float(loss_of(config_of(0.5, **settings), params(), BATCH, RNG)[0])
+        - float(loss_of(config_of(0.0, **settings), params(), BATCH, RNG)[0])
+        for settings in ({}, {"adversarial_epsilon": 2.0})
+    ]
+    assert of_language[1] == pytest.approx(of_language[0], rel=1e-5)
 
 
 # --- off, or evaluating -----------------------------------------------------------------------------------------------
 
 
 def lowered(config: Config, training: bool) -> str:
-    """The program of the loss."""
+    """The lowered program of the loss."""
     rng = (lambda seed: jax.random.key(seed)) if training else (lambda seed: None)
     loss = regularised(config, TaskModel(config).loss)
     program = jax.jit(lambda params, batch, seed: loss(params, batch, rng(seed)))

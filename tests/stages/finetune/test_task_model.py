@@ -1,4 +1,4 @@
-"""The task's model: its invariances, and its loss against one computed by hand from the hidden states."""
+"""The task model: its invariances, and its loss against one computed by hand from the hidden states."""
 
 import dataclasses
 from functools import cache, partial
@@ -64,7 +64,7 @@ def encoded(kind: str, rows: list[Row]):
 
 
 def batch_of(kind: str, rows: list[Row], size: int = ROWS) -> dict[str, np.ndarray]:
-    """The rows in their order, and rows that fill up."""
+    """The rows in their order, and batch padding."""
     buckets = Buckets(encoded(kind, rows), context_length=CONTEXT, batch_size=size, microbatch_size=size, seed=None)
     batch = next(buckets.microbatches(0, range(size), 1)).arrays
     order = np.argsort(np.where(batch["examples"] < 0, size, batch["examples"]), kind="stable")
@@ -72,7 +72,7 @@ def batch_of(kind: str, rows: list[Row], size: int = ROWS) -> dict[str, np.ndarr
 
 
 def widened(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The batch in the bucket above."""
+    """The batch in the next larger bucket."""
     length = batch["tokens"].shape[-1]
 
     def wide(name: str, array: np.ndarray) -> np.ndarray:
@@ -132,6 +132,25 @@ def test_a_prediction_does_not_depend_on_the_batch(kind):
         close(other[: end + 1] if one.shape == (32,) else other, one[: end + 1] if one.shape == (32,) else one)
 
 
+@pytest.mark.parametrize("kind", ["tagging", "question_answering", "multiple_choice"])
+def test_bidirectional_attention_sees_the_whole_text_and_no_padding(kind):
+    params, batch = params_of(kind), batch_of(kind, rows_of(kind))
+    causal, bidirectional = (
+        jax.jit(TaskModel(config_of(kind, bidirectional=both, lm_weight=0.0))._outputs) for both in (False, True)
+    )
+    tokens = batch["tokens"].reshape(-1, 32)
+    ends = batch["ends"].reshape(-1)
+    changed = tokens.copy()
+    changed[np.arange(len(ends)), ends - 1] = 65  # the last token of the text
+    for outputs, moved in ((causal, False), (bidirectional, True)):
+        x_NTD = outputs(params, batch, None)[0]
+        x_other_NTD = outputs(params, batch | {"tokens": changed.reshape(batch["tokens"].shape)}, None)[0]
+        assert np.any(np.abs(x_NTD[:, 0] - x_other_NTD[:, 0]) > 1e-3) == moved
+        x_wide_NTD = outputs(params, widened(batch), None)[0]
+        for n, end in enumerate(ends):
+            close(x_wide_NTD[n, : end + 1], x_NTD[n, : end + 1])
+
+
 @jax.jit
 def hidden_and_logits(params, tokens_NT):
     model = GPT(config_of("classification").model)
@@ -148,16 +167,16 @@ def task_loss_by_hand(kind: str, example, states: list[np.ndarray], head) -> tup
     kernel, bias = (np.asarray(head["linear"][name], np.float64) for name in ("kernel", "bias"))
     weights, targets = config_of(kind).task.label_weights, example.targets
     if kind == "tagging":
-        nats_TK = -log_softmax(states[0] @ kernel + bias)
+        nats_TX = -log_softmax(states[0] @ kernel + bias)
         told = [(position, label) for position, label in enumerate(targets["labels"]) if label >= 0]
-        return sum(weights[k] * nats_TK[t, k] for t, k in told), sum(weights[k] for _, k in told)
+        return sum(weights[k] * nats_TX[t, k] for t, k in told), sum(weights[k] for _, k in told)
     if kind == "question_answering":
         nats_2T = -log_softmax((states[0] @ kernel + bias).T)
         return (nats_2T[0, targets["starts"]] + nats_2T[1, targets["stops"]]) / 2, 1.0
     pooled = [state[-1] for state in states]  # at extract
     if kind == "multiple_choice":
-        logits_C = np.array([(state @ kernel + bias)[0] for state in pooled])
-        return -log_softmax(logits_C)[targets["labels"]], 1.0
+        logits_O = np.array([(state @ kernel + bias)[0] for state in pooled])
+        return -log_softmax(logits_O)[targets["labels"]], 1.0
     output = sum(pooled) @ kernel + bias  # of the two orders of similarity and regression, or of the one text
     if kind == "regression":
         return float((output[0] - (targets["labels"] - 2.0) / 1.5) ** 2), 1.0
@@ -166,7 +185,7 @@ def task_loss_by_hand(kind: str, example, states: list[np.ndarray], head) -> tup
 
 
 def language_loss_by_hand(example, logits: list[np.ndarray]) -> float:
-    """Nats a token, the mean over the sequences."""
+    """Nats per token, averaged over the sequences."""
     each = []
     for tokens_T, logits_TV in zip(example.sequences, logits, strict=True):
         nats_TV = -log_softmax(logits_TV)
@@ -250,7 +269,7 @@ def test_evaluation_is_the_tasks_loss_alone():
 
 
 def test_microbatches_are_one_batch():
-    """Rows that count differently, one of which only fills up: the mean is over what counts, and not over the rows."""
+    """Rows of different weights, one of them batch padding: the mean is weighted, not over rows."""
     config = replace(
         config_of("tagging"), {"optimizer": {"eps": 1e-3}, "batch": {"tokens_per_batch": 8 * CONTEXT, "epochs": 1.0}}
     )

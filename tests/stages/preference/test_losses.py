@@ -1,4 +1,4 @@
-"""The losses of rankings: by hand, and the same however the answers are laid out."""
+"""The losses of rankings: by hand, and independent of how the completions are laid out."""
 
 import dataclasses
 import itertools
@@ -25,8 +25,8 @@ CONFIG = c.Config(stage="reward", model=MODEL.with_vocabulary(VOCAB), dpo=c.DPOC
 GENERATOR = np.random.default_rng(0)
 
 
-def answers(*lengths: int) -> list[Encoded]:
-    """Of one prompt of three tokens."""
+def completions(*lengths: int) -> list[Encoded]:
+    """Completions of one prompt of three tokens."""
     prompt = GENERATOR.integers(0, VOCAB, 3)
     made = []
     for length in lengths:
@@ -35,15 +35,15 @@ def answers(*lengths: int) -> list[Encoded]:
     return made
 
 
-# Of each prompt its answers, and how good they are.
+# The completions of each prompt, and their levels.
 PROMPTS = [
-    (answers(5, 2, 7), (1, 2, 3)),
-    (answers(4, 9), (1, 2)),
-    (answers(1, 3, 2), (1, 2, 2)),
-    (answers(1, 1), (1, 2)),
+    (completions(5, 2, 7), (1, 2, 3)),
+    (completions(4, 9), (1, 2)),
+    (completions(1, 3, 2), (1, 2, 2)),
+    (completions(1, 1), (1, 2)),
 ]
-# It fills an element; another of the same size has room for all the others.
-LARGE = (answers(28, 29, 27), (1, 2, 3))
+# Fills an element; all the others fit into another.
+LARGE = (completions(28, 29, 27), (1, 2, 3))
 
 
 def batch(prompts: list[tuple[list[Encoded], tuple[int, ...]]], *, pack: bool, full: int | None = None) -> dict:
@@ -61,14 +61,14 @@ def right_pairs(levels: tuple[int, ...]) -> list[tuple[int, int]]:
 @pytest.fixture(scope="module")
 def params():
     shapes = nn.unbox(jax.eval_shape(RewardModel(CONFIG).init, jax.random.key(0)))
-    drawn = jax.tree.map(lambda a: jnp.asarray(GENERATOR.normal(0, 0.3, a.shape), a.dtype), shapes)
-    reference = {name: part for name, part in drawn.items() if name != "head"}
+    sampled = jax.tree.map(lambda a: jnp.asarray(GENERATOR.normal(0, 0.3, a.shape), a.dtype), shapes)
+    reference = {name: part for name, part in sampled.items() if name != "head"}
     moved = jax.tree.map(lambda a: a + jnp.asarray(GENERATOR.normal(0, 0.05, a.shape), a.dtype), reference)
-    return {**moved, "head": drawn["head"], REFERENCE: reference}
+    return {**moved, "head": sampled["head"], REFERENCE: reference}
 
 
 def alone(params, sequence: Encoded) -> tuple[float, float]:
-    """The score of a sequence, and the log-probability of its answer, of a run of its own without any layout."""
+    """The score of a sequence, and the log-probability of its completion, computed without any layout."""
     gpt, tokens_1T = GPT(CONFIG.model), jnp.asarray(sequence.tokens)[None]
     x_1TD = hidden_states(gpt, params, tokens_1T, deterministic=True)
     score = (
@@ -155,6 +155,14 @@ def test_the_dpo_loss_by_hand(params):
     assert float(loss) == pytest.approx(sum(losses), rel=1e-3)
     assert float(measures["margin"]) == pytest.approx(sum(all_margins), rel=1e-2, abs=1e-3)
     assert float(weight) == 4.0
+
+
+def test_policy_and_reference_are_the_same_computation_in_training(params):
+    """Of equal weights the margin is 0 with a dropout key too; dropout itself is refused by the stage's check."""
+    config = c.replace(CONFIG, {"model": {"residual_dropout": 0.2}})
+    same = {**params[REFERENCE], REFERENCE: params[REFERENCE]}
+    _, _, measures = dpo_loss(config)(same, batch(PROMPTS, pack=True), jax.random.key(0))
+    assert float(measures["margin"]) == 0
 
 
 def test_at_the_reference_dpo_is_log_2_and_the_reference_gets_no_gradient(params):

@@ -1,4 +1,4 @@
-"""Files of rollouts: whole or not at all, and what is damaged is written again by all processes together."""
+"""Files of rollouts: written whole or not at all; completions of a damaged one are sampled again by all processes."""
 
 import os
 import zipfile
@@ -18,27 +18,32 @@ ARRAYS = {name: np.arange(48, dtype="i4").reshape(SHAPE) for name in ("tokens", 
 
 
 @pytest.fixture
-def rollouts(tiny, tmp_path: Path) -> Rollouts:
-    """Of a run that resumes within iteration 1, whose file is whole."""
+def run(tmp_path: Path) -> SimpleNamespace:
+    """A run that resumes within iteration 1."""
+    said: list[str] = []
+    return SimpleNamespace(workdir=tmp_path, say=said.append, said=said)
+
+
+@pytest.fixture
+def rollouts(tiny, run) -> Rollouts:
+    """The rollouts of `run`, whose file is undamaged."""
     config = c.replace(tiny, {"rl": {"prompts_per_iteration": SHAPE[0], "responses_per_prompt": SHAPE[1]}})
     made = Rollouts(config, make_mesh(c.MeshConfig()), SimpleNamespace(row_length=SHAPE[2]), [None] * 4, None)
-    said: list[str] = []
-    made.attach(SimpleNamespace(workdir=tmp_path, say=said.append, said=said))
-    made._keep(tmp_path, 1, ARRAYS)
+    made._keep(run.workdir, 1, ARRAYS)
     return made
 
 
-def file_of(rollouts: Rollouts) -> Path:
-    return rollouts._learner.workdir / "rollouts" / "00000001.npz"
+def file_of(run: SimpleNamespace) -> Path:
+    return run.workdir / "rollouts" / "00000001.npz"
 
 
-def test_arrays_come_back(rollouts):
-    found = rollouts._kept(1)
+def test_arrays_come_back(rollouts, run):
+    found = rollouts._kept(run, 1)
     assert found.keys() == ARRAYS.keys()
     for name, array in ARRAYS.items():
         np.testing.assert_array_equal(found[name], array)
         assert found[name].dtype == array.dtype
-    assert rollouts._learner.said == []
+    assert run.said == []
 
 
 def compressed(path: Path) -> None:
@@ -77,21 +82,21 @@ def without_one(path: Path) -> None:
     ],
     ids=["empty", "two bytes", "cut short", "flipped", "npy", "unsupported", "compressed", "missing array"],
 )
-def test_a_damaged_file_is_discarded(rollouts, damage):
-    damage(file_of(rollouts))
-    assert rollouts._kept(1) is None
-    (message,) = rollouts._learner.said
+def test_a_damaged_file_is_discarded(rollouts, run, damage):
+    damage(file_of(run))
+    assert rollouts._kept(run, 1) is None
+    (message,) = run.said
     assert "00000001.npz (it is damaged: " in message
-    rollouts._keep(rollouts._learner.workdir, 1, ARRAYS)
-    assert rollouts._kept(1) is not None
+    rollouts._keep(run.workdir, 1, ARRAYS)
+    assert rollouts._kept(run, 1) is not None
 
 
-def test_a_missing_file_and_one_of_other_sizes(rollouts):
-    file_of(rollouts).unlink()
-    assert rollouts._kept(1) is None
-    write_arrays(file_of(rollouts), {name: array[:1] for name, array in ARRAYS.items()})
-    assert rollouts._kept(1) is None
-    missing, other = rollouts._learner.said
+def test_a_missing_file_and_one_of_other_sizes(rollouts, run):
+    file_of(run).unlink()
+    assert rollouts._kept(run, 1) is None
+    write_arrays(file_of(run), {name: array[:1] for name, array in ARRAYS.items()})
+    assert rollouts._kept(run, 1) is None
+    missing, other = run.said
     assert "(No such file or directory)" in missing
     assert "(its iteration has other sizes)" in other
 
@@ -99,14 +104,14 @@ def test_a_missing_file_and_one_of_other_sizes(rollouts):
 @pytest.mark.parametrize(
     ("other", "reason"), [([None, "Input/output error"], "Input/output error"), (["0" * 64, ""], "different files")]
 )
-def test_all_processes_use_the_file_or_none_does(rollouts, other, reason, monkeypatch):
+def test_all_processes_use_the_file_or_none_does(rollouts, run, other, reason, monkeypatch):
     monkeypatch.setattr(processes, "gather", lambda own: [own, other])
-    assert rollouts._kept(1) is None
-    assert reason in rollouts._learner.said[0]
+    assert rollouts._kept(run, 1) is None
+    assert reason in run.said[0]
 
 
-def test_a_failed_write_leaves_the_file_as_it_was(rollouts, monkeypatch):
-    content = file_of(rollouts).read_bytes()
+def test_a_failed_write_leaves_the_file_as_it_was(rollouts, run, monkeypatch):
+    content = file_of(run).read_bytes()
 
     def fail(_: int) -> None:
         raise OSError(28, "No space left on device")
@@ -114,10 +119,10 @@ def test_a_failed_write_leaves_the_file_as_it_was(rollouts, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail)
         with pytest.raises(c.UserError, match=r"cannot write .*00000001.npz: No space left"):
-            rollouts._keep(rollouts._learner.workdir, 1, {"tokens": ARRAYS["tokens"] + 1})
-    assert file_of(rollouts).read_bytes() == content
-    rollouts._keep(rollouts._learner.workdir, 2, ARRAYS)
-    assert not list(file_of(rollouts).parent.glob("*.part"))
+            rollouts._keep(run.workdir, 1, {"tokens": ARRAYS["tokens"] + 1})
+    assert file_of(run).read_bytes() == content
+    rollouts._keep(run.workdir, 2, ARRAYS)
+    assert not list(file_of(run).parent.glob("*.part"))
 
 
 def test_what_is_read_is_a_file_that_may_be_anybodys(tmp_path):

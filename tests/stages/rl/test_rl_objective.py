@@ -1,4 +1,4 @@
-"""The losses of PPO and GRPO: what they are made of, and the same however the answers are laid out."""
+"""The losses of PPO and GRPO: their terms, and their independence of how the completions are laid out."""
 
 import dataclasses
 
@@ -16,19 +16,19 @@ from gptjax.models.gpt import GPT, head_embedding, hidden_states
 from gptjax.models.heads import VALUE
 from gptjax.stages.policy import REFERENCE
 from gptjax.stages.preference.reward_model import RewardModel
-from gptjax.stages.rl.objective import completion_measurer, grpo_loss, ppo_loss
+from gptjax.stages.rl.rl_objective import completion_measurer, grpo_loss, ppo_loss
 from tests.tiny_tasks import MODEL
 
 VOCAB, LENGTH = 40, 32
 CONFIG = c.Config(stage="ppo", model=MODEL.with_vocabulary(VOCAB), rl=c.RLConfig(clip=0.2, kl_weight=0.3))
 LOSSES = {"ppo": ppo_loss, "grpo": grpo_loss}
 GENERATOR = np.random.default_rng(0)
-# Of each token of an answer, besides the weights.
+# Arrays of the tokens of completions, in addition to the weights.
 PER_TOKEN = ("advantages", "returns", "old_logprobs", "reference_logprobs", "old_values")
 
 
-def answer(length: int) -> tuple[Encoded, dict[str, np.ndarray]]:
-    """A prompt of three tokens, an answer, and what is known of its tokens."""
+def completion(length: int) -> tuple[Encoded, dict[str, np.ndarray]]:
+    """A prompt of three tokens with a completion, and random arrays of its tokens."""
     tokens = GENERATOR.integers(0, VOCAB, 3 + length).astype(np.int32)
     known = {name: GENERATOR.normal(0, 0.2, length).astype(np.float32) for name in PER_TOKEN}
     known["old_logprobs"] -= 3.5
@@ -37,11 +37,11 @@ def answer(length: int) -> tuple[Encoded, dict[str, np.ndarray]]:
     return Encoded(tokens, np.arange(len(tokens)) >= 3), known
 
 
-ELEMENTS = [[answer(5), answer(2), answer(7)], [answer(4), answer(9), answer(1)]]
+ELEMENTS = [[completion(5), completion(2), completion(7)], [completion(4), completion(9), completion(1)]]
 
 
 def batch(*, pack: bool, **changes: float) -> dict[str, jax.Array]:
-    """The elements as one batch; `changes` are constants in place of what is known of each token."""
+    """The elements as one batch; `changes` are constants that replace the arrays of the same names."""
     rows = max(rows_needed([encoded for encoded, _ in element], LENGTH, pack=pack) for element in ELEMENTS)
     laid = []
     for element in ELEMENTS:
@@ -102,7 +102,7 @@ def test_zero_advantages_move_no_policy(params, stage):
 
 @pytest.mark.parametrize("stage", LOSSES)
 def test_at_the_old_policy_the_gradient_is_the_policy_gradient(params, stage):
-    """-A grad log pi, where nothing has changed since the answers were drawn; the value function is not in its way."""
+    """It is -A grad log pi where the policy is that which sampled the completions, with a value function or without."""
     arrays = batch(pack=True)
     measured = jax.jit(completion_measurer(config_of("ppo")))(params, arrays)
     arrays["old_logprobs"] = measured["old_logprobs"]
@@ -121,8 +121,8 @@ def test_at_the_old_policy_the_gradient_is_the_policy_gradient(params, stage):
     assert float(measures["policy_kl"]) == pytest.approx(0, abs=1e-6)
 
 
-def test_grpos_distance_pulls_to_the_reference_alone(params):
-    """With no advantages the loss is what k3 makes of the distance, and gone where policy and reference are one."""
+def test_the_kl_term_of_grpo(params):
+    """Without advantages the loss is the k3 estimate of the KL divergence, 0 for equal policy and reference."""
     arrays = batch(pack=True, advantages=0.0)
     (loss, measures), _ = evaluated(config_of("grpo"), params, arrays)
     logprobs = jax.jit(completion_measurer(config_of("grpo")))(params, arrays)["old_logprobs"]
@@ -134,8 +134,31 @@ def test_grpos_distance_pulls_to_the_reference_alone(params):
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient)) < 1e-5
 
 
+@pytest.mark.parametrize("pack", [True, False])
+def test_dr_grpo_divides_by_the_number_of_completions(params, pack):
+    """Six completions, however long they are; the metrics stay means over tokens."""
+    arrays = batch(pack=pack)
+    (grpo, metrics), gradient = evaluated(config_of("grpo"), params, arrays)
+    (dr_grpo, same), scaled = evaluated(config_of("grpo", grpo={"loss_type": "dr_grpo"}), params, arrays)
+    factor = float(jnp.sum(arrays["weights"])) / 6
+    assert float(dr_grpo) == pytest.approx(factor * float(grpo), rel=1e-5)
+    for name in ("clip_fraction", "policy_kl", "reference_kl"):
+        assert float(same[name]) == pytest.approx(float(metrics[name]), rel=1e-5)
+    for ours, theirs in zip(*map(jax.tree.leaves, (scaled, gradient)), strict=True):
+        np.testing.assert_allclose(ours, factor * theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", LOSSES)
+def test_a_batch_without_tokens_has_no_gradient(params, stage):
+    """All completions may be excluded."""
+    (loss, metrics), gradient = evaluated(config_of(stage), params, batch(pack=False, weights=0.0))
+    assert loss == 0
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))
+    assert all(np.isfinite(value) for value in metrics.values())
+
+
 def with_text(arrays: dict[str, jax.Array], weight: float) -> dict[str, jax.Array]:
-    """Two rows of text with each element; their weights sum to those of the answers."""
+    """Adds two rows of text to each element; their weights sum to those of the completions."""
     shape = (len(ELEMENTS), 2, 12)
     tokens, targets = (jnp.asarray(GENERATOR.integers(0, VOCAB, shape), jnp.int32) for _ in range(2))
     weights = jnp.full(shape, weight * jnp.sum(arrays["weights"]) / np.prod(shape), jnp.float32)
@@ -160,8 +183,8 @@ def test_ptx_adds_the_mean_loss_of_the_text(params):
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_what_is_measured_of_answers(params):
-    """Of each token: the policy's and the reference's log-probability, the entropy, and the value before it."""
+def test_the_measures_of_completions(params):
+    """The log-probabilities of policy and reference, the entropy and the value of each token."""
     arrays = batch(pack=False)
     measured = jax.jit(completion_measurer(config_of("ppo")))(params, arrays)
     assert set(measured) == {"old_logprobs", "reference_logprobs", "entropy", "old_values"}

@@ -1,8 +1,8 @@
-"""The objectives of stages "ppo" and "grpo": learning from rewards of completions that the policy sampled.
+"""The objectives of stages "ppo" and "grpo": reinforcement learning on completions that the policy sampled.
 
 A batch has the arrays of `gptjax/data/chat_batches.py`, an element being a prompt with the policy's completions of it,
-and further arrays of the same shape (B, R, T) that the stage computed from them. `weights` is how much a token counts,
-0 outside the completions. How the completions are laid out in the rows makes no difference here.
+and further arrays of the same shape (B, R, T) that the stage computed from them. `weights` is the weight of each token
+in the loss, 0 outside the completions. The losses do not depend on how the completions are laid out in the rows.
 """
 
 from collections.abc import Callable
@@ -51,7 +51,7 @@ def ppo_loss(config: Config) -> Loss:
             text = {name: batch[f"text_{name}"].reshape(-1, batch[f"text_{name}"].shape[-1]) for name in names}
             measures["text_loss"], *_ = text_loss(params, text, None)
             total += ppo.pretraining_weight * measures["text_loss"]
-        return total, jnp.sum(batch["weights"]), measures
+        return total, _weight(batch), measures
 
     return loss
 
@@ -59,23 +59,35 @@ def ppo_loss(config: Config) -> Loss:
 def grpo_loss(config: Config) -> Loss:
     """GRPO's loss (Shao et al. 2024, equation 3): the clipped objective and the KL divergence from the reference.
 
-    loss = mean over completions of the mean over their tokens of policy_loss + rl.kl_weight * kl_k3
+        loss = mean of policy_loss + rl.kl_weight * kl_k3
+
+    The mean is that of `policy_gradient.token_weights` for grpo.loss_type. Its divisor is the sum of `weights`; for
+    "dr_grpo" it is the number of completions, those that rl.mask_truncated_completions excludes included.
     """
     gpt, rl = GPT(config.model), config.rl
 
     def loss(params: Any, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array, Measures]:
         policy_loss, measures = _policy_loss(gpt, params, batch, rl.clip, batch["reference_logprobs"])
-        reference_kl = measures["reference_kl"]
-        measures["policy_loss"] = policy_loss
-        return policy_loss + rl.kl_weight * reference_kl, jnp.sum(batch["weights"]), measures
+        total, weight = policy_loss + rl.kl_weight * measures["reference_kl"], _weight(batch)
+        if config.grpo.loss_type == "dr_grpo":
+            # The metrics stay means over tokens: the step divides them by the number of completions.
+            count = jnp.sum((batch["positions"] == 0) & (batch["segments"] > 0), dtype=jnp.float32)
+            measures = {name: measure * count / weight for name, measure in measures.items()}
+            weight = count
+        return total, weight, measures | {"policy_loss": policy_loss}
 
     return loss
+
+
+def _weight(batch: Batch) -> jax.Array:
+    """Returns the sum of the weights; above 0 where no token counts, so that loss and gradient are 0 there."""
+    return jnp.maximum(jnp.sum(batch["weights"]), 1e-8)
 
 
 def _policy_loss(
     gpt: GPT, params: Any, batch: Batch, clip: float, reference_BRT: jax.Array | None = None
 ) -> tuple[jax.Array, Measures]:
-    """Sums over the tokens: of the clipped objective, and of its measures; with a reference, the KL divergence too."""
+    """Returns weighted sums over the tokens: the clipped objective, and its metrics, with a reference the KL too."""
     weights_BRT, old_BRT = batch["weights"], batch["old_logprobs"]
     logprobs_BRT = token_logprobs(gpt, params, batch, None)
     losses_BRT, clipped_BRT = policy_gradient.policy_loss(logprobs_BRT, old_BRT, batch["advantages"], clip)
@@ -89,7 +101,7 @@ def _policy_loss(
 
 
 def completion_measurer(config: Config) -> Callable[[Any, Batch], dict[str, jax.Array]]:
-    """Returns (all parameters, batch) -> float32 (B, R, T) arrays of each token of completions as they were sampled.
+    """Returns (all parameters, batch) -> float32 (B, R, T) arrays of each token of completions just sampled.
 
     `old_logprobs`: log-probabilities under the policy; `reference_logprobs`: under the reference; `entropy`: of the
     policy's distribution at the token; `old_values`, where there is a value function: its estimates.
@@ -115,11 +127,17 @@ def completion_measurer(config: Config) -> Callable[[Any, Batch], dict[str, jax.
 
 
 def _ppo_parameters(config: Config) -> ParameterSpec:
-    """The policy, its frozen reference, and a value function of its own weights."""
+    """The policy, its frozen reference, and a value function of its own weights.
+
+    The head of the value function is initialised to zeros: unless it starts as the reward model, its first estimates
+    are 0 and not random numbers, from which the first advantages would be computed.
+    """
     spec = policy.policy_and_reference(config)
 
     def init(rng: jax.Array) -> Any:
-        return spec.init(rng) | {VALUE: RewardModel(config).init(jax.random.fold_in(rng, 1))}
+        value = RewardModel(config).init(jax.random.fold_in(rng, 1))
+        value["head"] = jax.tree.map(jnp.zeros_like, value["head"])
+        return spec.init(rng) | {VALUE: value}
 
     reward_model = config.rl.reward.partition(":")[2] if config.ppo.value_init == "reward" else None
     factors = {VALUE: config.ppo.value_lr / config.optimizer.peak_lr}
@@ -133,7 +151,7 @@ def _check_rl(config: Config) -> None:
     form, _, name = rl.reward.partition(":")
     require(
         rl.reward in ("bleu", "rouge") or (form in ("model", "python") and bool(name)),
-        f"rl.reward={rl.reward!r} is no reward: model:WORKDIR, bleu, rouge or python:MODULE.FUNCTION",
+        f"rl.reward={rl.reward!r} is not a reward: set it to model:WORKDIR, bleu, rouge or python:MODULE.FUNCTION",
     )
     require(
         rl.prompts_per_iteration % config.sequences_per_batch == 0,
@@ -141,16 +159,11 @@ def _check_rl(config: Config) -> None:
         f"{config.sequences_per_batch} prompts (batch.tokens_per_batch / model.context_length): change one",
     )
     require(
-        (rl.prompt_tokens or 1) + rl.response_tokens <= model.context_length,
+        (1 if rl.prompt_tokens is None else rl.prompt_tokens) + rl.response_tokens <= model.context_length,
         f"rl.prompt_tokens={rl.prompt_tokens} and rl.response_tokens={rl.response_tokens} exceed "
         f"model.context_length={model.context_length}: lower them",
     )
-    for dropout in ("embedding_dropout", "attention_dropout", "residual_dropout"):
-        require(
-            getattr(model, dropout) == 0,
-            f"model.{dropout}={getattr(model, dropout)}: a policy learns from the probabilities with which it sampled "
-            "its tokens, without dropout: set it to 0",
-        )
+    policy.check_computed_as_reference(config)
     require(
         config.stability.on_spike != "rewind",
         "stability.on_spike=rewind skips data, and a policy samples its own data: set it to log",
@@ -163,15 +176,16 @@ def check_ppo(config: Config) -> None:
     ppo, reward = config.ppo, config.rl.reward
     require(
         ppo.value_init == "policy" or reward.startswith("model:"),
-        f"ppo.value_init=reward needs a reward model, and rl.reward={reward} is none: set ppo.value_init=policy",
+        f"ppo.value_init=reward needs a reward model, and rl.reward={reward} is not one: set ppo.value_init=policy",
     )
     require(
         (ppo.pretraining_weight > 0) == (config.chat.pretraining_source is not None),
         "chat.pretraining_source and ppo.pretraining_weight need each other",
     )
     require(
-        config.peft.method == "none",
-        f"peft.method={config.peft.method} is for other stages: ppo trains a value function too; unset it",
+        config.peft.method in ("none", "lora", "adalora"),
+        f"peft.method={config.peft.method} is not supported by stage ppo, whose value function is trained whole: set "
+        "it to lora, adalora or none",
     )
 
 

@@ -1,5 +1,6 @@
 """The step and its state: accumulation, the moving average, dropout, and float32 arithmetic whatever param_dtype is."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,6 +98,10 @@ def spec_of(config: Config) -> ParameterSpec:
     return ParameterSpec(config, lambda rng: init_params(GPT(config.model), rng))
 
 
+def shapes_of(spec: ParameterSpec) -> dict[str, tuple[int, ...]]:
+    return {path: nn.unbox(leaf).shape for path, leaf in peft.flatten(spec.boxed_params).items()}
+
+
 def next_token_loss(config: Config):
     def loss(params, batch, rng):
         logits_BTV = GPT(config.model).apply({"params": params}, batch["tokens"])
@@ -155,8 +160,7 @@ def test_gradients_of_many_microbatches_are_summed_in_float32():
 def test_frozen_parameters_keep_param_dtype():
     settings = PeftConfig(method="lora", targets=("layers/.*/kernel",), rank=2)
     config = Config(model=MODEL, optimizer=OPTIMIZER, peft=settings)
-    shapes = {path: leaf.shape for path, leaf in peft.flatten(spec_of(config).boxed_params).items()}
-    given = {path: tuple(shape) for path, shape in shapes.items()}
+    given = shapes_of(spec_of(config))
 
     def init(rng):
         params = init_params(GPT(MODEL), rng)
@@ -215,7 +219,7 @@ def test_flops_count_what_a_step_computes():
     forward = L * (kernels + attention) + head
     whole = spec_of(Config(model=MODEL))
     assert whole.flops_per_token == flops.flops_per_token(MODEL) == 3 * forward
-    shapes = {path: leaf.shape for path, leaf in peft.flatten(whole.boxed_params).items()}
+    shapes = shapes_of(whole)
 
     def partly(**settings) -> float:
         config = Config(model=MODEL, peft=PeftConfig(**settings))

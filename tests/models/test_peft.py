@@ -144,15 +144,16 @@ def test_initial_values():
     model = dataclasses.replace(TINY, embed_dim=128, num_heads=4)
     kernel, up = "layers/block_0/(attention|mlp)/.*/kernel", "layers/block_1/mlp/up/kernel"
     params = boxed(model)
-    leaves = peft.flatten(low_rank(dataclasses.replace(LORA, targets=(kernel, up)), params, jax.random.key(0)))
-    leaves |= peft.flatten(low_rank(dataclasses.replace(ADALORA, targets=(kernel,)), params, jax.random.key(0)))
+    leaves = low_rank(dataclasses.replace(LORA, targets=(kernel, up)), params, jax.random.key(0))
+    leaves = peft.flatten(nn.unbox(leaves))
+    singular = low_rank(dataclasses.replace(ADALORA, targets=(kernel,)), params, jax.random.key(0))
+    leaves |= peft.flatten(nn.unbox(singular))
     assert leaves["layers/block_0/attention/qkv/lora_a"].shape == (2, 128, 3)
     assert leaves["layers/block_0/attention/qkv/lora_b"].shape == (2, 3, 3, 4, 32)
     assert leaves["layers/block_0/attention/out/lora_a"].shape == (2, 4, 32, 3)
     assert leaves["layers/block_0/attention/out/lora_b"].shape == (2, 3, 128)
     assert leaves["layers/block_0/mlp/down/lora_p"].shape == (2, 512, 5)
     assert leaves["layers/block_0/mlp/down/lora_lambda"].shape == (2, 5)
-    leaves = {path: nn.unbox(leaf) for path, leaf in leaves.items()}
     for path, leaf in leaves.items():
         sizes = {"lora_a": 3 * leaf[0, ..., 0].size, "lora_p": leaf[0, ..., 0].size, "lora_q": leaf[0, 0].size}
         std = sizes[path.split("/")[-1]] ** -0.5 if path.split("/")[-1] in sizes else 0

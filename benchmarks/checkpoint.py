@@ -13,9 +13,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import flags
 
+from gptjax import cli
 from gptjax import config as c
 from gptjax.checkpoint.manager import Checkpoints
 from gptjax.checkpoint.position import Position
@@ -25,9 +25,14 @@ from gptjax.parallel.mesh import make_mesh
 from gptjax.stages import registry
 from gptjax.training.step import make_train_step
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", "configs/gpt2.py:runlocal", "Config file, its arguments after a colon."
-)
+CONFIG = cli.ConfigFlag("configs/gpt2.py:runlocal")
+
+
+def loaded_config() -> c.Config:
+    """The config that the flags give."""
+    config = CONFIG.load()
+    assert config is not None, "the flag has a default"
+    return config
 
 
 class Trainer:
@@ -71,9 +76,8 @@ def seconds(trainer: Trainer, steps: int, checkpoints: Checkpoints | None, numbe
     return time.perf_counter() - start, blocked
 
 
-def main(argv: list[str]) -> None:
-    logging.set_verbosity(logging.WARNING)
-    config = c.resolve(CONFIG.value)
+def main() -> None:
+    config = loaded_config()
     every = config.checkpoint.every_tokens
     if every is None:
         raise SystemExit("the config saves only at the end: set --config.checkpoint.every_tokens")
@@ -110,4 +114,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("steps", 20, "Of a stretch.", lower_bound=1)
     flags.DEFINE_integer("vocab_size", 50_257, "Where the config leaves it to the tokenizer.")
     flags.DEFINE_string("directory", None, "Where to save; default: the system's directory for temporary files.")
-    app.run(main)
+    cli.run(main)

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import jax
 from absl import flags
 
-from benchmarks.checkpoint import CONFIG, Trainer
+from benchmarks.checkpoint import Trainer, loaded_config
 from benchmarks.measuring import alternate, measured_on, ratio, seconds, write_json
 from gptjax import cli
 from gptjax import config as c
@@ -136,7 +136,7 @@ def waiting(config: c.Config, steps: int) -> dict[str, float]:
 
 
 def main() -> None:
-    config = c.resolve(CONFIG.value)
+    config = loaded_config()
     result: dict[str, Any] = {**measured_on(), "config": config.data.source, "tokenising": []}
     print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, {result['versions']}, {config.data.source}\n")
     print(f"{'tokenising':14} {'MB':>8} {'MB/s, 1 core':>12} {'to disk':>12} {'training s':>12}")

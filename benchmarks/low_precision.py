@@ -12,7 +12,7 @@ from typing import Any
 
 from absl import flags
 
-from benchmarks.checkpoint import CONFIG
+from benchmarks.checkpoint import loaded_config
 from benchmarks.measuring import measured_on, write_json
 from benchmarks.optimizers import held_out_loss, short_run
 from gptjax import cli
@@ -22,7 +22,7 @@ from gptjax.parallel.platforms import override_defaults
 
 
 def main() -> None:
-    config = short_run(c.resolve(CONFIG.value), TOKENS.value, TOKENS.value // 10)
+    config = short_run(loaded_config(), TOKENS.value, TOKENS.value // 10)
     result: dict[str, Any] = {**measured_on(), "tokens": TOKENS.value, "losses": {}}
     for matmul_dtype in MATMUL_DTYPE.value:
         losses = result["losses"][matmul_dtype] = []

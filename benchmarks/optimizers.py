@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from benchmarks.checkpoint import CONFIG, Trainer
+from benchmarks.checkpoint import Trainer, loaded_config
 from benchmarks.measuring import alternate, measured_on, ratio, seconds, write_json
 from gptjax import cli
 from gptjax import config as c
@@ -97,7 +97,7 @@ def held_out_loss(config: c.Config) -> float:
 
 
 def main() -> None:
-    config = short_run(c.resolve(CONFIG.value), max(1, flags.FLAGS.tokens), flags.FLAGS.warmup_tokens)
+    config = short_run(loaded_config(), max(1, flags.FLAGS.tokens), flags.FLAGS.warmup_tokens)
     runs = {text: c.replace(config, {"optimizer": parse(text)}) for text in flags.FLAGS.run}
     for run in runs.values():
         c.check(run)

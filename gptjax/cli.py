@@ -1,9 +1,12 @@
 """What all commands share: flag parsing, exit codes, one-line user errors, and what may reach a terminal."""
 
+import ast
 import errno
+import inspect
 import os
 import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,19 +14,30 @@ from typing import Any, TextIO, cast
 
 from absl import app, flags, logging
 
-from gptjax.config import DataConfig, UserError, check_key
+from gptjax.config import Config, DataConfig, UserError, check_key, is_saved, load_config, split_argument
 from gptjax.distributed import processes
 from gptjax.distributed.peers import FAILED, INTERRUPTED, PREEMPTED, STOPPED
 from gptjax.distributed.preemption import PreemptedError
 from gptjax.files import expand
 
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # of a disk, a quota, a limit
+# Log levels of libraries, which read them when they are imported: their lines would cut through the progress bar. Every
+# command imports this module before jax.
+for _name, _level in {
+    "TF_CPP_MIN_LOG_LEVEL": "2",  # XLA: errors only
+    "TPU_MIN_LOG_LEVEL": "3",  # libtpu, which complains on machines without TPUs
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "GRPC_VERBOSITY": "ERROR",
+    "GLOG_minloglevel": "2",
+}.items():
+    os.environ.setdefault(_name, _level)
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # a full disk, quota or file size limit
 
 COORDINATOR_ADDRESS = flags.DEFINE_string(
-    "coordinator_address", None, "Of several processes: HOST:PORT, a free port of process 0's machine."
+    "coordinator_address", None, "With several processes: HOST:PORT, a free port of process 0's machine."
 )
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Of several processes: how many; 1: this one alone.")
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of several processes: which this is, from 0.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes; 1: this one only.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "With several processes: the index of this one, from 0.")
 
 
 # C0 and C1 control characters and DEL, which a terminal may obey, except newline and tab.
@@ -61,7 +75,7 @@ def run(main: Callable[[], None], *, joins: bool = False) -> None:
         processes.finish()
 
     try:
-        app.run(lambda _: checked(), flags_parser=_parse)
+        app.run(lambda _: checked(), flags_parser=lambda argv: _parse(argv, main, joins))
     except UserError as error:
         message = escape_controls(str(error))  # also where stderr is a file: it is likely to be shown in a terminal
         if processes.is_one_of_several():
@@ -174,32 +188,135 @@ def join() -> None:
     protect_terminals()  # process 0 got another stdout
 
 
-def _parse(argv: list[str]) -> list[str]:
-    """Parses the flags; `--config.KEY=None` unsets a key, which config_flags itself cannot do for a number."""
-    kept, unset = [], []
-    for argument in argv:
+_PROCESS_FLAGS = ("coordinator_address", "num_processes", "process_id")
+_overrides: dict[str, str] = {}  # of --config.KEY=VALUE, in the order given
+
+
+class ConfigFlag:
+    """The flags --config and --config.KEY=VALUE of a command."""
+
+    defined = False
+
+    def __init__(self, default: str | None = None) -> None:
+        ConfigFlag.defined = True
+        self._path = flags.DEFINE_string(
+            "config", default, "Config file, its arguments after a colon; or a workdir or config.json to take it from."
+        )
+
+    def load(self, workdir: Path | None = None) -> Config | None:
+        """The config that the flags give; None where --config is not given and `workdir` has none.
+
+        Args:
+          workdir: whose saved config to use where --config is not given.
+
+        Raises:
+          UserError: as `load_config`.
+        """
+        path = self._path.value
+        if path is None and workdir is not None and (workdir / "config.json").exists():
+            path = str(workdir)
+        return None if path is None else load_config(path, _overrides)
+
+    def compiled_programs_dir(self) -> Path:
+        """The cache directory of compiled programs: a saved config, maybe someone else's, must not choose it."""
+        path = self._path.value
+        if path is not None and not is_saved(path):
+            return expand(load_config(path, _overrides).data.cache_dir)
+        return expand(_overrides.get("data.cache_dir", DataConfig.cache_dir))
+
+
+def _parse(argv: list[str], main: Callable[[], None], joins: bool) -> list[str]:
+    """Parses the flags; --help prints and exits with code 0."""
+    for argument in argv[1:]:
         name, _, value = argument.partition("=")
-        if name.startswith("--config."):
-            key = name.removeprefix("--config.")
-            check_key(key)
-            if value == "None":
-                unset.append(key)
-                continue
-        elif name == "--config":
-            argument = f"--config={expand(value)}"
-            if not expand(path := value.partition(":")[0]).is_file():
-                raise UserError(f"there is no config file {path!r}")
-        kept.append(argument)
+        if name in ("--help", "-h", "-help", "--helpshort"):
+            _print_help(main, joins, value or None, [other for other in argv if other is not argument])
+            sys.exit(0)
     try:
-        rest = flags.FLAGS(kept)
+        rest = flags.FLAGS(_take_overrides(argv) if ConfigFlag.defined else argv)
     except UserError:
         raise
-    except Exception as error:  # config_flags raises many kinds for what is, here, always a bad flag
+    except flags.Error as error:
         raise UserError(" ".join(str(error).split())) from None
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: flags are written --name=value")
-    if unset and flags.FLAGS["config"].value is not None:
-        flags.FLAGS["config"].value.update_from_flattened_dict(dict.fromkeys(unset))
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # the libraries' info lines drown what we print
+        logging.set_verbosity(logging.WARNING)  # hides the info lines of libraries
     return rest
+
+
+def _take_overrides(argv: list[str]) -> list[str]:
+    """Moves --config.KEY=VALUE to `_overrides`; a bool may be written --config.KEY and --noconfig.KEY."""
+    kept, arguments = [], iter(argv)
+    for argument in arguments:
+        name, has_value, value = argument.partition("=")
+        flag, _, key = name.partition(".")
+        if flag.lstrip("-") not in ("config", "noconfig") or not flag.startswith("-") or not key:
+            kept.append(argument)
+            continue
+        check_key(key)
+        if flag.lstrip("-") == "noconfig":
+            value = "false"
+        elif not has_value:
+            section, _, field = key.rpartition(".")
+            default = getattr(getattr(Config(), section) if section else Config(), field)
+            value = "true" if isinstance(default, bool) else next(arguments, "")
+            if value == "" or value.startswith("--"):
+                raise UserError(f"--config.{key} needs a value: --config.{key}={default}")
+        _overrides[key] = value
+    return kept
+
+
+# --- help -------------------------------------------------------------------------------------------------------------
+
+
+def _print_help(main: Callable[[], None], joins: bool, section: str | None, argv: list[str]) -> None:
+    """Prints the command's description and flags and, where it takes a config, the arguments and keys of that."""
+    from gptjax.config.reference import plain_text
+
+    module = inspect.getmodule(main)
+    config, file = None, None
+    if ConfigFlag.defined:
+        path = flags.FLAGS["config"].default
+        for argument in _take_overrides(argv):
+            name, _, value = argument.partition("=")
+            path = value if name in ("--config", "-config") else path
+        if path is not None:
+            config = load_config(path, _overrides)
+            file = None if is_saved(path) else split_argument(path)[0]
+    keys = plain_text(section, config) if ConfigFlag.defined else ""
+    if section is not None:
+        if not ConfigFlag.defined:
+            raise UserError(f"--help={section}: this command takes no config")
+        print(keys)
+        return
+    print(f"{(inspect.getdoc(module) or '').strip()}\n\nflags:\n{_flags_help(joins)}")
+    if file is not None:
+        print(f"\narguments of {file}, as in --config={file}:key=value,...\n  {_arguments_of(file)}")
+        print(textwrap.indent(ast.get_docstring(ast.parse(file.read_text())) or "", "  "))
+    elif ConfigFlag.defined:
+        print("\nWith --config=FILE --help shows the arguments of that file too, and its values of the keys.")
+    if keys:
+        print(f"\nconfig keys; --help=SECTION shows one section\n\n{keys}")
+
+
+def _flags_help(joins: bool) -> str:
+    """The command's own flags, in the order of their definition, with those of several processes at the end."""
+    own = []
+    for module, defined in flags.FLAGS.flags_by_module_dict().items():
+        if module in (sys.argv[0], "__main__") or module.startswith(("gptjax.", "benchmarks.")):
+            own += [flag for flag in defined if joins or flag.name not in _PROCESS_FLAGS]
+    lines = []
+    for flag in sorted(own, key=lambda flag: flag.name in _PROCESS_FLAGS):
+        default = "" if flag.default in (None, "", False, []) else f" Default: {flag.default_as_str}."
+        lines.append(f"  --{flag.name}")
+        lines += textwrap.wrap(flag.help + default, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
+
+
+def _arguments_of(file: Path) -> str:
+    """The arguments that a config file passes to `parse_arg`, with their defaults."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("parse_arg"):
+            return ", ".join(f"{word.arg}={ast.unparse(word.value)}" for word in node.keywords if word.arg is not None)
+    return "none"

@@ -12,7 +12,7 @@ of the prompt's own line in a .jsonl file besides, and with --logprobs "tokens" 
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
@@ -92,12 +92,17 @@ def main() -> None:
     max_new_tokens = check_lengths(prompts, engine.model.config.context_length)
     as_text = len(records) * NUM_SAMPLES.value == 1 and output is None and not LOGPROBS.value and PROMPTS.value is None
     if as_text:
-        print(records[0]["prompt"], end="", flush=True)
-        for _ in complete(engine, prompts, max_new_tokens, stream=True):
-            print()
+        unshown = [records[0]["prompt"]]  # shown with the first text, after compilation
+
+        def show(text: str) -> None:
+            print(*unshown, text, sep="", end="", flush=True)
+            unshown.clear()
+
+        for _ in complete(engine, prompts, max_new_tokens, show):
+            show("\n")
         return
     with nullcontext(sys.stdout) if output is None else opened_output(output) as file:
-        completions = complete(engine, prompts, max_new_tokens, stream=False)
+        completions = complete(engine, prompts, max_new_tokens)
         for number, completion in enumerate(progress(completions, len(prompts) * NUM_SAMPLES.value)):
             line = describe(records[number // NUM_SAMPLES.value], completion, SEED.value + number)
             print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
@@ -143,12 +148,13 @@ def read_prompts() -> list[dict[str, Any]]:
 
 
 def encode(engine: "Engine", prompt: str) -> list[int]:
+    """The tokens of a prompt; an empty one is end-of-text, from which a document starts."""
     ids = engine.tokenizer.encode(prompt).tolist()
     if START_DOCUMENT.value:
         if engine.tokenizer.end_of_text is None:
             raise UserError("--start_document: this tokenizer has no end-of-text token")
         ids = [engine.tokenizer.end_of_text, *ids]
-    return ids
+    return ids if ids else engine.ids("").tolist()  # which starts a document, or refuses
 
 
 def check_lengths(prompts: list[list[int]], context: int) -> int:
@@ -167,8 +173,10 @@ def check_lengths(prompts: list[list[int]], context: int) -> int:
     return new
 
 
-def complete(engine: "Engine", prompts: list[list[int]], max_new_tokens: int, stream: bool) -> Iterator["Completion"]:
-    """The completions of each prompt in turn, NUM_SAMPLES of each; streamed to the terminal if asked for."""
+def complete(
+    engine: "Engine", prompts: list[list[int]], max_new_tokens: int, show: Callable[[str], None] | None = None
+) -> Iterator["Completion"]:
+    """Yields NUM_SAMPLES completions of each prompt in turn; `show` gets their text as it is generated."""
     from gptjax.inference.beam import beam_search
     from gptjax.inference.sampling import Sampling
 
@@ -183,8 +191,8 @@ def complete(engine: "Engine", prompts: list[list[int]], max_new_tokens: int, st
                 num_return=NUM_SAMPLES.value,
                 ignore_end_of_text=IGNORE_END_OF_TEXT.value,
             ):
-                if stream:
-                    print(beams[0].completion.text, end="")
+                if show is not None:
+                    show(beams[0].completion.text)
                 yield from (beam.completion for beam in beams)
         return
     sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value, REPETITION_PENALTY.value)
@@ -198,7 +206,7 @@ def complete(engine: "Engine", prompts: list[list[int]], max_new_tokens: int, st
             stop=STOP.value,
             ignore_end_of_text=IGNORE_END_OF_TEXT.value,
             overflow=cast(Any, OVERFLOW.value),
-            on_text=(lambda _, text: print(text, end="", flush=True)) if stream else None,
+            on_text=None if show is None else (lambda _, text: show(text)),
         )
 
 

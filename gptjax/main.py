@@ -2,19 +2,21 @@
 
 python -m gptjax.main --config=configs/gpt2.py:runlocal --workdir=runs/demo
 python -m gptjax.main --config=configs/gpt2.py:size=355m --workdir=runs/gpt2 --config.optimizer.peak_lr=3e-4
+python -m gptjax.main --workdir=runs/gpt2          resumes that run
 """
 
 from absl import flags
-from ml_collections import config_flags
 
 from gptjax import cli
-from gptjax.config import UserError, resolve
+from gptjax.config import UserError
 from gptjax.distributed import preemption
 from gptjax.files import expand
-from gptjax.parallel import program_cache
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, its arguments after a colon.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; a run found there is resumed.")
+CONFIG = cli.ConfigFlag()
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; a run in it is resumed, without --config too.")
+DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Print config, parameters, FLOPs, memory and data, then stop. Prepares data in data.cache_dir."
+)
 PROFILE = flags.DEFINE_bool("profile", False, "Write a trace of a few steps to WORKDIR/profile.")
 ALLOW_CHANGES = flags.DEFINE_bool("allow_config_changes", False, "Resume a run although its config differs.")
 START_OVER = flags.DEFINE_bool(
@@ -25,17 +27,26 @@ START_OVER = flags.DEFINE_bool(
 
 
 def main() -> None:
-    if CONFIG.value is None or WORKDIR.value is None:
+    if WORKDIR.value is None:
         raise UserError("needs --config=FILE and --workdir=DIR, such as --config=configs/gpt2.py:runlocal")
-    config = resolve(CONFIG.value)
+    workdir = expand(WORKDIR.value)
+    config = CONFIG.load(workdir)
+    if config is None:
+        raise UserError(
+            f"needs --config=FILE, such as --config=configs/gpt2.py:runlocal: {workdir} has no run to resume"
+        )
     with preemption.watch():
         cli.join()
-        program_cache.use(expand(config.data.cache_dir))
-        from gptjax.run import run  # after the checks: it takes seconds to import
+        from gptjax.parallel import program_cache  # after the checks: these take seconds to import
+        from gptjax.run import dry_run, run
 
+        program_cache.use(CONFIG.compiled_programs_dir())
+        if DRY_RUN.value:
+            print(dry_run(config, workdir, allow_config_changes=ALLOW_CHANGES.value))
+            return
         run(
             config,
-            expand(WORKDIR.value),
+            workdir,
             profile=PROFILE.value,
             allow_config_changes=ALLOW_CHANGES.value,
             start_over=START_OVER.value,

@@ -18,17 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from absl import flags
-from ml_collections import config_flags
 
 from gptjax import cli
-from gptjax.config import Config, UserError, replace, resolve
+from gptjax.config import Config, UserError, replace
 from gptjax.files import expand
 
 if TYPE_CHECKING:
     from gptjax.planning.report import StepPlan
     from gptjax.planning.topology import Topology
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, its arguments after a colon.")
+CONFIG = cli.ConfigFlag()
 TOPOLOGY = flags.DEFINE_string(
     "topology", None, "CHIP:SHAPE, such as v5e:4x4 or v5p:8x8x16; all: an overview of many; cpu:N: N simulated devices."
 )
@@ -63,9 +62,9 @@ ENVIRONMENT = {
 
 
 def main() -> None:
-    if CONFIG.value is None or TOPOLOGY.value is None:
+    config = CONFIG.load()
+    if config is None or TOPOLOGY.value is None:
         raise UserError("needs --config=FILE and --topology=CHIP:SHAPE, such as --topology=v5e:2x2")
-    config = resolve(CONFIG.value)
     if config.stage != Config().stage:  # the step of other stages depends on their data
         raise UserError(f"a run of stage {config.stage} cannot be planned: plan pretraining of the same model")
     if DECODE.value and (SEARCH.value or TOPOLOGY.value == "all"):
@@ -122,7 +121,6 @@ def plan_step(config: Config, where: "Topology") -> None:
     from gptjax.planning.report import step_json, step_table
 
     mesh = topology.lay_out(config.mesh, where)
-    say(f"compiling the training step for {where.name}")
     compiled = compile_step(where)(config, mesh)
     if isinstance(compiled, OutOfMemory):
         needed, capacity = compiled.needed / 2**30, compiled.capacity / 2**30
@@ -205,6 +203,7 @@ def search_steps(config: Config, where: "Topology", limit: int, enough: int | No
 
 def plan_decoding(config: Config, where: "Topology") -> None:
     """Plans generation with the config's model on its mesh."""
+    from gptjax.parallel import compiler
     from gptjax.planning import decode_plan as decoding
     from gptjax.planning import plan_cache as cache
     from gptjax.planning import topology
@@ -213,26 +212,28 @@ def plan_decoding(config: Config, where: "Topology") -> None:
     mesh = topology.lay_out(config.mesh, where)
     capacity = topology.hbm_bytes(where)
     assert capacity is not None, "a TPU's memory is known"
-    say(f"compiling prefill and decoding for {where.name}")
-    plan = decoding.plan_decoding(
-        config,
-        mesh,
-        where,
-        capacity,
-        cast(Any, WEIGHTS.value),
-        lambda what, make: cache.compile_cached(what, config, where, cache_directory(), make),
-    )
+    with compiler.announced(f"prefill and decoding for {where.name}"):
+        plan = decoding.plan_decoding(
+            config,
+            mesh,
+            where,
+            capacity,
+            cast(Any, WEIGHTS.value),
+            lambda what, make: cache.compile_cached(what, config, where, cache_directory(), make),
+        )
     output(decoding_table(plan, capacity), decoding_json(plan))
 
 
 def compile_step(where: "Topology") -> Any:
     """Returns a function that compiles a config's training step on a mesh of `where`, or reads it from the cache."""
+    from gptjax.parallel import compiler
     from gptjax.planning import plan_cache as cache
     from gptjax.planning.compile import compile_training_step
 
     def compile(config: Config, mesh: Any) -> Any:
         make = partial(compile_training_step, config, mesh)
-        return cache.compile_cached("training step", config, where, cache_directory(), make)
+        with compiler.announced(f"the training step for {where.name}"):
+            return cache.compile_cached("training step", config, where, cache_directory(), make)
 
     return compile
 

@@ -1,10 +1,10 @@
-"""A whole run, from a config to its report: what `python -m gptjax.main` does, callable from a notebook."""
+"""A complete run, from a config to its report: what `python -m gptjax.main` does."""
 
 import dataclasses
 import itertools
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from gptjax.checkpoint.lock import locked
 from gptjax.checkpoint.manager import Checkpoints
 from gptjax.checkpoint.saved_trees import ConfigChanges
 from gptjax.checkpoint.state import abstract_state
-from gptjax.config import Config, UserError, differences, read_config, to_json, with_absolute_paths
+from gptjax.config import Config, UserError, changes, differences, read_config, to_json, with_absolute_paths
 from gptjax.data import tokenizers
 from gptjax.distributed import processes
 from gptjax.files import write_whole
@@ -36,6 +36,8 @@ _FILES_OF_A_RUN = (
     *(METRICS_FILE, "loss.png", SCALE_FILE),
 )
 
+Callbacks = Sequence[Callable[[dict[str, Any]], None]]
+
 
 def run(
     config: Config,
@@ -44,32 +46,29 @@ def run(
     profile: bool = False,
     allow_config_changes: bool = False,
     start_over: bool = False,
+    callbacks: Callbacks = (),
 ) -> RunReport:
-    """Trains `config` in `workdir`, or resumes the run found there, printing its progress.
+    """Trains `config` in `workdir`, or resumes the run found there; prints its progress.
 
     Args:
       config: what `gptjax.config.resolve` returns.
-      workdir: made if it is missing.
+      workdir: created if it does not exist.
       profile: write a trace of a few steps to `<workdir>/profile/`.
       allow_config_changes: resume although the workdir's run was started with another config, of the same model. Where
         the optimizer's state does not fit the new config, a fresh one is made.
       start_over: begin anew where an earlier run has left records or damaged checkpoints, but no whole checkpoint; its
         files are kept in `<workdir>/earlier/`. A whole checkpoint is resumed as usual.
+      callbacks: each is called with every record of metrics.jsonl, by process 0.
 
     Raises:
-      UserError: any error that the user can correct, before anything slow where it can be known.
+      UserError: any user error, before anything slow where it can be known.
     """
-    registry.check(config)
-    processes.check_same(_leaves(dataclasses.asdict(config), "config"), "give all processes the same config")
-    config = with_absolute_paths(config)
-    mesh = make_mesh(config.mesh)
-    if config.init_from is not None:
-        read_config(Path(config.init_from).expanduser())  # before the corpus is prepared
+    config, mesh = _checked(config)
     processes.check_shared(workdir)
     with locked(workdir) if processes.is_first() else nullcontext():
         try:
             changed = processes.of_first(lambda: _check_workdir(config, workdir, allow_config_changes, start_over))
-            return _run_alone(config, workdir, mesh, profile, allow_config_changes, changed)
+            return _run_alone(config, workdir, mesh, profile, allow_config_changes, changed, callbacks)
         except (OSError, UserError):
             if workdir.is_dir():
                 raise
@@ -79,22 +78,55 @@ def run(
             ) from None
 
 
-def _run_alone(
-    config: Config, workdir: Path, mesh: Mesh, profile: bool, allow_changes: bool, changed: list[str] | None
-) -> RunReport:
-    resumes = changed is not None
+def dry_run(config: Config, workdir: Path, *, allow_config_changes: bool = False) -> str:
+    """Describes the run that `run` would start or resume: config, data, parameters, FLOPs and memory.
+
+    It prepares the data, which is kept in data.cache_dir, and writes nothing in `workdir`; errors as of `run`.
+    """
+    config, mesh = _checked(config)
+    changed = _check_workdir(config, workdir, allow_config_changes, start_over=False)
+    return _summary(config, _build(config, workdir, mesh, resumes=changed is not None), mesh)
+
+
+def _checked(config: Config) -> tuple[Config, Mesh]:
+    """Checks what can be checked without the data; returns the config with absolute paths, and its mesh."""
+    registry.check(config)
+    processes.check_same(_leaves(dataclasses.asdict(config), "config"), "give all processes the same config")
+    config = with_absolute_paths(config)
+    mesh = make_mesh(config.mesh)
+    if config.init_from is not None:
+        read_config(Path(config.init_from).expanduser())  # before the corpus is prepared
+    return config, mesh
+
+
+def _build(config: Config, workdir: Path, mesh: Mesh, *, resumes: bool) -> Stage:
     stage = builders.build(config, mesh, tokenizers.load(workdir / "tokenizer") if resumes else None)
     _check_tokenizer(config, stage.tokenizer)
+    return stage
+
+
+def _run_alone(
+    config: Config,
+    workdir: Path,
+    mesh: Mesh,
+    profile: bool,
+    allow_changes: bool,
+    changed: list[str] | None,
+    callbacks: Callbacks,
+) -> RunReport:
+    stage = _build(config, workdir, mesh, resumes=changed is not None)
 
     def write() -> None:
         if jax.process_index() == 0:
             _write_workdir(config, workdir, stage)
 
     if jax.process_index() == 0:
-        print(_summary(stage, mesh))
-    changes = ConfigChanges(allow_changes, tuple(changed or ()))
+        print(_summary(config, stage, mesh))
+    config_changes = ConfigChanges(allow_changes, tuple(changed or ()))
     # The config is written once a checkpoint is known to fit it: until then the workdir has that of its checkpoints.
-    report = train_stage(stage, mesh, workdir, profile=profile, changes=changes, on_start=write)
+    report = train_stage(
+        stage, mesh, workdir, profile=profile, changes=config_changes, on_start=write, callbacks=callbacks
+    )
     if jax.process_index() == 0:
         print(_report(report, workdir))
     return report
@@ -108,13 +140,15 @@ def train_stage(
     profile: bool = False,
     changes: ConfigChanges | None = None,
     on_start: Callable[[], None] | None = None,
+    callbacks: Callbacks = (),
 ) -> RunReport:
-    """Trains a stage in `workdir` from where `start_state` finds its start.
+    """Trains a stage in `workdir` from the state that `start_state` returns.
 
     Args:
       profile: write a trace of a few steps to `<workdir>/profile/`.
       changes: of the config since the run in `workdir` was started; None: there are none.
       on_start: called when the state has been restored, before anything is written.
+      callbacks: each is called with every record of metrics.jsonl, by process 0.
 
     Raises:
       UserError: as of `start_state` and `loop.train`.
@@ -123,7 +157,9 @@ def train_stage(
         state, position = start_state(stage.objective.parameters, mesh, checkpoints, changes)
         if on_start is not None:
             on_start()
-        return train(stage, mesh, workdir, checkpoints, state, position, profile=profile, changes=changes)
+        return train(
+            stage, mesh, workdir, checkpoints, state, position, profile=profile, changes=changes, callbacks=callbacks
+        )
 
 
 def _leaves(tree: Any, name: str) -> dict[str, Any]:
@@ -204,7 +240,7 @@ def _set_aside(workdir: Path, lost: str, start_over: bool) -> None:
 
 
 def _check_tokenizer(config: Config, tokenizer: tokenizers.Tokenizer) -> None:
-    """Raises UserError when the weights to start from read other tokens: their embeddings would mean nothing."""
+    """Raises UserError if `init_from` has another tokenizer: its embeddings are those of other tokens."""
     if config.init_from is None:
         return
     directory = Path(config.init_from).expanduser() / "tokenizer"
@@ -225,8 +261,15 @@ def _write_workdir(config: Config, workdir: Path, stage: Stage) -> None:
         raise UserError(f"cannot write in --workdir={workdir}: {error.strerror}") from None
 
 
-def _summary(stage: Stage, mesh: Mesh) -> str:
-    """The resolved config, and what it costs."""
+def _summary(config: Config, stage: Stage, mesh: Mesh) -> str:
+    """What of the config differs from the defaults, what the data is, and what the run costs.
+
+    Args:
+      config: as the user gave it; that of the stage is complete.
+    """
+    changed = changes(Config(), config)
+    width = max(map(len, changed), default=0)
+    keys = [f"  {name:<{width}}  {value!r}" for name, (_, value) in changed.items()]
     config = stage.config
     model, device = config.model, jax.devices()[0]
     state = abstract_state(stage.objective.parameters, mesh)
@@ -239,19 +282,43 @@ def _summary(stage: Stage, mesh: Mesh) -> str:
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     rows = {
         "parameters": f"{parameters:,}{share}",
-        "training": f"{stage.total_tokens:,} tokens, {config.batch.tokens_per_batch:,} a batch",
-        "compute": f"{per_token / 1e6:,.1f} MFLOP a token, {per_token * stage.total_tokens:.3g} FLOP in all",
-        "state": f"{memory.total / 1e9:.2f} GB a device (parameters, gradients, optimizer)",
+        **stage.description,
+        "training": f"{stage.total_tokens:,} tokens, {config.batch.tokens_per_batch:,} per batch",
+        "compute": f"{per_token / 1e6:,.1f} MFLOP per token, {per_token * stage.total_tokens:.3g} FLOP in total",
+        "memory": f"{memory.total / 1e9:.2f} GB per device for parameters, gradients and optimizer state",
         "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform}), mesh: {axes}",
     }
     table = "\n".join(f"{name:<11} {value}" for name, value in rows.items())
-    return f"{to_json(config)}\n{table}\n"
+    return "\n".join(["config, where it differs from the defaults:", *keys, "", table, ""])
 
 
 def _report(report: RunReport, workdir: Path) -> str:
     values = "\n".join(f"{name.replace('_', ' '):<19} {value:.4f}" for name, value in report.validation.items())
-    sample = "" if report.sample is None else f"\n--- sample ---\n{report.sample}\n--------------\n"
+    parts = [
+        "",
+        f"trained on {report.tokens:,} tokens in {report.step:,} steps and {_duration(report.seconds)}",
+        values,
+    ]
+    if report.best is not None:
+        step, metric, value = report.best
+        parts.append(f"best step {step:,}: {metric.replace('_', ' ')} {value:.4f}")
+    parts.append("")
+    if report.sample is not None:
+        parts += ["--- sample ---", report.sample, "--------------", ""]
     if report.conclusion is not None:
-        sample += f"\n{report.conclusion}\n"
-    trained = f"trained on {report.tokens:,} tokens in {report.step:,} steps"
-    return f"\n{trained}\n{values}\n{sample}\nloss curve: {workdir / 'loss.png'}"
+        parts += [report.conclusion, ""]
+    parts.append("written:")
+    for path in sorted(workdir.iterdir()):
+        if not path.name.startswith(".") and path.suffix != ".lock":
+            parts.append(f"  {path}{'/' if path.is_dir() else ''}")
+    return "\n".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    """Such as "45 s", "3 min 20 s" or "2 h 5 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -1,4 +1,4 @@
-"""A user's mistake: one line that names the culprit and the mend, exit code 2, and nothing left behind."""
+"""The command line: help, resuming, and user errors: one line with culprit and fix, exit code 2, nothing written."""
 
 import gzip
 import json
@@ -62,6 +62,8 @@ def test_every_command_expands_the_paths_of_its_flags():
         ([RUNLOCAL, "--config.batch.tokens_per_batch=1000"], ["batch.tokens_per_batch=1000", "try 1024"]),
         ([RUNLOCAL, "--config.batch.epochs=2"], ["set one of batch.total_tokens (700000) and batch.epochs (2.0)"]),
         ([RUNLOCAL, "--config.seed=12345678901234567890"], ["seed=12345678901234567890", "64-bit"]),
+        ([RUNLOCAL, "--config.lr=3e-4"], ["'lr'", "did you mean 'optimizer.peak_lr'"]),
+        ([RUNLOCAL, "--config.seed"], ["--config.seed needs a value"]),
         ([RUNLOCAL, "--unknown=3"], ["unknown"]),
         ([RUNLOCAL, "extra"], ["'extra'"]),
         (["--config=configs/gpt2.py:sise=124m"], ["sise", "did you mean 'size'"]),
@@ -183,6 +185,60 @@ def test_none_unsets_a_key(tmp_path):
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "run" / "config.json").read_text())["batch"]["total_tokens"] is None
     assert_one_line(main(RUNLOCAL, "--config.seed=None", workdir=tmp_path / "other"), "seed=None is not of type int")
+
+
+COMMANDS = ("main", "generate", "chat", "evaluate", "predict", "convert", "plan", "replay")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_lists_the_flags_of_the_command(command):
+    arguments = [sys.executable, "-m", f"gptjax.{command}"]
+    shown = subprocess.run([*arguments, "-h"], capture_output=True, text=True, cwd=ROOT)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stderr == ""
+    source = (ROOT / "gptjax" / f"{command}.py").read_text()
+    for name in re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source):
+        assert f"  --{name}\n" in shown.stdout
+    assert ("--config.optimizer.peak_lr=" in shown.stdout) == ("ConfigFlag" in source)
+
+
+def test_help_has_the_arguments_of_the_config_file_and_one_section_by_name():
+    shown = main(RUNLOCAL, "--help")
+    assert shown.returncode == 0, shown.stderr
+    assert "size='124m', data='sotu', runlocal=False" in shown.stdout
+    assert "--config.model.num_layers=4 (default 12)" in shown.stdout
+    section = main("--help=optimizer")
+    assert section.returncode == 0, section.stderr
+    assert "--config.optimizer.peak_lr=0.0006" in section.stdout
+    assert "--config.model" not in section.stdout
+    assert_one_line(main("--help=optimiser"), "did you mean 'optimizer'")
+
+
+def test_a_run_is_described_then_trained_then_resumed_by_its_workdir_alone(tmp_path):
+    tokens = "--config.batch.total_tokens=64"
+    described = main(*small_run(tmp_path), tokens, "--dry_run", workdir=tmp_path / "run")
+    assert described.returncode == 0, described.stderr
+    assert not (tmp_path / "run").exists()
+    assert re.search(r"^data +495 documents, [\d,]+ tokens; the run reads them", described.stdout, re.MULTILINE)
+    assert re.search(r"^held out +5 documents \(1 % of all\)", described.stdout, re.MULTILINE)
+    assert "model.num_layers" in described.stdout
+    assert "model.norm_eps" not in described.stdout  # it has its default
+    for what in ("parameters", "compute", "memory"):
+        assert re.search(rf"^{what} ", described.stdout, re.MULTILINE)
+
+    assert_one_line(main(workdir=tmp_path / "run"), "--config", "no run to resume")
+    trained = main(*small_run(tmp_path), tokens, workdir=tmp_path / "run")
+    assert trained.returncode == 0, trained.stderr
+    assert re.search(r"in 2 steps and \d+ (s|min \d+ s)\n", trained.stdout)
+    assert re.search(r"best step 2: loss \d", trained.stdout)
+    for name in ("config.json", "metrics.jsonl", "loss.png", "checkpoints/"):
+        assert f"  {tmp_path}/run/{name}\n" in trained.stdout
+    longer = "--config.batch.total_tokens=96"
+    assert_one_line(main(longer, workdir=tmp_path / "run"), "batch.total_tokens: 64 -> 96", "--allow_config_changes")
+    resumed = main(longer, "--allow_config_changes", workdir=tmp_path / "run")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming from step 2" in resumed.stdout
+    assert "in 3 steps" in resumed.stdout
 
 
 def test_a_full_disk_while_saving_loses_nothing(tmp_path):

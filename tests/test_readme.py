@@ -9,11 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from absl import flags
-from ml_collections import config_flags
 
 import gptjax
-from gptjax.config import Config, resolve, to_json
+from gptjax.config import Config, load_config, to_json
 from gptjax.scaling.flops import parameter_count
 from tests.architecture import declared_letters
 
@@ -50,12 +48,10 @@ def trainings(document: str) -> list[str]:
 
 
 def load(arguments: list[str]) -> Config:
-    """The config that `--config...` arguments give, found as `gptjax.main` finds it."""
-    values = flags.FlagValues()
-    argv = ["gptjax.main", *arguments]
-    config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-    values(argv)
-    return resolve(config.value)
+    """The config that `--config...` arguments give."""
+    values = dict(argument.removeprefix("--").split("=", 1) for argument in arguments)
+    path = values.pop("config")
+    return load_config(path, {key.removeprefix("config."): value for key, value in values.items()})
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -7,10 +7,11 @@ a field of `model.py` or `sections.py` cannot exist, and a mistake is one line o
 
 from gptjax.config.arguments import choose, parse_arg
 from gptjax.config.checks import check, positive, require
-from gptjax.config.edited import check_key, config_dict, replace, resolve
+from gptjax.config.edited import check_key, config_dict, overridden, replace, resolve
 from gptjax.config.errors import UserError, nearest
+from gptjax.config.loading import is_saved, load_config, split_argument
 from gptjax.config.model import GPTConfig
-from gptjax.config.saved import config_hash, differences, read_config, to_json, with_absolute_paths
+from gptjax.config.saved import changes, config_hash, differences, read_config, to_json, with_absolute_paths
 from gptjax.config.sections import (
     BatchConfig,
     ChatConfig,
@@ -51,19 +52,24 @@ __all__ = [
     "StabilityConfig",
     "TaskConfig",
     "UserError",
+    "changes",
     "check",
     "check_key",
     "choose",
     "config_dict",
     "config_hash",
     "differences",
+    "is_saved",
+    "load_config",
     "nearest",
+    "overridden",
     "parse_arg",
     "positive",
     "read_config",
     "replace",
     "require",
     "resolve",
+    "split_argument",
     "to_json",
     "with_absolute_paths",
 ]

@@ -5,6 +5,7 @@ python -m gptjax.config.reference   # prints Markdown
 
 import ast
 import dataclasses
+import functools
 import html
 import inspect
 import io
@@ -15,6 +16,7 @@ import types
 import typing
 from typing import Any, Literal, NamedTuple
 
+from gptjax.config.errors import UserError, nearest
 from gptjax.config.sections import Config
 
 
@@ -97,6 +99,32 @@ def markdown() -> str:
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def plain_text(section: str | None = None, config: Config | None = None) -> str:
+    """The keys of one section, or of all, as plain text: value, default where it differs, type, comment.
+
+    Args:
+      section: such as "optimizer".
+      config: whose values to show; None: the defaults.
+
+    Raises:
+      UserError: there is no such section.
+    """
+    known = sections()
+    if section is not None and section not in known:
+        raise UserError(f"--help={section}: unknown section {section!r}{nearest(section, filter(None, known))}")
+    blocks = []
+    for name in known if section is None else [section]:
+        title = " ".join((inspect.getdoc(known[name]) or "").partition("\n\n")[0].split())
+        lines = [f"{name or 'keys outside sections'}: {title}"]
+        for key in keys(name):
+            value = repr(functools.reduce(getattr, key.name.split("."), Config() if config is None else config))
+            changed = "" if value == key.default else f" (default {key.default})"
+            lines.append(f"  --config.{key.name}={value}{changed}  [{key.type}]")
+            lines += textwrap.wrap(key.comment, 112, initial_indent=" " * 8, subsequent_indent=" " * 8)
+        blocks.append("\n".join(lines) + "\n")
+    return "\n".join(blocks)
 
 
 def _code(text: str) -> str:

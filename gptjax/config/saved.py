@@ -1,4 +1,4 @@
-"""The config that a workdir keeps."""
+"""Saved configs: the config.json of a workdir."""
 
 import dataclasses
 import hashlib
@@ -13,12 +13,17 @@ from gptjax.config.sections import Config
 from gptjax.files import read_json
 
 
+def to_tree(config: Config) -> dict[str, Any]:
+    """The config as nested dicts."""
+    return dataclasses.asdict(config)
+
+
 def to_json(config: Config) -> str:
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+    return json.dumps(to_tree(config), indent=2) + "\n"
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """`config` with absolute paths to the workdirs that it names, so that it can be read from any directory.
+    """Makes the paths of the workdirs that a config names absolute, so that it can be read from any directory.
 
     They are init_from and the WORKDIR of rl.reward=model:WORKDIR.
     """
@@ -36,15 +41,23 @@ def _absolute(path: str) -> str:
 
 
 def read_config(workdir: Path) -> Config:
-    """The config of a workdir; UserError when there is none, or it is damaged.
+    """Reads the config of a workdir.
 
-    A key that the workdir is too old to have takes its default, which is what the program did before there was the key.
+    A key that is missing, because the workdir is older than the key, takes its default: what the program did before.
+
+    Raises:
+      UserError: there is none, or it is damaged.
     """
-    path = workdir / "config.json"
+    return resolve(read_tree(workdir / "config.json"))
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """The nested dict of a saved config.json, unchecked, missing keys filled with their defaults; raises UserError."""
     try:
-        return resolve(_merge(dataclasses.asdict(Config()), read_json(path)))
+        tree: dict[str, Any] = _merge(to_tree(Config()), read_json(path))
+        return tree
     except FileNotFoundError:
-        raise UserError(f"{workdir} is not a workdir: it has no config.json") from None
+        raise UserError(f"{path.parent} is not a workdir: it has no {path.name}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
 
@@ -56,17 +69,22 @@ def _merge(defaults: Any, tree: Any) -> Any:
 
 
 def config_hash(config: Config) -> str:
-    """12 hex digits that name the config in metrics.jsonl."""
+    """The first 12 hex digits of the config's SHA-256 hash."""
     return hashlib.sha256(to_json(config).encode()).hexdigest()[:12]
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """The keys in which two configs, or sections of one kind, differ; each as "key: old -> new"."""
-    changed = []
+    """The keys whose values differ between two configs, or two sections of one class, each as "key: old -> new"."""
+    return [f"{name}: {before!r} -> {after!r}" for name, (before, after) in changes(old, new, prefix).items()]
+
+
+def changes(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Key -> (old value, new value) of the keys whose values differ between two configs, or sections of one class."""
+    found: dict[str, tuple[Any, Any]] = {}
     for field in dataclasses.fields(new):
         name, before, after = prefix + field.name, getattr(old, field.name), getattr(new, field.name)
         if dataclasses.is_dataclass(after):
-            changed += differences(before, after, name + ".")
+            found |= changes(before, after, name + ".")
         elif before != after:
-            changed.append(f"{name}: {before!r} -> {after!r}")
-    return changed
+            found[name] = (before, after)
+    return found

@@ -6,6 +6,7 @@ prompt lengths and cache slots are rounded up to powers of two.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import jax
@@ -20,6 +21,7 @@ from gptjax.inference.sampling import Sampling
 from gptjax.inference.text import TextStream
 from gptjax.inference.weights import Weights, prepare
 from gptjax.models.gpt import GPT
+from gptjax.parallel import compiler
 from gptjax.parallel.mesh import batch_shards, use_mesh
 from gptjax.parallel.platforms import platform_defaults
 
@@ -92,6 +94,7 @@ class Engine:
             self.model, self.params = prepare(model, params, weights)
         assert model.config.vocab_size is not None, "resolve model.vocab_size from the tokenizer first"
         self.vocab_size = model.config.vocab_size
+        self._called: set[Any] = set()  # what the programs have been compiled for
 
     def generate(
         self,
@@ -231,7 +234,7 @@ class Engine:
                 windows, since, read = self._slide(windows, since), [], 0
                 if memory is not None:
                     ended_B, seen_BV = memory.ended_B, memory.seen_BV
-            with use_mesh(self.mesh):
+            with use_mesh(self.mesh), self._first_call(program, rows, not since, longest):
                 if not since or memory is None:
                     tokens_BT, length_B = self.pad(windows, rows)
                     count = 1
@@ -243,6 +246,16 @@ class Engine:
             draw = draw._replace(number=draw.number + np.int32(count))
             since.append(_Call(drawn, count))
             yield since[-1:]
+
+    def _first_call(
+        self, program: Program, rows: int, reads_prompts: bool, longest: int
+    ) -> AbstractContextManager[None]:
+        """Announces what may be a compilation: the first call with these shapes."""
+        shapes = (program, rows, bucket(longest) if reads_prompts else None)
+        if shapes in self._called:
+            return nullcontext()
+        self._called.add(shapes)
+        return compiler.announced("prompt processing" if reads_prompts else "token generation")
 
     # What beam search builds on too.
 

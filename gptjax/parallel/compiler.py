@@ -4,11 +4,57 @@ Flags given this way need no environment variable, apply to one program only, an
 cache.
 """
 
-from collections.abc import Iterable
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import jax
 
 from gptjax.config import UserError
+from gptjax.distributed import processes
+
+QUIET_SECONDS = 2.0  # what is compiled sooner needs no message
+
+
+@contextmanager
+def announced(what: str) -> Iterator[None]:
+    """Shows "compiling WHAT ... 12 s" on stderr while the body runs, from QUIET_SECONDS on; process 0 only.
+
+    A terminal gets the elapsed time in one line, which is erased at the end; a file or pipe one line without it.
+    """
+    if not processes.is_first():
+        yield
+        return
+    done = threading.Event()
+    thread = threading.Thread(target=_show_elapsed, args=(what, done), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _show_elapsed(what: str, done: threading.Event) -> None:
+    start, width = time.monotonic(), 0
+    if done.wait(QUIET_SECONDS):
+        return
+    if not sys.stderr.isatty():
+        print(f"compiling {what} ...", file=sys.stderr, flush=True)
+        return
+    while True:
+        width = shutil.get_terminal_size().columns - 1
+        line = f"compiling {what} ... {time.monotonic() - start:.0f} s"
+        sys.stderr.write("\r" + line[:width].ljust(width))  # over a progress bar, which draws itself again
+        sys.stderr.flush()
+        if done.wait(1.0):
+            break
+    sys.stderr.write("\r" + " " * width)
+    sys.stderr.write("\r")
+    sys.stderr.flush()
 
 
 def compile(lowered: jax.stages.Lowered, flags: Iterable[tuple[str, str]] = ()) -> jax.stages.Compiled:

@@ -26,7 +26,7 @@ from gptjax.stages.reading import reader
 from gptjax.training.held_out import held_out_means, perplexity
 from gptjax.training.intervals import in_tokens
 from gptjax.training.objective import Batch, Loss, Measures, Objective
-from gptjax.training.stage import Stage
+from gptjax.training.stage import Stage, describe_data
 
 
 def next_token_loss(config: Config) -> Loss:
@@ -92,6 +92,7 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None, define: Calla
     else:
         assert config.batch.epochs is not None  # config.check
         total_tokens = math.ceil(config.batch.epochs * corpus.train.split.num_tokens)
+    train, held_out = corpus.train.split, corpus.validation.split.num_documents
     max_tokens = config.evaluation.max_tokens
     max_batches = None if max_tokens is None else math.ceil(max_tokens / (microbatch * context))
     return Stage(
@@ -103,6 +104,7 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None, define: Calla
             held_out_means(objective.loss, lambda: read(corpus.validation, 0), microbatch, mesh, max_batches), corpus
         ),
         sample=_sample(objective.parameters, corpus.tokenizer, mesh) if config.evaluation.sample_tokens > 0 else None,
+        description=describe_data("documents", train.num_documents, held_out, train.num_tokens, total_tokens),
     )
 
 

@@ -23,7 +23,7 @@ from gptjax.stages.reading import reader
 from gptjax.training.held_out import held_out_means, perplexity
 from gptjax.training.intervals import in_tokens
 from gptjax.training.objective import Objective
-from gptjax.training.stage import Stage
+from gptjax.training.stage import Stage, describe_data
 
 
 def check(config: Config) -> None:
@@ -67,6 +67,7 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None, define: Calla
         batches=lambda start, run: read(train, start),
         evaluate=_evaluate(held_out_means(objective.loss, lambda: read(validation, 0), size, mesh)),
         sample=_sample(objective.parameters, data, mesh) if config.evaluation.sample_tokens > 0 else None,
+        description=describe_data("conversations", len(data.train), len(data.validation), tokens_per_epoch, tokens),
     )
 
 

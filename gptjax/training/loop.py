@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,7 +20,7 @@ from gptjax.distributed import preemption
 from gptjax.distributed.preemption import PreemptedError
 from gptjax.training.debug_bundles import save_bundle
 from gptjax.training.loss_monitor import LossSpike, NotFinite
-from gptjax.training.metrics_file import MetricsWriter
+from gptjax.training.metrics_file import MetricsWriter, read_metrics
 from gptjax.training.plots import plot_loss
 from gptjax.training.progress import Progress
 from gptjax.training.provenance import describe_run
@@ -33,13 +34,22 @@ MAX_REWINDS = 3  # to one checkpoint: more than that, and other data does not he
 
 @dataclasses.dataclass(frozen=True)
 class RunReport:
-    """How a run ended."""
+    """How a run ended.
+
+    Attributes:
+      sample: a generated text; None: the stage has no samples.
+      conclusion: the stage's own report; None: it has none.
+      seconds: wall-clock time since the start of the run, downtime excluded; 0 except on process 0.
+      best: step, name and value of the best `evaluation.metric` of the checkpoints that are kept; None: unknown.
+    """
 
     step: int
     tokens: int
     validation: dict[str, float]
     sample: str | None
     conclusion: str | None
+    seconds: float = 0.0
+    best: tuple[int, str, float] | None = None
 
 
 def train(
@@ -52,6 +62,7 @@ def train(
     *,
     profile: bool = False,
     changes: ConfigChanges | None = None,
+    callbacks: Sequence[Callable[[dict[str, Any]], None]] = (),
 ) -> RunReport:
     """Trains to `stage.total_tokens`; `mesh` is in use.
 
@@ -62,6 +73,7 @@ def train(
       state, position: where to start from (`gptjax/stages/start.py`).
       profile: write a trace of a few steps to `<workdir>/profile/`.
       changes: of the config since the run in `workdir` was started; None: there are none.
+      callbacks: each is called with every record of metrics.jsonl, by process 0.
 
     Raises:
       UserError: the disk is full, the data cannot be read, or too many updates in a row were not finite. Checkpoints
@@ -70,7 +82,7 @@ def train(
     """
     config = stage.config
     with ExitStack() as stack:
-        run = _Run(stage, mesh, workdir, checkpoints, state, position, changes, stack)
+        run = _Run(stage, mesh, workdir, checkpoints, state, position, changes, stack, callbacks)
         try:
             run.begin()
             while not run.finished:
@@ -117,6 +129,7 @@ class _Run:
         position: Position,
         changes: ConfigChanges | None,
         stack: ExitStack,
+        callbacks: Sequence[Callable[[dict[str, Any]], None]],
     ):
         self.stage, self.workdir, self._checkpoints = stage, workdir, checkpoints
         self._mesh, self._changes = mesh, changes
@@ -133,7 +146,7 @@ class _Run:
         self._writer: MetricsWriter | None = None  # of process 0 alone
         if jax.process_index() == 0:
             header = describe_run(stage.config, mesh, self._stepper.abstract_state)
-            writer = MetricsWriter(workdir, header, stage.config.logging, resume_step=self._saved)
+            writer = MetricsWriter(workdir, header, stage.config.logging, self._saved, callbacks)
             self._writer = stack.enter_context(writer)
         self._progress = stack.enter_context(
             Progress(stage.config, self._writer, self.tokens, stage.total_tokens, position.progress)
@@ -352,7 +365,20 @@ class _Run:
         conclude, conclusion = self.stage.conclude, None
         if conclude is not None:
             conclusion = conclude(*self._best_params(), self.workdir)
-        return RunReport(self._stepper.step, self.tokens, self._validation, self._sample, conclusion)
+        seconds = 0.0 if self._writer is None else self._writer.seconds
+        validation, sample = self._validation, self._sample
+        return RunReport(self._stepper.step, self.tokens, validation, sample, conclusion, seconds, self._best_value())
+
+    def _best_value(self) -> tuple[int, str, float] | None:
+        """Step, name and value of the metric of the best checkpoint, from its validation record; process 0 only."""
+        if self._writer is None:
+            return None
+        self._checkpoints.wait()
+        step, name = self._checkpoints.best_step(), self.stage.config.evaluation.metric
+        for record in read_metrics(self.workdir)[1]:
+            if (record["step"], record["split"]) == (step, "validation") and record.get(name) is not None:
+                return record["step"], name, record[name]
+        return None
 
     def _best_params(self) -> tuple[Any, int]:
         """All parameters of the best checkpoint, and its step."""

@@ -12,6 +12,7 @@ import re
 import threading
 import time
 import uuid
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -36,23 +37,33 @@ class MetricsWriter:
       workdir: existing directory of the run; gets metrics.jsonl and, as `logging` says, tensorboard/ and wandb/.
       run: the header: what describes the run and does not change (versions, devices, config hash, parameters).
       logging: which views to write besides metrics.jsonl.
-      resume_step: the step the run goes on from; records of later steps, and a last line that was cut off, are
+      resume_step: the step that the run resumes from; records of later steps, and a last line that was cut off, are
         dropped. None: from scratch, all earlier records are dropped.
+      callbacks: each is called with every record, once it is on disk.
+
+    Attributes:
+      seconds: wall-clock time from the start of the run to the last record, downtime excluded.
 
     Raises:
       UserError: Weights & Biases is asked for and not installed, or metrics.jsonl is damaged.
     """
 
     def __init__(
-        self, workdir: Path, run: dict[str, Any], logging: LoggingConfig, resume_step: int | None = None
+        self,
+        workdir: Path,
+        run: dict[str, Any],
+        logging: LoggingConfig,
+        resume_step: int | None = None,
+        callbacks: Sequence[Callable[[dict[str, Any]], None]] = (),
     ) -> None:
-        self._workdir, self._run, self._logging = workdir, run, logging
+        self._workdir, self._run, self._logging, self._callbacks = workdir, run, logging, callbacks
         self._tensorboard: Any = None
         self._wandb: Any = None
         if logging.wandb_project is not None:
             self._wandb = _start_wandb(workdir, logging.wandb_project, run)
         self._started = time.monotonic()
         self._started -= self._open(resume_step)
+        self.seconds = time.monotonic() - self._started
 
     def _open(self, resume_step: int | None) -> float:
         """Opens the files to append after the records of `resume_step`; returns the `seconds` of the last of those."""
@@ -94,8 +105,9 @@ class MetricsWriter:
           **values: numbers (Python's, numpy's or jax's scalars) or None, by name.
         """
         numbers = {name: _number(value) for name, value in values.items()}
-        seconds = round(time.monotonic() - self._started, 3)
-        self._file.write(_line({"step": step, "tokens": tokens, "split": split, "seconds": seconds, **numbers}))
+        self.seconds = round(time.monotonic() - self._started, 3)
+        record = {"step": step, "tokens": tokens, "split": split, "seconds": self.seconds, **numbers}
+        self._file.write(_line(record))
         self._file.flush()
         self._last[split] = step
         known = {f"{split}/{name}": value for name, value in numbers.items() if value is not None}
@@ -104,6 +116,8 @@ class MetricsWriter:
                 self._tensorboard.add_scalar(tag, value, step)
         if self._wandb is not None:
             self._wandb.log({"step": step, "tokens": tokens, **known})
+        for callback in self._callbacks:
+            callback(dict(record))
 
     def write_text(self, step: int, name: str, text: str) -> None:
         """Shows `text`, such as a sample, in TensorBoard; metrics.jsonl holds numbers only."""

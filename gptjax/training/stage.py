@@ -41,6 +41,7 @@ class Stage:
       conclude: (parameters of the best checkpoint, its step, workdir) -> text to print; called at the end by all
         processes.
       files: name -> content of further files of the workdir: what the data decided.
+      description: name -> value of what there is to know about the data, such as documents and tokens, for the user.
     """
 
     objective: Objective
@@ -51,7 +52,18 @@ class Stage:
     sample: Callable[[Any], str] | None
     conclude: Callable[[Any, int, Path], str] | None = None
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    description: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def config(self) -> Config:
         return self.objective.config
+
+
+def describe_data(units: str, train: int, held_out: int, tokens_per_epoch: float, total_tokens: int) -> dict[str, str]:
+    """The `description` of a stage that trains on `train` documents, examples or the like, called `units`."""
+    share = held_out / (train + held_out)
+    return {
+        "data": f"{train:,} {units}, {tokens_per_epoch:,.0f} tokens; the run reads them "
+        f"{total_tokens / tokens_per_epoch:.3g} times (epochs)",
+        "held out": f"{held_out:,} {units} ({100 * share:.2g} % of all)",
+    }

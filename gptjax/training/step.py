@@ -176,13 +176,14 @@ class Stepper:
     def _compile(self, arguments: tuple[Any, ...]) -> jax.stages.Compiled:
         """Compiles the step ahead of time: an executable never recompiles silently, and reports its memory."""
         start = time.perf_counter()
-        compiled = compiler.compile(self._train_step.lower(*arguments), self._config.compiler_options)
+        with compiler.announced("the training step"):
+            compiled = compiler.compile(self._train_step.lower(*arguments), self._config.compiler_options)
         if not self._compiled:
             preemption.defer()  # from now on a stop request saves first
         processes.gather(None)  # Gloo times out if a process is 30 s late at the first collective
         memory = compiled.memory_analysis()
         need = 0 if memory is None else memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        self._say(f"compiled the training step in {time.perf_counter() - start:.1f} s; {need / 1e9:.2f} GB a device")
+        self._say(f"compiled the training step in {time.perf_counter() - start:.1f} s; {need / 1e9:.2f} GB per device")
         return compiled
 
     def _next_batch(self, count: int) -> tuple[Batch, int]:

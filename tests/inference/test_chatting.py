@@ -159,7 +159,7 @@ def test_what_cannot_be_said_changes_nothing(make_session):
     session = make_session()
     session.reply("q1")
     before = session.turns
-    for text, message in ((" ", "an empty message"), ("x" * 40, "42 tokens, and 24 have room")):
+    for text, message in ((" ", "an empty message"), ("x" * 40, "42 tokens, but 24 fit")):
         with pytest.raises(UserError, match=message):
             session.reply(text)
         assert session.turns == before

@@ -1,4 +1,7 @@
-"""XLA flags reach the compiler, and an invalid one is a user error."""
+"""XLA flags reach the compiler, an invalid one is a user error, and long compilations are announced."""
+
+import io
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -30,3 +33,41 @@ def test_flags_reach_the_compiler(tmp_path) -> None:
 def test_an_invalid_flag_is_a_user_error(flag: str, value: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         compiler.compile(lowered(), ((flag, value),))
+
+
+class Stderr(io.StringIO):
+    """A stream that sets `written` at its first write."""
+
+    def __init__(self, terminal: bool) -> None:
+        super().__init__()
+        self._terminal, self.written = terminal, threading.Event()
+
+    def isatty(self) -> bool:
+        return self._terminal
+
+    def write(self, text: str) -> int:
+        super().write(text)
+        self.written.set()
+        return len(text)
+
+
+def test_a_long_compilation_is_announced_and_erased(monkeypatch) -> None:
+    monkeypatch.setattr(compiler, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr("sys.stderr", file := Stderr(terminal=False))
+    with compiler.announced("the step"):
+        assert file.written.wait(60)
+    assert file.getvalue() == "compiling the step ...\n"
+    monkeypatch.setattr("sys.stderr", terminal := Stderr(terminal=True))
+    with compiler.announced("the step"):
+        assert terminal.written.wait(60)
+    first, *_, blank, end = terminal.getvalue().split("\r")[1:]
+    assert first.startswith("compiling the step ... 0 s")
+    assert blank.strip() == end == ""
+    assert len(blank) == len(first)
+
+
+def test_a_short_compilation_is_not_announced(monkeypatch) -> None:
+    monkeypatch.setattr("sys.stderr", stderr := Stderr(terminal=True))
+    with compiler.announced("the step"):
+        pass
+    assert stderr.getvalue() == ""

@@ -249,7 +249,7 @@ def test_a_completion_that_is_too_long_is_named_or_skipped(finished, tmp_path):
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x" * CONTEXT}]
     path.write_text("\n".join([*lines, json.dumps({"messages": turns})]) + "\n")
     config = c.replace(config, {"data": {"source": f"jsonl:{path}"}})
-    with pytest.raises(UserError, match=r"long.jsonl:25: its last exchange has 36 tokens, and 32 have room"):
+    with pytest.raises(UserError, match=r"long.jsonl:25: its last exchange has 36 tokens, but 32 fit"):
         run(config, tmp_path / "error")
     mesh = make_mesh(c.MeshConfig())
     stages = [build(c.replace(config, {"chat": {"on_too_long": "skip"}}), mesh, None)]

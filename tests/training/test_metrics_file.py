@@ -14,7 +14,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from gptjax.config import LoggingConfig, UserError
 from gptjax.training.metrics_file import MetricsWriter, read_metrics
-from gptjax.training.plots import plot_loss
+from gptjax.training.plots import limits_without_start, plot_loss
 
 RUN = {"parameters": 124_439_808, "devices": "8 x TPU v4"}
 QUIET = LoggingConfig(tensorboard=False)
@@ -183,6 +183,63 @@ def test_the_plot_is_a_picture(tmp_path: Path, log_tokens: bool) -> None:
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, records: list[dict], run: dict) -> list[tuple]:
+    """(y label, {curve: values}, y limits) of each panel of loss.png."""
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, dpi: figures.append(figure))
+    with MetricsWriter(tmp_path, run, QUIET) as metrics:
+        for record in records:
+            metrics.write(record["tokens"], **record)
+    plot_loss(tmp_path)
+    return [
+        (
+            axes.get_ylabel(),
+            {line.get_label().split()[0]: [float(value) for value in line.get_ydata()] for line in axes.lines},
+            axes.get_ylim(),
+        )
+        for axes in figures[0].axes
+    ]
+
+
+def test_training_and_validation_of_a_task_are_the_same_quantity(tmp_path, monkeypatch) -> None:
+    records = [
+        {"tokens": 0, "split": "validation", "loss": 0.7, "accuracy": 0.5, "macro_f1": 0.4},
+        {"tokens": 10, "split": "train", "loss": 3.5, "task_loss": 0.5},
+        {"tokens": 20, "split": "validation", "loss": 0.4, "accuracy": 0.9, "macro_f1": 0.8},
+    ]
+    run = RUN | {"config": {"evaluation": {"metric": "loss"}}}
+    (label, curves, _), (metric, metrics, _) = drawn(monkeypatch, tmp_path, records, run)
+    assert (label, curves) == ("loss of the task", {"train": [0.5], "validation": [0.7, 0.4]})
+    assert (metric, metrics) == ("accuracy", {"validation": [0.5, 0.9]})
+    run = RUN | {"config": {"evaluation": {"metric": "macro_f1"}}}
+    assert drawn(monkeypatch, tmp_path, records, run)[1][0] == "macro f1"
+
+
+def test_a_policy_is_plotted_by_its_reward(tmp_path, monkeypatch) -> None:
+    records = [
+        {"tokens": 0, "split": "validation", "reward": 0.1, "kl": 0.0},
+        {"tokens": 0, "split": "rollout", "reward": 0.2, "kl": 0.0},
+        {"tokens": 10, "split": "train", "loss": -0.03},
+        {"tokens": 10, "split": "rollout", "reward": 0.4, "kl": 1.0},
+    ]
+    ((label, curves, _),) = drawn(monkeypatch, tmp_path, records, RUN)
+    assert label.startswith("reward")
+    assert curves == {"train": [0.2, 0.4], "validation": [0.1]}
+
+
+def test_the_steep_start_does_not_squash_the_rest(tmp_path, monkeypatch) -> None:
+    losses = {0: 10.8, 50: 7.0, 200: 4.0, 500: 3.8, 1000: 3.7}
+    records = [
+        {"tokens": tokens, "split": "validation", "loss": loss, "perplexity": 1.0} for tokens, loss in losses.items()
+    ]
+    ((label, _, (low, high)),) = drawn(monkeypatch, tmp_path, records, RUN)
+    assert label == "loss (nats per token)"
+    assert 3.6 < low < 3.7 < 4.0 < high < 4.1
+    assert limits_without_start([(0, 2.0), (500, 1.5), (1000, 1.0)]) is None
+    assert limits_without_start([(0, 2.0), (1000, 1.0)]) is None
+    assert limits_without_start([]) is None
+
+
 def test_a_run_without_records_has_an_empty_plot(tmp_path: Path) -> None:
     MetricsWriter(tmp_path, RUN, QUIET).close()
     assert plot_loss(tmp_path).exists()
@@ -192,6 +249,15 @@ def test_the_file_is_json_lines_for_any_reader(tmp_path: Path) -> None:
     train(tmp_path, range(1, 4))
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert all(isinstance(json.loads(line, parse_constant=pytest.fail), dict) for line in lines)
+
+
+def test_callbacks_get_each_record_as_it_is_written(tmp_path: Path) -> None:
+    got: list[dict] = []
+    with MetricsWriter(tmp_path, RUN, QUIET, callbacks=[got.append]) as metrics:
+        metrics.write(1, 100, "train", loss=9.5)
+        metrics.write(2, 200, "train", loss=math.inf)
+        assert metrics.seconds == got[-1]["seconds"]
+    assert got == read_metrics(tmp_path)[1]
 
 
 def test_seconds_continue_where_a_run_resumes(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from gptjax.stages.finetune.task_model import TASK_FILE, TaskModel, completed
 from gptjax.stages.reading import find_tokenizer, refuse_settings_of_pretraining
 from gptjax.training.intervals import in_tokens
 from gptjax.training.objective import Objective
-from gptjax.training.stage import Stage
+from gptjax.training.stage import Stage, describe_data
 
 METRICS_FILE, PREDICTIONS_FILE, CONFUSION_FILE = "report.json", "predictions.jsonl", "confusion.png"
 
@@ -81,15 +81,17 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None, define: Calla
     predictor = Predictor(TaskModel(config), tokenizer, mesh, size, assemble=objective.parameters.merge)
     batch = config.batch
     epochs = 0.0 if batch.epochs is None else batch.epochs
+    tokens = batch.total_tokens or math.ceil(epochs * examples.tokens_per_epoch)
     return Stage(
         objective=objective,
         tokenizer=tokenizer,
-        total_tokens=batch.total_tokens or math.ceil(epochs * examples.tokens_per_epoch),
+        total_tokens=tokens,
         batches=lambda start, run: examples.microbatches(start, process_rows(mesh, size), config.data.prefetch_batches),
         evaluate=_evaluate(config, predictor, rows.validation),
         sample=None,
         conclude=_conclude(config, predictor, rows.test),
         files={TASK_FILE: json.dumps(task_fields, indent=2) + "\n"},
+        description=describe_data("examples", len(train), len(rows.validation), examples.tokens_per_epoch, tokens),
     )
 
 

@@ -71,8 +71,8 @@ class TaskModel:
         language-model loss stays clean.
 
         Returns:
-          The weighted sum over examples (nats; regression: squared standardised errors), the sum of weights, and no
-          further measures.
+          The weighted sum over examples (nats; regression: squared standardised errors), the sum of weights, and under
+          "task_loss" the first without the language-model loss.
         """
         settings, mixup = self.config.regularisation, None
         if rng is not None:
@@ -87,9 +87,10 @@ class TaskModel:
                 lambda r_NTD: task_loss(r_NTD)[0], x_NTD.shape, size, table_VD, settings.adversarial_epsilon
             )
             total = (total + task_loss(perturbation_NTD)[0]) / 2
+        task_total = total
         if rng is not None and self.config.task.lm_weight > 0:
             total += self.config.task.lm_weight * self._language_loss(params, x_NTD, batch, weights_B)
-        return total, jnp.sum(weights_B), {}
+        return total, jnp.sum(weights_B), {"task_loss": task_total}
 
     def predict(self, params: Any, batch: Batch) -> dict[str, jax.Array]:
         """Applies the model to a batch, with or without labels.

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from gptjax.config import Config
 from gptjax.data.conversations import Prompt
-from gptjax.data.pipeline import Example
+from gptjax.data.pipeline import ExampleArrays
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.stages.chat_data import ChatData, fitting, open_chat, prompts_of
 from gptjax.stages.rl.completions import Arrays, Completions, CompletionSampler, EncodedPrompt
@@ -20,7 +20,7 @@ from gptjax.stages.rl.rollouts import Rollouts
 from gptjax.training.intervals import in_tokens
 from gptjax.training.objective import Objective
 from gptjax.training.plots import plot_reward
-from gptjax.training.stage import Stage
+from gptjax.training.stage import Stage, describe_data
 
 SHOWN_METRICS = ("reward", "kl", "entropy", "response_tokens", "ended")  # of held-out prompts
 
@@ -31,7 +31,7 @@ def build_rl(
     tokenizer: Tokenizer | None,
     define: Callable[[Config], Objective],
     loss_arrays: Callable[[Config, Completions], tuple[Arrays, dict[str, float]]],
-    text: Callable[[ChatData[Prompt]], Callable[[int, int], Example] | None] | None = None,
+    text: Callable[[ChatData[Prompt]], Callable[[int, int], ExampleArrays] | None] | None = None,
 ) -> Stage:
     """Builds the stage on `mesh`.
 
@@ -58,15 +58,18 @@ def build_rl(
         lambda completions: loss_arrays(data.config, completions),
         None if text is None else text(data),
     )
-    config = in_tokens(data.config, len(train) * config.rl.inner_epochs * rollouts.tokens_per_prompt)
+    tokens_per_epoch = len(train) * config.rl.inner_epochs * rollouts.tokens_per_prompt
+    config = in_tokens(data.config, tokens_per_epoch)
+    total_tokens = _total_tokens(config, len(train), rollouts.tokens_per_prompt)
     return Stage(
         objective=define(config),
         tokenizer=data.tokenizer,
-        total_tokens=_total_tokens(config, len(train), rollouts.tokens_per_prompt),
+        total_tokens=total_tokens,
         batches=rollouts.batches,
         evaluate=_evaluate(config, sampler, validation),
         sample=None,
         conclude=_conclude,
+        description=describe_data("prompts", len(train), len(validation), tokens_per_epoch, total_tokens),
     )
 
 

@@ -149,14 +149,19 @@ class StoredCheckpoint:
             if name not in wanted or in_host:
                 return ocp.RestoreArgs(restore_type=np.ndarray)
             leaf = wanted[name]
-            return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape)
+            return ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=saved[name].dtype, global_shape=leaf.shape)
+
+        def target(name: str) -> Any:
+            if name not in wanted:
+                return ocp.PLACEHOLDER
+            return jax.ShapeDtypeStruct(wanted[name].shape, saved[name].dtype, sharding=wanted[name].sharding)
 
         handler = ocp.PyTreeCheckpointHandler()
         try:
             tree = handler.metadata(self.path / item).tree
+            saved = named_leaves(tree)
             names = jax.tree_util.tree_map_with_path(lambda at, _: name_of(at), tree)
-            target = jax.tree.map(lambda name: wanted.get(name, ocp.PLACEHOLDER), names)
-            restore = ocp.args.PyTreeRestore(target, restore_args=jax.tree.map(arguments, names))
+            restore = ocp.args.PyTreeRestore(jax.tree.map(target, names), restore_args=jax.tree.map(arguments, names))
             found = named_leaves(handler.restore(self.path / item, args=restore))
         finally:
             handler.close()

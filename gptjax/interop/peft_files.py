@@ -24,7 +24,7 @@ from gptjax.interop.families import Placement, placements
 from gptjax.interop.huggingface import new_directory
 from gptjax.interop.safetensors_files import DTYPES, Declared, Tensor
 from gptjax.models import peft
-from gptjax.models.gpt import GPT
+from gptjax.models.gpt import GPT, model_axes
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."
@@ -154,7 +154,8 @@ def load_lora(directory: str | Path, model: GPTConfig) -> tuple[PeftConfig, dict
             rows = {row for row, _ in pairs}
             if gaps := [where.name for where in missing if where.row not in rows]:
                 raise UserError(f"{directory} has no LoRA for {gaps[0]}, but for the same kernel of other layers")
-            kernels.append(_Kernel(path, shape, len(places) // shape[0], config.rank, pairs))
+            inputs = len(model_axes(model)[path].having("input"))
+            kernels.append(_Kernel(path, shape, inputs, len(places) // shape[0], config.rank, pairs))
     if tensors:
         module, name = next(iter(tensors))
         raise UserError(f"{directory / WEIGHTS_FILE} has {module}.lora_{name}, but the model has no such kernel")
@@ -281,6 +282,7 @@ class _Kernel:
     Attributes:
       path: path of the kernel.
       shape: shape of the kernel, (L, inputs, outputs).
+      num_inputs: number of input axes of the kernel.
       num_parts: number of matrices of transformers that make up a layer's kernel.
       rank: rank of each pair.
       pairs: pairs of matrices by layer and part; parts may be missing.
@@ -288,6 +290,7 @@ class _Kernel:
 
     path: str
     shape: tuple[int, ...]
+    num_inputs: int
     num_parts: int
     rank: int
     pairs: dict[tuple[int, int], Pair]
@@ -306,7 +309,7 @@ class _Kernel:
 
     def to_ours(self, width: int) -> Pair:
         """Returns lora_a (L, inputs, width) and lora_b (L, width, outputs)."""
-        layers, second = self.shape[0], 1 + peft.input_axes(self.path)
+        layers, second = self.shape[0], 1 + self.num_inputs
         a_LDA = np.zeros((layers, math.prod(self.shape[1:second]), width), np.float32)
         # The parts are on the first axis of the outputs.
         part_size = math.prod(self.shape[second:]) // self.num_parts

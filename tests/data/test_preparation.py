@@ -136,7 +136,7 @@ def test_tail_of_a_single_document_is_held_out(caplog: pytest.LogCaptureFixture)
     assert (train_name, validation_name) == ("train", "validation")
     assert train + validation == document
     assert validation == "eight nine ten"
-    assert "one document" in caplog.text
+    assert "a single document" in caplog.text
     unbroken = dict(split_documents(["x" * 100], 0.1))
     assert len(unbroken["validation"]) == 10
 

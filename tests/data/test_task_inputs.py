@@ -143,9 +143,9 @@ def test_targets() -> None:
     assert targets("multiple_choice", {"context": "a", "choices": ["b", "c"], "label": 1}) == {"labels": (1, "int32")}
     words = {"tokens": ["ab", "c", "de"], "tags": ["n", "y", "n"]}  # <ab c de>
     first = [-1, 0, -1, 1, -1, 0, -1, -1, -1]
-    assert targets("tagging", words, labels=("n", "y")) == {"labels": (first, "int32")}
+    assert targets("tagging", words, labels=("n", "y"), label_piece="first") == {"labels": (first, "int32")}
     last = [-1, -1, 0, -1, 1, -1, -1, 0, -1]
-    assert targets("tagging", words, labels=("n", "y"), label_piece="last") == {"labels": (last, "int32")}
+    assert targets("tagging", words, labels=("n", "y")) == {"labels": (last, "int32")}
     answer = {"context": "a bc", "question": "q", "answers": {"text": ["bc", "a"], "answer_start": [2, 0]}}
     assert targets("question_answering", answer) == {"starts": (5, "int32"), "stops": (6, "int32")}
 

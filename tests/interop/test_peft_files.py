@@ -226,7 +226,7 @@ def test_files_that_are_not_there(tmp_path):
 def test_what_cannot_be_written(tmp_path):
     leaves = draw(LORA, GPT2)
     for model, wrong, message in (
-        (GPT2, leaves | {"head": {"linear": {"bias": np.zeros(2)}}}, "head/linear/bias is not of LoRA"),
+        (GPT2, leaves | {"head": {"linear": {"bias": np.zeros(2)}}}, "head/linear/bias is not a LoRA matrix"),
         (GPT2, {}, "the empty tree is not a LoRA matrix"),
         (dataclasses.replace(GPT2, qkv_bias=False), leaves, "no Hugging Face family has"),
     ):

@@ -1,4 +1,7 @@
-"""Stages ppo and grpo on the training loop: rewards, penalties, whole and resumed runs, and user errors."""
+"""Stages ppo and grpo on the training loop: rewards, penalties, whole and resumed runs, and user errors.
+
+Longer than 400 lines because all tests share the runs of its fixtures, which take most of the time.
+"""
 
 import dataclasses
 import json

@@ -41,7 +41,9 @@ def sections(dataclass: type = Config, name: str = "") -> dict[str, type]:
 def keys(section: str) -> list[Key]:
     """The keys of a section."""
     dataclass = sections()[section]
-    hints, comments = typing.get_type_hints(dataclass), field_comments(dataclass)
+    hints, comments = typing.get_type_hints(dataclass), dict[str, str]()
+    for group in reversed(dataclass.__mro__):  # a section may inherit groups of fields
+        comments |= field_comments(group) if dataclasses.is_dataclass(group) else {}
     prefix = section and f"{section}."
     return [
         Key(prefix + field.name, _type(hints[field.name]), repr(field.default), comments[field.name])

@@ -1,4 +1,4 @@
-"""The training state: everything a step changes and a checkpoint holds, and which of the parameters are trained."""
+"""The training state: everything that a step changes and a checkpoint holds, and which parameters are trained."""
 
 import dataclasses
 import functools
@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from gptjax.config import Config
 from gptjax.models import peft
+from gptjax.models.axis_roles import ParameterAxes, tree_axes
 from gptjax.optim.optimizers import make_optimizer
 from gptjax.parallel.mesh import abstract_arrays, shardings
 
@@ -51,7 +52,8 @@ class ParameterSpec:
         networks = {name: params[name] for name in self.frozen}
         rest = {name: part for name, part in params.items() if name not in networks}
         base, trained = (None, rest) if self.given is None else peft.split(self.config.peft, rest, self.given)
-        return ({**(base or {}), **networks} if networks else base), trained
+        frozen = {**(base or {}), **networks} if networks else base
+        return frozen, trained
 
     def join(self, base: Any, trained: Any) -> Any:
         """Undoes `split`: all parameters."""
@@ -62,37 +64,56 @@ class ParameterSpec:
         return peft.merge(self.config.peft, params)
 
     @functools.cached_property
+    def boxed_params(self) -> Any:
+        """Shapes and dtypes of all parameters, boxed; cached, since tracing takes a moment."""
+        return jax.eval_shape(lambda: fresh_params(self))
+
+    @functools.cached_property
     def boxed_state(self) -> "TrainState":
-        """Shapes and dtypes of a fresh state, boxed; cached, since tracing takes a moment and a run asks often."""
-        return jax.eval_shape(lambda: init_state(self))
+        """Shapes and dtypes of a fresh state, boxed."""
+        return jax.eval_shape(functools.partial(_state_of, self), self.boxed_params)
+
+    @functools.cached_property
+    def axes(self) -> dict[str, ParameterAxes]:
+        """The roles of the axes of all parameters, by path."""
+        return tree_axes(self.boxed_params)
 
     def optimizer(self) -> optax.GradientTransformation:
         """The optimizer of the trained parameters."""
-        return make_optimizer(self.config, self.lr_factors)
+        return make_optimizer(self.config, self.axes, self.lr_factors)
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """All that a step changes, and the frozen parameters. The host counts tokens seen, which would overflow int32."""
+    """Everything that a step changes, and the frozen parameters.
+
+    The host counts the tokens seen, which would overflow int32.
+    """
 
     step: jax.Array  # int32 (): steps done
     params: Any  # the trained parameters
     opt_state: optax.OptState
     ema: Any  # exponential moving average of params, or None
-    rng: jax.Array  # uint32: key data that every step's dropout key is folded from
+    rng: jax.Array  # uint32: key data from which the dropout key of every step is folded
     base: Any = None  # the frozen parameters; None: there are none
 
 
 def fresh_params(parameters: ParameterSpec) -> Any:
-    """All parameters as `config.seed` initialises them, boxed."""
+    """Initialises all parameters from `config.seed`, boxed."""
     init_rng, _ = jax.random.split(jax.random.key(parameters.config.seed))
-    return parameters.init(init_rng)
+    params = parameters.init(init_rng)
+    return params
 
 
 def init_state(parameters: ParameterSpec) -> TrainState:
     """A fresh state; its leaves are boxed with their logical axes, as `init` returns them."""
+    return _state_of(parameters, fresh_params(parameters))
+
+
+def _state_of(parameters: ParameterSpec, fresh: Any) -> TrainState:
+    """The state before the first step, from all parameters."""
     config = parameters.config
     _, train_rng = jax.random.split(jax.random.key(config.seed))
-    base, params = parameters.split(fresh_params(parameters))
+    base, params = parameters.split(fresh)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -125,12 +146,12 @@ def abstract_state(parameters: ParameterSpec, mesh: Mesh) -> TrainState:
 
 
 def create_state(parameters: ParameterSpec, mesh: Mesh) -> TrainState:
-    """Initialises a state on the mesh: every device makes its own shards, none ever holds the whole."""
+    """Initialises a state on the mesh: every device computes its own shards, and none ever holds the whole."""
     placement = state_shardings(parameters, mesh)
     return jax.jit(lambda: nn.unbox(init_state(parameters)), out_shardings=placement)()
 
 
 def fresh_optimizer_state(parameters: ParameterSpec, mesh: Mesh) -> optax.OptState:
-    """The optimizer state before the first step, laid out as in `create_state`."""
+    """The optimizer state before the first step, sharded as in `create_state`."""
     placement = state_shardings(parameters, mesh).opt_state
     return jax.jit(lambda: nn.unbox(init_state(parameters)).opt_state, out_shardings=placement)()

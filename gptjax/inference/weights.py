@@ -1,6 +1,6 @@
-"""Weights as decoding wants them: one tree a layer, and smaller numbers where asked for.
+"""Conversion of weights for decoding: one tree a layer, in lower precision if requested.
 
-Decoding reads every weight for every token, so their bytes are what a token costs.
+Decoding reads every weight for every token, so the size of the weights determines the time of a token.
 """
 
 import dataclasses
@@ -13,16 +13,18 @@ import jax.numpy as jnp
 from flax import struct
 
 from gptjax.config import GPTConfig, UserError
+from gptjax.models import peft
+from gptjax.models.axis_roles import ParameterAxes
 from gptjax.models.decoding import unstack
-from gptjax.models.gpt import GPT
+from gptjax.models.gpt import GPT, model_axes
 
 Weights = Literal["as_given", "bfloat16", "int8", "stacked"]
 
 
 class Int8(struct.PyTreeNode, nn.meta.AxisMetadata):
-    """A matrix as 8-bit integers and one scale for each output, which a layer that reads it gets back as floats.
+    """A matrix of 8-bit integers with a scale for each output, dequantised where a layer reads it.
 
-    The layers do not know of it: Flax unboxes a parameter where it is read.
+    Layers need no change: Flax unboxes a parameter where it is read.
     """
 
     values: jax.Array  # int8
@@ -30,7 +32,7 @@ class Int8(struct.PyTreeNode, nn.meta.AxisMetadata):
 
     @classmethod
     def quantize(cls, kernel: jax.Array, summed_axes: tuple[int, ...]) -> "Int8":
-        """Rounds to the nearest of 255 steps between minus and plus the largest weight of each output."""
+        """Quantises symmetrically: each output has 255 levels between minus and plus its largest absolute weight."""
         kernel = kernel.astype(jnp.float32)  # bfloat16 quotients are too coarse: some round to 128, out of range
         scale = jnp.max(jnp.abs(kernel), axis=summed_axes, keepdims=True) / 127
         values = jnp.round(kernel / jnp.where(scale == 0, 1, scale)).astype(jnp.int8)
@@ -40,7 +42,7 @@ class Int8(struct.PyTreeNode, nn.meta.AxisMetadata):
         return self.values.astype(self.scale.dtype) * self.scale
 
     def replace_boxed(self, val: Any) -> Any:
-        raise NotImplementedError("a quantised matrix is read only")
+        raise NotImplementedError("a quantised matrix is read-only")
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> "Int8":
         raise NotImplementedError("a quantised matrix belongs to one layer")
@@ -48,24 +50,24 @@ class Int8(struct.PyTreeNode, nn.meta.AxisMetadata):
     remove_axis = add_axis
 
 
-# The axes that the product with a parameter sums over. All other parameters are vectors, or read a row at a time.
-SUMMED_AXES: dict[str, tuple[int, ...]] = {
-    "qkv": (0,),
-    "out": (0, 1),
-    "up": (0,),
-    "down": (0,),
-    "token_embedding": (1,),
-}
+def summed_axes(axes: ParameterAxes) -> tuple[int, ...]:
+    """The axes that a product with a parameter sums over; empty: it is a vector, or a table read a row at a time.
+
+    A token embedding is a matrix because the tied head multiplies by it.
+    """
+    if axes.is_kernel:
+        return axes.having("input")
+    return axes.having("output") if "vocabulary" in axes.roles else ()
 
 
 def prepare(model: GPT, params: Any, weights: Weights) -> tuple[GPT, Any]:
-    """The model and its unstacked parameters, for `gptjax.models.decoding`.
+    """Converts a model and its parameters for `gptjax.models.decoding`.
 
     Args:
-      weights: "as_given": a copy, layer by layer, its matrices of the activations' dtype, to which every token would
-        round them again; "bfloat16": activations, and so matrices, of 2 bytes; "int8": matrices of 1 byte, computed
-        with in the activations' dtype; "stacked": no copy, every token cuts the layers out of their stack again, which
-        takes longer. The token embedding is a matrix here.
+      weights: "as_given": an unstacked copy, with matrices cast once to the activations' dtype; "bfloat16": activations
+        and matrices in bfloat16; "int8": matrices quantised to 8 bits, with products in the activations' dtype;
+        "stacked": no copy, which is slower, as every token slices the layers out of the stack. The token embedding is
+        one of the matrices.
 
     Raises:
       UserError: unknown `weights`.
@@ -82,10 +84,22 @@ def prepare(model: GPT, params: Any, weights: Weights) -> tuple[GPT, Any]:
 
 @partial(jax.jit, static_argnames=("config", "int8"))
 def _prepare(params: Any, config: GPTConfig, int8: bool) -> Any:
-    def convert(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array | Int8:
-        layer, name = (key.key for key in path[-2:])
-        if layer not in SUMMED_AXES or name == "bias":
-            return leaf
-        return Int8.quantize(leaf, SUMMED_AXES[layer]) if int8 else leaf.astype(config.dtype)
+    axes = model_axes(config)
 
-    return jax.tree_util.tree_map_with_path(convert, unstack(config, params))
+    def convert(path: str, layer_axes: int, leaf: jax.Array) -> jax.Array | Int8:
+        summed = tuple(axis - layer_axes for axis in summed_axes(axes[path])) if path in axes else ()
+        if not summed:
+            return leaf
+        return Int8.quantize(leaf, summed) if int8 else leaf.astype(config.dtype)
+
+    def convert_tree(path: str, layer_axes: int, tree: Any) -> Any:
+        leaves = {name: convert(path + name, layer_axes, leaf) for name, leaf in peft.flatten(tree).items()}
+        return peft.unflatten(leaves)
+
+    unstacked = unstack(config, params)
+    period = len(config.attention_pattern)
+    layers = [
+        convert_tree(f"layers/block_{number % period}/", 1, layer) for number, layer in enumerate(unstacked["layers"])
+    ]
+    rest = {name: part for name, part in unstacked.items() if name != "layers"}
+    return {**convert_tree("", 0, rest), "layers": layers}

@@ -24,7 +24,7 @@ from gptjax.interop.families import Placement, placements
 from gptjax.interop.huggingface import new_directory
 from gptjax.interop.safetensors_files import DTYPES, Declared, Tensor
 from gptjax.models import peft
-from gptjax.models.gpt import GPT
+from gptjax.models.gpt import GPT, model_axes
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."
@@ -154,7 +154,8 @@ def load_lora(directory: str | Path, model: GPTConfig) -> tuple[PeftConfig, dict
             rows = {row for row, _ in pairs}
             if gaps := [where.name for where in missing if where.row not in rows]:
                 raise UserError(f"{directory} has LoRA beside {gaps[0]} of other layers and not of this one")
-            kernels.append(_Kernel(path, shape, len(places) // shape[0], config.rank, pairs))
+            inputs = len(model_axes(model)[path].having("input"))
+            kernels.append(_Kernel(path, shape, inputs, len(places) // shape[0], config.rank, pairs))
     if tensors:
         module, name = next(iter(tensors))
         raise UserError(f"{directory / WEIGHTS_FILE} has {module}.lora_{name}, which is beside no kernel of the model")
@@ -280,6 +281,7 @@ class _Kernel:
 
     Attributes:
       shape: of the kernel, (L, inputs, outputs).
+      num_inputs: input axes of the kernel.
       num_parts: matrices of theirs that make up a layer's.
       rank: of each pair.
       pairs: by the layer's row and the part; not all parts need have one.
@@ -287,6 +289,7 @@ class _Kernel:
 
     path: str
     shape: tuple[int, ...]
+    num_inputs: int
     num_parts: int
     rank: int
     pairs: dict[tuple[int, int], Pair]
@@ -305,7 +308,7 @@ class _Kernel:
 
     def to_ours(self, width: int) -> Pair:
         """lora_a (L, inputs, width) and lora_b (L, width, outputs)."""
-        layers, second = self.shape[0], 1 + peft.input_axes(self.path)
+        layers, second = self.shape[0], 1 + self.num_inputs
         a_LDR = np.zeros((layers, math.prod(self.shape[1:second]), width), np.float32)
         # The parts are the first of the outputs' axes.
         part_size = math.prod(self.shape[second:]) // self.num_parts

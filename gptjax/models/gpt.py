@@ -4,7 +4,9 @@ Radford et al. 2018 (post-LN), Radford et al. 2019, section 2.3 (pre-LN, scaled 
 Brown et al. 2020, section 2.1 (alternating dense and locally banded attention).
 """
 
+import functools
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -18,6 +20,7 @@ from jax.sharding import Mesh
 from gptjax.config import GPTConfig
 from gptjax.models.attention import KeyValues, SelfAttention, product_settings
 from gptjax.models.attention_backends import is_cudnn_forward
+from gptjax.models.axis_roles import ParameterAxes, tree_axes
 from gptjax.models.elementwise import ACTIVATIONS, LayerNorm
 from gptjax.parallel.mesh import (
     abstract_arrays,
@@ -32,7 +35,8 @@ from gptjax.parallel.mesh import (
 from gptjax.parallel.platforms import platform_defaults
 from gptjax.parallel.ring import balance, balanced_positions, restore
 
-# What the backward pass finds kept, by GPTConfig.remat; None: nothing. The names are given where the arrays are made.
+# Rematerialisation policies (what the forward pass saves for the backward pass) by GPTConfig.remat; None: nothing is
+# saved. The names are attached by `checkpoint_name` where the arrays are computed.
 _policies = jax.checkpoint_policies
 _ATTENTION = _policies.save_from_both_policies(_policies.save_only_these_names("attention"), is_cudnn_forward)
 REMAT_POLICIES = {
@@ -50,7 +54,7 @@ REMAT_POLICIES = {
 
 
 def is_unrolled(config: GPTConfig, deterministic: bool) -> bool:
-    """Whether the program that is traced here holds each layer, and not one layer in a loop."""
+    """Whether the layers are unrolled in the program being traced, rather than scanned over."""
     if config.layer_loop == "auto":
         return not deterministic and config.num_layers <= platform_defaults().max_unrolled_layers
     return config.layer_loop == "unroll"
@@ -68,14 +72,14 @@ class MLP(nn.Module):
         config = self.config
         h_BTF = nn.Dense(
             config.feed_forward_dim,
-            kernel_init=partitioned(nn.initializers.normal(config.kernel_init_std), "embed", "ffw"),
+            kernel_init=partitioned(nn.initializers.normal(config.kernel_init_std), "embed", "ffw", inputs=1),
             bias_init=partitioned(nn.initializers.zeros, "ffw"),
             name="up",
             **product_settings(config, self.deterministic),
         )(x_BTD)
         down = nn.Dense(
             config.embed_dim,
-            kernel_init=partitioned(self.out_init, "ffw", "embed"),
+            kernel_init=partitioned(self.out_init, "ffw", "embed", inputs=1),
             bias_init=partitioned(nn.initializers.zeros, "norm"),
             name="down",
             **product_settings(config, self.deterministic),
@@ -90,7 +94,10 @@ class MLP(nn.Module):
 
 
 class Adapter(nn.Module):
-    """A bottleneck beside the identity, near which it starts (Houlsby et al. 2019, section 2.1); (B, T, D)."""
+    """Bottleneck adapter with a residual connection, near the identity at first (Houlsby et al. 2019, section 2.1).
+
+    (B, T, D) to (B, T, D).
+    """
 
     config: GPTConfig
 
@@ -101,14 +108,14 @@ class Adapter(nn.Module):
         init = nn.initializers.truncated_normal(1e-2)
         h_BTA = nn.Dense(
             config.adapter_dim,
-            kernel_init=partitioned(init, "embed", "adapter"),
+            kernel_init=partitioned(init, "embed", "adapter", inputs=1),
             bias_init=partitioned(nn.initializers.zeros, "adapter"),
             name="down",
             **product_settings(config),
         )(x_BTD)
         out_BTD = nn.Dense(
             config.embed_dim,
-            kernel_init=partitioned(init, "adapter", "embed"),
+            kernel_init=partitioned(init, "adapter", "embed", inputs=1),
             bias_init=partitioned(nn.initializers.zeros, "norm"),
             name="up",
             **product_settings(config),
@@ -121,7 +128,7 @@ class Block(nn.Module):
 
     config: GPTConfig
     attention: str  # "dense" or "banded"
-    ring: bool = False  # positions are in the balanced order of `gptjax.parallel.ring`
+    ring: bool = False  # positions are in the load-balanced order of `gptjax.parallel.ring`
 
     @nn.compact
     def __call__(
@@ -132,7 +139,7 @@ class Block(nn.Module):
         cache: KeyValues | None = None,
         positions_B: jax.Array | None = None,
     ) -> tuple[jax.Array, KeyValues]:
-        """Arguments and second result as of `SelfAttention`."""
+        """Arguments and second result are those of `SelfAttention`."""
         config = self.config
         out_std = config.kernel_init_std
         if config.scale_residual_init:
@@ -159,7 +166,7 @@ class Block(nn.Module):
 
 
 class Period(nn.Module):
-    """One repetition of the attention pattern: the unit that is scanned over."""
+    """One repetition of the attention pattern: the body of the scan over layers."""
 
     config: GPTConfig
     deterministic: bool
@@ -170,7 +177,7 @@ class Period(nn.Module):
         config = self.config
         block = Block
         if config.remat != "none":
-            # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
+            # Inside a scan, the loop itself prevents common subexpression elimination of the recomputation.
             block = nn.remat(
                 Block,
                 policy=REMAT_POLICIES[config.remat],
@@ -183,10 +190,10 @@ class Period(nn.Module):
 
 
 class GPT(nn.Module):
-    """Tokens to logits.
+    """Decoder-only transformer: tokens to logits.
 
-    The parameters of all layers are stacked on a leading axis, scanned or unrolled alike: `layers/block_i/...` holds
-    layers i, i + P, i + 2P, ... for an attention pattern of P layers.
+    The parameters of all layers are stacked on a leading axis, whether layers are scanned or unrolled:
+    `layers/block_i/...` holds layers i, i + p, i + 2p, ... where p is the length of the attention pattern.
     """
 
     config: GPTConfig
@@ -203,7 +210,7 @@ class GPT(nn.Module):
             self.final_norm = LayerNorm(config)
 
     def normalise(self, x_BTD: jax.Array) -> jax.Array:
-        """What the head reads, of what the last layer wrote."""
+        """Applies the final normalisation (pre-LN models have one) to the output of the last layer."""
         return self.final_norm(x_BTD) if self.config.norm_position == "pre" else x_BTD
 
     @nn.compact
@@ -215,7 +222,7 @@ class GPT(nn.Module):
         deterministic: bool = True,
         perturbation_BTD: jax.Array | None = None,
     ) -> jax.Array:
-        """What the head reads.
+        """Final hidden states: the input of the head.
 
         Args:
           tokens_BT: int, T at most `context_length`.
@@ -256,40 +263,48 @@ class GPT(nn.Module):
         return restore(x_BTD) if ring else x_BTD
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
-        """Next-token logits, float32 (B, T, V); arguments as of `hidden`."""
-        x_BTD = self.hidden(*args, **kwargs)
-        return unembed(x_BTD, nn.unbox(head_embedding(self.variables["params"])), self.config.precision)
+        """Next-token logits, float32 (B, T, V); the arguments are those of `hidden`."""
+        x_BTD = self.hidden(*args, **kwargs)  # when initialising, this creates the parameters
+        return head_logits(self.config, self.variables["params"], x_BTD)
 
 
 def embed(
     config: GPTConfig,
     token_VD: Any,
-    position_PD: Any,
+    position_TD: Any,
     tokens_BT: jax.Array,
     positions_BT: jax.Array,
     perturbation_BTD: jax.Array | None = None,
 ) -> jax.Array:
-    """Sum of token and position embeddings, (B, T, D) of the config's dtype; P is `context_length`.
+    """Input of the first layer, (B, T, D) of the config's dtype: token embeddings with their positions.
 
     The sum has the wider of the parameters' and the activations' dtypes, as the other layers have. Rows are gathered
     before they are unboxed or cast, so that the rest of a table is never read.
     """
     token_BTD = nn.unbox(jax.tree.map(lambda leaf: take_rows(leaf, tokens_BT), token_VD))
-    position_BTD = nn.unbox(
-        jax.tree.map(lambda leaf: jnp.take(constrain(leaf, None, None), positions_BT, axis=0), position_PD)
-    )
-    sum_dtype = jnp.promote_types(jnp.result_type(token_BTD, position_BTD), config.dtype)
-    x_BTD = token_BTD.astype(sum_dtype) + position_BTD.astype(sum_dtype)
+    x_BTD = add_positions(config, token_BTD, position_TD, positions_BT)
     if perturbation_BTD is not None:  # before the cast: a coarser dtype could swallow it
         x_BTD = x_BTD + perturbation_BTD
     return constrain(x_BTD.astype(config.dtype), "batch", "sequence", None)
 
 
-def take_rows(table_VX: jax.Array, ids_BT: jax.Array) -> jax.Array:
-    """`table_VX[ids_BT]`, (B, T, X), of a table whose rows are spread over the mesh in use.
+def add_positions(config: GPTConfig, token_BTD: jax.Array, position_TD: Any, positions_BT: jax.Array) -> jax.Array:
+    """Adds learned absolute position embeddings (Radford et al. 2018, section 4.1) to token embeddings.
 
-    Each device takes the rows that it has, which are then summed. The partitioner would bring the whole table to every
-    device.
+    The one place where positions enter the model, the causal and banded attention masks apart.
+    """
+    position_BTD = nn.unbox(
+        jax.tree.map(lambda leaf: jnp.take(constrain(leaf, None, None), positions_BT, axis=0), position_TD)
+    )
+    sum_dtype = jnp.promote_types(jnp.result_type(token_BTD, position_BTD), config.dtype)
+    return token_BTD.astype(sum_dtype) + position_BTD.astype(sum_dtype)
+
+
+def take_rows(table_VX: jax.Array, ids_BT: jax.Array) -> jax.Array:
+    """`table_VX[ids_BT]`, (B, T, X), of a table whose rows are sharded over the mesh in use.
+
+    Each device looks up the rows that it holds, and the results are summed over devices. The SPMD partitioner would
+    all-gather the table.
     """
     table, ids = fitting_spec(table_VX.shape, "vocab", "embed"), fitting_spec(ids_BT.shape, "batch", "length")
     if axis_size("tensor") == 1 or ids[0] is None:
@@ -311,7 +326,7 @@ def take_rows(table_VX: jax.Array, ids_BT: jax.Array) -> jax.Array:
 
 
 def hidden_states(model: GPT, params: Any, tokens_BT: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-    """`GPT.hidden` under `params`; a dropout key goes in `rngs`."""
+    """Final hidden states, as `GPT.hidden` computes them with `params`; `rngs` takes a dropout key."""
     return cast(jax.Array, model.apply({"params": params}, tokens_BT, *args, method="hidden", **kwargs))
 
 
@@ -320,21 +335,35 @@ def init_params(model: GPT, rng: jax.Array) -> Any:
     return model.init(rng, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
+@functools.lru_cache(maxsize=32)
+def model_axes(config: GPTConfig) -> Mapping[str, ParameterAxes]:
+    """The roles of the axes of every parameter of a GPT, by path."""
+    return tree_axes(jax.eval_shape(lambda: init_params(GPT(config), jax.random.key(0))))
+
+
 def abstract_params(model: GPT, mesh: Mesh) -> Any:
     """Shapes, dtypes and shardings of the parameters on `mesh`: a tree of ShapeDtypeStructs."""
     boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     return abstract_arrays(nn.unbox(boxed), shardings(mesh, boxed))
 
 
+# --- the head ---------------------------------------------------------------------------------------------------------
+
+
+def head_logits(config: GPTConfig, params: Any, x_BTD: jax.Array) -> jax.Array:
+    """Logits of final hidden states, float32 (..., V): the head of training without chunks, and of decoding."""
+    return unembed(x_BTD, nn.unbox(head_embedding(params)), config.precision)
+
+
 def head_embedding(params: Any) -> jax.Array:
-    """The (V, D) matrix of the head in `params`: the token embedding, tied (Radford et al. 2018, section 3.1)."""
+    """The (V, D) weight matrix of the head: the token embedding, tied (Radford et al. 2018, section 3.1)."""
     return params["token_embedding"]["embedding"]
 
 
 def unembed(
     x_BTD: jax.Array, embedding_VD: jax.Array, precision: str | None = None, dtype: str = "float32"
 ) -> jax.Array:
-    """Logits (..., V) of hidden states: a product in their dtype, summed in float32, and given in `dtype`."""
+    """Logits (..., V) of hidden states: a product in their dtype, accumulated in float32 and returned in `dtype`."""
     return jnp.einsum(
         "...D,VD->...V",
         x_BTD,

@@ -10,7 +10,7 @@ from gptjax.config import GPTConfig
 from gptjax.models.gpt import GPT, init_params
 from gptjax.parallel.mesh import partitioned
 
-VALUE = "value"  # top-level key of a value function's parameters: a GPT of its own, with its head
+VALUE = "value"  # top-level key of the parameters of a value function: a separate GPT with a head
 
 
 class Head(nn.Module):
@@ -28,14 +28,14 @@ class Head(nn.Module):
             dtype="float32",
             param_dtype=config.param_dtype,
             precision=config.precision,
-            kernel_init=partitioned(nn.initializers.normal(config.kernel_init_std), "embed", "outputs"),
+            kernel_init=partitioned(nn.initializers.normal(config.kernel_init_std), "embed", "outputs", inputs=1),
             bias_init=partitioned(nn.initializers.zeros, "outputs"),
             name="linear",
         )(nn.Dropout(self.dropout, deterministic=deterministic)(x_D))
 
 
 def init_with_head(gpt: GPT, head: Head, rng: jax.Array) -> Any:
-    """Initialises all parameters, boxed: the GPT's, and the head's under "head"."""
+    """Initialises all parameters, boxed: those of the GPT, and those of the head under "head"."""
     gpt_rng, head_rng = jax.random.split(rng)
     params = init_params(gpt, gpt_rng)
     x_BD = jnp.zeros((1, gpt.config.embed_dim))

@@ -1,8 +1,8 @@
-"""Parameter-efficient fine-tuning as transformations of the parameter tree; no layer knows of it.
+"""Parameter-efficient fine-tuning (PEFT) as transformations of the parameter tree, independent of the layers.
 
-`split` says what of a tree is trained, and `join` undoes it. LoRA (Hu et al. 2021) and AdaLoRA (Zhang et al. 2023) put
-leaves of their own beside the kernels that they change: `low_rank` makes them, `applied` computes with them, `merge`
-folds them into the kernels.
+`split` separates frozen from trained parameters, and `join` undoes it. LoRA (Hu et al. 2021) and AdaLoRA (Zhang et al.
+2023) add low-rank leaves next to the kernels that they adapt: `low_rank` initialises them, `applied` computes with
+them, `merge` folds them into the kernels.
 
 Trees are nested dicts; their leaves are arrays, or boxed with logical axes as `model.init` leaves them. A path is that
 of `jax.tree_util.keystr(path, simple=True, separator="/")` in the unboxed tree, such as "token_embedding/embedding".
@@ -21,9 +21,10 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from gptjax.config import PeftConfig, UserError
+from gptjax.models.axis_roles import layer_numbers, parameter_axes
 from gptjax.parallel.mesh import LogicalAxes
 
-# Of a kernel W that has become W + scale A B, or W + scale P diag(lambda) Q. A and P are what reads the inputs.
+# Leaves of an adapted kernel: W + scale A B, or W + scale P diag(lambda) Q. A and P are multiplied by the inputs.
 LORA = ("lora_a", "lora_b")
 ADALORA = ("lora_p", "lora_lambda", "lora_q")
 
@@ -39,95 +40,78 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def count(tree: Any) -> int:
-    """Parameters in `tree`, of arrays or their shapes; None: none."""
+    """Number of parameters in `tree`, whose leaves are arrays or their shapes; 0 for None."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def count_matrices(tree: Any) -> int:
-    """Kernels that low-rank leaves in `tree` change, those of each layer by itself."""
-    last = (LORA[-1], ADALORA[-1])
-    return sum(
-        nn.unbox(leaf).shape[0] if is_stacked(path) else 1
-        for path, leaf in flatten(tree).items()
-        if path.endswith(last)
-    )
+    """Number of kernels that AdaLoRA adapts in `tree`; the kernels of stacked layers count one for each layer."""
+    lambdas = (nn.unbox(leaf) for path, leaf in flatten(tree).items() if path.endswith("/lora_lambda"))
+    return sum(math.prod(lambda_.shape[:-1]) for lambda_ in lambdas)
 
 
-def is_stacked(path: str) -> bool:
-    """Whether a leaf has the layers on a leading axis."""
-    return path.startswith("layers/")
-
-
-def input_axes(path: str) -> int:
-    """How many axes of a kernel, behind that of the layers, are its inputs; the rest are its outputs."""
-    return 2 if path.endswith("attention/out/kernel") else 1  # heads, and their width
-
-
-# --- low-rank matrices beside kernels ---------------------------------------------------------------------------------
+# --- low-rank matrices ------------------------------------------------------------------------------------------------
 
 
 def low_rank(config: PeftConfig, params: Any, rng: jax.Array) -> dict[str, Any]:
-    """The leaves that LoRA or AdaLoRA adds to `params`, beside the kernels of `targets`: a nested dict of them alone.
+    """Initialises the leaves that LoRA or AdaLoRA adds next to the kernels of `targets`: a nested dict.
 
-    Beside a kernel of D inputs and F outputs they are (D, r) and (r, F), with the axes that the kernel has for D and F,
-    and before them that of stacked layers. Their product is 0 at first.
+    For a kernel of D inputs and F outputs they are (D, A) and (A, F), float32, with all axes that the kernel has for D
+    and F, after the axis of stacked layers. Their product is 0 at first.
 
-    lora: lora_a is Gaussian as in the paper (Hu et al. 2021, section 4.1), of variance 1 / 3D as the uniform numbers of
-    its authors' code are; lora_b is 0. r is `rank`.
-    adalora: lora_p and lora_q are Gaussian (Zhang et al. 2023, section 3.1); the paper has no variance, and here what
-    is to become orthonormal has length 1 on average. lora_lambda, (r,), is 0. r is `initial_rank`.
+    lora: lora_a is Gaussian (Hu et al. 2021, section 4.1) of variance 1 / 3D, that of the uniform distribution in the
+    authors' code; lora_b is 0. A is `rank`.
+    adalora: lora_p and lora_q are Gaussian (Zhang et al. 2023, section 3.1). The paper states no variance: here the
+    vectors that are to become orthonormal have length 1 on average. lora_lambda, (A,), is 0. A is `initial_rank`.
 
     Args:
-      params: boxed or not, as the leaves will be; boxed ones are spread as the kernel is, along all axes but r.
+      params: boxed with logical axes, as the result is; the leaves are sharded as their kernels, along all axes but A.
 
     Raises:
-      UserError: a regex of `targets` matches no parameter, or one that is no kernel; or r is above a kernel's rank.
+      UserError: a regex of `targets` matches no parameter or no kernel, or A exceeds the rank of a kernel.
     """
     key = {"lora": "rank", "adalora": "initial_rank"}[config.method]
     rank = getattr(config, key)
     leaves = flatten(params)
     new: dict[str, Any] = {}
     for path in _targets(config, leaves):
-        kernel = leaves[path]
-        shape = nn.unbox(kernel).shape
-        first = int(is_stacked(path))
-        second = first + input_axes(path)
-        num_inputs, num_outputs = math.prod(shape[first:second]), math.prod(shape[second:])
+        kernel, axes = leaves[path], parameter_axes(leaves[path])
+        shape = kernel.value.shape
+        layers, inputs, outputs = axes.having("layer"), axes.having("input"), axes.having("part", "output")
+        num_inputs, num_outputs = (math.prod(shape[axis] for axis in group) for group in (inputs, outputs))
         if rank > min(num_inputs, num_outputs):
             raise UserError(f"peft.{key}={rank} is above the rank of {path}, {num_inputs} x {num_outputs}: lower it")
-        layers, inputs, outputs = range(first), range(first, second), range(second, len(shape))
-        # Name: the kernel's axes before and behind the rank, and the variance.
-        made: dict[str, tuple[range, range, float]] = {
-            "lora_a": (inputs, range(0), 1 / (3 * num_inputs)),
-            "lora_b": (range(0), outputs, 0.0),
-            "lora_p": (inputs, range(0), 1 / num_inputs),
-            "lora_lambda": (range(0), range(0), 0.0),
-            "lora_q": (range(0), outputs, 1 / num_outputs),
+        # By name: the axes of the kernel before and after the rank, and the variance.
+        leaf_axes: dict[str, tuple[tuple[int, ...], tuple[int, ...], float]] = {
+            "lora_a": (inputs, (), 1 / (3 * num_inputs)),
+            "lora_b": ((), outputs, 0.0),
+            "lora_p": (inputs, (), 1 / num_inputs),
+            "lora_lambda": ((), (), 0.0),
+            "lora_q": ((), outputs, 1 / num_outputs),
         }
         for name in LORA if config.method == "lora" else ADALORA:
-            before, behind, variance = made[name]
+            before, after, variance = leaf_axes[name]
             place = path.removesuffix("kernel") + name
-            rng_of_leaf = jax.random.fold_in(rng, zlib.crc32(place.encode()))  # the same whatever else is a target
-            new[place] = _gaussian(rng_of_leaf, variance, kernel, [*layers, *before], rank, list(behind))
+            rng_of_leaf = jax.random.fold_in(rng, zlib.crc32(place.encode()))  # independent of the other targets
+            value = _gaussian(rng_of_leaf, variance, kernel.value, [*layers, *before], rank, list(after))
+            names = (*(kernel.names[axis] for axis in (*layers, *before)), "rank", *(kernel.names[i] for i in after))
+            new[place] = LogicalAxes(value, names, inputs=len(before))
     return unflatten(new)
 
 
-def _gaussian(rng: jax.Array, variance: float, kernel: Any, before: list[int], rank: int, behind: list[int]) -> Any:
-    """Gaussian numbers, or zeros: `kernel`'s axes `before`, the rank, its axes `behind`; of its dtype."""
-    value = nn.unbox(kernel)
-    shape = (*(value.shape[axis] for axis in before), rank, *(value.shape[axis] for axis in behind))
-    array = jnp.zeros(shape, value.dtype)
-    if variance > 0:
-        array = math.sqrt(variance) * jax.random.normal(rng, shape, value.dtype)
-    if not isinstance(kernel, LogicalAxes):
-        return array
-    names = (*(kernel.names[axis] for axis in before), "rank", *(kernel.names[axis] for axis in behind))
-    return LogicalAxes(array, names)
+def _gaussian(
+    rng: jax.Array, variance: float, kernel: jax.Array, before: list[int], rank: int, after: list[int]
+) -> jax.Array:
+    """A float32 Gaussian array, or zeros; its shape is `kernel`'s axes `before`, the rank, `kernel`'s axes `after`."""
+    shape = (*(kernel.shape[axis] for axis in before), rank, *(kernel.shape[axis] for axis in after))
+    if variance == 0:
+        return jnp.zeros(shape, jnp.float32)
+    return math.sqrt(variance) * jax.random.normal(rng, shape, jnp.float32)
 
 
-def _targets(config: PeftConfig, leaves: Mapping[str, Any]) -> list[str]:
-    """The paths of the kernels that `targets` name."""
-    kernels = [path for path in leaves if path.endswith("/kernel")]
+def _targets(config: PeftConfig, leaves: Mapping[str, LogicalAxes]) -> list[str]:
+    """The paths of the kernels that match `targets`."""
+    kernels = [path for path, leaf in leaves.items() if parameter_axes(leaf).is_kernel]
     found: set[str] = set()
     for pattern in config.targets:
         try:
@@ -145,13 +129,13 @@ def _targets(config: PeftConfig, leaves: Mapping[str, Any]) -> list[str]:
 
 
 def _scale(config: PeftConfig) -> float:
-    """What a low-rank product counts; AdaLoRA's too, by the rank that is left at the end, so that it never changes."""
+    """The factor of low-rank products, alpha / rank. AdaLoRA's final rank is used, so that it never changes."""
     return config.alpha / config.rank
 
 
 @contextlib.contextmanager
 def applied(config: PeftConfig, deterministic: bool) -> Iterator[None]:
-    """In which models compute with the low-rank leaves that their parameters have.
+    """Context in which models compute with the low-rank leaves in their parameters.
 
     A dense layer of inputs x adds scale x dropout(x) A B or scale x dropout(x) P diag(lambda) Q to its outputs, in its
     own dtype and precision; scale is `alpha` / `rank`.
@@ -175,8 +159,8 @@ def applied(config: PeftConfig, deterministic: bool) -> Iterator[None]:
             keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - config.dropout, x.shape)
             x = jnp.where(keep, x / (1 - config.dropout), 0)
         h = _scale(config) * jnp.tensordot(x, first, first.ndim - 1, precision=module.precision)
-        for lambda_r in middle:
-            h = h * jnp.expand_dims(lambda_r, range(h.ndim - 1))
+        for lambda_A in middle:
+            h = h * jnp.expand_dims(lambda_A, range(h.ndim - 1))
         return y + jnp.tensordot(h, last, 1, precision=module.precision)
 
     with nn.intercept_methods(add_product):
@@ -184,9 +168,9 @@ def applied(config: PeftConfig, deterministic: bool) -> Iterator[None]:
 
 
 def merge(config: PeftConfig, params: Any) -> dict[str, Any]:
-    """`params` with the low-rank leaves folded into their kernels; all else as it is.
+    """Folds the low-rank leaves of `params` into their kernels; other leaves are unchanged.
 
-    Sums and products are float32, whatever the dtypes.
+    Sums and products are computed in float32, whatever the dtypes.
     """
     leaves = flatten(params)
     merged = {path: leaf for path, leaf in leaves.items() if not path.endswith(LORA + ADALORA)}
@@ -194,47 +178,48 @@ def merge(config: PeftConfig, params: Any) -> dict[str, Any]:
         for path in [path for path in leaves if path.endswith(f"/{names[0]}")]:
             place = path.removesuffix(names[0])
             parts = [nn.unbox(leaves[place + name]).astype(jnp.float32) for name in names]
-            delta = _scale(config) * (jax.vmap(_product) if is_stacked(path) else _product)(parts)
-            merged[place + "kernel"] = jax.tree.map(
-                lambda w, d=delta: (w + d).astype(w.dtype), leaves[place + "kernel"]
-            )
+            kernel = leaves[place + "kernel"]
+            # First and last have the kernel's axes, the rank twice, and the axis of stacked layers once more.
+            is_stacked = parts[0].ndim + parts[-1].ndim - 2 > nn.unbox(kernel).ndim
+            delta = _scale(config) * (jax.vmap(_product) if is_stacked else _product)(parts)
+            merged[place + "kernel"] = jax.tree.map(lambda w, d=delta: (w + d).astype(w.dtype), kernel)
     return unflatten(merged)
 
 
 def _product(parts: list[jax.Array]) -> jax.Array:
-    """A B, or P diag(lambda) Q, of one kernel."""
+    """Computes A B, or P diag(lambda) Q, for one kernel."""
     first, *middle, last = parts
-    for lambda_r in middle:
-        first = first * jnp.expand_dims(lambda_r, range(first.ndim - 1))
+    for lambda_A in middle:
+        first = first * jnp.expand_dims(lambda_A, range(first.ndim - 1))
     return jnp.tensordot(first, last, 1, precision="highest")
 
 
-# --- what is trained --------------------------------------------------------------------------------------------------
+# --- frozen and trained parameters ------------------------------------------------------------------------------------
 
 
 def split(
     config: PeftConfig, params: Any, given: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """All parameters as those that stay as they are, and those that are trained.
+    """Splits all parameters into frozen and trained ones.
 
-    What `given` lacks is trained: a head, adapters, low-rank leaves. So are, of a leaf longer than in `given`, the rows
-    behind those given: new tokens. Besides, adapters: the layer norms (Houlsby et al. 2019, section 2.1); top_layers:
-    the last `num_layers` layers and the final norm; none: everything.
+    Parameters that `given` lacks are trained: a head, adapters, low-rank leaves. If a leaf is longer than in `given`,
+    its additional rows are trained: new tokens. Also trained are, for adapters, the layer norms (Houlsby et al. 2019,
+    section 2.1); for top_layers, the last `num_layers` layers and the final norm; for none, all parameters.
 
-    A leaf of which a part is trained is in both trees, by the same path: its first rows stay, its last are trained.
+    A partly trained leaf is in both trees at the same path: its first rows are frozen, its last rows trained.
 
     Args:
-      given: the shapes, by path, of the weights that the run starts from.
+      given: shapes of the pretrained weights, by path.
 
     Raises:
-      UserError: a leaf that does not fit that of `given`; top_layers has more layers than there are.
+      UserError: a leaf that does not fit that of `given`, or top_layers exceeds the number of layers.
     """
     pattern = len(params.get("layers", {}))
     base: dict[str, Any] = {}
     trained: dict[str, Any] = {}
     for path, leaf in flatten(params).items():
         shape = nn.unbox(leaf).shape
-        rows = _rows_that_stay(config, path, shape, given.get(path), pattern)
+        rows = _frozen_rows(config, path, shape, given.get(path), pattern)
         if rows == 0:
             trained[path] = leaf
         elif rows == shape[0]:
@@ -244,10 +229,10 @@ def split(
     return unflatten(base), unflatten(trained)
 
 
-def _rows_that_stay(
+def _frozen_rows(
     config: PeftConfig, path: str, shape: tuple[int, ...], given: tuple[int, ...] | None, pattern: int
 ) -> int:
-    """How many of the first rows of a leaf are not trained; `pattern` layers are those of the attention pattern."""
+    """The number of leading rows of a leaf that are frozen; `pattern` is the length of the attention pattern."""
     if given is None:
         return 0
     if given[1:] != shape[1:] or given[0] > shape[0]:
@@ -257,25 +242,24 @@ def _rows_that_stay(
     if config.method == "top_layers":
         if path.startswith("final_norm/"):
             return 0
-        if (block := re.match(r"layers/block_(\d+)/", path)) is not None:
+        if (numbers := layer_numbers(path, shape[0], shape[0], pattern)) is not None:
             num_layers = pattern * shape[0]
             if config.num_layers > num_layers:
                 raise UserError(f"peft.num_layers={config.num_layers} is more than the {num_layers} of the model")
-            # Row r of block i is layer r x pattern + i.
-            return max(0, math.ceil((num_layers - config.num_layers - int(block[1])) / pattern))
+            return sum(number < num_layers - config.num_layers for number in numbers)
     return given[0]
 
 
 def _part(leaf: Any, rows: slice) -> Any:
     if not isinstance(leaf, LogicalAxes):
         return leaf[rows]
-    # Neither part of a vocabulary need divide over a mesh.
+    # The parts of a vocabulary need not be divisible by a mesh axis.
     first, *names = leaf.names
-    return LogicalAxes(leaf.value[rows], ("vocab_part" if first == "vocab" else first, *names))
+    return leaf.replace(value=leaf.value[rows], names=("vocab_part" if first == "vocab" else first, *names))
 
 
 def join(base: Any, trained: Any) -> dict[str, Any]:
-    """What `split` has split; of trees that share no leaf, all leaves."""
+    """Undoes `split`; trees that share no leaf are merged."""
     first, rest = flatten(base), flatten(trained)
     both = {path: _whole(first[path], rest[path]) for path in first.keys() & rest.keys()}
     return unflatten({**first, **rest, **both})
@@ -285,4 +269,5 @@ def _whole(first: Any, rest: Any) -> Any:
     value = jnp.concatenate([nn.unbox(first), nn.unbox(rest)])
     if not isinstance(first, LogicalAxes):
         return value
-    return LogicalAxes(value, tuple("vocab" if name == "vocab_part" else name for name in first.names))
+    names = tuple("vocab" if name == "vocab_part" else name for name in first.names)
+    return first.replace(value=value, names=names)

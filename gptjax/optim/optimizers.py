@@ -1,6 +1,6 @@
-"""The optimizer, and what changes while a run trains: learning rate, batch ramp, AdaLoRA's budget.
+"""The optimizer, and the schedules of a run: learning rate, batch size, AdaLoRA's budget.
 
-Schedules count tokens, on the host, in exact integers.
+Schedules are functions of the tokens seen, computed on the host in exact integers.
 """
 
 import math
@@ -13,20 +13,21 @@ import numpy as np
 import optax
 
 from gptjax.config import BatchConfig, Config, OptimizerConfig, UserError
+from gptjax.models.axis_roles import ParameterAxes, layer_numbers
 from gptjax.models.heads import VALUE
 from gptjax.optim import adalora
 from gptjax.optim.transformations import scale_by_rule
 
 
 def schedule(config: Config, step: int, tokens: int, total_tokens: int, num_matrices: int = 0) -> dict[str, np.generic]:
-    """What the step of number `step`, which brings the tokens seen to `tokens`, is to know of the schedules.
+    """The scheduled values of step number `step`, after which `tokens` tokens have been seen.
 
     Args:
-      num_matrices: that AdaLoRA changes.
+      num_matrices: number of matrices that AdaLoRA adapts.
 
     Returns:
       lr: float32.
-      rank_budget: int32, with peft.method="adalora" only: singular values that are kept, of all matrices.
+      rank_budget: int32, with peft.method="adalora" only: number of singular values kept in all matrices together.
     """
     values: dict[str, np.generic] = {"lr": np.float32(learning_rate(config.optimizer, tokens, total_tokens))}
     if config.peft.method == "adalora":
@@ -35,11 +36,11 @@ def schedule(config: Config, step: int, tokens: int, total_tokens: int, num_matr
 
 
 def learning_rate(config: OptimizerConfig, tokens: int, total_tokens: int) -> float:
-    """The learning rate of the step that brings the tokens seen to `tokens`, of `total_tokens`.
+    """The learning rate of the step after which `tokens` of `total_tokens` tokens have been seen.
 
     Linear warm-up from `warmup_start_fraction` of the peak, then: "cosine" (GPT-1, GPT-2 and GPT-3) or "linear" from
     the peak to the floor, reached at `decay_tokens` and kept; "wsd" (warm-up, stable, decay: Hu et al. 2024, section 4)
-    a linear descent over the last `decay_tokens`; "constant".
+    linear decay over the last `decay_tokens`; "constant".
     """
     floor = config.peak_lr * config.floor_lr_fraction
     warmup = config.warmup_tokens if config.warmup_fraction is None else round(config.warmup_fraction * total_tokens)
@@ -70,29 +71,34 @@ def num_microbatches(config: BatchConfig, context_length: int, tokens: int) -> i
     return max(1, full // (config.microbatch_size * context_length))
 
 
-def make_optimizer(config: Config, lr_factors: Mapping[str, float] | None = None) -> optax.GradientTransformation:
-    """Clipping, the update rule, and decoupled weight decay; without the factor -learning_rate, which the step applies.
+def make_optimizer(
+    config: Config, axes: Mapping[str, ParameterAxes], lr_factors: Mapping[str, float] | None = None
+) -> optax.GradientTransformation:
+    """Gradient clipping, the update rule, and decoupled weight decay.
+
+    The training step multiplies the updates by -learning_rate.
 
     Args:
+      axes: the roles of the axes of all parameters, by path.
       lr_factors: top-level keys of networks whose learning rate is a multiple of `peak_lr`, with the factor.
     """
     optimizer = config.optimizer
-    transforms = [scale_by_rule(optimizer)]
+    transforms = [scale_by_rule(optimizer, axes)]
     if optimizer.clip_norm is not None:
-        transforms.insert(0, _clipped_by_model(optimizer.clip_norm))
+        transforms.insert(0, _clip_by_network(optimizer.clip_norm))
     if config.peft.method == "adalora":
-        transforms.insert(0, adalora.track(config.peft))  # of the gradients as they are
+        transforms.insert(0, adalora.track(config.peft))  # sees the raw gradients
     if optimizer.weight_decay > 0:
-        transforms.append(_decayed_weights(optimizer, whole=config.peft.method == "none"))
+        transforms.append(_add_weight_decay(optimizer, whole=config.peft.method == "none"))
     if optimizer.layer_lr_decay < 1:
-        transforms.append(_decayed_by_layer(config))
+        transforms.append(_scale_by_layer(config, axes))
     if lr_factors:
-        transforms.append(_scaled_networks(lr_factors))
+        transforms.append(_scale_networks(lr_factors))
     return optax.chain(*transforms)
 
 
-def _clipped_by_model(clip_norm: float) -> optax.GradientTransformation:
-    """Clips the gradient by its norm; that of a value function by its own, since another loss made it."""
+def _clip_by_network(clip_norm: float) -> optax.GradientTransformation:
+    """Clips the gradient by its global norm, and that of a value function, which has its own loss, by its own norm."""
     clip = optax.clip_by_global_norm(clip_norm)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -106,7 +112,7 @@ def _clipped_by_model(clip_norm: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(clip.init, update)
 
 
-def _scaled_networks(factors: Mapping[str, float]) -> optax.GradientTransformation:
+def _scale_networks(factors: Mapping[str, float]) -> optax.GradientTransformation:
     """Multiplies the updates of each network under a top-level key of `factors` by its factor."""
 
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
@@ -116,32 +122,34 @@ def _scaled_networks(factors: Mapping[str, float]) -> optax.GradientTransformati
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def _decayed_by_layer(config: Config) -> optax.GradientTransformation:
-    """Multiplies each update by the factor of its layer: `optimizer.layer_lr_decay`."""
+def _scale_by_layer(config: Config, axes: Mapping[str, ParameterAxes]) -> optax.GradientTransformation:
+    """Multiplies each update by the factor of its layer (`optimizer.layer_lr_decay`)."""
+
+    def scaled(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return update * layer_factor(config, name, axes[name], update.shape)
 
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
-        return jax.tree_util.tree_map_with_path(lambda path, u: u * layer_factor(config, path, u.shape), updates), state
+        return jax.tree_util.tree_map_with_path(scaled, updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def layer_factor(config: Config, path: tuple[Any, ...], shape: tuple[int, ...]) -> float | np.ndarray:
-    """The learning rate of a parameter as a share of the head's (Howard & Ruder 2018, section 3.2).
+def layer_factor(config: Config, path: str, axes: ParameterAxes, shape: tuple[int, ...]) -> float | np.ndarray:
+    """The learning rate of a parameter relative to that of the head (Howard & Ruder 2018, section 3.2).
 
-    Of `num_layers` L, layer l counted from 0 has decay^(L - l), the embeddings below have decay^(L + 1). Of parameters
-    of stacked layers, (rows, ...), there may be the last ones alone.
+    With L layers, layer l (counted from 0) has decay^(L - l), and the embeddings have decay^(L + 1). A parameter of
+    stacked layers, (rows, ...), may consist of the last layers only.
     """
     decay, model = config.optimizer.layer_lr_decay, config.model
-    name = jax.tree_util.keystr(path, simple=True, separator="/").removeprefix(f"{VALUE}/")
-    if (block := re.match(r"layers/block_(\d+)/", name)) is not None:
-        period = len(model.attention_pattern)
-        rows = np.arange(model.num_layers // period)[-shape[0] :]
-        factors = decay ** (model.num_layers - (rows * period + int(block[1])))
+    period = len(model.attention_pattern)
+    if (numbers := layer_numbers(path, shape[0], model.num_layers // period, period)) is not None:
+        factors = decay ** (model.num_layers - np.array(numbers))
         return factors.astype(np.float32).reshape(-1, *[1] * (len(shape) - 1))
-    return decay ** (model.num_layers + 1) if re.match(r"(token|position)_embedding/", name) else 1.0
+    return decay ** (model.num_layers + 1) if axes.is_embedding else 1.0
 
 
-def _decayed_weights(config: OptimizerConfig, whole: bool) -> optax.GradientTransformation:
+def _add_weight_decay(config: OptimizerConfig, whole: bool) -> optax.GradientTransformation:
     """Adds weight_decay x the factor of `decay_rules` x the parameter to each update."""
 
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
@@ -153,13 +161,13 @@ def _decayed_weights(config: OptimizerConfig, whole: bool) -> optax.GradientTran
 
 
 def decay_factors(config: OptimizerConfig, params: Any, whole: bool = True) -> Any:
-    """The factor of weight_decay for every parameter: a tree like `params` of floats.
+    """The factor of weight_decay for every parameter, from `decay_rules`: a tree of floats like `params`.
 
     Args:
-      whole: `params` are all there are; of a part, some rules may match nothing.
+      whole: `params` are all parameters of the model. Otherwise rules may match nothing.
 
     Raises:
-      UserError: a parameter that no rule matches, a rule that matches nothing, or a regex that does not parse.
+      UserError: no rule matches a parameter, a rule matches nothing, or a regex does not parse.
     """
     try:
         rules = [(pattern, re.compile(pattern), factor) for pattern, factor in config.decay_rules]
@@ -173,10 +181,12 @@ def decay_factors(config: OptimizerConfig, params: Any, whole: bool = True) -> A
             if regex.fullmatch(name):
                 used.add(pattern)
                 return value
-        raise UserError(f"optimizer.decay_rules match no rule to the parameter {name}: add ('.*', 1.0) at the end")
+        raise UserError(f"optimizer.decay_rules: no rule matches the parameter {name}: add ('.*', 1.0) at the end")
 
     factors = jax.tree_util.tree_map_with_path(factor, params)
     for pattern, _, _ in rules:
         if whole and pattern not in used:
-            raise UserError(f"optimizer.decay_rules: {pattern!r} is the first match of no parameter: remove or mend it")
+            raise UserError(
+                f"optimizer.decay_rules: {pattern!r} is the first match of no parameter: remove or correct it"
+            )
     return factors

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import numpy as np
 import numpy.typing as npt
@@ -188,15 +189,22 @@ def _axes(entry: tuple[str, ...] | str | None) -> tuple[str, ...]:
 
 
 class LogicalAxes(nn.Partitioned):
-    """A parameter with the logical names of its axes. Unlike its base class, `unbox` adds no sharding constraint."""
+    """A parameter with the logical names of its axes. Unlike its base class, `unbox` adds no sharding constraint.
+
+    Attributes:
+      inputs: how many axes a product with the parameter sums over: the first ones that `models.axis_roles` gives no
+        other role. 0: it is no kernel.
+    """
+
+    inputs: int = flax.struct.field(default=0, pytree_node=False)
 
     def unbox(self, apply_constraint: bool = True) -> Any:
         return self.value
 
 
-def partitioned(init: nn.initializers.Initializer, *logical: str) -> nn.initializers.Initializer:
-    """Wraps an initialiser so that the parameter records its logical axes."""
-    return lambda *args: LogicalAxes(init(*args), logical)
+def partitioned(init: nn.initializers.Initializer, *logical: str, inputs: int = 0) -> nn.initializers.Initializer:
+    """Wraps an initialiser so that the parameter records its logical axes, and how many of them are inputs."""
+    return lambda *args: LogicalAxes(init(*args), logical, inputs=inputs)
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:

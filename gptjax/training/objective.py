@@ -1,4 +1,4 @@
-"""What a stage minimises: a pure loss of the parameters and a batch."""
+"""The objective of a stage: a pure loss of the parameters and a batch."""
 
 import dataclasses
 from collections.abc import Callable
@@ -23,7 +23,7 @@ class Objective:
     """The parameters of a stage and the loss to minimise over them.
 
     Attributes:
-      stage_loss: the loss as the stage defines it, which knows nothing of low-rank matrices.
+      stage_loss: the loss as the stage defines it, without low-rank matrices.
     """
 
     parameters: ParameterSpec
@@ -34,7 +34,7 @@ class Objective:
         return self.parameters.config
 
     def loss(self, params: Any, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array, Measures]:
-        """The stage's loss, computed with the low-rank matrices in `params`; arguments and results as of `Loss`.
+        """The stage's loss, computed with the low-rank matrices in `params`; arguments and results are those of `Loss`.
 
         In training AdaLoRA adds its orthogonality penalty (Zhang et al. 2023, equation 4).
         """

@@ -1,4 +1,4 @@
-"""The one pure step of training (`make_train_step`), and what takes it again and again (`Stepper`)."""
+"""The pure training step (`make_train_step`), and the class that runs it on a stream of batches (`Stepper`)."""
 
 import dataclasses
 import time
@@ -23,12 +23,12 @@ from gptjax.training.objective import Batch, Measures, Objective
 
 
 def dropout_rng(rng: jax.Array, step: jax.Array | int, microbatch: jax.Array | int) -> jax.Array:
-    """The dropout key of a step's microbatch, from the key data of the state."""
+    """The dropout key of a microbatch of a step, folded from the key data of the state."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(rng), step), microbatch)
 
 
 def loss_and_gradient(objective: Objective, base: Any, trained: Any, batch: Batch, rng: jax.Array) -> tuple[Any, Any]:
-    """((loss sum, (weight sum, measures)), gradient of the loss sum by the trained parameters) of a microbatch."""
+    """((loss sum, (weight sum, measures)), gradient of the loss sum) of a microbatch, for the trained parameters."""
 
     def loss(trained: Any) -> tuple[jax.Array, tuple[jax.Array, Measures]]:
         total, weight, measures = objective.loss(objective.parameters.join(base, trained), batch, rng)
@@ -38,13 +38,14 @@ def loss_and_gradient(objective: Objective, base: Any, trained: Any, batch: Batc
 
 
 def make_train_step(objective: Objective, placement: TrainState) -> jax.stages.Wrapped:
-    """The jitted step: `step(state, batch, num_microbatches, schedule)` to `(state, metrics)`.
+    """Returns the jitted step: `step(state, batch, num_microbatches, schedule)` to `(state, metrics)`.
 
-    `batch` holds (M, B, ...) arrays: room for the largest batch in M microbatches, of which `num_microbatches` (int32)
-    count. So a batch ramp changes a number and never recompiles. `schedule` is what `optimizers.schedule` returns. The
-    gradient is that of the mean loss over the whole batch's weights, however it is cut into microbatches. `state` is
-    donated. Metrics are float32 scalars: loss (nats a target), grad_norm (before clipping), skipped (0 or 1: an update
-    that is not finite is skipped), and the means of the loss's further measures.
+    `batch` holds (M, B, ...) arrays: room for the M microbatches of the largest batch, of which the first
+    `num_microbatches` (int32) are used, so that a batch ramp never recompiles. `schedule` is the result of
+    `optimizers.schedule`. The gradient is that of the loss's weighted mean over the whole batch, independent of the
+    division into microbatches, and is accumulated in float32. `state` is donated. Metrics are float32 scalars: loss
+    (nats per target), grad_norm (before clipping), skipped (0 or 1: updates that are not finite are skipped), and the
+    means of the further measures of the loss.
 
     Args:
       placement: the shardings of the state.
@@ -61,7 +62,7 @@ def make_train_step(objective: Objective, placement: TrainState) -> jax.stages.W
             rng = dropout_rng(state.rng, state.step, i)
 
             (loss_sum, (weight, measures)), grads = loss_and_gradient(objective, state.base, state.params, rows, rng)
-            # Sharded as the parameters: each device sums its own part.
+            # Sharded as the parameters, so that each device sums its own shards.
             return loss_sum, weight, measures, jax.lax.with_sharding_constraint(grads, placement.params)
 
         if next(iter(batch.values())).shape[0] == 1:
@@ -101,10 +102,10 @@ def make_train_step(objective: Objective, placement: TrainState) -> jax.stages.W
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """A step that was dispatched; its metrics are on the device, and reading them waits for the step.
+    """A dispatched step. Its metrics are on the device, and reading them waits for the step.
 
     Attributes:
-      tokens, examples: trained on up to and including this step.
+      tokens, examples: number trained on, this step included.
     """
 
     step: int
@@ -115,12 +116,12 @@ class StepResult:
 
 
 class Stepper:
-    """Takes training steps: reads a batch, compiles the step at its first shapes, dispatches it.
+    """Runs training steps: reads a batch, compiles the step for new shapes, dispatches it.
 
     Attributes:
       state: after the last step.
-      step, tokens, examples: counted since the start of the run.
-      batch, count: of the last step: (M, B, ...) arrays, and how many microbatches of them were trained on.
+      step, tokens, examples: numbers since the start of the run.
+      batch, count: of the last step: (M, B, ...) arrays, and the number of microbatches that were used.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class Stepper:
         self._config, self._mesh, self._total_tokens, self._say = config, mesh, total_tokens, say
         self._batches: Iterator[Microbatch] = iter(())
         self._microbatch = config.sequences_per_microbatch
-        # Room for the largest batch; a batch ramp fills less of it.
+        # Microbatches of the largest batch; a batch ramp uses fewer.
         self._room = config.batch.tokens_per_batch // (self._microbatch * config.model.context_length)
         self._rows = process_rows(mesh, self._microbatch)
         self._train_step = make_train_step(objective, state_shardings(objective.parameters, mesh))
@@ -148,11 +149,11 @@ class Stepper:
 
     @property
     def examples_per_batch(self) -> int:
-        """Examples of a whole batch."""
+        """Examples in a full batch."""
         return self._room * self._microbatch
 
     def start(self, state: TrainState, examples: int, tokens: int, batches: Iterator[Microbatch]) -> None:
-        """Continues from `state`, after so many examples and tokens, with the given batches."""
+        """Sets the state, the numbers of examples and tokens trained on so far, and the batches that follow."""
         self.state, self.step, self.examples, self.tokens = state, int(state.step), examples, tokens
         self._batches = batches
 
@@ -173,23 +174,20 @@ class Stepper:
         return StepResult(self.step, self.tokens, self.examples, float(values["lr"]), metrics)
 
     def _compile(self, arguments: tuple[Any, ...]) -> jax.stages.Compiled:
-        """Compiles before the first call: an executable never recompiles silently, and reports its memory."""
+        """Compiles the step ahead of time: an executable never recompiles silently, and reports its memory."""
         start = time.perf_counter()
         with compiler.announced("the training step"):
             compiled = compiler.compile(self._train_step.lower(*arguments), self._config.compiler_options)
         if not self._compiled:
-            preemption.defer()  # from here on there is something to save
-        processes.gather(None)  # gloo gives up on a process that arrives half a minute late at a first collective
+            preemption.defer()  # from now on a stop request saves first
+        processes.gather(None)  # Gloo times out if a process is 30 s late at the first collective
         memory = compiled.memory_analysis()
         need = 0 if memory is None else memory.argument_size_in_bytes + memory.temp_size_in_bytes
         self._say(f"compiled the training step in {time.perf_counter() - start:.1f} s; {need / 1e9:.2f} GB per device")
         return compiled
 
     def _next_batch(self, count: int) -> tuple[Batch, int]:
-        """The next `count` microbatches as (M, B, ...) global arrays, M being the room for them, and their tokens.
-
-        Microbatches beyond `count` are zeros.
-        """
+        """The next `count` microbatches as (M, B, ...) global arrays, padded with zeros, and their number of tokens."""
         microbatches = [next(self._batches) for _ in range(count)]
 
         def stack(*local_B: np.ndarray) -> jax.Array:

@@ -1,5 +1,6 @@
 """Schedules at the points that the papers name, the batch ramp, weight decay by regex, AdamW against optax's own."""
 
+import collections
 import dataclasses
 import math
 
@@ -11,6 +12,7 @@ import pytest
 
 from gptjax import config as c
 from gptjax.config import BatchConfig, Config, OptimizerConfig, UserError
+from gptjax.models.axis_roles import ParameterAxes
 from gptjax.optim.optimizers import decay_factors, learning_rate, make_optimizer, num_microbatches
 
 GPT3 = OptimizerConfig(
@@ -91,7 +93,7 @@ def test_equals_optax_adamw(clip_norm):
     if clip_norm is not None:
         reference = optax.chain(optax.clip_by_global_norm(clip_norm), reference)
     ours, theirs = PARAMS, PARAMS
-    optimizer = make_optimizer(Config(optimizer=config))
+    optimizer = make_optimizer(Config(optimizer=config), {})  # AdamW does not depend on the roles of axes
     state, reference_state = optimizer.init(ours), reference.init(theirs)
     for step in range(5):
         grads = jax.tree.map(lambda p, step=step: jnp.sin(p + step), PARAMS)
@@ -123,8 +125,11 @@ def test_each_layer_below_learns_more_slowly():
         "head": {"linear": {"kernel": jnp.zeros((3, 2))}},
     }
 
+    axes = collections.defaultdict(lambda: ParameterAxes(("output",)))
+    axes["token_embedding/embedding"] = ParameterAxes(("vocabulary", "output"))
+
     def updates(config: Config, params: dict) -> dict:
-        optimizer = make_optimizer(config)
+        optimizer = make_optimizer(config, axes)
         ones = jax.tree.map(jnp.ones_like, params)
         return optimizer.update(ones, optimizer.init(params), params)[0]
 

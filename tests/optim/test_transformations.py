@@ -10,8 +10,10 @@ import pytest
 
 from gptjax import config as c
 from gptjax.config import Config, OptimizerConfig, UserError, replace
+from gptjax.models.axis_roles import tree_axes
 from gptjax.models.heads import VALUE
 from gptjax.optim.optimizers import make_optimizer
+from gptjax.parallel.mesh import LogicalAxes
 
 L, D, H, K, F = 3, 16, 2, 8, 24
 KERNELS = {"attention/qkv": (D, 3, H, K), "attention/out": (H, K, D), "mlp/up": (D, F), "mlp/down": (F, D)}
@@ -26,6 +28,28 @@ def layers(scale: float) -> dict:
         kernel = scale * jax.random.normal(jax.random.key(i), (L, *shape))
         block[part][name] = {"kernel": kernel, "bias": kernel.reshape(L, -1)[:, :D]}
     return {"block_0": block}
+
+
+INPUTS = {"attention/qkv": 1, "attention/out": 2, "mlp/up": 1, "mlp/down": 1}
+NAMES = {  # logical axes, as the model declares them
+    "attention/qkv": ("embed", "qkv", "heads", "head_dim"),
+    "attention/out": ("heads", "head_dim", "embed"),
+    "mlp/up": ("embed", "ffw"),
+    "mlp/down": ("ffw", "embed"),
+}
+
+
+def optimizer_of(config: OptimizerConfig, params: dict) -> optax.GradientTransformation:
+    """The optimizer of `params`, with the roles that their axes have in a model."""
+
+    def box(path: tuple, leaf: jax.Array) -> LogicalAxes:
+        name = jax.tree_util.keystr(path, simple=True, separator="/").removeprefix(f"{VALUE}/")
+        part = name.removeprefix("layers/block_0/").removesuffix("/kernel")
+        if name.endswith("/kernel"):
+            return LogicalAxes(leaf, ("layers", *NAMES[part]), inputs=INPUTS[part])
+        return LogicalAxes(leaf, ("layers", "norm") if name.startswith("layers") else ("norm",) * leaf.ndim)
+
+    return make_optimizer(Config(optimizer=config), tree_axes(jax.tree_util.tree_map_with_path(box, params)))
 
 
 PARAMS = {
@@ -65,7 +89,7 @@ def test_muon_orthogonalises_each_matrix_of_each_layer_alone(inside):
     def within(tree: dict) -> dict:
         return dict.fromkeys(inside, tree) or tree
 
-    optimizer = make_optimizer(Config(optimizer=dataclasses.replace(PLAIN, name="muon")))
+    optimizer = optimizer_of(dataclasses.replace(PLAIN, name="muon"), within(PARAMS))
     steps = [gradients(step) for step in range(3)]
     found = updates(optimizer, within(PARAMS), [within(step) for step in steps])
     found = found[VALUE] if inside else found
@@ -86,7 +110,7 @@ def test_adafactor_factors_each_layer_alone():
     """Kernels of attention over the model's width and a head's: what is kept of (D, H, K) is (D, H) and (H, K)."""
     config = dataclasses.replace(PLAIN, name="adafactor", beta1=0.0)
     steps = [gradients(step) for step in range(4)]
-    found = updates(make_optimizer(Config(optimizer=config)), PARAMS, steps)
+    found = updates(optimizer_of(config, PARAMS), PARAMS, steps)
     reference = optax.adafactor(1.0, min_dim_size_to_factor=8, multiply_by_parameter_scale=False)
     for layer in range(L):
         of_layer = [jax.tree.map(lambda leaf: leaf[layer], tree["layers"]) for tree in (found, PARAMS, *steps)]  # noqa: B023
@@ -101,14 +125,14 @@ def test_adafactor_forgets_as_fast_as_beta2_says():
     config = dataclasses.replace(PLAIN, name="adafactor", beta1=0.0, beta2=0.5)
     params = {"scale": jnp.ones((4,))}
     steps = [{"scale": jnp.full((4,), value)} for value in (100.0, *[1.0] * 30)]
-    last = updates(make_optimizer(Config(optimizer=config)), params, steps)
+    last = updates(optimizer_of(config, params), params, steps)
     np.testing.assert_allclose(last["scale"], 1.0, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
 def test_the_first_moment_alone_is_kept_in_bfloat16(name):
     halved = dataclasses.replace(PLAIN, name=name, first_moment_dtype="bfloat16")
-    optimizer = make_optimizer(Config(optimizer=halved))
+    optimizer = optimizer_of(halved, PARAMS)
     state = optimizer.init(PARAMS)
     sizes = dict.fromkeys(("float32", "bfloat16", "int32"), 0)
     for leaf in jax.tree.leaves(state):
@@ -116,7 +140,7 @@ def test_the_first_moment_alone_is_kept_in_bfloat16(name):
     assert sizes["bfloat16"] == sum(leaf.size for leaf in jax.tree.leaves(PARAMS))
     update, new_state = optimizer.update(gradients(0), state, PARAMS)
     assert jax.tree.map(lambda leaf: leaf.dtype, new_state) == jax.tree.map(lambda leaf: leaf.dtype, state)
-    exact = updates(make_optimizer(Config(optimizer=dataclasses.replace(PLAIN, name=name))), PARAMS, [gradients(0)])
+    exact = updates(optimizer_of(dataclasses.replace(PLAIN, name=name), PARAMS), PARAMS, [gradients(0)])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0.1, atol=0.02), update, exact)
 
 

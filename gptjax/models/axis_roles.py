@@ -1,0 +1,89 @@
+"""The role of each axis of a parameter: input, output, layer, vocabulary, ...
+
+Roles come from the metadata that `parallel.mesh.partitioned` records where a layer declares a parameter. Code that
+treats parameters by their structure (low-rank matrices, Muon, layer-wise learning rates, int8 quantisation, FLOPs)
+reads roles, so that a new kind of layer needs no change there.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from flax import traverse_util
+
+from gptjax.parallel.mesh import LogicalAxes
+
+# layer: stacked layers. input, output: of a kernel. part: independent matrices within a kernel, such as queries, keys
+# and values. vocabulary, position: rows of an embedding table, whose columns are outputs. rank: of a low-rank matrix.
+Role = Literal["layer", "input", "output", "part", "vocabulary", "position", "rank"]
+
+# Logical axes with the same role in every parameter. All others are inputs or outputs, by `LogicalAxes.inputs`.
+AXIS_ROLES: dict[str | None, Role] = {
+    "layers": "layer",
+    "qkv": "part",
+    "vocab": "vocabulary",
+    "vocab_part": "vocabulary",
+    "position": "position",
+    "rank": "rank",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterAxes:
+    """The roles of a parameter's axes, in their order."""
+
+    roles: tuple[Role, ...]
+
+    def having(self, *roles: Role) -> tuple[int, ...]:
+        """The axes that have one of these roles, in ascending order."""
+        return tuple(axis for axis, role in enumerate(self.roles) if role in roles)
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether the first axis is that of stacked layers."""
+        return "layer" in self.roles
+
+    @property
+    def is_kernel(self) -> bool:
+        """Whether the parameter is multiplied: vectors and embedding tables are not kernels."""
+        return "input" in self.roles and "output" in self.roles
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether rows of the parameter are looked up, by token or position."""
+        return "vocabulary" in self.roles or "position" in self.roles
+
+
+def parameter_axes(leaf: LogicalAxes) -> ParameterAxes:
+    """The roles of the axes of one boxed parameter."""
+    roles: list[Role] = []
+    num_inputs = 0
+    for name in leaf.names:
+        role = AXIS_ROLES.get(name)
+        if role is None:
+            role = "input" if num_inputs < leaf.inputs else "output"
+            num_inputs += role == "input"
+        roles.append(role)
+    return ParameterAxes(tuple(roles))
+
+
+def tree_axes(params: Any) -> dict[str, ParameterAxes]:
+    """The axes of every parameter of a boxed tree (nested dicts), by path such as "layers/block_0/mlp/up/kernel"."""
+    leaves: Mapping[str, LogicalAxes] = traverse_util.flatten_dict(params, sep="/")
+    return {path: parameter_axes(leaf) for path, leaf in leaves.items()}
+
+
+def layer_numbers(path: str, rows: int, total_rows: int, period: int) -> range | None:
+    """The numbers, from 0, of the layers in the last `rows` rows of a stacked parameter; None: it is not stacked.
+
+    Row r of `layers/block_i` is layer r * period + i, where `period` is the length of the attention pattern.
+
+    Args:
+      total_rows: rows of the whole parameter, num_layers / period.
+    """
+    block = re.search(r"(?:^|/)layers/block_(\d+)/", path)
+    if block is None:
+        return None
+    first = (total_rows - rows) * period + int(block[1])
+    return range(first, first + rows * period, period)

@@ -1,10 +1,9 @@
-"""Attention over whole sequences behind one function, `attention`, and the choice of what computes it.
+"""Attention over whole sequences by one function, `attention`, and the choice of its backend.
 
-"xla" is the definition: plain array code that runs anywhere and writes all T x T scores to memory. "splash" (Pallas, on
-TPUs) and "cudnn" (on NVIDIA GPUs) are flash attention (Dao et al. 2022): they compute it in blocks that never leave the
-chip, and skip the blocks of which nothing is seen. cuDNN's gradients differ from run to run in their last bits, unless
-XLA_FLAGS has --xla_gpu_exclude_nondeterministic_ops=true. Attention over positions that are spread over devices is none
-of them, but `gptjax.parallel.ring`.
+"xla" is the reference: plain array code that runs anywhere and materialises all T x T scores. "splash" (Pallas, on
+TPUs) and "cudnn" (on NVIDIA GPUs) are flash attention (Dao et al. 2022): they compute blocks in on-chip memory, and
+skip blocks that are fully masked. cuDNN's gradients differ from run to run in their last bits, unless XLA_FLAGS has
+--xla_gpu_exclude_nondeterministic_ops=true. If positions are sharded over devices, `gptjax.parallel.ring` is used.
 """
 
 import math
@@ -29,10 +28,10 @@ from gptjax.parallel.mesh import BATCH_AXES, axis_size, partition_spec, platform
 from gptjax.parallel.platforms import platform_defaults
 from gptjax.parallel.ring import ring_attention
 
-NAME = "attention"  # of what attention returns, to the policies of rematerialisation
-TILE = 128  # the kernels take lengths that are multiples of it
-SPLASH_BLOCKS = (512, 256, 128)  # positions a block: the first that divides the length
-MIN_CAPABILITY = 8.0  # of GPUs on which cuDNN has flash attention: Ampere
+NAME = "attention"  # checkpoint name of the output of attention, for rematerialisation policies
+TILE = 128  # the kernels support lengths that are multiples of it
+SPLASH_BLOCKS = (512, 256, 128)  # positions per block: the first that divides the length is used
+MIN_CAPABILITY = 8.0  # compute capability for flash attention by cuDNN: Ampere
 
 
 def attention(
@@ -48,25 +47,25 @@ def attention(
     """Attention among T positions, causal unless `kind` is "full", by the backend that `choose_backend` returns.
 
     Args:
-      kind: "dense", "banded" (position t sees t - config.band_width < s <= t) or "full" (t sees every s).
-      q_BTHK, k_BTHK, v_BTHK: of one dtype.
+      kind: "dense", "banded" (position t attends to t - config.band_width < s <= t) or "full" (t attends to every s).
+      q_BTHK, k_BTHK, v_BTHK: of the same dtype.
       segments_BT: int, documents packed into a row; attention stays within one. None: the row is one document.
-      dropout_rng: key of the attention dropout; None: there is none.
-      ring: positions lie in the balanced order of `gptjax.parallel.ring` over mesh axis "context"; the backend is then
-        the ring, and there is no dropout.
+      dropout_rng: key of the attention dropout; None: no dropout.
+      ring: positions are in the load-balanced order of `gptjax.parallel.ring` over mesh axis "context". Then ring
+        attention is used, without dropout.
 
     Returns:
       (B, T, H, K), of q's dtype.
 
     Raises:
-      UserError: config.attention_backend names a backend that cannot do this.
+      UserError: config.attention_backend does not support these arguments.
     """
     rows, length, heads, _ = q_BTHK.shape
     scale = score_scale(config)
     band_width = config.band_width if kind == "banded" and config.band_width < length else None
     if ring:
         assert kind != "full", "the ring is causal"
-        assert dropout_rng is None, "the ring drops nothing out; mesh.check_fit says so to the user"
+        assert dropout_rng is None, "ring attention has no dropout; mesh.check_fit refuses it"
         return ring_attention(
             q_BTHK, k_BTHK, v_BTHK, segments_BT, band_width=band_width, scale=scale, precision=config.precision
         )
@@ -91,7 +90,7 @@ def attention(
 
 
 def score_scale(config: GPTConfig) -> float:
-    """What scores are multiplied by before the softmax."""
+    """The factor of attention scores before the softmax."""
     return config.head_dim**-0.5 if config.scale_attention else 1.0
 
 
@@ -101,18 +100,18 @@ def score_scale(config: GPTConfig) -> float:
 def choose_backend(
     config: GPTConfig, platform: str, length: int, has_segments: bool, has_dropout: bool, capability: float
 ) -> str:
-    """Which of "xla", "cudnn" and "splash" attends among `length` positions.
+    """Returns the backend for attention among `length` positions: "xla", "cudnn" or "splash".
 
-    "auto" takes the kernel of the platform where it can. A backend that config.attention_backend names is taken, or is
-    an error. To both there is one exception: lengths that no kernel takes, such as a short prompt's or the single
-    position that parameters are initialised with, go to xla.
+    With "auto" it is the kernel of the platform where that is supported. Any other config.attention_backend is used, or
+    is an error. In both cases xla is used for lengths that no kernel supports, such as those of short prompts, or the
+    single position with which parameters are initialised.
 
     Args:
       platform: "cpu", "gpu" or "tpu".
-      capability: as of `compute_capability`; read on "gpu" only.
+      capability: the result of `compute_capability`; used on "gpu" only.
 
     Raises:
-      UserError: the backend that config.attention_backend names cannot do it.
+      UserError: config.attention_backend does not support it.
     """
     if length % TILE != 0:
         return "xla"
@@ -127,7 +126,7 @@ def choose_backend(
 
 
 def check_backend(config: GPTConfig, platform: str, has_segments: bool) -> None:
-    """Raises UserError when config.attention_backend names a backend that cannot train this model on this platform."""
+    """Raises UserError if config.attention_backend does not support training this model on this platform."""
     named, length = config.attention_backend, config.context_length
     choose_backend(config, platform, TILE, has_segments, config.attention_dropout > 0, compute_capability())
     if named in ("cudnn", "splash") and length % TILE != 0:
@@ -138,31 +137,31 @@ def check_backend(config: GPTConfig, platform: str, has_segments: bool) -> None:
 
 
 def compute_capability() -> float:
-    """NVIDIA's version of what this process's first GPU can do, such as 8.0 (Ampere); 0: it is not one of NVIDIA's."""
+    """The CUDA compute capability of this process's first GPU, such as 8.0 (Ampere); 0: there is no NVIDIA GPU."""
     try:
         return float(getattr(jax.local_devices()[0], "compute_capability", 0))
-    except ValueError:  # AMD's is a name
+    except ValueError:  # on AMD GPUs it is a name
         return 0.0
 
 
 def _obstacle(
     backend: str, config: GPTConfig, platform: str, has_segments: bool, has_dropout: bool, capability: float
 ) -> str | None:
-    """Why `backend` cannot do this, and the mend; None: it can."""
+    """The reason why `backend` does not support this, and the fix; None: it does."""
     if backend == "xla":
         return None
     if backend == "splash" and platform != "tpu":
         return f"needs a TPU and this is a {platform}: leave it at auto"
     if backend == "cudnn" and (platform != "gpu" or capability < MIN_CAPABILITY):
         return f"needs an NVIDIA GPU of compute capability {MIN_CAPABILITY} or later: leave it at auto"
-    # Splash cannot be told a precision, and multiplies at the TPU's default: float32 would not mean float32.
+    # Splash has no precision argument, and would round float32 operands as TPUs do by default.
     if config.dtype == "float32":
         return "multiplies in bfloat16: set model.dtype=bfloat16, or leave it at auto"
     if has_dropout:
         return f"drops nothing out: set model.attention_dropout={config.attention_dropout} to 0, or leave it at auto"
     if backend == "cudnn" and has_segments:
         return "cannot tell packed documents apart: set data.packing=concatenate, or leave it at auto"
-    # As in jax/_src/cudnn/fused_attention_stablehlo.py, which would raise no UserError.
+    # The limits of jax/_src/cudnn/fused_attention_stablehlo.py.
     widest = 256 if capability >= 9 else 128
     if backend == "cudnn" and (config.head_dim % 8 != 0 or config.head_dim > widest):
         return f"needs heads of a width that is a multiple of 8 up to {widest}, not {config.head_dim}: leave it at auto"
@@ -170,7 +169,7 @@ def _obstacle(
 
 
 def _divide_over_mesh(rows: int, heads: int) -> bool:
-    """Whether each device of the mesh in use can have whole rows and heads, and all positions of them."""
+    """Whether rows and heads divide evenly over the mesh in use, and positions are not sharded."""
     shards = math.prod(axis_size(axis) for axis in BATCH_AXES)
     return axis_size("context") == 1 and rows % shards == 0 and heads % axis_size("tensor") == 0
 
@@ -179,11 +178,11 @@ def _divide_over_mesh(rows: int, heads: int) -> bool:
 
 
 def attention_mask(kind: str, band_width: int, length: int, segments_BT: jax.Array | None) -> jax.Array:
-    """What each position may see: True where position t may look at position s.
+    """The attention mask: True where position t attends to position s.
 
     Args:
       kind: "dense" (s <= t), "banded" (t - band_width < s <= t) or "full" (every s).
-      band_width: positions a banded layer sees, its own included.
+      band_width: positions to which a position of a banded layer attends, including itself.
       length: T.
       segments_BT: int, documents packed into a row; attention stays within one. None: the row is one document.
 
@@ -217,7 +216,7 @@ def dot_product_attention(
       mask_BHTS: bool, broadcastable; False hides position s from position t.
       dropout_rate: of the attention probabilities, when there is a dropout_rng.
       precision: of the matrix products.
-      scale: of the scores; 1 / sqrt(K) in all GPTs but GPT-Neo.
+      scale: factor of the scores; 1 / sqrt(K) in all GPTs except GPT-Neo.
 
     Returns:
       (B, T, H, K), of q's dtype.
@@ -241,12 +240,12 @@ def splash_attention(
     band_width: int | None,
     scale: float,
 ) -> jax.Array:
-    """`dot_product_attention` by the splash kernels, each device its own rows and heads; T is a multiple of 128.
+    """`dot_product_attention` by the splash kernels, sharded over rows and heads; T is a multiple of 128.
 
-    On a CPU the kernels are interpreted, slowly: for tests.
+    On a CPU the kernels are interpreted, slowly, for tests.
 
     Returns:
-      (B, T, H, K), of q's dtype. It and the log-sum-exp, which the backward pass needs as well, are named NAME.
+      (B, T, H, K), of q's dtype. It and the log-sum-exp, a residual of the backward pass, have checkpoint name NAME.
     """
     interpret = platform_defaults().interpret_pallas
 
@@ -261,10 +260,10 @@ def splash_attention(
 
 
 def splash_kernel(length: int, heads: int, band_width: int | None, interpret: bool) -> SplashAttentionKernel:
-    """The kernel of one row, (H, T, K) each; `scale` is 1. Blocks outside the mask are not visited.
+    """The kernel for one row, of (H, T, K) arrays, with `scale` 1. Fully masked blocks are skipped.
 
-    The backward pass has one kernel for the gradient of q and one for those of k and v: the kernel that makes all three
-    recomputes less, but visits all blocks of a banded layer, and writes the gradient of q once for every block of keys.
+    The backward pass has one kernel for the gradient of q and one for those of k and v. The fused kernel recomputes
+    less, but does not skip blocks of a banded layer, and writes the gradient of q once for every block of keys.
     """
     shape = (length, length)
     mask = CausalMask(shape) if band_width is None else LocalMask(shape, (band_width - 1, 0), 0)
@@ -289,7 +288,7 @@ def splash_kernel(length: int, heads: int, band_width: int | None, interpret: bo
 def cudnn_attention(
     q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, band_width: int | None, scale: float
 ) -> jax.Array:
-    """`dot_product_attention` of single documents by cuDNN, each device its own rows and heads; (B, T, H, K)."""
+    """`dot_product_attention` of unpacked rows by cuDNN, sharded over rows and heads; (B, T, H, K)."""
 
     def kernel(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array) -> jax.Array:
         return jax.nn.dot_product_attention(
@@ -306,18 +305,18 @@ def cudnn_attention(
 
 
 def is_cudnn_forward(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Policy of rematerialisation: keep what cuDNN's forward kernel returns.
+    """Rematerialisation policy: saves the results of cuDNN's forward kernel.
 
-    That is the output and the log-sum-exp, which no name reaches, and without which the kernel would run again.
+    One of them, the log-sum-exp, cannot be given a checkpoint name, and without it the kernel would run again.
     """
     return str(primitive).startswith("dot_product_attention_fwd")
 
 
 def _on_each_device(kernel: Callable[..., jax.Array], *arrays: jax.Array | None) -> jax.Array:
-    """`kernel` of each device's own rows and heads: a kernel is opaque to the partitioner, which would gather all.
+    """Calls `kernel` on each device's shard of rows and heads: the SPMD partitioner would gather its operands.
 
     Args:
-      kernel: of (B, T, H, K) and (B, T) arrays to (B, T, H, K).
+      kernel: from (B, T, H, K) and (B, T) arrays to (B, T, H, K).
     """
     if jax.sharding.get_abstract_mesh().empty:
         return kernel(*arrays)

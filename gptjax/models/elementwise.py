@@ -1,8 +1,8 @@
-"""Layer normalisation and activations that keep little for the backward pass.
+"""Layer normalisation and activations with small residuals (arrays saved for the backward pass).
 
-Left to automatic differentiation, a layer norm keeps three float32 arrays of its input's shape and a GELU four: what
-the backward pass then writes and reads costs more than the arithmetic it saves. Here the input is kept, and of a layer
-norm two numbers a position; the rest is computed again.
+Automatic differentiation would save three float32 arrays of the input's shape for a layer norm and four for a GELU, and
+their memory traffic costs more than the arithmetic that they save. Here the input is saved, and for a layer norm two
+numbers per position; the rest is recomputed.
 """
 
 import math
@@ -20,8 +20,8 @@ from gptjax.parallel.platforms import platform_defaults
 Function = Callable[[jax.Array], jax.Array]
 
 
-def keeping_the_input(function: Function) -> Function:
-    """`function` of one array, whose gradient is computed from that array alone."""
+def saving_only_input(function: Function) -> Function:
+    """Wraps a function of one array so that only its input is saved for the backward pass."""
 
     @jax.custom_vjp
     def same(x: jax.Array) -> jax.Array:
@@ -44,8 +44,7 @@ _GELU_SLOPE, _GELU_CUBIC = math.sqrt(8 / math.pi), 0.044715
 def gelu_tanh(x: jax.Array) -> jax.Array:
     """x (1 + tanh(z / 2)) / 2 with z = sqrt(8 / pi) (x + 0.044715 x^3), computed in float32 as x / (1 + exp(-z)).
 
-    The same number: but an exponential costs a third of the polynomials of a tanh, which at a GPU's rate of memory are
-    what takes the time.
+    An exponential costs a third of the polynomials of a tanh, which would take longer than the memory traffic on a GPU.
     """
     x32 = x.astype(jnp.float32)
     return (x32 * _gelu_gate(x32)).astype(x.dtype)
@@ -66,14 +65,14 @@ gelu_tanh.defvjp(lambda x: (gelu_tanh(x), x), _gelu_backward)
 
 ACTIVATIONS: dict[str, Function] = {
     "gelu_tanh": gelu_tanh,
-    "gelu_exact": keeping_the_input(partial(nn.gelu, approximate=False)),
+    "gelu_exact": saving_only_input(partial(nn.gelu, approximate=False)),
     "relu": nn.relu,
-    "silu": keeping_the_input(nn.silu),
+    "silu": saving_only_input(nn.silu),
 }
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation (Ba et al. 2016), computed in float32 whatever the activations' dtype; (..., D)."""
+    """Layer normalisation (Ba et al. 2016), computed in float32 whatever the dtype of activations; (..., D)."""
 
     config: GPTConfig
 
@@ -95,7 +94,7 @@ def normalise(x_BTD: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: floa
 def _forward(x_BTD: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: float) -> tuple[jax.Array, tuple]:
     x32_BTD = x_BTD.astype(jnp.float32)
     mean_BT1 = jnp.mean(x32_BTD, axis=-1, keepdims=True)
-    # Not E[x^2] - E[x]^2, which loses all digits where the mean is large.
+    # Not E[x^2] - E[x]^2, which cancels where the mean is large.
     inverse_BT1 = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BTD - mean_BT1), axis=-1, keepdims=True) + eps)
     y_BTD = (x32_BTD - mean_BT1) * (inverse_BT1 * _rows(scale_D, x_BTD)) + _rows(bias_D, x_BTD)
     return y_BTD, (x_BTD, scale_D, bias_D, mean_BT1, inverse_BT1)
@@ -113,7 +112,7 @@ def _backward(eps: float, kept: tuple, dy_BTD: jax.Array) -> tuple[jax.Array, ja
     leading = tuple(range(x_BTD.ndim - 1))
     on_one_device = all(size == 1 for size in jax.sharding.get_abstract_mesh().shape.values())
     if store_moments and on_one_device:
-        # One kernel, which reads the gradient once. Over devices, pairs are not reduced but gathered.
+        # One kernel that reads the gradient once. On several devices XLA would gather the operands of such a reduction.
         pairs, zeros = (dy_BTD * unit_BTD, dy_BTD.astype(jnp.float32)), (jnp.float32(0), jnp.float32(0))
         dscale_D, dbias_D = jax.lax.reduce(pairs, zeros, lambda a, b: (a[0] + b[0], a[1] + b[1]), leading)
     else:

@@ -1,15 +1,15 @@
-"""Matrix products of 8 bits with the weights of the layers, for training.
+"""8-bit matrix products with the kernels of layers, for training.
 
-float8 (Micikevicius et al. 2022, FP8 formats): what a layer reads and its weights are e4m3, four bits of exponent and
-three of mantissa; gradients are e5m2, of more range. Each array is scaled so that its largest entry is the largest that
-the format has, found when it is rounded ("current scaling"): there is no state, and nothing to saturate. The backward
-pass keeps the rounded arrays, half as large, and multiplies them.
+float8 (Micikevicius et al. 2022, FP8 formats): inputs and kernels are e4m3, with four bits of exponent and three of
+mantissa; gradients are e5m2, with more range. Each array is scaled when it is rounded, so that its largest entry is the
+largest of the format ("current scaling"): there is no state, and nothing saturates. The backward pass saves and
+multiplies the rounded arrays, which are half as large.
 
-int8 (as in quantisation-aware training: Jacob et al. 2018, section 3): each row of what a layer reads and each column
-of its weights is scaled so that its largest entry is 127. Whole numbers have no range to spare for gradients, so that
-the backward pass multiplies in the model's dtype what was not rounded, and takes the slope of rounding for 1.
+int8 (quantisation-aware training: Jacob et al. 2018, section 3): each row of the inputs and each column of a kernel is
+scaled so that its largest entry is 127. Integers lack the range for gradients, so the backward pass multiplies the
+unrounded arrays in the model's dtype, with a straight-through estimator.
 
-Products are summed by the device in float32, of whole numbers exactly.
+Products are accumulated in float32, and those of integers exactly, in int32.
 """
 
 from functools import partial
@@ -22,14 +22,14 @@ from gptjax.config import GPTConfig, UserError
 from gptjax.models import attention_backends
 from gptjax.parallel.platforms import PLATFORM_DEFAULTS
 
-MIN_CAPABILITY = {"float8": 8.9, "int8": 8.0}  # of GPUs that multiply them: Ada, Hopper; Ampere
-TPU_DTYPES = ("int8",)  # that all TPUs from v5e on multiply
+MIN_CAPABILITY = {"float8": 8.9, "int8": 8.0}  # of GPUs with such units: Ada and Hopper; Ampere
+TPU_DTYPES = ("int8",)  # supported by all TPUs from v5e on
 
-Scaled = tuple[jax.Array, jax.Array]  # the rounded array, and what it is to be multiplied by, float32
+Scaled = tuple[jax.Array, jax.Array]  # the rounded array, and its scale: the float32 factor that restores its values
 
 
 def check_device(config: GPTConfig, platform: str) -> None:
-    """Raises UserError when config.matmul_dtype is one in which this device does not multiply."""
+    """Raises UserError if this device does not support config.matmul_dtype."""
     dtype = config.matmul_dtype
     emulated = PLATFORM_DEFAULTS[platform].emulate_low_precision
     if dtype == "model" or emulated or (platform == "tpu" and dtype in TPU_DTYPES):
@@ -44,7 +44,7 @@ def check_device(config: GPTConfig, platform: str) -> None:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def float8_product(x: jax.Array, kernel: jax.Array, count: int) -> jax.Array:
-    """Sums over the last `count` axes of `x` and the first of `kernel`; of x's dtype."""
+    """Contracts the last `count` axes of `x` with the first ones of `kernel`; the result has x's dtype."""
     return _float8_forward(x, kernel, count)[0]
 
 
@@ -65,7 +65,7 @@ float8_product.defvjp(_float8_forward, _float8_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def int8_product(x: jax.Array, kernel: jax.Array, count: int) -> jax.Array:
-    """Sums over the last `count` axes of `x` and the first of `kernel`; of x's dtype."""
+    """Contracts the last `count` axes of `x` with the first ones of `kernel`; the result has x's dtype."""
     x8, x_scale = rounded_to_int8(x, range(x.ndim - count, x.ndim))
     kernel8, kernel_scale = rounded_to_int8(kernel, range(count))
     sums = jax.lax.dot_general(x8, kernel8, (_summed(x, count), ((), ())), preferred_element_type=jnp.int32)
@@ -92,7 +92,7 @@ def _dot_general(
     precision: Any = None,
     preferred_element_type: Any = None,
 ) -> jax.Array:
-    """`jax.lax.dot_general` of the last axes of `x` and the first of `kernel`, as dense layers call it."""
+    """`jax.lax.dot_general` for the last axes of `x` and the first ones of `kernel`, as dense layers call it."""
     (ours, theirs), batch = dimension_numbers
     count = len(ours)
     assert not any(batch), dimension_numbers
@@ -100,15 +100,15 @@ def _dot_general(
     return product(x, kernel, count)
 
 
-# What a dense layer multiplies with, by GPTConfig.matmul_dtype.
+# The `dot_general` of dense layers, by GPTConfig.matmul_dtype.
 DOT_GENERAL = {"float8": partial(_dot_general, float8_product), "int8": partial(_dot_general, int8_product)}
 
 
 def rounded(x: jax.Array, dtype: Any) -> Scaled:
-    """`x` as 8-bit floats of `dtype`."""
+    """Rounds `x` to 8-bit floats of `dtype`, with one scale."""
     largest = jnp.max(jnp.abs(x)).astype(jnp.float32)
     most = float(jnp.finfo(dtype).max)
-    # A power of two: scaling rounds nothing. Zeros stay zeros, and what is not finite shows in the product.
+    # A power of two, so that scaling is exact. Zeros stay zeros, and non-finite entries make the scale NaN.
     exponent = jnp.where(largest > 0, jnp.floor(jnp.log2(most / largest)), 0)
     scale = jnp.exp2(jnp.clip(exponent, -100, 100))
     scaled = jnp.clip(x.astype(jnp.float32) * scale, -most, most)
@@ -116,28 +116,28 @@ def rounded(x: jax.Array, dtype: Any) -> Scaled:
 
 
 def rounded_to_int8(x: jax.Array, axes: range) -> Scaled:
-    """`x` as whole numbers of -127 to 127, with a scale for all entries along `axes`."""
+    """Rounds `x` to integers from -127 to 127, with one scale for all entries along `axes`."""
     x32 = x.astype(jnp.float32)
     largest = jnp.max(jnp.abs(x32), axis=tuple(axes), keepdims=True)
     finite = jnp.isfinite(largest)
     scale = jnp.where(largest > 0, largest / 127, 1)
-    # What is not finite shows in the product.
+    # Non-finite entries make the scale NaN.
     return jnp.where(finite, jnp.round(x32 / scale), 0).astype(jnp.int8), jnp.where(finite, scale, jnp.nan)
 
 
 def _summed(x: jax.Array, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Axes of `x` and of a kernel that a layer sums over."""
+    """The axes of `x` and of a kernel that a layer contracts."""
     return tuple(range(x.ndim - count, x.ndim)), tuple(range(count))
 
 
 def _summed_backward(x: jax.Array, kernel: jax.Array, count: int) -> tuple[Any, Any]:
-    """Axes that are summed over: of dy and the kernel, for dx; of x and dy, for the kernel's gradient."""
+    """The contracted axes of dy and the kernel for dx, and of x and dy for the gradient of the kernel."""
     leading, outputs = x.ndim - count, kernel.ndim - count
     ends = (tuple(range(leading, leading + outputs)), tuple(range(count, count + outputs)))
     return ends, (tuple(range(leading)), tuple(range(leading)))
 
 
 def _multiplied(a: Scaled, b: Scaled, axes: Any, dtype: Any) -> jax.Array:
-    # The sums are in units of the scales, and fit bfloat16 and float32 alike.
+    # The unscaled sums are in the range of bfloat16 and of float32.
     sums = jax.lax.dot_general(a[0], b[0], (axes, ((), ())), preferred_element_type=dtype)
     return (sums.astype(jnp.float32) * (a[1] * b[1])).astype(dtype)

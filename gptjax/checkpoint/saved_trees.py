@@ -58,18 +58,36 @@ def of_item(arrays: Mapping[str, str], item: str) -> dict[str, str]:
     return {name.removeprefix(f"{item}/"): text for name, text in arrays.items() if name.startswith(f"{item}/")}
 
 
-def first_difference(saved: Mapping[str, str], wanted: Mapping[str, str]) -> str | None:
-    """The first array in which two descriptions differ, in words; None: there is none."""
+def first_difference(saved: Mapping[str, str], wanted: Mapping[str, str], narrowing: bool = False) -> str | None:
+    """The first array in which two descriptions differ, in words; None: there is none.
+
+    A bfloat16 array may be restored as float32, which is exact: earlier versions trained bfloat16 parameters, and
+    imported weights may have them.
+
+    Args:
+      narrowing: a float32 array may be restored as bfloat16.
+    """
     for name in sorted(saved.keys() | wanted.keys()):
-        if saved.get(name) != wanted.get(name):
+        pair = saved.get(name, ""), wanted.get(name, "")
+        dtypes = tuple(text.partition("[")[0] for text in pair)
+        converted = dtypes == ("bfloat16", "float32") or (narrowing and dtypes == ("float32", "bfloat16"))
+        same_shape = pair[0].partition("[")[2] == pair[1].partition("[")[2]
+        if pair[0] != pair[1] and not (converted and same_shape):
             there, here = (text.get(name, "missing") for text in (saved, wanted))
             return f"{name} is {there} there and {here} here"
     return None
 
 
-def check_item(item: str, saved: Mapping[str, str], wanted: Mapping[str, str], place: str, why: ConfigChanges) -> None:
+def check_item(
+    item: str,
+    saved: Mapping[str, str],
+    wanted: Mapping[str, str],
+    place: str,
+    why: ConfigChanges,
+    narrowing: bool = False,
+) -> None:
     """Raises UserError, which names the first array that differs and the config fields, unless both are the same."""
-    if (difference := first_difference(saved, wanted)) is not None:
+    if (difference := first_difference(saved, wanted, narrowing)) is not None:
         raise UserError(f"{place} does not fit this config: {item}/{difference} ({why.named(item)})")
 
 
@@ -86,12 +104,13 @@ def restorable(saved: Mapping[str, str], items: Mapping[str, Any], place: str, w
       UserError: other arrays do not fit.
     """
     wanted, sources = described(items), dict[str, str]()
+    narrowing = "train" not in items  # weights are read, and no run is resumed
     for item in items:
         there, here = of_item(saved, item), of_item(wanted, item)
         names = {name: name for name in here}
         if item == "train":
             names = _train_names(there, here, place, why)
-        elif item == "ema" and there != here and why.allowed:
+        elif item == "ema" and first_difference(there, here) is not None and why.allowed:
             continue
         elif item == "ema" and not there:
             raise UserError(
@@ -99,7 +118,7 @@ def restorable(saved: Mapping[str, str], items: Mapping[str, Any], place: str, w
                 "--allow_config_changes"
             )
         else:
-            check_item(item, there, here, place, why)
+            check_item(item, there, here, place, why, narrowing)
         sources |= {f"{item}/{name}": f"{item}/{source}" for name, source in names.items()}
     return sources
 

@@ -1,4 +1,10 @@
-"""The training state: everything that a step changes and a checkpoint holds, and which parameters are trained."""
+"""The training state: everything that a step changes and a checkpoint holds, and which parameters are trained.
+
+Trained parameters, their gradients, their moving average and, unless `optimizer.first_moment_dtype` says otherwise, the
+optimizer's moments are float32 whatever `model.param_dtype` is: bfloat16 has a spacing of 1/256, and loses updates,
+decays and sums that are smaller than half of it. `model.param_dtype` is the dtype of frozen parameters, which are those
+of a reference model or of a model adapted by PEFT, and of weights that are imported.
+"""
 
 import dataclasses
 import functools
@@ -14,9 +20,10 @@ from jax.sharding import Mesh, NamedSharding
 
 from gptjax.config import Config
 from gptjax.models import peft
-from gptjax.models.axis_roles import ParameterAxes, tree_axes
+from gptjax.models.axis_roles import ParameterAxes, layer_numbers, tree_axes
 from gptjax.optim.optimizers import make_optimizer
 from gptjax.parallel.mesh import abstract_arrays, shardings
+from gptjax.scaling import flops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +40,7 @@ class ParameterSpec:
       sources: top-level keys of whole networks that are trained, each with the workdir of the reward model whose
         weights it starts from; None: it starts from the policy's.
       lr_factors: top-level keys of networks whose learning rate is a multiple of the policy's, with the factor.
+      frozen_passes: forward passes through each frozen network for every token of a training step.
     """
 
     config: Config
@@ -41,6 +49,7 @@ class ParameterSpec:
     frozen: tuple[str, ...] = ()
     sources: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     lr_factors: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    frozen_passes: float = 1.0
 
     @property
     def has_base(self) -> bool:
@@ -48,12 +57,15 @@ class ParameterSpec:
         return self.given is not None or bool(self.frozen)
 
     def split(self, params: Any) -> tuple[Any, Any]:
-        """Splits all parameters into the frozen ones (None: there are none) and the trained ones."""
+        """Splits all parameters into the frozen ones (None: there are none) and the trained ones.
+
+        Frozen parameters have `model.param_dtype`.
+        """
         networks = {name: params[name] for name in self.frozen}
         rest = {name: part for name, part in params.items() if name not in networks}
         base, trained = (None, rest) if self.given is None else peft.split(self.config.peft, rest, self.given)
         frozen = {**(base or {}), **networks} if networks else base
-        return frozen, trained
+        return _cast(frozen, self.config.model.param_dtype), trained
 
     def join(self, base: Any, trained: Any) -> Any:
         """Undoes `split`: all parameters."""
@@ -78,6 +90,39 @@ class ParameterSpec:
         """The roles of the axes of all parameters, by path."""
         return tree_axes(self.boxed_params)
 
+    @property
+    def flops_per_token(self) -> float:
+        """Model FLOPs of a training step per token: the numerator of model FLOPs utilisation (MFU).
+
+        Counts the training of the policy or model, the training of each further network of `sources`, and the forward
+        passes of frozen networks. Gradients of frozen weights are not computed, and not counted.
+        """
+        model = self.config.model
+        own = flops.flops_per_token(model)
+        if self.given is not None:
+            own = flops.partial_flops_per_token(model, self._trained_part())
+        passes = self.frozen_passes * len(self.frozen) * flops.forward_flops_per_token(model)
+        return own + len(self.sources) * flops.flops_per_token(model) + passes
+
+    def _trained_part(self) -> flops.TrainedPart:
+        """What PEFT trains of the model that it adapts."""
+        model = self.config.model
+        period = len(model.attention_pattern)
+        weights = low_rank = 0
+        lowest = model.num_layers
+        trained = {name: part for name, part in self.boxed_state.params.items() if name not in self.sources}
+        for path, leaf in peft.flatten(nn.unbox(trained)).items():
+            axes, numbers = self.axes[path], layer_numbers(path, leaf.shape[0], model.num_layers // period, period)
+            if numbers is not None:
+                lowest = min(lowest, numbers[0])
+            if axes.is_embedding:
+                lowest = 0
+            if "rank" in axes.roles:
+                low_rank += leaf.size if axes.having("input", "output") else 0
+            elif "vocabulary" in axes.roles or (axes.is_kernel and axes.is_stacked):
+                weights += leaf.size
+        return flops.TrainedPart(weights, low_rank, lowest)
+
     def optimizer(self) -> optax.GradientTransformation:
         """The optimizer of the trained parameters."""
         return make_optimizer(self.config, self.axes, self.lr_factors)
@@ -90,18 +135,23 @@ class TrainState(flax.struct.PyTreeNode):
     """
 
     step: jax.Array  # int32 (): steps done
-    params: Any  # the trained parameters
+    params: Any  # the trained parameters, float32
     opt_state: optax.OptState
     ema: Any  # exponential moving average of params, or None
     rng: jax.Array  # uint32: key data from which the dropout key of every step is folded
-    base: Any = None  # the frozen parameters; None: there are none
+    base: Any = None  # the frozen parameters, of model.param_dtype; None: there are none
 
 
 def fresh_params(parameters: ParameterSpec) -> Any:
-    """Initialises all parameters from `config.seed`, boxed."""
+    """Initialises all parameters from `config.seed`, boxed: float32, except the frozen networks."""
     init_rng, _ = jax.random.split(jax.random.key(parameters.config.seed))
     params = parameters.init(init_rng)
-    return params
+    return {name: part if name in parameters.frozen else _cast(part, "float32") for name, part in params.items()}
+
+
+def _cast(tree: Any, dtype: str) -> Any:
+    """`tree` with arrays of `dtype`; boxes stay."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
 
 
 def init_state(parameters: ParameterSpec) -> TrainState:

@@ -37,13 +37,20 @@ class Contents(NamedTuple):
     arrays: dict[str, Any]
 
     def filled(self, name: str, abstract: Any) -> Any:
-        """The tree called `name`, such as "params", with its arrays; None if the checkpoint lacks any of them."""
+        """The tree called `name`, such as "params", with its arrays; None if the checkpoint lacks any of them.
+
+        Arrays have the dtypes of `abstract`.
+        """
         names = jax.tree_util.tree_map_with_path(
             lambda path, _: "/".join(filter(None, (name, name_of(path)))), abstract
         )
         if not all(each in self.sources for each in jax.tree.leaves(names)):
             return None
-        return jax.tree.map(lambda each: self.arrays[self.sources[each]], names)
+        return jax.tree.map(lambda each, leaf: _as(self.arrays[self.sources[each]], leaf.dtype), names, abstract)
+
+
+def _as(array: Any, dtype: Any) -> Any:
+    return array if array.dtype == dtype else array.astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +114,12 @@ class StoredCheckpoint:
         return Contents(manifest, sources, arrays)
 
     def read_one(self, manifest: dict[str, Any], name: str, leaf: Any) -> np.ndarray:
-        """Reads the array of a full name into host memory, and verifies it."""
+        """Reads the array of a full name into host memory, and verifies it; its dtype is that of `leaf`."""
+        array = self._read_saved(manifest, name, leaf)
+        return array.astype(leaf.dtype, copy=False)
+
+    def _read_saved(self, manifest: dict[str, Any], name: str, leaf: Any) -> np.ndarray:
+        """As `read_one`, with the dtype that was saved."""
         item, _, rest = name.partition("/")
         arrays = self._arrays(item, {rest: leaf}, in_host=True)
         verify(arrays, manifest["checksums"])
@@ -118,7 +130,7 @@ class StoredCheckpoint:
         """As `_arrays`, one array after the other, each verified in host memory before it is laid out."""
         arrays = {}
         for name, leaf in wanted.items():
-            array = self.read_one(manifest, f"{item}/{name}", leaf)
+            array = self._read_saved(manifest, f"{item}/{name}", leaf)
             try:
                 arrays[f"{item}/{name}"] = jax.device_put(array, leaf.sharding)
             except Exception as error:
@@ -126,7 +138,7 @@ class StoredCheckpoint:
         return arrays
 
     def _arrays(self, item: str, wanted: Mapping[str, Any], in_host: bool = False) -> dict[str, Any]:
-        """Arrays of an item, by full name; `wanted` has their shapes, dtypes and shardings by name.
+        """Arrays of an item, by full name, of the dtypes saved; `wanted` has their shapes and shardings by name.
 
         The handler is called without Orbax's manager, whose barriers would wait for a process that failed to read.
         """
@@ -137,14 +149,19 @@ class StoredCheckpoint:
             if name not in wanted or in_host:
                 return ocp.RestoreArgs(restore_type=np.ndarray)
             leaf = wanted[name]
-            return ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype, global_shape=leaf.shape)
+            return ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=saved[name].dtype, global_shape=leaf.shape)
+
+        def target(name: str) -> Any:
+            if name not in wanted:
+                return ocp.PLACEHOLDER
+            return jax.ShapeDtypeStruct(wanted[name].shape, saved[name].dtype, sharding=wanted[name].sharding)
 
         handler = ocp.PyTreeCheckpointHandler()
         try:
             tree = handler.metadata(self.path / item).tree
+            saved = named_leaves(tree)
             names = jax.tree_util.tree_map_with_path(lambda at, _: name_of(at), tree)
-            target = jax.tree.map(lambda name: wanted.get(name, ocp.PLACEHOLDER), names)
-            restore = ocp.args.PyTreeRestore(target, restore_args=jax.tree.map(arguments, names))
+            restore = ocp.args.PyTreeRestore(jax.tree.map(target, names), restore_args=jax.tree.map(arguments, names))
             found = named_leaves(handler.restore(self.path / item, args=restore))
         finally:
             handler.close()

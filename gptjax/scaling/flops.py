@@ -1,6 +1,7 @@
-"""What a model costs: parameters, floating-point operations and bytes by formula, and what devices can deliver.
+"""Parameters, floating-point operations and bytes of a model by formula, and the peak rates of devices.
 
-Formulae, because XLA's own analysis counts the body of a scan over layers once. A test holds them to the real model.
+These are formulas because XLA's cost analysis counts the body of a scan over layers only once. Tests compare them with
+the model.
 """
 
 import dataclasses
@@ -19,13 +20,13 @@ from gptjax.config import GPTConfig, OptimizerConfig
 
 
 def parameter_count(model: GPTConfig) -> int:
-    """Parameters of `model`, whose vocab_size is set; the tied head (Radford et al. 2018, section 3.1) counts once."""
+    """Number of parameters; vocab_size must be set. The tied head (Radford et al. 2018, section 3.1) counts once."""
     embedding_rows = _vocab_size(model) + model.context_length
     return non_embedding_parameter_count(model) + embedding_rows * model.embed_dim
 
 
 def non_embedding_parameter_count(model: GPTConfig) -> int:
-    """Parameters without the token and position embeddings: N of Kaplan et al. 2020, section 2.1, biases included."""
+    """Number of parameters without token and position embeddings: N of Kaplan et al. 2020, section 2.1, with biases."""
     D, F = model.embed_dim, model.feed_forward_dim
     attention = (D + model.qkv_bias) * 3 * D + (D + 1) * D
     feed_forward = (D + 1) * F + (F + 1) * D
@@ -43,22 +44,65 @@ def forward_flops_per_token(model: GPTConfig) -> int:
     `context_length` of them, the causal half included; a banded layer as if each saw min(band_width, context_length).
     Embedding look-ups, biases, norms, softmax and activations are not counted.
     """
+    layers = range(model.num_layers)
+    return (
+        model.num_layers * _kernel_flops(model) + sum(_attention_flops(model, n) for n in layers) + _head_flops(model)
+    )
+
+
+def _kernel_flops(model: GPTConfig) -> int:
+    """Forward pass of a layer per token: the products with its kernels."""
     D, F = model.embed_dim, model.feed_forward_dim
-    layer_products = 2 * (3 * D * D + D * D + 2 * D * F) + 2 * (4 * D * (model.adapter_dim or 0))
-    head = 2 * D * _vocab_size(model)
-    seen = {"dense": model.context_length, "banded": min(model.band_width, model.context_length)}
-    pattern = model.attention_pattern
-    positions = sum(seen[pattern[layer % len(pattern)]] for layer in range(model.num_layers))
-    return model.num_layers * layer_products + 4 * D * positions + head
+    return 2 * (3 * D * D + D * D + 2 * D * F) + 2 * (4 * D * (model.adapter_dim or 0))
+
+
+def _attention_flops(model: GPTConfig, layer: int) -> int:
+    """Forward pass of a layer per token: scores, and weighted sums of values."""
+    kind = model.attention_pattern[layer % len(model.attention_pattern)]
+    seen = model.context_length if kind == "dense" else min(model.band_width, model.context_length)
+    return 4 * model.embed_dim * seen
+
+
+def _head_flops(model: GPTConfig) -> int:
+    return 2 * model.embed_dim * _vocab_size(model)
 
 
 def flops_per_token(model: GPTConfig) -> int:
-    """Floating-point operations of a training step, per token: the numerator of model FLOPs utilisation (MFU).
+    """Floating-point operations per token of a training step in which all parameters are trained.
 
-    Three forward passes: the backward pass costs two. What rematerialisation computes again is not counted
-    (Chowdhery et al. 2022, appendix B).
+    It is three times the forward pass, as the backward pass costs two. Recomputation by rematerialisation is not
+    counted (Chowdhery et al. 2022, appendix B).
     """
     return 3 * forward_flops_per_token(model)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedPart:
+    """The trained part of a model whose other parameters are frozen.
+
+    Attributes:
+      weights: trained entries of matrices: kernels of layers, and the token embedding, which is the tied head.
+      low_rank: trained entries of low-rank matrices next to kernels.
+      lowest_layer: the number, from 0, of the lowest layer with trained parameters; the backward pass ends there.
+    """
+
+    weights: int
+    low_rank: int
+    lowest_layer: int
+
+
+def partial_flops_per_token(model: GPTConfig, trained: TrainedPart) -> int:
+    """Floating-point operations per token of a training step in which a part of the parameters is trained.
+
+    The forward pass, the gradients of activations down to the lowest trained layer, and the gradients of trained
+    weights; with everything trained it is `flops_per_token`.
+    """
+    above = range(trained.lowest_layer, model.num_layers)
+    activation_gradients = sum(_kernel_flops(model) + 2 * _attention_flops(model, n) for n in above) + _head_flops(
+        model
+    )
+    low_rank = 3 * 2 * trained.low_rank  # forward pass, gradients of activations, gradients of weights
+    return forward_flops_per_token(model) + activation_gradients + 2 * trained.weights + low_rank
 
 
 def _vocab_size(model: GPTConfig) -> int:
@@ -68,11 +112,11 @@ def _vocab_size(model: GPTConfig) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class MemorySummary:
-    """Bytes on each device that a training step keeps from one step to the next; activations come on top."""
+    """Bytes on each device that persist from one training step to the next, and those of gradients; no activations."""
 
     parameters: int
     gradients: int
-    moments: int  # what the optimizer keeps
+    moments: int  # optimizer state
     ema: int
 
     @property
@@ -83,34 +127,35 @@ class MemorySummary:
 def memory_summary(
     model: GPTConfig, optimizer: OptimizerConfig, shards: int = 1, trained: int | None = None
 ) -> MemorySummary:
-    """Bytes per device when each array is spread over `shards` devices, the mesh's fsdp * tensor.
+    """Bytes per device when each array is sharded over `shards` devices, the mesh's fsdp * tensor.
 
-    Slightly low when sharded: norms, some biases and position embeddings stay whole on every device or axis.
+    Slightly low when sharded: norms, some biases and position embeddings are replicated. Trained parameters are
+    float32, frozen ones of model.param_dtype.
 
     Args:
-      trained: parameters that are trained; None: all.
+      trained: number of trained parameters; None: all.
     """
-    parameters, width = parameter_count(model), jnp.dtype(model.param_dtype).itemsize
+    parameters = parameter_count(model)
     trained = parameters if trained is None else trained
-    every, tree = (-(-count * width // shards) for count in (parameters, trained))
+    frozen_bytes = max(0, parameters - trained) * jnp.dtype(model.param_dtype).itemsize
+    every, tree = (-(-count // shards) for count in (4 * trained + frozen_bytes, 4 * trained))
     first, second = moment_counts(model, optimizer)
-    first_dtype = optimizer.first_moment_dtype
-    first_width = width if first_dtype == "param_dtype" else jnp.dtype(first_dtype).itemsize
-    moments = -(-(first * first_width + second * width) * trained // (parameters * shards))
+    first_width = 2 if optimizer.first_moment_dtype == "bfloat16" else 4
+    moments = -(-(first * first_width + second * 4) * trained // (parameters * shards))
     return MemorySummary(
         parameters=every, gradients=tree, moments=moments, ema=0 if optimizer.ema_decay is None else tree
     )
 
 
 def moment_counts(model: GPTConfig, optimizer: OptimizerConfig) -> tuple[int, int]:
-    """Numbers in the first and the second moments when all of `model` is trained."""
+    """Number of entries of the first and of the second moments when all of `model` is trained."""
     every, D, F, H, K = parameter_count(model), model.embed_dim, model.feed_forward_dim, model.num_heads, model.head_dim
-    kernels = [(D, 3, H, K), (H, K, D), (D, F), (F, D)]  # of a layer; and its adapters'
+    kernels = [(D, 3, H, K), (H, K, D), (D, F), (F, D)]  # of a layer
     if model.adapter_dim is not None:
         kernels += 2 * [(D, model.adapter_dim), (model.adapter_dim, D)]
     if optimizer.name == "adamw":
         return every, every
-    if optimizer.name == "muon":  # orthogonalises the first
+    if optimizer.name == "muon":  # has no second moments of kernels
         return every, every - model.num_layers * sum(map(math.prod, kernels))
     biases = [] if not model.qkv_bias else [(3, H, K)]
     tables = [(_vocab_size(model), D), (model.context_length, D)]
@@ -127,9 +172,9 @@ def moment_counts(model: GPTConfig, optimizer: OptimizerConfig) -> tuple[int, in
 
 @dataclasses.dataclass(frozen=True)
 class DevicePeak:
-    """What a vendor's data sheet promises of one jax device, dense (without sparsity)."""
+    """Peak rates of one JAX device by the vendor's data sheet, dense (without sparsity)."""
 
-    name: str  # words that JAX's device_kind contains
+    name: str  # words in JAX's device_kind
     bfloat16: float  # FLOP/s, float32 accumulation
     float32: float | None  # FLOP/s, not TF32; None: not published
     memory: float  # bytes
@@ -158,6 +203,7 @@ DEVICE_PEAKS = tuple(
         ("B200", 2250, 75, 180 * GB, 8000),
         ("GH200", 990, 67, 96 * GB, 4000),
         ("H200", 989, 67, 141 * GB, 4800),
+        ("H200 NVL", 835, 60, 141 * GB, 4800),
         ("H100 80GB HBM3", 989, 67, 80 * GB, 3350),
         ("H100 PCIe", 756, 51, 80 * GB, 2000),
         ("H100 NVL", 835, 60, 94 * GB, 3900),
@@ -187,21 +233,21 @@ DEVICE_PEAKS = tuple(
 
 @dataclasses.dataclass(frozen=True)
 class TPUChip:
-    """A kind of TPU that is rented in slices: how its chips are connected."""
+    """A kind of TPU that is available in slices, and the links between its chips."""
 
     name: str  # in topologies such as v5p:2x2x1
     device: str  # its name in DEVICE_PEAKS; a chip is one JAX device
     link: float  # bytes per second and direction of one link between neighbouring chips
-    network: float  # bytes per second and direction of a chip's share in the links between slices
+    network: float  # bytes per second and direction: a chip's share of the network between slices
     dimensions: int  # of the torus
-    wraps_at: int  # a dimension that is a multiple of it closes to a ring
-    max_chips: int  # of a slice
+    wraps_at: int  # a dimension that is a multiple of it has wraparound links
+    max_chips: int  # in a slice
 
 
 # https://cloud.google.com/tpu/docs (v4, v5e, v5p, v6e), which gives the bandwidth of all links of a chip in both
 # directions (v5e 400, v5p 1200, v6e 800 GB/s; v4 2400 Gb/s in one): here divided by links and directions. Between
-# slices: per chip for v5p (50 Gb/s), per pod for v5e (6.4 Tb/s) and v6e (25.6 Tb/s); v4, whose figure is not there, as
-# "How to Scale Your Model" (Austin et al. 2025, part 2) has it, which also tells where a torus closes.
+# slices: per chip for v5p (50 Gb/s), per pod for v5e (6.4 Tb/s) and v6e (25.6 Tb/s). The figure of v4, and where a
+# torus has wraparound links, are from "How to Scale Your Model" (Austin et al. 2025, part 2).
 TPU_CHIPS = {
     chip.name: chip
     for chip in (
@@ -212,30 +258,31 @@ TPU_CHIPS = {
     )
 }
 
-# Words that make another, slower or faster, device of a name in the table.
-VARIANT = re.compile(r"\b(MIG|Laptop|Max-Q|Ti|D)\b", re.IGNORECASE)
+# Words that name a slower or faster variant of a device. An entry without the word does not stand for the variant.
+VARIANT = re.compile(r"\b(MIG|Laptop|Max-Q|Ti|D|NVL)\b", re.IGNORECASE)
 
 
 def device_peak(device_kind: str) -> DevicePeak | None:
-    """The most specific entry of DEVICE_PEAKS whose name stands in `device_kind` as whole words; None: no entry."""
-    if VARIANT.search(device_kind):
-        return None
+    """The most specific entry of DEVICE_PEAKS whose name occurs in `device_kind` as whole words; None: no entry."""
     matches = [
         peak for peak in DEVICE_PEAKS if re.search(rf"\b{re.escape(peak.name)}\b", device_kind, flags=re.IGNORECASE)
     ]
-    return max(matches, key=lambda peak: len(peak.name), default=None)
+    best = max(matches, key=lambda peak: len(peak.name), default=None)
+    if best is None or VARIANT.search(re.sub(re.escape(best.name), "", device_kind, flags=re.IGNORECASE)):
+        return None
+    return best
 
 
 @functools.cache
 def peak_flops(device: jax.Device, dtype: str) -> float | None:
-    """Peak FLOP/s of matrix products on one device: the denominator of MFU.
+    """Peak FLOP/s of matrix products on one device: the denominator of model FLOPs utilisation (MFU).
 
     Args:
       device: a CPU is measured, in float32 whatever the dtype (less than a second, once); others are looked up.
-      dtype: of the model's products, "bfloat16" or "float32".
+      dtype: of the matrix products, "bfloat16" or "float32".
 
     Returns:
-      FLOP/s; None, with a warning, when the device's peak for the dtype is not in DEVICE_PEAKS.
+      FLOP/s; None, with a warning, if the device's peak for the dtype is not in DEVICE_PEAKS.
     """
     if device.platform == "cpu":
         # Simulated devices share the cores.
@@ -251,12 +298,12 @@ def peak_flops(device: jax.Device, dtype: str) -> float | None:
 def _measured_cpu_flops(size: int = 2048, repeats: int = 5) -> float:
     """FLOP/s of the fastest of `repeats` float32 products of two (size, size) matrices over all cores."""
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        x_NN = jnp.ones((size, size), jnp.float32)
+        x_XX = jnp.ones((size, size), jnp.float32)
         product = jax.jit(jnp.matmul)
-        product(x_NN, x_NN).block_until_ready()
+        product(x_XX, x_XX).block_until_ready()
         times = []
         for _ in range(repeats):
             start = time.perf_counter()
-            product(x_NN, x_NN).block_until_ready()
+            product(x_XX, x_XX).block_until_ready()
             times.append(time.perf_counter() - start)
     return 2 * size**3 / min(times)

@@ -1,13 +1,21 @@
-"""The step: accumulation equals one big batch, whatever the room; the average of the weights; donated memory."""
+"""The step and its state: accumulation, the moving average, dropout, and float32 arithmetic whatever param_dtype is."""
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.checkpoint.state import create_state, state_shardings
-from gptjax.config import replace
+from gptjax.checkpoint.manager import Checkpoints
+from gptjax.checkpoint.position import Position
+from gptjax.checkpoint.state import ParameterSpec, TrainState, abstract_state, create_state, state_shardings
+from gptjax.config import Config, GPTConfig, OptimizerConfig, PeftConfig, UserError, replace
+from gptjax.models import peft
+from gptjax.models.gpt import GPT, init_params
 from gptjax.parallel.mesh import make_mesh
+from gptjax.scaling import flops
 from gptjax.stages.builders import build
+from gptjax.training.objective import Objective
 from gptjax.training.step import make_train_step
 
 
@@ -76,3 +84,158 @@ def test_every_step_and_microbatch_draws_its_own_dropout(tiny):
     with jax.set_mesh(mesh):
         _, both = train_step(state, batch, np.int32(2), {"lr": np.float32(0)})
     assert float(both["loss"]) != pytest.approx(losses[0], abs=1e-7)  # the second microbatch is not the first again
+
+
+# --- model.param_dtype=bfloat16 ---------------------------------------------------------------------------------------
+
+MODEL = GPTConfig(
+    vocab_size=64, context_length=8, num_layers=2, num_heads=2, embed_dim=16, dtype="float32", param_dtype="bfloat16"
+)
+OPTIMIZER = OptimizerConfig(beta2=0.999, ema_decay=0.999, weight_decay=0.0, clip_norm=None)
+
+
+def spec_of(config: Config) -> ParameterSpec:
+    return ParameterSpec(config, lambda rng: init_params(GPT(config.model), rng))
+
+
+def shapes_of(spec: ParameterSpec) -> dict[str, tuple[int, ...]]:
+    return {path: nn.unbox(leaf).shape for path, leaf in peft.flatten(spec.boxed_params).items()}
+
+
+def next_token_loss(config: Config):
+    def loss(params, batch, rng):
+        logits_BTV = GPT(config.model).apply({"params": params}, batch["tokens"])
+        logprobs_BTV = jax.nn.log_softmax(logits_BTV[:, :-1])
+        chosen_BT1 = jnp.take_along_axis(logprobs_BTV, batch["tokens"][:, 1:, None], axis=-1)
+        return -jnp.sum(chosen_BT1), jnp.float32(chosen_BT1.size), {}
+
+    return loss
+
+
+def train(config: Config, num_steps: int, num_microbatches: int, lr: float) -> tuple[TrainState, TrainState, dict]:
+    """The state before and after the steps, and the metrics of the last; every microbatch has the same row."""
+    spec, mesh = spec_of(config), make_mesh(config.mesh)
+    start = state = create_state(spec, mesh)
+    start = jax.device_get(start)
+    step = make_train_step(Objective(spec, next_token_loss(config)), state_shardings(spec, mesh))
+    row = np.random.default_rng(0).integers(0, config.model.vocab_size, (1, 8)).astype(np.int32)
+    batch = {"tokens": np.stack([row] * num_microbatches)}
+    with jax.set_mesh(mesh):
+        for _ in range(num_steps):
+            state, metrics = step(state, batch, np.int32(num_microbatches), {"lr": np.float32(lr)})
+    return start, jax.device_get(state), jax.device_get(metrics)
+
+
+def test_small_updates_change_bfloat16_models():
+    """At lr 9e-6 an update is below half the spacing of bfloat16, and 0.001 of it moves no bfloat16 average."""
+    start, end, _ = train(Config(model=MODEL, optimizer=OPTIMIZER), num_steps=20, num_microbatches=1, lr=9e-6)
+    kernels = [tree["layers"]["block_0"]["mlp"]["up"]["kernel"] for tree in (start.params, end.params, end.ema)]
+    before, after, average = (np.asarray(kernel, np.float32) for kernel in kernels)
+    assert np.mean(before != after) > 0.99
+    assert np.mean(before != average) > 0.9
+    # After n steps of equal size d, the average has moved by (1 - 0.999) (1 + 2 + ... + n) d, nearly.
+    moved = np.abs(average - before)[np.abs(after - before) > 1e-4] / np.abs(after - before).max()
+    assert np.median(moved) == pytest.approx(0.001 * 10.5, rel=0.2)
+
+
+def test_second_moments_of_bfloat16_models_decay():
+    spec = spec_of(Config(model=MODEL, optimizer=OPTIMIZER))
+    params = create_state(spec, make_mesh(spec.config.mesh)).params
+    optimizer = spec.optimizer()
+    state = optimizer.init(params)
+    for gradient in (1.0, *[0.0] * 20):
+        _, state = optimizer.update(jax.tree.map(lambda p, g=gradient: jnp.full(p.shape, g, p.dtype), params), state)
+    for second in jax.tree.leaves(state[0].nu):
+        np.testing.assert_allclose(np.asarray(second, np.float32), 0.001 * 0.999**20, rtol=1e-5)
+
+
+def test_gradients_of_many_microbatches_are_summed_in_float32():
+    """In bfloat16 a sum of equal terms stops growing at 256 of them."""
+    config = Config(model=MODEL, optimizer=OPTIMIZER)
+    one, many = (train(config, 1, count, lr=0.0)[2] for count in (1, 600))
+    np.testing.assert_allclose(many["grad_norm"], one["grad_norm"], rtol=1e-5)
+    np.testing.assert_allclose(many["loss"], one["loss"], rtol=1e-5)
+
+
+def test_frozen_parameters_keep_param_dtype():
+    settings = PeftConfig(method="lora", targets=("layers/.*/kernel",), rank=2)
+    config = Config(model=MODEL, optimizer=OPTIMIZER, peft=settings)
+    given = shapes_of(spec_of(config))
+
+    def init(rng):
+        params = init_params(GPT(MODEL), rng)
+        return peft.join(params, peft.low_rank(settings, params, rng))
+
+    state = create_state(ParameterSpec(config, init, given=given), make_mesh(config.mesh))
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(state.base)} == {"bfloat16"}
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves((state.params, state.ema))} == {"float32"}
+
+
+def test_checkpoints_of_bfloat16_parameters_resume_in_float32(tmp_path):
+    """Earlier versions trained bfloat16 parameters, with moments and an average of that dtype; widening is exact."""
+    config = Config(model=MODEL, optimizer=OPTIMIZER)
+    spec, mesh = spec_of(config), make_mesh(config.mesh)
+    state = create_state(spec, mesh)
+
+    def narrow(tree):
+        return jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, tree)
+
+    old = state.replace(params=narrow(state.params), opt_state=narrow(state.opt_state), ema=narrow(state.ema))
+    with Checkpoints(tmp_path, config.checkpoint) as checkpoints:
+        checkpoints.save(3, old, Position(), None)
+        checkpoints.wait()
+        restored, _ = checkpoints.restore(abstract_state(spec, mesh))
+    assert jax.tree.map(lambda x: x.dtype, restored) == jax.tree.map(lambda x: x.dtype, state)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(a.dtype)), restored, old)
+
+
+def test_weights_are_read_in_either_precision(tmp_path):
+    """Float32 weights may be read in param_dtype; a run is never resumed with fewer digits than it saved."""
+    config = Config(model=MODEL, optimizer=OPTIMIZER)
+    spec, mesh = spec_of(config), make_mesh(config.mesh)
+    state = create_state(spec, mesh).replace(ema=None)
+    abstract = abstract_state(spec, mesh)
+    narrow = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=x.sharding), abstract.params)
+    with Checkpoints(tmp_path, config.checkpoint) as checkpoints:
+        checkpoints.save(3, state, Position(), None)
+        checkpoints.wait()
+        read, _ = checkpoints.restore_params(narrow)
+        streamed = list(checkpoints.stream_params(narrow))
+        with pytest.raises(UserError, match=r"params/.* is float32.* there and bfloat16.* here"):
+            checkpoints.restore(abstract.replace(params=narrow, ema=None))
+    expected = jax.tree.map(lambda x: np.asarray(x.astype(jnp.bfloat16)), state.params)
+    jax.tree.map(np.testing.assert_array_equal, read, expected)
+    for array, wanted in zip(streamed, jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(array, wanted)
+
+
+# --- model FLOPs ------------------------------------------------------------------------------------------------------
+
+
+def test_flops_count_what_a_step_computes():
+    """Products per token and layer: 4 D^2 of attention, 8 D^2 of the feed-forward layer; the tied head has V D."""
+    D, L, V, T = 16, 2, 64, 8
+    kernels, attention, head = 2 * 12 * D * D, 4 * D * T, 2 * V * D
+    forward = L * (kernels + attention) + head
+    whole = spec_of(Config(model=MODEL))
+    assert whole.flops_per_token == flops.flops_per_token(MODEL) == 3 * forward
+    shapes = shapes_of(whole)
+
+    def partly(**settings) -> float:
+        config = Config(model=MODEL, peft=PeftConfig(**settings))
+
+        def init(rng):
+            params = init_params(GPT(MODEL), rng)
+            return peft.join(params, peft.low_rank(config.peft, params, rng)) if "targets" in settings else params
+
+        return ParameterSpec(config, init, given=shapes).flops_per_token
+
+    # Gradients of the activations: attention has two products of two activations, each with two gradients.
+    gradients = L * (kernels + 2 * attention) + head
+    adapted = L * 2 * (D + 4 * D)  # entries of the two low-rank matrices next to each mlp/up kernel
+    assert partly(method="lora", targets=("layers/.*/mlp/up/kernel",), rank=2) == forward + gradients + 6 * adapted
+    assert partly(method="top_layers", num_layers=1) == forward + (kernels + 2 * attention) + head + kernels
+    reference = ParameterSpec(
+        Config(model=MODEL), lambda rng: whole.init(rng) | {"reference": whole.init(rng)}, frozen=("reference",)
+    )
+    assert reference.flops_per_token == 3 * forward + forward

@@ -105,7 +105,10 @@ def test_memory_counts_state_and_divides_by_shards() -> None:
     assert whole == flops.MemorySummary(4 * count, 4 * count, 8 * count, 0)
     assert whole.total == 16 * count
     assert flops.memory_summary(SMALL, OptimizerConfig(ema_decay=0.99)).total == 20 * count
-    assert flops.memory_summary(replace(SMALL, param_dtype="bfloat16"), OptimizerConfig(), shards=4).total == 2 * count
+    # Trained parameters are float32, frozen ones of param_dtype.
+    half = replace(SMALL, param_dtype="bfloat16")
+    assert flops.memory_summary(half, OptimizerConfig(), shards=4).total == 4 * count
+    assert flops.memory_summary(half, OptimizerConfig(), trained=1000).parameters == 2 * (count - 1000) + 4 * 1000
 
 
 @pytest.mark.parametrize(
@@ -143,6 +146,9 @@ def test_moments_are_those_of_the_state(optimizer: OptimizerConfig) -> None:
         ("NVIDIA A100-SXM4-80GB", "A100-SXM4-80GB"),
         ("NVIDIA H100 80GB HBM3", "H100 80GB HBM3"),
         ("NVIDIA H200", "H200"),
+        ("NVIDIA H200 NVL", "H200 NVL"),
+        ("NVIDIA H100 NVL", "H100 NVL"),
+        ("NVIDIA B200 NVL", None),
         ("NVIDIA A10G", "A10G"),
         ("NVIDIA L40S", "L40S"),
         ("Tesla T4", "T4"),

@@ -154,6 +154,26 @@ def define_cache_dir() -> "flags.FlagHolder[str]":
     )
 
 
+class CheckpointFlags:
+    """The flags --step and --best of a command that reads the weights of a workdir."""
+
+    def __init__(self) -> None:
+        self._step = flags.DEFINE_integer("step", None, "Use the checkpoint of this step.", lower_bound=0)
+        self._best = flags.DEFINE_bool("best", False, "Use the best checkpoint, by evaluation.metric, not the newest.")
+
+    @property
+    def best(self) -> bool:
+        """Whether --best is given; UserError if --step is too."""
+        if self._best.value and self._step.value is not None:
+            raise UserError(f"--step={self._step.value} and --best exclude each other")
+        return bool(self._best.value)
+
+    @property
+    def step(self) -> int | None:
+        """The step to read; None: --step is not given."""
+        return self._step.value
+
+
 def output_file(flag: str, path: str) -> Path:
     """The file that a flag names for output, symbolic links resolved, so that one is written through.
 

@@ -1,8 +1,8 @@
-"""Makes a workdir of a Hugging Face model, or a Hugging Face model of a workdir; and the same of LoRA matrices.
+"""Converts Hugging Face models to workdirs and workdirs to Hugging Face models; LoRA matrices too, in PEFT's format.
 
 python -m gptjax.convert --from_hf=DIR --workdir=runs/imported
 python -m gptjax.convert --from_hf=openai-community/gpt2 --workdir=runs/gpt2_124m --dtype=bfloat16
-python -m gptjax.convert --workdir=runs/gpt2 --to_hf=DIR
+python -m gptjax.convert --workdir=runs/gpt2 --to_hf=DIR [--step=N | --best]
 python -m gptjax.convert --from_peft=DIR --base=runs/gpt2_124m --workdir=runs/lora
 python -m gptjax.convert --workdir=runs/lora --to_peft=DIR
 """
@@ -20,7 +20,7 @@ TO_HF = flags.DEFINE_string(
     "to_hf", None, "Directory to write the model of --workdir to, LoRA folded in; it must be new."
 )
 FROM_PEFT = flags.DEFINE_string(
-    "from_peft", None, "Directory of Hugging Face PEFT with LoRA matrices to import, beside the weights of --base."
+    "from_peft", None, "Directory of Hugging Face PEFT with LoRA matrices to import, over the weights of --base."
 )
 TO_PEFT = flags.DEFINE_string("to_peft", None, "Directory to write the LoRA matrices of --workdir to; it must be new.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Workdir to read, or with --from_hf and --from_peft to make.")
@@ -32,8 +32,9 @@ PARAM_DTYPE = flags.DEFINE_enum(
     ["float32", "bfloat16"],
     "With --from_hf: dtype of the parameters. bfloat16 halves them, for a model that is not trained.",
 )
+CHECKPOINT = cli.CheckpointFlags()
 TOKENIZER = flags.DEFINE_string(
-    "tokenizer", None, "With --from_hf: gpt2, cl100k_base, bytes or json:PATH, in place of the directory's own."
+    "tokenizer", None, "With --from_hf: gpt2, cl100k_base, bytes or json:PATH, instead of the directory's own."
 )
 
 
@@ -48,6 +49,8 @@ def main() -> None:
     (way,) = ways
     if way != "from_hf" and (DTYPE.present or PARAM_DTYPE.present or TOKENIZER.present):
         raise UserError("--dtype, --param_dtype and --tokenizer are for --from_hf: a workdir has its own")
+    if way.startswith("from") and (CHECKPOINT.best or CHECKPOINT.step is not None):
+        raise UserError("--step and --best choose a checkpoint of a workdir to export, by --to_hf or --to_peft")
     if (way == "from_peft") != (BASE.value is not None):
         raise UserError("--from_peft and --base need each other: LoRA matrices are for the weights of a workdir")
     from gptjax.interop import adapters, huggingface  # after the checks: it takes seconds to import
@@ -58,11 +61,11 @@ def main() -> None:
         dtype, param_dtype = cast(Any, DTYPE.value), cast(Any, PARAM_DTYPE.value)
         huggingface.import_workdir(place, workdir, dtype, TOKENIZER.value, param_dtype)
     elif way == "to_hf":
-        huggingface.export_workdir(workdir, directory)
+        huggingface.export_workdir(workdir, directory, best=CHECKPOINT.best, step=CHECKPOINT.step)
     elif way == "from_peft":
         adapters.import_adapter(directory, expand(str(BASE.value)), workdir)
     else:
-        adapters.export_adapter(workdir, directory)
+        adapters.export_adapter(workdir, directory, best=CHECKPOINT.best, step=CHECKPOINT.step)
     print(f"imported {place} into {workdir}" if way.startswith("from") else f"exported {workdir} to {place}")
 
 

@@ -14,7 +14,7 @@ from gptjax import config as c
 from gptjax.checkpoint.manager import Checkpoints
 from gptjax.config import UserError
 from gptjax.data import tokenizers
-from gptjax.evaluation import run as evaluation
+from gptjax.evaluation import run_tasks as evaluation
 from gptjax.evaluation.dialogue import read_prompts
 from gptjax.models.gpt import GPT
 from gptjax.parallel.mesh import make_mesh
@@ -22,7 +22,7 @@ from gptjax.stages import registry
 from gptjax.stages.preference.reward_scorer import load_reward_model
 from gptjax.stages.registry import completed_config
 from gptjax.stages.rl.reward_functions import open_reward
-from gptjax.stages.start import load_given
+from gptjax.stages.saved_weights import load_given
 from gptjax.stages.trained_model import load_model
 from tests.tiny_chats import rl_config
 
@@ -61,7 +61,7 @@ def test_code_that_a_saved_config_names_does_not_run(foreign, pretrained, tmp_pa
 
 
 def test_dialogue_is_read_from_what_the_command_line_names(foreign, monkeypatch):
-    monkeypatch.setattr(evaluation, "load_model", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(evaluation, "load_model", lambda *_, **__: pytest.fail("too late"))
     with pytest.raises(UserError, match=r"needs --source=jsonl:FILE, or --held_out to read what the run held out of"):
         evaluation.evaluate(foreign, evaluation.Options(tasks=("dialogue",)))
     for options in (
@@ -70,6 +70,15 @@ def test_dialogue_is_read_from_what_the_command_line_names(foreign, monkeypatch)
     ):
         with pytest.raises(UserError, match=r"--held_out"):
             evaluation.evaluate(foreign, options)
+
+
+def test_perplexity_is_read_from_what_the_command_line_names(foreign, monkeypatch):
+    monkeypatch.setattr(evaluation, "load_model", lambda *_, **__: pytest.fail("too late"))
+    tree = json.loads((foreign / "config.json").read_text()) | {"stage": "pretrain"}
+    tree["data"]["source"] = "text:/etc/*"
+    (foreign / "config.json").write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=r"needs --source=text:FILE, or --held_out to read what the run held out of"):
+        evaluation.evaluate(foreign, evaluation.Options(tasks=("perplexity",)))
 
 
 def test_a_circle_of_base_weights(foreign):

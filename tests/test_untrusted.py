@@ -356,7 +356,7 @@ def test_safetensors_indices(tmp_path, data):
 def test_an_index_names_no_file_elsewhere(tmp_path, name):
     assert not is_plain_name(name)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(UserError, match="not the name of a file beside it"):
+    with pytest.raises(UserError, match="not the name of a file next to it"):
         safetensors_files.read_headers(tmp_path)
 
 

@@ -4,7 +4,6 @@ import functools
 import threading
 from collections.abc import Iterator, Sequence
 
-import grain
 import numpy as np
 import numpy.typing as npt
 
@@ -80,6 +79,8 @@ class Buckets:
           rows: rows of each microbatch that this process reads, in this order.
           prefetch: number of microbatches read ahead.
         """
+        import grain
+
         each = self._batch_size // self._microbatch_size
         wanted = np.asarray(rows, np.int64)
 

@@ -15,7 +15,6 @@ import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import grain
 import numpy as np
 
 from gptjax.data.pipeline import ExampleArrays, PackedExamples
@@ -127,7 +126,7 @@ class Epochs:
         return generator.permutation(self._num_permuted)
 
 
-class PackedConversations(Epochs, grain.sources.RandomAccessDataSource[ExampleArrays]):
+class PackedConversations(Epochs):
     """Rows of conversations, with the arrays above without the axis R; each conversation occurs once per epoch.
 
     Args:
@@ -196,7 +195,7 @@ class RankedSequences(NamedTuple):
     levels: Sequence[int]
 
 
-class PackedRankings(Epochs, grain.sources.RandomAccessDataSource[ExampleArrays]):
+class PackedRankings(Epochs):
     """Elements of R rows of T positions, which hold all completions of one or more prompts; each prompt once per epoch.
 
     All elements have the same shape, the smallest that fits every prompt alone: T is the bucket of the longest

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import grain
 import numpy as np
 
 from gptjax.config import UserError
@@ -230,6 +229,8 @@ def random_rankings(conversations: Sequence[Conversation], answers: int, seed: i
     Raises:
       UserError: there are fewer than `answers` suitable completions.
     """
+    import grain
+
     true: dict[tuple[Message, ...], set[str]] = {}
     owners: dict[str, set[int]] = {}  # the conversations that have a completion
     turns = [(number, *turn) for number, conversation in enumerate(conversations) for turn in _turns(conversation)]

@@ -5,9 +5,8 @@ import functools
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
-import grain
 import numpy as np
 from absl import logging
 
@@ -18,6 +17,14 @@ from gptjax.data.sources import Source
 from gptjax.data.tokenizers import Tokenizer
 
 ExampleArrays = dict[str, np.ndarray]  # the arrays of one training example, by name
+
+
+class Examples(Protocol):
+    """Examples by number, as grain's RandomAccessDataSource."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> ExampleArrays: ...
 
 
 class Microbatch(NamedTuple):
@@ -106,6 +113,8 @@ class PackedExamples:
         number, example = divmod(index, self.examples_per_epoch)
         epoch = self._epoch(number)
         if self._seed is not None:
+            import grain  # on first use: a command that only reads weights imports this module too
+
             last = self.examples_per_epoch - 1
             example = grain.experimental.index_shuffle(example, max_index=last, seed=epoch.shuffle_seed, rounds=4)
         start = example * self._context_length
@@ -156,7 +165,7 @@ class PackedExamples:
 
 
 def batches(
-    examples: grain.sources.RandomAccessDataSource[ExampleArrays],
+    examples: Examples,
     *,
     start: int,
     batch_size: int,
@@ -191,6 +200,8 @@ def batches(
         return Microbatch(arrays, full_rows * arrays["tokens"][0].size)
 
     num_batches = max(0, -(-(len(examples) - start) // batch_size))
+    import grain
+
     # One thread reads millions of tokens a second; more are slower, as they contend for the global interpreter lock.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
     return iter(grain.MapDataset.range(num_batches).map(batch).to_iter_dataset(options))
@@ -249,6 +260,17 @@ def open_corpus(data: DataConfig, *, context_length: int, seed: int, tokenizer: 
         return PackedExamples(split, context_length, packing=data.packing, seed=seed, on_corrupt=data.on_corrupt)
 
     return Corpus(tokenizer, packed(train, seed), packed(validation, None))
+
+
+def held_out_documents(data: DataConfig) -> Iterator[str]:
+    """Yields the documents of the validation split: those of `open_corpus`, without tokenising the others."""
+    train_source, validation_source = _open_sources(data)
+    if validation_source is not None:
+        yield from validation_source.documents()
+        return
+    for split, document in split_documents(train_source.documents(), data.validation_fraction):
+        if split == "validation":
+            yield document
 
 
 def _open_sources(data: DataConfig) -> tuple[Source, Source | None]:

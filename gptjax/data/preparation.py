@@ -22,7 +22,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import grain
 import numpy as np
 import tqdm
 from absl import logging
@@ -77,6 +76,8 @@ class PreparedSplit:
         self._dtype = np.dtype(metadata["dtype"])
         self._starts = np.cumsum(self.lengths) - self.lengths
         shards = [str(directory / file) for file in counts["files"] if file.endswith(".array_record")]
+        import grain
+
         self._pieces = grain.sources.ArrayRecordDataSource(shards) if shards else ()
         if (self.num_documents, self.num_tokens) != (counts["documents"], counts["tokens"]):
             raise ValueError(f"{name}_lengths.npy does not have the counts of metadata.json")

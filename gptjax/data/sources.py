@@ -47,6 +47,11 @@ MAX_LOGGED = 10  # skipped files, lines and records that are logged; further one
 OnCorrupt = Literal["error", "skip"]
 
 
+def is_packaged(spec: str) -> bool:
+    """Whether a source is the text of an installed package, so that reading it opens no file that the spec names."""
+    return spec in _PACKAGED
+
+
 def open_source(
     spec: str,
     *,

@@ -19,8 +19,6 @@ import stat
 import sys
 from pathlib import Path
 
-import jax
-
 from gptjax.distributed import processes
 
 MAX_BYTES = 4 * 2**30  # what was used longest ago goes first
@@ -36,6 +34,8 @@ def use(cache_dir: Path) -> None:
     Several processes as one go without: JAX keeps the programs of process 0 alone, so that with a disk each the others
     would reach the first collective a compilation later.
     """
+    import jax  # takes a second, which a command that only checks its flags need not spend
+
     if processes.is_one_of_several() or jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     try:

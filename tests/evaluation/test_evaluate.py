@@ -2,12 +2,13 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 
-from gptjax.evaluation import run
-from gptjax.evaluation.run import Options, evaluate
+from gptjax.evaluation import run_tasks
+from gptjax.evaluation.run_tasks import Options, evaluate
 from gptjax.evaluation.scoring import Request, Scorer, encode_pair
 from tests.commands import run_command
 
@@ -91,6 +92,23 @@ def test_perplexity_of_a_text(workdir, files, tiny):
     assert (entry["stride"], entry["documents"], entry["original_tokens"]) == (24, 1, words)
 
 
+def test_perplexity_of_what_the_run_held_out(workdir, tmp_path):
+    documents = [f"document {i} of the corpus" for i in range(20)]
+    held_out = documents[9::10]
+    for name, texts in {"all": documents, "held_out": held_out}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    shutil.copytree(workdir, tmp_path / "run")
+    tree = json.loads((tmp_path / "run" / "config.json").read_text())
+    tree["data"] |= {"source": f"jsonl:{tmp_path}/all.jsonl", "validation_fraction": 0.1}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(tree))
+    own = evaluate(tmp_path / "run", Options(tasks=("perplexity",), held_out=True))["results"]["perplexity"]
+    source = f"jsonl:{tmp_path}/held_out.jsonl"
+    named = evaluate(tmp_path / "run", Options(tasks=("perplexity",), source=source))["results"][f"perplexity:{source}"]
+    assert own["metrics"] == named["metrics"]
+    assert own["documents"] == 2
+    assert own["source"] == f"held out of jsonl:{tmp_path}/all.jsonl"
+
+
 def test_nothing_is_scored_twice(workdir, files, monkeypatch):
     options = Options(tasks=(str(files / "which.jsonl"),), num_fewshot=2)
     first = evaluate(workdir, options)
@@ -105,7 +123,7 @@ def test_nothing_is_scored_twice(workdir, files, monkeypatch):
 
 
 def test_numbers_that_json_cannot_hold():
-    assert run._json(run.Measurement(math.inf, math.nan, 2)) == {"value": None, "stderr": None, "n": 2}
+    assert run_tasks._json(run_tasks.Measurement(math.inf, math.nan, 2)) == {"value": None, "stderr": None, "n": 2}
 
 
 @pytest.mark.parametrize(
@@ -121,7 +139,8 @@ def test_numbers_that_json_cannot_hold():
         (["--workdir={workdir}", "--tasks={files}/bad.jsonl"], ["bad.jsonl:2 is not JSON: Expecting value"]),
         (["--workdir={workdir}", "--tasks={files}/which.jsonl", "--num_fewshot=5"], ["only 4 examples to show"]),
         (["--workdir={workdir}", "--tasks=lambada", "--num_fewshot=-1"], ["num_fewshot"]),
-        (["--workdir={workdir}", "--tasks=perplexity"], ["--tasks=perplexity needs a text, as in --source="]),
+        (["--workdir={workdir}", "--tasks=perplexity", "--step=7"], ["no checkpoint 7"]),
+        (["--workdir={workdir}", "--tasks=perplexity", "--step=7", "--best"], ["--step=7 and --best exclude"]),
         (["--workdir={workdir}", "--tasks=lambada", "--source=sotu"], ["--source is for --tasks=perplexity and"]),
         (["--workdir={workdir}", "--tasks=lambada", "--reward_model=x"], ["--reward_model", "--tasks=dialogue"]),
         (["--workdir={workdir}", "--tasks=dialogue"], ["is of stage pretrain: --tasks=dialogue is for stages sft"]),

@@ -20,7 +20,7 @@ from gptjax.metrics.task_reports import TaskReport, report
 from gptjax.parallel.mesh import batch_shards
 from gptjax.parallel.rows import global_array, process_rows
 from gptjax.stages.finetune.task_model import TaskModel
-from gptjax.stages.start import load_parts
+from gptjax.stages.saved_weights import load_parts
 from gptjax.stages.trained_model import predicting
 
 PREFETCH = 4  # microbatches

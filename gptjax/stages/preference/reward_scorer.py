@@ -18,7 +18,7 @@ from gptjax.inference.engine import bucket, power_of_two
 from gptjax.parallel.mesh import batch_shards, constrain, use_mesh
 from gptjax.stages.preference.reward_model import RewardModel
 from gptjax.stages.registry import completed_config
-from gptjax.stages.start import load_reward_weights
+from gptjax.stages.saved_weights import load_reward_weights
 from gptjax.stages.trained_model import predicting
 
 

@@ -1,4 +1,4 @@
-"""What `python -m gptjax.evaluate` does: each task read, scored resumably, reported."""
+"""Evaluation of a workdir on tasks: reads, scores and reports each task (`python -m gptjax.evaluate`)."""
 
 import dataclasses
 import importlib.metadata
@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 import jax
 
-from gptjax.config import UserError, read_config
+from gptjax.config import Config, UserError, read_config
 from gptjax.data import conversations
-from gptjax.data.sources import open_source
+from gptjax.data.pipeline import held_out_documents
+from gptjax.data.sources import is_packaged, open_source
 from gptjax.data.templates import chat_format
 from gptjax.distributed import processes
 from gptjax.evaluation.catalogue import BENCHMARKS, check_name, read_benchmark
@@ -34,7 +35,7 @@ PERPLEXITY, DIALOGUE = "perplexity", "dialogue"
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The command's flags but for the workdir; `gptjax/evaluate.py` says what they mean."""
+    """The flags of the command `gptjax/evaluate.py`, without the workdir."""
 
     tasks: tuple[str, ...]
     num_fewshot: int = 0
@@ -51,10 +52,12 @@ class Options:
     mesh: str = ""
     dtype: Literal["float32", "bfloat16"] | None = None
     output: Path | None = None
+    best: bool = False
+    step: int | None = None
 
 
 def check(options: Options) -> None:
-    """Raises UserError for what can be seen to be wrong before anything is read."""
+    """Raises UserError for invalid options, before anything is read."""
     if not options.tasks:
         raise UserError(
             "needs --tasks=NAME,...: " + ", ".join([PERPLEXITY, DIALOGUE, *BENCHMARKS]) + ", or a path ending in .jsonl"
@@ -66,11 +69,9 @@ def check(options: Options) -> None:
             raise UserError(f"there is no task file {name}")
     names = [_short(name, options) for name in dict.fromkeys(options.tasks)]
     if len(set(names)) < len(names):
-        raise UserError(f"--tasks={','.join(options.tasks)}: two files have the same name: evaluate them one by one")
-    if PERPLEXITY in options.tasks and options.source is None:
-        raise UserError("--tasks=perplexity needs a text, as in --source=text:wiki.test.tokens")
+        raise UserError(f"--tasks={','.join(options.tasks)}: two files have the same name: evaluate them separately")
     if options.held_out and options.source is not None:
-        raise UserError("--source and --held_out exclude each other: both name the conversations of --tasks=dialogue")
+        raise UserError("--source and --held_out exclude each other: both say what perplexity and dialogue read")
     if options.source is not None and not {PERPLEXITY, DIALOGUE} & set(options.tasks):
         raise UserError("--source is for --tasks=perplexity and --tasks=dialogue")
     if options.source is not None and PERPLEXITY in options.tasks:
@@ -79,41 +80,40 @@ def check(options: Options) -> None:
         conversations.check_spec(options.source)
     if PERPLEXITY not in options.tasks and (options.stride or options.detokenizer or options.concatenate):
         raise UserError("--stride, --detokenizer and --concatenate are for --tasks=perplexity")
-    if DIALOGUE not in options.tasks and (options.max_new_tokens or options.reward_model or options.held_out):
-        raise UserError("--max_new_tokens, --reward_model and --held_out are for --tasks=dialogue")
+    if options.held_out and not {PERPLEXITY, DIALOGUE} & set(options.tasks):
+        raise UserError("--held_out is for --tasks=perplexity and --tasks=dialogue")
+    if DIALOGUE not in options.tasks and (options.max_new_tokens or options.reward_model):
+        raise UserError("--max_new_tokens and --reward_model are for --tasks=dialogue")
     if options.detokenizer is not None:
         get_detokenizer(options.detokenizer)
 
 
 def evaluate(workdir: Path, options: Options) -> dict[str, Any]:
-    """Evaluates the newest weights of a workdir; prints a table and writes the report it returns.
+    """Evaluates the newest weights of a workdir, or those that `options` choose.
+
+    Prints a table, writes the report and returns it.
 
     Raises:
-      UserError: see `check` and `load_model`; a task that cannot be read or does not fit the model.
+      UserError: see `check` and `load_model`; a task cannot be read or does not fit the model.
     """
     check(options)
     config = read_config(workdir)
     if DIALOGUE in options.tasks and not registry.definition(config).chats:
         chats = ", ".join(name for name, stage in registry.DEFINITIONS.items() if stage.chats)
         raise UserError(f"{workdir} is of stage {config.stage}: --tasks=dialogue is for stages {chats}")
-    if DIALOGUE in options.tasks and options.source is None and not options.held_out:
-        # The config may be a stranger's: it must not choose which files of this machine are read.
-        raise UserError(
-            "--tasks=dialogue needs --source=jsonl:FILE, or --held_out to read what the run held out of "
-            f"{config.data.validation_source or config.data.source}"
-        )
-    trained = load_model(workdir, parse_mesh(options.mesh), options.dtype)
+    _check_held_out(options, config)
+    trained = load_model(workdir, parse_mesh(options.mesh), options.dtype, best=options.best, step=options.step)
     scorer = Scorer(trained.model, trained.params, trained.mesh, options.batch_size)
     directory = workdir / "evaluation"
     names = tuple(dict.fromkeys(options.tasks))
-    # All before any is scored, so that a bad task shows at once; process 0 first, which downloads for all.
+    # All tasks are read before any is scored, so that errors appear at once; process 0 first, which downloads.
     prepared = processes.first_then_others(lambda: [(name, _prepare(name, options, trained)) for name in names])
     score = _reward_score(options, trained)
-    results, answers = {}, list[dict[str, Any]]()
+    results, completions = {}, list[dict[str, Any]]()
     for name, task in prepared:
         short = _short(name, options)
         if isinstance(task, DialogueTask):
-            metrics, stated, answers = evaluate_dialogue(
+            metrics, stated, completions = evaluate_dialogue(
                 task, trained, scorer, directory / "scores", short, options.batch_size, score
             )
         else:
@@ -123,7 +123,7 @@ def evaluate(workdir: Path, options: Options) -> dict[str, Any]:
             "metrics": {metric: _json(measured) for metric, measured in metrics.items()},
             "requests": len(task.requests),
             "truncated_requests": sum(map(scorer.is_truncated, task.requests)),
-            "source": options.source if name in (PERPLEXITY, DIALOGUE) else name,
+            "source": _source(name, options, config),
             **task.settings,
             **stated,
             **({} if score is None or name != DIALOGUE else {"reward_model": str(options.reward_model)}),
@@ -149,19 +149,39 @@ def evaluate(workdir: Path, options: Options) -> dict[str, Any]:
         _write(output, report)
     print(table(report))
     print(f"written to {output}")
-    if answers:
-        said = output.with_suffix(".answers.jsonl")
+    if completions:
+        path = output.with_suffix(".answers.jsonl")
         if processes.is_first():
-            write_predictions(said, answers)
-        print(f"the answers are in {said}")
+            write_predictions(path, completions)
+        print(f"the completions are in {path}")
     return report
+
+
+def _check_held_out(options: Options, config: Config) -> None:
+    """Raises UserError where a task would read the run's held-out data without --held_out, or data of another kind.
+
+    The config may be someone else's: without consent it must not choose which files of this machine are read. The text
+    of an installed package needs no consent.
+    """
+    if options.source is not None:
+        return
+    named = config.data.validation_source or config.data.source
+    definition = registry.definition(config)
+    if PERPLEXITY in options.tasks and (definition.conversational or definition.head is not None):
+        raise UserError(f"--tasks=perplexity needs --source=text:FILE: stage {config.stage} trains on no plain text")
+    for task, form in ((PERPLEXITY, "text"), (DIALOGUE, "jsonl")):
+        allowed = options.held_out or (task == PERPLEXITY and is_packaged(named))
+        if task in options.tasks and not allowed:
+            raise UserError(
+                f"--tasks={task} needs --source={form}:FILE, or --held_out to read what the run held out of {named}"
+            )
 
 
 def _prepare(name: str, options: Options, trained: TrainedModel) -> ExampleTask | PerplexityTask | DialogueTask:
     if name == PERPLEXITY:
-        assert options.source is not None
+        data = trained.config.data
         return perplexity_task(
-            open_source(options.source).documents(),
+            held_out_documents(data) if options.source is None else open_source(options.source).documents(),
             trained.tokenizer,
             trained.model.config.context_length,
             limit=options.limit,
@@ -193,7 +213,7 @@ def _prepare(name: str, options: Options, trained: TrainedModel) -> ExampleTask 
 
 
 def _reward_score(options: Options, trained: TrainedModel) -> RewardScore | None:
-    """What --reward_model says of answers."""
+    """Returns the reward function of --reward_model; None without one."""
     if options.reward_model is None:
         return None
     from gptjax.stages.preference.reward_scorer import load_reward_model
@@ -202,14 +222,21 @@ def _reward_score(options: Options, trained: TrainedModel) -> RewardScore | None
 
 
 def _short(name: str, options: Options) -> str:
-    """What the table calls a task."""
+    """Returns the name of a task in the table."""
     if name in (PERPLEXITY, DIALOGUE) and options.source is not None:
         return f"{name}:{options.source}"
     return Path(name).stem if name.endswith(".jsonl") else name
 
 
+def _source(name: str, options: Options, config: Config) -> str | None:
+    """What a task's examples were read from, for the report."""
+    if name == PERPLEXITY and options.source is None:
+        return f"held out of {config.data.validation_source or config.data.source}"
+    return options.source if name in (PERPLEXITY, DIALOGUE) else name
+
+
 def _json(measured: Measurement) -> dict[str, float | None]:
-    """As JSON can hold it, which knows neither infinity nor NaN."""
+    """Returns the fields of a measurement, with None for infinity and NaN, which JSON lacks."""
     return {
         field: value if value is not None and math.isfinite(value) else None
         for field, value in measured._asdict().items()
@@ -224,7 +251,7 @@ def _write(path: Path, report: dict[str, Any]) -> None:
         raise UserError(f"cannot write --output={path}: {error.strerror}") from None
 
 
-# What the table says below the numbers, of what a task's entry has.
+# Keys of a task's entry that are printed below the table.
 _STATED = (
     *("num_fewshot", "fewshot_seed", "stride", "context_length", "concatenated", "first_token_scored"),
     *("documents", "tokens", "bytes", "detokenizer", "original_tokens", "detokenizer_restored_lines"),
@@ -234,7 +261,7 @@ _STATED = (
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report's numbers in columns, and what they depend on."""
+    """Formats the report's metrics as a table, with the settings of each task below."""
     rows = [("task", "metric", "value", "stderr", "n")]
     for name, entry in report["results"].items():
         for metric, measured in entry["metrics"].items():

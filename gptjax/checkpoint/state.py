@@ -195,6 +195,13 @@ def abstract_state(parameters: ParameterSpec, mesh: Mesh) -> TrainState:
     return abstract_arrays(nn.unbox(parameters.boxed_state), state_shardings(parameters, mesh))
 
 
+def abstract_weights(parameters: ParameterSpec, mesh: Mesh) -> Any:
+    """Shapes, dtypes and shardings of the trained parameters as commands read them, in `model.param_dtype`."""
+    dtype = parameters.config.model.param_dtype
+    trained = abstract_state(parameters, mesh).params
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding), trained)
+
+
 def create_state(parameters: ParameterSpec, mesh: Mesh) -> TrainState:
     """Initialises a state on the mesh: every device computes its own shards, and none ever holds the whole."""
     placement = state_shardings(parameters, mesh)

@@ -115,12 +115,12 @@ class StoredCheckpoint:
         return Contents(manifest, sources, arrays)
 
     def read_one(self, manifest: dict[str, Any], name: str, leaf: Any) -> np.ndarray:
-        """Reads the array of a full name into host memory, and verifies it; its dtype is that of `leaf`."""
+        """Reads the array with this full name into host memory, and verifies it; its dtype is that of `leaf`."""
         array = self._read_saved(manifest, name, leaf)
         return array.astype(leaf.dtype, copy=False)
 
     def _read_saved(self, manifest: dict[str, Any], name: str, leaf: Any) -> np.ndarray:
-        """As `read_one`, with the dtype that was saved."""
+        """Reads an array as `read_one` does, with the dtype that was saved."""
         item, _, rest = name.partition("/")
         arrays = self._arrays(item, {rest: leaf}, in_host=True)
         verify(arrays, manifest["checksums"])
@@ -139,7 +139,7 @@ class StoredCheckpoint:
         return arrays
 
     def _arrays(self, item: str, wanted: Mapping[str, Any], in_host: bool = False) -> dict[str, Any]:
-        """Reads arrays of an item, by full name, of the dtypes saved; `wanted` has their shapes and shardings by name.
+        """Reads arrays of an item, by full name, as they were saved; `wanted` has their shapes and shardings by name.
 
         The handler is called without Orbax's manager, whose barriers would wait for a process that failed to read.
         """

@@ -8,8 +8,9 @@ import jax
 from jax.sharding import Mesh
 
 from gptjax.checkpoint.manager import Checkpoints
-from gptjax.checkpoint.state import ParameterSpec, abstract_state
+from gptjax.checkpoint.state import ParameterSpec, abstract_state, abstract_weights
 from gptjax.config import Config, UserError, differences, read_config
+from gptjax.config.model import fields_independent_of_weights
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.distributed import processes
 from gptjax.files import read_json
@@ -18,13 +19,6 @@ from gptjax.parallel.mesh import check_model_fit
 from gptjax.stages import registry
 from gptjax.stages.preference.reward_model import SCALE_FILE
 from gptjax.stages.registry import completed_config
-
-# Fields of the model config that may differ from those of the run that made the weights.
-_FREE_FIELDS = (
-    *("embedding_dropout", "attention_dropout", "residual_dropout"),
-    *("token_init_std", "position_init_std", "kernel_init_std", "scale_residual_init"),
-    *("layer_loop", "remat", "attention_backend", "dtype", "param_dtype", "logits_dtype", "matmul_dtype"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +66,7 @@ def load_parts(
         processes.check_same({"a checkpoint": any_saved}, "give all processes the same --workdir, on a shared disk")
         if not any_saved:
             raise UserError(f"{workdir} has no checkpoint yet")
-        trained, step = checkpoints.restore_params(abstract_state(parameters, mesh).params, step, best=best)
+        trained, step = checkpoints.restore_params(abstract_weights(parameters, mesh), step, best=best)
         base = None
         if parameters.given is not None:
             base = given_base(parameters, load_given(parameters, mesh, given), mesh)
@@ -182,7 +176,7 @@ def given_base(parameters: ParameterSpec, given: Any, mesh: Mesh) -> Any:
 
 def check_model(config: Config, given: Config, name: str) -> None:
     """Raises UserError if the weights of a run with config `given`, called `name`, do not fit the model of `config`."""
-    free: dict[str, Any] = {name: getattr(config.model, name) for name in _FREE_FIELDS}
+    free: dict[str, Any] = {name: getattr(config.model, name) for name in fields_independent_of_weights()}
     if given.model.adapter_dim is None:
         free["adapter_dim"] = config.model.adapter_dim
     adds_tokens = registry.definition(config).adds_tokens

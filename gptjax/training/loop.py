@@ -149,7 +149,7 @@ class _Run:
             writer = MetricsWriter(workdir, header, stage.config.logging, self._saved, callbacks)
             self._writer = stack.enter_context(writer)
         self._progress = stack.enter_context(
-            Progress(stage.config, self._writer, self.tokens, stage.total_tokens, position.progress)
+            Progress(stage.objective.parameters, self._writer, self.tokens, stage.total_tokens, position.progress)
         )
 
     def _start_at(self, state: TrainState, position: Position) -> None:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from gptjax.config import Config
+from gptjax.checkpoint.state import ParameterSpec
 from gptjax.scaling import flops
 from gptjax.training.loss_monitor import LossMonitor, LossSpike, NotFinite
 from gptjax.training.metrics_file import MetricsWriter
@@ -27,13 +27,19 @@ class Progress:
     """
 
     def __init__(
-        self, config: Config, writer: MetricsWriter | None, tokens: int, total_tokens: int, state: dict[str, Any]
+        self,
+        parameters: ParameterSpec,
+        writer: MetricsWriter | None,
+        tokens: int,
+        total_tokens: int,
+        state: dict[str, Any],
     ):
-        """Args: state: what `state()` returned before a run stopped; empty: a new run."""
+        """Args: state: the result of `state()` before a run stopped; empty: a new run."""
+        config = parameters.config
         self._writer = writer
         self._stability = config.stability
         self._every = config.logging.every_steps
-        self._flops_per_token = flops.flops_per_token(config.model)
+        self._flops_per_token = parameters.flops_per_token
         peak = flops.peak_flops(jax.devices()[0], config.model.dtype)
         self._peak_flops = None if peak is None else peak * jax.device_count()
         self._bar = tqdm(

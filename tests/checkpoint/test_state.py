@@ -201,7 +201,7 @@ def test_weights_are_read_in_either_precision(tmp_path):
         checkpoints.wait()
         read, _ = checkpoints.restore_params(narrow)
         streamed = list(checkpoints.stream_params(narrow))
-        with pytest.raises(UserError, match=r"params/.* is float32.* there and bfloat16.* here"):
+        with pytest.raises(UserError, match=r"params/.* is float32.* in the checkpoint and bfloat16.* in this run"):
             checkpoints.restore(abstract.replace(params=narrow, ema=None))
     expected = jax.tree.map(lambda x: np.asarray(x.astype(jnp.bfloat16)), state.params)
     jax.tree.map(np.testing.assert_array_equal, read, expected)

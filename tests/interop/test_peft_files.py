@@ -152,7 +152,7 @@ def test_queries_keys_and_values_of_their_own(roles, tmp_path):
 
 def test_half_precision_and_other_prefixes(tmp_path):
     model = dataclasses.replace(GPT2, param_dtype="bfloat16")
-    leaves = draw(LORA, model)
+    leaves = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), draw(LORA, model))
     save_lora(tmp_path / "lora", LORA, model, leaves)
     tensors = read(tmp_path / "lora")
     assert {array.dtype for array in tensors.values()} == {jnp.dtype("bfloat16")}

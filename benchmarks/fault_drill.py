@@ -76,7 +76,7 @@ from pathlib import Path
 import jax
 from gptjax.config import MeshConfig
 from gptjax.parallel.mesh import make_mesh
-from gptjax.stages.start import load_parts
+from gptjax.stages.saved_weights import load_parts
 
 stop = []
 signal.signal(signal.SIGTERM, lambda *_: stop.append(True))

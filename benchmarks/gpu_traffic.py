@@ -29,7 +29,7 @@ from gptjax import cli
 from gptjax import config as c
 from gptjax.checkpoint.state import create_state, state_shardings
 from gptjax.config import UserError
-from gptjax.inference.programs import Draw, Program, draw_tokens, read_prompts
+from gptjax.inference.programs import DecodingProgram, SamplingInputs, decode_tokens, prefill_prompts
 from gptjax.inference.sampling import Sampling
 from gptjax.inference.weights import prepare
 from gptjax.models import attention_backends
@@ -90,19 +90,19 @@ def compile_token(size: str, rows: int) -> jax.stages.Compiled:
     layers, width, heads = DECODED_SIZES[size]
     model = GPT(c.GPTConfig(vocab_size=VOCABULARY, num_layers=layers, embed_dim=width, num_heads=heads))
     greedy = Sampling(temperature=0.0)
-    program = Program(model, greedy.form, slots=128)
-    draw = Draw(np.zeros(rows, np.uint32), np.int32(0), greedy.knobs, np.full(4, -1, np.int32))
+    program = DecodingProgram(model, greedy.static, slots=128)
+    draw = SamplingInputs(np.zeros(rows, np.uint32), np.int32(0), greedy.values, np.full(4, -1, np.int32))
 
     def start() -> tuple[Any, Any]:
         params = nn.unbox(model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
         params = prepare(model, params, "bfloat16")[1]
         prompts_BT, length_B = jnp.zeros((rows, 32), jnp.int32), jnp.full(rows, 32)
-        return params, read_prompts(program, params, prompts_BT, length_B, jnp.zeros(rows, bool), None, draw)[0]
+        return params, prefill_prompts(program, params, prompts_BT, length_B, jnp.zeros(rows, bool), None, draw)[0]
 
     with use_mesh(make_mesh(c.MeshConfig(), [device()])):
         params, memory = jax.eval_shape(start)
         position_B = jax.ShapeDtypeStruct((rows,), jnp.int32)
-        return _compiled(draw_tokens.lower(program, params, memory, position_B, np.int32(32), draw))
+        return _compiled(decode_tokens.lower(program, params, memory, position_B, np.int32(32), draw))
 
 
 def _compiled(lowered: jax.stages.Lowered, options: tuple[tuple[str, str], ...] = ()) -> jax.stages.Compiled:

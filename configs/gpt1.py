@@ -3,7 +3,8 @@
     python -m gptjax.main --config=configs/gpt1.py:runlocal --workdir=runs/gpt1_small
     python -m gptjax.main --config=configs/gpt1.py:data=tfds:lm1b --workdir=runs/gpt1
 
-Arguments: data (see gptjax/config.py; BooksCorpus is no longer distributed), runlocal (small enough for two CPU cores).
+Arguments: data (`DataConfig.source` in gptjax/config/sections.py; BooksCorpus is no longer distributed), runlocal (a
+small model for two CPU cores).
 """
 
 import ml_collections
@@ -29,7 +30,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             scale_residual_init=False,
             dtype="float32",
         ),
-        # 40,000 merges and 478 symbols; the original vocabulary is json:PATH of its tokenizer.json.
+        # 40,000 merges and 478 symbols. For the original vocabulary use json:PATH with its tokenizer.json.
         data=c.DataConfig(source=args["data"], tokenizer="gpt1_bpe:40478"),
         batch=c.BatchConfig(epochs=100.0, tokens_per_batch=tokens_per_batch),
         optimizer=c.OptimizerConfig(
@@ -38,7 +39,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             warmup_tokens=2000 * tokens_per_batch,  # 2,000 updates
             floor_lr_fraction=0.0,
             beta2=0.999,
-            weight_decay=0.01,  # not on biases and gains: the default decay_rules
+            weight_decay=0.01,  # not on biases and scales, by the default decay_rules
         ),
         evaluation=c.EvaluationConfig(every_tokens=1000 * tokens_per_batch),
         checkpoint=c.CheckpointConfig(every_tokens=1000 * tokens_per_batch),
@@ -47,7 +48,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 
 def runlocal(config: c.Config) -> c.Config:
-    """The same program at a laptop's size."""
+    """Scales the config down to two CPU cores."""
     return c.replace(
         config,
         {

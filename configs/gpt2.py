@@ -3,15 +3,16 @@
     python -m gptjax.main --config=configs/gpt2.py:runlocal --workdir=runs/demo
     python -m gptjax.main --config=configs/gpt2.py:size=124m,data=tfds:lm1b --workdir=runs/gpt2
 
-Arguments: size (124m, 355m, 774m, 1558m), data (see gptjax/config.py), runlocal (a small model for two CPU cores).
+Arguments: size (124m, 355m, 774m, 1558m), data (`DataConfig.source` in gptjax/config/sections.py), runlocal (a small
+model for two CPU cores).
 """
 
 import ml_collections
 
 from gptjax import config as c
 
-# Section 2.3, table 2 (there labelled 117M, 345M, 762M and 1542M). The paper tuned its learning rates by hand and
-# published none: a choice, after GPT-3's for the same sizes.
+# Section 2.3, table 2 (labelled 117M, 345M, 762M and 1542M there), and peak learning rates. The paper tuned learning
+# rates by hand and published none; these are our choice, after GPT-3's for similar sizes.
 SIZES = {
     "124m": ({"num_layers": 12, "embed_dim": 768, "num_heads": 12}, 6e-4),
     "355m": ({"num_layers": 24, "embed_dim": 1024, "num_heads": 16}, 3e-4),
@@ -26,7 +27,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config = c.Config(
         model=c.GPTConfig(context_length=1024, **size),
         data=c.DataConfig(source=args["data"], tokenizer="gpt2"),
-        # Batch 512 (section 2.3). Choices, for want of published values: 10B tokens, and GPT-3's optimizer.
+        # Batch size 512 (section 2.3). Not published, our choice: 10B tokens, and GPT-3's optimizer settings.
         batch=c.BatchConfig(total_tokens=10_000_000_000, tokens_per_batch=512 * 1024, microbatch_size=32),
         optimizer=c.OptimizerConfig(peak_lr=peak_lr, warmup_tokens=375_000_000),
         evaluation=c.EvaluationConfig(every_tokens=250_000_000),
@@ -36,7 +37,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 
 def runlocal(config: c.Config) -> c.Config:
-    """The same program at a laptop's size, with a vocabulary trained on the corpus."""
+    """Scales the config down to two CPU cores, with a vocabulary trained on the corpus."""
     return c.replace(
         config,
         {

@@ -3,18 +3,18 @@
     python -m gptjax.main --config=configs/gpt3.py:runlocal --workdir=runs/gpt3_small
     python -m gptjax.main --config=configs/gpt3.py:size=xl,data=tfds:lm1b --workdir=runs/gpt3_xl
 
-Arguments: size (small, medium, large, xl, 2.7b, 6.7b, 13b, 175b), data (see gptjax/config.py), runlocal (a small model
-for two CPU cores).
+Arguments: size (small, medium, large, xl, 2.7b, 6.7b, 13b, 175b), data (`DataConfig.source` in
+gptjax/config/sections.py), runlocal (a small model for two CPU cores).
 """
 
 import ml_collections
 
 from gptjax import config as c
 
-# Table 2.1: layers, width, heads, sequences of 2,048 tokens in a batch, learning rate. Two rows of the table do not
-# multiply out: XL's "24 heads" of 128 are 16 (2048 / 128), and 13B's width of "5140" is 40 heads of 128, 5120.
+# Table 2.1: layers, model width, heads, sequences of 2,048 tokens per batch, peak learning rate. Two rows of the table
+# are inconsistent: XL has 16 heads (2048 / 128), not 24, and 13B has width 5120 (40 heads of 128), not 5140.
 SIZES = {
-    "small": (12, 768, 12, 256, 6e-4),  # 0.5M tokens a batch
+    "small": (12, 768, 12, 256, 6e-4),  # 0.5M tokens per batch
     "medium": (24, 1024, 16, 256, 3e-4),
     "large": (24, 1536, 16, 256, 2.5e-4),
     "xl": (24, 2048, 16, 512, 2e-4),  # 1M
@@ -36,11 +36,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             embed_dim=embed_dim,
             num_heads=num_heads,
             attention_pattern=("dense", "banded"),  # section 2.1
-            band_width=256,  # not published; GPT-Neo's, an open model with the same alternation
+            band_width=256,  # not published; as in GPT-Neo, an open model with the same alternation
         ),
         data=c.DataConfig(source=args["data"], tokenizer="gpt2"),
-        # Appendix B. The ramp starts at 32k tokens, a microbatch of 16 sequences, and is over between 4B and 12B tokens
-        # "depending on the model size", which is not told in more detail: a choice.
+        # Appendix B. The ramp starts at 32k tokens, a microbatch of 16 sequences, and ends between 4B and 12B tokens
+        # "depending on the model size"; the values per size are not published, these are our choice.
         batch=c.BatchConfig(
             total_tokens=300_000_000_000,
             tokens_per_batch=sequences * 2048,
@@ -73,15 +73,15 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 
 def spread(config: c.Config) -> c.Config:
-    """Parameters and optimizer over all devices, and activations computed twice: what fits no single device."""
+    """Shards parameters and optimizer state over all devices, with full rematerialisation of activations."""
     return c.replace(config, {"mesh": {"data": 1, "fsdp": -1}, "model": {"remat": "full"}})
 
 
 def for_a_pod(config: c.Config) -> c.Config:
-    """`spread`, each layer over 16 devices besides, and 64 sequences at a time; docs/scaling.md has the plan.
+    """Like `spread`, with 16-way tensor parallelism and microbatches of 64 sequences; see docs/scaling.md.
 
-    Two choices follow: the vocabulary has 47 rows that no text uses, so that 16 divides it, and the batch ramp starts
-    at 131k tokens, 64 sequences.
+    Therefore the vocabulary is padded by 47 unused rows to a multiple of 16, and the batch ramp starts at 131k tokens
+    (64 sequences).
     """
     return c.replace(
         spread(config),
@@ -94,7 +94,7 @@ def for_a_pod(config: c.Config) -> c.Config:
 
 
 def runlocal(config: c.Config) -> c.Config:
-    """The same program at a laptop's size: pattern, ramp and schedule included."""
+    """Scales the config down to two CPU cores, including attention pattern, ramp and schedule."""
     return c.replace(
         config,
         {

@@ -1,16 +1,16 @@
-"""Talks with a model that has learned to answer.
+"""Interactive chat with a fine-tuned chat model.
 
 python -m gptjax.chat --workdir=runs/sft
 python -m gptjax.chat --workdir=runs/dpo --system="Answer in one sentence." --temperature=0.7
 echo "Who are you?" | python -m gptjax.chat --workdir=runs/sft
 python -m gptjax.chat --workdir=runs/sft --documents=examples/customer_service
 
-A line is a message. Ctrl-C stops an answer, which is then not part of the conversation; Ctrl-D leaves. Commands:
-/system TEXT sets what comes before all turns (without TEXT: nothing), /reset forgets the turns, /regen answers the last
-message anew, /save FILE appends the conversation to a file that stage "sft" can train on, /help, /quit.
+A line is a message. Ctrl-C stops a completion, which is then not part of the conversation; Ctrl-D quits. Commands:
+/system TEXT sets the system message (without TEXT: removes it), /reset deletes the turns, /regen regenerates the last
+completion, /save FILE appends the conversation to a file that stage "sft" can train on, /help, /quit.
 
-With --documents the model reads before each message the passages of these texts that fit it best, and below the answer
-stands where they are from.
+With --documents the passages of these texts that match a message best are inserted before it (retrieval-augmented
+generation), and their sources are printed below the completion.
 """
 
 import io
@@ -34,15 +34,15 @@ from gptjax.parallel import program_cache
 if TYPE_CHECKING:
     from gptjax.inference.chatting import ChatSession
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of a stage of chat, such as sft.")
-SYSTEM = flags.DEFINE_string("system", None, "What comes before all turns.")
-DOCUMENTS = flags.DEFINE_string("documents", None, "Folder of .txt and .md files to answer from.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of a chat stage, such as sft.")
+SYSTEM = flags.DEFINE_string("system", None, "System message, before all turns.")
+DOCUMENTS = flags.DEFINE_string("documents", None, "Folder of .txt and .md files for retrieval.")
 MAX_NEW_TOKENS = flags.DEFINE_integer(
-    "max_new_tokens", None, "Of an answer; default: a fourth of the context.", lower_bound=1
+    "max_new_tokens", None, "Maximum tokens of a completion; default: a fourth of the context.", lower_bound=1
 )
-TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Divides the logits; 0: always the likeliest token.")
-TOP_K = flags.DEFINE_integer("top_k", 50, "Only so many of the likeliest tokens; 0: all.", lower_bound=0)
-TOP_P = flags.DEFINE_float("top_p", None, "Only the fewest tokens that together are so probable.")
+TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Divides the logits; 0: greedy decoding.")
+TOP_K = flags.DEFINE_integer("top_k", 50, "Samples from the k most probable tokens; 0: all.", lower_bound=0)
+TOP_P = flags.DEFINE_float("top_p", None, "Nucleus sampling: smallest set with this probability.")
 SEED = flags.DEFINE_integer("seed", 0, "Sampling seed, modulo 2**32.")
 CHECKPOINT = cli.CheckpointFlags()
 MESH = flags.DEFINE_string("mesh", "", "Devices by axis, such as fsdp=2,tensor=4; data takes what is left.")
@@ -53,7 +53,7 @@ HELP = "/system TEXT, /reset, /regen, /save FILE, /help, /quit"
 
 def main() -> None:
     if WORKDIR.value is None:
-        raise UserError("needs --workdir=DIR of a run of a stage of chat, such as sft")
+        raise UserError("needs --workdir=DIR, the directory of a run of a chat stage, such as sft")
     from gptjax.stages import registry  # takes seconds to import
 
     config = read_config(expand(WORKDIR.value))
@@ -103,7 +103,7 @@ def main() -> None:
 
 
 def open_session() -> "ChatSession":
-    """The conversation that the flags describe."""
+    """Creates the chat session from the flags."""
     from gptjax.data.templates import chat_format  # after the checks: these take seconds to import
     from gptjax.inference.chatting import ChatSession
     from gptjax.inference.engine import Engine
@@ -132,7 +132,7 @@ def open_session() -> "ChatSession":
 
 
 def take(session: "ChatSession", line: str) -> None:
-    """Does what a line says: a command, or a message to answer."""
+    """Executes a line of input: a command, or a message to complete."""
     command, _, argument = line.partition(" ")
     argument = argument.strip()
 
@@ -156,10 +156,10 @@ def take(session: "ChatSession", line: str) -> None:
 
 @contextmanager
 def shown() -> Iterator[Callable[[str], None]]:
-    """What shows a piece of an answer; after Ctrl-C it raises KeyboardInterrupt.
+    """Yields a function that prints a piece of a completion; after Ctrl-C it raises KeyboardInterrupt.
 
-    Raised wherever the program happens to be, it could be lost: Python ignores what a callback of its garbage collector
-    raises, and JAX has one. A second Ctrl-C is as everywhere else: the next piece may take a compilation.
+    Raised at an arbitrary place, the exception could be lost: Python ignores exceptions in callbacks of the garbage
+    collector, and JAX installs one. A second Ctrl-C interrupts at once, as the next piece may need a compilation.
     """
     interrupted = False
 
@@ -181,7 +181,7 @@ def shown() -> Iterator[Callable[[str], None]]:
 
 
 def answer(session: "ChatSession", give: Callable[[Callable[[str], None]], str]) -> None:
-    """Shows an answer while it is given, and then what it was given from."""
+    """Prints a completion while it is generated, then its sources."""
     with shown() as show:
         give(show)
     print()

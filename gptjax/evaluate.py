@@ -8,12 +8,11 @@ python -m gptjax.evaluate --workdir=runs/gpt2 --tasks=perplexity --source=text:w
 python -m gptjax.evaluate --workdir=runs/sft --tasks=dialogue --held_out --reward_model=runs/reward
 
 A task is a benchmark of `gptjax/evaluation/catalogue.py` (read through tensorflow-datasets, downloaded on first use), a
-file of JSON lines (`gptjax/evaluation/tasks.py` shows its forms), `perplexity` or `dialogue`. Perplexity is that of the
-text that --source names in any of the forms of `data.source`, or with --held_out of the text that the run held out.
-Dialogue evaluates the completions of a chat model for the conversations that --source names, or with --held_out for
-those that its run held out (`gptjax/evaluation/dialogue.py` describes the metrics). The numbers go to stdout and, with
-all they depend on, to --output, and the completions to a file next to it. A stopped evaluation resumes when the same
-command is run again.
+file of JSON lines (formats: `gptjax/evaluation/tasks.py`), `perplexity` of the text named by --source in any form of
+`data.source`, or `dialogue`: completions by a chat model of the conversations named by --source. With --held_out both
+read what the run held out of its own data (metrics of dialogues: `gptjax/evaluation/dialogue.py`). The metrics are
+printed and, with all settings, written to --output, and completions to a file next to it. A stopped evaluation resumes
+when the same command is run again.
 """
 
 from typing import Any, cast
@@ -29,14 +28,12 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run.")
 TASKS = flags.DEFINE_list(
     "tasks", [], "What to evaluate, comma-separated: benchmarks, .jsonl files, perplexity, dialogue."
 )
-NUM_FEWSHOT = flags.DEFINE_integer("num_fewshot", 0, "Examples shown before each example that is asked.", lower_bound=0)
+NUM_FEWSHOT = flags.DEFINE_integer("num_fewshot", 0, "Few-shot examples before each example.", lower_bound=0)
 LIMIT = flags.DEFINE_integer(
-    "limit", None, "Only the first so many examples, or documents, of each task.", lower_bound=1
+    "limit", None, "Number of examples or documents of each task, from the first.", lower_bound=1
 )
-BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 8, "Sequences of full context length that are scored at once.", lower_bound=1
-)
-SEED = flags.DEFINE_integer("seed", 0, "Of the choice of examples to show.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Sequences of full context length in a batch.", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 0, "Sampling seed of few-shot examples.")
 SOURCE = flags.DEFINE_string(
     "source",
     None,
@@ -49,18 +46,21 @@ HELD_OUT = flags.DEFINE_bool(
     "For perplexity and dialogue, instead of --source: what the run held out. Reads the files that its config names.",
 )
 STRIDE = flags.DEFINE_integer(
-    "stride", None, "For perplexity: tokens a window scores; default: half of the context.", lower_bound=1
+    "stride", None, "For perplexity: tokens scored by a window; default: half of the context.", lower_bound=1
 )
 DETOKENIZER = flags.DEFINE_string("detokenizer", None, "For perplexity: wikitext, ptb, lm1b or lambada; default: none.")
 CONCATENATE = flags.DEFINE_bool("concatenate", False, "For perplexity: all documents as one stream, as in training.")
 MAX_NEW_TOKENS = flags.DEFINE_integer(
-    "max_new_tokens", None, "For dialogue: of an answer; default: a fourth of the context.", lower_bound=1
+    "max_new_tokens",
+    None,
+    "For dialogue: tokens of a completion; default: a fourth of the context.",
+    lower_bound=1,
 )
 REWARD_MODEL = flags.DEFINE_string(
-    "reward_model", None, "For dialogue: workdir of a run of stage reward, which compares answers and references."
+    "reward_model", None, "For dialogue: workdir of a run of stage reward, for win rates against the references."
 )
 MESH = flags.DEFINE_string("mesh", "", "Layout over the devices, such as data=2,tensor=4; default: all on data.")
-DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of activations; default: as trained.")
+DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Dtype of activations; default: as in training.")
 OUTPUT = flags.DEFINE_string("output", None, "JSON file of the results; default: in WORKDIR/evaluation.")
 CHECKPOINT = cli.CheckpointFlags()
 CACHE_DIR = cli.define_cache_dir()
@@ -75,7 +75,7 @@ def main() -> None:
     output = None if OUTPUT.value is None else cli.output_file("output", OUTPUT.value)
     cli.join()
     program_cache.use(expand(CACHE_DIR.value))
-    from gptjax.evaluation.run import Options, evaluate  # takes seconds to import
+    from gptjax.evaluation.run_tasks import Options, evaluate  # takes seconds to import
 
     evaluate(
         workdir,

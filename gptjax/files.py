@@ -1,4 +1,4 @@
-"""Files that are whole whenever a process dies, and files that may be a stranger's, whose sizes are limited."""
+"""Atomic writes, and reads of untrusted files with limited sizes."""
 
 import json
 import os
@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-MAX_JSON_BYTES = 100_000_000  # of a JSON file, as of the header of a safetensors file
-MAX_ARRAYS_BYTES = 4 * 2**30  # of the arrays of an .npz file, decompressed
+MAX_JSON_BYTES = 100_000_000  # size of a JSON file; safetensors limits its header to the same
+MAX_ARRAYS_BYTES = 4 * 2**30  # size of the arrays of an .npz file, decompressed
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file that appears whole or not at all: where that fails (a full disk), an older one stays as it was.
+    """Writes a file atomically: if writing fails (a full disk), an existing file is left unchanged.
 
-    The new file has the permissions of the one that it replaces. A symbolic link is replaced, not followed.
+    The new file keeps the permissions of the file that it replaces. A symbolic link is replaced, not followed.
     """
     temporary = unfinished_path(path)
     try:
@@ -35,12 +35,12 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def unfinished_path(path: Path) -> Path:
-    """A name beside `path` that no other process uses, to be renamed to it when what it names is whole."""
+    """Returns a unique temporary path in the directory of `path`, to be renamed to `path` when it is complete."""
     return path.with_name(f".{path.name}-{uuid.uuid4().hex}")
 
 
 def read_json(path: Path) -> Any:
-    """The value of a JSON file of up to MAX_JSON_BYTES; OSError or ValueError when it cannot be read."""
+    """Reads a JSON file of up to MAX_JSON_BYTES; raises OSError or ValueError if it cannot be read."""
     try:
         return json.loads(read_bytes(path, MAX_JSON_BYTES))
     except RecursionError:
@@ -48,17 +48,17 @@ def read_json(path: Path) -> Any:
 
 
 def read_bytes(path: Path, max_bytes: int) -> bytes:
-    """The content of a regular file; OSError when it cannot be read, ValueError when it is larger than `max_bytes`."""
+    """Reads a regular file; raises OSError if it cannot be read, ValueError if it is larger than `max_bytes`."""
     check_size(path, max_bytes)
     with path.open("rb") as file:
-        content = file.read(max_bytes + 1)  # no more, should it have grown
+        content = file.read(max_bytes + 1)  # bounded, as the file may have grown since it was checked
     if len(content) > max_bytes:
         raise ValueError(f"it has more than {max_bytes:,} bytes")
     return content
 
 
 def check_size(path: Path, max_bytes: int) -> None:
-    """Raises OSError when `path` is no regular file (a pipe would never end), ValueError when it is too large."""
+    """Raises OSError if `path` is not a regular file (a pipe would never end), ValueError if it is too large."""
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
         raise OSError(f"{path} is not a regular file")
@@ -67,14 +67,14 @@ def check_size(path: Path, max_bytes: int) -> None:
 
 
 def read_arrays(path: Path, max_bytes: int = MAX_ARRAYS_BYTES) -> dict[str, npt.NDArray[Any]]:
-    """The arrays of an .npz file; none of them may be pickled.
+    """Reads the arrays of an .npz file; pickled arrays are refused.
 
     Raises:
-      ValueError: it is damaged, has pickled arrays, or they have more than `max_bytes` in all when decompressed.
-      OSError: it cannot be read.
+      ValueError: the file is damaged, has pickled arrays, or has more than `max_bytes` of arrays when decompressed.
+      OSError: the file cannot be read.
     """
     try:
-        with zipfile.ZipFile(path) as archive:  # which decompresses no member beyond the size that is given here
+        with zipfile.ZipFile(path) as archive:  # decompresses no member beyond the size stated in the archive
             size = sum(member.file_size for member in archive.infolist())
         if size > max_bytes:
             raise ValueError(f"its arrays have {size:,} bytes, more than {max_bytes:,}")
@@ -82,15 +82,15 @@ def read_arrays(path: Path, max_bytes: int = MAX_ARRAYS_BYTES) -> dict[str, npt.
             return dict(arrays)
     except (OSError, ValueError):
         raise
-    except Exception as error:  # a damaged zip file raises one of many kinds, and a false shape a MemoryError
+    except Exception as error:  # damaged zip files raise many types of errors, and a wrong shape a MemoryError
         raise ValueError(f"it is damaged: {error}") from None
 
 
 def expand(path: str) -> Path:
-    """A path that a user gives, with `~` as the home directory. Every command reads its path flags by this."""
+    """Expands `~` in a path given by a user. Every command reads its path flags with this function."""
     return Path(os.path.expanduser(path))
 
 
 def is_plain_name(name: Any) -> bool:
-    """Whether `name`, as a file that may be anybody's gives it, is that of a file beside it, and no way elsewhere."""
+    """Whether `name`, read from an untrusted file, is a plain file name that cannot lead to another directory."""
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}

@@ -4,9 +4,9 @@ python -m gptjax.generate --workdir=runs/demo --prompt="The Congress" --temperat
 python -m gptjax.generate --workdir=runs/demo --prompts=prompts.jsonl --num_samples=4 --output=completions.jsonl
 echo "The Congress" | python -m gptjax.generate --workdir=runs/demo --num_beams=4
 
-One completion of one prompt is printed as text while it is generated. All else is JSON, a line for each completion:
-{"prompt": .., "text": .., "finish_reason": "end_of_text" | "stop" | "length", "num_tokens": .., "seed": ..}, the fields
-of the prompt's own line in a .jsonl file besides, and with --logprobs "tokens" and "logprobs". A beam has no seed.
+A single completion is streamed as text. Otherwise the output is JSON lines, one for each completion:
+{"prompt": .., "text": .., "finish_reason": "end_of_text" | "stop" | "length", "num_tokens": .., "seed": ..}, with the
+other fields of the prompt's line in a .jsonl file, and with --logprobs "tokens" and "logprobs". A beam has no seed.
 """
 
 import json
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 DEFAULT_NEW_TOKENS = 128
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run, or of imported weights.")
-PROMPT = flags.DEFINE_string("prompt", None, "Text to go on from; without --prompt and --prompts: standard input.")
+PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; default: standard input.")
 PROMPTS = flags.DEFINE_string(
     "prompts", None, "File of prompts, one a line, or .jsonl with a text 'prompt' a line; - is stdin."
 )
@@ -41,27 +41,30 @@ MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens", None, "Tokens of a completion; default: 128, or what the context has room for.", lower_bound=1
 )
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Completions of each prompt.", lower_bound=1)
-TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0: always the likeliest token.")
-TOP_K = flags.DEFINE_integer("top_k", None, "Only the k likeliest tokens.")
-TOP_P = flags.DEFINE_float("top_p", None, "Only the fewest tokens that together have this probability.")
-MIN_P = flags.DEFINE_float("min_p", None, "Only tokens at least this times as probable as the likeliest.")
+TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0: greedy decoding.")
+TOP_K = flags.DEFINE_integer("top_k", None, "Samples from the k most probable tokens.")
+TOP_P = flags.DEFINE_float("top_p", None, "Nucleus sampling: smallest set with this probability.")
+MIN_P = flags.DEFINE_float("min_p", None, "Minimum probability relative to the most probable token.")
 REPETITION_PENALTY = flags.DEFINE_float(
-    "repetition_penalty", None, "Makes tokens that came before less likely; above 1."
+    "repetition_penalty", None, "Above 1: makes tokens that occurred before less probable."
 )
 NUM_BEAMS = flags.DEFINE_integer("num_beams", None, "Beam search instead of sampling.", lower_bound=1)
 LENGTH_PENALTY = flags.DEFINE_float("length_penalty", 1.0, "With --num_beams: above 0 favours longer completions.")
-STOP = flags.DEFINE_multi_string("stop", [], "Text that ends a completion, and is not part of it; may be repeated.")
-IGNORE_END_OF_TEXT = flags.DEFINE_bool("ignore_end_of_text", False, "Go on after the end of the document.")
+STOP = flags.DEFINE_multi_string("stop", [], "String that ends a completion and is removed; repeatable.")
+IGNORE_END_OF_TEXT = flags.DEFINE_bool("ignore_end_of_text", False, "Continue after end-of-text.")
 OVERFLOW = flags.DEFINE_enum(
-    "overflow", "error", ["error", "slide"], "When a text outgrows the context: refuse, or go on from its last half."
+    "overflow", "error", ["error", "slide"], "When a text exceeds the context: error, or continue from its last half."
 )
-SEED = flags.DEFINE_integer("seed", 0, "Of the first completion, modulo 2**32; each further one counts up from it.")
+SEED = flags.DEFINE_integer("seed", 0, "Sampling seed of the first completion, modulo 2**32; then consecutive.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Completions generated together.", lower_bound=1)
 WEIGHTS = flags.DEFINE_enum(
-    "weights", "as_given", ["as_given", "bfloat16", "int8", "stacked"], "Bytes of a weight; stacked: no copy of them."
+    "weights",
+    "as_given",
+    ["as_given", "bfloat16", "int8", "stacked"],
+    "Weight precision; stacked: no copy.",
 )
 MESH = flags.DEFINE_string("mesh", "", "Layout over the devices, such as fsdp=2,tensor=4; default: all on data.")
-LOGPROBS = flags.DEFINE_bool("logprobs", False, "With the token ids and their log-probabilities, as JSON.")
+LOGPROBS = flags.DEFINE_bool("logprobs", False, "Output token ids and log-probabilities, as JSON.")
 OUTPUT = flags.DEFINE_string("output", None, "Write JSON lines to this file.")
 CHECKPOINT = cli.CheckpointFlags()
 CACHE_DIR = cli.define_cache_dir()
@@ -119,7 +122,7 @@ def opened_output(path: Path) -> TextIO:
 
 
 def check_beams(num_beams: int) -> None:
-    """Raises UserError for flags that a beam search has no use for."""
+    """Raises UserError for flags that do not apply to beam search."""
     sampling = (TEMPERATURE, TOP_K, TOP_P, MIN_P, REPETITION_PENALTY, STOP, OVERFLOW, SEED)
     if given := [flag.name for flag in sampling if flag.present]:
         raise UserError(f"--{given[0]} and --num_beams exclude each other")
@@ -128,7 +131,7 @@ def check_beams(num_beams: int) -> None:
 
 
 def read_prompts() -> list[dict[str, Any]]:
-    """The prompts, each under "prompt" in a dict, with the other fields of its line in a .jsonl file."""
+    """Reads the prompts: dicts with "prompt", and the other fields of the line in a .jsonl file."""
     if PROMPT.value is not None:
         return [{"prompt": PROMPT.value}]
     if PROMPTS.value is None:
@@ -160,7 +163,7 @@ def encode(engine: "Engine", prompt: str) -> list[int]:
 
 
 def check_lengths(prompts: list[list[int]], context: int) -> int:
-    """The number of new tokens; UserError names the first prompt that leaves no room for them, before any is run."""
+    """Returns the number of new tokens; UserError with the first prompt that leaves no room for them."""
     longest = max(map(len, prompts))
     slides = OVERFLOW.value == "slide"
     new = MAX_NEW_TOKENS.value

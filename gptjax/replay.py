@@ -25,7 +25,8 @@ def main() -> None:
     from gptjax.checkpoint.state import abstract_state
     from gptjax.parallel.mesh import check_fit, make_mesh
     from gptjax.stages import registry
-    from gptjax.stages.start import load_given, whole_base
+    from gptjax.stages.saved_weights import load_given
+    from gptjax.stages.start import whole_base
     from gptjax.stages.trained_model import parse_mesh
     from gptjax.training.debug_bundles import diagnose, load_bundle
 

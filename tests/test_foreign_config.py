@@ -14,7 +14,7 @@ from gptjax import config as c
 from gptjax.checkpoint.manager import Checkpoints
 from gptjax.config import UserError
 from gptjax.data import tokenizers
-from gptjax.evaluation import run as evaluation
+from gptjax.evaluation import run_tasks as evaluation
 from gptjax.evaluation.dialogue import read_prompts
 from gptjax.models.gpt import GPT
 from gptjax.parallel.mesh import make_mesh
@@ -22,7 +22,7 @@ from gptjax.stages import registry
 from gptjax.stages.preference.reward_scorer import load_reward_model
 from gptjax.stages.registry import completed_config
 from gptjax.stages.rl.reward_functions import open_reward
-from gptjax.stages.start import load_given
+from gptjax.stages.saved_weights import load_given
 from gptjax.stages.trained_model import load_model
 from tests.tiny_chats import rl_config
 

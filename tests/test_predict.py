@@ -14,7 +14,7 @@ from absl import flags
 
 from gptjax.config import Config, UserError, read_config, replace
 from gptjax.run import run
-from gptjax.stages import start
+from gptjax.stages import saved_weights
 from gptjax.training.metrics_file import read_metrics
 from tests.commands import run_command
 from tests.tiny_tasks import KINDS, records, run_config, with_method
@@ -86,8 +86,10 @@ def test_predictions_equal_those_of_the_run(command, workdir_of, tmp_path):
 
 def test_several_adapters_share_one_base(command, workdir_of, monkeypatch):
     workdirs = [workdir_of("classification", "lora"), workdir_of("classification", "head")]
-    loaded, load = [], start.load_weights
-    monkeypatch.setattr(start, "load_weights", lambda *args, **kwargs: loaded.append(args[0]) or load(*args, **kwargs))
+    loaded, load = [], saved_weights.load_weights
+    monkeypatch.setattr(
+        saved_weights, "load_weights", lambda *args, **kwargs: loaded.append(args[0]) or load(*args, **kwargs)
+    )
     both = command(f"--workdir={workdirs[0]},{workdirs[1]}", stdin="good 12\nbad 3\n")
     assert len(loaded) == 1
     for workdir in workdirs:

@@ -269,7 +269,7 @@ def test_what_is_read_whole_has_a_largest_size(tmp_path, monkeypatch, suffix, co
     (tmp_path / f"a{suffix}").write_bytes(packed)
     tracemalloc.start()
     try:
-        with pytest.raises(UserError, match=r"it has more than 1,048,576 bytes, and is read whole"):
+        with pytest.raises(UserError, match=r"it has more than 1,048,576 bytes, but is read as a whole"):
             list(open_source(f"text:{tmp_path}/a{suffix}").documents())
         message = "a:1 is not JSON" if b"\n" in content else "it has a line of more than 1,048,576 bytes"
         with pytest.raises(UserError, match=message.replace("a:1", f"a{suffix}:1")):
@@ -356,7 +356,7 @@ def test_safetensors_indices(tmp_path, data):
 def test_an_index_names_no_file_elsewhere(tmp_path, name):
     assert not is_plain_name(name)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(UserError, match="not the name of a file beside it"):
+    with pytest.raises(UserError, match="not the name of a file next to it"):
         safetensors_files.read_headers(tmp_path)
 
 

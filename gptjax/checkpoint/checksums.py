@@ -1,8 +1,8 @@
-"""Checksums of arrays, by which a checkpoint that a disk has changed is told from one that it has not.
+"""Checksums of arrays, which detect damage to the stored arrays of a checkpoint.
 
-They are sums, modulo 2**32, over the elements of an array, so a device sums what it holds: they cost one pass over its
-memory, and are the same on any mesh and in any number of processes. A file's checksum would depend on how the array was
-cut into files, and would not notice a file that is missing, which reads as zeros.
+A checksum is a sum modulo 2**32 over the elements of an array, so each device sums its own shard: the cost is one pass
+over device memory, and the result does not depend on the mesh or the number of processes. Checksums of files would
+depend on the sharding, and would miss a missing file, which is read as zeros.
 """
 
 import math
@@ -13,23 +13,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by bytes of an element
+_UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by item size in bytes
 
 
 def checksums(tree: Any) -> dict[str, int]:
-    """The checksum of every leaf, by its path, such as "params/head/bias".
+    """Computes the checksum of every leaf, by its path, such as "params/head/bias".
 
-    A changed element always changes it, several do but for one chance in 2**32.
+    A change of one element always changes the checksum; changes of several do so with probability 1 - 2**-32.
 
     Args:
-      tree: of arrays, of jax or numpy, with elements of up to 4 bytes; those of jax in device or host memory.
+      tree: pytree of jax or numpy arrays with an item size of up to 4 bytes; jax arrays may be in device or pinned host
+        memory.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     in_host = {name: leaf for name, (_, leaf) in zip(names, leaves, strict=True) if _is_in_host(leaf)}
     on_device = {name: leaf for name, (_, leaf) in zip(names, leaves, strict=True) if name not in in_host}
     sums = dict(zip(on_device, np.asarray(_sums(list(on_device.values()))).tolist(), strict=True)) if on_device else {}
-    # One after the other: a device that offloads its optimizer's state has no room for all of it.
+    # One array at a time: a device whose optimizer state is offloaded has no room for all of it.
     sums |= {
         name: int(_sum_from_host(leaf, leaf.sharding.with_memory_kind("device"))) for name, leaf in in_host.items()
     }
@@ -42,7 +43,7 @@ def _is_in_host(leaf: Any) -> bool:
 
 @jax.jit
 def _sums(leaves: list[jax.Array]) -> jax.Array:
-    """uint32 (leaves,)."""
+    """Computes the checksums of the leaves, uint32 (N,)."""
     return jnp.stack([_sum(leaf) for leaf in leaves])
 
 
@@ -52,8 +53,8 @@ def _sum_from_host(leaf: jax.Array, on_device: jax.sharding.Sharding) -> jax.Arr
 
 
 def _sum(array: jax.Array) -> jax.Array:
-    """The sum of what a mixer makes of each element's bits and its place: uint32 ()."""
-    # As whole numbers from the first: a CPU that slices bfloat16 by way of float32 makes 0 of the smallest.
+    """Sums a hash of each element's bits and index, uint32 ()."""
+    # Bits are taken before slicing: XLA's CPU slices bfloat16 through float32 and flushes subnormals to 0.
     array = array.astype(jnp.uint8) if array.dtype == jnp.bool_ else array
     array = jax.lax.bitcast_convert_type(array, _UNSIGNED[array.dtype.itemsize])
     size = math.prod(array.shape[1:])
@@ -68,7 +69,7 @@ def _sum(array: jax.Array) -> jax.Array:
 
     if array.ndim < 3:
         return of_row(array, 0)
-    # Layer by layer: a CPU writes down what it sums up, and that is to be no second copy of all layers.
+    # Layer by layer: XLA's CPU materialises the summands, which must not be a second copy of all layers.
     rows = jnp.arange(array.shape[0], dtype=jnp.uint32)
     return jnp.sum(jax.lax.map(lambda i: of_row(array[i], i * np.uint32(size % 2**32)), rows), dtype=jnp.uint32)
 

@@ -1,12 +1,12 @@
-"""The lock of a workdir: one run at a time, and a lock left by a dead owner is recognised.
+"""The lock of a workdir: allows one run at a time, and detects a stale lock of a dead owner.
 
-`<workdir>/run.lock` is JSON that names its owner. It is created by O_EXCL, which NFS supports as well, where flock
-often does not reach other hosts. On the owner's own machine the kernel reports whether it is alive. Where the kernel
-does not say (another machine, or a process of another user under `hidepid`) its heartbeats do: the owner touches the
-lock every `BEAT` seconds, and is dead when none is seen for `DEAD` seconds; clocks of two machines are not compared.
+`<workdir>/run.lock` is JSON that names its owner. It is created with O_EXCL, which works on NFS too, where flock is
+often local to a host. On the owner's machine the kernel reports whether the owner is alive. Elsewhere, or for another
+user's process under `hidepid`, heartbeats decide: the owner touches the lock every `BEAT` seconds, and counts as dead
+if no heartbeat is observed for `DEAD` seconds. Clocks of two machines are never compared.
 
-A stale lock is removed only by the run that holds the lock's claim, a file of the same form whose name contains the id
-of the dead owner. So no run ever removes the lock of another run that took over the stale lock before it did.
+A stale lock is removed only by the run that holds the lock's claim, a file of the same format whose name contains the
+id of the dead owner. So no run ever removes the lock of another run that took over the stale lock before it did.
 """
 
 import datetime
@@ -33,7 +33,7 @@ BEAT, DEAD = 10.0, 60.0  # seconds
 
 @contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Holds the lock of a workdir, created if it is missing; removes one that it created and that is still empty.
+    """Holds the lock of a workdir, which is created if missing, and removed again if it is still empty.
 
     Raises:
       UserError: another run holds it, or it cannot be written.
@@ -60,7 +60,7 @@ def locked(workdir: Path) -> Iterator[None]:
 
 
 def _describe() -> dict[str, Any]:
-    """This process, as other processes, on this machine and elsewhere, know it."""
+    """Returns an identification of this process for processes on this and other machines."""
     pid = os.getpid()
     return {
         "host": socket.gethostname(),
@@ -73,7 +73,7 @@ def _describe() -> dict[str, Any]:
 
 
 def _machine() -> str | None:
-    """Where process numbers mean the same: one start of one kernel, and in it one container."""
+    """Returns an id of the PID namespace: the kernel's boot id and the container; None: unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -82,7 +82,7 @@ def _machine() -> str | None:
 
 
 def _stat(path: str) -> list[str]:
-    """Fields of a stat file of /proc from the third, the state, on; none where it cannot be read."""
+    """Returns the fields of a stat file of /proc from the third (state) on; empty if it cannot be read."""
     try:
         return Path(path).read_text().rpartition(")")[2].split()
     except OSError:
@@ -90,19 +90,19 @@ def _stat(path: str) -> list[str]:
 
 
 def _started(pid: int) -> str:
-    """When a process started, which distinguishes it from a later one of the same number; "" where that is hidden."""
+    """Returns the start time of a process, which distinguishes it from a later one of the same PID; "": unknown."""
     fields = _stat(f"/proc/{pid}/stat")
     return fields[19] if len(fields) > 19 else ""
 
 
 def _is_alive(pid: int, started: Any) -> bool | None:
-    """Whether the process of this machine that had number `pid` when it started is alive; None: the kernel hides it."""
+    """Whether the process with this PID and start time on this machine is alive; None: unknown."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
-        pass  # it is another user's
+        pass  # another user's process
     if not started or not (now := _started(pid)):
         return None  # macOS, or /proc is mounted with hidepid
     if now != started:
@@ -112,10 +112,10 @@ def _is_alive(pid: int, started: Any) -> bool | None:
 
 
 def _acquire(path: Path, own: dict[str, Any]) -> None:
-    """Creates the lock `path`; UserError when its owner is alive.
+    """Creates the lock `path`; raises UserError if another owner is alive.
 
-    A file with the content X at `path` is removed by its owner alone or, if that is dead, by the run that holds the
-    lock `claim` of X. Ids are never used again, so whoever gets that claim later finds that X is gone.
+    A file with the content X at `path` is removed only by its owner or, if that is dead, by the run that holds the
+    lock `claim` of X. Ids are unique, so a run that gets that claim later finds that X does not exist any more.
     """
     while not _create(path, own):
         other, beat = _read(path)
@@ -147,9 +147,9 @@ def _create(path: Path, own: dict[str, Any]) -> bool:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], int | None]:
-    """The owner, empty if it cannot be read, and its last heartbeat in ns; None when there is no lock."""
+    """Returns the owner, empty if it cannot be read, and its last heartbeat in ns; None if there is no lock."""
     try:
-        with path.open() as file:  # NFS asks the server when a file is opened, and not always for its time
+        with path.open() as file:  # NFS revalidates attributes when a file is opened; stat alone may be cached
             beat = os.fstat(file.fileno()).st_mtime_ns
             owner = json.loads(file.read(10_000))
     except FileNotFoundError:
@@ -160,7 +160,7 @@ def _read(path: Path) -> tuple[dict[str, Any], int | None]:
 
 
 def _check_dead(path: Path, owner: dict[str, Any], beat: int) -> None:
-    """Raises UserError unless the owner is dead, which takes `DEAD` seconds where the kernel does not say."""
+    """Raises UserError unless the owner is dead; waits `DEAD` seconds where the kernel cannot report it."""
     name = f"process {owner.get('pid')} on {owner.get('host')}, since {owner.get('since')}"
     alive = None
     if owner.get("machine") is not None and owner.get("machine") == _machine() and type(owner.get("pid")) is int:
@@ -173,15 +173,15 @@ def _check_dead(path: Path, owner: dict[str, Any], beat: int) -> None:
             alive = _read(path) != (owner, beat)
     if alive:
         raise UserError(
-            f"{path.parent} is in use by another run, {name}: wait for its end or stop it, or use another --workdir"
+            f"{path.parent} is in use by another run, {name}: wait until it ends, stop it, or use another --workdir"
         )
     print(f"{path} was left by {name}, which is dead: this run takes over", file=sys.stderr)
 
 
 def _keep(path: Path, own: dict[str, Any], ended: threading.Event) -> None:
-    """Sends heartbeats; ends the process when another run has taken the workdir, since two would destroy it."""
+    """Sends heartbeats; ends the process if another run has taken over the workdir, as two runs would corrupt it."""
     while not ended.wait(BEAT):
-        with suppress(OSError):  # a server that is out of reach for a while
+        with suppress(OSError):  # the file server may be unreachable for a while
             owner, beat = _read(path)
             if beat is None:
                 _create(path, own)

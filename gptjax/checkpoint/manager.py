@@ -39,16 +39,16 @@ T = TypeVar("T")
 
 
 class Checkpoints:
-    """The checkpoints in `<workdir>/checkpoints/`, written in the background, each device its own shards.
+    """The checkpoints in `<workdir>/checkpoints/`, written asynchronously, each device its own shards.
 
-    One checkpoint has the items `params`, `ema` (where there is one), `train` (step, optimizer state and random key)
-    and `manifest` (JSON: the `Position`, the score, and dtype, shape and checksum of each array); imported weights are
-    `params` and `manifest`. Frozen parameters of another workdir are not stored, but their checksums are. The newest
-    `keep_last` checkpoints and the one of the highest score are kept.
+    A checkpoint has the items `params`, `ema` (if the run keeps a moving average), `train` (step, optimizer state and
+    random key) and `manifest` (JSON: the `Position`, the score, and dtype, shape and checksum of each array); imported
+    weights have only `params` and `manifest`. Frozen parameters of another workdir are not stored, but their checksums
+    are. The newest `keep_last` checkpoints and the one of the highest score are kept.
 
-    Reading first compares names, shapes and dtypes with what is wanted, then verifies the checksum of every array. A
-    damaged checkpoint is reported, moved to `<workdir>/damaged/` unless `read_only`, and the one before it is read. An
-    error of the machine (`read_errors`) never moves a checkpoint.
+    Restoring first compares names, shapes and dtypes with the expected ones, then verifies the checksum of every array.
+    A damaged checkpoint is reported, moved to `<workdir>/damaged/` unless `read_only`, and the one before it is
+    restored. An error of the machine (`read_errors`) never moves a checkpoint.
     """
 
     def __init__(self, workdir: Path, config: CheckpointConfig, read_only: bool = False):
@@ -63,7 +63,7 @@ class Checkpoints:
         self._manager = self._listed(lambda: _open_manager(self._directory, options))
 
     def _listed(self, function: Callable[[], T]) -> T:
-        """The result of `function`, which lists the directory; repeated if a checkpoint is deleted meanwhile."""
+        """Calls `function`, which lists the directory, again if a checkpoint is deleted meanwhile."""
         for delay in (*read_errors.RETRY_DELAYS, None):
             try:
                 return function()
@@ -77,17 +77,17 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def best_step(self) -> int | None:
-        """The step of the highest score; the newest where none has one."""
+        """Returns the step of the highest score; the newest step if there are no scores."""
         return _best(self._known_scores(), self._manager.all_steps(), self.latest_step())
 
     def _known_scores(self) -> dict[int, float | None]:
-        """By step; read only when they are needed, as by then several processes have agreed on the steps."""
+        """Returns the scores by step; read on demand, when all processes have agreed on the steps."""
         new = [step for step in self._manager.all_steps() if step not in self._scores]
         self._scores.update({step: self._saved_score(step) for step in new})
         return self._scores
 
     def _saved_score(self, step: int) -> float | None:
-        """The score in a manifest; None: there is none, or the checkpoint is damaged, which reading it will report."""
+        """Returns the score in a manifest; None if there is none or the checkpoint is damaged (reported on restore)."""
         stored = self._stored(step)
         try:
             score: float | None = stored.retried(stored.manifest).get("score")
@@ -101,10 +101,10 @@ class Checkpoints:
         """Starts saving; returns once the arrays are copied off the devices.
 
         Args:
-          score: of the validation, the higher the better; None: not known, and never the best.
+          score: validation score, the higher the better; None: unknown, never the best.
 
         Raises:
-          UserError: the disk has no room for it, or the save before this one failed. Earlier checkpoints are whole.
+          UserError: the disk is full, or the previous save failed. Earlier checkpoints are intact.
         """
         items = _items(state)
         self._check_room(items)
@@ -120,21 +120,21 @@ class Checkpoints:
             )
 
     def wait(self) -> None:
-        """Returns once what is being saved is on the disk; raises as `save`."""
+        """Waits until all saves are written to disk; raises as `save`."""
         with self._errors_named():
             self._manager.wait_until_finished()
 
     def save_params(self, params: Any, base: Any = None) -> None:
-        """Saves weights that no training here has made, as step 0: commands can use them, no run can go on from them.
+        """Saves imported weights as step 0, without training state: no run can resume from them.
 
         Args:
-          base: parameters beside them that stay as another workdir has them; None: there are none.
+          base: frozen parameters of another workdir, of which only checksums are stored; None: there are none.
 
         Raises:
-          UserError: the disk has no room for them, or the save failed.
+          UserError: the disk is full, or the save failed.
         """
         self._check_room(params)
-        # Compressing, which saves a tenth, takes a second copy of all weights in memory.
+        # Compression saves only a tenth, and needs a second copy of all weights in memory.
         handlers = {
             "params": ocp.PyTreeCheckpointHandler(use_compression=False),
             "manifest": ocp.JsonCheckpointHandler(),
@@ -153,11 +153,11 @@ class Checkpoints:
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
         if not self._directory.is_dir():
             raise UserError(
-                f"cannot save: {self._directory} was deleted during the run, and what it held is lost; "
+                f"cannot save: {self._directory} was deleted during the run, and its checkpoints are lost; "
                 "the same command starts again"
             )
         free = shutil.disk_usage(self._directory).free
-        if 1.1 * size > free:  # indices and metadata come on top
+        if 1.1 * size > free:  # leaves room for indices and metadata
             raise UserError(
                 f"no room for a checkpoint of {size / 1e9:.1f} GB in {self._directory} ({free / 1e9:.1f} GB free): "
                 f"{self._last_good()}; free some space and run the same command again"
@@ -166,14 +166,14 @@ class Checkpoints:
     def restore(
         self, abstract: TrainState, step: int | None = None, changes: ConfigChanges | None = None
     ) -> tuple[TrainState, Position]:
-        """Reads the newest whole state, or that of `step`, with `abstract`'s shardings; it lacks its `base`.
+        """Restores the newest undamaged state, or that of `step`, with `abstract`'s shardings and without its `base`.
 
         Args:
-          changes: of the config since the checkpoint was saved. Where they are allowed, an optimizer state that does
-            not fit is None in the result, and so is a moving average that the checkpoint lacks.
+          changes: config changes since the checkpoint was saved. If they are allowed, an optimizer state that does not
+            fit is None in the result, and so is a moving average that is missing or does not fit.
 
         Raises:
-          UserError: there is no whole checkpoint, it cannot be read, or it does not fit `abstract`.
+          UserError: all checkpoints are damaged, one cannot be read, or it does not fit `abstract`.
         """
         items, why = _items(abstract), ConfigChanges() if changes is None else changes
 
@@ -189,25 +189,25 @@ class Checkpoints:
         return state, position_of(contents.manifest)
 
     def check_base(self, step: int, base: Any) -> None:
-        """Raises UserError unless `base` holds what the state saved at `step` had."""
+        """Raises UserError unless `base` has the checksums of the base of the state saved at `step`."""
         stored = self._stored(step)
         manifest = stored.required(stored.manifest)
         try:
             verify({"base": base}, manifest["checksums"])
         except DamageError as error:
             raise UserError(
-                f"the weights that {self._directory.parent} started from have changed ({error}): put its init_from back"
+                f"the weights that {self._directory.parent} started from have changed ({error}): restore its init_from"
             ) from None
 
     def restore_params(self, abstract_params: Any, step: int | None = None, *, best: bool = False) -> tuple[Any, int]:
-        """Reads the newest whole weights, and their step: the moving average where the run kept one.
+        """Restores the newest undamaged weights, or their moving average if the run kept one; returns also their step.
 
         Args:
-          step: read those of this step.
-          best: read those of the best checkpoint, unless `step` is given.
+          step: restores the checkpoint of this step instead.
+          best: restores the best checkpoint instead, unless `step` is given.
 
         Raises:
-          UserError: as `restore`.
+          UserError: as in `restore`.
         """
 
         def read(stored: StoredCheckpoint) -> Contents:
@@ -223,10 +223,10 @@ class Checkpoints:
         return contents.filled(weights_item(contents.manifest["checksums"]), abstract_params), found
 
     def stream_params(self, abstract_params: Any) -> Iterator[np.ndarray]:
-        """Yields the newest weights, leaf by leaf in the tree's order, each read into host memory when it is asked for.
+        """Yields the newest weights, leaf by leaf in the tree's order, each read into host memory on demand.
 
         Raises:
-          UserError: at the first that is damaged, or cannot be read.
+          UserError: at the first leaf that is damaged or cannot be read.
         """
         step = self.latest_step()
         assert step is not None, self._directory
@@ -240,7 +240,7 @@ class Checkpoints:
     def _first_whole(
         self, choose: Callable[[], list[int]], read: Callable[[StoredCheckpoint], Contents]
     ) -> tuple[int, Contents]:
-        """The first of the steps that `choose` lists whose contents are whole; all processes agree on it."""
+        """Returns the first step listed by `choose` whose contents are undamaged; all processes agree on it."""
         damaged: set[int] = set()
         while steps := processes.of_first(lambda: [step for step in choose() if step not in damaged]):
             stored = self._stored(steps[0])
@@ -248,7 +248,7 @@ class Checkpoints:
                 contents = read_errors.agreed(functools.partial(stored.retried, functools.partial(read, stored)))
                 verify(contents.arrays, contents.manifest["checksums"])
                 return stored.step, contents
-            except VanishedError:  # a reader lists the checkpoints of a run in progress again
+            except VanishedError:  # read-only: lists the checkpoints of the run in progress again
                 if not self._read_only:
                     raise UserError(f"{stored} was deleted while it was read: is --workdir in use?") from None
             except ReadError as error:
@@ -259,7 +259,7 @@ class Checkpoints:
                 damaged.add(stored.step)
                 self._report(stored, error)
         raise UserError(
-            f"no checkpoint in {self._directory} is whole: use another --workdir, or begin anew in this one by "
+            f"all checkpoints in {self._directory} are damaged: use another --workdir, or start again in this one with "
             "--start_over, which keeps its files"
         )
 
@@ -271,13 +271,13 @@ class Checkpoints:
         return steps if only is None else [only]
 
     def _report(self, stored: StoredCheckpoint, error: DamageError) -> None:
-        """Prints that a checkpoint is damaged, and moves it out of the way of the next one saved at its step."""
+        """Reports a damaged checkpoint, and moves it away so that its step can be saved again."""
         reason = f"{stored} is damaged ({error})"
         if not self._read_only:
-            reason += f" and now in {processes.of_first(lambda: str(_set_aside(stored)))}"
+            reason += f" and was moved to {processes.of_first(lambda: str(_set_aside(stored)))}"
             self._listed(self._manager.reload)
         if processes.is_first():
-            print(f"{reason}: the one before it is read", file=sys.stderr)
+            print(f"{reason}: the checkpoint before it is used", file=sys.stderr)
 
     def _stored(self, step: int) -> StoredCheckpoint:
         return StoredCheckpoint(self._directory, step)
@@ -286,16 +286,16 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Waits for the saves under way; raises UserError when one of them failed."""
+        """Waits for pending saves; raises UserError if one of them failed."""
         if error is not None and jax.process_count() > 1:
-            return  # the other processes may never come to where a save waits for them
+            return  # the other processes may never reach the barrier of the save
         with self._errors_named():
             self._manager.wait_until_finished()
             self._manager.close()
 
     @contextmanager
     def _errors_named(self) -> Iterator[None]:
-        """Turns a failure to write into a UserError; Orbax writes atomically, so earlier checkpoints are whole."""
+        """Converts a failure to write into a UserError; Orbax writes atomically, so earlier checkpoints are intact."""
         try:
             yield
         except (OSError, ValueError) as error:  # tensorstore's are ValueErrors that name the file they fail to write
@@ -314,7 +314,7 @@ class Checkpoints:
 
 
 def _open_manager(directory: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
-    """Orbax's manager, which reads _CHECKPOINT_METADATA, a file of times, of every step; UserError when one is bad."""
+    """Opens Orbax's manager; UserError if a _CHECKPOINT_METADATA file (timestamps) of a step is damaged."""
     try:
         return ocp.CheckpointManager(directory, options=options)
     except OSError:
@@ -322,12 +322,12 @@ def _open_manager(directory: Path, options: ocp.CheckpointManagerOptions) -> ocp
     except Exception as error:  # its parsers raise ValueError, TypeError, RecursionError, ...
         raise UserError(
             f"a _CHECKPOINT_METADATA in {directory} is damaged ({read_errors.first_line(error)}): remove that file, "
-            "and the checkpoint is read without it"
+            "which is not needed to restore the checkpoint"
         ) from None
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-    """The arrays of a state, by the item of a checkpoint that holds them."""
+    """Returns the arrays of a state, by item of the checkpoint."""
     items = {
         "params": state.params,
         "train": {"step": state.step, "opt_state": state.opt_state, "rng": state.rng},
@@ -337,7 +337,7 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _KeepBest(policies.PreservationPolicy):
-    """Orbax's own policy knows only the scores that it was told in this process."""
+    """Preserves the best checkpoint; Orbax's own policy knows only the scores saved by this process."""
 
     scores: dict[int, float | None]
 
@@ -375,9 +375,9 @@ def _is_deleted_soon(stored: StoredCheckpoint) -> bool:
 
 @functools.cache
 def _silence_threads() -> None:
-    """Keeps what fails in threads of orbax and tensorstore from being shown there: it is raised here, and one line.
+    """Suppresses messages about errors in threads of Orbax and TensorStore, which are raised here as one line.
 
-    They log it, print it as an exception that nobody awaits, and print that a loop has ended before their answers came.
+    The libraries log them, print them as unhandled exceptions, and report that their event loop is closed.
     """
     absl_handler = logging.get_absl_handler()
     absl_handler.addFilter(lambda record: "/orbax/" not in record.pathname and record.name != "asyncio")

@@ -1,4 +1,4 @@
-"""Where a run is, besides its arrays: what a checkpoint keeps of it beside them."""
+"""Progress of a run: the state in a checkpoint that is not arrays."""
 
 import dataclasses
 from typing import Any
@@ -9,15 +9,15 @@ class Best:
     """The best validation so far.
 
     Attributes:
-      score: the higher the better; None: there was none.
-      evaluations_since: how many were no better.
+      score: validation score, the higher the better; None: no finite score yet.
+      evaluations_since: number of evaluations since then, none of which was better.
     """
 
     score: float | None = None
     evaluations_since: int = 0
 
     def after(self, score: float | None) -> "Best":
-        """With the score of one more evaluation; None: it is not finite."""
+        """Returns the best validation after one more evaluation; score None: not finite."""
         if score is not None and (self.score is None or score > self.score):
             return Best(score)
         return Best(self.score, self.evaluations_since + 1)
@@ -25,14 +25,15 @@ class Best:
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """Where a run is, besides its arrays.
+    """Position of a run in its data, and its progress.
 
     Attributes:
-      examples: that the run was trained on.
-      tokens: in them, padding left out.
-      skipped_examples: that it passed over, where it went back before a spike of the loss.
-      progress: what the numbers it shows go on from, as JSON can hold it.
-      owes_evaluation: the run was asked to stop before the held-out loss due at this step was there.
+      examples: training examples consumed.
+      tokens: tokens in them, without padding.
+      skipped_examples: examples skipped after returning to a checkpoint before a loss spike.
+      best: the best validation so far.
+      progress: JSON-serialisable state of the reported metrics.
+      owes_evaluation: the run was stopped before the validation due at this step was finished.
     """
 
     examples: int = 0

@@ -1,7 +1,7 @@
 """Classification of errors in reading a checkpoint: damage, a failing read, or a checkpoint that was deleted.
 
-Only damage (a wrong checksum, a wrong format, a missing file) is a property of the checkpoint. Everything else, such as
-exhausted file descriptors or a disk or file server that does not answer, is a property of the machine, and may pass.
+Only damage (a wrong checksum, a wrong format, a missing file) is a property of the checkpoint. Other errors, such as
+exhausted file descriptors or an unreachable file server, are properties of the machine and may be transient.
 """
 
 import errno
@@ -29,11 +29,11 @@ _FORMAT_ERRORS = (
 
 
 class DamageError(Exception):
-    """The content of a checkpoint is not what was saved."""
+    """The content of a checkpoint differs from what was saved."""
 
 
 class ReadError(Exception):
-    """A checkpoint cannot be read now; nothing is known about its content."""
+    """A checkpoint cannot be read at present; its content is unknown."""
 
 
 class VanishedError(Exception):
@@ -48,7 +48,7 @@ def retried(read: Callable[[], T], exists: Callable[[], bool]) -> T:
 
     Raises:
       UserError: as raised by `read`.
-      DamageError, ReadError, VanishedError: as their names say. Any other error is a defect of the program.
+      DamageError, ReadError, VanishedError: by the kind of the error. Other errors are bugs, and re-raised.
     """
     for delay in (*RETRY_DELAYS, None):
         try:
@@ -89,15 +89,15 @@ def agreed(read: Callable[[], T]) -> T:
 
 
 def first_line(error: BaseException) -> str:
-    """The message of an error, as a part of one line."""
+    """Returns the first line of an error's message, shortened."""
     line = next(iter(str(error).splitlines()), "").partition(". See full")[0] or type(error).__name__
     return line if len(line) <= 120 else f"{line[:117]}..."
 
 
 def refusal(error: BaseException | None) -> str | None:
-    """Why a read failed, if the operating system or the file server refused it; None: it did not.
+    """Returns the reason if the operating system or the file server refused a read; None for any other error.
 
-    Libraries raise some of these errors from others, and TensorStore as a ValueError that names the code in its text.
+    Such errors may be the cause of another exception, or a ValueError of TensorStore with the code in its message.
     """
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None and error.errno not in _MISSING:

@@ -1,6 +1,6 @@
-"""Comparison of the arrays that a checkpoint holds with those that a program wants: names, shapes and dtypes.
+"""Comparison of the names, shapes and dtypes of a checkpoint's arrays with the expected ones.
 
-It precedes reading, so that a changed config is never taken for a damaged checkpoint.
+It is done before reading, so that a changed config is never mistaken for a damaged checkpoint.
 """
 
 import dataclasses
@@ -12,75 +12,75 @@ import jax
 
 from gptjax.config import UserError
 
-# Sections and keys of the config on which the arrays of a part of the state depend.
+# Sections and keys of the config that determine the arrays of a part of the state.
 _PARAMS_FIELDS = ("model.", "peft.", "task.", "chat.", "ppo.", "stage", "init_from", "data.tokenizer")
 _OPTIMIZER_FIELDS = ("optimizer.", "peft.", "ppo.", "stage")
 
 
 @dataclasses.dataclass(frozen=True)
 class ConfigChanges:
-    """How the config of a run differs from the one in its workdir.
+    """Differences of a run's config from the one in its workdir.
 
     Attributes:
-      allowed: the user allows differences (`--allow_config_changes`).
-      fields: each as "key: old -> new".
+      allowed: whether the user allows differences (`--allow_config_changes`).
+      fields: the differences, each as "key: old -> new".
     """
 
     allowed: bool = False
     fields: Sequence[str] = ()
 
     def named(self, item: str) -> str:
-        """The changed fields on which `item` ("params", "ema" or "optimizer") can depend, for a message."""
+        """Returns the changed fields that can affect `item` ("params", "ema" or "optimizer"), for a message."""
         keys = _OPTIMIZER_FIELDS if item == "optimizer" else _PARAMS_FIELDS
         related = [field for field in self.fields if field.startswith(keys)] or self.fields
-        return "; ".join(related) or "another config, or another version of gptjax or Optax, saved it"
+        return "; ".join(related) or "it was saved by another config, or by another version of gptjax or Optax"
 
 
 def name_of(path: tuple[Any, ...]) -> str:
-    """The name of a leaf, such as "params/head/bias"."""
+    """Returns the name of a leaf, such as "params/head/bias"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree, by name."""
+    """Returns the leaves of a tree, by name."""
     return {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def described(tree: Any) -> dict[str, str]:
-    """The dtype and shape of each leaf, by name, such as "float32[16,48]"."""
+    """Returns the dtype and shape of each leaf, such as "float32[16,48]", by name."""
     return {
         name: f"{leaf.dtype}[{','.join(str(size) for size in leaf.shape)}]" for name, leaf in named_leaves(tree).items()
     }
 
 
 def of_item(arrays: Mapping[str, str], item: str) -> dict[str, str]:
-    """The arrays of one item of a checkpoint, by their names within it."""
+    """Returns the entries of one item of a checkpoint, by their names within it."""
     return {name.removeprefix(f"{item}/"): text for name, text in arrays.items() if name.startswith(f"{item}/")}
 
 
 def first_difference(saved: Mapping[str, str], wanted: Mapping[str, str]) -> str | None:
-    """The first array in which two descriptions differ, in words; None: there is none."""
+    """Returns a message about the first array that differs; None if there is none."""
     for name in sorted(saved.keys() | wanted.keys()):
         if saved.get(name) != wanted.get(name):
             there, here = (text.get(name, "missing") for text in (saved, wanted))
-            return f"{name} is {there} there and {here} here"
+            return f"{name} is {there} in the checkpoint and {here} in this run"
     return None
 
 
 def check_item(item: str, saved: Mapping[str, str], wanted: Mapping[str, str], place: str, why: ConfigChanges) -> None:
-    """Raises UserError, which names the first array that differs and the config fields, unless both are the same."""
+    """Raises UserError if `saved` and `wanted` differ, with the first such array and the related config fields."""
     if (difference := first_difference(saved, wanted)) is not None:
         raise UserError(f"{place} does not fit this config: {item}/{difference} ({why.named(item)})")
 
 
 def restorable(saved: Mapping[str, str], items: Mapping[str, Any], place: str, why: ConfigChanges) -> dict[str, str]:
-    """The full name in the checkpoint of each array that can be restored, by its full name in `items`.
+    """Maps the full name in `items` of each array that can be restored to its full name in the checkpoint.
 
     Args:
-      saved: what the checkpoint holds, as `described` gives it.
-      items: what is wanted: trees of abstract arrays, by item.
-      place: the checkpoint, for a message.
-      why: where it allows changes, arrays of an optimizer state or a moving average that do not fit are left out.
+      saved: the arrays of the checkpoint, as from `described`.
+      items: the expected trees of abstract arrays, by item.
+      place: name of the checkpoint, for messages.
+      why: config changes. If they are allowed, an optimizer state or a moving average that does not fit is omitted.
 
     Raises:
       UserError: other arrays do not fit.
@@ -105,7 +105,7 @@ def restorable(saved: Mapping[str, str], items: Mapping[str, Any], place: str, w
 
 
 def _train_names(there: dict[str, str], here: dict[str, str], place: str, why: ConfigChanges) -> dict[str, str]:
-    """The saved name of each array of item "train"; without the optimizer's state where that does not fit."""
+    """Maps each array of item "train" to its saved name; omits an optimizer state that does not fit."""
     saved, wanted = ({n: text for n, text in arrays.items() if n.startswith("opt_state")} for arrays in (there, here))
     rest = {name: text for name, text in here.items() if name not in wanted}
     check_item("train", {name: text for name, text in there.items() if name not in saved}, rest, place, why)
@@ -120,10 +120,10 @@ def _train_names(there: dict[str, str], here: dict[str, str], place: str, why: C
 
 
 def match_optimizer(saved: Mapping[str, str], wanted: Mapping[str, str]) -> dict[str, str] | None:
-    """The saved name of each wanted array of the optimizer's state; None: the states differ.
+    """Maps each expected array of the optimizer state to its saved name; None if the states differ.
 
     Names are those of `opt_state`, the states of an `optax.chain`. A transformation without arrays, such as clipping or
-    weight decay, changes the positions of those behind it, and so positions are compared by their order alone.
+    weight decay, shifts the indices of those after it, so indices are compared by their order only.
     """
     ranked_saved, ranked_wanted = _ranked(saved), _ranked(wanted)
     if first_difference(
@@ -135,7 +135,7 @@ def match_optimizer(saved: Mapping[str, str], wanted: Mapping[str, str]) -> dict
 
 
 def _ranked(names: Mapping[str, str]) -> dict[str, str]:
-    """Names by what they become when the positions in the chain are counted without gaps."""
+    """Maps each name with its chain index replaced by its rank to the name itself."""
     position = re.compile(r"(opt_state/)(\d+)(?=/|$)")
     positions = sorted({int(match[2]) for name in names if (match := position.match(name))})
     rank = {str(number): str(i) for i, number in enumerate(positions)}

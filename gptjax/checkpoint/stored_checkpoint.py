@@ -21,15 +21,16 @@ from gptjax.files import read_json
 
 T = TypeVar("T")
 
-ITEMS = ("params", "ema", "train", "base")  # "base" has checksums alone
+ITEMS = ("params", "ema", "train", "base")  # of "base" only the checksums are stored
 
 
 class Contents(NamedTuple):
-    """What was read of a checkpoint.
+    """The content read from a checkpoint.
 
     Attributes:
-      sources: the full name in the checkpoint of each array that is wanted and there, by its name in the state.
-      arrays: by full name in the checkpoint.
+      manifest: the manifest.
+      sources: full name in the checkpoint of each restored array, by its name in the state.
+      arrays: restored arrays, by full name in the checkpoint.
     """
 
     manifest: dict[str, Any]
@@ -37,7 +38,7 @@ class Contents(NamedTuple):
     arrays: dict[str, Any]
 
     def filled(self, name: str, abstract: Any) -> Any:
-        """The tree called `name`, such as "params", with its arrays; None if the checkpoint lacks any of them."""
+        """Returns the tree called `name`, such as "params", with its arrays; None if any of them is missing."""
         names = jax.tree_util.tree_map_with_path(
             lambda path, _: "/".join(filter(None, (name, name_of(path)))), abstract
         )
@@ -50,7 +51,7 @@ class Contents(NamedTuple):
 class StoredCheckpoint:
     """One checkpoint of `<workdir>/checkpoints/`.
 
-    A full name of an array has its item before it, such as "params/head/bias".
+    The full name of an array begins with its item, such as "params/head/bias".
     """
 
     directory: Path
@@ -70,7 +71,7 @@ class StoredCheckpoint:
         manifest: dict[str, Any] = read_json(self.path / "manifest" / "metadata")
         if manifest.pop("crc32") != crc32(manifest):
             raise DamageError("its manifest is not what was saved")
-        # It may be anybody's, and the names are parts of paths.
+        # The checkpoint may be untrusted, and the names are parts of paths.
         for table, kind in (("checksums", int), ("arrays", str)):
             entries = manifest[table] if table == "checksums" else manifest.get(table, {})
             if not all(name.partition("/")[0] in ITEMS and type(value) is kind for name, value in entries.items()):
@@ -78,11 +79,11 @@ class StoredCheckpoint:
         return manifest
 
     def described(self) -> tuple[dict[str, Any], dict[str, str]]:
-        """The manifest, and dtype and shape of each array by full name."""
+        """Returns the manifest, and the dtype and shape of each array by full name."""
         manifest = self.manifest()
         if "arrays" in manifest:
             return manifest, manifest["arrays"]
-        # The manifest of an earlier version has names alone; Orbax's metadata has the rest.
+        # Manifests of earlier versions have names only; dtypes and shapes are in Orbax's metadata.
         names = {name for name in manifest["checksums"] if not name.startswith("base/")}
         saved: dict[str, str] = {}
         for item in sorted({name.partition("/")[0] for name in names}):
@@ -92,7 +93,7 @@ class StoredCheckpoint:
         return manifest, saved
 
     def read(self, manifest: dict[str, Any], items: dict[str, Any], sources: dict[str, str]) -> Contents:
-        """Reads the arrays `sources`, by the names that they have in `items`; they are not verified yet."""
+        """Reads the arrays `sources`, by their names in `items`, without verifying them."""
         wanted = {sources[name]: leaf for name, leaf in named_leaves(items).items() if name in sources}
         arrays: dict[str, Any] = {}
         for item in items:
@@ -102,12 +103,12 @@ class StoredCheckpoint:
             except Exception as error:
                 if read_errors.refusal(error) is not None or jax.process_count() > 1:
                     raise
-                # The layout or a file of the layout may be at fault, and not the arrays.
+                # The error may come from the sharding or its file, while the arrays are intact.
                 arrays |= self._through_host(manifest, item, part)
         return Contents(manifest, sources, arrays)
 
     def read_one(self, manifest: dict[str, Any], name: str, leaf: Any) -> np.ndarray:
-        """Reads the array of a full name into host memory, and verifies it."""
+        """Reads the array with this full name into host memory, and verifies it."""
         item, _, rest = name.partition("/")
         arrays = self._arrays(item, {rest: leaf}, in_host=True)
         verify(arrays, manifest["checksums"])
@@ -115,18 +116,18 @@ class StoredCheckpoint:
         return array
 
     def _through_host(self, manifest: dict[str, Any], item: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
-        """As `_arrays`, one array after the other, each verified in host memory before it is laid out."""
+        """Reads arrays as `_arrays` does, one at a time, each verified in host memory before it is sharded."""
         arrays = {}
         for name, leaf in wanted.items():
             array = self.read_one(manifest, f"{item}/{name}", leaf)
             try:
                 arrays[f"{item}/{name}"] = jax.device_put(array, leaf.sharding)
             except Exception as error:
-                raise RuntimeError(f"{item}/{name} of {self} is whole, and yet cannot be laid out") from error
+                raise RuntimeError(f"{item}/{name} of {self} is not damaged, but cannot be sharded") from error
         return arrays
 
     def _arrays(self, item: str, wanted: Mapping[str, Any], in_host: bool = False) -> dict[str, Any]:
-        """Arrays of an item, by full name; `wanted` has their shapes, dtypes and shardings by name.
+        """Reads arrays of an item, by full name; `wanted` has their shapes, dtypes and shardings by name.
 
         The handler is called without Orbax's manager, whose barriers would wait for a process that failed to read.
         """
@@ -153,11 +154,11 @@ class StoredCheckpoint:
         return {f"{item}/{name}": found[name] for name in wanted}
 
     def retried(self, read: Callable[[], T]) -> T:
-        """`read_errors.retried` for a `read` of this checkpoint."""
+        """Calls `read_errors.retried` for a `read` of this checkpoint."""
         return read_errors.retried(read, self.exists)
 
     def required(self, read: Callable[[], T]) -> T:
-        """The result of `read`; any failure is a UserError, as no other checkpoint can take the place of this one."""
+        """Returns the result of `read`; any failure is a UserError, as no other checkpoint can replace this one."""
         try:
             return self.retried(read)
         except VanishedError:
@@ -165,17 +166,19 @@ class StoredCheckpoint:
         except ReadError as error:
             raise self.unreadable(error) from None
         except DamageError as error:
-            raise UserError(f"{self} is damaged ({error}): move it away, and the one before it is read") from None
+            raise UserError(f"{self} is damaged ({error}): move it away to use the checkpoint before it") from None
 
     def unreadable(self, error: ReadError) -> UserError:
-        return UserError(f"cannot read {self}: {error}; it stays where it is: run the same command again")
+        return UserError(f"cannot read {self}: {error}; it was left in place: run the same command again")
 
 
 def make_manifest(position: Position, items: dict[str, Any], score: float | None = None) -> dict[str, Any]:
-    """The manifest that `StoredCheckpoint.manifest` reads, its own checksum in it.
+    """Returns the manifest of a checkpoint, with its own checksum.
 
     Args:
-      items: the arrays of the checkpoint; those under "base" are not stored in it.
+      position: position of the run.
+      items: arrays of the checkpoint; of those under "base" only the checksums are stored.
+      score: validation score; None: unknown.
     """
     stored = {name: item for name, item in items.items() if name != "base"}
     manifest = {
@@ -192,14 +195,14 @@ def crc32(manifest: dict[str, Any]) -> int:
 
 
 def verify(items: dict[str, Any], expected: dict[str, int]) -> None:
-    """Raises DamageError unless the arrays of `items` have the checksums expected."""
+    """Raises DamageError unless the arrays of `items` have the expected checksums."""
     for name, checksum in checksums(items).items():
         if checksum != expected.get(name):
             raise DamageError(f"{name} is not what was saved")
 
 
 def position_of(manifest: dict[str, Any]) -> Position:
-    """The position in a manifest; an error of its format unless it has the types of a run's."""
+    """Returns the position in a manifest; raises a format error if its types are wrong."""
     position = Position(**manifest["position"] | {"best": Best(**manifest["position"]["best"])})
     if [type(value) for value in vars(position).values()] != [type(value) for value in vars(Position()).values()]:
         raise DamageError("its manifest is not one of a run")
@@ -207,5 +210,5 @@ def position_of(manifest: dict[str, Any]) -> Position:
 
 
 def weights_item(names: Iterable[str]) -> str:
-    """The item of a checkpoint with the weights to use, by the names of its arrays: the average if there is one."""
+    """Returns the item with the weights for inference, by the names of the arrays: the moving average if saved."""
     return "ema" if any(name.startswith("ema/") for name in names) else "params"

@@ -1,6 +1,6 @@
-"""Checks of a config that hold for every stage: ranges, and fields that contradict each other.
+"""Validates a config for every stage: ranges of values, and fields that contradict each other.
 
-What one stage alone requires is checked by the `check` of its definition (`gptjax/stages/`).
+Requirements of a single stage are checked by the `check` of its definition (`gptjax/stages/`).
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from gptjax.config.sections import Config, OptimizerConfig
 
 
 def check(config: Config) -> None:
-    """Raises UserError when values of `config` are out of range or contradict each other, whatever its stage."""
+    """Raises UserError if values of `config` are out of range or contradict each other, in any stage."""
     _check_model(config.model)
     _check_data(config)
     _check_chat(config)
@@ -24,13 +24,13 @@ def check(config: Config) -> None:
 
 
 def require(condition: bool, message: str) -> None:
-    """Raises UserError of `message` unless `condition` holds."""
+    """Raises UserError with `message` unless `condition` holds."""
     if not condition:
         raise UserError(message)
 
 
 def positive(section: Any, prefix: str, *names: str) -> None:
-    """Raises UserError unless the named fields of a section are above 0, or None."""
+    """Raises UserError unless each named field of `section` is positive or None."""
     for name in names:
         value = getattr(section, name)
         require(value is None or value > 0, f"{prefix}.{name}={value} must be positive")
@@ -175,7 +175,7 @@ def _check_batch(config: Config) -> None:
     if batch.ramp_start_tokens is not None:
         require(
             batch.microbatch_size is not None and unit <= batch.ramp_start_tokens <= batch.tokens_per_batch,
-            f"batch.ramp_start_tokens={batch.ramp_start_tokens} must lie between a microbatch (batch.microbatch_size x "
+            f"batch.ramp_start_tokens={batch.ramp_start_tokens} must be between a microbatch (batch.microbatch_size x "
             f"model.context_length={unit} tokens) and batch.tokens_per_batch={batch.tokens_per_batch}",
         )
 
@@ -219,7 +219,8 @@ def _check_intervals(config: Config) -> None:
     positive(config.stability, "stability", "max_skipped_updates", "spike_deviations")
     require(
         config.stability.spike_window >= 8,
-        f"stability.spike_window={config.stability.spike_window} is too short to know what is usual: 8 at least",
+        f"stability.spike_window={config.stability.spike_window} is too short to estimate a standard deviation: "
+        "use 8 or more",
     )
     require(config.stability.rewind_batches >= 0, "stability.rewind_batches must not be negative")
     positive(config.logging, "logging", "every_steps")

@@ -1,4 +1,4 @@
-"""The knobs of a run, section by section, and the run that has them all."""
+"""Dataclasses of a run's configuration, one for each section, and `Config`, which holds them all."""
 
 import dataclasses
 from typing import Literal
@@ -8,22 +8,23 @@ from gptjax.config.model import GPTConfig
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Text, tokenizer and packing."""
+    """Training and validation text, tokenizer and packing."""
 
     # tfds:NAME[@SPLIT][#FIELD] | text:GLOB | jsonl:GLOB[#FIELD] (plain, .gz or .zst) | sotu | shakespeare
     source: str = "sotu"
-    validation_source: str | None = None  # same forms; None: hold out every k-th document of `source`
-    validation_fraction: float = 0.01  # share of the documents held out, when there is no validation_source
+    validation_source: str | None = None  # same forms; None: every k-th document of `source` is held out
+    validation_fraction: float = 0.01  # fraction of the documents held out when validation_source is None
     tokenizer: str = "gpt2"  # gpt2 | cl100k_base | bytes | bpe:SIZE | gpt1_bpe:SIZE | json:PATH (a tokenizer.json)
-    # concatenate: documents follow each other, end-of-text between, attention crosses them (GPT-3's rule);
-    # segment: attention, positions and targets stay within a document
+    # concatenate: documents are joined by end-of-text tokens and attention crosses document boundaries (GPT-3);
+    # segment: attention, positions and targets are confined to one document
     packing: Literal["concatenate", "segment"] = "concatenate"
-    document_separator: str | None = None  # text files that hold many documents: the line between them
-    invalid_utf8: Literal["replace", "error"] = "replace"  # replaced bytes are counted and reported
-    # A file, line or record that is damaged or cannot be read stops the run, or is left out, counted and reported
+    document_separator: str | None = None  # line that separates documents within a text file; None: one per file
+    # Bytes that are not UTF-8. replace: by U+FFFD, counted and reported; error: stop the run
+    invalid_utf8: Literal["replace", "error"] = "replace"
+    # Damaged or unreadable files, lines and records. error: stop the run; skip: leave them out, counted and reported
     on_corrupt: Literal["error", "skip"] = "error"
-    cache_dir: str = "~/.cache/gptjax"  # prepared corpora, trained tokenizers, compiled programs
-    prefetch_batches: int = 8  # microbatches read ahead of the device
+    cache_dir: str = "~/.cache/gptjax"  # directory of prepared corpora, trained tokenizers and compiled programs
+    prefetch_batches: int = 8  # microbatches prefetched in host memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,115 +183,124 @@ class PeftConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BatchConfig:
-    """How much is trained, and on how many tokens a step."""
+    """Length of training, batch size and gradient accumulation."""
 
-    total_tokens: int | None = None  # length of training: this, or `epochs`
-    epochs: float | None = None
-    tokens_per_batch: int = 524_288
-    microbatch_size: int | None = None  # sequences (over all devices) in one gradient; None: the whole batch at once
-    # GPT-3's batch ramp: the batch grows linearly in tokens seen, in whole microbatches. None: no ramp.
-    ramp_start_tokens: int | None = None  # the first batch
-    ramp_tokens: int | None = None  # full size is reached after so many tokens
+    total_tokens: int | None = None  # length of training in tokens; exactly one of this and `epochs` is set
+    epochs: float | None = None  # length of training in epochs
+    tokens_per_batch: int = 524_288  # tokens of one optimizer step
+    # Sequences (over all devices) of one forward and backward pass; gradients are accumulated over the microbatches of
+    # a batch. None: no accumulation
+    microbatch_size: int | None = None
+    # Batch-size ramp (GPT-3): the batch grows linearly in tokens seen, in whole microbatches. None: no ramp
+    ramp_start_tokens: int | None = None  # initial batch size in tokens
+    ramp_tokens: int | None = None  # tokens seen when the batch reaches tokens_per_batch
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """How gradients become updates, and the schedule, in tokens seen."""
+    """Optimizer, learning-rate schedule (in tokens seen), weight decay and gradient clipping."""
 
-    # adamw: Loshchilov & Hutter 2019; muon: Jordan et al. 2024, of the layers' matrices, with AdamW for all else, and
-    # one learning rate for both (Liu et al. 2025); adafactor: second moments as rows and columns (Shazeer & Stern 2018)
-    # and given learning rates (Zhai et al. 2021). All have decoupled decay, and clip the gradient
+    # adamw: Loshchilov & Hutter 2019; muon: Jordan et al. 2024, for the weight matrices of the layers, with AdamW for
+    # all other parameters and one learning rate for both (Liu et al. 2025); adafactor: factored second moments (Shazeer
+    # & Stern 2018) without relative step sizes (Zhai et al. 2021). All use decoupled weight decay and clip the gradient
     name: Literal["adamw", "muon", "adafactor"] = "adamw"
-    peak_lr: float = 6e-4
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    warmup_tokens: int = 0  # linear from warmup_start_fraction
-    warmup_fraction: float | None = None  # the same, as a share of the whole training
-    warmup_start_fraction: float = 0.0  # of peak_lr
-    decay_tokens: int | None = None  # cosine, linear: where the floor is reached; wsd: length of the last descent;
-    # None: cosine and linear reach it at the end, wsd takes the last tenth
-    floor_lr_fraction: float = 0.1  # of peak_lr
-    beta1: float = 0.9  # of the first moment; adafactor with 0 keeps none
-    beta2: float = 0.95  # of the second; adafactor's grows up to it
-    eps: float = 1e-8  # adafactor has its own
+    peak_lr: float = 6e-4  # learning rate after warmup
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"  # wsd: warmup, stable, decay
+    warmup_tokens: int = 0  # length of the linear warmup, in tokens
+    warmup_fraction: float | None = None  # length of the warmup as a fraction of training, in place of warmup_tokens
+    warmup_start_fraction: float = 0.0  # initial learning rate of the warmup, as a fraction of peak_lr
+    # cosine, linear: tokens seen when the floor is reached; wsd: length of the decay phase. None: the end of training
+    # for cosine and linear, the last tenth of training for wsd
+    decay_tokens: int | None = None
+    floor_lr_fraction: float = 0.1  # final learning rate, as a fraction of peak_lr
+    beta1: float = 0.9  # decay rate of the first moment; with adafactor, 0 stores no first moment
+    beta2: float = 0.95  # decay rate of the second moment; with adafactor, its upper limit
+    eps: float = 1e-8  # denominator offset of Adam; not used by adafactor
     muon_momentum: float = 0.95
-    # As it is kept, muon's too; param_dtype: as model.param_dtype says
+    # Storage dtype of the first moment (and of muon's momentum); param_dtype: the one in model.param_dtype
     first_moment_dtype: Literal["param_dtype", "float32", "bfloat16"] = "param_dtype"
-    min_factored_dim: int = 32  # adafactor keeps the second moments of arrays with a shorter axis as they are
-    weight_decay: float = 0.1  # decoupled, times the learning rate
-    # (regex over parameter paths, factor of weight_decay): the first full match counts, every parameter needs one
+    min_factored_dim: int = 32  # adafactor does not factor the second moments of arrays with a shorter axis
+    weight_decay: float = 0.1  # decoupled; multiplied by the learning rate
+    # (regex over parameter paths, factor of weight_decay); the first full match applies, every parameter needs one
     decay_rules: tuple[tuple[str, float], ...] = ((".*/(bias|scale)", 0.0), (".*", 1.0))
-    clip_norm: float | None = 1.0  # of the gradient, over all parameters
-    ema_decay: float | None = None  # per step; evaluations and samples then use the average
-    layer_lr_decay: float = 1.0  # a layer's learning rate is so many times that of the layer above it
-    offload: bool = False  # the moments wait in the host's memory from one step to the next
+    clip_norm: float | None = 1.0  # maximum global norm of the gradient; None: no clipping
+    # Decay rate per step of an exponential moving average of the parameters, which evaluation and sampling then use
+    ema_decay: float | None = None
+    layer_lr_decay: float = 1.0  # learning rate of a layer, as a multiple of that of the layer above it
+    offload: bool = False  # keep the optimizer state in host memory between steps
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; one axis may be -1: all that the others leave."""
+    """Number of devices along each mesh axis; one axis may be -1, which takes all remaining devices."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-    context: int = 1
-    expert: int = 1
+    data: int = -1  # data parallelism
+    fsdp: int = 1  # data parallelism with sharded parameters and optimizer state
+    tensor: int = 1  # tensor parallelism
+    context: int = 1  # context parallelism: positions of a sequence are sharded
+    expert: int = 1  # expert parallelism
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """Held-out loss and samples, while training and at the end."""
+    """Validation and sampling during and after training, and early stopping."""
 
-    every_tokens: int | None = None  # None: only at the start and at the end
-    every_epochs: float | None = None  # the same, counted in epochs of the training data
-    max_tokens: int | None = 1_000_000  # of the validation split; None: all of it
-    metric: str = "loss"  # of the validation, by which a checkpoint is the best
-    patience: int | None = None  # stop after so many evaluations in a row that are no better; None: train to the end
+    every_tokens: int | None = None  # interval in tokens; None: only at the start and at the end
+    every_epochs: float | None = None  # interval in epochs of the training data, in place of every_tokens
+    max_tokens: int | None = 1_000_000  # validation tokens evaluated; None: the whole validation split
+    metric: str = "loss"  # validation metric that selects the best checkpoint
+    # Early stopping: number of consecutive evaluations without improvement. None: no early stopping
+    patience: int | None = None
     sample_prompt: str = "The"
-    sample_tokens: int = 128  # 0: no samples
+    sample_tokens: int = 128  # length of a sample; 0: no samples
     sample_temperature: float = 0.8
-    sample_top_k: int | None = 50
+    sample_top_k: int | None = 50  # None: no truncation
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """What a kill costs at most; `python -m benchmarks.checkpoint` measures what saving costs."""
+    """Checkpoint intervals and retention; `python -m benchmarks.checkpoint` measures the overhead of saving."""
 
-    every_tokens: int | None = None  # None: only at the end
-    every_epochs: float | None = None  # the same, counted in epochs of the training data
-    keep_last: int = 2  # besides the one of the best evaluation.metric
+    every_tokens: int | None = None  # interval in tokens; None: only at the end
+    every_epochs: float | None = None  # interval in epochs of the training data, in place of every_tokens
+    keep_last: int = 2  # newest checkpoints kept, in addition to the one with the best evaluation.metric
 
 
 @dataclasses.dataclass(frozen=True)
 class StabilityConfig:
-    """What is done about numbers that go wrong."""
+    """Handling of non-finite updates and loss spikes."""
 
-    # An update whose loss or gradient is not finite is skipped; so many in a row stop the run
+    # Updates with a non-finite loss or gradient are skipped; this many in a row stop the run
     max_skipped_updates: int = 10
-    # A loss so many standard deviations above the mean of the spike_window steps before it is a spike; None: none is
+    # Spike threshold: standard deviations of the loss above its mean over the previous spike_window steps. None: no
+    # detection
     spike_deviations: float | None = None
     spike_window: int = 128
-    # rewind: go back to the newest checkpoint, and pass over the data from there to the spike and of so many more
-    # batches (Chowdhery et al. 2022, section 5.1)
+    # log: report a spike; rewind: restore the newest checkpoint and skip the batches from there to the spike, and
+    # rewind_batches more (Chowdhery et al. 2022, section 5.1)
     on_spike: Literal["log", "rewind"] = "log"
     rewind_batches: int = 100
 
 
 @dataclasses.dataclass(frozen=True)
 class LoggingConfig:
-    every_steps: int = 10  # training records in metrics.jsonl
-    tensorboard: bool = True
-    wandb_project: str | None = None  # Weights & Biases too (pip install 'gptjax[wandb]'); WANDB_MODE=offline works
+    """Training metrics."""
+
+    every_steps: int = 10  # interval of training records in metrics.jsonl, in steps
+    tensorboard: bool = True  # also write TensorBoard event files
+    # Weights & Biases project to log to (pip install 'gptjax[wandb]'); WANDB_MODE=offline is supported
+    wandb_project: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One run."""
+    """Configuration of one run."""
 
     stage: Literal["pretrain", "finetune", "sft", "reward", "dpo", "ppo", "grpo"] = "pretrain"
-    seed: int = 0  # of initialisation, dropout, data order and samples
-    # (XLA flag, value) pairs for the training step
+    seed: int = 0  # random seed of initialisation, dropout, data order and sampling
+    # (XLA flag, value) pairs for compiling the training step
     compiler_options: tuple[tuple[str, str], ...] = ()
-    init_from: str | None = None  # a workdir whose newest weights to start from
+    init_from: str | None = None  # workdir whose newest weights initialise the model
     model: GPTConfig = GPTConfig()
     data: DataConfig = DataConfig()
     chat: ChatConfig = ChatConfig()
@@ -310,14 +320,14 @@ class Config:
     logging: LoggingConfig = LoggingConfig()
 
     def completed(self, vocab_size: int, *, extends_vocabulary: bool = False) -> "Config":
-        """The config that a run computes with, once its data is known.
+        """Returns the config with the fields that depend on the data filled in.
 
         Args:
-          vocab_size: of the tokenizer, or of what extends it by special tokens.
-          extends_vocabulary: a smaller model.vocab_size grows to `vocab_size`, instead of being refused.
+          vocab_size: size of the tokenizer's vocabulary, special tokens added to it included.
+          extends_vocabulary: whether a smaller model.vocab_size is raised to `vocab_size` instead of refused.
 
         Raises:
-          UserError: model.vocab_size is set, and too small.
+          UserError: model.vocab_size is set and smaller than `vocab_size`.
         """
         model = self.model
         if extends_vocabulary:
@@ -328,10 +338,10 @@ class Config:
 
     @property
     def sequences_per_microbatch(self) -> int:
-        """Over all devices; the whole batch where batch.microbatch_size is unset."""
+        """Sequences of a microbatch over all devices; those of the whole batch if batch.microbatch_size is None."""
         return self.batch.microbatch_size or self.sequences_per_batch
 
     @property
     def sequences_per_batch(self) -> int:
-        """Over all devices, of a whole batch; of a stage with elements of several rows so many elements."""
+        """Sequences of a full batch over all devices; in stages whose elements have several rows, elements."""
         return self.batch.tokens_per_batch // self.model.context_length

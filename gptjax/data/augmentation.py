@@ -1,4 +1,4 @@
-"""Changed copies of labelled dialogues: a text is turns, one a line, the newest last."""
+"""Data augmentation of labelled dialogues, whose texts have one turn per line, the newest last."""
 
 import dataclasses
 import random
@@ -8,9 +8,9 @@ from gptjax.data.labelled import Row
 
 
 def with_copies(rows: list[Row], config: RegularisationConfig, seed: int) -> list[Row]:
-    """The rows, and behind them `augmented_copies` changed copies of each that has several turns; pure in `seed`.
+    """Returns the rows, followed by `augmented_copies` augmented copies of each row with several turns.
 
-    What a copy says last, which its label is mostly about, stays last.
+    The last turn, which determines the label most, stays last. The result is a pure function of the arguments.
     """
     copies = []
     for number in range(config.augmented_copies):

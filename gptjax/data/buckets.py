@@ -1,4 +1,4 @@
-"""Batches of examples of like length, so that little of a batch is padding and a step has one of a few shapes."""
+"""Length bucketing: batches of examples of similar length, with little padding and few distinct shapes."""
 
 import functools
 import threading
@@ -8,50 +8,50 @@ import numpy as np
 import numpy.typing as npt
 
 from gptjax.data.pipeline import Microbatch
-from gptjax.data.task_inputs import Encoded
+from gptjax.data.task_inputs import EncodedRow
 
-SHORTEST = 32  # tokens; shorter sequences are padded to it, for the work is nothing and each shape is a compilation
-POOL_BATCHES = 50  # examples are sorted within so many batches: more pad less, and mix less
+SHORTEST = 32  # tokens of the smallest bucket; smaller ones would save little work and need further compilations
+POOL_BATCHES = 50  # examples are sorted by length within this many batches; more pad less, but shuffle less
 
 
 class Buckets:
-    """Examples in batches, each as wide as the smallest bucket that holds its longest sequence.
+    """Batches of examples, padded to the smallest bucket that holds the longest sequence of the batch.
 
-    Buckets are the powers of two from 32, and the context length. With a seed, epoch follows epoch, and the order of
-    each is a function of the seed and its number: all examples are permuted, those of each 50 batches sorted by length
-    and cut into batches, and the batches permuted. Without one there is one epoch, in the order of length. Rows without
-    an example fill up one batch of an epoch, so that each example comes exactly once.
+    Buckets are the powers of two from 32, and the context length. With a seed, the number of epochs is unlimited, and
+    the order of an epoch is a function of the seed and the epoch's number: the examples are permuted, sorted by length
+    within each 50 batches, cut into batches, and the batches permuted. Without a seed there is one epoch, sorted by
+    length. One batch of an epoch is filled up with padding rows, so that each example occurs exactly once.
 
-    A microbatch has, where T is the bucket and C the number of an example's sequences:
-      tokens: int32 (B, T), or (B, C, T) if C is not 1; padded behind with 0.
-      ends: int32 (B,) or (B, C), the position of the last token, `extract`.
-      weights: float32 (B,), 1, or 0 for a row that fills up.
-      examples: int32 (B,), the place of the example among those given, or -1 for a row that fills up.
+    Arrays of a microbatch, where T is the bucket and O the number of sequences of an example:
+      tokens: int32 (B, T), or (B, O, T) if O is not 1; right-padded with 0.
+      ends: int32 (B,) or (B, O), the position of the last token, `extract`.
+      weights: float32 (B,), 1, or 0 for padding rows.
+      examples: int32 (B,), index of the example, or -1 for padding rows.
       the targets of the examples: (B,), or (B, T) in tagging, where padding is -1.
-    Of rows that fill up all the rest is 0, but -1 in tagging's labels.
+    All other values of padding rows are 0, except the labels of tagging, which are -1.
 
     Attributes:
-      examples_per_epoch: those that fill up included, so a multiple of the batch size.
-      tokens_per_epoch: without padding.
+      examples_per_epoch: number of rows of an epoch, padding rows included: a multiple of the batch size.
+      tokens_per_epoch: number of tokens without padding.
     """
 
     def __init__(
         self,
-        examples: Sequence[Encoded],
+        examples: Sequence[EncodedRow],
         *,
         context_length: int,
         batch_size: int,
         microbatch_size: int,
         seed: int | None,
     ) -> None:
-        """Takes examples that `encode` made of one set of rows.
+        """Computes the lengths and numbers of batches.
 
         Args:
-          examples: one at least.
+          examples: from one call of `encode`; at least one.
           context_length: of the model; no sequence is longer.
           batch_size: rows of a batch, over all processes.
           microbatch_size: rows of a microbatch, over all processes; a divisor of the batch size.
-          seed: of the order; None: one epoch, for evaluation.
+          seed: seed of the order; None: one epoch, for evaluation.
         """
         assert examples
         assert batch_size % microbatch_size == 0, (batch_size, microbatch_size)
@@ -66,18 +66,18 @@ class Buckets:
         self._cached_order = functools.lru_cache(maxsize=2)(self._make_order)
 
     def indices(self, batch: int) -> npt.NDArray[np.int32]:
-        """Which examples the rows of a batch are, int32 (batch_size,), -1 where they fill up; batches count from 0."""
+        """Returns the examples of the rows of a batch, int32 (batch_size,), -1 for padding; batches count from 0."""
         epoch, number = divmod(batch, self._batches_per_epoch)
-        with self._lock:  # so that the reading thread and another order an epoch once, not each
+        with self._lock:  # so that concurrent threads compute the order of an epoch once
             return self._cached_order(epoch)[number]
 
     def microbatches(self, start: int, rows: Sequence[int], prefetch: int) -> Iterator[Microbatch]:
-        """The microbatches from an example on, read ahead by a thread.
+        """Iterates over the microbatches from an example on, prefetched by a thread.
 
         Args:
-          start: examples consumed before, those that fill up included; rounded down to whole batches.
-          rows: which rows of each microbatch this process reads, in this order.
-          prefetch: microbatches kept ready.
+          start: number of rows consumed before, padding rows included; rounded down to whole batches.
+          rows: rows of each microbatch that this process reads, in this order.
+          prefetch: number of microbatches read ahead.
         """
         import grain
 
@@ -90,12 +90,12 @@ class Buckets:
 
         epochs = 1 if self._seed is None else 2**60 // (self._batches_per_epoch * each)
         numbers = grain.MapDataset.range(start // self._batch_size * each, epochs * self._batches_per_epoch * each)
-        # One thread is enough, and more contend for the interpreter's lock.
+        # One thread is enough; more would contend for the global interpreter lock.
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
         return iter(numbers.map(microbatch).to_iter_dataset(options))
 
     def _make_order(self, epoch: int) -> npt.NDArray[np.int32]:
-        """Which examples are in the batches of an epoch, int32 (batches, batch_size); -1: none."""
+        """Returns the examples in the batches of an epoch, int32 (batches, batch_size); -1 is padding."""
         order = np.full(self.examples_per_epoch, -1, np.int32)
         if self._seed is None:
             order[: len(self._examples)] = np.argsort(self._lengths, kind="stable")
@@ -116,7 +116,7 @@ class Buckets:
         return min(bucket, self._context_length)
 
     def _microbatch(self, indices: npt.NDArray[np.int32], first: int, wanted: npt.NDArray[np.int64]) -> Microbatch:
-        """The `wanted` rows of the microbatch that begins at row `first` of the batch of these examples."""
+        """Returns the `wanted` rows of the microbatch that begins at row `first` of the batch `indices`."""
         length = self._bucket(int(self._lengths[indices[indices >= 0]].max()))
         of_all = indices[first : first + self._microbatch_size]
         chosen = of_all[wanted]
@@ -136,7 +136,7 @@ class Buckets:
         return Microbatch(arrays, int(self._num_tokens[of_all[of_all >= 0]].sum()))
 
     def _empty(self, size: int, length: int) -> dict[str, np.ndarray]:
-        """The arrays of a microbatch in which all rows only fill up."""
+        """Returns the arrays of a microbatch of padding rows."""
         example = self._examples[0]
         shape = (size,) if len(example.sequences) == 1 else (size, len(example.sequences))
         arrays: dict[str, np.ndarray] = {

@@ -1,12 +1,12 @@
-"""Conversations in the rows of a batch: one a row, or several, none of which sees another.
+"""Packs conversations into the rows of a batch, with attention confined to each conversation.
 
-A sequence is there whole, its last token too, at which a reward is read; the target of a position is the token behind
-it. Arrays of R rows of T positions are
+A row has all tokens of a sequence, including the last, at which a reward model reads its score; the target of a
+position is the next token. The arrays of R rows of T positions are
 
-  tokens, targets: int32.
-  weights: float32, 1 where the target is to be learned.
-  segments: int32, the number of the sequence, from 1; 0 is padding.
-  positions: int32, from 0 in each sequence.
+  tokens, targets: int32 (R, T).
+  weights: float32 (R, T), 1 where the target contributes to the loss.
+  segments: int32 (R, T), the number of the sequence, from 1; 0 is padding.
+  positions: int32 (R, T), from 0 in each sequence.
 """
 
 import functools
@@ -17,24 +17,30 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gptjax.data.pipeline import Example, PackedExamples
-from gptjax.data.templates import Encoded
+from gptjax.data.pipeline import ExampleArrays, PackedExamples
+from gptjax.data.templates import EncodedConversation
 
-NEWEST_ELEMENTS = 64  # in which room for a prompt is looked for: more pad little less, and the search is long
-SHORTEST = 32  # positions of a row of rankings
+NEWEST_ELEMENTS = 64  # elements searched for room for a prompt; more reduce padding little, and the search takes longer
+SHORTEST = 32  # minimum positions of a row of rankings
 
 
-def lay_out(sequences: Sequence[Encoded], rows: int, length: int, *, pack: bool) -> Example:
-    """Sequences in `rows` rows, with `ends`: int32 (K,), where the last token of each is in the R x T positions.
+def lay_out(sequences: Sequence[EncodedConversation], rows: int, length: int, *, pack: bool) -> ExampleArrays:
+    """Lays out sequences in rows.
 
     Args:
-      pack: each in the first row that has room for it; otherwise in a row of its own.
+      sequences: N conversations.
+      rows: R, number of rows.
+      length: T, positions of a row.
+      pack: put each sequence into the first row with room for it; otherwise into a row of its own.
+
+    Returns:
+      The arrays above, and `ends`: int32 (N,), index of the last token of each sequence in the R x T positions.
 
     Raises:
-      ValueError: they do not fit.
+      ValueError: the sequences do not fit.
     """
     names = ("tokens", "targets", "segments", "positions")
-    arrays: Example = {name: np.zeros((rows, length), np.int32) for name in names}
+    arrays: ExampleArrays = {name: np.zeros((rows, length), np.int32) for name in names}
     arrays["weights"] = np.zeros((rows, length), np.float32)
     arrays["ends"] = np.zeros(len(sequences), np.int32)
     for number, (row, first) in enumerate(_places([len(s) for s in sequences], length, pack)):
@@ -51,20 +57,20 @@ def lay_out(sequences: Sequence[Encoded], rows: int, length: int, *, pack: bool)
     return arrays
 
 
-def rows_needed(sequences: Sequence[Encoded], length: int, *, pack: bool) -> int:
-    """How many rows `lay_out` fills."""
+def rows_needed(sequences: Sequence[EncodedConversation], length: int, *, pack: bool) -> int:
+    """Returns the number of rows that `lay_out` fills."""
     return 1 + max(row for row, _ in _places([len(s) for s in sequences], length, pack))
 
 
 def _places(lengths: Sequence[int], length: int, pack: bool) -> list[tuple[int, int]]:
-    """The row and the first position of each sequence; ValueError when one is longer than a row."""
+    """Returns row and first position of each sequence (first fit); raises ValueError if one is longer than a row."""
     for number, need in enumerate(lengths):
         if need > length:
             raise ValueError(f"sequence {number} of {need} tokens has no room in a row of {length}")
     if not pack:
         return [(row, 0) for row in range(len(lengths))]
     size = 1 << max(0, len(lengths) - 1).bit_length()
-    room = [length] * (2 * size)  # a tree: the leaves are the rows, and a node has the most room of any row below it
+    room = [length] * (2 * size)  # binary tree: the leaves are the rows, a node has the maximum room of its children
     places = []
     for need in lengths:
         node = 1
@@ -79,13 +85,20 @@ def _places(lengths: Sequence[int], length: int, pack: bool) -> list[tuple[int, 
 
 
 class Epochs:
-    """What comes once an epoch, permuted anew for each by a seed, without end; without a seed once, in order.
+    """Order of rows over epochs: a new permutation for each epoch; without a seed one epoch, in order.
 
     Attributes:
-      rows_per_epoch: of which `permuted` are in that order.
+      rows_per_epoch: number of rows of an epoch.
     """
 
     def __init__(self, rows_per_epoch: int, permuted: int, seed: int | None) -> None:
+        """Sets the size of an epoch.
+
+        Args:
+          rows_per_epoch: number of rows of an epoch.
+          permuted: number of items that are permuted; less than `rows_per_epoch` if other rows are mixed in.
+          seed: seed of the permutations; None: one epoch, in order.
+        """
         self.rows_per_epoch, self._num_permuted, self._seed = rows_per_epoch, permuted, seed
         self._lock = threading.Lock()
         self._cached_order = functools.lru_cache(maxsize=2)(self._make_order)
@@ -94,7 +107,7 @@ class Epochs:
         return self.rows_per_epoch * (1 if self._seed is None else 2**60 // self.rows_per_epoch)
 
     def place(self, index: int) -> int:
-        """What comes at `index`, of what is permuted alone."""
+        """Returns the item at `index`, where all rows are permuted."""
         return self._permuted(*self._epoch_and_row(index))
 
     def _epoch_and_row(self, index: int) -> tuple[int, int]:
@@ -103,7 +116,7 @@ class Epochs:
         return divmod(index, self.rows_per_epoch)
 
     def _permuted(self, epoch: int, number: int) -> int:
-        with self._lock:  # so that the reading thread and another order an epoch once, not each
+        with self._lock:  # so that concurrent threads compute the order of an epoch once
             return int(self._cached_order(epoch)[number])
 
     def _make_order(self, epoch: int) -> np.ndarray:
@@ -114,15 +127,18 @@ class Epochs:
 
 
 class PackedConversations(Epochs):
-    """Rows (T,) of conversations, with the arrays above, but for the axis R; every conversation once an epoch.
+    """Rows of conversations, with the arrays above without the axis R; each conversation occurs once per epoch.
 
     Args:
-      pack: the longest conversations first, each is put into the first row that has room for it.
-      pretraining: rows of text, of which a `share` of all rows are, evenly spread (Ouyang et al. 2022, appendix C.3);
-        one at least.
+      conversations: at most `length` tokens each.
+      length: T, positions of a row.
+      pack: pack several conversations into a row, by first fit in order of decreasing length.
+      seed: seed of the order; None: one epoch, in order.
+      pretraining: rows of text, mixed in evenly (Ouyang et al. 2022, appendix C.3).
+      share: fraction of all rows that are text; at least one row.
 
     Attributes:
-      rows_per_epoch: those of text included.
+      rows_per_epoch: number of rows, text included.
 
     Raises:
       ValueError: a conversation is longer than a row.
@@ -130,7 +146,7 @@ class PackedConversations(Epochs):
 
     def __init__(
         self,
-        conversations: Sequence[Encoded],
+        conversations: Sequence[EncodedConversation],
         length: int,
         *,
         pack: bool,
@@ -140,7 +156,7 @@ class PackedConversations(Epochs):
     ) -> None:
         self._length, self._pretraining = length, pretraining
         ordered = sorted(conversations, key=lambda c: -len(c)) if pack else list(conversations)
-        self._rows: list[list[Encoded]] = []
+        self._rows: list[list[EncodedConversation]] = []
         for encoded, (row, _) in zip(ordered, _places([len(e) for e in ordered], length, pack), strict=True):
             if row == len(self._rows):
                 self._rows.append([])
@@ -148,11 +164,11 @@ class PackedConversations(Epochs):
         total = len(self._rows)
         if pretraining is not None:
             total = max(total + 1, round(total / (1 - share)))
-        # How many of the first n rows of any epoch are text.
+        # Number of text rows among the first n rows of an epoch.
         self._texts_before = np.arange(total + 1) * (total - len(self._rows)) // total
         super().__init__(total, len(self._rows), seed)
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> ExampleArrays:
         epoch, number = self._epoch_and_row(index)
         texts = int(self._texts_before[number])
         if self._pretraining is not None and self._texts_before[number + 1] > texts:
@@ -161,36 +177,39 @@ class PackedConversations(Epochs):
         return {name: array[0] for name, array in arrays.items() if name != "ends"}
 
 
-def _as_row(text: Example) -> Example:
-    """A row of text, with the arrays of conversations."""
+def _as_row(text: ExampleArrays) -> ExampleArrays:
+    """Adds segments and positions to a row of text."""
     one = {"segments": np.ones_like(text["tokens"]), "positions": np.arange(len(text["tokens"]), dtype=np.int32)}
     return one | text
 
 
 class RankedSequences(NamedTuple):
-    """A prompt's answers, each behind it, best first.
+    """Ranked completions of a prompt, best first.
 
     Attributes:
-      levels: of each, 1 the best; of equal ones neither is better.
+      sequences: the prompt followed by each completion.
+      levels: rank of each completion, 1 for the best; completions of equal rank are not compared.
     """
 
-    sequences: Sequence[Encoded]
+    sequences: Sequence[EncodedConversation]
     levels: Sequence[int]
 
 
-class RankedAnswers(Epochs):
-    """Elements of R rows of T positions: one prompt or several, each with all its answers; every prompt once an epoch.
+class PackedRankings(Epochs):
+    """Elements of R rows of T positions, which hold all completions of one or more prompts; each prompt once per epoch.
 
-    All elements have one shape, the smallest in which each prompt has room alone: T is the bucket of the longest
-    sequence, R the most rows that a prompt fills. What a prompt leaves of them others share. Besides the arrays above
-    an element has, P the most prompts of an element and K the most answers of a prompt:
-      ends: int32 (P, K), where the last token of each answer is in the R x T positions.
-      levels: int32 (P, K), 1 the best; 0 where there is no answer.
+    All elements have the same shape, the smallest that fits every prompt alone: T is the bucket of the longest
+    sequence, R the maximum number of rows of a prompt. Remaining space is shared with other prompts. In addition to the
+    arrays above an element has, with at most P prompts of an element and G completions of a prompt:
+      ends: int32 (P, G), index of the last token of each completion in the R x T positions.
+      levels: int32 (P, G), rank, 1 for the best; 0 where there is no completion.
 
     Args:
-      context_length: T at most.
-      pack: several answers in a row, several prompts in an element; otherwise an answer has a row of its own, and a
-        prompt an element.
+      prompts: the completions of each prompt.
+      context_length: maximum of T.
+      pack: several completions in a row and several prompts in an element; otherwise each completion has its own row,
+        and each prompt its own element.
+      seed: seed of the order; None: one epoch, in order.
     """
 
     def __init__(
@@ -204,7 +223,7 @@ class RankedAnswers(Epochs):
         self._shape = max(map(len, shares)), max(len(prompt.sequences) for prompt in prompts)
         super().__init__(len(shares), len(shares), seed)
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> ExampleArrays:
         prompts = self._elements[self.place(index)]
         sequences = [sequence for prompt in prompts for sequence in prompt.sequences]
         arrays = lay_out(sequences, self._num_rows, self._length, pack=self._pack)
@@ -217,9 +236,9 @@ class RankedAnswers(Epochs):
 
 
 def _shared(prompts: Sequence[RankedSequences], rows: int, length: int) -> list[list[RankedSequences]]:
-    """Each prompt in the first element of the newest 64 that has room for all its answers, each in its first row."""
+    """Groups prompts into elements: each into the first of the newest 64 elements with room for its completions."""
     elements: list[list[RankedSequences]] = []
-    rooms: list[list[int]] = []  # what is left of the rows of each element
+    rooms: list[list[int]] = []  # free positions in the rows of each element
     for prompt in prompts:
         needs = [len(sequence) for sequence in prompt.sequences]
         for number in range(max(0, len(elements) - NEWEST_ELEMENTS), len(elements)):
@@ -237,7 +256,7 @@ def _shared(prompts: Sequence[RankedSequences], rows: int, length: int) -> list[
 
 
 def _left(rooms: Sequence[int], needs: Sequence[int]) -> list[int] | None:
-    """What is left of the rows with each sequence in the first that has room, as `lay_out` has it; None: none has."""
+    """Returns the free positions of the rows after placing each sequence as `lay_out` does; None if one has no room."""
     left = list(rooms)
     for need in needs:
         row = next((row for row, room in enumerate(left) if room >= need), None)

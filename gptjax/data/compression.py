@@ -1,6 +1,6 @@
-"""Opens files, decompressed where their names end in .gz, .zst, .bz2 or .xz.
+"""Opens files, decompressing those whose names end in .gz, .zst, .bz2 or .xz.
 
-What is read whole, a line or a file, has a limited size.
+The sizes of lines, and of files that are read into memory as a whole, are limited.
 """
 
 import bz2
@@ -16,10 +16,10 @@ from typing import Any
 
 from gptjax.config import UserError
 
-MAX_BYTES = 2**30  # of a line, or of a file that is read whole, after decompression; corpora may be larger
-_CHUNK = 512  # compressed bytes that are decompressed at once: zstd makes up to 32 KiB of each
+MAX_BYTES = 2**30  # of a line, or of a file read as a whole, after decompression; streamed corpora may be larger
+_CHUNK = 512  # compressed bytes decompressed at once: zstd expands each to up to 32 KiB
 _FORMATS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz"}
-# Read as text, an archive is noise, and so is the tar within a .tar.gz.
+# Archives, including the tar within a .tar.gz, are not text.
 _UNSUPPORTED = (
     ".zip",
     ".7z",
@@ -35,35 +35,36 @@ _UNSUPPORTED = (
     ".z",
     ".parquet",
 )
-_ZSTD_WINDOW = 128 * 2**20  # bytes: the limit of zstd's own command, and zstandard's default
+_ZSTD_WINDOW = 128 * 2**20  # bytes: the limit of the zstd command, and zstandard's default
 
 
 def compression(path: Path) -> str | None:
-    """The compression format that a file's name states, in any case: gzip, zstd, bzip2 or xz; None: it has none."""
+    """Returns the compression format of a file by its suffix (case-insensitive): gzip, zstd, bzip2, xz or None."""
     return _FORMATS.get(path.suffix.lower())
 
 
 def base_name(name: str) -> str:
-    """A file's name without the suffix of its compression."""
+    """Removes the suffix of the compression from a file's name."""
     path = Path(name)
     return name if compression(path) is None else name[: -len(path.suffix)]
 
 
 def check_name(path: Path) -> None:
-    """Raises UserError for a file whose name states a format that is not supported."""
+    """Raises UserError for a file whose suffix is that of an unsupported format."""
     suffix = Path(base_name(path.name)).suffix.lower()
     if suffix in _UNSUPPORTED:
         raise UserError(
-            f"{path} is a {suffix} file, which is not read: unpack it; read are text and {', '.join(_FORMATS)}"
+            f"{path} is a {suffix} file, which is not supported: unpack it; supported are text and "
+            f"{', '.join(_FORMATS)}"
         )
 
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[io.BufferedIOBase]:
-    """The content of a file, decompressed by its name.
+    """Opens a file for reading, decompressed according to its suffix.
 
     Raises:
-      UserError: reading fails at any point, or the name states an unsupported format; it names the file.
+      UserError: the file cannot be read at any point, or its suffix is that of an unsupported format.
     """
     check_name(path)
     try:
@@ -84,7 +85,7 @@ def opened(path: Path) -> Iterator[io.BufferedIOBase]:
 
 
 class LimitedReader(io.BufferedReader):
-    """A buffered reader whose lines and whole content have up to MAX_BYTES; OSError beyond, as of a decompression bomb.
+    """Buffered reader that raises OSError when a line or the whole content exceeds MAX_BYTES (a decompression bomb).
 
     Args:
       raw: a readable binary stream.
@@ -93,7 +94,7 @@ class LimitedReader(io.BufferedReader):
     def __init__(self, raw: Any) -> None:
         super().__init__(raw, 1 << 16)
 
-    def readline(self, size: int | None = -1) -> bytes:  # which iteration calls, too
+    def readline(self, size: int | None = -1) -> bytes:  # also called by iteration
         if size is not None and size >= 0:
             return super().readline(size)
         line = super().readline(MAX_BYTES + 1)
@@ -108,18 +109,18 @@ class LimitedReader(io.BufferedReader):
         while chunk := super().read(1 << 20):
             content += chunk
             if len(content) > MAX_BYTES:
-                raise OSError(f"it has more than {MAX_BYTES:,} bytes, and is read whole: split it")
+                raise OSError(f"it has more than {MAX_BYTES:,} bytes, but is read as a whole: split it")
         return bytes(content)
 
 
 class _ZstdReader(io.RawIOBase):
-    """Decompresses the zstd frames of a file. zstandard's own reader takes a file cut short for a whole one."""
+    """Decompresses the zstd frames of a file. zstandard's own reader does not detect truncated files."""
 
     def __init__(self, file: io.BufferedIOBase) -> None:
         self._file = file
-        self._compressed = b""  # read, but not yet given to a frame
-        self._frame: Any = None  # the decompressor within a frame, None between frames
-        self._text = memoryview(b"")  # decompressed, but not yet read
+        self._compressed = b""  # read, but not yet passed to a frame
+        self._frame: Any = None  # decompressor of the current frame, None between frames
+        self._text = memoryview(b"")  # decompressed, but not yet returned
 
     def readable(self) -> bool:
         return True
@@ -131,7 +132,7 @@ class _ZstdReader(io.RawIOBase):
             chunk = self._compressed or self._file.read(_CHUNK)
             if not chunk:
                 if self._frame is not None:
-                    raise EOFError("the zstd frame is cut short")
+                    raise EOFError("the zstd frame is truncated")
                 return 0
             if self._frame is None:
                 self._frame = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj()
@@ -154,7 +155,7 @@ class _ZstdReader(io.RawIOBase):
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file as it is; UserError, naming it, when it cannot be read."""
+    """Returns the SHA-256 of a file's bytes, in hex; raises UserError if it cannot be read."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -163,7 +164,7 @@ def file_digest(path: Path) -> str:
 
 
 def file_state(path: Path) -> tuple[int, ...] | None:
-    """Size, time and inode, which change when a file is written to or replaced; None where there is none."""
+    """Returns size, modification time and inode, which change when a file is written or replaced; None if missing."""
     try:
         stat = path.stat()
     except OSError:

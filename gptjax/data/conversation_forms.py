@@ -1,7 +1,7 @@
-"""The forms in which records hold conversations and rankings: OpenAI's, ShareGPT's, TRL's, Alpaca's and others.
+"""Parses records of conversations and rankings in the formats of OpenAI, ShareGPT, TRL, Alpaca and others.
 
-A field that changes what a model reads or learns is read, or the record is refused by name. Other fields, such as ids
-and scores, are ignored. An empty or null field counts as absent.
+A field that affects the model's input or targets is either read, or the record is refused with the field's name. Other
+fields, such as ids and scores, are ignored. An empty or null field counts as absent.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from gptjax.config import UserError
 
 Role = Literal["system", "user", "assistant"]
-# In any case. OpenAI's role developer takes the place of system.
+# Case-insensitive. OpenAI's role developer replaces system.
 _ROLES: dict[str, Role] = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human"), "user"),
@@ -20,33 +20,35 @@ _ROLES: dict[str, Role] = {
 }
 _TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
 _SYSTEM_FIELDS = ("system", "system_prompt")
-_TOOL_FIELDS = ("tools", "functions", "tool_calls", "function_call")  # of records and of messages
-_REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")  # of messages
+_TOOL_FIELDS = ("tools", "functions", "tool_calls", "function_call")  # in records and messages
+_REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")  # in messages
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")  # Bai et al. 2022, "Training a Helpful and Harmless Assistant"
 
 
 @dataclasses.dataclass(frozen=True)
 class Message:
+    """A message of a conversation."""
+
     role: Role
     content: str
 
 
-class RankedAnswers(NamedTuple):
-    """Answers to one prompt, best first."""
+class RankedTexts(NamedTuple):
+    """Completions of one prompt, best first."""
 
     prompt: tuple[Message, ...]
-    answers: tuple[str, ...]
+    completions: tuple[str, ...]
 
 
 def conversation_messages(record: Mapping[str, Any], place: str) -> tuple[Message, ...]:
-    """The messages of a record, in one of the forms of `conversations.read_conversations`; their order is not checked.
+    """Parses a record in one of the formats of `conversations.read_conversations`; the order of roles is not checked.
 
     Raises:
-      UserError: the record has no such form or two at once, or a message cannot be read.
+      UserError: the record has none of the formats or two at once, or a message cannot be read.
     """
     _refuse_tools(record, place)
     forms = (("messages",), ("conversations",), ("instruction", "output"), ("prompt", "completion"))
-    # Of several forms only one may say something; without any, an empty one gets its own message.
+    # Only one format may be non-empty; if all are empty, an empty one gets a specific error message.
     found = [form for form in forms if all(_has(record, name) for name in form)] or [
         form for form in forms if all(record.get(name) is not None for name in form)
     ][:1]
@@ -55,7 +57,7 @@ def conversation_messages(record: Mapping[str, Any], place: str) -> tuple[Messag
         raise UserError(f"{place} has {names}, two forms of a conversation: keep one")
     if not found:
         if all(_has(record, name) for name in ("chosen", "rejected")):
-            raise UserError(f"{place} is a ranking (chosen, rejected), and here a conversation is read")
+            raise UserError(f"{place} is a ranking (chosen, rejected), where a conversation is expected")
         raise UserError(
             f"{place} has neither messages nor conversations, nor instruction and output, nor prompt and completion: "
             f"it has {', '.join(record) or 'nothing'}"
@@ -71,9 +73,9 @@ def conversation_messages(record: Mapping[str, Any], place: str) -> tuple[Messag
 
 
 def prompt_messages(record: Mapping[str, Any], place: str) -> tuple[Message, ...]:
-    """The messages of a record for `conversations.read_prompts`: whole, or a prompt alone, or a ranking's."""
+    """Parses a record for `conversations.read_prompts`: a conversation, a prompt alone, or the prompt of a ranking."""
     if _has(record, "ranking") or (_has(record, "chosen") and _has(record, "rejected")):
-        return ranked_answers(record, place).prompt
+        return ranked_texts(record, place).prompt
     if _has(record, "prompt") and not _has(record, "completion"):
         _refuse_tools(record, place)
         messages = _prompt(record["prompt"], place)
@@ -84,21 +86,21 @@ def prompt_messages(record: Mapping[str, Any], place: str) -> tuple[Message, ...
     return conversation_messages(record, place)
 
 
-def ranked_answers(record: Mapping[str, Any], place: str) -> RankedAnswers:
-    """The prompt and the answers of a record, in one of the forms of `conversations.read_rankings`.
+def ranked_texts(record: Mapping[str, Any], place: str) -> RankedTexts:
+    """Parses a ranking in one of the formats of `conversations.read_rankings`.
 
     Raises:
-      UserError: the record has no such form, its parts contradict each other, or a message cannot be read.
+      UserError: the record has none of the formats, its parts contradict each other, or a message cannot be read.
     """
     _refuse_tools(record, place)
     names: tuple[str, ...] = ("chosen", "rejected")
     answers = [record[name] for name in names if _has(record, name)]
     if _has(record, "ranking"):
         if answers:
-            raise UserError(f"{place} has a ranking besides chosen or rejected: keep one")
+            raise UserError(f"{place} has both a ranking and chosen or rejected: keep one")
         answers = record["ranking"]
         if not isinstance(answers, list):
-            raise UserError(f"{place}: ranking is not a list of answers but {str(answers)[:40]!r}")
+            raise UserError(f"{place}: ranking is not a list of completions but {str(answers)[:40]!r}")
         names = tuple(f"ranking[{i}]" for i in range(len(answers)))
     elif len(answers) < 2:
         raise UserError(f"{place} has neither a ranking nor both chosen and rejected: it has {', '.join(record)}")
@@ -109,30 +111,30 @@ def ranked_answers(record: Mapping[str, Any], place: str) -> RankedAnswers:
     if answers and all(lists):
         prompt, texts = _common_prompt(record, prompt, answers, names, place)
     elif any(lists):
-        raise UserError(f"{place} has answers that are texts beside answers that are messages: write all alike")
+        raise UserError(f"{place} has some completions that are texts and some that are messages: use one form")
     else:
         texts = [_content(answer, f"{place}: {name}") for answer, name in zip(answers, names, strict=True)]
         if prompt is None:
-            raise UserError(f"{place} has no prompt that the answers are to: it has {', '.join(record)}")
-    return RankedAnswers(_with_system(record, prompt, place), tuple(texts))
+            raise UserError(f"{place} has no prompt for its completions: it has {', '.join(record)}")
+    return RankedTexts(_with_system(record, prompt, place), tuple(texts))
 
 
 # --- parts of records -------------------------------------------------------------------------------------------------
 
 
 def _has(record: Mapping[str, Any], name: str) -> bool:
-    """Whether a field says something."""
+    """Whether a field is neither absent, null nor empty."""
     value = record.get(name)
     return value is not None and not (hasattr(value, "__len__") and len(value) == 0)
 
 
 def _refuse_tools(record: Mapping[str, Any], place: str) -> None:
     if names := [name for name in _TOOL_FIELDS if _has(record, name)]:
-        raise UserError(f"{place} has {names[0]}, and calls of tools are not supported: remove it")
+        raise UserError(f"{place} has {names[0]}, but tool calls are not supported: remove it")
 
 
 def _with_system(record: Mapping[str, Any], messages: tuple[Message, ...], place: str) -> tuple[Message, ...]:
-    """`messages` behind the system message that a field of the record has."""
+    """Prepends the system message that a field of the record holds, if any."""
     given = [name for name in _SYSTEM_FIELDS if _has(record, name)]
     systems = {name: _content(record[name], f"{place}: {name}", may_be_empty=True) for name in given}
     for name, text in systems.items():
@@ -140,19 +142,19 @@ def _with_system(record: Mapping[str, Any], messages: tuple[Message, ...], place
             continue
         if messages and messages[0].role == "system":
             if messages[0].content.strip() != text.strip():
-                raise UserError(f"{place} has {name} besides a system message that says something else: keep one")
+                raise UserError(f"{place} has {name} and a different system message in its messages: keep one")
         else:
             messages = (Message("system", text), *messages)
     return messages
 
 
 def _turns(turns: Any, place: str, name: str) -> tuple[Message, ...]:
-    """A list of messages; tensorflow-datasets has a dict of lists for it."""
+    """Parses a list of messages, or the equivalent dict of lists of tensorflow-datasets."""
     if isinstance(turns, Mapping):
         try:
             turns = [dict(zip(turns, values, strict=True)) for values in zip(*turns.values(), strict=True)]
         except (TypeError, ValueError):
-            raise UserError(f"{place}: {name} does not have lists of one length") from None
+            raise UserError(f"{place}: the lists of {name} differ in length") from None
     if not isinstance(turns, list | tuple):
         raise UserError(f"{place}: {name} is not a list but {str(turns)[:40]!r}")
     messages = [
@@ -162,50 +164,50 @@ def _turns(turns: Any, place: str, name: str) -> tuple[Message, ...]:
 
 
 def _message(turn: Any, place: str) -> Message | None:
-    """A message with role and content, or ShareGPT's from and value; None for an empty system message."""
+    """Parses a message with role and content, or ShareGPT's from and value; None for an empty system message."""
     keys = [keys for keys in (("role", "content"), ("from", "value")) if isinstance(turn, Mapping) and keys[0] in turn]
     if not keys or not (keys[0][1] in turn or any(_has(turn, name) for name in _TOOL_FIELDS)):
         raise UserError(f"{place} is not an object with role and content, or from and value")
     role_key, content_key = keys[0]
     name = turn[role_key].lower() if isinstance(turn[role_key], str) else None
     if name in _TOOL_ROLES:
-        raise UserError(f"{place} has the {role_key} {name!r}, and calls of tools are not supported: remove the record")
+        raise UserError(f"{place} has the {role_key} {name!r}, but tool calls are not supported: remove the record")
     _refuse_tools(turn, place)
     if reasoning := [field for field in _REASONING_FIELDS if _has(turn, field)]:
-        raise UserError(f"{place} has {reasoning[0]}, which no template shows: remove it, or write it into the content")
+        raise UserError(f"{place} has {reasoning[0]}, which no template has: remove it, or write it into the content")
     if name not in _ROLES:
         raise UserError(f"{place} has the unknown {role_key} {str(turn[role_key])[:40]!r}: one of {', '.join(_ROLES)}")
     role = _ROLES[name]
     if role == "assistant" and turn.get("weight") not in (None, 1):
-        raise UserError(f"{place} has weight {turn['weight']!r}, and every answer is learned alike: remove the record")
+        raise UserError(f"{place} has weight {turn['weight']!r}, but completions are not weighted: remove the record")
     content = _content(turn[content_key], place, may_be_empty=role == "system")
     return Message(role, content) if content.strip() else None
 
 
 def _content(value: Any, place: str, may_be_empty: bool = False) -> str:
-    """A text; OpenAI's list of parts when all are text."""
+    """Parses a text, or OpenAI's list of parts if all are text."""
     if isinstance(value, list) and value and all(isinstance(part, Mapping) and "type" in part for part in value):
         other = [part["type"] for part in value if part["type"] != "text" or not isinstance(part.get("text"), str)]
         if other:
-            raise UserError(f"{place}: the content has a part of type {str(other[0])[:40]!r}, and only text is read")
+            raise UserError(f"{place}: the content has a part of type {str(other[0])[:40]!r}, but only text is read")
         value = "".join(part["text"] for part in value)
     if value is None and may_be_empty:
         return ""
     if value is None:
-        raise UserError(f"{place}: the content is null: remove the record, or write what was said")
+        raise UserError(f"{place}: the content is null: remove the record, or add the text")
     if not isinstance(value, str):
         raise UserError(f"{place}: the content is not a text but {str(value)[:40]!r}")
     if not may_be_empty and (not value or value.isspace()):
-        raise UserError(f"{place}: the content is empty: remove the record, or write what was said")
-    return re.sub("[\ud800-\udfff]", "\ufffd", value)  # halves of characters, which JSON may hold and UTF-8 cannot
+        raise UserError(f"{place}: the content is empty: remove the record, or add the text")
+    return re.sub("[\ud800-\udfff]", "\ufffd", value)  # unpaired surrogates, which JSON may hold but UTF-8 cannot
 
 
 def _alpaca(record: Mapping[str, Any], place: str) -> tuple[Message, ...]:
-    """Instruction, perhaps an input below it, and output; `history` has earlier pairs of a question and an answer."""
+    """Parses Alpaca's instruction, optional input, and output; `history` has earlier (instruction, output) pairs."""
     messages: list[Message] = []
     history = record.get("history") or []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        raise UserError(f"{place}: history is not a list of pairs, a question and its answer")
+        raise UserError(f"{place}: history is not a list of (instruction, output) pairs")
     for i, (question, answer) in enumerate(history):
         messages.append(Message("user", _content(question, f"{place}: history[{i}]")))
         messages.append(Message("assistant", _content(answer, f"{place}: history[{i}]")))
@@ -216,7 +218,7 @@ def _alpaca(record: Mapping[str, Any], place: str) -> tuple[Message, ...]:
 
 
 def _prompt(value: Any, place: str) -> tuple[Message, ...]:
-    """A user's message, or a list of messages."""
+    """Parses a user's message, or a list of messages."""
     if isinstance(value, str):
         return (Message("user", _content(value, f"{place}: prompt")),)
     messages = _turns(value, place, "prompt")
@@ -226,7 +228,7 @@ def _prompt(value: Any, place: str) -> tuple[Message, ...]:
 
 
 def _completion(value: Any, place: str, name: str) -> tuple[Message, ...]:
-    """An assistant's message, or a list of messages."""
+    """Parses an assistant's message, or a list of messages."""
     if isinstance(value, str):
         return (Message("assistant", _content(value, f"{place}: {name}")),)
     return _turns(value, place, name)
@@ -236,7 +238,7 @@ def _ranking_prompt(record: Mapping[str, Any], place: str) -> tuple[Message, ...
     found = {name: _prompt(record[name], place) for name in ("prompt",) if _has(record, name)}
     found |= {name: _turns(record[name], place, name) for name in ("messages", "conversations") if _has(record, name)}
     if "prompt" in found and len(found) > 1:
-        # UltraFeedback has the chosen conversation as `messages` too.
+        # UltraFeedback also has the chosen conversation as `messages`.
         for name, messages in found.items():
             if found["prompt"] != messages[: len(found["prompt"])] and found["prompt"][-1] not in messages:
                 raise UserError(f"{place} has a prompt, and {name} without it: keep one")
@@ -253,30 +255,28 @@ def _common_prompt(
     names: Sequence[str],
     place: str,
 ) -> tuple[tuple[Message, ...], list[str]]:
-    """The prompt and the texts of answers that are lists of messages: the last alone, behind the prompt or with it."""
+    """Returns the prompt and the completions, given as lists of messages with or without the prompt."""
     given = [_turns(answer, place, name) for answer, name in zip(answers, names, strict=True)]
     begins = {bool(messages) and messages[0].role == "assistant" for messages in given}
     if begins == {True}:
         if prompt is None:
-            raise UserError(f"{place} has no prompt that the answers are to: it has {', '.join(record)}")
+            raise UserError(f"{place} has no prompt for its completions: it has {', '.join(record)}")
         given = [(*prompt, *messages) for messages in given]
     elif prompt is not None:
         for messages, name in zip(given, names, strict=True):
             asked = [message.content.strip() for message in messages if message.role == "user"]
             if prompt[-1].content.strip() not in asked:
-                raise UserError(
-                    f"{place}: the prompt is {prompt[-1].content[:40]!r}, which {name} as a conversation does not have"
-                )
+                raise UserError(f"{place}: the prompt is {prompt[-1].content[:40]!r}, which {name} does not contain")
             if len(prompt) > 1 and messages[: len(prompt)] != prompt:
-                raise UserError(f"{place}: the conversation of {name} does not begin with the prompt")
+                raise UserError(f"{place}: the conversation {name} does not begin with the prompt")
     whole = {messages[:-1] for messages in given}
     if len(whole) > 1 or any(not messages or messages[-1].role != "assistant" for messages in given):
-        raise UserError(f"{place}: the answers are not conversations that differ in the last answer alone")
+        raise UserError(f"{place}: the conversations must differ only in the last completion")
     return whole.pop(), [messages[-1].content for messages in given]
 
 
 def _hh(text: str, place: str) -> tuple[Message, ...]:
-    """A dialogue of Anthropic's HH data: turns that begin with "\\n\\nHuman:" and "\\n\\nAssistant:"."""
+    """Parses a dialogue of Anthropic's HH data: turns that begin with "\\n\\nHuman:" and "\\n\\nAssistant:"."""
     _, *parts = _HH_TURN.split(text)
     roles: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
     return tuple(

@@ -1,6 +1,6 @@
-"""Conversations and rankings of answers: of JSON lines, tensorflow-datasets, or the dialogues that a package carries.
+"""Reads conversations, rankings and prompts from JSON lines, tensorflow-datasets, or a Python package.
 
-Whatever is wrong with a conversation is one line that says in which line of which file it is.
+Errors in a conversation are reported in one line with file name and line number.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import numpy as np
 
 from gptjax.config import UserError
 from gptjax.data import records
-from gptjax.data.conversation_forms import Message, Role, conversation_messages, prompt_messages, ranked_answers
+from gptjax.data.conversation_forms import Message, Role, conversation_messages, prompt_messages, ranked_texts
 from gptjax.data.packages import require_package
 from gptjax.data.preparation import split_documents
 from gptjax.data.text_files import InvalidUtf8
@@ -38,10 +38,11 @@ _FORMS = "jsonl:GLOB, tfds:NAME[@SPLIT], chatterbot[:LANGUAGE+LANGUAGE]"
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """Turns of a user and an assistant, one after the other, perhaps behind a system message.
+    """Alternating turns of user and assistant, optionally after a system message.
 
     Attributes:
-      place: where it is from, for messages: "chats.jsonl:17".
+      messages: begins with the system message, if any, then a user's message.
+      place: where the conversation is from, for error messages: "chats.jsonl:17".
     """
 
     messages: tuple[Message, ...]
@@ -49,18 +50,20 @@ class Conversation:
 
     @property
     def prompt(self) -> tuple[Message, ...]:
-        """What comes before the first answer."""
+        """The messages before the first completion."""
         first = next(i for i, message in enumerate(self.messages) if message.role == "assistant")
         return self.messages[:first]
 
 
 @dataclasses.dataclass(frozen=True)
 class Ranking:
-    """Answers to one prompt, best first, two or more.
+    """Two or more completions of one prompt, best first.
 
     Attributes:
       prompt: ends in a user's message.
-      ordered: false: the first answer is better than the others, of which none is known to be better than another.
+      answers: the texts of the completions.
+      place: where the ranking is from, for error messages.
+      ordered: if False, only the first completion is known to be better than the others.
     """
 
     prompt: tuple[Message, ...]
@@ -70,17 +73,18 @@ class Ranking:
 
     @property
     def levels(self) -> tuple[int, ...]:
-        """Of each answer, 1 the best; of equal ones neither is better."""
+        """Rank of each completion, 1 for the best; completions of equal rank are not compared."""
         return tuple(i + 1 if self.ordered else min(i + 1, 2) for i in range(len(self.answers)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What an assistant is to answer.
+    """Messages that the assistant completes.
 
     Attributes:
-      messages: the last a user's.
-      reference: the answer that is there; None: there is none.
+      messages: ends in a user's message.
+      reference: the reference completion; None: there is none.
+      place: where the prompt is from, for error messages.
     """
 
     messages: tuple[Message, ...]
@@ -92,39 +96,38 @@ T = TypeVar("T", Conversation, Ranking, Prompt)
 
 
 def check_spec(spec: str) -> None:
-    """Raises UserError when `spec` is of no known form, or what it names is not there; no file is read."""
+    """Raises UserError if the form of `spec` is unknown, or its files or package do not exist; reads no file."""
     scheme = spec.partition(":")[0]
     if scheme == "chatterbot":
         _language_folders(spec)
     elif scheme in ("jsonl", "tfds"):
         records.check_spec(spec)
     else:
-        raise UserError(f"unknown source {spec!r} of conversations: known are {_FORMS}")
+        raise UserError(f"unknown source {spec!r} of conversations: known sources are {_FORMS}")
 
 
 def read_conversations(spec: str, *, invalid_utf8: InvalidUtf8 = "error") -> list[Conversation]:
-    """All conversations of a source, in its order.
+    """Reads all conversations of a source, in its order.
 
     Args:
-      spec: one of the following; GLOB and the files' encodings are as of `sources.open_source`.
+      spec: one of the following; GLOB and the encodings of files are those of `sources.open_source`.
         jsonl:GLOB — each line a JSON object: OpenAI's {"messages": [{"role": ..., "content": ...}, ...]}, ShareGPT's
           {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]}, Alpaca's
           {"instruction": ..., "input": ..., "output": ...}, or TRL's {"prompt": ..., "completion": ...}, both texts or
           lists of messages. A field `system` or `system_prompt` is the system message. The content may be a list of
           parts {"type": "text", "text": ...}. The role developer is read as system;
         tfds:NAME[@SPLIT] — a tensorflow-datasets dataset with such a feature;
-        chatterbot[:LANGUAGE+LANGUAGE] — dialogues of the PyPI package chatterbot-corpus, English if not said otherwise;
-          each once.
-      invalid_utf8: "replace" puts U+FFFD for bytes that are not UTF-8, and warns; "error" raises.
+        chatterbot[:LANGUAGE+LANGUAGE] — dialogues of the PyPI package chatterbot-corpus, without duplicates; English by
+          default.
+      invalid_utf8: "replace" replaces bytes that are not UTF-8 by U+FFFD, and warns; "error" raises.
 
     Raises:
-      UserError: in one line, with the file's name and the line's number: an unknown role, calls of tools, two turns of
-        one side in a row, a message that is empty or not text, no answer at all; or there are no conversations, or the
-        source cannot be read.
+      UserError: in one line with file name and line number: an unknown role, tool calls, two consecutive turns of one
+        role, a message that is empty or not text, no completion; or the source has no conversations or cannot be read.
     """
     check_spec(spec)
     if spec.partition(":")[0] == "chatterbot":
-        # Half of them are there several times: copies would be held out of what has been trained on.
+        # Half of them are duplicates, which would otherwise occur in both training and validation data.
         once: dict[tuple[Message, ...], Conversation] = {}
         for conversation in _chatterbot(spec):
             once.setdefault(conversation.messages, conversation)
@@ -138,22 +141,22 @@ def read_conversations(spec: str, *, invalid_utf8: InvalidUtf8 = "error") -> lis
 
 
 def read_rankings(spec: str, *, invalid_utf8: InvalidUtf8 = "error") -> list[Ranking]:
-    """All rankings of a source, in its order.
+    """Reads all rankings of a source, in its order.
 
     Args:
       spec: jsonl:GLOB or tfds:NAME[@SPLIT]. A record has its prompt as `messages` or `prompt`, a list of messages or a
-        user's message, perhaps with `system`, and its answers as `ranking`, a list with the best first, or as `chosen`
-        and `rejected`. An answer is a text, a list of the assistant's message (TRL), or a whole conversation, a list
-        of messages (UltraFeedback) or a dialogue "\\n\\nHuman: ...\\n\\nAssistant: ..." (Anthropic's HH); these differ
-        in the last message alone, and need no other prompt.
-      invalid_utf8: as of `read_conversations`.
+        user's message, optionally with `system`, and its completions as `ranking`, a list with the best first, or as
+        `chosen` and `rejected`. A completion is a text, a list of the assistant's message (TRL), or a whole
+        conversation, a list of messages (UltraFeedback) or a dialogue "\\n\\nHuman: ...\\n\\nAssistant: ..."
+        (Anthropic's HH); whole conversations differ only in the last message, and need no separate prompt.
+      invalid_utf8: as in `read_conversations`.
 
     Raises:
-      UserError: as of `read_conversations`; less than two answers, or two that are the same.
+      UserError: as in `read_conversations`; or there are fewer than two completions, or two equal ones.
     """
     check_spec(spec)
     if spec.partition(":")[0] == "chatterbot":
-        raise UserError(f"{spec} has conversations and no rankings: set chat.random_answers to make some of them")
+        raise UserError(f"{spec} has conversations, but no rankings: set chat.random_answers to make rankings of them")
     found = [_ranking(record, place) for record, place in records.read_records(spec, invalid_utf8)]
     if not found:
         raise UserError(f"{spec} has no rankings")
@@ -161,14 +164,14 @@ def read_rankings(spec: str, *, invalid_utf8: InvalidUtf8 = "error") -> list[Ran
 
 
 def read_prompts(spec: str, *, invalid_utf8: InvalidUtf8 = "error") -> list[Prompt]:
-    """What a source gives an assistant to answer: what comes before each of its turns, and a last question without one.
+    """Reads the prompts of a source: the messages before each completion, and a last user message without completion.
 
     Args:
-      spec, invalid_utf8: as of `read_conversations`. A line may also have `prompt`, a user's message or a list of
-        messages, alone.
+      spec, invalid_utf8: as in `read_conversations`. A record may also have only `prompt`, a user's message or a list
+        of messages.
 
     Raises:
-      UserError: as of `read_conversations`.
+      UserError: as in `read_conversations`.
     """
     check_spec(spec)
     if spec.partition(":")[0] == "chatterbot":
@@ -186,15 +189,17 @@ def read_prompts(spec: str, *, invalid_utf8: InvalidUtf8 = "error") -> list[Prom
 
 
 def hold_out(items: Sequence[T], fraction: float) -> tuple[list[T], list[T]]:
-    """Train and validation: every k-th first question is held out, with all that begins with it.
+    """Splits into train and validation: every k-th first user message is held out, with all items that begin with it.
 
     Raises:
-      UserError: there is only one first question.
+      UserError: there is only one first user message.
     """
     asked = [_first_question(item) for item in items]
     questions = dict.fromkeys(asked)
     if len(questions) < 2:
-        raise UserError(f"{items[0].place} has the only question: none can be held out, set data.validation_source")
+        raise UserError(
+            f"{items[0].place} has the only first user message, so none can be held out: set data.validation_source"
+        )
     names = [name for name, _ in split_documents(map(str, range(len(questions))), fraction)]
     side = dict(zip(questions, names, strict=True))
     sides = list(zip(items, (side[question] for question in asked), strict=True))
@@ -208,24 +213,26 @@ def _first_question(item: Conversation | Ranking | Prompt) -> str:
 
 
 def prompts(conversations: Sequence[Conversation]) -> list[Prompt]:
-    """What comes before each of the assistant's turns, which is its reference."""
+    """Returns the prompt of each completion of the conversations, with that completion as its reference."""
     return [Prompt(*turn) for conversation in conversations for turn in _turns(conversation)]
 
 
 def random_rankings(conversations: Sequence[Conversation], answers: int, seed: int, draws: int = 1) -> list[Ranking]:
-    """Every answer of the conversations, ranked above others drawn from all of them.
+    """Ranks each completion of the conversations above completions sampled from other conversations.
 
     Args:
-      answers: how many others, all different, of other conversations; none is a true answer to the same prompt.
-      draws: how often; each has all answers of the conversations, in their order, with others drawn anew.
+      conversations: sources of the completions.
+      answers: number of sampled completions, all different; none is a completion of the same prompt in the data.
+      seed: sampling seed.
+      draws: number of rankings for each completion, with independent samples; a draw has all completions in order.
 
     Raises:
-      UserError: there are not so many others.
+      UserError: there are fewer than `answers` suitable completions.
     """
     import grain
 
     true: dict[tuple[Message, ...], set[str]] = {}
-    owners: dict[str, set[int]] = {}  # which conversations have an answer
+    owners: dict[str, set[int]] = {}  # the conversations that have a completion
     turns = [(number, *turn) for number, conversation in enumerate(conversations) for turn in _turns(conversation)]
     turns *= draws
     for number, prompt, answer, _ in turns:
@@ -236,7 +243,7 @@ def random_rankings(conversations: Sequence[Conversation], answers: int, seed: i
     rankings = []
     for (number, prompt, answer, place), turn_seed in zip(turns, seeds.tolist(), strict=True):
         others: list[str] = []
-        for i in range(len(pool)):  # a permutation, made only as far as it is read: corpora have many answers
+        for i in range(len(pool)):  # a lazily computed permutation, as corpora have many completions
             if len(others) == answers:
                 break
             other = pool[grain.experimental.index_shuffle(i, max_index=len(pool) - 1, seed=turn_seed, rounds=4)]
@@ -244,7 +251,7 @@ def random_rankings(conversations: Sequence[Conversation], answers: int, seed: i
                 others.append(other)
         if len(others) < answers:
             raise UserError(
-                f"{place} has fewer than chat.random_answers={answers} answers of other conversations to other "
+                f"{place}: other conversations have fewer than chat.random_answers={answers} completions of other "
                 "prompts: lower it"
             )
         rankings.append(Ranking(prompt, (answer, *others), place, ordered=False))
@@ -252,7 +259,7 @@ def random_rankings(conversations: Sequence[Conversation], answers: int, seed: i
 
 
 def _turns(conversation: Conversation) -> Iterator[tuple[tuple[Message, ...], str, str]]:
-    """What comes before each answer, the answer, and where it is from."""
+    """Yields (prompt, completion, place) for each completion."""
     for i, message in enumerate(conversation.messages):
         if message.role == "assistant":
             yield conversation.messages[:i], message.content, conversation.place
@@ -262,35 +269,33 @@ def _turns(conversation: Conversation) -> Iterator[tuple[tuple[Message, ...], st
 
 
 def check_order(messages: Sequence[Message], place: str) -> None:
-    """Raises UserError unless user and assistant take turns, the user first, a system message only before them."""
+    """Raises UserError unless user and assistant alternate, the user first, with a system message only before them."""
     turns = messages[1:] if messages and messages[0].role == "system" else messages
     for i, message in enumerate(turns):
         wanted = ("user", "assistant")[i % 2]
         if message.role != wanted:
             number = i + len(messages) - len(turns)
-            before = f"behind one of role {messages[number - 1].role}" if number else "at the start"
-            raise UserError(
-                f"{place}: message {number} is of role {message.role} {before}, where it is {wanted}'s turn"
-            )
+            before = f"after one with role {messages[number - 1].role}" if number else "at the start"
+            raise UserError(f"{place}: message {number} has role {message.role} {before}, where {wanted} is expected")
 
 
 def _whole(messages: tuple[Message, ...], place: str) -> tuple[Message, ...]:
-    """`messages`, checked, without a last question that has no answer."""
+    """Checks `messages`, and removes a last user message without completion."""
     check_order(messages, place)
     if messages and messages[-1].role == "user":
         messages = messages[:-1]
     if not any(message.role == "assistant" for message in messages):
-        raise UserError(f"{place} has no answer of the assistant to learn from: remove it")
+        raise UserError(f"{place} has no completion by the assistant to train on: remove it")
     return messages
 
 
 def _ranking(record: Mapping[str, Any], place: str) -> Ranking:
-    prompt, texts = ranked_answers(record, place)
+    prompt, texts = ranked_texts(record, place)
     check_order(prompt, place)
     if not prompt or prompt[-1].role != "user":
-        raise UserError(f"{place}: the prompt does not end in a user's message, which the answers are to")
+        raise UserError(f"{place}: the prompt does not end in a user's message, which the completions need")
     if len(texts) < 2 or len({text.strip() for text in texts}) < len(texts):
-        raise UserError(f"{place} needs two answers or more, all different by more than blanks, the best first")
+        raise UserError(f"{place} needs two completions or more, the best first, that differ in more than white space")
     return Ranking(prompt, texts, place)
 
 
@@ -309,12 +314,12 @@ def _language_folders(spec: str) -> list[Path]:
 
 
 def _chatterbot(spec: str) -> Iterator[Conversation]:
-    """A conversation is a list of utterances, the first of them a user's. A few that are no list are left out."""
+    """Yields conversations, lists of utterances that begin with a user's. Entries that are no list are skipped."""
     import yaml
 
     for folder in _language_folders(spec):
         for path in sorted(folder.glob("*.yml")):
-            # It makes no values but text, so that "Yes" is no truth value and "1,000" no number.
+            # BaseLoader reads every scalar as text, so that "Yes" is not a boolean and "1,000" not a number.
             tree = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
             for number, turns in enumerate(tree["conversations"]):
                 texts = [turn.strip() for turn in turns] if isinstance(turns, list) else []

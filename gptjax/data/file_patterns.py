@@ -15,11 +15,11 @@ _WILD = frozenset("*?")
 
 
 def matching_files(pattern: str) -> list[Path]:
-    """The files that a glob pattern matches, sorted.
+    """Returns the files that match a glob pattern, sorted.
 
-    `~` is the home directory. `**` descends into all folders but hidden ones, symbolic links included, into each real
-    folder once. The leading folders of the pattern, or all of it, are taken literally where they exist by that name, so
-    that "runs[1]/a.txt" names that file; elsewhere "[[]" is a literal "[".
+    `~` is the home directory. `**` descends into all folders except hidden ones, follows symbolic links, and visits
+    each real folder once. Leading folders of the pattern, or all of it, are taken literally if they exist under that
+    name, so that "runs[1]/a.txt" names that file; elsewhere "[[]" is a literal "[".
 
     Raises:
       UserError: no file matches, all are empty, or one cannot be read or is in an unsupported archive format.
@@ -37,12 +37,12 @@ def matching_files(pattern: str) -> list[Path]:
         if compression(path) == "zstd":
             require_package("zstandard", "pip install zstandard", str(path))
     if all(path.stat().st_size == 0 for path in paths):
-        raise UserError(f"{paths[0]} is empty" + (", and so are all other files that match" if len(paths) > 1 else ""))
+        raise UserError(f"{paths[0]} is empty" + (", as are all other matching files" if len(paths) > 1 else ""))
     return paths
 
 
 def split_field(argument: str) -> tuple[str, str | None]:
-    """Splits "GLOB#FIELD" at the last "#" before which the pattern matches something; a file's name may contain "#"."""
+    """Splits "GLOB#FIELD" at the last "#" that follows a matching pattern, as file names may contain "#"."""
     ends = [len(argument), *(i for i in range(len(argument) - 1, -1, -1) if argument[i] == "#")]
     for end in ends:
         if end and expand_pattern(argument[:end]):
@@ -52,7 +52,7 @@ def split_field(argument: str) -> tuple[str, str | None]:
 
 
 def expand_pattern(pattern: str) -> list[str]:
-    """What a pattern of `matching_files` matches, folders too, sorted; empty when there is nothing."""
+    """Returns the files and folders that match a pattern as in `matching_files`, sorted; may be empty."""
     pattern = os.path.expanduser(pattern)
     literal = ""
     parts = pattern.split("/")
@@ -65,7 +65,7 @@ def expand_pattern(pattern: str) -> list[str]:
 
 
 def files_below(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """The files in a folder and below it, of these suffixes in any case, sorted; links and hidden folders as `**`."""
+    """Returns the files below a folder with the given suffixes (case-insensitive), sorted; traverses it like `**`."""
     found = (Path(path) for path in expand_pattern(f"{glob.escape(str(folder))}/**/*"))
     return [path for path in found if path.suffix.lower() in suffixes and path.is_file()]
 
@@ -84,7 +84,7 @@ def _expand(pattern: str) -> Iterator[str]:
 
 
 def _folders(top: str) -> Iterator[str]:
-    """`top` and the folders below it, each real folder once, by a path without symbolic links where there is one."""
+    """Yields `top` and the folders below it, each real folder once, preferably by a path without symbolic links."""
     seen: set[str] = set()
     folders, links = [top], list[str]()
     while folders or links:
@@ -97,7 +97,7 @@ def _folders(top: str) -> Iterator[str]:
         try:
             names = sorted(os.listdir(folder or "."))
         except OSError as error:
-            logging.warning("the folder %s is left out: %s", folder, error.strerror)
+            logging.warning("skipped the folder %s: %s", folder, error.strerror)
             continue
         for name in names:
             path = os.path.join(folder, name)

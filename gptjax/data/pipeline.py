@@ -1,4 +1,4 @@
-"""From a prepared corpus to batches: examples by number, so the only state of the input is how many were consumed."""
+"""Packs a prepared corpus into examples and batches; the only state is the number of examples consumed."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from gptjax.data.preparation import DamagedCorpusError, PreparedSplit, prepare, 
 from gptjax.data.sources import Source
 from gptjax.data.tokenizers import Tokenizer
 
-Example = dict[str, np.ndarray]
+ExampleArrays = dict[str, np.ndarray]  # the arrays of one training example, by name
 
 
 class Examples(Protocol):
@@ -24,15 +24,15 @@ class Examples(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> Example: ...
+    def __getitem__(self, index: int, /) -> ExampleArrays: ...
 
 
 class Microbatch(NamedTuple):
-    """What the training loop reads.
+    """Input of one forward and backward pass.
 
     Attributes:
-      arrays: this process's rows of (B, ...) arrays; of those with two axes or more the last is the positions'.
-      num_tokens: of all B rows, those that only fill the batch up left out.
+      arrays: this process's rows of (B, ...) arrays; the last axis of arrays with two or more axes is T.
+      num_tokens: number of tokens in all B rows, without padding rows.
     """
 
     arrays: dict[str, np.ndarray]
@@ -43,30 +43,31 @@ class _Epoch(NamedTuple):
     """The order of one epoch."""
 
     documents: np.ndarray  # int64 (documents,): a permutation
-    ends: np.ndarray  # int64 (documents,): where in the stream each of them ends
-    shuffle_seed: int  # of the examples
+    ends: np.ndarray  # int64 (documents,): position in the stream at which each of them ends
+    shuffle_seed: int  # seed of the permutation of the examples
 
 
 class PackedExamples:
-    """Windows of a stream of documents, in which every token is predicted exactly once per epoch.
+    """Fixed-length windows of a stream of documents, in which every token is predicted exactly once per epoch.
 
-    The stream of an epoch is its documents, each ending in end-of-text. Example i predicts stream[i*T : (i+1)*T] from
-    stream[i*T - 1 : (i+1)*T - 1], where an end-of-text comes before the stream: a document starts after an end-of-text.
-    With a seed the documents and then the examples are permuted anew for each epoch, the epochs do not end, and what
-    does not fill a last example is left out of its epoch. Without one there is one epoch, in order, padded at its end.
+    The stream of an epoch is the concatenation of its documents, each followed by an end-of-text. Example i predicts
+    stream[i*T : (i+1)*T] from stream[i*T - 1 : (i+1)*T - 1], with an end-of-text before the stream, so that every
+    document starts after an end-of-text. With a seed, the documents and then the examples are permuted for each epoch,
+    the number of epochs is unlimited, and a last incomplete example of an epoch is dropped. Without a seed there is one
+    epoch, in order, with its last example padded.
 
-    An example has, each (T,):
+    The arrays of an example, each (T,):
       tokens: int32, the inputs.
       targets: int32.
       weights: float32, 1, or 0 where the target is padding.
-      segments: int32, with packing="segment" only: which document of the example the target belongs to, from 1; so an
-        end-of-text that is input to a document's first token counts to that document. Padding is segment 0.
-      positions: int32, with packing="segment" only: from 0 in each segment.
+      segments: int32, only with packing="segment": number of the target's document within the example, from 1; an
+        end-of-text that is the input for the first token of a document belongs to that document. Padding is segment 0.
+      positions: int32, only with packing="segment": from 0 in each segment.
 
     Attributes:
       split: the documents.
-      examples_per_epoch: T tokens each.
-      skipped: damaged examples read so far, with on_corrupt="skip": they are all padding.
+      examples_per_epoch: number of examples of T tokens.
+      skipped: number of damaged examples read so far with on_corrupt="skip", which are returned as padding.
     """
 
     def __init__(
@@ -78,6 +79,18 @@ class PackedExamples:
         seed: int | None,
         on_corrupt: Literal["error", "skip"] = "error",
     ):
+        """Sets the length of an epoch.
+
+        Args:
+          split: the documents.
+          context_length: T, tokens of an example.
+          packing: see `DataConfig.packing`.
+          seed: seed of the permutations; None: one epoch, in order.
+          on_corrupt: see `DataConfig.on_corrupt`.
+
+        Raises:
+          UserError: an epoch has more examples than can be shuffled.
+        """
         self.split, self.skipped, self._on_corrupt = split, 0, on_corrupt
         self.examples_per_epoch = (split.num_tokens + (0 if seed is not None else context_length - 1)) // context_length
         if self.examples_per_epoch > 2**32:  # index_shuffle would silently wrap around
@@ -90,11 +103,11 @@ class PackedExamples:
         self._cached_epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
 
     def __len__(self) -> int:
-        """Examples of all epochs; of a training split, whole epochs without practical end."""
+        """Number of examples of all epochs; with a seed, whole epochs up to about 2**60 examples."""
         epochs = 1 if self._seed is None else 2**60 // max(1, self.examples_per_epoch)
         return epochs * self.examples_per_epoch
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> ExampleArrays:
         if not 0 <= index < len(self):
             raise IndexError(index)
         number, example = divmod(index, self.examples_per_epoch)
@@ -114,7 +127,7 @@ class PackedExamples:
                 raise
             self.skipped += 1
             if self.skipped <= sources.MAX_LOGGED or self.skipped % 1000 == 0:
-                logging.warning("left out: example %d (%d so far): %s", index, self.skipped, error)
+                logging.warning("skipped: example %d (%d so far): %s", index, self.skipped, error)
             window = np.full(self._context_length + 1, self.split.end_of_text, np.int32)
             padding = np.ones_like(padding)
         arrays = {"tokens": window[:-1], "targets": window[1:], "weights": (~padding).astype(np.float32)}
@@ -127,7 +140,7 @@ class PackedExamples:
         return arrays
 
     def _window(self, epoch: _Epoch, start: int) -> np.ndarray:
-        """stream[start - 1 : start + T], int32 (T + 1,); what lies outside the stream is end-of-text."""
+        """Returns stream[start - 1 : start + T], int32 (T + 1,), with end-of-text outside the stream."""
         first, stop = start - 1, start + self._context_length
         window = np.full(stop - first, self.split.end_of_text, np.int32)
         begin_document, end_document = np.searchsorted(epoch.ends, [first, stop - 1], side="right")
@@ -139,7 +152,7 @@ class PackedExamples:
         return window
 
     def _epoch(self, number: int) -> _Epoch:
-        with self._lock:  # so that the threads of the pipeline permute a large corpus once, not each
+        with self._lock:  # so that the threads of the pipeline permute a large corpus only once
             return self._cached_epoch(number)
 
     def _make_epoch(self, number: int) -> _Epoch:
@@ -159,14 +172,14 @@ def batches(
     rows: Sequence[int] | None = None,
     prefetch: int,
 ) -> Iterator[Microbatch]:
-    """Batches of consecutive examples, read ahead by a thread.
+    """Iterates over batches of consecutive examples, prefetched by a thread.
 
     Args:
-      examples: any number of them; the last batch is filled up with all-zero rows, so all have one shape.
-      start: examples consumed before. As it counts examples, a run may go on with another batch size or other hosts.
+      examples: the last batch is padded with all-zero rows, so that all batches have the same shape.
+      start: number of examples consumed before. A run can be resumed with another batch size or other hosts.
       batch_size: rows of the batch over all processes.
-      rows: which of them to yield, in this order; None: all.
-      prefetch: batches kept ready.
+      rows: rows to yield, in this order; None: all.
+      prefetch: number of batches read ahead.
 
     Yields:
       The arrays of the examples, stacked to (len(rows), ...).
@@ -174,7 +187,7 @@ def batches(
     wanted = range(batch_size) if rows is None else rows
     last = len(examples) - 1
 
-    def row(index: int) -> Example:
+    def row(index: int) -> ExampleArrays:
         if index <= last:
             return examples[index]
         return {name: np.zeros_like(value) for name, value in examples[last].items()}
@@ -189,14 +202,17 @@ def batches(
     num_batches = max(0, -(-(len(examples) - start) // batch_size))
     import grain
 
-    # One thread makes millions of tokens a second; more are slower, for they contend for the interpreter's lock.
+    # One thread reads millions of tokens a second; more are slower, as they contend for the global interpreter lock.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
     return iter(grain.MapDataset.range(num_batches).map(batch).to_iter_dataset(options))
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """What a run reads. Bits per byte = nats per token / ln 2 * split.num_tokens / split.text_bytes of validation."""
+    """Tokenizer and packed splits of a run.
+
+    Bits per byte = nats per token / ln 2 * split.num_tokens / split.text_bytes of the validation split.
+    """
 
     tokenizer: Tokenizer
     train: PackedExamples
@@ -204,16 +220,16 @@ class Corpus:
 
 
 def open_corpus(data: DataConfig, *, context_length: int, seed: int, tokenizer: Tokenizer | None = None) -> Corpus:
-    """Opens the corpus that `data` describes; tokenises it (and trains the tokenizer) if no run did before.
+    """Opens the corpus described by `data`; tokenises it, and trains the tokenizer, unless they are cached.
 
     Args:
       data: sources, tokenizer and packing.
       context_length: T, tokens of an example.
-      seed: of the order of the training examples.
-      tokenizer: the one to use instead of data.tokenizer's, as when a run goes on.
+      seed: seed of the order of the training examples.
+      tokenizer: used instead of data.tokenizer, for example when a run is resumed.
 
     Raises:
-      UserError: a source or the tokenizer cannot be had, or a split is too short.
+      UserError: a source or the tokenizer is not available, or a split is too short.
     """
     if tokenizer is None:
         tokenizers.check_spec(data.tokenizer)  # before the corpus is read for its fingerprint
@@ -234,7 +250,7 @@ def open_corpus(data: DataConfig, *, context_length: int, seed: int, tokenizer: 
         _, validation = prepare(validation_source, tokenizer, cache_dir, validation_fraction=1.0)
     if train.num_tokens < context_length:
         raise UserError(
-            f"data.source={data.source!r} has {train.num_tokens} training tokens, less than one context of "
+            f"data.source={data.source!r} has {train.num_tokens} training tokens, fewer than one context of "
             f"{context_length}: use a longer corpus or a smaller model.context_length"
         )
     if validation.num_tokens == 0:

@@ -1,13 +1,13 @@
-"""Tokenises a corpus once, into ArrayRecord shards that any later run opens in no time.
+"""Tokenises a corpus once, into ArrayRecord shards that later runs open immediately.
 
-A document becomes its token ids and an end-of-text. A split is its documents one after the other, cut into pieces of
-`PIECE_TOKENS` tokens, one record each, so that a document or a part of one costs one or two small reads. A prepared
-corpus is a directory, named after all that decides its content, that appears whole or not at all:
+A document becomes its token ids followed by an end-of-text. The concatenated documents of a split are cut into pieces
+of `PIECE_TOKENS` tokens, one record each, so that reading a document or part of it needs one or two small reads. A
+prepared corpus is a directory that is written atomically and named by a hash of everything that determines its content:
 
   <cache_dir>/corpora/<key>/train-00000.array_record ...  token ids, little-endian uint16 or uint32
-                            train_lengths.npy             int64 (documents,): tokens of each, end-of-text included
-                            validation-*, validation_*    the same
-                            metadata.json                 counts, sizes of the files, where all came from
+                            train_lengths.npy             int64 (documents,): tokens of each, with end-of-text
+                            validation-*, validation_*    the same for the validation split
+                            metadata.json                 counts, sizes of the files, source and tokenizer
 """
 
 import array
@@ -34,35 +34,35 @@ from gptjax.data.tokenizers import Tokenizer
 from gptjax.files import is_plain_name, read_json
 
 PIECE_TOKENS = 8192
-SHARD_BYTES = 2**28  # a read takes time in proportion to the records of its shard: 2 ns each
-BATCH_CHARACTERS = 2**18  # of documents that one thread encodes at a time
-FORMAT_VERSION = 1  # of the files, PIECE_TOKENS included; part of the key, so a new one never meets old files
+SHARD_BYTES = 2**28  # the time of a read is proportional to the records of its shard: 2 ns each
+BATCH_CHARACTERS = 2**18  # characters of documents that a thread encodes at a time
+FORMAT_VERSION = 1  # of the files, including PIECE_TOKENS; part of the directory's key
 
-# With one record to a chunk a random read reads no more than its record; compression would double the time of a read.
+# With one record per chunk a random read reads only its record; compression would double the time of a read.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 
 
 class DamagedCorpusError(UserError):
-    """A part of a prepared corpus is not what was written, or is gone."""
+    """A part of a prepared corpus is damaged or missing."""
 
 
 class PreparedSplit:
-    """The documents of one split, on disk; threads may share it.
+    """Tokenised documents of one split, on disk; thread-safe.
 
     Attributes:
-      lengths: int64 (documents,), tokens of each document, its end-of-text included.
-      num_documents, num_tokens: of the split; tokens include the end-of-text of each document.
+      lengths: int64 (documents,), tokens of each document, including its end-of-text.
+      num_documents, num_tokens: totals of the split; tokens include the end-of-text of each document.
       text_bytes: UTF-8 bytes of the text, the denominator of bits per byte.
-      end_of_text: the token id that ends each document.
-      content: 24 hex digits, equal for equal documents and tokens wherever they were prepared.
+      end_of_text: id of the token that ends each document.
+      content: hash of documents and tokens, 24 hex digits, independent of where they were prepared.
     """
 
     def __init__(self, directory: Path, name: str, metadata: dict[str, Any]):
-        """Opens split `name` of a prepared corpus; OSError, ValueError or RuntimeError when its files are damaged."""
+        """Opens split `name` of a prepared corpus; raises OSError, ValueError or RuntimeError if it is damaged."""
         counts = metadata["splits"][name]
         for file, size in counts["files"].items():
             if not is_plain_name(file):
-                raise ValueError(f"metadata.json names {file!r}, which is not beside it")
+                raise ValueError(f"metadata.json names {file!r}, which is not in its directory")
             if (directory / file).stat().st_size != size:
                 raise ValueError(f"{directory / file} does not have {size} bytes")
         self.lengths = np.load(directory / f"{name}_lengths.npy", allow_pickle=False)
@@ -85,19 +85,20 @@ class PreparedSplit:
             raise ValueError(f"the {name} shards hold {len(self._pieces)} records, too few or many for the tokens")
 
     def read(self, document: int, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of a document, uint16 or uint32 (stop - start,); UserError when a shard is damaged."""
+        """Reads tokens [start, stop) of a document, uint16 or uint32 (stop - start,).
+
+        Raises:
+          DamagedCorpusError: a shard is damaged.
+        """
         begin, end = int(self._starts[document]) + start, int(self._starts[document]) + stop
         first, last = begin // PIECE_TOKENS, (end - 1) // PIECE_TOKENS
         try:
             pieces = [np.frombuffer(self._pieces[i], self._dtype) for i in range(first, last + 1)]
             joined = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
             tokens = joined[begin - first * PIECE_TOKENS : end - first * PIECE_TOKENS]
-            if len(tokens) != stop - start:  # of a shard cut short, ArrayRecord gives empty records
+            if len(tokens) != stop - start:  # ArrayRecord returns empty records for a truncated shard
                 raise ValueError(f"{len(tokens)} tokens where {stop - start} were written")
-        except (
-            RuntimeError,
-            ValueError,
-        ) as error:  # of a record that is gone or not its hash's
+        except (RuntimeError, ValueError) as error:  # a record is missing or does not match its hash
             raise DamagedCorpusError(
                 f"prepared corpus is damaged, delete {self._directory} and start again: {error}"
             ) from error
@@ -107,19 +108,19 @@ class PreparedSplit:
 def prepare(
     source: Source, tokenizer: Tokenizer, cache_dir: Path, *, validation_fraction: float
 ) -> tuple[PreparedSplit, PreparedSplit]:
-    """The train and the validation split of `source`: those in the cache, or tokenised now.
+    """Returns the train and validation split of `source`, tokenising it unless it is cached.
 
-    Several processes may ask at once: one tokenises, the others wait for it where the file system has locks.
+    Several processes may call this concurrently: one tokenises, and the others wait if the file system supports locks.
 
     Args:
       source: the documents.
-      tokenizer: makes token ids of them.
-      cache_dir: prepared corpora live in its folder corpora/.
-      validation_fraction: share of the documents held out, as `split_documents` has it.
+      tokenizer: encodes the documents.
+      cache_dir: prepared corpora are in its directory corpora/.
+      validation_fraction: fraction of the documents held out, see `split_documents`.
 
     Raises:
-      UserError: the source cannot be read, holds no text or changes meanwhile, or the cache cannot be written, as on a
-        full disk.
+      UserError: the source cannot be read, has no text or changes while it is read, or the cache cannot be written, for
+        example because the disk is full.
     """
     identity = {
         "format": FORMAT_VERSION,
@@ -134,7 +135,7 @@ def prepare(
     with writing(directory.parent):
         directory.parent.mkdir(parents=True, exist_ok=True)
     with locked(directory.with_suffix(".lock")) as held:
-        if (splits := _open(directory)) is not None:  # another process was faster
+        if (splits := _open(directory)) is not None:  # prepared by another process meanwhile
             return splits
         if directory.exists():
             logging.warning("The prepared corpus %s is damaged: preparing it again.", directory)
@@ -145,8 +146,8 @@ def prepare(
                 partial.mkdir()
             _write_corpus(source, tokenizer, partial, identity)
             with writing(directory):
-                if _open(partial) is None:  # read back, as not every failed write raises
-                    raise OSError("what was written cannot be read back")
+                if _open(partial) is None:  # verified, as not every failed write raises
+                    raise OSError("the written files cannot be read back")
                 publish(partial, directory, is_whole=lambda path: _open(path) is not None)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -156,17 +157,17 @@ def prepare(
 
 
 def split_documents(documents: Iterable[str], validation_fraction: float) -> Iterator[tuple[str, str]]:
-    """Assigns documents to splits: a pure function of their order, the same in every run.
+    """Assigns documents to splits, deterministically by their order.
 
-    Every k-th document is held out, k = max(2, round(1 / validation_fraction)). Of fewer than k documents the last one
-    is, and of a single one its tail.
+    Every k-th document is held out, k = max(2, round(1 / validation_fraction)). If there are fewer than k documents,
+    the last one is held out; if there is only one, its tail.
 
     Args:
       documents: in a fixed order.
-      validation_fraction: 0 holds nothing out and 1 everything.
+      validation_fraction: 0 holds out nothing, 1 everything.
 
     Yields:
-      ("train" | "validation", document), in order; needs memory for two documents.
+      ("train" | "validation", document), in order; keeps two documents in memory.
     """
     if validation_fraction in (0, 1):
         yield from (("validation" if validation_fraction else "train", document) for document in documents)
@@ -176,7 +177,7 @@ def split_documents(documents: Iterable[str], validation_fraction: float) -> Ite
     for index, (document, following) in enumerate(followed):
         assert document is not None
         if following is None and index == 0:
-            logging.warning("The corpus is one document: its last %g %% are held out.", 100 * validation_fraction)
+            logging.warning("The corpus is a single document: its last %g %% are held out.", 100 * validation_fraction)
             yield from zip(("train", "validation"), _cut_tail(document, validation_fraction), strict=True)
         elif index % every == every - 1 or (following is None and index < every):
             yield "validation", document
@@ -185,7 +186,7 @@ def split_documents(documents: Iterable[str], validation_fraction: float) -> Ite
 
 
 def _cut_tail(document: str, fraction: float) -> tuple[str, str]:
-    """Cuts a document before its last `fraction`, at the blank that is nearest before, if one is near."""
+    """Splits off the last `fraction` of a document, at the nearest preceding blank if there is one close by."""
     tail = max(1, round(fraction * len(document)))
     cut = len(document) - tail
     blank = max(document.rfind(mark, max(0, cut - tail), cut) for mark in " \n")
@@ -216,7 +217,7 @@ def _write_corpus(source: Source, tokenizer: Tokenizer, directory: Path, identit
             source.replaced_documents,
         )
     if source.skipped:
-        logging.warning("%s: %d damaged files, lines or records were left out.", source.spec, source.skipped)
+        logging.warning("%s: %d damaged files, lines or records were skipped.", source.spec, source.skipped)
     metadata = identity | {
         "source": source.spec,
         "vocab_size": tokenizer.vocab_size,
@@ -240,7 +241,7 @@ class _SplitWriter:
         self._directory, self._name, self._dtype = directory, name, dtype
         self._lengths = array.array("q")
         self._text_bytes = 0
-        self._unwritten = bytearray()  # what does not fill a piece yet
+        self._unwritten = bytearray()  # tokens of an incomplete piece
         self._shards: list[Path] = []
         self._writer: ArrayRecordWriter | None = None
         self._shard_bytes = 0
@@ -285,7 +286,7 @@ class _SplitWriter:
 
 
 def _encode(documents: Iterable[tuple[str, str]], tokenizer: Tokenizer) -> Iterator[tuple[str, np.ndarray, int]]:
-    """Yields (split, int32 ids with the end-of-text, UTF-8 bytes) of each document, in order, from all cores."""
+    """Encodes documents on all cores; yields (split, int32 ids with end-of-text, UTF-8 bytes) of each, in order."""
 
     def encode(batch: list[tuple[str, str]]) -> list[tuple[str, np.ndarray, int]]:
         end = np.array([tokenizer.end_of_text], np.int32)
@@ -296,7 +297,7 @@ def _encode(documents: Iterable[tuple[str, str]], tokenizer: Tokenizer) -> Itera
     with ThreadPoolExecutor(workers) as pool:
         for batch in _batches(documents):
             pending.append(pool.submit(encode, batch))
-            if len(pending) > 2 * workers:  # reads no further ahead, so memory stays bounded
+            if len(pending) > 2 * workers:  # bounds memory
                 yield from pending.popleft().result()
         while pending:
             yield from pending.popleft().result()
@@ -318,7 +319,7 @@ def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, s
 
 
 def _open(directory: Path) -> tuple[PreparedSplit, PreparedSplit] | None:
-    """The train and validation split in a directory; None when there are none or they are damaged."""
+    """Opens the train and validation split in a directory; None if they are missing or damaged."""
     try:
         metadata = read_json(directory / "metadata.json")
         return PreparedSplit(directory, "train", metadata), PreparedSplit(directory, "validation", metadata)

@@ -1,8 +1,8 @@
-"""Directories of a cache that several processes fill: each appears whole or not at all.
+"""Writes directories of a shared cache atomically.
 
-A process writes into a directory of its own, `<name>.<machine>-<id>.partial`, and renames it when it is complete. So
-the result does not depend on file locks, which some file systems lack or keep on one machine only: without them several
-processes may compute the same content, and the first to finish is used.
+A process writes into its own directory, `<name>.<machine>-<id>.partial`, and renames it when it is complete. So
+correctness does not depend on file locks, which some file systems lack or restrict to one machine: without locks
+several processes may compute the same content, and the first to finish is used.
 """
 
 import contextlib
@@ -24,23 +24,24 @@ STALE = 24 * 3600  # seconds without a write after which another machine's unfin
 
 @contextlib.contextmanager
 def writing(directory: Path) -> Iterator[None]:
-    """Makes a failed write, which ArrayRecord reports as a RuntimeError, a UserError."""
+    """Turns failed writes, which ArrayRecord reports as RuntimeErrors, into UserErrors."""
     try:
         yield
     except (OSError, RuntimeError) as error:
-        mend = "free some space there or set data.cache_dir to another place"
-        raise UserError(f"cannot write {directory}: {mend} ({error})") from error
+        fix = "free some space there or set data.cache_dir to another directory"
+        raise UserError(f"cannot write {directory}: {fix} ({error})") from error
 
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Holds a lock among processes, which their death releases.
+    """Holds an inter-process file lock, which is released when the process dies.
 
     Args:
-      wait: until the process that holds it has released it; otherwise BlockingIOError.
+      path: the lock file.
+      wait: wait until the lock is free; otherwise raise BlockingIOError if another process holds it.
 
     Yields:
-      Whether it is held: not where the file system has no locks.
+      Whether the lock is held; False if the file system does not support locks.
     """
     with writing(path.parent):
         file = path.open("w")
@@ -62,15 +63,17 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
 
 
 def new_partial(directory: Path) -> Path:
-    """A path beside `directory` for this process to write its content to; `publish` renames it."""
+    """Returns a temporary path in the parent of `directory`, to be written by this process and renamed by `publish`."""
     return directory.with_name(f"{directory.name}.{_machine()}-{uuid.uuid4().hex[:8]}.partial")
 
 
 def publish(partial: Path, directory: Path, is_whole: Callable[[Path], bool]) -> None:
-    """Renames a complete directory to `directory`, unless another process has done so; replaces a damaged one.
+    """Renames a complete directory to `directory` unless it exists; replaces a damaged one.
 
     Args:
-      is_whole: whether a directory holds all that was written.
+      partial: path from `new_partial`.
+      directory: the final path.
+      is_whole: whether a directory is complete and undamaged.
     """
     try:
         partial.rename(directory)
@@ -88,7 +91,7 @@ def publish(partial: Path, directory: Path, is_whole: Callable[[Path], bool]) ->
 
 
 def _machine() -> str:
-    """8 hex digits of this start of this machine, all of whose processes share one table of locks."""
+    """Returns 8 hex digits that identify this boot of this machine, whose processes share one table of locks."""
     try:
         identity = Path("/proc/sys/kernel/random/boot_id").read_text()
     except OSError:  # macOS
@@ -97,18 +100,18 @@ def _machine() -> str:
 
 
 def remove_stale(own: Path, held: bool) -> None:
-    """Removes what killed processes left half-written.
+    """Removes incomplete directories of killed processes.
 
-    That is a directory of this machine whose lock is free, or one of another machine that nothing was written into for
-    `STALE` seconds, since a lock may not reach other machines.
+    These are directories of this machine whose lock is free, and directories of other machines that were not written to
+    for `STALE` seconds, as locks may not be visible across machines.
 
     Args:
-      own: the corpus that this process is about to prepare.
-      held: whether it holds the lock of `own`.
+      own: directory that this process is about to prepare.
+      held: whether this process holds the lock of `own`.
     """
     for partial in own.parent.glob("*.partial"):
         key, _, writer = partial.stem.partition(".")
-        with contextlib.suppress(OSError, UserError):  # another process removes it, holds its lock or is another user's
+        with contextlib.suppress(OSError, UserError):  # removed or locked by another process, or owned by another user
             newest = max(path.stat().st_mtime for path in (partial, *partial.iterdir()))
             stale = time.time() - newest > STALE
             if not stale and writer.startswith(_machine()):
@@ -120,7 +123,7 @@ def remove_stale(own: Path, held: bool) -> None:
 
 
 def sync(path: Path) -> None:
-    """Writes a file or directory to the disk."""
+    """Flushes a file or directory to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

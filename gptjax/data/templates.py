@@ -1,4 +1,4 @@
-"""How a conversation is written as tokens, and which of them the assistant is to learn to write."""
+"""Chat templates: encode conversations as tokens, with a loss mask over the assistant's completions."""
 
 import dataclasses
 import re
@@ -16,14 +16,14 @@ _SPECIAL = re.compile(r"<\|[^|<>]+\|>")
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """What stands around the {content} of a message of each role.
+    """Text around the {content} of a message, for each role.
 
-    <|name|> in it is a special token: <|endoftext|> is the tokenizer's, any other has its own id behind the tokenizer's
-    vocabulary. What a message says is only text: no content becomes a special token. The special token right behind
-    the assistant's {content} ends its turn.
+    <|name|> in a format is a special token: <|endoftext|> is the tokenizer's, any other is appended to the tokenizer's
+    vocabulary. The content of a message is always plain text and never becomes a special token. The special token right
+    after the assistant's {content} ends its turn.
 
     Raises:
-      UserError: a format without {content}, or with several; nothing that ends the assistant's turn.
+      UserError: a format has no {content} or several, or no token ends the assistant's turn.
     """
 
     system: str
@@ -36,13 +36,13 @@ class Template:
                 raise UserError(f"chat.{role}_format={text!r} does not have one {{content}}")
         if not _SPECIAL.match(self.assistant.partition("{content}")[2]):
             raise UserError(
-                f"chat.assistant_format={self.assistant!r} has no special token right behind {{content}} to end the "
+                f"chat.assistant_format={self.assistant!r} has no special token right after {{content}} to end the "
                 f"turn: write {{content}}{END_OF_TEXT}, for example"
             )
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
-        """The names of those behind the tokenizer's vocabulary, in the order of their ids."""
+        """Names of the special tokens appended to the tokenizer's vocabulary, in the order of their ids."""
         names = _SPECIAL.findall(self.system + self.user + self.assistant)
         return tuple(name for name in dict.fromkeys(names) if name != END_OF_TEXT)
 
@@ -54,12 +54,12 @@ TEMPLATES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Encoded:
-    """A conversation as tokens.
+class EncodedConversation:
+    """A tokenised conversation.
 
     Attributes:
-      tokens: int32 (N,).
-      learned: bool (N,): what an assistant writes itself, the token that ends its turn included.
+      tokens: int32 (T,).
+      learned: bool (T,), loss mask: True for the tokens of completions, including the token that ends the turn.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -69,26 +69,27 @@ class Encoded:
         return len(self.tokens)
 
 
-def answered(prompt: npt.NDArray[np.int32], answer: npt.NDArray[np.int32]) -> Encoded:
-    """A prompt, and an answer behind it that is learned whole."""
+def answered(prompt: npt.NDArray[np.int32], answer: npt.NDArray[np.int32]) -> EncodedConversation:
+    """Concatenates a prompt and its completion; all tokens of the completion contribute to the loss."""
     tokens = np.concatenate([prompt, answer])
-    return Encoded(tokens, np.arange(len(tokens)) >= len(prompt))
+    return EncodedConversation(tokens, np.arange(len(tokens)) >= len(prompt))
 
 
 class TooLongError(UserError):
-    """A conversation does not fit the context, whatever is left out."""
+    """The last exchange of a conversation does not fit into the context."""
 
 
 class ChatFormat:
-    """A template over a tokenizer.
+    """Encodes conversations with a template and a tokenizer.
 
     Attributes:
-      vocab_size: the tokenizer's, and the special tokens behind it.
-      special_tokens: the ids of these, by name.
-      end_of_turn: the token that ends an assistant's turn.
+      template: the template.
+      vocab_size: size of the tokenizer's vocabulary with the special tokens of the template.
+      special_tokens: ids of the special tokens appended to the vocabulary, by name.
+      end_of_turn: id of the token that ends an assistant's turn.
 
     Raises:
-      UserError: the template has <|endoftext|>, and the tokenizer does not.
+      UserError: the template has <|endoftext|>, but the tokenizer has no such token.
     """
 
     def __init__(self, template: Template, tokenizer: Tokenizer) -> None:
@@ -99,7 +100,7 @@ class ChatFormat:
             self._ids[END_OF_TEXT] = tokenizer.end_of_text
         elif END_OF_TEXT in template.system + template.user + template.assistant:
             raise UserError(
-                f"the chat template has {END_OF_TEXT}, and this tokenizer does not: choose another template"
+                f"the chat template has {END_OF_TEXT}, but this tokenizer does not: choose another template"
             )
         self.vocab_size = tokenizer.vocab_size + len(template.special_tokens)
         formats = dataclasses.asdict(template).items()
@@ -107,16 +108,19 @@ class ChatFormat:
         self._start = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]  # as documents begin
         self.end_of_turn = self._around["assistant"][1][0]
 
-    def encode(self, messages: Sequence[Message], max_tokens: int | None = None, *, place: str = "") -> Encoded:
-        """A whole conversation; up to the end of its turn where the last message is the assistant's.
+    def encode(
+        self, messages: Sequence[Message], max_tokens: int | None = None, *, place: str = ""
+    ) -> EncodedConversation:
+        """Encodes a conversation; a last message of the assistant is encoded up to the end of its turn.
 
         Args:
-          max_tokens: if it is longer, its oldest turns are left out: the system message never, and what is left of the
-            turns begins with a user's.
-          place: where it is from, for messages.
+          messages: the conversation.
+          max_tokens: longer conversations lose their oldest exchanges, but not the system message; the remaining turns
+            begin with a user's.
+          place: where the conversation is from, for error messages.
 
         Raises:
-          TooLongError: its last exchange alone is longer than `max_tokens`.
+          TooLongError: the last exchange alone is longer than `max_tokens`.
         """
         parts = [self._message(message) for message in messages]
         if messages and messages[-1].role == "assistant":
@@ -128,23 +132,23 @@ class ChatFormat:
     def encode_prompt(
         self, messages: Sequence[Message], max_tokens: int | None = None, *, place: str = ""
     ) -> npt.NDArray[np.int32]:
-        """Messages, the last a user's, up to where the assistant's answer begins. Arguments as of `encode`."""
+        """Encodes a prompt, int32 (T,), up to where the completion begins. Arguments and errors as in `encode`."""
         before = self._around["assistant"][0]
         parts = [self._message(message) for message in messages]
         parts[-1] = (parts[-1][0] + before, [*parts[-1][1], *[False] * len(before)])
         return self._joined(messages, parts, max_tokens, place).tokens
 
     def encode_answer(self, text: str) -> npt.NDArray[np.int32]:
-        """What the assistant is to write after `encode_prompt`, the end of its turn included."""
+        """Encodes a completion, int32 (T,), including the token that ends the turn."""
         return np.array([*self._tokenizer.encode(text).tolist(), self.end_of_turn], np.int32)
 
     def decode(self, tokens: npt.ArrayLike) -> str:
-        """The text of an answer, special tokens left out."""
+        """Decodes a completion, without end-of-turn and end-of-text tokens."""
         ids = np.asarray(tokens)
         return self._tokenizer.decode(ids[(ids != self.end_of_turn) & (ids != self._tokenizer.end_of_text)])
 
     def _written(self, text: str) -> list[int]:
-        """The tokens of a part of a format."""
+        """Tokenises a part of a format."""
         ids: list[int] = []
         for part in re.split(f"({_SPECIAL.pattern})", text):
             ids += [self._ids[part]] if _SPECIAL.fullmatch(part) else self._tokenizer.encode(part).tolist()
@@ -163,25 +167,25 @@ class ChatFormat:
         parts: list[tuple[list[int], list[bool]]],
         max_tokens: int | None,
         place: str,
-    ) -> Encoded:
+    ) -> EncodedConversation:
         kept = 1 if messages and messages[0].role == "system" else 0
         head, turns = parts[:kept], parts[kept:]
         need = len(self._start) + sum(len(tokens) for tokens, _ in parts)
         while max_tokens is not None and need > max_tokens:
             if len(turns) <= 2:
                 raise TooLongError(
-                    f"{f'{place}: ' if place else ''}its last exchange has {need} tokens, and {max_tokens} have room: "
-                    "shorten it, or enlarge model.context_length"
+                    f"{f'{place}: ' if place else ''}its last exchange has {need} tokens, but {max_tokens} fit: "
+                    "shorten it, or increase model.context_length"
                 )
             need -= sum(len(tokens) for tokens, _ in turns[:2])
             turns = turns[2:]
         tokens = [*self._start, *(token for part, _ in (*head, *turns) for token in part)]
         learned = [*[False] * len(self._start), *(flag for _, part in (*head, *turns) for flag in part)]
-        return Encoded(np.array(tokens, np.int32), np.array(learned, bool))
+        return EncodedConversation(np.array(tokens, np.int32), np.array(learned, bool))
 
 
 def chat_format(chat: ChatConfig, tokenizer: Tokenizer) -> ChatFormat:
-    """The format that a config describes; UserError as of `Template` and `ChatFormat`."""
+    """Returns the format that a config describes; raises UserError as `Template` and `ChatFormat` do."""
     if chat.template == "custom":
         template = Template(chat.system_format, chat.user_format, chat.assistant_format)
     else:

@@ -1,7 +1,7 @@
-"""Reads text: the encodings, line ends and JSON lines that every input file and standard input may have.
+"""Reads text files, JSON lines and standard input, with their encodings and line ends.
 
-Text is UTF-8; a byte order mark is dropped, and UTF-16 and UTF-32 that begin with one are decoded. A line ends in
-"\\n" or "\\r\\n". No other character ends one: JSON strings may contain U+2028, prompts form feeds, and so on.
+Text is UTF-8; a byte order mark is removed, and UTF-16 and UTF-32 with a byte order mark are decoded. Lines end in
+"\\n" or "\\r\\n" only, as JSON strings may contain U+2028, prompts form feeds, and so on.
 """
 
 import codecs
@@ -20,7 +20,7 @@ from gptjax.data.compression import LimitedReader, base_name, opened
 
 InvalidUtf8 = Literal["replace", "error"]
 
-_MARKS = (  # that of UTF-32 begins with that of UTF-16
+_MARKS = (  # UTF-32 first, as its mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32-le"),
     (codecs.BOM_UTF32_BE, "utf-32-be"),
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -31,15 +31,15 @@ _JSON_SPACE = " \t\r\n"
 
 
 class Utf8:
-    """Decodes UTF-8 by a policy for invalid bytes.
+    """UTF-8 decoder with a policy for invalid bytes.
 
     Args:
-      policy: "replace" puts U+FFFD for them, and counts; "error" raises UserError with the place and the byte.
-      option: the setting that replaces them, for the message; None where there is none.
+      policy: "replace" replaces them by U+FFFD and counts them; "error" raises UserError with the place and the byte.
+      option: setting that replaces invalid bytes, for the error message; None: there is none.
 
     Attributes:
       replaced_bytes: invalid bytes replaced so far.
-      replaced_texts: texts that they were in.
+      replaced_texts: texts with invalid bytes so far.
     """
 
     def __init__(self, policy: InvalidUtf8 = "error", option: str | None = None) -> None:
@@ -47,28 +47,28 @@ class Utf8:
         self.replaced_bytes = self.replaced_texts = 0
 
     def decode(self, raw: bytes, place: object, offset: int = 0) -> str:
-        """Decodes `raw`, which lies `offset` bytes into the file of `place`."""
+        """Decodes `raw`, which begins at byte `offset` of the file of `place`."""
         try:
             return raw.decode()
         except UnicodeDecodeError as error:
             if self._policy == "error":
                 fix = "convert it" + ("" if self._option is None else f", or set {self._option}")
                 raise UserError(f"{place} is not UTF-8 at byte {offset + error.start}: {fix}") from None
-        # U+FFFD replaces one or more bytes, so they are counted by Python's escapes, one for each byte.
+        # One U+FFFD may replace several bytes, so bytes are counted by Python's escapes, one for each byte.
         self.replaced_bytes += len(re.findall("[\udc80-\udcff]", raw.decode(errors="surrogateescape")))
         self.replaced_texts += 1
         return raw.decode(errors="replace")
 
 
 class TextStream:
-    """A file's text as UTF-8 bytes without a byte order mark.
+    """Text of a file as UTF-8 bytes, without byte order mark.
 
     Attributes:
       encoding: of the file: utf-8, utf-8-sig, utf-16-le, utf-16-be, utf-32-le or utf-32-be.
     """
 
     def __init__(self, file: io.BufferedIOBase, name: str) -> None:
-        # One byte first: a terminal or a pipe may have no more yet. Only a mark has such a first byte in UTF-8.
+        # One byte first, as a terminal or pipe may have no more yet. In UTF-8 only a mark can begin with these bytes.
         head = file.read(1)
         if head in {mark[:1] for mark, _ in _MARKS}:
             head += file.read(3)
@@ -83,7 +83,7 @@ class TextStream:
         return self._file.read()
 
     def __iter__(self) -> Iterator[tuple[int, int, bytes]]:
-        """Yields the number of each line, from 1, its first byte's place in the file, and the line with its end."""
+        """Yields (number of the line from 1, offset of its first byte in the file, line with its end)."""
         offset = self._start
         for number, line in enumerate(self._file, start=1):
             yield number, offset, line
@@ -91,12 +91,12 @@ class TextStream:
 
     @property
     def start(self) -> int:
-        """Where the text begins in the file, in bytes."""
+        """Offset of the text in the file, in bytes."""
         return self._start
 
 
 class _Transcoded(io.RawIOBase):
-    """The bytes of `head` and then of `file`, through a decoder to UTF-8 if one is given."""
+    """Raw stream of the bytes of `head` and then `file`, transcoded to UTF-8 if a decoder is given."""
 
     def __init__(
         self, head: bytes, file: io.BufferedIOBase, decoder: codecs.IncrementalDecoder | None, name: str, offset: int
@@ -130,7 +130,7 @@ class _Transcoded(io.RawIOBase):
         except UnicodeDecodeError as error:
             encoding = "UTF-32" if error.encoding.startswith("utf-32") else "UTF-16"
             place = self._offset - pending + error.start
-            raise UserError(f"{self._name} begins as {encoding}, but is not at byte {place}: convert it") from None
+            raise UserError(f"{self._name} begins as {encoding}, but is invalid at byte {place}: convert it") from None
         self._offset += len(chunk)
         return text.encode()
 
@@ -150,20 +150,20 @@ def opened_text(path: Path | None) -> Iterator[TextStream]:
 
 
 def read_text(path: Path | None, utf8: Utf8 | None = None) -> str:
-    """The whole text of a file, or of standard input (None); line ends stay as they are.
+    """Reads a file, or standard input (None), as text; line ends are kept.
 
     Raises:
-      UserError: the file cannot be read, or is not UTF-8 (which `utf8` may replace).
+      UserError: the file cannot be read, or is not UTF-8 (unless `utf8` replaces invalid bytes).
     """
     with opened_text(path) as text:
         return (utf8 or Utf8()).decode(text.read(), "standard input" if path is None else path, text.start)
 
 
 def read_lines(path: Path | None, utf8: Utf8 | None = None, *, keep_ends: bool = False) -> Iterator[tuple[str, str]]:
-    """Yields the lines of a file, or of standard input (None), each behind its place, such as "chats.jsonl:17".
+    """Yields (place, line) for each line of a file or of standard input (None); a place is "chats.jsonl:17".
 
     Raises:
-      UserError: the file cannot be read, or is not UTF-8 (which `utf8` may replace).
+      UserError: the file cannot be read, or is not UTF-8 (unless `utf8` replaces invalid bytes).
     """
     utf8 = utf8 or Utf8()
     name = "standard input" if path is None else str(path)
@@ -175,7 +175,7 @@ def read_lines(path: Path | None, utf8: Utf8 | None = None, *, keep_ends: bool =
 
 
 def without_end(line: str) -> str:
-    """`line` less the "\\n" or "\\r\\n" at its end."""
+    """Removes "\\n" or "\\r\\n" from the end of `line`."""
     return line[:-1].removesuffix("\r") if line.endswith("\n") else line
 
 
@@ -183,11 +183,10 @@ def without_end(line: str) -> str:
 
 
 def parse_json(line: str, place: str) -> Any:
-    """The value of a JSON text.
+    """Parses a JSON text.
 
     Raises:
-      UserError: it is not JSON, is nested too deeply, or holds a number that JSON does not know (NaN, Infinity) or
-        that is too large for a float.
+      UserError: it is not JSON, is nested too deeply, or holds NaN, Infinity or a number that is too large for a float.
     """
     try:
         return _DECODER.decode(line)
@@ -196,7 +195,7 @@ def parse_json(line: str, place: str) -> Any:
 
 
 def json_objects(lines: Iterable[tuple[str, str]]) -> Iterator[tuple[dict[str, Any], str]]:
-    """The JSON objects of `read_lines`, each with its place; empty lines are skipped.
+    """Yields (JSON object, place) for each line of `read_lines`; empty lines are skipped.
 
     Raises:
       UserError: a line is not a JSON object.
@@ -210,12 +209,12 @@ def json_objects(lines: Iterable[tuple[str, str]]) -> Iterator[tuple[dict[str, A
 
 
 def is_empty(line: str) -> bool:
-    """Whether a line of JSON lines is skipped: it has at most JSON's white space."""
+    """Whether a line of JSON lines is empty or only white space, and so skipped."""
     return not line.strip(_JSON_SPACE)
 
 
 def is_json_lines(name: str) -> bool:
-    """Whether a file is JSON lines by its name: .jsonl or .ndjson, perhaps compressed."""
+    """Whether a file's name is that of JSON lines: .jsonl or .ndjson, optionally compressed."""
     return Path(base_name(name)).suffix.lower() in (".jsonl", ".ndjson")
 
 

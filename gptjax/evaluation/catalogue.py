@@ -1,7 +1,7 @@
-"""Published benchmarks by name: where tensorflow-datasets has them, and how an example of theirs becomes ours.
+"""Published benchmarks by name: their tensorflow-datasets source and the conversion of their examples.
 
-Prompts are those that Brown et al. 2020 print in Appendix G. Examples to show come from the training split, or, as
-theirs, from the development split where there is none.
+Prompts follow Brown et al. 2020, Appendix G. Few-shot examples come from the training split or, as in that paper, from
+the development split where there is no training split.
 """
 
 import dataclasses
@@ -13,34 +13,34 @@ from gptjax.config import UserError, nearest
 from gptjax.data.sources import open_tfds
 from gptjax.evaluation import tasks
 from gptjax.evaluation.detokenizers import DETOKENIZERS
-from gptjax.evaluation.tasks import Example, Examples
+from gptjax.evaluation.tasks import Examples, TaskExample
 
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """Where a benchmark is.
+    """The source of a benchmark.
 
     Attributes:
       dataset: name in tensorflow-datasets.
-      split: that is asked.
-      shots: split that is shown examples of; None: `split` itself has to do.
-      examples: the examples of a record, whose text is decoded.
+      split: split to evaluate.
+      shots: split of the few-shot examples; None: `split` itself.
+      examples: converts a record, with decoded text, to examples.
       few_shot_form: see `example_task`.
     """
 
     dataset: str
     split: str
     shots: str | None
-    examples: Callable[[dict[str, Any]], list[Example]]
-    few_shot_form: Callable[[Example], Example] | None = None
+    examples: Callable[[dict[str, Any]], list[TaskExample]]
+    few_shot_form: Callable[[TaskExample], TaskExample] | None = None
 
 
-def _lambada(record: dict[str, Any]) -> list[Example]:
-    # The release has tokens and lower case; OpenAI's own file, which their numbers are of, is a task file as it is.
+def _lambada(record: dict[str, Any]) -> list[TaskExample]:
+    # The release is tokenised and in lower case. OpenAI's file, used for their published numbers, is a task file.
     return [tasks.last_word(DETOKENIZERS["lambada"].to_plain(record["passage"].strip()))]
 
 
-def _hellaswag(record: dict[str, Any]) -> list[Example]:
+def _hellaswag(record: dict[str, Any]) -> list[TaskExample]:
     def plain(text: str) -> str:  # WikiHow's [title], [step] and [substeps] are marks of the format
         text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
         return " ".join(text.split())
@@ -49,46 +49,46 @@ def _hellaswag(record: dict[str, Any]) -> list[Example]:
     return [tasks.choices(context, [plain(ending) for ending in record["endings"]], record["label"])]
 
 
-def _piqa(record: dict[str, Any]) -> list[Example]:
+def _piqa(record: dict[str, Any]) -> list[TaskExample]:
     return [tasks.choices(record["goal"], [record["sol1"], record["sol2"]], record["label"])]
 
 
-def _arc(record: dict[str, Any]) -> list[Example]:
-    # A label is the place of a letter, and the letters of the choices need not begin with A.
+def _arc(record: dict[str, Any]) -> list[TaskExample]:
+    # Labels are class indices of letters, and the letters of a question's choices need not begin with A.
     answer = list(record["choices"]["label"]).index(record["answerKey"])
     return [tasks.choices(f"Question: {record['question']}\nAnswer:", record["choices"]["text"], answer)]
 
 
-def _openbookqa(record: dict[str, Any]) -> list[Example]:
+def _openbookqa(record: dict[str, Any]) -> list[TaskExample]:
     question = record["question"]
     return [tasks.choices(question["stem"], [question[f"choice_{c}"] for c in "ABCD"], record["answerKey"])]
 
 
-def _race(record: dict[str, Any]) -> list[Example]:
+def _race(record: dict[str, Any]) -> list[TaskExample]:
     return [
         tasks.choices(f"Article: {record['article']}\n\nQ: {question}\n\nA:", options, "ABCD".index(answer))
         for question, options, answer in zip(record["questions"], record["options"], record["answers"], strict=True)
     ]
 
 
-def _story_cloze(record: dict[str, Any]) -> list[Example]:
+def _story_cloze(record: dict[str, Any]) -> list[TaskExample]:
     return [tasks.choices(record["context"], record["endings"], record["label"] - 1)]  # counted from 1
 
 
-def _bool_q(record: dict[str, Any]) -> list[Example]:
+def _bool_q(record: dict[str, Any]) -> list[TaskExample]:
     context = f"{record['title']} -- {record['passage']}\nquestion: {record['question']}?\nanswer:"
     return [tasks.choices(context, ["no", "yes"], int(record["answer"]))]
 
 
-def _winogrande(record: dict[str, Any]) -> list[Example]:
+def _winogrande(record: dict[str, Any]) -> list[TaskExample]:
     options = [record["option1"], record["option2"]]
     return [tasks.both_contexts(record["sentence"], options, record["label"], blank="_")]
 
 
-def _wsc273(record: dict[str, Any]) -> list[Example]:
+def _wsc273(record: dict[str, Any]) -> list[TaskExample]:
     before, after = record["text"][: record["pronoun_start"]], record["text"][record["pronoun_end"] :]
     options = [record["option1_normalized"], record["option2_normalized"]]
-    return [Example(tuple((before + option, after) for option in options), record["label"])]
+    return [TaskExample(tuple((before + option, after) for option in options), record["label"])]
 
 
 BENCHMARKS = {
@@ -112,15 +112,15 @@ def check_name(name: str, others: tuple[str, ...]) -> None:
     known = [*BENCHMARKS, *others]
     if name not in known:
         raise UserError(
-            f"unknown task {name!r}{nearest(name, known)}; a file of your own is given by its path, ending in .jsonl"
+            f"unknown task {name!r}{nearest(name, known)}; a task file is given by its path, ending in .jsonl"
         )
 
 
 def read_benchmark(name: str, num_fewshot: int) -> Examples:
-    """The examples of a benchmark, downloaded on first use.
+    """Reads the examples of a benchmark, downloaded on first use.
 
     Raises:
-      UserError: it cannot be had, or its answers are withheld.
+      UserError: it cannot be downloaded or read, or its split has no labels.
     """
     benchmark = BENCHMARKS[name]
     asked = list(_read(benchmark, benchmark.split))
@@ -129,7 +129,7 @@ def read_benchmark(name: str, num_fewshot: int) -> Examples:
     return Examples(asked, list(_read(benchmark, benchmark.shots)))
 
 
-def _read(benchmark: Benchmark, split: str) -> Iterator[Example]:
+def _read(benchmark: Benchmark, split: str) -> Iterator[TaskExample]:
     what = f"tfds:{benchmark.dataset}@{split}"
     _, records = open_tfds(benchmark.dataset, split, what)
     for index, record in enumerate(records):
@@ -139,12 +139,12 @@ def _read(benchmark: Benchmark, split: str) -> Iterator[Example]:
             raise UserError(f"example {index} of {what}: {error}") from None
         for example in examples:
             if not 0 <= example.answer < len(example.options):
-                raise UserError(f"example {index} of {what} has no answer among its choices: the split has no labels")
+                raise UserError(f"example {index} of {what} has no label: use a split with labels")
             yield example
 
 
 def _decoded(value: Any) -> Any:
-    """A record with str for bytes, int for numpy's integers and lists for its arrays."""
+    """Converts a record to Python types: bytes to str, numpy scalars to int or float, and arrays to lists."""
     if isinstance(value, dict):
         return {name: _decoded(part) for name, part in value.items()}
     if isinstance(value, list | tuple) or (hasattr(value, "ndim") and value.ndim > 0):

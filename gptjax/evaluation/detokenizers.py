@@ -1,11 +1,12 @@
-"""GPT-2's invertible de-tokenisers: benchmark files back to the text they were made of, and there again.
+"""Invertible de-tokenisers for language-model benchmarks (Radford et al. 2019, section 3.1).
 
-Language-model benchmarks are distributed as tokens: punctuation stands apart, contractions are taken apart. To a model
-of raw text that is another language, so Radford et al. 2019, section 3.1, undo it, and still report the perplexity per
-token of the benchmark, which is fair as long as nothing is lost. Their de-tokenisers are not published; these are ours.
+Language-model benchmarks are distributed tokenised: punctuation and contractions are separated by blanks. As this is
+out of distribution for a model of raw text, GPT-2 is evaluated on de-tokenised text, but with the perplexity per token
+of the benchmark, which is valid as long as the transformation is invertible. GPT-2's de-tokenisers are not published;
+these are our own.
 
-A de-tokeniser is a list of rules, each a substitution and its inverse. Whether nothing was lost is a property of the
-text (a full stop that ended an abbreviation would be set apart), so `restored_lines` measures it.
+A de-tokeniser is a list of rules, each a substitution and its inverse. Invertibility depends on the text (the full stop
+of an abbreviation would be separated), so `restored_lines` measures it.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from gptjax.config import UserError
 
 
 class Rule(NamedTuple):
-    """Regular expressions with their substitutes: from the benchmark's form to plain text, and back."""
+    """Regular expressions and replacements from tokenised to plain text, and back."""
 
     tokenised: str
     plain_substitute: str
@@ -26,11 +27,11 @@ class Rule(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Detokenizer:
-    """Applied line by line.
+    """A list of rules, applied line by line.
 
     Attributes:
-      rules: in the order in which plain text is made.
-      padded_lines: the benchmark's lines begin and end with a blank, empty lines are one blank.
+      rules: rules in the order from tokenised to plain text.
+      padded_lines: the benchmark's lines begin and end with a blank, and empty lines are one blank.
     """
 
     rules: tuple[Rule, ...]
@@ -40,11 +41,11 @@ class Detokenizer:
         return "\n".join(map(self._line_to_plain, text.split("\n")))
 
     def to_tokenised(self, text: str) -> str:
-        """The inverse of `to_plain`, as far as the text allows."""
+        """Applies the inverse of `to_plain`, which is exact where the text allows it."""
         return "\n".join(map(self._line_to_tokenised, text.split("\n")))
 
     def restored_lines(self, text: str) -> float:
-        """The share of the benchmark's lines that are had back, to the character, from their plain text."""
+        """Returns the share of the benchmark's lines that a round trip through plain text restores exactly."""
         lines = text.removesuffix("\n").split("\n")
         return sum(self._line_to_tokenised(self._line_to_plain(line)) == line for line in lines) / len(lines)
 
@@ -64,7 +65,7 @@ class Detokenizer:
 
 
 def original_tokens(text: str) -> int:
-    """How many tokens a benchmark counts in a text: the words between white space, and an end for each line."""
+    """Returns the number of a benchmark's tokens in a text: words separated by white space, plus one per line end."""
     lines = text.removesuffix("\n").split("\n")
     return len(text.split()) + len(lines)
 

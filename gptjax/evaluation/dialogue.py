@@ -1,10 +1,22 @@
-"""What a model's answers to conversations are worth beside the answers that are there.
+"""Evaluation of a chat model's completions of conversations against reference completions.
 
-The numbers: bleu (of the corpus), rouge1, rouge2, rougeL (F1, mean over the answers), distinct1 and distinct2 of the
-answers, perplexity and nats_per_token of the reference answers given what comes before them (the end of the turn is
-one of their tokens), answer_tokens and reference_tokens (mean lengths without it), ended (the share of answers that
-came to an end within max_new_tokens) and, with a reward model, win_rate: the share of prompts whose answer scores above
-the reference, ties half.
+Metrics:
+  bleu                      corpus BLEU of the completions
+  rouge1, rouge2, rougeL    F1, mean over the completions
+  distinct1, distinct2      of the completions
+  perplexity, nats_per_token
+                            of the reference completions given their prompts; the end-of-turn token counts
+  answer_tokens, reference_tokens
+                            mean lengths of completions and references, without the end-of-turn token
+  ended                     share of completions that ended within max_new_tokens
+  win_rate                  with a reward model: share of prompts whose completion has a higher reward than the
+                            reference; ties count 1/2, and a truncated completion counts as a loss
+
+A truncated completion, cut off at max_new_tokens, counts as a loss whatever its reward: reward models score the text up
+to an end-of-turn token, and appending one would score a text that the model did not write. This corresponds to the
+missing-EOS penalty of RLHF implementations (`missing_eos_penalty` in TRL's PPO). As in AlpacaEval, all prompts count:
+excluding truncated completions would favour models that fail on the prompts with long completions. `ended` gives the
+share that is not truncated; where it is low, increase max_new_tokens.
 """
 
 import dataclasses
@@ -27,12 +39,12 @@ from gptjax.metrics.measurement import Measurement, exponential, mean, ratio
 from gptjax.metrics.text import ROUGES, corpus_bleu, distinct, rouge
 from gptjax.stages.trained_model import TrainedModel
 
-# Conversations up to a user's message, each with an answer -> how good each answer is, float (N,).
+# Pairs of a conversation that ends with a user's message and a completion -> rewards of the completions, float (N,).
 RewardScore = Callable[[Sequence[tuple[Sequence[Message], str]]], npt.NDArray[Any]]
 
 
-class Answer(NamedTuple):
-    """What the model says: its text, how many tokens, and whether it came to an end by itself."""
+class DialogueCompletion(NamedTuple):
+    """A completion: its text, its number of tokens, and whether it ended (False: truncated at max_new_tokens)."""
 
     text: str
     num_tokens: int
@@ -41,15 +53,15 @@ class Answer(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class DialogueTask:
-    """Prompts to answer, ready for the model.
+    """Encoded prompts with reference completions.
 
     Attributes:
-      prompts: those that fit; each has a reference.
-      inputs: int32 [N] of each, up to where the answer begins, with room for max_new_tokens.
-      requests: of each, that score the reference.
-      max_new_tokens: of an answer.
-      end_of_turn: the token that ends an answer.
-      settings: what the numbers depend on besides the model, for the report.
+      prompts: the prompts that fit into the context; each has a reference.
+      inputs: int32 (T,) of each prompt, up to the start of the completion, with room for max_new_tokens.
+      requests: requests that score the references.
+      max_new_tokens: maximum length of a completion in tokens.
+      end_of_turn: the token that ends a completion.
+      settings: what the metrics depend on other than the model, for the report.
     """
 
     prompts: list[Prompt]
@@ -60,12 +72,12 @@ class DialogueTask:
     settings: dict[str, Any]
 
     def batches(self, size: int) -> list[list[int]]:
-        """The prompts by number, the longest first, so that a lack of memory shows at once."""
+        """Returns batches of prompt indices, the longest prompts first, so that out-of-memory errors occur at once."""
         order = sorted(range(len(self.inputs)), key=lambda i: -len(self.inputs[i]))
         return [order[i : i + size] for i in range(0, len(order), size)]
 
-    def answers(self, engine: Engine, indices: Sequence[int]) -> list[Answer]:
-        """The likeliest answers, token by token, to some of the prompts."""
+    def complete(self, engine: Engine, indices: Sequence[int]) -> list[DialogueCompletion]:
+        """Generates greedy completions of the prompts with these indices."""
         completions = engine.generate(
             [self.inputs[i] for i in indices],
             self.max_new_tokens,
@@ -73,17 +85,19 @@ class DialogueTask:
             end_tokens=(self.end_of_turn,),
             separate_text=True,
         )
-        return [Answer(c.text, len(c.tokens), c.finish_reason != "length") for c in completions]
+        return [DialogueCompletion(c.text, len(c.tokens), c.finish_reason != "length") for c in completions]
 
     def metrics(
-        self, scores: Sequence[Score], answers: Sequence[Answer], rewards: "Rewards | None" = None
+        self, scores: Sequence[Score], completions: Sequence[DialogueCompletion], rewards: "Rewards | None" = None
     ) -> tuple[dict[str, Measurement], str]:
-        """The numbers above, with standard errors over prompts, and sacrebleu's signature of its own.
+        """Computes the metrics above, with standard errors over prompts, and sacrebleu's signature of BLEU.
 
         Args:
-          scores: of the requests.
+          scores: scores of `requests`.
+          completions: completions of `prompts`.
+          rewards: rewards of both; None: no win rate.
         """
-        n, texts = len(self.prompts), [answer.text for answer in answers]
+        n, texts = len(self.prompts), [completion.text for completion in completions]
         rouges = [rouge(text, reference) for text, reference in zip(texts, self.references, strict=True)]
         per_token = ratio([-score.logprob for score in scores], [score.num_tokens for score in scores])
         bleu, signature = corpus_bleu(texts, self.references)
@@ -94,12 +108,12 @@ class DialogueTask:
             "distinct2": Measurement(distinct(texts, 2), None, n),
             "perplexity": exponential(per_token),
             "nats_per_token": per_token,
-            "answer_tokens": mean([answer.num_tokens for answer in answers]),
+            "answer_tokens": mean([completion.num_tokens for completion in completions]),
             "reference_tokens": mean([request.scored - 1 for request in self.requests]),
-            "ended": mean([float(answer.ended) for answer in answers]),
+            "ended": mean([float(completion.ended) for completion in completions]),
         }
         if rewards is not None:
-            found["win_rate"] = mean(rewards.wins.tolist())
+            found["win_rate"] = mean(rewards.wins([completion.ended for completion in completions]).tolist())
         return found, signature
 
     @property
@@ -108,35 +122,38 @@ class DialogueTask:
 
 
 class Rewards(NamedTuple):
-    """What a reward model says of the answers and of the references, float64 (N,) each."""
+    """Rewards of the completions and of the references, float64 (N,) each."""
 
-    answers: npt.NDArray[np.float64]
+    completions: npt.NDArray[np.float64]
     references: npt.NDArray[np.float64]
 
-    @property
-    def wins(self) -> npt.NDArray[np.float64]:
-        """1 where the answer scores above the reference, 0 below, half for the same, as for the very same text."""
-        return (np.sign(self.answers - self.references) + 1) / 2
+    def wins(self, ended: Sequence[bool]) -> npt.NDArray[np.float64]:
+        """Returns 1 for a win, 1/2 for a tie and 0 for a loss of each completion, float64 (N,).
+
+        Args:
+          ended: whether each completion ended; one that was truncated loses whatever its reward.
+        """
+        return np.where(ended, (np.sign(self.completions - self.references) + 1) / 2, 0.0)
 
 
-def reward(score: RewardScore, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> Rewards:
-    """Both of each prompt, scored together: how they are put into batches cannot favour one."""
-    pairs = [(prompt.messages, answer.text) for prompt, answer in zip(prompts, answers, strict=True)]
+def reward(score: RewardScore, prompts: Sequence[Prompt], completions: Sequence[DialogueCompletion]) -> Rewards:
+    """Scores the completions and the references in one call, so that rounding in batches favours neither."""
+    pairs = [(prompt.messages, completion.text) for prompt, completion in zip(prompts, completions, strict=True)]
     pairs += [(prompt.messages, prompt.reference or "") for prompt in prompts]
     scores = np.asarray(score(pairs), np.float64)
     return Rewards(*np.split(scores, 2))
 
 
 def read_prompts(source: str | None, config: Config) -> list[Prompt]:
-    """The prompts of a source, each with its reference answer.
+    """Reads the prompts of a source, each with its reference completion.
 
     Args:
-      source: a form of `conversations.read_conversations`. None: what the run held out of the sources that `config`
-        names, so callers must have the user's consent to read the files of a config that may be a stranger's.
-      config: that of a run of a chat stage.
+      source: a source as in `conversations.read_conversations`. None: the held-out prompts of the sources named by
+        `config`; as a config may be untrusted, callers need the user's consent to read the files it names.
+      config: config of a run of a chat stage.
 
     Raises:
-      UserError: as of `read_conversations`.
+      UserError: as in `read_conversations`.
     """
     if source is not None:
         return conversations.prompts(conversations.read_conversations(source))
@@ -153,14 +170,14 @@ def dialogue_task(
     limit: int | None = None,
     max_new_tokens: int | None = None,
 ) -> DialogueTask:
-    """Prepares prompts with references; what is too long loses its oldest turns.
+    """Encodes prompts with references; the oldest turns of prompts that are too long are dropped.
 
     Args:
-      limit: only the first so many prompts; None: all.
-      max_new_tokens: None: a fourth of the context, as in chat.
+      limit: number of prompts to use, from the first; None: all.
+      max_new_tokens: maximum length of a completion; None: a fourth of the context, as in chat.
 
     Raises:
-      UserError: no prompt fits, or an answer would leave no room for any.
+      UserError: no prompt fits, or `max_new_tokens` leaves no room for a prompt.
     """
     max_new_tokens = max(1, context_length // 4) if max_new_tokens is None else max_new_tokens
     if max_new_tokens >= context_length:
@@ -168,20 +185,20 @@ def dialogue_task(
     kept, inputs, requests, left_out = [], [], [], []
     for prompt in prompts[:limit]:
         assert prompt.reference is not None
-        answer = chat_format.encode_answer(prompt.reference)
+        reference = chat_format.encode_answer(prompt.reference)
         try:
             before, asked = (
                 chat_format.encode_prompt(prompt.messages, room, place=prompt.place)
-                for room in (context_length + 1 - len(answer), context_length - max_new_tokens)
+                for room in (context_length + 1 - len(reference), context_length - max_new_tokens)
             )
         except TooLongError as error:
             left_out.append(error)
             continue
         kept.append(prompt)
         inputs.append(asked)
-        requests.append(Request(np.concatenate([before, answer]).astype(np.int32), len(answer)))
+        requests.append(Request(np.concatenate([before, reference]).astype(np.int32), len(reference)))
     if not kept:
-        raise UserError(f"no prompt has room beside its answer: {left_out[0]}")
+        raise UserError(f"no prompt fits into the context together with its completion: {left_out[0]}")
     settings = {
         "prompts": len(kept),
         "prompts_available": len(prompts),
@@ -200,42 +217,42 @@ def evaluate_dialogue(
     batch_size: int,
     score: RewardScore | None = None,
 ) -> tuple[dict[str, Measurement], dict[str, Any], list[dict[str, Any]]]:
-    """Answers and scores prompts, going on where it was stopped.
+    """Completes prompts and scores references; a stopped evaluation resumes from its records.
 
     Args:
-      scorer: of the model in `trained`.
-      directory: for what is computed.
-      name: for files and progress bars.
-      batch_size: prompts answered at once.
-      score: of a reward model; None: no win rate.
+      scorer: scorer of the model in `trained`.
+      directory: directory of the records.
+      name: name of the task, for files and progress bars.
+      batch_size: prompts completed together.
+      score: reward function; None: no win rate.
 
     Returns:
-      The metrics; what else there is to report; a record of each prompt and its answer.
+      The metrics; further entries of the report; a record of each prompt and its completion.
     """
     scores = score_resumably(directory, name, scorer, trained.step, task.requests)
-    engine: Engine | None = None  # a second copy of the weights, made if something is left to answer
+    engine: Engine | None = None  # a second copy of the weights, made only if a prompt is not completed yet
 
-    def answer(indices: Sequence[int]) -> list[Answer]:
+    def complete(indices: Sequence[int]) -> list[DialogueCompletion]:
         nonlocal engine
         if engine is None:
             engine = Engine(trained.model, trained.params, trained.tokenizer, trained.mesh)
-        return task.answers(engine, indices)
+        return task.complete(engine, indices)
 
     asked = [Request(tokens, task.max_new_tokens) for tokens in task.inputs]
     path = directory / f"{file_name(name)}-answers-{key(scorer, trained.step, asked)}.jsonl"
-    answers = resumably(path, f"{name} answers", task.batches(batch_size), answer, Answer)
-    rewards = None if score is None else reward(score, task.prompts, answers)
-    metrics, signature = task.metrics(scores, answers, rewards)
+    completions = resumably(path, f"{name} completions", task.batches(batch_size), complete, DialogueCompletion)
+    rewards = None if score is None else reward(score, task.prompts, completions)
+    metrics, signature = task.metrics(scores, completions, rewards)
     records = []
-    for number, (prompt, said) in enumerate(zip(task.prompts, answers, strict=True)):
+    for number, (prompt, completion) in enumerate(zip(task.prompts, completions, strict=True)):
         record = {
             "place": prompt.place,
             "messages": [vars(message) for message in prompt.messages],
             "reference": prompt.reference,
-            "answer": said.text,
-            "ended": said.ended,
+            "answer": completion.text,
+            "ended": completion.ended,
         }
         if rewards is not None:
-            record |= {"reward": rewards.answers[number], "reference_reward": rewards.references[number]}
+            record |= {"reward": rewards.completions[number], "reference_reward": rewards.references[number]}
         records.append(record)
     return metrics, {"bleu_signature": signature}, records

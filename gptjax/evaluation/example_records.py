@@ -1,8 +1,8 @@
-"""Results recorded on disk as they are computed, so that an evaluation that was stopped resumes where it was.
+"""Records of results on disk, written as they are computed, so that a stopped evaluation resumes.
 
 `<workdir>/evaluation/scores/<task>-<key>.jsonl` has a line {"index": .., "logprob": .., "num_tokens": ..,
-"is_greedy": ..} for each request; answers to dialogues have such a file too. The key is a hash of the weights, the
-step, the model's config and every token asked for: results of anything else are never used.
+"is_greedy": ..} for each request; completions of dialogues have such a file too. The key is a hash of the weights, the
+step, the model's config and all tokens of the requests, so results of other weights or requests are never used.
 
 Only one evaluation at a time writes to a file. Another one of the same key, or one on a file system without locks,
 appends to a file of its own, `<task>-<key>.<id>.jsonl`. All files of a key are read.
@@ -31,15 +31,15 @@ T = TypeVar("T", bound=tuple[Any, ...])
 
 
 def score_resumably(directory: Path, name: str, scorer: Scorer, step: int, requests: Sequence[Request]) -> list[Score]:
-    """The scores of all requests, in their order; those found in `directory` are not computed again.
+    """Computes the scores of all requests, in their order; those recorded in `directory` are not computed again.
 
     Args:
-      directory: made if need be.
-      name: of the task, for the file and the progress bar.
-      step: of the checkpoint.
+      directory: directory of the records, created if missing.
+      name: name of the task, for the file and the progress bar.
+      step: step of the checkpoint.
 
     Raises:
-      UserError: a request that is too long (see `Scorer.plan`), or a directory that cannot be written.
+      UserError: a request is too long (see `Scorer.plan`), or the directory cannot be written.
     """
     batches = scorer.plan(requests)
     path = directory / f"{file_name(name)}-{key(scorer, step, requests)}.jsonl"
@@ -56,25 +56,26 @@ def resumably(
     compute: Callable[[Sequence[int]], Sequence[T]],
     kind: type[T],
 ) -> list[T]:
-    """The results of `compute` for all batches, by index; those recorded in `path` are not computed again.
+    """Computes `compute` for all batches and returns the results by index; recorded results are not computed again.
 
-    A batch is computed again unless all of it is recorded, so that an evaluation that was stopped ends with exactly the
-    numbers of one that was not.
+    A batch is computed again unless all of it is recorded, so that a resumed evaluation gives exactly the results of an
+    uninterrupted one.
 
     Args:
-      path: its name ends in a `key`; its folder is created if it is missing.
-      name: for the progress bar.
-      batches: indices, from 0, each in one of them.
+      path: file of the records, whose name ends in a `key`; its folder is created if missing.
+      name: name for the progress bar.
+      batches: batches of indices, from 0, each index in one batch.
+      compute: computes the results of the indices of a batch.
       kind: the NamedTuple of a result.
 
     Raises:
-      UserError: a folder that cannot be written, or a line that is none of these records.
+      UserError: the folder cannot be written, or a line is not a valid record.
     """
     processes.check_same({f"requests of {name}": path.name}, "give all processes the same files")
     is_first, total = processes.is_first(), sum(map(len, batches))
     try:
         with _own_file(path) if is_first else nullcontext() as file:
-            # One process's records decide for all which batches are computed, as all compute each of them together.
+            # The first process's records decide which batches are computed, as all processes compute each together.
             recorded: list[Any] = processes.of_first(lambda: list(_read(path, kind).items()))
             found = {index: kind(*fields) for index, fields in recorded}
             with tqdm(
@@ -82,7 +83,7 @@ def resumably(
                 desc=name,
                 unit="req",
                 dynamic_ncols=True,
-                mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds; a log file gets a line now and then
+                mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds; fewer lines in a log file
                 disable=not is_first,
             ) as bar:
                 for batch in batches:
@@ -99,12 +100,12 @@ def resumably(
 
 
 def file_name(text: str) -> str:
-    """`text` with only what a file's name may hold anywhere."""
+    """Returns `text` with only characters that are portable in file names."""
     return re.sub(r"[^A-Za-z0-9.,+=_-]+", "_", text).strip("._") or "task"
 
 
 def key(scorer: Scorer, step: int, requests: Sequence[Request]) -> str:
-    """16 hex digits, of all that a result depends on."""
+    """Returns a hash, 16 hex digits, of everything that a result depends on."""
     digest = hashlib.sha256(f"{scorer.model.config} {step} {scorer.fingerprint()}".encode())
     for tokens, scored in requests:
         digest.update(np.array([len(tokens), scored], np.int64).tobytes() + tokens.astype(np.int32).tobytes())
@@ -117,7 +118,7 @@ def _line(index: int, result: Any) -> str:
 
 @contextmanager
 def _own_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file that no other evaluation writes to, to append lines: `path`, or else a new one of the same key."""
+    """Opens a file that no other evaluation appends to: `path`, or else a new file of the same key."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
         try:
@@ -125,7 +126,7 @@ def _own_file(path: Path) -> Iterator[IO[bytes]]:
         except OSError:
             pass  # another evaluation holds it, or the file system has no locks
         else:
-            file.truncate(len(_whole_lines(path)))  # a last line that a kill cut off
+            file.truncate(len(_whole_lines(path)))  # drops an incomplete last line of a killed process
             yield file
             return
     own = path.with_name(f"{path.stem}.{uuid.uuid4().hex[:8]}.jsonl")
@@ -139,13 +140,13 @@ def _own_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _whole_lines(path: Path) -> bytes:
-    """Content up to the last line end: the process that writes the file may be in the middle of a line, or killed."""
+    """Returns the content up to the last newline, as the writing process may be in the middle of a line, or killed."""
     content = path.read_bytes()
     return content[: content.rfind(b"\n") + 1]
 
 
 def _read(path: Path, kind: type[T]) -> dict[int, T]:
-    """What is recorded under the key of `path`, by index."""
+    """Reads the results recorded under the key of `path`, by index."""
     results = {}
     for file in (path, *sorted(path.parent.glob(f"{glob.escape(path.stem)}.*.jsonl"))):
         for number, line in enumerate(_whole_lines(file).splitlines(), start=1):
@@ -154,6 +155,5 @@ def _read(path: Path, kind: type[T]) -> dict[int, T]:
                 index = int(record.pop("index"))
                 results[index] = kind(**record)
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                named = kind.__name__.lower()
-                raise UserError(f"{file}:{number} is not a record of a {named}: remove the line, or the file") from None
+                raise UserError(f"{file}:{number} is not a valid record: remove the line, or the file") from None
     return results

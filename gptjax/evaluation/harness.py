@@ -1,4 +1,4 @@
-"""A workdir's model inside lm-evaluation-harness (pip install 'gptjax[lm-eval]').
+"""Adapter of a workdir's model to lm-evaluation-harness (pip install 'gptjax[lm-eval]').
 
 import lm_eval
 from gptjax.evaluation.harness import harness_model
@@ -19,11 +19,11 @@ from gptjax.inference.engine import Engine
 from gptjax.inference.sampling import Sampling
 from gptjax.stages.trained_model import TrainedModel, load_model, parse_mesh
 
-MAX_NEW_TOKENS = 256  # where a task does not say; the harness's own default
+MAX_NEW_TOKENS = 256  # default for tasks without a setting, as in the harness
 
 
-class _Answers:
-    """What the harness asks of a model. A request's `args` are its texts, and settings where text is generated."""
+class _HarnessMethods:
+    """The methods of `lm_eval.api.model.LM`. A request's `args` are its texts, and settings for generation."""
 
     def __init__(self, trained: TrainedModel, batch_size: int) -> None:
         super().__init__()
@@ -36,12 +36,12 @@ class _Answers:
         return Engine(self._trained.model, self._trained.params, self._tokenizer, self._trained.mesh)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Log-probability of each (context, continuation), and whether greedy decoding would give it."""
+        """Computes the log-probability of each (context, continuation), and whether greedy decoding gives it."""
         scores = self._scorer.scores([encode_pair(self._tokenizer, *request.args) for request in requests])
         return [(score.logprob, score.is_greedy) for score in scores]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        """Log-probability of each whole text, its first token after end-of-text, in windows that do not overlap."""
+        """Computes the log-probability of each text after end-of-text, in disjoint windows."""
         start = np.array(start_of_text(self._tokenizer), np.int32)
         length = self._scorer.context_length
         parts = [
@@ -52,11 +52,11 @@ class _Answers:
         return [sum(next(scores).logprob for _ in part) for part in parts]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Text after each context, up to one of the strings of `until`; contexts too long lose their beginning."""
+        """Generates text after each context, up to one of the strings `until`; long contexts are cut on the left."""
         texts = []
         for start in range(0, len(requests), self._batch_size):
             batch = requests[start : start + self._batch_size]
-            # The engine generates with the same settings for all of a batch.
+            # The engine uses the same settings for a whole batch.
             for settings in {repr(sorted(request.args[1].items())): request.args[1] for request in batch}.values():
                 same = [i for i, request in enumerate(batch, start) if request.args[1] == settings]
                 texts += list(zip(same, self._generate([requests[i].args[0] for i in same], settings), strict=True))
@@ -69,7 +69,7 @@ class _Answers:
         longest = self._scorer.context_length
         if known["max_gen_toks"] >= longest:
             raise UserError(
-                f"the task generates {known['max_gen_toks']} tokens, and the model's context has {longest}: "
+                f"the task generates {known['max_gen_toks']} tokens, but the model's context has {longest}: "
                 "set gen_kwargs='max_gen_toks=...'"
             )
         prompts = [self._tokenizer.encode(context)[known["max_gen_toks"] - longest :] for context in contexts]
@@ -79,11 +79,11 @@ class _Answers:
 
 
 def harness_model(workdir: Path | str, *, batch_size: int = 8, mesh: str = "") -> Any:
-    """An `lm_eval.api.model.LM` of the newest weights of a workdir.
+    """Returns an `lm_eval.api.model.LM` of the newest weights of a workdir.
 
     Args:
-      batch_size: see `Scorer`; and texts generated at once.
-      mesh: such as "data=2,tensor=4"; empty: all devices on data.
+      batch_size: batch size as in `Scorer`, also of generation.
+      mesh: mesh such as "data=2,tensor=4"; empty: all devices on data.
 
     Raises:
       UserError: see `load_model`; or the harness is not installed.
@@ -92,5 +92,5 @@ def harness_model(workdir: Path | str, *, batch_size: int = 8, mesh: str = "") -
         from lm_eval.api.model import LM
     except ImportError:
         raise UserError("lm-evaluation-harness is not installed: pip install 'gptjax[lm-eval]'") from None
-    kind = type("GptjaxLM", (_Answers, LM), {})  # not a class statement: the harness is imported only here
+    kind = type("GptjaxLM", (_HarnessMethods, LM), {})  # not a class statement: the harness is imported only here
     return kind(load_model(Path(workdir), parse_mesh(mesh)), batch_size)

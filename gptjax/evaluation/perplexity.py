@@ -1,8 +1,11 @@
-"""Perplexity of text, by windows that slide over it.
+"""Sliding-window perplexity of text.
 
-The numbers: nats_per_token (mean over the model's tokens), perplexity (its exponential), bits_per_byte (of the UTF-8
-bytes of the source's text, so that tokenizers compare) and, of a de-tokenised benchmark, word_perplexity: exp(nats /
-tokens of the benchmark, ends of lines included), as Radford et al. 2019, table 3, report it.
+Metrics:
+  nats_per_token    mean over the model's tokens
+  perplexity        exp(nats_per_token)
+  bits_per_byte     per UTF-8 byte of the source text, comparable between tokenizers
+  word_perplexity   for de-tokenised benchmarks: exp(nats / benchmark tokens, line ends included), as reported by
+                    Radford et al. 2019, table 3
 """
 
 import dataclasses
@@ -22,12 +25,12 @@ from gptjax.metrics.measurement import Measurement, exponential, ratio, scaled
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A document, or several in one stream, and what its nats are divided by.
+    """A document, or the stream of several, and the sizes that its nats are divided by.
 
     Attributes:
-      tokens: int32 [N], the first only context.
-      size_bytes: of the source's text.
-      original_tokens: the benchmark's, where the text was de-tokenised.
+      tokens: int32 (T,), the first of which is only context.
+      size_bytes: UTF-8 bytes of the source text.
+      original_tokens: number of the benchmark's tokens.
     """
 
     tokens: np.ndarray
@@ -37,13 +40,14 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class PerplexityTask:
-    """Texts to score, ready for the model.
+    """Encoded texts and their windows.
 
     Attributes:
-      texts: documents, or the one stream they make.
-      requests: the windows of all texts, one text after the other.
-      windows_per_text: how many of the requests are each text's.
-      settings: what the numbers depend on besides the model, for the report.
+      texts: the documents, or their concatenation.
+      requests: the windows of all texts, in order.
+      windows_per_text: number of windows of each text.
+      detokenized: whether the texts were de-tokenised.
+      settings: what the metrics depend on other than the model, for the report.
     """
 
     texts: list[Text]
@@ -53,7 +57,7 @@ class PerplexityTask:
     settings: dict[str, Any]
 
     def metrics(self, scores: Sequence[Score]) -> dict[str, Measurement]:
-        """The numbers above; standard errors over documents."""
+        """Computes the metrics above, with standard errors over documents."""
         ends = np.cumsum([0, *self.windows_per_text])
         nats = [-math.fsum(s.logprob for s in scores[a:b]) for a, b in itertools.pairwise(ends)]
         per_token = ratio(nats, [len(text.tokens) - 1 for text in self.texts])
@@ -78,20 +82,20 @@ def perplexity_task(
     detokenizer: str | None = None,
     concatenate: bool = False,
 ) -> PerplexityTask:
-    """Prepares the perplexity of `documents`.
+    """Encodes `documents` for their perplexity.
 
-    Each document is scored on its own, its first token predicted from end-of-text. Of a tokenizer without one the
-    first token is not predicted, but its bytes count. Concatenated, the documents are one stream, end-of-text after
-    each, predicted too: what training reads, and its loss measures.
+    Each document is scored separately, its first token predicted from end-of-text. With a tokenizer without end-of-text
+    the first token is not scored, but its bytes count.
 
     Args:
-      limit: only the first so many documents; None: all.
-      stride: tokens that a window scores; None: half of the context. See `windows`.
-      detokenizer: a name in `DETOKENIZERS`.
+      limit: number of documents to use, from the first; None: all.
+      stride: tokens scored by a window; None: half of the context. See `windows`.
+      detokenizer: a name in `DETOKENIZERS`; None: the documents are plain text.
+      concatenate: scores the documents as one stream with end-of-text, which is scored too, after each, as in training.
 
     Raises:
-      UserError: a stride that the context has no room for, an unknown detokenizer, nothing to score, or
-        `concatenate` and a tokenizer without end-of-text.
+      UserError: `stride` exceeds the context, the detokenizer is unknown, there is nothing to score, or `concatenate`
+        is used with a tokenizer without end-of-text.
     """
     stride = max(1, context_length // 2) if stride is None else stride
     if not 1 <= stride <= context_length:
@@ -115,7 +119,7 @@ def perplexity_task(
         texts = [dataclasses.replace(text, tokens=np.concatenate([start, text.tokens])) for text in texts]
     texts = [text for text in texts if len(text.tokens) > 1]
     if not texts:
-        raise UserError("there is no token to score in the text")
+        raise UserError("the text has no token to score: give at least two tokens")
     windowed = [list(windows(text.tokens, context_length, stride)) for text in texts]
     settings: dict[str, Any] = {
         "stride": stride,

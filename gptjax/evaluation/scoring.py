@@ -1,8 +1,8 @@
-"""How likely texts are under a model: the one computation that all evaluations share.
+"""Log-probabilities of texts under a model, on which all likelihood-based evaluations are built.
 
-A request is some tokens and how many of its last ones to score. Requests are sorted into buckets of shapes, powers of
-two, so that few programs are compiled, and each batch is spread over the mesh. Logits exist for the scored positions
-only, a chunk of them at a time.
+A request is a sequence of tokens and the number of its last tokens to score. Requests are grouped into buckets of
+shapes, powers of two, so that few programs are compiled, and each batch is sharded over the mesh. Logits are computed
+for the scored positions only, in chunks.
 """
 
 import dataclasses
@@ -25,14 +25,14 @@ from gptjax.parallel.mesh import batch_shards, constrain, use_mesh
 
 
 class Request(NamedTuple):
-    """Tokens, int32 [N], and how many of the last of them, from 1 to N - 1, to score."""
+    """Tokens, int32 (T,), and the number of the last of them to score, from 1 to T - 1."""
 
     tokens: npt.NDArray[np.int32]
     scored: int
 
 
 class Score(NamedTuple):
-    """Of the scored tokens: log-probability of all in nats, how many, whether each is its position's likeliest."""
+    """Total log-probability of the scored tokens in nats, their number, and whether greedy decoding gives them."""
 
     logprob: float
     num_tokens: int
@@ -40,8 +40,8 @@ class Score(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
-    """Requests that are computed together, by their places in the list that was planned, and the shapes they fill."""
+class ScoringBatch:
+    """Requests that are computed together, by index into the planned list, and the shape of their batch."""
 
     indices: list[int]
     rows: int  # B
@@ -50,7 +50,7 @@ class Batch:
 
 
 def start_of_text(tokenizer: Tokenizer) -> list[int]:
-    """What the first token of a text is predicted from: end-of-text.
+    """Returns the context that the first token of a text is predicted from: end-of-text.
 
     Raises:
       UserError: the tokenizer has none.
@@ -63,21 +63,21 @@ def start_of_text(tokenizer: Tokenizer) -> list[int]:
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Request:
-    """The request that scores `continuation` after `context`.
+    """Returns the request that scores `continuation` after `context`, by the rules of lm-evaluation-harness.
 
-    White space at the end of the context goes to the continuation, where GPT-2's tokens have it, and both are encoded
-    as one text; the tokens that the context alone does not account for are the continuation's. An empty context is
-    end-of-text. These are the rules of lm-evaluation-harness.
+    White space at the end of the context is moved to the continuation, as GPT-2's tokens begin with it. Both are
+    encoded as one text; its tokens beyond the number of the context's tokens are the continuation's. An empty context
+    is replaced by end-of-text.
 
     Raises:
-      UserError: an empty continuation; an empty context, and the tokenizer has no end-of-text.
+      UserError: the continuation is empty; or the context is empty and the tokenizer has no end-of-text.
     """
     if not continuation:
         raise UserError(f"there is nothing to score after {context[-40:]!r}: the continuation is empty")
     stripped = context.rstrip()
     whole = tokenizer.encode(context + continuation)
     if stripped:
-        # A tokenizer may merge across the border: at least one token is the continuation's.
+        # A tokenizer may merge across the boundary: at least one token belongs to the continuation.
         scored = max(1, len(whole) - len(tokenizer.encode(stripped)))
         if scored < len(whole):
             return Request(whole, scored)
@@ -88,10 +88,10 @@ class Scorer:
     """Scores requests with one model.
 
     Args:
-      params: as `model.init` makes them, unboxed.
-      mesh: that the params lie on; None: one device.
-      batch_size: requests of full context length in a batch, rounded up to what the mesh needs; of shorter ones, so
-        many more that the number of positions stays.
+      params: parameters in the structure of `model.init`, unboxed.
+      mesh: mesh over which the parameters are sharded; None: one device.
+      batch_size: requests of full context length in a batch, rounded up to a multiple of the batch shards; batches of
+        shorter requests have proportionally more, for the same number of positions.
     """
 
     def __init__(self, model: GPT, params: Any, mesh: Mesh | None = None, batch_size: int = 8) -> None:
@@ -101,16 +101,16 @@ class Scorer:
         self._length_unit = 1 if mesh is None else mesh.shape["context"]
 
     def is_truncated(self, request: Request) -> bool:
-        """Whether `request` is longer than the context, so that its first tokens are left out."""
+        """Whether `request` is longer than the context, so that its first tokens are dropped."""
         return len(request.tokens) - 1 > self.context_length
 
-    def plan(self, requests: Sequence[Request]) -> list[Batch]:
-        """All requests in batches of one shape each, the longest first, so that a lack of memory shows at once.
+    def plan(self, requests: Sequence[Request]) -> list[ScoringBatch]:
+        """Groups requests into batches of one shape each, the longest first, so that out-of-memory errors occur first.
 
-        A score depends in its last bits on its batch's shape, and the same requests have the same plan.
+        The plan is deterministic, as rounding makes a score depend slightly on the shape of its batch.
 
         Raises:
-          UserError: more tokens to score than the context is long.
+          UserError: a request has more tokens to score than the context has.
         """
         buckets: dict[tuple[int, int], list[int]] = {}
         for index, (tokens, scored) in enumerate(requests):
@@ -125,15 +125,15 @@ class Scorer:
             indices.sort(key=lambda index: -len(requests[index].tokens))
             most = self._batch_size * max(1, self.context_length // length)
             rows = -(-min(most, power_of_two(len(indices))) // self._row_unit) * self._row_unit
-            batches += [Batch(indices[i : i + rows], rows, length, scored) for i in range(0, len(indices), rows)]
+            batches += [ScoringBatch(indices[i : i + rows], rows, length, scored) for i in range(0, len(indices), rows)]
         return batches
 
     def _bucket(self, length: int) -> int:
         rounded = min(bucket(length), self.context_length)
         return -(-rounded // self._length_unit) * self._length_unit
 
-    def score_batch(self, requests: Sequence[Request], batch: Batch) -> list[Score]:
-        """The scores of a planned batch, in the order of its indices.
+    def score_batch(self, requests: Sequence[Request], batch: ScoringBatch) -> list[Score]:
+        """Computes the scores of a planned batch, in the order of its indices.
 
         A request longer than the context is predicted from its last `context_length` tokens.
         """
@@ -172,14 +172,14 @@ class Scorer:
 
 
 def windows(tokens: npt.NDArray[np.int32], context_length: int, stride: int) -> Iterator[Request]:
-    """Requests that score every token of a text but the first once, each from as much context as the stride allows.
+    """Yields sliding-window requests that score every token of a text once, except for the first token.
 
-    The first window is a whole context. Each window after it scores the next `stride` tokens, so each of them has at
-    least context_length - stride + 1 tokens before it within its window, and the last window scores what is left.
+    The first window scores a whole context. Each further window scores the next `stride` tokens, so each of them has at
+    least context_length - stride + 1 tokens of context; the last window scores the remaining ones.
 
     Args:
-      tokens: int32 [N], the first of them only context (end-of-text, as a rule).
-      stride: from 1, the slowest and best, to context_length, the fastest.
+      tokens: int32 (T,), the first of them only context (usually end-of-text).
+      stride: from 1 (most context, slowest) to context_length (fastest).
     """
     done = 1
     while done < len(tokens):
@@ -192,9 +192,9 @@ def windows(tokens: npt.NDArray[np.int32], context_length: int, stride: int) -> 
 def _score(
     model: GPT, params: Any, tokens_BT: jax.Array, targets_BC: jax.Array, start_B: jax.Array, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probability, float32, of each target at positions start, start + 1, ..., and whether it is the likeliest.
+    """Computes the float32 log-probability of each target at positions start, start + 1, ..., and whether it is argmax.
 
-    Both (B, C), and whole on every device, so that any process reads them.
+    Both are (B, C), and replicated on all devices, so that every process can read them.
     """
     x_BTD = hidden_states(model, params, constrain(tokens_BT, "batch", "length"))
     embedding_VD = head_embedding(params)
@@ -211,7 +211,7 @@ def _score(
     def score(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         x_BCD, targets_BC = inputs
         logits_BCV = constrain(unembed(x_BCD, embedding_VD, model.config.precision), "batch", None, "vocab")
-        # A masked sum and not a gather, as the vocabulary may be spread over devices.
+        # A masked sum instead of a gather, as the vocabulary may be sharded.
         hit_BCV = jnp.arange(logits_BCV.shape[-1])[None, None] == targets_BC[..., None]
         picked_BC = jnp.sum(jnp.where(hit_BCV, logits_BCV, 0), axis=-1)
         greedy_BC = jnp.argmax(logits_BCV, axis=-1) == targets_BC
@@ -226,6 +226,6 @@ def _score(
 
 @jax.jit
 def _checksum(leaf: jax.Array) -> jax.Array:
-    """The sum of the bit patterns, uint32: modulo 2**32, so the order of summing does not matter."""
+    """Computes the sum of the bit patterns modulo 2**32, uint32 (); independent of the order of summation."""
     bits = jax.lax.bitcast_convert_type(leaf, jnp.uint16 if leaf.dtype.itemsize == 2 else jnp.uint32)
     return jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)

@@ -1,20 +1,20 @@
-"""Questions with one or several answers, from JSON lines or the catalogue, and how they are put to a model.
+"""Multiple-choice and continuation tasks: reading task files, few-shot prompts and metrics.
 
-A task file has one JSON object a line, of one of these forms:
+A task file has one JSON object a line, in one of these forms:
 
-  {"text": "... the last word"}                      the last word is to be predicted (LAMBADA; OpenAI's own file of it)
-  {"context": "...", "continuation": "..."}          the continuation is to be predicted
+  {"text": "... the last word"}                      predict the last word (LAMBADA; OpenAI's file)
+  {"context": "...", "continuation": "..."}          predict the continuation
   {"context": "...", "choices": ["..."], "answer": 0}
-                                                     which choice goes on from the context; `answer` is its place, from
-                                                     0, or the choice itself
+                                                     choose the continuation of the context; `answer` is its index,
+                                                     from 0, or its text
   {"context": "...", "question": "... XXXXX ...", "choices": ["..."], "answer": 0}
-                                                     which choice stands for XXXXX (the Children's Book Test); each is
-                                                     scored with the rest of the question (Radford et al. 2019,
-                                                     section 3.2)
+                                                     choose the replacement of XXXXX (the Children's Book Test); each
+                                                     choice is scored with the rest of the question (Radford et al.
+                                                     2019, section 3.2)
 
-`context` may be left out or empty where there are choices or a continuation. It is joined to what follows by a blank,
-unless there is white space already. Lines with "split": "fewshot" are not asked, but shown as examples; a file without
-such lines shows its other lines.
+`context` is optional where there are choices or a continuation. It is joined to the following text by a blank, unless
+there is white space already. Lines with "split": "fewshot" are used as few-shot examples only; without such lines, the
+few-shot examples of an example are taken from the others.
 """
 
 import dataclasses
@@ -37,15 +37,14 @@ ANSWER_PROMPT = "Answer:"
 
 
 @dataclasses.dataclass(frozen=True)
-class Example:
-    """A question.
+class TaskExample:
+    """An example of a task.
 
     Attributes:
-      options: (context, continuation) pairs. One: is its continuation what the model would say? Several: which of them
-        is the likeliest?
-      answer: the place of the right option.
-      by_answer_prompt: whether likelihoods are also to be normalised by P(continuation | "Answer:"), which makes sense
-        only of answers (Brown et al. 2020, section 2.4).
+      options: (context, continuation) pairs. One option: the continuation is to be predicted. Several: the most
+        probable one is chosen.
+      answer: index of the correct option.
+      by_answer_prompt: also normalises likelihoods by P(continuation | "Answer:") (Brown et al. 2020, section 2.4).
     """
 
     options: tuple[tuple[str, str], ...]
@@ -54,31 +53,31 @@ class Example:
 
     @property
     def shown(self) -> str:
-        """The example as one that is shown, answered."""
+        """The text of the example as a few-shot example, with the correct option."""
         return "".join(self.options[self.answer])
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """A task as it was read.
+    """The examples of a task.
 
     Attributes:
-      asked: the examples to evaluate.
-      shots: those to show before them; where that is `asked` itself, never the one asked.
+      asked: examples to evaluate.
+      shots: few-shot examples; may be `asked` itself, where an example is never shown before itself.
     """
 
-    asked: list[Example]
-    shots: list[Example]
+    asked: list[TaskExample]
+    shots: list[TaskExample]
 
 
 def joined(context: str, continuation: str) -> tuple[str, str]:
-    """The pair, with white space between the two."""
+    """Returns (context, continuation) with a blank between the two unless there is white space already."""
     bare = context and not context[-1].isspace() and not continuation[:1].isspace()
     return context, f" {continuation}" if bare else continuation
 
 
-def last_word(text: str) -> Example:
-    """The last word after what comes before it.
+def last_word(text: str) -> TaskExample:
+    """Returns an example that predicts the last word of a text.
 
     Raises:
       ValueError: fewer than two words.
@@ -86,45 +85,47 @@ def last_word(text: str) -> Example:
     match = re.fullmatch(r"(.*\S)(\s+\S+)\s*", text, re.DOTALL)
     if match is None:
         raise ValueError('"text" needs at least two words')
-    return Example(((match[1], match[2]),))
+    return TaskExample(((match[1], match[2]),))
 
 
-def as_blank(example: Example) -> Example:
-    """A last word as the cloze that GPT-3 is shown with examples: "... her friend ____. -> Bob" (section 3.1.2)."""
+def as_blank(example: TaskExample) -> TaskExample:
+    """Converts a last-word example to GPT-3's few-shot cloze "... her friend ____. -> Bob" (section 3.1.2)."""
     ((context, word),) = example.options
-    return Example(((f"{context} ____. ->", word),))
+    return TaskExample(((f"{context} ____. ->", word),))
 
 
-def choices(context: str, options: Sequence[str], answer: int) -> Example:
-    """Several continuations of one context."""
-    return Example(tuple(joined(context, option) for option in options), answer, by_answer_prompt=True)
+def choices(context: str, options: Sequence[str], answer: int) -> TaskExample:
+    """Returns a multiple-choice example of continuations of one context."""
+    return TaskExample(tuple(joined(context, option) for option in options), answer, by_answer_prompt=True)
 
 
-def blank_filled(context: str, question: str, options: Sequence[str], answer: int, blank: str = BLANK) -> Example:
-    """Choices for a blank in a question: each is scored with what follows it."""
+def blank_filled(context: str, question: str, options: Sequence[str], answer: int, blank: str = BLANK) -> TaskExample:
+    """Returns an example of choices for a blank in a question, each scored with the text after the blank."""
     before, _, after = question.partition(blank)
     start = "".join(joined(context, before))
-    return Example(tuple(joined(start, option + after) for option in options), answer)
+    return TaskExample(tuple(joined(start, option + after) for option in options), answer)
 
 
-def both_contexts(sentence: str, options: Sequence[str], answer: int, blank: str) -> Example:
-    """Choices for a blank, by what follows it: P(rest | start with the choice), the "partial evaluation" of Trinh and
-    Le 2018, section 3, which GPT-2 and GPT-3 use for Winograd schemas."""
+def both_contexts(sentence: str, options: Sequence[str], answer: int, blank: str) -> TaskExample:
+    """Returns an example of choices for a blank, scored by P(text after the blank | text up to it with the choice).
+
+    This is the "partial evaluation" of Trinh and Le 2018, section 3, used for Winograd schemas by GPT-2 and GPT-3.
+    """
     before, _, after = sentence.partition(blank)
-    return Example(tuple((before + option, after) for option in options), answer)
+    return TaskExample(tuple((before + option, after) for option in options), answer)
 
 
 # --- JSON lines -------------------------------------------------------------------------------------------------------
 
 
 def read_examples(path: Path) -> Examples:
-    """The task of a file of the forms above.
+    """Reads a task file.
 
     Raises:
-      UserError: the file cannot be read, has nothing to ask, or a line of it is of no such form; FILE:LINE says where.
+      UserError: the file cannot be read, has no example to evaluate, or a line is malformed (named as FILE:LINE).
     """
-    asked: list[Example] = []
-    shots: list[Example] = []
+    asked: list[TaskExample] = []
+    shots: list[TaskExample] = []
     for record, place in json_objects(read_lines(path)):
         try:
             example = _example(record)
@@ -132,17 +133,17 @@ def read_examples(path: Path) -> Examples:
             raise UserError(f"{place}: {error}") from None
         (shots if record.get("split") == "fewshot" else asked).append(example)
     if not asked:
-        raise UserError(f"{path} has no example to ask")
+        raise UserError(f"{path} has no example to evaluate: add lines without split=fewshot")
     return Examples(asked, shots or asked)
 
 
-def _example(record: dict[str, Any]) -> Example:
-    """Raises ValueError, saying what is wrong with the record."""
+def _example(record: dict[str, Any]) -> TaskExample:
+    """Converts a record to an example; raises ValueError if it is malformed."""
     if "text" in record:
         return last_word(_string(record, "text"))
     context = _string(record, "context") if "context" in record else ""
     if "continuation" in record:
-        return Example((joined(context, _string(record, "continuation")),))
+        return TaskExample((joined(context, _string(record, "continuation")),))
     if "choices" not in record:
         raise ValueError('has none of the fields "text", "continuation" and "choices"')
     options = record["choices"]
@@ -152,12 +153,12 @@ def _example(record: dict[str, Any]) -> Example:
     if isinstance(answer, str) and answer in options:
         answer = options.index(answer)
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(options):
-        raise ValueError(f'"answer" must be one of the choices or its place, 0 to {len(options) - 1}, not {answer!r}')
+        raise ValueError(f'"answer" must be one of the choices or its index, 0 to {len(options) - 1}, not {answer!r}')
     if "question" not in record:
         return choices(context, options, answer)
     question = _string(record, "question")
     if question.count(BLANK) != 1:
-        raise ValueError(f'"question" must have {BLANK} in it, once')
+        raise ValueError(f'"question" must contain {BLANK} exactly once')
     return blank_filled(context, question, options, answer)
 
 
@@ -173,22 +174,27 @@ def _string(record: dict[str, Any], field: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ExampleTask:
-    """Examples to score, ready for the model.
+    """Encoded examples.
 
     Attributes:
-      requests: of each example its options and then, where it has them, its options after "Answer:".
-      settings: what the numbers depend on besides the model, for the report.
+      examples: the examples.
+      requests: for each example, its options, then its options after "Answer:" if `by_answer_prompt`.
+      settings: what the metrics depend on other than the model, for the report.
     """
 
-    examples: list[Example]
+    examples: list[TaskExample]
     requests: list[Request]
     settings: dict[str, Any]
 
     def metrics(self, scores: Sequence[Score]) -> dict[str, Measurement]:
-        """Of continuations: accuracy (every token the likeliest) and perplexity (exp of the mean nats a continuation,
-        so a word's where that is a word). Of choices: the accuracy of the choice with the most log-probability
-        (accuracy), the most per token, the most per character (lm-evaluation-harness' acc_norm) and, where that was
-        asked, the most over that after "Answer:". Of a file that has both, `accuracy` is over both."""
+        """Computes accuracies and, for continuations, perplexity.
+
+        For continuations: `accuracy` (greedy decoding gives all tokens) and `perplexity` (exp of the mean nats of a
+        continuation, so per word where a continuation is a word). For choices: the accuracy of the choice of the
+        highest log-probability (`accuracy`), the highest per token, per character (lm-evaluation-harness' acc_norm)
+        and, for `by_answer_prompt`, relative to the log-probability after "Answer:". In a file with both, `accuracy`
+        is over both.
+        """
         values: dict[str, list[float]] = {}
         rest = iter(scores)
         for example in self.examples:
@@ -222,28 +228,28 @@ def example_task(
     num_fewshot: int = 0,
     limit: int | None = None,
     seed: int = 0,
-    few_shot_form: Callable[[Example], Example] | None = None,
+    few_shot_form: Callable[[TaskExample], TaskExample] | None = None,
 ) -> ExampleTask:
-    """Prepares the examples, each after `num_fewshot` others drawn for it (Brown et al. 2020, section 2.4).
+    """Encodes the examples, each after `num_fewshot` randomly sampled others (Brown et al. 2020, section 2.4).
 
     Args:
-      limit: ask the first so many only; None: all.
-      seed: of the draws, which depend on nothing else but the example's place.
-      few_shot_form: what becomes of every example when others are shown before it.
+      limit: number of examples to evaluate, from the first; None: all.
+      seed: sampling seed; the few-shot examples depend on it and on the example's index only.
+      few_shot_form: transformation of all examples when num_fewshot > 0.
 
     Raises:
-      UserError: not enough examples to show, or one that cannot be encoded (see `encode_pair`).
+      UserError: there are too few few-shot examples, or an example cannot be encoded (see `encode_pair`).
     """
     asked, shots = examples.asked[:limit], examples.shots
     if num_fewshot > 0 and few_shot_form is not None:
         asked, shots = list(map(few_shot_form, asked)), list(map(few_shot_form, shots))
-    spare = examples.shots is examples.asked  # one is drawn in place of the example itself
+    spare = examples.shots is examples.asked  # one more is sampled, to replace the example itself
     if num_fewshot > len(shots) - spare:
         raise UserError(f"--num_fewshot={num_fewshot}, but there are only {len(shots) - spare} examples to show")
     requests: list[Request] = []
     for index, example in enumerate(asked):
-        drawn = random.Random(f"{seed} {index}").sample(range(len(shots)), min(num_fewshot + spare, len(shots)))
-        shown = [shots[i] for i in drawn if not (spare and i == index)][:num_fewshot]
+        sampled = random.Random(f"{seed} {index}").sample(range(len(shots)), min(num_fewshot + spare, len(shots)))
+        shown = [shots[i] for i in sampled if not (spare and i == index)][:num_fewshot]
         prompt = "".join(shot.shown.strip() + SEPARATOR for shot in shown)
         requests += [encode_pair(tokenizer, prompt + context, text) for context, text in example.options]
         if example.by_answer_prompt:

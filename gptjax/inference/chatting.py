@@ -1,4 +1,4 @@
-"""A conversation with a model: what was said, and the next answer."""
+"""A chat session: the turns so far, and generation of the next completion."""
 
 import json
 import os
@@ -17,23 +17,23 @@ from gptjax.inference.sampling import Sampling
 
 
 class ChatSession:
-    """The turns of a user and a model, of which the oldest are left out when the context is full.
+    """A conversation of a user and a model; the oldest turns are dropped from the prompt when the context is full.
 
     Args:
-      chat_format: that the model was trained with.
-      max_new_tokens: of an answer; the rest of the context is left for what was said before.
-      seed: of the first answer; each further one has the next.
-      documents: of which the model reads, before a question, as many of the best passages as fit; older turns give way
-        to them. They stand in the user's turn, as the question is what they belong to, and only while it is the last:
-        later answers need the room, and a system message would keep what was asked long ago.
+      chat_format: chat format that the model was trained with.
+      max_new_tokens: maximum length of a completion in tokens; the rest of the context is for the prompt.
+      seed: sampling seed of the first completion, incremented for each further one.
+      documents: source of passages to retrieve for each question. As many of the best passages as fit are inserted
+        before the question, and older turns are dropped for them. They are part of the user's turn only while it is the
+        last one: later completions need the room.
 
     Attributes:
-      system: what comes before all turns; None: nothing.
-      turns: all that were taken, the oldest first.
-      sources: the passages that the last answer was given from, best first.
+      system: system message before all turns; None: no system message.
+      turns: all turns, the oldest first.
+      sources: passages that the last completion was based on, best first.
 
     Raises:
-      UserError: an answer would leave no room for a question.
+      UserError: `max_new_tokens` leaves no room for a prompt.
     """
 
     def __init__(
@@ -57,41 +57,41 @@ class ChatSession:
         self.sources: list[Passage] = []
 
     def reply(self, text: str, on_text: Callable[[str], None] = lambda _: None) -> str:
-        """The model's answer to a user's next message; both become turns.
+        """Generates the completion of a user's next message; both are appended to the turns.
 
         Args:
-          on_text: called with each piece of the answer as soon as it is certain.
+          on_text: called with each piece of the completion as soon as it is final.
 
         Raises:
-          UserError: the message is empty, or alone longer than the context has room for; then nothing is changed.
+          UserError: the message is empty, or does not fit into the context on its own; the turns are then unchanged.
         """
         if not text.strip():
-            raise UserError("an empty message has no answer: write something")
+            raise UserError("the message is empty: write some text")
         asked = [*self.turns, Message("user", text)]
         answer = self._answer(asked, on_text)
         self.turns = [*asked, Message("assistant", answer)]
         return answer
 
     def regenerate(self, on_text: Callable[[str], None] = lambda _: None) -> str:
-        """Another answer to the last message, instead of the one given; UserError: there is none."""
+        """Replaces the last completion by another one; UserError if there is none yet."""
         if not self.turns:
-            raise UserError("there is no answer yet to give another one for")
+            raise UserError("there is no completion to regenerate yet: send a message first")
         answer = self._answer(self.turns[:-1], on_text)
         self.turns[-1] = Message("assistant", answer)
         return answer
 
     def save(self, path: Path) -> None:
-        """Appends the conversation to a file, as a line that stage "sft" can read (OpenAI's messages form).
+        """Appends the conversation to a file, as a line that stage "sft" can read (OpenAI's messages format).
 
-        A file whose last line has no end gets one. Permissions and symbolic links stay.
+        A missing newline at the end of the file is added. Permissions and symbolic links are preserved.
 
         Raises:
-          UserError: nothing was said, an answer is empty, or the file cannot be written or is not plain UTF-8.
+          UserError: there are no turns, a completion is empty, or the file cannot be written or is not plain UTF-8.
         """
         if not self.turns:
-            raise UserError("there is nothing to save yet")
+            raise UserError("there is nothing to save yet: send a message first")
         if not all(turn.content.strip() for turn in self.turns):
-            raise UserError("an answer is empty, which nothing can learn from: regenerate it, or reset")
+            raise UserError("a completion is empty, so the conversation cannot be trained on: regenerate it, or reset")
         line = json.dumps({"messages": [vars(message) for message in self._all(self.turns)]}, ensure_ascii=False)
         if compression(path) is not None:
             raise UserError(f"cannot append to {path}, which is {compression(path)} by its name: name another file")
@@ -109,7 +109,7 @@ class ChatSession:
             raise UserError(f"cannot write {path}: {error}") from None
 
     def reset(self) -> None:
-        """Forgets all turns; the system message stays."""
+        """Deletes all turns; the system message is kept."""
         self.turns, self.sources = [], []
 
     def _all(self, turns: list[Message]) -> list[Message]:
@@ -133,7 +133,7 @@ class ChatSession:
         return completion.text
 
     def _passages(self, question: str, room: int) -> list[Passage]:
-        """What of the documents fits before the question, if no other turn has to."""
+        """Returns the retrieved passages that fit before the question when all other turns are dropped."""
         kept: list[Passage] = []
         for passage in [] if self._documents is None else self._documents.find(question):
             try:

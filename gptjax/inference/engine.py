@@ -1,7 +1,7 @@
-"""Generating text: prompts in, completions out, with a key-value cache on the mesh the weights lie on.
+"""Text generation with a key-value cache, on the mesh of the weights.
 
-The two programs of `gptjax.inference.programs` do the work. They are compiled once for each bucket of shapes: rows,
-prompt lengths and cache slots are rounded up to powers of two.
+The engine calls the two programs of `gptjax.inference.programs`. They are compiled once for each bucket of shapes:
+rows, prompt lengths and cache slots are rounded up to powers of two.
 """
 
 import dataclasses
@@ -16,9 +16,17 @@ from jax.sharding import Mesh
 
 from gptjax.config import UserError
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.inference.programs import MOST_TOKENS, Draw, Drawn, Memory, Program, draw_tokens, read_prompts
+from gptjax.inference.programs import (
+    MOST_TOKENS,
+    DecodingCache,
+    DecodingProgram,
+    SampledTokens,
+    SamplingInputs,
+    decode_tokens,
+    prefill_prompts,
+)
 from gptjax.inference.sampling import Sampling
-from gptjax.inference.text import TextStream
+from gptjax.inference.text_stream import TextStream
 from gptjax.inference.weights import Weights, prepare
 from gptjax.models.gpt import GPT
 from gptjax.parallel import compiler
@@ -29,22 +37,22 @@ Prompt = str | npt.ArrayLike  # text, or token ids
 FinishReason = Literal["end_of_text", "end_of_turn", "stop", "length"]
 Overflow = Literal["error", "slide"]
 MIN_BUCKET = 16  # positions
-MIN_ENDS = 4  # tokens that end a text
-# Tokens between two looks at the text: it flows, and what is drawn behind a stop string is little.
+MIN_ENDS = 4  # length that the list of end tokens is padded to at least
+# Tokens per call when text is streamed or stop strings are checked: few are sampled in vain after a stop string.
 STREAMED_TOKENS = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What was generated after one prompt.
+    """The completion of one prompt.
 
     Attributes:
-      tokens: int32 (N,), without the end-of-text or end token that ended them; a stop string's tokens are among them,
-        and so are tokens behind the tokenizer's vocabulary, of which the text has nothing.
-      logprobs: float32 (N,), of the tokens under the model itself: before temperature, penalty and filters.
-      text: what the tokens add to the prompt's text (`TextStream`), up to the stop string.
+      tokens: int32 (N,), without the end-of-text or end token. Includes the tokens of a stop string, and tokens beyond
+        the tokenizer's vocabulary, which decode to no text.
+      logprobs: float32 (N,), log-probabilities of the tokens under the model, before temperature, penalty and filters.
+      text: the text that the tokens append to the prompt (`TextStream`), up to the stop string.
       finish_reason: "end_of_text", "end_of_turn" (an end token), "stop" (a stop string) or "length" (max_new_tokens).
-      end: the end-of-text or end token that ended it; None: neither did.
+      end: the end-of-text or end token that ended the completion; None if it ended otherwise.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -69,11 +77,12 @@ class _Row:
 
 
 class Engine:
-    """Generates with one model. Not for threads: one call at a time.
+    """Generates text with one model. Not thread-safe.
 
     Args:
-      params: as `model.init` makes them, unboxed; copied, unless `weights` is "stacked", so the caller may drop them.
-      mesh: that the params lie on; None: one device.
+      params: parameters in the structure of `model.init`, unboxed; copied unless `weights` is "stacked", so that the
+        caller may delete them.
+      mesh: mesh over which the parameters are sharded; None: one device.
       weights: "as_given", "bfloat16", "int8" or "stacked"; see `gptjax.inference.weights.prepare`.
 
     Raises:
@@ -110,28 +119,28 @@ class Engine:
         overflow: Overflow = "error",
         on_text: Callable[[int, str], None] | None = None,
     ) -> list[Completion]:
-        """A completion of each prompt.
+        """Generates one completion for each prompt.
 
-        A completion depends on its own prompt and seed, not on the prompts beside it (but for the last bits of the
-        arithmetic, which depend on the batch's shape).
+        A completion depends only on its own prompt and seed, up to rounding errors, which depend on the batch shape.
 
         Args:
-          prompts: of any lengths; an empty one means the start of a document.
+          prompts: texts or token ids, of any lengths; an empty one means the start of a document.
           max_new_tokens: at least 1.
-          sampling: None: temperature 1.
-          seeds: sampling seeds modulo 2**32, one for each prompt; an int counts up from it.
-          stop: strings that end a completion; what is before the first of them is kept.
-          end_tokens: end a completion as end-of-text does, which may be one of them; such as the end of a turn.
+          sampling: sampling settings; None: temperature 1.
+          seeds: sampling seeds modulo 2**32, one for each prompt; an int is the first of consecutive seeds.
+          stop: strings that end a completion; the text before the first of them is kept.
+          end_tokens: tokens that end a completion like end-of-text, for example the end of a turn; end-of-text may be
+            one of them.
           ignore_end_of_text: generation continues after end-of-text, unless that is one of `end_tokens`.
-          separate_text: a completion's tokens are decoded on their own, as a turn of a conversation is encoded; by
+          separate_text: decodes the tokens of a completion on their own, as a turn of a conversation is encoded; by
             default a completion continues the text of its prompt.
-          overflow: a text that outgrows the model's context is an error, found before anything runs; or it "slides":
-            when the context is full, the last half of it becomes a new one, which is read again.
-          on_text: called with the index of a prompt and the next piece of its text, as soon as it is certain.
+          overflow: "error": a prompt and completion longer than the context are an error, raised before anything runs;
+            "slide": when the context is full, its last half is read again as a new context.
+          on_text: called with the index of a prompt and the next piece of its text, as soon as it is final.
 
         Raises:
-          UserError: not as many seeds as prompts, a text longer than the context, an empty prompt for a tokenizer
-            without end-of-text, a token outside of the model's vocabulary.
+          UserError: the numbers of seeds and prompts differ; prompt and completion exceed the context; a prompt is
+            empty and the tokenizer has no end-of-text; a token is outside of the model's vocabulary.
         """
         ids = [self.ids(prompt) for prompt in prompts]
         seeds = [int(seeds) + i for i in range(len(ids))] if isinstance(seeds, int | np.integer) else seeds
@@ -143,7 +152,7 @@ class Engine:
         for token in () if ignore_end_of_text else self.tokenizer.ends:
             reasons.setdefault(token, "end_of_text")
         rows = [_Row(TextStream(self.tokenizer, stop, () if separate_text else prompt)) for prompt in ids]
-        as_it_comes = bool(stop) or on_text is not None  # else the text is decoded once, at the end
+        as_it_comes = bool(stop) or on_text is not None  # otherwise the text is decoded once, at the end
 
         def emit(i: int, text: str) -> None:
             if text and on_text is not None:
@@ -187,13 +196,13 @@ class Engine:
         overflow: Overflow = "error",
         at_once: int = MOST_TOKENS,
     ) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]:
-        """Token after token of all prompts: tokens and log-probabilities, (B,) each.
+        """Yields the tokens and log-probabilities of all prompts, (B,) each, one position at a time.
 
-        The device draws `at_once` tokens in a call, and works on the next of them while the caller looks at these. The
-        other arguments are as of `generate`.
+        The device samples `at_once` tokens in a call, and computes the next call while the caller reads the last one.
+        The other arguments are those of `generate`.
 
         Args:
-          ends: tokens of which every text draws one in the end; what comes after the last of them is without meaning.
+          ends: tokens that end a completion; tokens after them are meaningless.
           at_once: at most MOST_TOKENS.
         """
         windows = [np.asarray(prompt, np.int32) for prompt in prompts]
@@ -217,18 +226,18 @@ class Engine:
         overflow: Overflow,
         at_once: int,
     ) -> Iterator[list["_Call"]]:
-        """Starts one call of a program after the other."""
-        program = Program(self.model, sampling.form, self.slots(windows, max_new_tokens, overflow))
+        """Dispatches the calls of the compiled programs, one after the other."""
+        program = DecodingProgram(self.model, sampling.static, self.slots(windows, max_new_tokens, overflow))
         context, rows = self.model.config.context_length, self.rows(len(windows))
         seen_BV: Any = self._seen(windows, rows) if sampling.repetition_penalty is not None else None
-        ends_E = np.full(max(MIN_ENDS, power_of_two(len(ends))), -1, np.int32)
-        ends_E[: len(ends)] = ends
+        ends_N = np.full(max(MIN_ENDS, power_of_two(len(ends))), -1, np.int32)
+        ends_N[: len(ends)] = ends
         seeds_B = np.resize(np.array([seed % 2**32 for seed in seeds], np.uint32), rows)
-        draw = Draw(seeds_B, np.int32(0), sampling.knobs, ends_E)
-        memory: Memory | None = None
+        inputs = SamplingInputs(seeds_B, np.int32(0), sampling.values, ends_N)
+        memory: DecodingCache | None = None
         ended_B: Any = np.zeros(rows, bool)
         since: list[_Call] = []  # since `windows` were read
-        while draw.number < max_new_tokens:
+        while inputs.number < max_new_tokens:
             longest, read = max(map(len, windows)), sum(call.count for call in since)
             if longest + read > context:
                 windows, since, read = self._slide(windows, since), [], 0
@@ -238,17 +247,19 @@ class Engine:
                 if not since or memory is None:
                     tokens_BT, length_B = self.pad(windows, rows)
                     count = 1
-                    memory, drawn = read_prompts(program, self.params, tokens_BT, length_B, ended_B, seen_BV, draw)
+                    memory, sampled = prefill_prompts(
+                        program, self.params, tokens_BT, length_B, ended_B, seen_BV, inputs
+                    )
                 else:
-                    count = min(at_once, max_new_tokens - int(draw.number), context - longest - read + 1)
+                    count = min(at_once, max_new_tokens - int(inputs.number), context - longest - read + 1)
                     position_B = length_B + np.int32(read - 1)
-                    memory, drawn = draw_tokens(program, self.params, memory, position_B, np.int32(count), draw)
-            draw = draw._replace(number=draw.number + np.int32(count))
-            since.append(_Call(drawn, count))
+                    memory, sampled = decode_tokens(program, self.params, memory, position_B, np.int32(count), inputs)
+            inputs = inputs._replace(number=inputs.number + np.int32(count))
+            since.append(_Call(sampled, count))
             yield since[-1:]
 
     def _first_call(
-        self, program: Program, rows: int, reads_prompts: bool, longest: int
+        self, program: DecodingProgram, rows: int, reads_prompts: bool, longest: int
     ) -> AbstractContextManager[None]:
         """Announces what may be a compilation: the first call with these shapes."""
         shapes = (program, rows, bucket(longest) if reads_prompts else None)
@@ -257,10 +268,10 @@ class Engine:
         self._called.add(shapes)
         return compiler.announced("prompt processing" if reads_prompts else "token generation")
 
-    # What beam search builds on too.
+    # Also used by beam search.
 
     def ids(self, prompt: Prompt) -> npt.NDArray[np.int32]:
-        """The tokens of a prompt; raises UserError as `generate` does."""
+        """Returns the tokens of a prompt, int32 (T,); raises UserError as `generate` does."""
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else np.asarray(prompt, np.int64)
         if len(ids) == 0:
             if self.tokenizer.end_of_text is None:
@@ -271,7 +282,7 @@ class Engine:
         return ids.astype(np.int32)
 
     def slots(self, windows: list[npt.NDArray[np.int32]], max_new_tokens: int, overflow: Overflow = "error") -> int:
-        """Slots of the cache: for the longest text, rounded up; raises UserError if the context is too short for it."""
+        """Returns the positions of the cache: the longest text, rounded up; UserError if it exceeds the context."""
         longest, context = max(len(window) for window in windows), self.model.config.context_length
         if longest + max_new_tokens > context and overflow == "error":
             raise UserError(
@@ -281,7 +292,7 @@ class Engine:
         return min(bucket(longest + max_new_tokens), context)
 
     def rows(self, prompts: int) -> int:
-        """Rows of a batch: one a prompt, rounded up so that the mesh divides them evenly."""
+        """Returns the rows of a batch: one for each prompt, rounded up to be divisible by the batch shards."""
         shards = batch_shards(self.mesh)
         with use_mesh(self.mesh):
             least = platform_defaults().min_decode_rows if self.model.config.dtype == "bfloat16" else 1
@@ -290,7 +301,7 @@ class Engine:
     def pad(
         self, windows: list[npt.NDArray[np.int32]], rows: int
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """tokens_BT and lengths_B; the rows after the windows repeat them."""
+        """Pads the windows into tokens_BT, with lengths_B; rows beyond the windows repeat them."""
         context = self.model.config.context_length
         tokens_BT = np.zeros((rows, min(bucket(max(map(len, windows))), context)), np.int32)
         for row in range(rows):
@@ -305,33 +316,33 @@ class Engine:
         return seen_BV
 
     def _slide(self, windows: list[npt.NDArray[np.int32]], calls: "list[_Call]") -> list[npt.NDArray[np.int32]]:
-        """The windows with what was drawn; of each that is longer than the context, the last half of a context."""
+        """Appends the sampled tokens to the windows; one longer than the context is cut to its last half context."""
         context = self.model.config.context_length
-        drawn = [tokens_B for tokens_B, _ in self._read(calls, len(windows))]
-        tokens_NB = np.array(drawn, np.int32).reshape(-1, len(windows))
+        sampled = [tokens_B for tokens_B, _ in self._read(calls, len(windows))]
+        tokens_NB = np.array(sampled, np.int32).reshape(-1, len(windows))
         texts = [np.concatenate([window, tokens_NB[:, row]]) for row, window in enumerate(windows)]
         return [text[-(context // 2) :] if len(text) > context else text for text in texts]
 
     def _read(self, calls: "list[_Call]", rows: int) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]:
         for call in calls:
-            token_NB, logprob_NB = jax.device_get(call.drawn)
+            token_NB, logprob_NB = jax.device_get(call.sampled)
             for i in range(call.count):
                 yield token_NB[i, :rows], logprob_NB[i, :rows]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """What one call of a program draws: the first `count` tokens of `drawn`."""
+    """The result of one call of a program: the first `count` tokens of `sampled`."""
 
-    drawn: Drawn
+    sampled: SampledTokens
     count: int
 
 
 def bucket(positions: int) -> int:
-    """How many positions programs are compiled for when there are so many: few different numbers."""
+    """Rounds a number of positions up to one of the few that programs are compiled for."""
     return max(MIN_BUCKET, power_of_two(positions))
 
 
 def power_of_two(number: int) -> int:
-    """The next one that is not smaller."""
+    """Returns the smallest power of two >= number."""
     return 1 << (number - 1).bit_length()

@@ -1,4 +1,4 @@
-"""Passages of a folder of texts that may answer a question: BM25 (Robertson and Zaragoza 2009), computed by bm25s."""
+"""Retrieval of passages by BM25 (Robertson and Zaragoza 2009), computed by bm25s."""
 
 import dataclasses
 import importlib.util
@@ -18,15 +18,16 @@ from gptjax.data.words import WORD, is_written_without_blanks, words
 
 SUFFIXES = (".txt", ".md")
 _HEADING = re.compile(r"#{1,6}(\s|$)")  # CommonMark, section 4.2
-_FENCE = re.compile(r" {0,3}(```+|~~~+)")  # of code, section 4.5, in which a # is no heading
+_FENCE = re.compile(r" {0,3}(```+|~~~+)")  # fenced code block, section 4.5, where a # does not begin a heading
 
 
 @dataclasses.dataclass(frozen=True)
 class Passage:
-    """A part of a text.
+    """A part of a document.
 
     Attributes:
-      place: where it begins: "returns.md:12", below the folder.
+      text: its text.
+      place: file, relative to the folder, and first line: "returns.md:12".
     """
 
     text: str
@@ -34,22 +35,22 @@ class Passage:
 
 
 class Documents:
-    """The texts of a folder, and what of them is about a question. Words are compared as they are written.
+    """A BM25 index of the documents of a folder. Words are compared without stemming.
 
     Args:
-      directory: all .txt and .md files in it and below it are read; hidden ones are not.
-      max_words: of a passage. Paragraphs that follow each other share one as far as that allows; a heading begins a new
-        one, whether an empty line follows it or not, and a paragraph that is longer is cut.
+      directory: folder whose .txt and .md files are read recursively; hidden files are skipped.
+      max_words: maximum words of a passage. Consecutive paragraphs share a passage up to that length; a heading begins
+        a new passage, and a longer paragraph is cut.
 
     Raises:
-      UserError: there is no such folder or nothing to read in it, a file is not UTF-8, or bm25s is not installed.
+      UserError: the folder does not exist or has no text, a file is not UTF-8, or bm25s is not installed.
     """
 
     def __init__(self, directory: Path, max_words: int = 80) -> None:
         check(directory)
         import bm25s
 
-        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it would tell of every step
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs every step
         files = files_below(directory, SUFFIXES)
         found = (passage for path in files for passage in _passages(directory, path, max_words))
         self.passages = [passage for passage in found if words(passage.text)]
@@ -59,7 +60,7 @@ class Documents:
         self._index.index([words(passage.text) for passage in self.passages], show_progress=False)
 
     def find(self, question: str, most: int = 3) -> list[Passage]:
-        """The passages that fit best, best first; none that has no word of the question."""
+        """Returns the `most` passages of the highest BM25 score, best first, without those of score 0."""
         asked = words(question)
         if not asked:
             return []
@@ -69,27 +70,27 @@ class Documents:
 
 
 def check(directory: Path) -> None:
-    """Raises UserError where there is no such folder, or bm25s is not installed; reads nothing."""
+    """Raises UserError if the folder does not exist or bm25s is not installed; reads no file."""
     if not directory.is_dir():
         raise UserError(f"there is no folder {directory}")
     if importlib.util.find_spec("bm25s") is None:
-        raise UserError("answers from documents need the package bm25s: pip install 'gptjax[retrieval]'")
+        raise UserError("retrieval from documents needs the package bm25s: pip install 'gptjax[retrieval]'")
 
 
 def with_passages(question: str, passages: Sequence[Passage]) -> str:
-    """A user's message: the passages, numbered, and then the question."""
+    """Returns a user's message: the numbered passages, then the question."""
     numbered = [f"[{number}] {passage.text}\n\n" for number, passage in enumerate(passages, start=1)]
     return "".join(numbered) + question
 
 
 def citations(passages: Sequence[Passage]) -> str:
-    """Where the passages are from, a line each, as `with_passages` numbers them."""
+    """Returns the sources of the passages, one a line, numbered as in `with_passages`."""
     return "\n".join(f"[{number}] {passage.place}" for number, passage in enumerate(passages, start=1))
 
 
 def _passages(directory: Path, path: Path, max_words: int) -> Iterator[Passage]:
     lines = [line for _, line in read_lines(path)]
-    parts: list[str] = []  # paragraphs of the passage that is being made
+    parts: list[str] = []  # paragraphs of the current passage
     first = size = 0
     for number, text in [part for paragraph in _paragraphs(lines) for part in _cut(*paragraph, max_words)]:
         count = len(words(text))
@@ -105,8 +106,8 @@ def _passages(directory: Path, path: Path, max_words: int) -> Iterator[Passage]:
 
 
 def _paragraphs(lines: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """The number of its first line, from 1, and the text of each: a heading, or what stands between empty lines and
-    headings."""
+    """Yields the first line number, from 1, and the text of each paragraph: a heading, or the lines between headings
+    and empty lines."""
     paragraph: list[str] = []
     fence = ""
     for number, line in enumerate([*lines, ""], start=1):
@@ -128,8 +129,8 @@ def _is_heading(paragraph: str) -> bool:
 
 
 def _cut(number: int, text: str, max_words: int) -> Iterator[tuple[int, str]]:
-    """A paragraph in parts of so many words, each with the number of its line."""
-    # Where a word begins behind a blank, or is one of those that are written without: not within "12.50".
+    """Cuts a paragraph into parts of at most `max_words` words, each with the number of its first line."""
+    # Cuts are at words after white space, and at words of scripts without blanks, but not within "12.50".
     starts = [
         word.start()
         for word in WORD.finditer(text)

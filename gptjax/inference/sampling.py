@@ -1,4 +1,4 @@
-"""Which token comes next: the published ways of drawing one from a model's logits."""
+"""Sampling of the next token from logits: temperature, top-k, top-p, min-p and repetition penalty."""
 
 import dataclasses
 from typing import NamedTuple
@@ -12,19 +12,19 @@ from gptjax.config import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. Applied in this order, as transformers does; None leaves a step out.
+    """Sampling settings, applied in the order of the fields, as in transformers; None disables a step.
 
     Raises:
       UserError: a value out of range.
     """
 
-    # Divides the logits; 0: greedy decoding, on which top_k, top_p and min_p have no effect
+    # Divides the logits; 0: greedy decoding, on which top_k, top_p and min_p have no effect.
     temperature: float = 1.0
-    top_k: int | None = None  # only the k likeliest tokens (Fan et al. 2018)
-    top_p: float | None = None  # only the fewest tokens that together have probability p (Holtzman et al. 2020)
-    min_p: float | None = None  # only tokens at least p times as probable as the likeliest (Nguyen et al. 2024)
-    # Logits of tokens that stand in the prompt or were drawn already: the positive ones are divided by it, the negative
-    # ones multiplied (Keskar et al. 2019, section 4.1). Comes first, and counts at temperature 0 too.
+    top_k: int | None = None  # keeps the k most probable tokens (Fan et al. 2018)
+    top_p: float | None = None  # nucleus sampling: the smallest set of total probability >= p (Holtzman et al. 2020)
+    min_p: float | None = None  # keeps tokens at least p times as probable as the most probable (Nguyen et al. 2024)
+    # Divides the positive and multiplies the negative logits of tokens in the prompt or in the completion so far
+    # (Keskar et al. 2019, section 4.1). Applied before the temperature, and at temperature 0 too.
     repetition_penalty: float | None = None
 
     def __post_init__(self) -> None:
@@ -39,8 +39,8 @@ class Sampling:
                 raise UserError(f"{name}={getattr(self, name)} must be {range_}")
 
     @property
-    def form(self) -> "Form":
-        return Form(
+    def static(self) -> "StaticSampling":
+        return StaticSampling(
             self.temperature == 0,
             self.top_k,
             self.top_p is not None,
@@ -48,19 +48,19 @@ class Sampling:
         )
 
     @property
-    def knobs(self) -> "Knobs":
+    def values(self) -> "SamplingValues":
         # A divisor must not underflow to 0 in float32, nor be subnormal, which XLA may flush to 0.
         limits = np.finfo(np.float32)
         temperature, penalty = (
             float(np.clip(1.0 if value is None else value, limits.tiny, limits.max))
             for value in (self.temperature, self.repetition_penalty)
         )
-        values = (temperature, self.top_p, self.min_p, penalty)
-        return Knobs(*(np.float32(1.0 if value is None else value) for value in values))
+        numbers = (temperature, self.top_p, self.min_p, penalty)
+        return SamplingValues(*(np.float32(1.0 if value is None else value) for value in numbers))
 
 
-class Form(NamedTuple):
-    """What of `Sampling` decides the program that is compiled."""
+class StaticSampling(NamedTuple):
+    """Sampling settings that a compiled program depends on: static arguments."""
 
     greedy: bool
     top_k: int | None
@@ -68,8 +68,8 @@ class Form(NamedTuple):
     has_min_p: bool
 
 
-class Knobs(NamedTuple):
-    """What of `Sampling` may change without compiling again: float32 scalars."""
+class SamplingValues(NamedTuple):
+    """Sampling settings that may change without recompilation: float32 scalars."""
 
     temperature: jax.Array | np.float32
     top_p: jax.Array | np.float32
@@ -77,27 +77,29 @@ class Knobs(NamedTuple):
     repetition_penalty: jax.Array | np.float32
 
 
-def sample(logits_BV: jax.Array, seen_BV: jax.Array | None, keys_B: jax.Array, form: Form, knobs: Knobs) -> jax.Array:
-    """The next token of each row, int32 (B,).
+def sample(
+    logits_BV: jax.Array, seen_BV: jax.Array | None, keys_B: jax.Array, static: StaticSampling, values: SamplingValues
+) -> jax.Array:
+    """Samples the next token of each row, int32 (B,).
 
     Args:
       logits_BV: float32.
-      seen_BV: bool, the tokens that the repetition penalty is for; None without one.
-      keys_B: a random key for each row: what a row draws does not depend on the others.
+      seen_BV: bool, tokens that the repetition penalty applies to; None without a penalty.
+      keys_B: random key of each row, so that a row's sample does not depend on the other rows.
     """
     if seen_BV is not None:
-        logits_BV = penalise(logits_BV, seen_BV, knobs.repetition_penalty)
-    if form.greedy:
+        logits_BV = penalise(logits_BV, seen_BV, values.repetition_penalty)
+    if static.greedy:
         return likeliest(logits_BV)
-    logits_BC, token_BC = candidates(logits_BV, form, knobs)
-    # As `jax.random.categorical` draws, but for its argmax.
+    logits_BC, token_BC = candidates(logits_BV, static, values)
+    # The Gumbel-max trick of `jax.random.categorical`, with a faster argmax.
     gumbel_BC = jax.vmap(lambda key: jax.random.gumbel(key, logits_BC.shape[1:], logits_BC.dtype))(keys_B)
-    drawn_B = likeliest(logits_BC + gumbel_BC)
-    return drawn_B if token_BC is None else jnp.take_along_axis(token_BC, drawn_B[:, None], axis=1)[:, 0]
+    chosen_B = likeliest(logits_BC + gumbel_BC)
+    return chosen_B if token_BC is None else jnp.take_along_axis(token_BC, chosen_B[:, None], axis=1)[:, 0]
 
 
 def likeliest(logits_BV: jax.Array) -> jax.Array:
-    """The first of the largest, int32 (B,): `argmax`, for which XLA's CPU takes seven times as long."""
+    """Computes the argmax over V, int32 (B,); seven times as fast as `jnp.argmax` on XLA's CPU."""
     last = logits_BV.shape[-1] - 1
     index_BV = jax.lax.broadcasted_iota(jnp.int32, logits_BV.shape, 1)
     largest_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
@@ -111,37 +113,40 @@ def penalise(logits_BV: jax.Array, seen_BV: jax.Array, penalty: jax.Array | np.f
     return jnp.where(seen_BV, penalised_BV, logits_BV)
 
 
-def candidates(logits_BV: jax.Array, form: Form, knobs: Knobs) -> tuple[jax.Array, jax.Array | None]:
-    """The distribution to sample from, unless decoding is greedy.
+def candidates(
+    logits_BV: jax.Array, static: StaticSampling, values: SamplingValues
+) -> tuple[jax.Array, jax.Array | None]:
+    """Applies temperature, top-k, top-p and min-p.
 
     Returns:
-      The candidates' logits divided by the temperature (B, C), the largest of them 0, -inf where top-p or min-p removes
-      a token; and their tokens: the `top_k` likeliest in descending order, or None: the whole vocabulary in its order.
+      The candidates' logits divided by the temperature (B, C), shifted to a maximum of 0, and -inf where top-p or min-p
+      removes a token; and their tokens (B, C): the `top_k` most probable in descending order, or None for the whole
+      vocabulary in its own order.
     """
-    # The largest is 0 before the division, so that a tiny temperature gives 0 and -inf, the greedy choice.
-    logits_BC, token_BC = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / knobs.temperature, None
-    if form.top_k is not None:
-        logits_BC, token_BC = jax.lax.top_k(logits_BC, min(form.top_k, logits_BV.shape[-1]))
-    if form.has_top_p:
-        logits_BC = jnp.where(needed(logits_BC, knobs.top_p), logits_BC, -jnp.inf)
-    if form.has_min_p:
-        least_B1 = jnp.max(logits_BC, axis=-1, keepdims=True) + jnp.log(knobs.min_p)
+    # The maximum is subtracted before the division, so that a tiny temperature gives 0 and -inf, the greedy choice.
+    logits_BC, token_BC = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / values.temperature, None
+    if static.top_k is not None:
+        logits_BC, token_BC = jax.lax.top_k(logits_BC, min(static.top_k, logits_BV.shape[-1]))
+    if static.has_top_p:
+        logits_BC = jnp.where(top_p_mask(logits_BC, values.top_p), logits_BC, -jnp.inf)
+    if static.has_min_p:
+        least_B1 = jnp.max(logits_BC, axis=-1, keepdims=True) + jnp.log(values.min_p)
         logits_BC = jnp.where(logits_BC < least_B1, -jnp.inf, logits_BC)
     return logits_BC, token_BC
 
 
-def needed(logits_BC: jax.Array, top_p: jax.Array | np.float32) -> jax.Array:
-    """Bool (B, C): which of them have likelier ones that are not enough yet, with less than probability `top_p`.
+def top_p_mask(logits_BC: jax.Array, top_p: jax.Array | np.float32) -> jax.Array:
+    """Computes the top-p mask, bool (B, C): candidates whose more probable ones have less than probability `top_p`.
 
-    Bisects the float32 numbers for the least of these logits, one sum for each of their 32 bits: to sort a vocabulary
-    takes XLA's CPU 20 times as long, longer than a model of 124M parameters.
+    Finds the smallest such logit by bisection over the 32 bits of a float32, with one sum for each bit. Sorting the
+    vocabulary would take 20 times as long on XLA's CPU, longer than a model of 124M parameters.
     """
     probs_BC = jax.nn.softmax(logits_BC, axis=-1)
     bits_BC = jax.lax.bitcast_convert_type(logits_BC + 0.0, jnp.int32)  # -0.0 is 0.0
-    rank_BC = jnp.where(bits_BC < 0, bits_BC ^ 0x7FFFFFFF, bits_BC)  # integers in the order of the numbers
+    rank_BC = jnp.where(bits_BC < 0, bits_BC ^ 0x7FFFFFFF, bits_BC)  # integers in the order of the logits
 
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low_B1, high_B1 = bounds  # the least is above `low` and at most `high`
+        low_B1, high_B1 = bounds  # low < smallest kept logit <= high
         middle_B1 = (low_B1 >> 1) + (high_B1 >> 1) + (low_B1 & high_B1 & 1)
         likelier_B1 = jnp.sum(jnp.where(rank_BC > middle_B1, probs_BC, 0.0), axis=-1, keepdims=True)
         enough_B1 = likelier_B1 >= top_p

@@ -1,4 +1,4 @@
-"""LoRA workdirs to and from directories of Hugging Face PEFT (their files: `gptjax/interop/peft_files.py`)."""
+"""Export of LoRA workdirs to Hugging Face PEFT directories, and import (formats: `gptjax/interop/peft_files.py`)."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ from gptjax.config import (
     to_json,
 )
 from gptjax.data.templates import chat_format
-from gptjax.interop import families, heads
+from gptjax.interop import families, task_heads
 from gptjax.interop.families import Family
 from gptjax.interop.huggingface import check_new, new_directory
 from gptjax.interop.peft_files import load_lora, save_lora
@@ -29,7 +29,7 @@ from gptjax.models import peft
 from gptjax.parallel.mesh import make_mesh
 from gptjax.stages import registry
 from gptjax.stages.registry import completed_config
-from gptjax.stages.start import given_base, load_given, load_parts
+from gptjax.stages.saved_weights import given_base, load_given, load_parts
 
 _EMBEDDING = "token_embedding/embedding"
 
@@ -37,22 +37,22 @@ _EMBEDDING = "token_embedding/embedding"
 def export_adapter(workdir: Path, directory: Path, *, best: bool = False, step: int | None = None) -> None:
     """Writes the LoRA matrices of a workdir as a PEFT directory, to be loaded over the exported `init_from`.
 
-    What else the run has trained is in `modules_to_save`: the embeddings, where it has new special tokens (all of them,
-    so the base model's are resized first), and the head of a fine-tuned task with the layer norm that its bias is
-    folded into (`interop.heads`). The directory also has the tokenizer of a task or a chat, and for a task the
-    config.json of the model with its head, which has the labels.
+    Other trained parameters are in `modules_to_save`: the embeddings, if special tokens were added (the whole table, so
+    the base model must be resized first), and the head of a fine-tuned task with the layer norm that its bias is folded
+    into (`interop.task_heads`). The directory also has the tokenizer of a task or a chat model, and for a task the
+    config.json of the model with its head and labels.
 
     Raises:
-      UserError: the workdir is not of peft.method=lora; transformers has no class for its head; or as `save_lora`.
+      UserError: the workdir is not of peft.method=lora; transformers has no class for its head; or as in `save_lora`.
     """
     check_new(directory)
     config, tokenizer = completed_config(workdir)
     method = config.peft.method
     if method != "lora" or config.init_from is None:
-        remedy = "transformers has no such layers" if method == "adapters" else "export the whole model by --to_hf"
-        raise UserError(f"{workdir} is of peft.method={method}, and PEFT's files are for lora: {remedy}")
+        remedy = "transformers has no such layers" if method == "adapters" else "export the whole model with --to_hf"
+        raise UserError(f"{workdir} is of peft.method={method}, but PEFT's files are for lora: {remedy}")
     family = families.family_of(config.model)
-    heads.check(workdir, family, config)
+    task_heads.check(workdir, family, config)
     mesh, is_task = make_mesh(MeshConfig()), registry.definition(config).head == "task"
     with jax.set_mesh(mesh):
         best = best or registry.definition(config).uses_best_checkpoint
@@ -60,13 +60,13 @@ def export_adapter(workdir: Path, directory: Path, *, best: bool = False, step: 
         params = peft.join(parts.base, parts.trained)
     head, leaves = None, peft.flatten(params)
     if is_task:
-        head, leaves = heads.split_head(family, config, tokenizer, params)
+        head, leaves = task_heads.split_head(family, config, tokenizer, params)
     modules: dict[str, dict[str, np.ndarray]] = {}
     if _EMBEDDING in peft.flatten(parts.trained):
         table = {"weight": np.asarray(leaves[_EMBEDDING])}
         modules[families.PREFIX + family.names[_EMBEDDING][0].removesuffix(".weight")] = table
         if head is None:
-            modules[families.HEAD.removesuffix(".weight")] = table  # the same matrix, which PEFT's copy unties
+            modules[families.HEAD.removesuffix(".weight")] = table  # tied weights, which PEFT's copy unties
     if head is not None:
         modules[head.module] = head.tensors
         if head.is_folded:
@@ -94,8 +94,8 @@ def export_adapter(workdir: Path, directory: Path, *, best: bool = False, step: 
 
 
 def _last_norm(family: Family, model: GPTConfig, leaves: dict[str, Any]) -> dict[str, dict[str, np.ndarray]]:
-    """The layer norm before the head, as a module of transformers with its tensors."""
-    path, row = heads.last_norm(model)
+    """Returns the tensors of the layer norm before the head, by module of transformers and name."""
+    path, row = task_heads.last_norm(model)
     found: dict[str, dict[str, np.ndarray]] = {}
     for name in ("scale", "bias"):
         leaf = np.asarray(leaves[f"{path}/{name}"])
@@ -106,10 +106,10 @@ def _last_norm(family: Family, model: GPTConfig, leaves: dict[str, Any]) -> dict
 
 
 def import_adapter(directory: Path, base: Path, workdir: Path) -> None:
-    """Makes a workdir of a PEFT directory, for every command that reads one: the LoRA matrices beside `base`'s weights.
+    """Creates a workdir from a PEFT directory: the LoRA matrices, over the weights of the workdir `base`.
 
     Raises:
-      UserError: `base` is not a workdir, or not of the model that the matrices are for; or as `load_lora`.
+      UserError: `base` is not a workdir, or its model does not fit the matrices; or as in `load_lora`.
     """
     check_new(workdir)
     given, tokenizer = completed_config(base)

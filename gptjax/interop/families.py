@@ -1,6 +1,6 @@
-"""The Hugging Face model families that are values of GPTConfig: their config.json, and the names of their tensors.
+"""The Hugging Face model families that GPTConfig can express: their config.json and the names of their tensors.
 
-One table of fields and one of names a family, read in both directions.
+Each family has one table of config fields and one of tensor names, used for import and export.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ from gptjax.files import read_json
 
 Names = dict[str, tuple[str, ...]]
 
-# Path of our parameter, `layers/` standing for `layers/block_i/`: their tensor of layer {i}; three where theirs keep
-# queries, keys and values apart. Without the prefix "transformer." that all but the token-to-logits head may have.
+# Path of a gptjax parameter, with `layers/` for `layers/block_i/`: Hugging Face tensor of layer {i}; three tensors
+# where queries, keys and values are separate. Without the optional prefix "transformer.", which the head lacks.
 _CONV1D_LAYER = {
     "layers/attention_norm/scale": ("h.{i}.ln_1.weight",),
     "layers/attention_norm/bias": ("h.{i}.ln_1.bias",),
@@ -52,8 +52,8 @@ _GPT_NEO_NAMES: Names = {
 }
 
 PREFIX = "transformer."
-HEAD = "lm_head.weight"  # the token embedding once more
-# Causal masks and positions that older versions of transformers saved along with the weights.
+HEAD = "lm_head.weight"  # tied to the token embedding
+# Causal masks and positions that older versions of transformers saved with the weights.
 BUFFERS = re.compile(r"h\.\d+\.attn\.(attention\.)?(bias|masked_bias)|position_ids")
 
 # Field of GPTConfig: (key of config.json, transformers' default, another name that transformers reads it from).
@@ -92,7 +92,7 @@ _GPT_NEO_FIELDS = {
     "residual_dropout": ("resid_dropout", 0.0, None),
 }
 
-# Their name of an activation: ours. Export takes the first that fits.
+# Activation in transformers: in gptjax. Export uses the first match.
 _ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -106,7 +106,7 @@ _OPENAI_GPT_ACTIVATIONS = {"gelu": "gelu_tanh", "relu": "relu", "silu": "silu", 
 
 _ATTENTION = {"global": "dense", "local": "banded"}  # GPT-Neo's names of the kinds of layers
 
-# Keys of a config.json that change what the model computes: the one value that GPTConfig has words for.
+# Keys of a config.json that change the model's function: the only value that GPTConfig can express.
 _REQUIRED = {
     "tie_word_embeddings": True,
     "scale_attn_by_inverse_layer_idx": False,
@@ -121,9 +121,13 @@ class Family:
     """A model type of transformers.
 
     Attributes:
-      fields: of GPTConfig, by which key of config.json they are read and written.
+      model_type: `model_type` of config.json.
+      architecture: class of transformers.
+      names: names of the tensors, by path of the gptjax parameter.
+      fields: keys of config.json, by field of GPTConfig.
+      activations: activations, by name in transformers.
       fixed: fields of GPTConfig that are the same for all models of the family.
-      transposed: matrices are kept as (outputs, inputs), ours as (inputs, outputs).
+      transposed: whether matrices are stored as (outputs, inputs); those of gptjax are (inputs, outputs).
     """
 
     model_type: str
@@ -171,16 +175,16 @@ FAMILIES = {
 
 
 def read_config(directory: Path) -> tuple[Family, GPTConfig]:
-    """The family and the model that `directory`/config.json describes; its dtypes are left at float32.
+    """Reads the family and the model config of `directory`/config.json; dtypes are float32.
 
     Raises:
-      UserError: the file is missing or damaged, or describes a model that GPTConfig has no words for.
+      UserError: the file is missing or damaged, or describes a model that GPTConfig cannot express.
     """
     path = directory / "config.json"
     try:
         theirs = read_json(path)
     except FileNotFoundError:
-        raise UserError(f"{directory} is no Hugging Face model: it has no config.json") from None
+        raise UserError(f"{directory} is not a Hugging Face model: it has no config.json") from None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     if not isinstance(theirs, dict):
@@ -193,7 +197,7 @@ def read_config(directory: Path) -> tuple[Family, GPTConfig]:
         if key in theirs and theirs[key] not in (value, None):
             raise UserError(f"{path}: {key}={json.dumps(theirs[key])} is not supported: only {json.dumps(value)}")
     if "AutoModelForCausalLM" in (theirs.get("auto_map") or {}):
-        raise UserError(f"{path}: auto_map names model code of its own, which gptjax cannot run")
+        raise UserError(f"{path}: auto_map names custom model code, which gptjax cannot run")
     try:
         model = GPTConfig(**_our_fields(family, theirs), dtype="float32", param_dtype="float32")
         check(Config(model=model, batch=BatchConfig(epochs=1.0, tokens_per_batch=model.context_length)))
@@ -207,7 +211,7 @@ def _our_fields(family: Family, theirs: dict[str, Any]) -> dict[str, Any]:
     for field, (key, default, alias) in family.fields.items():
         name = alias if alias in theirs and key not in theirs else key
         value = theirs.get(name, default)
-        # n_inner and intermediate_size may be null; where the default is a float, an int will do.
+        # n_inner and intermediate_size may be null; an int is accepted for a float.
         kinds = (float, int) if isinstance(default, float) else (int if default is None else type(default),)
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             if not (value is None and default is None):
@@ -225,7 +229,7 @@ def _our_fields(family: Family, theirs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _attention_pattern(theirs: dict[str, Any], num_layers: int) -> tuple[str, ...]:
-    """Our repeated pattern of GPT-Neo's attention_types, [[kinds], repetitions] pairs, or its list attention_layers."""
+    """Converts GPT-Neo's attention_types, [[kinds], repetitions] pairs, or attention_layers to a repeated pattern."""
     layers = theirs.get("attention_layers")
     try:
         if (types := theirs.get("attention_types")) is not None:
@@ -245,7 +249,7 @@ def _attention_pattern(theirs: dict[str, Any], num_layers: int) -> tuple[str, ..
 
 
 def family_of(model: GPTConfig) -> Family:
-    """The family that can express `model`; UserError names the fields that none can."""
+    """Returns the family that can express `model`; UserError with the offending fields if there is none."""
     plain = all(kind == "dense" for kind in model.attention_pattern)
     if model.norm_position == "post":
         family = FAMILIES["openai-gpt"]
@@ -273,7 +277,7 @@ def family_of(model: GPTConfig) -> Family:
 
 
 def to_config_json(family: Family, model: GPTConfig, ends: tuple[int, ...]) -> dict[str, Any]:
-    """The config.json of `model`, whose vocab_size is set; `ends`: ids that end a text, end-of-text first."""
+    """Returns the config.json of a resolved `model`; `ends`: ids of the tokens that end a text, end-of-text first."""
     theirs: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
     for field, (key, _, _) in family.fields.items():
         value = getattr(model, field)
@@ -299,16 +303,16 @@ def to_config_json(family: Family, model: GPTConfig, ends: tuple[int, ...]) -> d
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where one of their tensors lies in ours.
+    """The slice of a gptjax parameter that corresponds to a Hugging Face tensor.
 
     Attributes:
-      name: theirs, without PREFIX.
-      shape: theirs.
-      path: of our parameter.
-      row: of its leading axis, the layers. None: it has none.
-      part: of its axis of queries, keys and values (the first of a layer's axes but one), where theirs lie apart.
-      view: shape of that place in ours.
-      transposed: their matrix is (outputs, inputs).
+      name: name of the tensor, without PREFIX.
+      shape: shape of the tensor.
+      path: path of the parameter.
+      row: index on its leading axis, the layers; None if it has no such axis.
+      part: index on its axis of queries, keys and values (the second axis of a layer), where the tensors are separate.
+      view: shape of the slice.
+      transposed: whether the tensor is (outputs, inputs).
     """
 
     name: str
@@ -320,19 +324,19 @@ class Placement:
     transposed: bool
 
     def to_ours(self, theirs: Any) -> Any:
-        """Array of shape `shape` to one of shape `view`, without copying."""
+        """Converts the tensor to an array of shape `view`, without copying."""
         return (theirs.T if self.transposed else theirs).reshape(self.view)
 
     def to_theirs(self, ours: Any) -> Any:
-        """Array of our parameter's row to their tensor."""
+        """Converts a row of the parameter to the tensor."""
         place = ours if self.part is None else ours[:, self.part]
         return place.reshape(self.shape[::-1]).T if self.transposed else place.reshape(self.shape)
 
 
 def placements(family: Family, period: int, path: str, shape: tuple[int, ...]) -> Iterator[Placement]:
-    """Where each of their tensors lies in our parameter of this path and shape, by layers.
+    """Yields the placements of all tensors that make up the parameter of this path and shape, layer by layer.
 
-    The parameter at `layers/block_b/...` holds layers b, b + P, b + 2P, ... of an attention pattern of P = `period`.
+    The parameter at `layers/block_b/...` holds the layers b, b + period, b + 2 * period, ...
     """
     block = re.match(r"layers/block_(\d+)/", path)
     names = family.names[re.sub(r"block_\d+/", "", path)]
@@ -341,7 +345,7 @@ def placements(family: Family, period: int, path: str, shape: tuple[int, ...]) -
     transposed = family.transposed and path.endswith("/kernel")
     if len(names) > 1:
         view = view[:1] + view[2:]
-    if path.endswith("/kernel"):  # a matrix of theirs; ours has the heads on axes of their own
+    if path.endswith("/kernel"):  # a matrix; the gptjax parameter has separate axes for the heads
         inputs = 2 if path.endswith("attention/out/kernel") else 1
         theirs: tuple[int, ...] = (math.prod(view[:inputs]), math.prod(view[inputs:]))
         theirs = theirs[::-1] if transposed else theirs

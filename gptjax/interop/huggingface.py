@@ -1,7 +1,7 @@
-"""Models in and out of Hugging Face directories: config.json, safetensors, tokenizer files.
+"""Import and export of Hugging Face directories: config.json, safetensors, tokenizer files.
 
-All names and shapes are checked from headers before a weight is read, weights pass through memory one tensor at a time,
-and what is written appears at its place only when it is whole.
+All names and shapes are checked from headers before a weight is read, weights are held in memory one tensor at a time,
+and a directory is written under a temporary name and renamed when it is complete.
 """
 
 import contextlib
@@ -23,16 +23,16 @@ from gptjax.config import BatchConfig, Config, DataConfig, GPTConfig, MeshConfig
 from gptjax.data import tokenizers
 from gptjax.data.templates import ChatFormat, chat_format
 from gptjax.files import unfinished_path
-from gptjax.interop import families, heads, safetensors_files
+from gptjax.interop import families, safetensors_files, task_heads
 from gptjax.interop.families import Family, Placement, placements
-from gptjax.interop.heads import Head
 from gptjax.interop.safetensors_files import DTYPES, Declared, Tensor
+from gptjax.interop.task_heads import Head
 from gptjax.interop.tokenizer_files import ends_of, read_tokenizer, write_tokenizer
 from gptjax.models.gpt import GPT, abstract_params
 from gptjax.parallel.mesh import make_mesh
 from gptjax.stages import registry
 from gptjax.stages.registry import completed_config
-from gptjax.stages.start import load_weights
+from gptjax.stages.saved_weights import load_weights
 
 DType = Literal["float32", "bfloat16"]
 
@@ -44,23 +44,22 @@ _CONTAINER_DTYPE = {str(dtype): name for name, dtype in DTYPES.items()}
 def load_pretrained(
     directory: str | Path, dtype: DType = "float32", mesh: Mesh | None = None, param_dtype: DType = "float32"
 ) -> tuple[GPT, Any]:
-    """The model in a Hugging Face directory, of a family in `families.FAMILIES`.
+    """Loads the model in a Hugging Face directory, of a family in `families.FAMILIES`.
 
     `model.apply({"params": params}, tokens_BT)` gives the logits, float32 (B, T, V), of transformers' model.
 
     Args:
-      directory: with config.json and model.safetensors, or its shards and their index.
-      dtype: of activations.
-      mesh: over which the parameters are laid out; None: spread over all devices where the model's width divides.
-      param_dtype: of the parameters, whatever the file's. Training needs float32: in bfloat16, whose spacing is 1/256
-        of a value, most updates of a small learning rate round to nothing. bfloat16 halves the memory of a model that
-        is only used.
+      directory: directory with config.json and model.safetensors, or its shards and their index.
+      dtype: dtype of activations.
+      mesh: mesh over which the parameters are sharded; None: all devices if their number divides the model width.
+      param_dtype: dtype of the parameters, whatever the file's. Training needs float32: bfloat16 has a relative spacing
+        of 1/256, so most updates of a small learning rate round to zero. For inference bfloat16 halves the memory.
 
     Returns:
-      The model, and its parameters as `model.init` makes them.
+      The model, and its parameters in the structure of `model.init`.
 
     Raises:
-      UserError: something is missing, damaged, left over, of another shape, or beyond what GPTConfig can say.
+      UserError: a tensor is missing, damaged, superfluous or of a wrong shape, or GPTConfig cannot express the model.
     """
     directory = Path(directory).expanduser()
     family, config = families.read_config(directory)
@@ -70,7 +69,7 @@ def load_pretrained(
     leaves = _by_path(abstract)
     tensors = _without_prefix(directory, safetensors_files.read_headers(directory))
     table = _match(directory, family, config, leaves, tensors)
-    # The largest first: while the last is read, in a buffer of its own, it is the small ones that are held twice.
+    # The largest first, so that the peak memory, which includes the buffer of the tensor being read, is low.
     order = sorted(leaves, key=lambda path: -math.prod(leaves[path].shape))
     arrays = {path: _read_parameter(leaves[path], config.param_dtype, table[path], tensors) for path in order}
     return GPT(config), jax.tree.unflatten(jax.tree.structure(abstract), [arrays[path] for path in leaves])
@@ -83,17 +82,17 @@ def save_pretrained(
     tokenizer: tokenizers.Tokenizer | None = None,
     max_file_bytes: int = safetensors_files.MAX_FILE_BYTES,
 ) -> None:
-    """Writes a directory that transformers' AutoModelForCausalLM loads, with the very bits of `params`.
+    """Writes a directory that transformers' AutoModelForCausalLM loads, with bit-identical `params`.
 
     Args:
-      config: resolved.
-      params: as `GPT(config).init` makes them, unboxed; this process must hold all of them.
-      directory: made; it must not exist, or be empty.
-      tokenizer: written beside the model; its end of text becomes the config's. None: neither.
-      max_file_bytes: of tensors in one file; a larger model is written in several, with an index.
+      config: resolved config of the model.
+      params: parameters in the structure of `GPT(config).init`, unboxed; this process must hold all of them.
+      directory: directory to create; it must not exist, or be empty.
+      tokenizer: tokenizer to write with the model; its end-of-text becomes the config's. None: neither is written.
+      max_file_bytes: maximum bytes of tensors in a file; a larger model is written as shards with an index.
 
     Raises:
-      UserError: no family can express the config, or `directory` has something in it.
+      UserError: no family can express the config, or `directory` is not empty.
     """
     leaves = _by_path(params)
     _save(config, leaves, iter(leaves.values()), Path(directory).expanduser(), tokenizer, max_file_bytes)
@@ -109,11 +108,11 @@ def _save(
     chat: ChatFormat | None = None,
     head: Head | None = None,
 ) -> None:
-    """`save_pretrained` of parameters whose shapes and dtypes are in `abstract`, by path, and values in `leaves`.
+    """Implements `save_pretrained` with shapes and dtypes in `abstract`, by path, and values in `leaves`.
 
     Args:
-      chat: as of `write_tokenizer`.
-      head: of a fine-tuned task, instead of the language model's.
+      chat: as in `write_tokenizer`.
+      head: head of a fine-tuned task, which replaces the language model's.
     """
     assert config.vocab_size is not None
     family = families.family_of(config)
@@ -152,17 +151,17 @@ def import_workdir(
     tokenizer: str | None = None,
     param_dtype: DType = "float32",
 ) -> None:
-    """Makes a workdir of a Hugging Face directory, for every command that reads one and for `init_from`.
+    """Creates a workdir from a Hugging Face directory, for all commands and for `init_from`.
 
     Args:
-      source: a directory as for `load_pretrained`, or a model's name on the Hugging Face Hub.
-      workdir: made; it must not exist, or be empty.
-      dtype: of activations.
-      tokenizer: gpt2, cl100k_base, bytes or json:PATH, in place of the directory's own. None: the directory's.
-      param_dtype: as of `load_pretrained`.
+      source: directory as for `load_pretrained`, or a model's name on the Hugging Face Hub.
+      workdir: directory to create; it must not exist, or be empty.
+      dtype: dtype of activations.
+      tokenizer: gpt2, cl100k_base, bytes or json:PATH. None: the directory's own.
+      param_dtype: as in `load_pretrained`.
 
     Raises:
-      UserError: as of `load_pretrained`; no tokenizer, or one of more tokens than the model has.
+      UserError: as in `load_pretrained`; there is no tokenizer, or it has more tokens than the model.
     """
     check_new(workdir)
     directory = _find(source)
@@ -171,8 +170,8 @@ def import_workdir(
     assert config.vocab_size is not None
     if config.vocab_size < found.vocab_size:
         raise UserError(
-            f"the tokenizer has {found.vocab_size} tokens, and the model in {directory} a vocab_size of only "
-            f"{config.vocab_size}: give the model's own by --tokenizer"
+            f"the tokenizer has {found.vocab_size} tokens, but the model in {directory} a vocab_size of only "
+            f"{config.vocab_size}: give the model's own with --tokenizer"
         )
     if ends := ends_of(directory, found):
         found = found.with_ends(ends)
@@ -195,9 +194,9 @@ def import_workdir(
 def export_workdir(workdir: Path, directory: Path, *, best: bool = False, step: int | None = None) -> None:
     """Writes the newest weights of a workdir as a Hugging Face directory (`save_pretrained`).
 
-    Low-rank matrices are merged. A fine-tuned task becomes a class of transformers with a head (`interop.heads`), with
-    the weights of the best checkpoint, as in `gptjax.predict`; its tokenizer writes the start, delimiter and extract
-    tokens. The tokenizer of a chat model has the special tokens of its template, and the template.
+    Low-rank matrices are merged. A fine-tuned task becomes the transformers class with its head (`interop.task_heads`)
+    with the weights of the best checkpoint, as in `gptjax.predict`; its tokenizer adds the start, delimiter and extract
+    tokens. The tokenizer of a chat model has the chat template and its special tokens.
 
     Raises:
       UserError: transformers has no class for the model or its head; `directory` is not new.
@@ -205,7 +204,7 @@ def export_workdir(workdir: Path, directory: Path, *, best: bool = False, step: 
     check_new(directory)
     config, tokenizer = completed_config(workdir)
     family = families.family_of(config.model)  # before the checkpoint is opened
-    heads.check(workdir, family, config)
+    task_heads.check(workdir, family, config)
     mesh = make_mesh(MeshConfig())
     abstract = abstract_params(GPT(config.model), mesh)
     definition = registry.definition(config)
@@ -215,7 +214,7 @@ def export_workdir(workdir: Path, directory: Path, *, best: bool = False, step: 
             weights = load_weights(workdir, mesh, best=best or definition.uses_best_checkpoint, step=step)
         head, leaves = None, _by_path(weights.gpt)
         if is_task:
-            head, leaves = heads.split_head(family, config, tokenizer, weights.gpt | {"head": weights.head})
+            head, leaves = task_heads.split_head(family, config, tokenizer, weights.gpt | {"head": weights.head})
         arrays = (np.asarray(leaves[path]) for path in _by_path(abstract))
         form = chat_format(config.chat, tokenizer) if definition.conversational else None
         _save(config.model, _by_path(abstract), arrays, directory, tokenizer, chat=form, head=head)
@@ -226,18 +225,18 @@ def export_workdir(workdir: Path, directory: Path, *, best: bool = False, step: 
         _save(config.model, _by_path(abstract), checkpoints.stream_params(abstract), directory, tokenizer)
 
 
-# --- what is written is whole -----------------------------------------------------------------------------------------
+# --- atomic directories -----------------------------------------------------------------------------------------------
 
 
 def check_new(directory: Path) -> None:
-    """Raises UserError unless `directory` does not exist, or is an empty one."""
+    """Raises UserError unless `directory` does not exist or is empty."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} exists already: name a new directory, or remove it")
 
 
 @contextlib.contextmanager
 def new_directory(directory: Path) -> Iterator[Path]:
-    """A directory to write into, which becomes `directory` when nothing is raised, and is removed otherwise."""
+    """Yields a temporary directory, which is renamed to `directory` on success and removed on an error."""
     check_new(directory)
     unfinished = unfinished_path(directory.absolute())
     try:
@@ -250,11 +249,11 @@ def new_directory(directory: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-# --- what is read -----------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 def _find(source: str) -> Path:
-    """The directory that `source` names, downloaded when it is that of a model on the Hugging Face Hub."""
+    """Returns the directory named by `source`, downloaded if it is a model on the Hugging Face Hub."""
     if (directory := Path(source).expanduser()).is_dir():
         return directory
     if not _HUB_NAME.fullmatch(source) or directory.parent.is_dir():  # in an existing directory: a local name, misspelt
@@ -276,8 +275,8 @@ def _tokenizer(directory: Path, spec: str | None) -> tokenizers.Tokenizer:
         found = read_tokenizer(directory)
         if found is None:
             raise UserError(
-                f"{directory} has no tokenizer.json, and no vocab.json and merges.txt: name the model's tokenizer by "
-                "--tokenizer=gpt2, or json:PATH"
+                f"{directory} has neither tokenizer.json nor vocab.json and merges.txt: name the model's tokenizer, "
+                "as in --tokenizer=gpt2 or --tokenizer=json:PATH"
             )
         return found
     tokenizers.check_spec(spec)
@@ -285,24 +284,24 @@ def _tokenizer(directory: Path, spec: str | None) -> tokenizers.Tokenizer:
     if kind == "json":
         return tokenizers.read_json(Path(path).expanduser())
     if path:
-        raise UserError(f"--tokenizer={spec} is one to be trained: name the one that the model was trained with")
+        raise UserError(f"--tokenizer={spec} is a tokenizer to train: name the one that the model was trained with")
     cache_dir = Path(DataConfig.cache_dir).expanduser()
     return tokenizers.get_tokenizer(spec, train_documents=tuple, corpus_fingerprint="", cache_dir=cache_dir)
 
 
 def _spread(config: GPTConfig) -> MeshConfig:
-    """All devices on axis fsdp; where they do not divide the model's width, a copy on each."""
+    """Returns a mesh with all devices on axis fsdp, or on data if their number does not divide the model width."""
     return MeshConfig() if config.embed_dim % jax.device_count() else MeshConfig(data=1, fsdp=-1)
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree, by paths such as layers/block_0/mlp/up/kernel, in the tree's order."""
+    """Returns the leaves of a tree, by paths such as layers/block_0/mlp/up/kernel, in the tree's order."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def _without_prefix(directory: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights by their names in the tables: without PREFIX, and without the buffers."""
+    """Returns the weights by their names in the tables: without PREFIX, and without buffers."""
     weights: dict[str, Tensor] = {}
     for full_name, tensor in tensors.items():
         name = full_name.removeprefix(families.PREFIX)
@@ -317,9 +316,9 @@ def _without_prefix(directory: Path, tensors: dict[str, Tensor]) -> dict[str, Te
 def _match(
     directory: Path, family: Family, config: GPTConfig, leaves: dict[str, Any], tensors: dict[str, Tensor]
 ) -> dict[str, list[Placement]]:
-    """Their tensors that make up each of our parameters, each tensor used, and each of the shape that it must have.
+    """Returns the placements of each parameter, having checked that all tensors are used and have the right shapes.
 
-    The head is dropped from `tensors`, or takes the place of the token embedding that it is the same as.
+    The tied head is removed from `tensors`, or replaces the token embedding if that is missing.
     """
     embedding = family.names["token_embedding/embedding"][0]
     head = tensors.pop(families.HEAD, None)
@@ -334,11 +333,11 @@ def _match(
             if tensor is None:
                 raise UserError(
                     f"{directory} lacks the tensor {place.name} {list(place.shape)}, which its config.json "
-                    f"({family.model_type}, {config.num_layers} layers) asks for"
+                    f"({family.model_type}, {config.num_layers} layers) requires"
                 )
             if tensor.shape != place.shape:
                 raise UserError(
-                    f"{tensor.file}: the tensor {place.name} has shape {list(tensor.shape)}, but config.json asks for "
+                    f"{tensor.file}: the tensor {place.name} has shape {list(tensor.shape)}, but config.json requires "
                     f"{list(place.shape)}: one of the two is another model's"
                 )
             if tensor.dtype not in DTYPES:
@@ -364,7 +363,7 @@ def _match(
 def _read_parameter(
     leaf: jax.ShapeDtypeStruct, dtype: str, places: list[Placement], tensors: dict[str, Tensor]
 ) -> jax.Array:
-    """One of our parameters, laid out as `leaf` says: each tensor is read once, and each device gets its shard."""
+    """Reads a parameter with the sharding of `leaf`: each tensor is read once, and each device gets its shard."""
 
     def bounds(index: tuple[slice, ...] | None) -> tuple[slice, ...]:
         assert index is not None
@@ -382,7 +381,7 @@ def _read_parameter(
         if not np.isfinite(values).all():
             raise UserError(f"{tensor.file}: the tensor {place.name} has values that are not finite numbers")
         for shard, buffer in buffers.values():
-            # No mesh axis splits layers, nor queries from keys and values: a shard has all rows and parts.
+            # The axes of layers and of queries, keys and values are never sharded: a shard has all rows and parts.
             inner = shard if place.row is None else shard[1:]
             target = buffer if place.row is None else buffer[place.row]
             if place.part is not None:
@@ -393,7 +392,7 @@ def _read_parameter(
 
 
 def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
-    """An empty array that begins at a multiple of 64 bytes: JAX takes such a one for a CPU's without copying it."""
+    """Returns an uninitialised array aligned to 64 bytes, which JAX uses on a CPU without copying."""
     num_bytes = math.prod(shape) * dtype.itemsize
     memory = np.empty(num_bytes + 64, np.uint8)
     start = -memory.ctypes.data % 64

@@ -1,8 +1,8 @@
-"""LoRA matrices in and out of Hugging Face PEFT's directories: adapter_config.json and adapter_model.safetensors.
+"""Reading and writing of LoRA matrices in Hugging Face PEFT's format: adapter_config.json, adapter_model.safetensors.
 
-Theirs are (r, inputs) and (outputs, r) for each layer by itself, ours (layers, inputs, r) and (layers, r, outputs).
-Where a family keeps queries, keys and values in a matrix each (`families.Placement.part`), ours share lora_a and have
-a third of lora_b each.
+PEFT stores (r, inputs) and (outputs, r) for each layer, gptjax (layers, inputs, r) and (layers, r, outputs). Where a
+family has separate matrices for queries, keys and values (`families.Placement.part`), they share lora_a in gptjax, and
+each has a third of lora_b.
 """
 
 import dataclasses
@@ -32,14 +32,14 @@ _NAME = re.compile(r"(.+)\.lora_([AB])\.weight")
 Pair = tuple[np.ndarray, np.ndarray]  # (inputs, r) and (r, outputs), float32
 _CONTAINER_DTYPE = {str(dtype): name for name, dtype in DTYPES.items()}
 
-# Keys of an adapter_config.json that are read below, or that change nothing once the tensors are there.
+# Keys of an adapter_config.json that are read below, and keys without effect on trained matrices.
 _READ = ("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "bias")
 _WITHOUT_EFFECT = (
     *("auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "exclude_modules", "fan_in_fan_out"),
     *("inference_mode", "layers_pattern", "layers_to_transform", "megatron_core", "peft_version", "qalora_group_size"),
     *("revision", "target_modules", "task_type"),
 )
-# The others, such as pissa, change the weights beside the matrices.
+# Other initialisations, such as pissa, change the base weights.
 _INITS = (True, False, "gaussian", "orthogonal")
 
 
@@ -54,26 +54,26 @@ def save_lora(
     modules: Mapping[str, Mapping[str, np.ndarray]] | None = None,
     write_more: Callable[[Path], None] = lambda _: None,
 ) -> None:
-    """Writes a directory that PEFT's PeftModel.from_pretrained loads over what `save_pretrained` writes of the model.
+    """Writes a directory that PEFT's PeftModel.from_pretrained loads over the output of `save_pretrained`.
 
     Args:
-      directory: made; it must not exist, or be empty.
-      config: of method lora.
-      model: resolved.
-      leaves: lora_a and lora_b as `low_rank` places them, unboxed, and nothing else.
+      directory: directory to create; it must not exist, or be empty.
+      config: PEFT config with method lora.
+      model: resolved config of the model.
+      leaves: nested dict of only lora_a and lora_b, unboxed, with the paths of `low_rank`.
       base: name or directory of the base model, written to adapter_config.json; None: none.
-      task_type: PEFT's, such as SEQ_CLS.
-      modules: the `modules_to_save`, which replace those of the base model: their tensors by name, by the name of the
-        module in transformers' class.
-      write_more: writes further files into the directory before it gets its name.
+      task_type: PEFT's task type, such as SEQ_CLS.
+      modules: tensors of `modules_to_save`, which replace those of the base model, by module of transformers' class
+        and by name.
+      write_more: writes further files into the directory before it is renamed.
 
     Raises:
-      UserError: no family can express the model, something else than LoRA is in `leaves`, or `directory` is not new.
+      UserError: no family can express the model, `leaves` has other parameters, or `directory` is not empty.
     """
     family = families.family_of(model)
     arrays = peft.flatten(leaves)
     if others := [path for path in arrays if not path.startswith("layers/") or not path.endswith(peft.LORA)]:
-        raise UserError(f"{others[0]} is not of LoRA on a layer of the model, and PEFT's files have no place for it")
+        raise UserError(f"{others[0]} is not a LoRA matrix of a layer, and PEFT's format cannot express it")
     declared: list[Declared] = []
     values: list[np.ndarray] = []
     targets: list[str] = []
@@ -94,7 +94,7 @@ def save_lora(
                 declared.append(Declared(full_name, _CONTAINER_DTYPE[str(theirs.dtype)], theirs.shape))
                 values.append(theirs)
     if arrays or not declared:
-        raise UserError(f"{next(iter(arrays), 'nothing')} is no LoRA of a kernel that the model has")
+        raise UserError(f"{next(iter(arrays), 'the empty tree')} is not a LoRA matrix of a kernel of the model")
     for module, tensors in (modules or {}).items():
         for name, array in tensors.items():
             declared.append(Declared(f"{_PREFIX}{module}.{name}", _CONTAINER_DTYPE[str(array.dtype)], array.shape))
@@ -121,17 +121,17 @@ def save_lora(
 
 
 def load_lora(directory: str | Path, model: GPTConfig) -> tuple[PeftConfig, dict[str, Any]]:
-    """The LoRA matrices of a PEFT directory, for a model that `load_pretrained` has read.
+    """Loads the LoRA matrices of a PEFT directory, for a model from `load_pretrained`.
 
-    Queries, keys and values with a matrix lora_A each become one: where these differ, its rank is the sum of theirs,
-    and lora_b is 0 where one does not belong to another. Kernels with fewer are filled up by zeros, which stay 0.
+    Separate lora_A of queries, keys and values are concatenated if they differ: the rank is the sum of theirs, and
+    lora_b is block diagonal. Kernels of a smaller rank are padded with zeros, which stay 0.
 
     Returns:
-      method, targets, rank, alpha and dropout, the rest at its defaults; and the nested dict of lora_a and lora_b, to
-      `join` to the model's parameters: numpy arrays of its param_dtype.
+      A config with method, targets, rank, alpha and dropout, and defaults elsewhere; and the nested dict of lora_a and
+      lora_b, to `join` to the model's parameters: numpy arrays of its param_dtype.
 
     Raises:
-      UserError: something is missing, damaged, left over, of another shape, or beyond LoRA on the layers' kernels.
+      UserError: a tensor is missing, damaged, superfluous or of a wrong shape, or is not LoRA on a layer's kernel.
     """
     directory = Path(directory).expanduser()
     config = _read_config(directory / CONFIG_FILE)
@@ -153,11 +153,11 @@ def load_lora(directory: str | Path, model: GPTConfig) -> tuple[PeftConfig, dict
         if pairs:
             rows = {row for row, _ in pairs}
             if gaps := [where.name for where in missing if where.row not in rows]:
-                raise UserError(f"{directory} has LoRA beside {gaps[0]} of other layers and not of this one")
+                raise UserError(f"{directory} has no LoRA for {gaps[0]}, but for the same kernel of other layers")
             kernels.append(_Kernel(path, shape, len(places) // shape[0], config.rank, pairs))
     if tensors:
         module, name = next(iter(tensors))
-        raise UserError(f"{directory / WEIGHTS_FILE} has {module}.lora_{name}, which is beside no kernel of the model")
+        raise UserError(f"{directory / WEIGHTS_FILE} has {module}.lora_{name}, but the model has no such kernel")
     if not kernels:
         raise UserError(f"{directory / WEIGHTS_FILE} has no tensors")
     width = max(kernel.width for kernel in kernels)
@@ -171,24 +171,24 @@ def load_lora(directory: str | Path, model: GPTConfig) -> tuple[PeftConfig, dict
 
 
 def _kernel_shapes(model: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """Of the layers' kernels, by path."""
+    """Returns the shapes of the layers' kernels, by path."""
     abstract = jax.eval_shape(lambda: nn.unbox(GPT(model).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))))
     leaves = peft.flatten(abstract["params"]["layers"])
     return {f"layers/{path}": leaf.shape for path, leaf in leaves.items() if path.endswith("/kernel")}
 
 
-# --- what is written --------------------------------------------------------------------------------------------------
+# --- writing ----------------------------------------------------------------------------------------------------------
 
 
 def _to_theirs(where: Placement, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """lora_A (r, inputs) and lora_B (outputs, r) of one of their matrices."""
+    """Returns lora_A (r, inputs) and lora_B (outputs, r) of one matrix of transformers."""
     rank = a.shape[-1]
     part = b[where.row] if where.part is None else b[where.row][:, where.part]
     return a[where.row].reshape(-1, rank).T, part.reshape(rank, -1).T
 
 
 def _target_modules(modules: list[str], num_layers: int) -> list[str]:
-    """The names by which PEFT finds the modules: without the layer where all layers have them."""
+    """Returns PEFT's target_modules: names without the layer if all layers have the module."""
     kinds: dict[str, list[str]] = {}
     for module in modules:
         kinds.setdefault(re.sub(r"^h\.\d+\.", "", module), []).append(module)
@@ -198,15 +198,15 @@ def _target_modules(modules: list[str], num_layers: int) -> list[str]:
     return names
 
 
-# --- what is read -----------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 def _read_config(path: Path) -> PeftConfig:
-    """method, rank, alpha and dropout of an adapter_config.json."""
+    """Reads method, rank, alpha and dropout of an adapter_config.json."""
     try:
         theirs = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path.parent} is no directory of PEFT: it has no {CONFIG_FILE}") from None
+        raise UserError(f"{path.parent} is not a PEFT directory: it has no {CONFIG_FILE}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     if not isinstance(theirs, dict) or theirs.get("peft_type") != "LORA":
@@ -215,34 +215,34 @@ def _read_config(path: Path) -> PeftConfig:
     for key, value in theirs.items():
         known = key in _WITHOUT_EFFECT or key in _READ
         if not known and value not in (None, False, {}, []):
-            raise UserError(f"{path}: {key}={json.dumps(value)} is not supported: gptjax knows plain LoRA")
+            raise UserError(f"{path}: {key}={json.dumps(value)} is not supported: only plain LoRA is")
     for key, allowed in (("bias", ("none",)), ("init_lora_weights", _INITS), ("use_rslora", (False, True))):
         if (value := theirs.get(key, allowed[0])) not in allowed:
             raise UserError(f"{path}: {key}={json.dumps(value)} is not supported: one of {json.dumps(allowed)}")
     rank, alpha, dropout = theirs.get("r", 8), theirs.get("lora_alpha", 8), theirs.get("lora_dropout", 0.0)
     numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (rank, alpha, dropout))
     if not numbers or not isinstance(rank, int) or rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
-        raise UserError(f"{path}: r={rank!r}, lora_alpha={alpha!r} and lora_dropout={dropout!r} cannot be")
-    if theirs.get("use_rslora", False):  # their product counts alpha / sqrt(r) times, ours alpha / r
+        raise UserError(f"{path}: r={rank!r}, lora_alpha={alpha!r} and lora_dropout={dropout!r} are out of range")
+    if theirs.get("use_rslora", False):  # scaled by alpha / sqrt(r) instead of alpha / r
         alpha *= math.sqrt(rank)
     return PeftConfig(method="lora", rank=rank, alpha=float(alpha), dropout=float(dropout))
 
 
 def _read_headers(directory: Path) -> dict[tuple[str, str], Tensor]:
-    """The tensors of a directory by their module, without prefixes, and A or B."""
+    """Reads the headers of a directory's tensors, by module without prefixes, and "A" or "B"."""
     path = directory / WEIGHTS_FILE
     if not path.is_file():
         found = f"{PICKLE_FILE} is" if (directory / PICKLE_FILE).is_file() else "pickled weights are"
         raise UserError(
-            f"{directory} has no {WEIGHTS_FILE}, and {found} not read, as a pickle can run any code: load it by PEFT, "
-            "if you trust it, and save it again with safe_serialization=True"
+            f"{directory} has no {WEIGHTS_FILE}, and {found} not read, as a pickle can run any code: if you trust it, "
+            "load it with PEFT and save it again with safe_serialization=True"
         )
     tensors: dict[tuple[str, str], Tensor] = {}
     for name, tensor in safetensors_files.read_header(path).items():
         match = _NAME.fullmatch(name)
         if match is None:
             raise UserError(
-                f"{path} has the tensor {name}, which is not LoRA on a kernel: gptjax knows no more of PEFT"
+                f"{path} has the tensor {name}, which is not LoRA on a kernel: other PEFT methods are not supported"
             )
         key = (match[1].removeprefix(_PREFIX).removeprefix(families.PREFIX), match[2])
         if key in tensors:
@@ -264,8 +264,8 @@ def _read_pair(directory: Path, where: Placement, pair: tuple[Tensor | None, Ten
             raise UserError(f"{directory / WEIGHTS_FILE} lacks the tensor {full_name} {list(shape)}")
         if tensor.shape != shape:
             raise UserError(
-                f"{tensor.file}: the tensor {full_name} has shape {list(tensor.shape)}, but r={rank} and the model ask "
-                f"for {list(shape)}"
+                f"{tensor.file}: the tensor {full_name} has shape {list(tensor.shape)}, but r={rank} and the model "
+                f"require {list(shape)}"
             )
         array = safetensors_files.read(tensor).astype(np.float32)
         if not np.isfinite(array).all():
@@ -276,13 +276,14 @@ def _read_pair(directory: Path, where: Placement, pair: tuple[Tensor | None, Ten
 
 @dataclasses.dataclass(frozen=True)
 class _Kernel:
-    """What there is beside one of our kernels.
+    """The LoRA matrices of one gptjax kernel.
 
     Attributes:
-      shape: of the kernel, (L, inputs, outputs).
-      num_parts: matrices of theirs that make up a layer's.
-      rank: of each pair.
-      pairs: by the layer's row and the part; not all parts need have one.
+      path: path of the kernel.
+      shape: shape of the kernel, (L, inputs, outputs).
+      num_parts: number of matrices of transformers that make up a layer's kernel.
+      rank: rank of each pair.
+      pairs: pairs of matrices by layer and part; parts may be missing.
     """
 
     path: str
@@ -292,7 +293,7 @@ class _Kernel:
     pairs: dict[tuple[int, int], Pair]
 
     def _rows(self) -> Iterator[tuple[int, dict[int, Pair], bool]]:
-        """The pairs of each layer by their parts, and whether all have the same A."""
+        """Yields each layer with its pairs by part, and whether all have the same A."""
         for row in range(self.shape[0]):
             pairs = {part: pair for (other, part), pair in self.pairs.items() if other == row}
             first = next(iter(pairs.values()))
@@ -300,18 +301,18 @@ class _Kernel:
 
     @property
     def width(self) -> int:
-        """The rank that ours need."""
+        """The rank of the joined matrices."""
         return max(self.rank if shared else self.rank * len(pairs) for _, pairs, shared in self._rows())
 
     def to_ours(self, width: int) -> Pair:
-        """lora_a (L, inputs, width) and lora_b (L, width, outputs)."""
+        """Returns lora_a (L, inputs, width) and lora_b (L, width, outputs)."""
         layers, second = self.shape[0], 1 + peft.input_axes(self.path)
-        a_LDR = np.zeros((layers, math.prod(self.shape[1:second]), width), np.float32)
-        # The parts are the first of the outputs' axes.
+        a_LDA = np.zeros((layers, math.prod(self.shape[1:second]), width), np.float32)
+        # The parts are on the first axis of the outputs.
         part_size = math.prod(self.shape[second:]) // self.num_parts
-        b_LRPF = np.zeros((layers, width, self.num_parts, part_size), np.float32)
+        b_LANF = np.zeros((layers, width, self.num_parts, part_size), np.float32)
         for row, pairs, shared in self._rows():
-            for i, (part, (a_DR, b_RF)) in enumerate(pairs.items()):
+            for i, (part, (a_DA, b_AF)) in enumerate(pairs.items()):
                 ranks = slice(0, self.rank) if shared else slice(i * self.rank, (i + 1) * self.rank)
-                a_LDR[row, :, ranks], b_LRPF[row, ranks, part] = a_DR, b_RF
-        return a_LDR.reshape(*self.shape[:second], width), b_LRPF.reshape(layers, width, *self.shape[second:])
+                a_LDA[row, :, ranks], b_LANF[row, ranks, part] = a_DA, b_AF
+        return a_LDA.reshape(*self.shape[:second], width), b_LANF.reshape(layers, width, *self.shape[second:])

@@ -1,7 +1,7 @@
-"""The safetensors container, tensor by tensor: a JSON header of names, dtypes, shapes and offsets, then raw bytes.
+"""Reading and writing of safetensors files, one tensor at a time.
 
-The safetensors library maps or copies a whole file, and both count as memory of the process; a model that fills the
-machine could then be neither read nor written. The format is theirs: https://github.com/huggingface/safetensors.
+The safetensors library maps or copies a whole file, which counts as memory of the process, so a model that fills the
+machine could not be read or written. Format: https://github.com/huggingface/safetensors.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor in a file: `dtype` as the format names it, `start` in bytes from the start of the file."""
+    """A tensor in a file: `dtype` as named by the format, `start` in bytes from the start of the file."""
 
     file: Path
     dtype: str
@@ -39,10 +39,10 @@ class Tensor:
 
 
 def read_headers(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a model's directory, by name; nothing but headers is read.
+    """Reads the headers of all tensors of a model's directory, by name.
 
     Raises:
-      UserError: no such files, a damaged or truncated one, or an index that does not match them.
+      UserError: there are no safetensors files, one is damaged or truncated, or the index does not match them.
     """
     single, index = directory / SINGLE_FILE, directory / INDEX_FILE
     if single.is_file():
@@ -52,27 +52,27 @@ def read_headers(directory: Path) -> dict[str, Tensor]:
         other = f"its {found[0]} is" if found else "pickled weights are"
         raise UserError(
             f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}, and {other} not read, as a pickle can run any "
-            "code: convert it, if you trust it, by AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR) "
+            "code: if you trust it, convert it with AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR) "
             "of transformers"
         )
     files = _read_index(index)
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(files.values())):
         if not (directory / file).is_file():
-            raise UserError(f"{directory / file} is missing, which {INDEX_FILE} names")
+            raise UserError(f"{directory / file}, named in {INDEX_FILE}, is missing: download it again")
         for name, tensor in read_header(directory / file).items():
             if files.get(name) != file:
-                raise UserError(f"{tensor.file} has the tensor {name}, which {INDEX_FILE} does not say is there")
+                raise UserError(f"{tensor.file} has the tensor {name}, which {INDEX_FILE} does not list for it")
             tensors[name] = tensor
     if missing := sorted(set(files) - set(tensors)):
         raise UserError(
-            f"{directory / files[missing[0]]} lacks the tensor {missing[0]}, which {INDEX_FILE} says it has"
+            f"{directory / files[missing[0]]} lacks the tensor {missing[0]}, which {INDEX_FILE} lists for it"
         )
     return tensors
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """Name of each tensor: name of its file, which lies beside the index."""
+    """Reads the name of each tensor's file, in the directory of the index, by name of the tensor."""
     try:
         files = read_json(path)["weight_map"]
         pairs = list(files.items())
@@ -80,7 +80,7 @@ def _read_index(path: Path) -> dict[str, str]:
         raise UserError(f"cannot read {path}: {error!r}") from None
     for name, file in pairs:
         if not is_plain_name(file) or not file.endswith(".safetensors"):
-            raise UserError(f"{path} looks for the tensor {name} in {file!r}: not the name of a file beside it")
+            raise UserError(f"{path} has the tensor {name} in {file!r}, which is not the name of a file next to it")
     return files
 
 
@@ -147,7 +147,7 @@ def same_bytes(first: Tensor, second: Tensor, chunk_bytes: int = 2**24) -> bool:
 
 
 class Declared(NamedTuple):
-    """A tensor to be written, its dtype as the format names it."""
+    """A tensor to write, with its dtype as named by the format."""
 
     name: str
     dtype: str
@@ -161,11 +161,11 @@ class Declared(NamedTuple):
 def write(
     directory: Path, declared: list[Declared], arrays: Iterable[np.ndarray], max_file_bytes: int = MAX_FILE_BYTES
 ) -> None:
-    """Writes model.safetensors, or several files and their index where they are more than `max_file_bytes`.
+    """Writes model.safetensors, or shards and their index if the tensors exceed `max_file_bytes`.
 
     Args:
       declared: all tensors.
-      arrays: their values in the same order, asked for one at a time.
+      arrays: their values in the same order, consumed one at a time.
     """
     files: list[list[Declared]] = [[]]
     for tensor in declared:
@@ -193,7 +193,7 @@ def write(
 
 
 def _header(tensors: list[Declared]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # required by transformers
     start = 0
     for tensor in tensors:
         end = start + tensor.num_bytes

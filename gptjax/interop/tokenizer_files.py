@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face directories, read and written: tokenizer.json, or the older vocab.json and merges.txt."""
+"""Reading and writing of Hugging Face tokenizer files: tokenizer.json, or the older vocab.json and merges.txt."""
 
 import dataclasses
 import itertools
@@ -27,13 +27,13 @@ from gptjax.data.vocabularies import END_OF_TEXT, gpt1_form, gpt2_form
 
 
 def read_tokenizer(directory: Path) -> HuggingFaceTokenizer | None:
-    """The tokenizer of a model's directory; None when there are no files of one.
+    """Reads the tokenizer of a model's directory; None if there is none.
 
-    Its end of text is the eos_token of tokenizer_config.json, else the token of a usual name; `ends_of` has what the
-    model's own files say.
+    Its end-of-text is the eos_token of tokenizer_config.json, or else the token with a usual name; `ends_of` reads the
+    end tokens of the model's config files.
 
     Raises:
-      UserError: damaged files.
+      UserError: a file is damaged.
     """
     if (directory / "tokenizer.json").is_file():
         return read_json(directory / "tokenizer.json")
@@ -48,16 +48,16 @@ def read_tokenizer(directory: Path) -> HuggingFaceTokenizer | None:
 
 
 def ends_of(directory: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Ids that end a text by the eos_token_id of a model's files, the one that separates documents first.
+    """Returns the end tokens by the eos_token_id of a model's config files, the one that separates documents first.
 
-    As in transformers' `generate`, generation_config.json (often a list) takes precedence over config.json. Ids of no
-    token do not count: configs keep the default 50256 of GPT-2 over other vocabularies.
+    As in transformers' `generate`, generation_config.json (often a list) takes precedence over config.json. Ids outside
+    the vocabulary are ignored, as configs often keep GPT-2's default 50256 with other vocabularies.
 
     Returns:
-      Empty where neither file names a token; what `read_tokenizer` has found then holds.
+      Empty if neither file names a token; the end-of-text of `read_tokenizer` then applies.
 
     Raises:
-      UserError: a damaged file, or an eos_token_id that is neither an id nor a list of ids.
+      UserError: a file is damaged, or an eos_token_id is neither an id nor a list of ids.
     """
     generation, model = (
         [token for token in _eos_token_ids(directory / name) if tokenizer.has_token(token)]
@@ -84,14 +84,14 @@ def _eos_token_ids(path: Path) -> list[int]:
 
 
 def _read_vocabulary(directory: Path) -> huggingface.Tokenizer:
-    """The tokenizer of vocab.json and merges.txt: GPT-1's form, whose words end in </w>, or GPT-2's."""
+    """Reads the tokenizer of vocab.json and merges.txt: GPT-1's form, whose words end in </w>, or GPT-2's."""
     if (directory / "added_tokens.json").is_file():
-        raise UserError("added_tokens.json beside it is not read: save the tokenizer as a tokenizer.json")
+        raise UserError("its added_tokens.json is not supported: save the tokenizer as a tokenizer.json")
     vocab, merges = str(directory / "vocab.json"), str(directory / "merges.txt")
     vocabulary = files.read_json(directory / "vocab.json")
     files.check_size(directory / "merges.txt", files.MAX_JSON_BYTES)
-    if sorted(vocabulary.values()) != list(range(len(vocabulary))):  # to_str would lose what is behind a gap
-        raise UserError(f"its ids are not those from 0 to {len(vocabulary) - 1}: save it as a tokenizer.json")
+    if sorted(vocabulary.values()) != list(range(len(vocabulary))):  # to_str would lose tokens after a gap
+        raise UserError(f"its ids are not 0 to {len(vocabulary) - 1}: save it as a tokenizer.json")
     if any(token.endswith("</w>") for token in vocabulary):
         return gpt1_form(models.BPE.from_file(vocab, merges, unk_token="<unk>", end_of_word_suffix="</w>"))
     tokenizer = gpt2_form(models.BPE.from_file(vocab, merges))
@@ -107,16 +107,16 @@ def write_tokenizer(
     *,
     is_task: bool = False,
 ) -> None:
-    """Writes a tokenizer.json of the same ids, and what makes transformers' AutoTokenizer take it as it is.
+    """Writes a tokenizer.json with the same ids, and a tokenizer_config.json for transformers' AutoTokenizer.
 
     Args:
-      chat: format of a chat model: its special tokens and its template are written too, and the token that ends an
+      chat: format of a chat model, whose special tokens and template are written too; the token that ends an
         assistant's turn is the eos_token.
       is_task: for a fine-tuned task: a text is encoded as [start text extract], a pair as
-        [start first delimiter second extract], and padded by the blank token (Radford et al. 2018, figure 1).
+        [start first delimiter second extract], and padded with the blank token (Radford et al. 2018, figure 1).
 
     Raises:
-      UserError: a tokenizer that a tokenizer.json cannot express, or cannot with these special tokens.
+      UserError: a tokenizer.json cannot express the tokenizer, or not with these special tokens.
     """
     if isinstance(tokenizer, HuggingFaceTokenizer):
         content = tokenizer.content
@@ -145,7 +145,7 @@ def write_tokenizer(
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context_length,
         "clean_up_tokenization_spaces": False,
-        # Not token_type_ids, which GPT-2 would read as tokens and add their embeddings.
+        # Without token_type_ids, whose token embeddings GPT-2 would add.
         "model_input_names": ["input_ids", "attention_mask"],
     }
     if tokenizer.end_of_text is not None:
@@ -159,12 +159,12 @@ def write_tokenizer(
 
 
 def _add_special_tokens(written: huggingface.Tokenizer, special: Mapping[str, int], origin: str) -> None:
-    """Adds tokens behind the vocabulary, where the model has them.
+    """Adds special tokens after the vocabulary, at the ids of the model.
 
-    transformers reads their names in a text as these tokens; gptjax never does.
+    transformers parses their names in a text as these tokens; gptjax never does.
 
     Args:
-      origin: what they are for, and after a colon what to do where an id is taken.
+      origin: their purpose and, after a colon, the remedy if an id is taken; for messages.
     """
     names = [huggingface.AddedToken(name, normalized=False, special=True) for name in special]
     written.add_special_tokens(names)
@@ -172,21 +172,21 @@ def _add_special_tokens(written: huggingface.Tokenizer, special: Mapping[str, in
     for name, token in special.items():
         if written.token_to_id(name) != token:
             raise UserError(
-                f"the special token {name} of {purpose} has the id {token} in the model, and a tokenizer.json of this "
+                f"the special token {name} of {purpose} has the id {token} in the model, but a tokenizer.json of this "
                 f"vocabulary has {written.token_to_id(name)} for it: {remedy}"
             )
 
 
 def task_tokens(special: Special) -> dict[str, int]:
-    """Ids of the special tokens of fine-tuned tasks by the names that files of transformers have for them."""
+    """Returns the ids of the special tokens of fine-tuned tasks, by their names in exported files."""
     return {f"<|{name}|>": token for name, token in special._asdict().items()}
 
 
 def _jinja(chat: ChatFormat, tokenizer: Tokenizer) -> str:
-    """The template as transformers has them.
+    """Returns the chat template in transformers' Jinja format.
 
-    They encode a text as a whole, so white space where a format and what is said meet may be cut into other tokens than
-    the model was trained on: that of template plain often is.
+    transformers encodes the formatted text as a whole, so white space between template and content may be tokenised
+    differently than in training; template plain is often affected.
     """
     around = {}
     for role, text in dataclasses.asdict(chat.template).items():
@@ -204,7 +204,7 @@ def _jinja(chat: ChatFormat, tokenizer: Tokenizer) -> str:
 def _byte_level(
     vocabulary: dict[bytes, int], merges: list[tuple[bytes, bytes]], special: dict[str, int], pattern: str | None
 ) -> huggingface.Tokenizer:
-    """A BPE over bytes. `pattern`: a regular expression of the pieces that merges stay within; None: single bytes."""
+    """Returns a byte-level BPE; `pattern`: regular expression of the pre-tokenisation; None: no pre-tokenisation."""
     tokenizer = huggingface.Tokenizer(
         models.BPE(
             {_letters(token): i for token, i in vocabulary.items()} | special,
@@ -224,17 +224,17 @@ def _from_bytes() -> huggingface.Tokenizer:
 
 
 def _from_tiktoken(encoding: tiktoken.Encoding) -> huggingface.Tokenizer:
-    """The same BPE: tiktoken joins the pair of the lowest id, so a token's merge is what the ids below it leave."""
+    """Converts a BPE of tiktoken; it merges the pair of lowest rank, so a merge follows from the ranks below it."""
     ranks: dict[bytes, int] = encoding._mergeable_ranks
     merges = [
         _last_pair(token, ranks, rank) for token, rank in sorted(ranks.items(), key=lambda item: item[1]) if token[1:]
     ]
-    # The tokenizers library reads {1,3}+ as a repetition and not as possessive, which changes nothing where it stands.
+    # The tokenizers library parses {1,3}+ as a repetition, not as possessive, which makes no difference here.
     return _byte_level(ranks, merges, encoding._special_tokens, encoding._pat_str.replace("}+", "}"))
 
 
 def _last_pair(token: bytes, ranks: dict[bytes, int], rank: int) -> tuple[bytes, bytes]:
-    """The two parts whose joining makes `token`, whose rank is `rank`."""
+    """Returns the two parts whose merge gives `token`, of rank `rank`."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         joined = [ranks.get(left + right, rank) for left, right in itertools.pairwise(parts)]
@@ -245,7 +245,7 @@ def _last_pair(token: bytes, ranks: dict[bytes, int], rank: int) -> tuple[bytes,
 
 
 def _letters(token: bytes) -> str:
-    """GPT-2's way to write bytes as visible letters (Radford et al. 2019, code: bytes_to_unicode)."""
+    """Maps bytes to GPT-2's visible characters (bytes_to_unicode in the code of Radford et al. 2019)."""
     return "".join(_BYTE_LETTERS[byte] for byte in token)
 
 

@@ -144,8 +144,8 @@ def abstract_weights(model: GPTConfig, mesh: Mesh, weights: Weights) -> tuple[GP
     )
 
 
-def _program(model: GPT) -> programs.Program:
-    return programs.Program(model, Sampling().form, model.config.context_length)
+def _program(model: GPT) -> programs.DecodingProgram:
+    return programs.DecodingProgram(model, Sampling().static, model.config.context_length)
 
 
 def _prompts(model: GPT, rows: int) -> tuple[Any, ...]:
@@ -155,32 +155,32 @@ def _prompts(model: GPT, rows: int) -> tuple[Any, ...]:
     return tokens_BT, lengths_B, np.zeros(rows, bool), None, _draw(rows)
 
 
-def _draw(rows: int) -> programs.Draw:
-    return programs.Draw(np.zeros(rows, np.uint32), np.int32(0), Sampling().knobs, np.array([-1], np.int32))
+def _draw(rows: int) -> programs.SamplingInputs:
+    return programs.SamplingInputs(np.zeros(rows, np.uint32), np.int32(0), Sampling().values, np.array([-1], np.int32))
 
 
 def _lower_prefill(model: GPT, params: Any, rows: int) -> jax.stages.Lowered:
-    return programs.read_prompts.lower(_program(model), params, *_prompts(model, rows))
+    return programs.prefill_prompts.lower(_program(model), params, *_prompts(model, rows))
 
 
 def _lower_decode(model: GPT, params: Any, rows: int) -> jax.stages.Lowered:
     row_B = np.zeros(rows, np.int32)
     memory = abstract_memory(model, params, rows)
-    return programs.draw_tokens.lower(_program(model), params, memory, row_B, np.int32(0), _draw(rows))
+    return programs.decode_tokens.lower(_program(model), params, memory, row_B, np.int32(0), _draw(rows))
 
 
-def abstract_memory(model: GPT, params: Any, rows: int) -> programs.Memory:
+def abstract_memory(model: GPT, params: Any, rows: int) -> programs.DecodingCache:
     """Returns the abstract decoding state in prefill's layout: sharded over batch and heads, not over slots."""
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     sharding = NamedSharding(mesh, partition_spec(("batch", "heads", None, None)))
-    prefill = partial(programs.read_prompts, _program(model))
+    prefill = partial(programs.prefill_prompts, _program(model))
     memory, _ = jax.eval_shape(prefill, params, *_prompts(model, rows))
 
     def placed(tree: Any, sharding: NamedSharding) -> Any:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
     rest = placed(memory, NamedSharding(mesh, PartitionSpec()))
-    return cast(programs.Memory, rest._replace(cache=placed(memory.cache, sharding)))
+    return cast(programs.DecodingCache, rest._replace(cache=placed(memory.cache, sharding)))
 
 
 def _token_seconds(model: GPTConfig, topology: Topology, bytes_read: int, rows: int, mesh: Mesh) -> float | None:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from gptjax.config import Config, DataConfig, UserError
 from gptjax.data import conversations
-from gptjax.data.chat_batches import PackedConversations, RankedAnswers
+from gptjax.data.chat_batches import PackedConversations, PackedRankings
 from gptjax.data.conversations import Conversation, Prompt, Ranking
 from gptjax.data.pipeline import PackedExamples, open_corpus
 from gptjax.data.templates import ChatFormat, TooLongError, chat_format
@@ -145,7 +145,7 @@ def pretraining_text(data: ChatData[Any]) -> PackedExamples | None:
     ).train
 
 
-def positions(config: Config, rows: PackedConversations | RankedAnswers) -> tuple[int, int]:
+def positions(config: Config, rows: PackedConversations | PackedRankings) -> tuple[int, int]:
     """Returns the number of positions in an epoch of `rows` and in all training, padding included."""
     per_epoch, batch = rows.rows_per_epoch * rows[0]["tokens"].size, config.batch
     if batch.total_tokens is not None:

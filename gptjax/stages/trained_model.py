@@ -1,4 +1,4 @@
-"""The model of a workdir, as every command that uses one reads it."""
+"""Loading a trained model from a workdir for inference."""
 
 import dataclasses
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
-from gptjax.config import Config, MeshConfig, UserError, parse_arg, replace
+from gptjax.config import Config, MeshConfig, UserError, parse_arg, read_config, replace
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.models.gpt import GPT
 from gptjax.parallel.mesh import make_mesh
-from gptjax.stages.start import load_weights
+from gptjax.stages.saved_weights import load_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,12 +19,12 @@ class TrainedModel:
     """A model with its weights.
 
     Attributes:
-      config: of the run, complete.
-      model: `model.config` is the resolved GPTConfig.
-      params: as `model.init` makes them, unboxed, laid out over `mesh`.
+      config: the run's complete config.
+      model: the model; `model.config` is the resolved GPTConfig.
+      params: parameters in the structure of `model.init`, unboxed, sharded over `mesh`.
       head: parameters of the task's head; None where the stage has none.
-      mesh: to be in use (`jax.set_mesh`) wherever the params are.
-      step: of the checkpoint.
+      mesh: must be in use (`jax.set_mesh`) wherever the parameters are used.
+      step: step of the checkpoint.
     """
 
     config: Config
@@ -44,17 +44,19 @@ def load_model(
     best: bool = False,
     step: int | None = None,
 ) -> TrainedModel:
-    """Loads the newest weights of `workdir`: their moving average where the run kept one.
+    """Loads the newest weights of `workdir`, or their moving average if the run kept one.
 
     Args:
-      mesh: how to lay them out over the devices; None: all on axis `data`.
-      dtype: of activations; None: as trained.
-      best: load those of the best checkpoint instead.
-      step: load those of this step instead.
+      mesh: device mesh over which the parameters are sharded; None: all devices on axis `data`.
+      dtype: dtype of activations; None: as in training.
+      best: loads the best checkpoint instead.
+      step: loads the checkpoint of this step instead.
 
     Raises:
-      UserError: not a workdir, no such checkpoint in it, or a mesh that does not fit.
+      UserError: `workdir` is not a workdir, has no such checkpoint, or its model does not fit the mesh.
     """
+    if read_config(workdir).task.bidirectional:
+        raise UserError(f"{workdir} attends in both directions (task.bidirectional=true): use gptjax.predict")
     device_mesh = make_mesh(MeshConfig() if mesh is None else mesh)
     with jax.set_mesh(device_mesh):
         weights = load_weights(workdir, device_mesh, best=best, step=step)
@@ -66,18 +68,15 @@ def load_model(
 
 
 def predicting(config: Config) -> Config:
-    """`config` for a command that uses the model.
-
-    An attention backend that was named for the machine that trained may be none of this one's.
-    """
+    """Returns `config` for inference: the attention backend is chosen anew for this machine."""
     return replace(config, {"model": {"attention_backend": "auto"}})
 
 
 def parse_mesh(text: str) -> MeshConfig:
-    """A command's `--mesh=fsdp=2,tensor=4`; what is not given is 1, and `data` all that the others leave.
+    """Parses a flag such as `--mesh=fsdp=2,tensor=4`; other axes have size 1, and `data` takes the remaining devices.
 
     Raises:
-      UserError: an unknown axis, or a size that is not a whole number.
+      UserError: an unknown axis, or a size that is not an integer.
     """
     try:
         return MeshConfig(**parse_arg(text, **dataclasses.asdict(MeshConfig())))

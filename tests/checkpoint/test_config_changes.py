@@ -220,7 +220,7 @@ def test_a_checkpoint_without_shapes_in_its_manifest_opens(pretraining, tmp_path
     with pytest.raises(UserError, match="has another optimizer state"):
         resumed(replace(config, {"optimizer": {"first_moment_dtype": "bfloat16"}}), tmp_path / "run")
     deeper = dataclasses.replace(config, model=dataclasses.replace(config.model, embed_dim=32))
-    with pytest.raises(UserError, match=r"params/.* is float32\[16\] there and float32\[32\] here"):
+    with pytest.raises(UserError, match=r"params/.* is float32\[16\] in the checkpoint and float32\[32\] in this run"):
         resumed(deeper, tmp_path / "run")
 
 

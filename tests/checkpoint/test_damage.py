@@ -130,7 +130,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_as_if_undisturbed(trained, tmp
         path.write_bytes(path.read_bytes()[:-20])
     capsys.readouterr()
     run(longer, workdir, allow_config_changes=True)
-    assert f"and now in {workdir}/damaged/6.0: the one before it is read" in capsys.readouterr().err
+    assert f"and was moved to {workdir}/damaged/6.0: the checkpoint before it is used" in capsys.readouterr().err
     assert equal(restore(longer, workdir)[0], restore(longer, tmp_path / "whole")[0])
 
 
@@ -153,7 +153,7 @@ def test_without_a_whole_checkpoint_nothing_starts_over(trained):
     config, workdir = trained
     for step in (BEFORE, NEWEST):
         (workdir / "checkpoints" / str(step) / "manifest" / "metadata").write_text("{}")
-    with pytest.raises(UserError, match=r"no checkpoint in .* is whole: use another --workdir, or .* --start_over"):
+    with pytest.raises(UserError, match=r"all checkpoints in .* are damaged: use another .* --start_over"):
         run(config, workdir)
     assert sorted(path.name for path in (workdir / "damaged").iterdir()) == ["4.0", "6.0"]
 
@@ -167,7 +167,7 @@ def test_a_lost_run_is_begun_anew_only_on_demand(trained, kind, capsys):
     if kind == "damaged":
         for step in (BEFORE, NEWEST):
             (workdir / "checkpoints" / str(step) / "manifest" / "metadata").write_text("{}")
-        with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
+        with pytest.raises(UserError, match=r"all checkpoints in .* are damaged"):
             run(config, workdir)
         (workdir / "metrics.jsonl").unlink()
     else:

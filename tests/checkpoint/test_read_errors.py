@@ -133,7 +133,7 @@ def test_an_error_of_the_program_is_no_damage(trained, monkeypatch):
         patch.setattr(stored_checkpoint.ocp, "ArrayRestoreArgs", broken)
         assert int(restore(config, workdir)[0].step) == NEWEST  # by way of the host
         patch.setattr(stored_checkpoint.jax, "device_put", broken)
-        with pytest.raises(RuntimeError, match="is whole, and yet cannot be laid out"):
+        with pytest.raises(RuntimeError, match="is not damaged, but cannot be sharded"):
             restore(config, workdir)
     assert contents(workdir) == before
 

@@ -11,13 +11,13 @@ from gptjax.config import TaskConfig
 from gptjax.data.buckets import Buckets
 from gptjax.data.labelled import Row
 from gptjax.data.pipeline import Microbatch
-from gptjax.data.task_inputs import Encoded, encode
+from gptjax.data.task_inputs import EncodedRow, encode
 from gptjax.data.tokenizers import BytesTokenizer
 
 CONTEXT = 100
 
 
-def texts_of(lengths: list[int], kind: str = "classification") -> list[Encoded]:
+def texts_of(lengths: list[int], kind: str = "classification") -> list[EncodedRow]:
     """Examples whose first sequence has `lengths` tokens, the second of its bytes being the example's number."""
     rows = []
     for index, length in enumerate(lengths):
@@ -35,11 +35,11 @@ def texts_of(lengths: list[int], kind: str = "classification") -> list[Encoded]:
     return encode(rows, TaskConfig(kind=kind), ("a", "b"), BytesTokenizer(), CONTEXT)
 
 
-def random_texts(number: int, kind: str = "classification", shortest: int = 3) -> list[Encoded]:
+def random_texts(number: int, kind: str = "classification", shortest: int = 3) -> list[EncodedRow]:
     return texts_of(np.random.default_rng(0).integers(shortest, 90, number).tolist(), kind)
 
 
-def make(examples: list[Encoded], *, batch: int = 8, microbatch: int = 4, seed: int | None = 0) -> Buckets:
+def make(examples: list[EncodedRow], *, batch: int = 8, microbatch: int = 4, seed: int | None = 0) -> Buckets:
     return Buckets(examples, context_length=CONTEXT, batch_size=batch, microbatch_size=microbatch, seed=seed)
 
 

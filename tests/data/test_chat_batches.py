@@ -5,17 +5,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptjax.data.chat_batches import PackedConversations, RankedAnswers, RankedSequences, lay_out, rows_needed
-from gptjax.data.templates import Encoded
+from gptjax.data.chat_batches import PackedConversations, PackedRankings, RankedSequences, lay_out, rows_needed
+from gptjax.data.templates import EncodedConversation
 
 T = 12
 
 
-def sequences(*lengths: int, first: int = 1) -> list[Encoded]:
+def sequences(*lengths: int, first: int = 1) -> list[EncodedConversation]:
     """Of tokens that are all different; the second half is learned."""
     made = []
     for length in lengths:
-        made.append(Encoded(np.arange(first, first + length, dtype=np.int32), np.arange(length) >= length // 2))
+        made.append(
+            EncodedConversation(np.arange(first, first + length, dtype=np.int32), np.arange(length) >= length // 2)
+        )
         first += length
     return made
 
@@ -158,7 +160,7 @@ def answers_of(arrays: dict[str, np.ndarray]) -> list[list[tuple[int, int]]]:
 def test_rankings_by_hand():
     """The second prompt fills an element, the third and the last share the other with the first."""
     prompts = ranked((16, 8), (30, 20, 12), (9, 9), (14,))
-    ranked_answers = RankedAnswers(prompts, 1024, pack=True, seed=None)
+    ranked_answers = PackedRankings(prompts, 1024, pack=True, seed=None)
     read = [ranked_answers[i] for i in range(len(ranked_answers))]
     assert [array["tokens"].shape for array in read] == [(2, 32)] * 2
     assert read[0]["ends"].tolist() == [[15, 23, 0], [40, 49, 0], [63, 0, 0]]
@@ -172,7 +174,7 @@ def test_rankings_by_hand():
 @given(lengths=st.lists(st.lists(st.integers(1, 48), min_size=2, max_size=5), min_size=1, max_size=30))
 def test_every_prompt_is_whole_in_one_element_of_one_shape(lengths, pack):
     prompts = ranked(*map(tuple, lengths))
-    elements = RankedAnswers(prompts, 48, pack=pack, seed=None)
+    elements = PackedRankings(prompts, 48, pack=pack, seed=None)
     read = [elements[i] for i in range(len(elements))]
     assert len({tuple(array.shape for array in arrays.values()) for arrays in read}) == 1
     found = [sequence for arrays in read for sequence in read_back(arrays)]
@@ -190,7 +192,7 @@ def test_every_prompt_is_whole_in_one_element_of_one_shape(lengths, pack):
 
 def test_little_of_packed_rankings_is_padding():
     drawn = np.random.default_rng(0).gamma(2, 20, (400, 4)).astype(int).clip(4, 128)
-    elements = RankedAnswers(ranked(*map(tuple, drawn.tolist())), 128, pack=True, seed=0)
+    elements = PackedRankings(ranked(*map(tuple, drawn.tolist())), 128, pack=True, seed=0)
     rows, length = elements[0]["tokens"].shape
     assert (length, rows) == (128, 4)
     assert drawn.sum() > 0.8 * elements.rows_per_epoch * rows * length

@@ -92,10 +92,10 @@ def test_an_empty_system_message_is_none(jsonl):
     [
         ({"messages": OPENAI, "conversations": SHAREGPT}, "has messages and conversations, two forms"),
         ({"messages": OPENAI, "prompt": "Hello", "completion": "Hi!"}, "has messages and prompt, two forms"),
-        ({"system": "Be brief.", "messages": OPENAI}, "has system besides a system message that says something else"),
+        ({"system": "Be brief.", "messages": OPENAI}, "has system and a different system message"),
         ({"system": 3, "messages": OPENAI[1:]}, "system: the content is not a text"),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "is a ranking"),
-        ({"messages": OPENAI, "tools": [{"type": "function"}]}, "has tools, and calls of tools are not supported"),
+        ({"messages": OPENAI, "tools": [{"type": "function"}]}, "has tools, but tool calls are not supported"),
     ],
 )
 def test_records_that_say_two_things_are_refused(jsonl, record, message):
@@ -173,21 +173,21 @@ def test_a_dataset_as_tensorflow_datasets_reads_it(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([{"role": "tool", "content": "x"}], r"chats.jsonl:2: messages\[0\] has the role 'tool', and calls of tools"),
+        ([{"role": "tool", "content": "x"}], r"chats.jsonl:2: messages\[0\] has the role 'tool', but tool calls"),
         ([{"role": "narrator", "content": "x"}], r"messages\[0\] has the unknown role 'narrator': one of system, "),
         ([OPENAI[1], {"role": "assistant", "content": None}], r"messages\[1\]: the content is null"),
         ([OPENAI[1], {"role": "assistant", "content": None, "tool_calls": [{}]}], r"messages\[1\] has tool_calls"),
         ([OPENAI[1], OPENAI[2] | {"reasoning_content": "hm"}], r"messages\[1\] has reasoning_content"),
         ([OPENAI[1], OPENAI[2] | {"weight": 0}], r"messages\[1\] has weight 0"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], r"the content has a part of type 'image_url'"),
-        ([*OPENAI, OPENAI[2]], r"chats.jsonl:2: message 3 is of role assistant behind one of role assistant"),
-        ([OPENAI[1], OPENAI[1]], r"chats.jsonl:2: message 1 is of role user behind one of role user"),
-        ([OPENAI[1], OPENAI[0]], r"chats.jsonl:2: message 1 is of role system"),
-        ([OPENAI[2]], r"chats.jsonl:2: message 0 is of role assistant at the start"),
+        ([*OPENAI, OPENAI[2]], r"chats.jsonl:2: message 3 has role assistant after one with role assistant"),
+        ([OPENAI[1], OPENAI[1]], r"chats.jsonl:2: message 1 has role user after one with role user"),
+        ([OPENAI[1], OPENAI[0]], r"chats.jsonl:2: message 1 has role system"),
+        ([OPENAI[2]], r"chats.jsonl:2: message 0 has role assistant at the start"),
         ([OPENAI[1], {"role": "assistant", "content": " \n"}], r"chats.jsonl:2: messages\[1\]: the content is empty"),
         ([OPENAI[1], {"role": "assistant", "content": 3}], r"chats.jsonl:2: messages\[1\]: the content is not a text"),
-        ([OPENAI[1]], r"chats.jsonl:2 has no answer"),
-        ([], r"chats.jsonl:2 has no answer"),
+        ([OPENAI[1]], r"chats.jsonl:2 has no completion"),
+        ([], r"chats.jsonl:2 has no completion"),
         (["Hello"], r"chats.jsonl:2: messages\[0\] is not an object"),
         ("Hello", r"chats.jsonl:2: messages is not a list"),
     ],
@@ -255,17 +255,23 @@ def test_answers_of_a_later_turn(jsonl):
     ("record", "message"),
     [
         ({"prompt": "Hello", "chosen": "Hi!"}, "neither a ranking nor both chosen and rejected"),
-        ({"prompt": "Hello", "ranking": ["Hi!"]}, "two answers or more, all different"),
-        ({"prompt": "Hello", "ranking": ["Hi!", "Hi!"]}, "two answers or more, all different"),
-        ({"prompt": "Hello", "ranking": ["Hi!", "Hi! "]}, "two answers or more, all different by more than blanks"),
-        ({"chosen": "Hi!", "rejected": "No."}, "has no prompt that the answers are to: it has chosen, rejected"),
-        ({"prompt": "Bye", "chosen": OPENAI, "rejected": OPENAI}, "the prompt is 'Bye', which chosen as a"),
+        ({"prompt": "Hello", "ranking": ["Hi!"]}, "two completions or more, the best first"),
+        ({"prompt": "Hello", "ranking": ["Hi!", "Hi!"]}, "two completions or more, the best first"),
+        (
+            {"prompt": "Hello", "ranking": ["Hi!", "Hi! "]},
+            "two completions or more, the best first, that differ in more than",
+        ),
+        ({"chosen": "Hi!", "rejected": "No."}, "has no prompt for its completions: it has chosen, rejected"),
+        ({"prompt": "Bye", "chosen": OPENAI, "rejected": OPENAI}, "the prompt is 'Bye', which chosen does"),
         ({"messages": OPENAI[:2], "prompt": "Bye", "ranking": ["a", "b"]}, "has a prompt, and messages without it"),
-        ({"prompt": "Hello", "chosen": "a", "rejected": "b", "ranking": ["a", "b"]}, "a ranking besides chosen"),
-        ({"prompt": "Hello", "chosen": "a", "rejected": OPENAI}, "texts beside answers that are messages"),
-        ({"prompt": "Hello", "chosen": "a", "rejected": "b", "tools": [{}]}, "has tools, and calls of tools"),
+        ({"prompt": "Hello", "chosen": "a", "rejected": "b", "ranking": ["a", "b"]}, "both a ranking and chosen"),
+        (
+            {"prompt": "Hello", "chosen": "a", "rejected": OPENAI},
+            "some completions that are texts and some that are messages",
+        ),
+        ({"prompt": "Hello", "chosen": "a", "rejected": "b", "tools": [{}]}, "has tools, but tool calls"),
         ({"messages": OPENAI, "ranking": ["Hi!", "No."]}, "does not end in a user's message"),
-        ({"chosen": OPENAI, "rejected": OPENAI[1:]}, "differ in the last answer alone"),
+        ({"chosen": OPENAI, "rejected": OPENAI[1:]}, "differ only in the last completion"),
         ({"prompt": "Hello", "ranking": "Hi!"}, "ranking is not a list"),
     ],
 )
@@ -310,7 +316,7 @@ def test_no_question_is_on_both_sides():
     assert len(train) + len(validation) == len(conversations)
     assert 0.05 < len(validation) / len(conversations) < 0.2
     assert not {item.prompt for item in train} & {item.prompt for item in validation}
-    with pytest.raises(UserError, match="the only question"):
+    with pytest.raises(UserError, match="the only first user message"):
         hold_out([Conversation(HELLO, "a"), Conversation(HELLO[1:], "b")], 0.5)
 
 
@@ -338,7 +344,7 @@ def test_random_answers_are_never_true_ones():
         assert not true & set(ranking.answers[1:])
     assert rankings == random_rankings(conversations, 2, seed=0)
     assert rankings != random_rankings(conversations, 2, seed=1)
-    with pytest.raises(UserError, match=r"line 0 has fewer than chat\.random_answers=3"):
+    with pytest.raises(UserError, match=r"line 0: other conversations have fewer than chat\.random_answers=3"):
         random_rankings(conversations, 3, seed=0)
     assert {ranking.levels for ranking in rankings} == {(1, 2, 2)}, "of random answers none is better than another"
 
@@ -370,5 +376,5 @@ def test_random_answers_are_of_other_conversations():
                 assert sorted(ranking.answers[1:]) in (["d", "e"], ["a", "d"], ["a", "e"])
     drawn = {ranking.answers for seed in range(20) for ranking in random_rankings(conversations, 2, seed)}
     assert len(drawn) > 20, "each is drawn anew"
-    with pytest.raises(UserError, match=r"^q has fewer than chat\.random_answers=3 answers of other conversations"):
+    with pytest.raises(UserError, match=r"^q: other conversations have fewer than chat\.random_answers=3 completions"):
         random_rankings(conversations, 3, seed=0)

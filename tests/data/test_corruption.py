@@ -60,7 +60,7 @@ def test_a_file_that_vanishes_is_an_error_or_left_out(damaged):
 
 def test_where_all_is_damaged_nothing_is_trained(tmp_path):
     (tmp_path / "a.jsonl").write_text("no\nJSON\n")
-    with pytest.raises(UserError, match=r"has no text: .* 2 were left out as damaged"):
+    with pytest.raises(UserError, match=r"has no text: .* 2 were skipped as damaged"):
         list(open_source(f"jsonl:{tmp_path}/a.jsonl", on_corrupt="skip").documents())
 
 

@@ -79,7 +79,7 @@ def test_the_names_of_choices_win_over_their_numbers(write):
         path = write("a.jsonl", {"question": "Two?", "choices": choices, "answerKey": label})
         assert fields(read_rows(f"jsonl:{path}", "multiple_choice"))[0]["label"] == index
     path = write("a.jsonl", {"question": "Two?", "choices": ["3", "2", "1"], "answer": "2"})
-    with pytest.raises(UserError, match="the text of one of its choices and the number of another"):
+    with pytest.raises(UserError, match="the text of one choice and the index of another"):
         read_rows(f"jsonl:{path}", "multiple_choice")
 
 
@@ -269,7 +269,7 @@ MISTAKES = {
     ),
     "same names": (
         "csv", "classification", {}, "text,text\na,1\n",
-        r":1 names two columns alike: text, text$",
+        r":1 has a duplicate column name: text, text$",
     ),
     "only a header": (
         "csv", "classification", {}, "text,label\n",
@@ -325,7 +325,7 @@ MISTAKES = {
     ),
     "two choices": (
         "csv", "multiple_choice", {"choices": "a,b"}, "context,a,b,label\nx,1,0,0\n",
-        r":2: label '0' is the text of one of its choices and the number of another$",
+        r":2: label '0' is the text of one choice and the index of another$",
     ),
     "choices": (
         "csv", "multiple_choice", {}, "context,choices,label\nx,y,0\n",
@@ -342,7 +342,7 @@ MISTAKES = {
     "no answer": (
         "jsonl", "question_answering", {},
         '{"context": "a", "question": "b", "answers": {"text": [], "answer_start": []}}',
-        r":1: answers needs one text and one start or more, and as many of each$",
+        r":1: answers needs one or more texts, and a start for each$",
     ),
     "answers": (
         "jsonl", "question_answering", {}, '{"context": "a", "question": "b", "answers": "a"}',
@@ -370,5 +370,5 @@ def test_every_kth_row_is_held_out():
     assert [row.fields["text"] for row in validation] == ["9", "19"]
     assert sorted(train + validation, key=rows.index) == rows
     assert [len(part) for part in split_rows(rows[:2], 0.1)] == [1, 1]
-    with pytest.raises(UserError, match=r"^a\.csv:0 is the only row, of which none can be held out"):
+    with pytest.raises(UserError, match=r"^a\.csv:0 is the only row, so none can be held out"):
         split_rows(rows[:1], 0.1)

@@ -255,7 +255,7 @@ def test_single_document_is_enough(tmp_path: Path) -> None:
 
 
 def test_corpus_shorter_than_a_context(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"has 4 training tokens, less than one context of 32.*model\.context_length"):
+    with pytest.raises(UserError, match=r"has 4 training tokens, fewer than one context of 32.*model\.context_length"):
         open_corpus(bytes_config(tmp_path, ["abc", "def"]), context_length=32, seed=0)
 
 

@@ -71,7 +71,7 @@ def test_the_first_line_tells_the_delimiter_of_a_csv(write, content, text):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('text,label\n"a \\"b\\" c",pos\n', r"a\.csv:2 is malformed: .*: within quotation marks write each .* twice"),
+        ('text,label\n"a \\"b\\" c",pos\n', r"a\.csv:2 is malformed: .*: double each quotation mark"),
         ('text,label\n"a", "pos"\n', r"a\.csv:2 has a blank between ',' and a quotation mark"),
         ("text,label\ra,pos\r", r"a\.csv:1 is malformed: a carriage return alone ends a line"),
         ("text;label\na;b;c\n", r"a\.csv:2 has 3 cells, but there are 2 columns, with ';' between them"),
@@ -215,7 +215,7 @@ def test_brown_words_without_a_tag(write, tmp_path):
         ("csv:", "write csv:GLOB"),
         ("tweets:all", "write tweets$"),
         ("tfds:glue/sst2#sentence", r"write tfds:NAME\[@SPLIT\]$"),
-        ("text:a.txt", "^unknown source 'text:a.txt' of labelled rows: known are tweets, hironsan, csv:GLOB, "),
+        ("text:a.txt", "^unknown source 'text:a.txt' of labelled rows: known sources are tweets, hironsan, csv:GLOB, "),
         ("csv:/nowhere/*.csv", r"^no file matches '/nowhere/\*\.csv'$"),
         ("brown:/nowhere", "no file matches"),
         ("folders:/nowhere", "no file matches"),

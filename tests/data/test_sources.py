@@ -147,9 +147,12 @@ def test_bad_json_lines(tmp_path, line, message):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("jsonll:x", r"unknown source 'jsonll:x': did you mean 'jsonl'\? Known are text:GLOB, jsonl:GLOB\[#FIELD\], "),
+        (
+            "jsonll:x",
+            r"unknown source 'jsonll:x': did you mean 'jsonl'\? Known sources are text:GLOB, jsonl:GLOB\[#FIELD\], ",
+        ),
         (__file__, r"did you mean 'text:.*test_sources\.py'\?"),
-        ("qqqq", r"unknown source 'qqqq': Known are text:GLOB, .*, sotu, shakespeare"),
+        ("qqqq", r"unknown source 'qqqq': Known sources are text:GLOB, .*, sotu, shakespeare"),
         ("text:", r"malformed source 'text:': write text:GLOB"),
         ("jsonl:", r"malformed source 'jsonl:': write jsonl:GLOB\[#FIELD\]"),
         ("jsonl:#body", r"no file matches ''"),

@@ -13,7 +13,7 @@ from gptjax.config import TaskConfig, UserError
 from gptjax.data import sources, tokenizers
 from gptjax.data.labelled import Row, read_rows
 from gptjax.data.task_inputs import (
-    Encoded,
+    EncodedRow,
     balanced_weights,
     check_labels,
     decode_spans,
@@ -47,7 +47,9 @@ def rows_of(*fields: dict) -> list[Row]:
     return [Row(f, f"rows.csv:{line}") for line, f in enumerate(fields, start=2)]
 
 
-def encoded(kind: str, *fields: dict, labels: tuple[str, ...] = (), context_length: int = 64, **task) -> list[Encoded]:
+def encoded(
+    kind: str, *fields: dict, labels: tuple[str, ...] = (), context_length: int = 64, **task
+) -> list[EncodedRow]:
     rows = rows_of(*fields)
     return encode(rows, TaskConfig(kind=kind, **task), labels, BytesTokenizer(), context_length)
 
@@ -58,7 +60,7 @@ def shown(sequence: np.ndarray) -> str:
     return "".join(names.get(token) or chr(token) for token in sequence.tolist())
 
 
-def sequences(examples: list[Encoded]) -> list[list[str]]:
+def sequences(examples: list[EncodedRow]) -> list[list[str]]:
     return [[shown(sequence) for sequence in example.sequences] for example in examples]
 
 
@@ -76,9 +78,9 @@ def test_labels_are_those_of_the_rows_sorted_or_the_given_ones() -> None:
 @pytest.mark.parametrize(
     ("kind", "given_labels", "message"),
     [
-        ("classification", ("good", "fine"), r"^rows\.csv:3: unknown label 'bad': known are good, fine$"),
+        ("classification", ("good", "fine"), r"^rows\.csv:3: unknown label 'bad': known labels are good, fine$"),
         ("classification", ("good", "good", "bad"), r"^task\.labels=.* has a label twice$"),
-        ("multiple_choice", ("good",), r"^task\.labels=.* is not for task\.kind=multiple_choice"),
+        ("multiple_choice", ("good",), r"^task\.labels=.* does not apply to task\.kind=multiple_choice"),
     ],
 )
 def test_labels_that_do_not_fit(kind: str, given_labels: tuple[str, ...], message: str) -> None:
@@ -97,7 +99,7 @@ def test_a_file_of_one_class() -> None:
 
 def test_an_unknown_tag_of_a_validation_row() -> None:
     rows = rows_of({"tokens": ["a", "b"], "tags": ["O", "B-X"]})
-    with pytest.raises(UserError, match=r"^rows\.csv:2: unknown label 'B-X': known are O, B-Y$"):
+    with pytest.raises(UserError, match=r"^rows\.csv:2: unknown label 'B-X': known labels are O, B-Y$"):
         check_labels(rows, ("O", "B-Y"))
     with pytest.raises(UserError, match=r"^rows\.csv:2: unknown label 'B-X'"):
         encode(rows, TaskConfig(kind="tagging"), ("O", "B-Y"), BytesTokenizer(), 16)
@@ -268,7 +270,7 @@ def test_a_word_that_the_tokenizer_reads_nothing_of_has_a_tag(get: Callable[[str
 # --- question answering -----------------------------------------------------------------------------------------------
 
 
-def scores_of(example: Encoded) -> tuple[np.ndarray, np.ndarray]:
+def scores_of(example: EncodedRow) -> tuple[np.ndarray, np.ndarray]:
     """What a model that is sure of the targets says, with padding behind."""
     starts, stops = np.full((2, len(example.sequences[0]) + 3), -20.0)
     starts[example.targets["starts"]] = stops[example.targets["stops"]] = -0.1
@@ -360,5 +362,5 @@ def test_the_best_answer_is_that_of_trying_all(length: int, longest: int, seed: 
 
 def test_a_context_that_the_tokenizer_reads_nothing_of(get: Callable[[str], Tokenizer]) -> None:
     rows = rows_of({"context": "\x00", "question": "q"})
-    with pytest.raises(UserError, match=r"^rows\.csv:2: the tokenizer reads nothing of its context$"):
+    with pytest.raises(UserError, match=r"^rows\.csv:2: the tokenizer encodes its context to no tokens$"):
         encode(rows, TaskConfig(kind="question_answering"), (), get("gpt1_bpe:1000"), 16)

@@ -75,7 +75,7 @@ def test_the_oldest_turns_are_left_out_and_the_system_message_never(form):
         kept = form.encode([SYSTEM, *turns], room)
         assert len(kept) <= room
         assert any(kept.tokens.tolist() == form.encode([SYSTEM, *turns[2 * i :]]).tokens.tolist() for i in range(4))
-    with pytest.raises(TooLongError, match=f"here: its last exchange has {len(last)} tokens, and {len(last) - 1} have"):
+    with pytest.raises(TooLongError, match=f"here: its last exchange has {len(last)} tokens, but {len(last) - 1} fit"):
         form.encode([SYSTEM, *turns], len(last) - 1, place="here")
     asked = turns[:-1]
     assert len(form.encode_prompt(asked, 40)) <= 40
@@ -89,7 +89,7 @@ def test_a_tokenizer_without_an_end_of_text():
     form = ChatFormat(TEMPLATES["chatml"], Bare())
     assert form.encode([ASK, SAY]).tokens.tolist() == [256, *b"user\nHi", 257, 10, 256, *b"assistant\nYo", 257]
     assert form.decode(form.encode_answer("Yo")) == "Yo"
-    with pytest.raises(UserError, match=r"^the chat template has <\|endoftext\|>, and this tokenizer does not"):
+    with pytest.raises(UserError, match=r"^the chat template has <\|endoftext\|>, but this tokenizer does not"):
         ChatFormat(TEMPLATES["plain"], Bare())
 
 
@@ -105,5 +105,5 @@ def test_custom_formats():
     assert (form.end_of_turn, form.vocab_size) == (260, 261)
     with pytest.raises(UserError, match=r"does not have one \{content\}"):
         Template("", "{content}", "{content}<|end|>")
-    with pytest.raises(UserError, match="no special token right behind"):
+    with pytest.raises(UserError, match="no special token right after"):
         Template("{content}", "{content}", "{content}\n<|end|>")

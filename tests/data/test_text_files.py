@@ -39,7 +39,7 @@ def test_utf16_of_either_byte_order_and_what_is_not_utf16(tmp_path):
         path.write_bytes(mark + "ä🙂".encode(encoding))
         assert read(f"text:{path}") == ["ä🙂"]
         path.write_bytes(mark + "ab".encode(encoding) + b"c")
-        with pytest.raises(UserError, match=rf"{path} begins as UTF-16, but is not at byte 6: convert it$"):
+        with pytest.raises(UserError, match=rf"{path} begins as UTF-16, but is invalid at byte 6: convert it$"):
             read(f"text:{path}")
 
 
@@ -75,7 +75,7 @@ def test_every_compression_is_known_in_any_case(tmp_path, suffix, compress):
 @pytest.mark.parametrize("name", ["a.zip", "a.tar.gz", "a.TGZ", "a.parquet"])
 def test_archives_are_refused_by_name(tmp_path, name):
     (tmp_path / name).write_bytes(b"anything")
-    with pytest.raises(UserError, match=rf"{name} is a \.\w+ file, which is not read: unpack it"):
+    with pytest.raises(UserError, match=rf"{name} is a \.\w+ file, which is not supported: unpack it"):
         open_source(f"text:{tmp_path}/{name}")
 
 

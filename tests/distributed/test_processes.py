@@ -88,7 +88,7 @@ def test_slurm_gives_the_place(monkeypatch):
 
 def test_a_job_that_jax_does_not_understand_names_the_flags(monkeypatch):
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"process of the Open MPI job this is .* --coordinator_address=HOST:PORT"):
+    with pytest.raises(UserError, match=r"rank of this process in the Open MPI job .* --coordinator_address=HOST:PORT"):
         processes.detected_place()
 
 
@@ -115,7 +115,7 @@ def test_process_0_out_of_reach():
 
 
 def test_a_process_that_does_not_come():
-    with pytest.raises(UserError, match=r"process 1, 2 of 3 did not come within 0\.5 s"):
+    with pytest.raises(UserError, match=r"process 1, 2 of 3 did not connect within 0\.5 s"):
         peers.Peers("127.0.0.1", free_port(), 0, 3, timeout=0.5)
 
 
@@ -130,9 +130,9 @@ def test_a_port_that_is_taken():
 @pytest.mark.parametrize(
     ("hellos", "words"),
     [
-        ([{"gptjax": 1, "of": 4}], "--num_processes=4 in process 1, and 3 in process 0"),
-        ([{"gptjax": 1, "of": 3}, {"gptjax": 1, "of": 3}], "two processes with --process_id=1"),
-        (["GET / HTTP/1.1", {"gptjax": 0, "of": 3}], "two processes with --process_id=0"),
+        ([{"gptjax": 1, "of": 4}], "--num_processes=4 in process 1, but 3 in process 0"),
+        ([{"gptjax": 1, "of": 3}, {"gptjax": 1, "of": 3}], "two processes have --process_id=1"),
+        (["GET / HTTP/1.1", {"gptjax": 0, "of": 3}], "two processes have --process_id=0"),
     ],
 )
 def test_processes_that_do_not_fit_are_told_so(hellos, words):
@@ -160,7 +160,7 @@ def test_a_stranger_without_the_token_takes_no_place(given):
         target=lambda: made.update({0: peers.Peers("127.0.0.1", port, 0, 2, timeout=20, token="secret")})
     )
     first.start()
-    with pytest.raises(UserError, match="GPTJAX_JOB_TOKEN is not that of process 0: set the same in all"):
+    with pytest.raises(UserError, match="GPTJAX_JOB_TOKEN differs from that of process 0: set the same in all"):
         peers.Peers("127.0.0.1", port, 1, 2, timeout=20, token=given)
     made[1] = peers.Peers("127.0.0.1", port, 1, 2, timeout=20, token="secret")
     first.join()
@@ -180,7 +180,7 @@ def test_a_stranger_does_not_pass_for_process_0():
 
         thread = threading.Thread(target=answer)
         thread.start()
-        with pytest.raises(UserError, match="another program answers there"):
+        with pytest.raises(UserError, match="another program listens on that port"):
             peers.Peers("127.0.0.1", port, 1, 2, timeout=10, token="secret")
         thread.join()
     assert "secret" not in str(seen)
@@ -195,7 +195,7 @@ def test_refused_connections_are_counted_when_a_process_does_not_come():
 
     thread = threading.Thread(target=come)
     thread.start()
-    with pytest.raises(UserError, match="1 connections had another GPTJAX_JOB_TOKEN"):
+    with pytest.raises(UserError, match="1 connections had a different GPTJAX_JOB_TOKEN"):
         peers.Peers("127.0.0.1", port, 0, 2, timeout=2, token="secret")
     thread.join()
 
@@ -235,7 +235,7 @@ def test_what_is_no_process_0_is_one_line(sent):
 
         thread = threading.Thread(target=answer)
         thread.start()
-        with pytest.raises(UserError, match="another program answers there"):
+        with pytest.raises(UserError, match="another program listens on that port"):
             peers.Peers("127.0.0.1", server.getsockname()[1], 1, 2, timeout=10)
         thread.join()
 
@@ -259,7 +259,7 @@ NO_MESSAGES = {
     "no object": b"[1]\n",
     "unknown": b'{"x": 1}\n',
     "another type": b'{"stop": 1, "code": "x"}\n',
-    "not asked for": b'{"passed": 1}\n',
+    "unrequested": b'{"passed": 1}\n',
     "of the other side": b'{"freeze": true, "decision": [1, "x"]}\n',
     "two values at once": b'{"value": 1}\n{"value": 1}\n{"value": 1}\n',
 }
@@ -279,7 +279,7 @@ def is_lost(child: subprocess.Popen[str], other: int) -> None:
         child.kill()
     assert child.returncode == peers.FAILED
     (message,) = [line for line in err.splitlines() if line]
-    assert message.startswith(f"error: process {other} is gone")
+    assert message.startswith(f"error: process {other} died")
     assert "run the same command again in all processes" in message
 
 
@@ -316,7 +316,7 @@ def test_a_line_without_end_is_no_message(monkeypatch):
         process._listen(1)
         with pytest.raises(ValueError, match="too many to exchange"):
             process._send(1, {"value": "x" * 1000})
-    assert "is gone in the middle of a message" in ended[0][0]
+    assert "(malformed or truncated message" in ended[0][0]
 
 
 def test_a_relay_outlives_a_connection_that_fails(monkeypatch):
@@ -354,8 +354,8 @@ def test_alone_everything_is_agreed(tmp_path):
 
 def test_what_differs_is_named(monkeypatch):
     monkeypatch.setattr(processes, "gather", lambda _: [{"a": 1, "b": 2}, {"a": 1, "b": 2}, {"a": 1, "b": 3}])
-    with pytest.raises(UserError, match=r"^process 2 has b=3, process 0 has b=2: mend it$"):
-        processes.check_same({}, "mend it")
+    with pytest.raises(UserError, match=r"^process 2 has b=3, process 0 has b=2: fix it$"):
+        processes.check_same({}, "fix it")
 
 
 def test_a_directory_that_cannot_be_written(tmp_path, monkeypatch):

@@ -131,7 +131,7 @@ def test_fields_are_those_of_the_dataset(name, tmp_path):
 
 def test_a_split_without_labels_is_named(records, monkeypatch):
     monkeypatch.setitem(RECORDS, "piqa", {**RECORDS["piqa"], "label": np.int64(-1)})
-    with pytest.raises(UserError, match="example 0 of tfds:piqa@validation has no answer among its choices"):
+    with pytest.raises(UserError, match="example 0 of tfds:piqa@validation has no label"):
         read_benchmark("piqa", 0)
 
 

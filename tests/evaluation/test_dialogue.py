@@ -1,4 +1,4 @@
-"""Answers to conversations beside the answers that are there: each number against one worked by hand."""
+"""Metrics of dialogue completions against references, each compared with a value computed by hand."""
 
 import dataclasses
 import json
@@ -14,8 +14,8 @@ from gptjax.data.conversations import Conversation, Message, Prompt, prompts, re
 from gptjax.data.templates import TEMPLATES, ChatFormat, chat_format
 from gptjax.data.tokenizers import BytesTokenizer
 from gptjax.evaluation import dialogue
-from gptjax.evaluation.dialogue import Answer, Rewards, dialogue_task, read_prompts, reward
-from gptjax.evaluation.run import Options, evaluate
+from gptjax.evaluation.dialogue import DialogueCompletion, Rewards, dialogue_task, read_prompts, reward
+from gptjax.evaluation.run_tasks import Options, evaluate
 from gptjax.evaluation.scoring import Score, Scorer
 from gptjax.inference.engine import Engine
 from gptjax.inference.sampling import Sampling
@@ -88,7 +88,7 @@ def test_what_is_too_long_loses_turns_or_is_left_out():
         assert text.endswith(asked)
     assert [len(request.tokens) <= context + 1 for request in task.requests] == [True] * 3
     assert dialogue_task(several, PLAIN, context, limit=1).settings["prompts"] == 1
-    with pytest.raises(UserError, match=r"no prompt has room beside its answer: here: its last exchange"):
+    with pytest.raises(UserError, match=r"no prompt fits into the context together with its completion: here: its"):
         dialogue_task(several[2:4], PLAIN, context)
     with pytest.raises(UserError, match=r"max_new_tokens=70 leaves no room"):
         dialogue_task(several, PLAIN, context, max_new_tokens=context)
@@ -115,8 +115,11 @@ def test_metrics_by_hand():
     several = [prompt("q", "the cat sat on the mat"), prompt("q", "no")]
     task = dialogue_task(several, PLAIN, 200)
     scores = [Score(-23.0, 23, False), Score(-6.0, 3, False)]
-    answers = [Answer("the cat sat on the rug", 22, True), Answer("the cat", 50, False)]
-    found, signature = task.metrics(scores, answers, Rewards(np.array([1.0, 2.0]), np.array([1.0, 5.0])))
+    completions = [
+        DialogueCompletion("the cat sat on the rug", 22, True),
+        DialogueCompletion("the cat", 50, False),
+    ]
+    found, signature = task.metrics(scores, completions, Rewards(np.array([1.0, 2.0]), np.array([1.0, 5.0])))
     assert {name: measured.n for name, measured in found.items()} == dict.fromkeys(found, 2)
     values = {name: measured.value for name, measured in found.items()}
     # Words: 5 + 0 of 6 + 2 are the reference's, pairs 4 of 6, triples 3 of 4, quadruples 2 of 3; longer than 7 words.
@@ -137,18 +140,28 @@ def test_metrics_by_hand():
             "win_rate": 0.25,
         }
     )
-    assert "win_rate" not in task.metrics(scores, answers)[0]
+    assert "win_rate" not in task.metrics(scores, completions)[0]
 
 
-def test_rewards_of_answers_and_references_are_kept_apart():
+def test_a_truncated_completion_loses_whatever_its_reward():
+    task = dialogue_task([prompt(text, "yes") for text in "abcd"], PLAIN, 200)
+    scores = [Score(-1.0, 4, False)] * 4
+    completions = [DialogueCompletion("no", 2, ended) for ended in (True, False, False, True)]
+    rewards = Rewards(np.array([2.0, 9.0, 1.0, 1.0]), np.ones(4))  # wins, cut off, cut off, ties
+    assert rewards.wins([completion.ended for completion in completions]).tolist() == [1.0, 0.0, 0.0, 0.5]
+    metrics, _ = task.metrics(scores, completions, rewards)
+    assert (metrics["win_rate"].value, metrics["win_rate"].n, metrics["ended"].value) == (0.375, 4, 0.5)
+
+
+def test_rewards_of_completions_and_references_are_kept_apart():
     several, asked = [prompt("a", "xx"), prompt("b", "y"), prompt("c", "zzz")], []
 
     def score(pairs):
         asked.extend(pairs)
         return [len(text) for _, text in pairs]
 
-    found = reward(score, several, [Answer(text, 0, True) for text in ("xxx", "y", "")])
-    assert found.wins.tolist() == [1.0, 0.5, 0.0]
+    found = reward(score, several, [DialogueCompletion(text, 0, True) for text in ("xxx", "y", "")])
+    assert found.wins([True] * 3).tolist() == [1.0, 0.5, 0.0]
     assert {(messages[0].content, text) for messages, text in asked} == {
         *(("a", "xxx"), ("b", "y"), ("c", "")),
         *(("a", "xx"), ("b", "y"), ("c", "zzz")),
@@ -189,30 +202,30 @@ def test_an_evaluation_end_to_end(sft, reward_model, tmp_path, capsys):
         tokens += len(targets)
     assert any(record["ended"] for record in records)
     assert entry["metrics"]["nats_per_token"]["value"] == pytest.approx(nats / tokens, rel=1e-5)
-    wins = [(np.sign(r["reward"] - r["reference_reward"]) + 1) / 2 for r in records]
+    wins = [r["ended"] * (np.sign(r["reward"] - r["reference_reward"]) + 1) / 2 for r in records]
     assert entry["metrics"]["win_rate"]["value"] == pytest.approx(np.mean(wins))
     assert (entry["prompts"], entry["left_out"], entry["max_new_tokens"]) == (5, 0, 6)
     assert entry["reward_model"] == str(reward_model)
     out = capsys.readouterr().out
-    assert f"the answers are in {tmp_path / 'report.answers.jsonl'}" in out
+    assert f"the completions are in {tmp_path / 'report.answers.jsonl'}" in out
     assert "bleu_signature nrefs:1" in out
     assert json.loads(output.read_text())["results"] == json.loads(json.dumps(report["results"]))
 
 
-def test_a_stopped_evaluation_goes_on(sft, tmp_path, monkeypatch):
+def test_a_stopped_evaluation_resumes(sft, tmp_path, monkeypatch):
     options = Options(tasks=("dialogue",), source=f"jsonl:{sft.parent / 'sft.jsonl'}", limit=7, batch_size=2)
     whole = evaluate(sft, dataclasses.replace(options, output=tmp_path / "whole.json"))
     for path in (sft / "evaluation" / "scores").glob("*answers*"):
         path.unlink()
-    answer, left = dialogue.DialogueTask.answers, [3]
+    complete, left = dialogue.DialogueTask.complete, [3]
 
-    def answers(*args):
+    def limited(*args):
         if left[0] == 0:
             raise KeyboardInterrupt
         left[0] -= 1
-        return answer(*args)
+        return complete(*args)
 
-    monkeypatch.setattr(dialogue.DialogueTask, "answers", answers)
+    monkeypatch.setattr(dialogue.DialogueTask, "complete", limited)
     with pytest.raises(KeyboardInterrupt):
         evaluate(sft, dataclasses.replace(options, output=tmp_path / "cut.json"))
     left[0] = 1  # of the four batches
@@ -226,7 +239,7 @@ def test_a_stopped_evaluation_goes_on(sft, tmp_path, monkeypatch):
 def test_stages_that_do_not_answer(reward_model, sft):
     with pytest.raises(UserError, match="is of stage reward: --tasks=dialogue is for stages sft, dpo, ppo, grpo"):
         evaluate(reward_model, Options(tasks=("dialogue",)))
-    with pytest.raises(UserError, match="is of stage sft: rewards are what a run of stage reward has learned"):
+    with pytest.raises(UserError, match="is of stage sft: a reward model is a run of stage reward"):
         evaluate(sft, Options(tasks=("dialogue",), held_out=True, reward_model=sft))
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gptjax.evaluation import run
-from gptjax.evaluation.run import Options, evaluate
+from gptjax.evaluation import run_tasks
+from gptjax.evaluation.run_tasks import Options, evaluate
 from gptjax.evaluation.scoring import Request, Scorer, encode_pair
 from tests.commands import run_command
 
@@ -123,7 +123,7 @@ def test_nothing_is_scored_twice(workdir, files, monkeypatch):
 
 
 def test_numbers_that_json_cannot_hold():
-    assert run._json(run.Measurement(math.inf, math.nan, 2)) == {"value": None, "stderr": None, "n": 2}
+    assert run_tasks._json(run_tasks.Measurement(math.inf, math.nan, 2)) == {"value": None, "stderr": None, "n": 2}
 
 
 @pytest.mark.parametrize(

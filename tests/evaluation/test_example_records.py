@@ -124,7 +124,7 @@ def test_a_damaged_record_is_named(tiny, tmp_path):
     score_resumably(tmp_path, "task", Scorer(tiny.model, tiny.params), 7, requests)
     (path,) = tmp_path.iterdir()
     path.write_text("garbage\n" + path.read_text())
-    with pytest.raises(UserError, match=r"jsonl:1 is not a record of a score"):
+    with pytest.raises(UserError, match=r"jsonl:1 is not a valid record"):
         score_resumably(tmp_path, "task", Scorer(tiny.model, tiny.params), 7, requests)
 
 

@@ -75,7 +75,7 @@ def test_generation_stops_and_keeps_the_end_of_long_contexts(adapter, tiny):
     assert texts[1:] == [adapter.generate_until([asked(*pair)])[0] for pair in (("a", short), ("b", settings))]
     first = expected[0]
     assert adapter.generate_until([asked(context, {**settings, "until": [first]})]) == [""]
-    with pytest.raises(UserError, match="generates 24 tokens, and the model's context has 24"):
+    with pytest.raises(UserError, match="generates 24 tokens, but the model's context has 24"):
         adapter.generate_until([asked(context, {**settings, "max_gen_toks": 24})])
 
 

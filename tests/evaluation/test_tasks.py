@@ -9,8 +9,8 @@ from gptjax.config import UserError
 from gptjax.data.tokenizers import BytesTokenizer
 from gptjax.evaluation.scoring import Score
 from gptjax.evaluation.tasks import (
-    Example,
     Examples,
+    TaskExample,
     as_blank,
     both_contexts,
     choices,
@@ -77,10 +77,10 @@ def test_the_forms_of_a_task_file(tmp_path):
         ('{"context": "a", "continuation": " "}', '"continuation" must be a string that is not empty'),
         ('{"choices": ["a"], "answer": 0}', "at least two strings"),
         ('{"choices": ["a", ""], "answer": 0}', "at least two strings"),
-        ('{"choices": ["a", "b"]}', '"answer" must be one of the choices or its place, 0 to 1, not None'),
+        ('{"choices": ["a", "b"]}', '"answer" must be one of the choices or its index, 0 to 1, not None'),
         ('{"choices": ["a", "b"], "answer": 2}', "0 to 1, not 2"),
         ('{"choices": ["a", "b"], "answer": true}', "not True"),
-        ('{"question": "who?", "choices": ["a", "b"], "answer": 0}', "must have XXXXX in it, once"),
+        ('{"question": "who?", "choices": ["a", "b"], "answer": 0}', "must contain XXXXX exactly once"),
     ],
 )
 def test_a_bad_line_is_named(line, message, tmp_path):
@@ -101,7 +101,7 @@ def test_lines_to_show_are_not_asked(tmp_path):
 
 
 def test_a_file_with_nothing_to_ask(tmp_path):
-    with pytest.raises(UserError, match="no example to ask"):
+    with pytest.raises(UserError, match="no example to evaluate"):
         read_examples(write(tmp_path / "task.jsonl", {"text": "only shown", "split": "fewshot"}))
     with pytest.raises(UserError, match=r"cannot read .*none\.jsonl: No such file"):
         read_examples(tmp_path / "none.jsonl")
@@ -148,7 +148,7 @@ def test_winograd_schemas_score_what_follows_the_choice():
 
 
 def numbered(n, word="example"):
-    return [Example(((f"{word} {i} is", f" {i}"),)) for i in range(n)]
+    return [TaskExample(((f"{word} {i} is", f" {i}"),)) for i in range(n)]
 
 
 def test_examples_shown_are_drawn_by_seed_and_place_and_never_the_one_asked():
@@ -184,7 +184,7 @@ def test_each_normalisation_can_choose_differently():
     alone = [Score(-5.0, 2, False), Score(-5.5, 5, False), Score(-3.5, 1, False), Score(-8.0, 3, False)]
 
     def right(answer):
-        moved = example_task(Examples([Example(example.options, answer, True)], []), BytesTokenizer())
+        moved = example_task(Examples([TaskExample(example.options, answer, True)], []), BytesTokenizer())
         return {name: measured.value for name, measured in moved.metrics(asked + alone).items()}
 
     names = ("accuracy", "accuracy_per_token", "accuracy_per_character", "accuracy_by_answer_prompt")

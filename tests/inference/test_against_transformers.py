@@ -158,7 +158,7 @@ def test_the_filters_are_the_same(sampling):
         seen_BV = np.zeros(logits_BV.shape, bool)
         np.put_along_axis(seen_BV, seen_BT, True, axis=1)
         logits_BV = penalise(logits_BV, seen_BV, np.float32(sampling.repetition_penalty))
-    logits_BC, token_BC = candidates(jnp.asarray(logits_BV), sampling.form, sampling.knobs)
+    logits_BC, token_BC = candidates(jnp.asarray(logits_BV), sampling.static, sampling.values)
     ours_BV = np.full(theirs_BV.shape, -np.inf, np.float32)
     tokens_BC = np.broadcast_to(np.arange(VOCABULARY), ours_BV.shape) if token_BC is None else np.asarray(token_BC)
     np.put_along_axis(ours_BV, tokens_BC, np.asarray(logits_BC), axis=1)

@@ -93,7 +93,7 @@ def test_regenerating_replaces_the_last_answer_alone(make_session):
     assert set(others) != {first}
     session.reset()
     assert session.turns == []
-    with pytest.raises(UserError, match="no answer yet"):
+    with pytest.raises(UserError, match="no completion to regenerate"):
         session.regenerate()
 
 
@@ -121,7 +121,7 @@ def test_what_is_saved_can_be_learned_from(make_session, tmp_path):
     assert [conversation.messages[0].content for conversation in said] == ["s", "s"]
     assert [conversation.messages[2].content for conversation in said] == ["é", "b"]
     session.turns[-1] = Message("assistant", " ")
-    with pytest.raises(UserError, match="an answer is empty"):
+    with pytest.raises(UserError, match="a completion is empty"):
         session.save(path)
 
 
@@ -159,7 +159,7 @@ def test_what_cannot_be_said_changes_nothing(make_session):
     session = make_session()
     session.reply("q1")
     before = session.turns
-    for text, message in ((" ", "an empty message"), ("x" * 40, "42 tokens, and 24 have room")):
+    for text, message in ((" ", "the message is empty"), ("x" * 40, "42 tokens, but 24 fit")):
         with pytest.raises(UserError, match=message):
             session.reply(text)
         assert session.turns == before

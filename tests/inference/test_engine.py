@@ -253,7 +253,7 @@ def test_a_text_and_its_tokens_are_one_prompt(engine, prompts, pieces, monkeypat
 
 def test_what_compiles_again_and_what_does_not(engine_of):
     def compiles(length: int, number: int, sampling: Sampling, prompts: int = 3) -> tuple[int, int]:
-        programs = programs_module.read_prompts, programs_module.draw_tokens
+        programs = programs_module.prefill_prompts, programs_module.decode_tokens
         before = [program._cache_size() for program in programs]
         engine_of("smallest").generate([np.zeros(length, int)] * prompts, number, sampling, ignore_end_of_text=True)
         return tuple(program._cache_size() - size for program, size in zip(programs, before, strict=True))

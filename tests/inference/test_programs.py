@@ -71,13 +71,13 @@ def test_an_end_at_the_first_token_stops_the_loop(engine_of, prompts):
 def test_as_few_calls_as_can_be(engine_of, prompts, monkeypatch, number):
     """The host waits for the device once a call."""
     calls = []
-    draw_tokens = programs.draw_tokens
+    decode_tokens = programs.decode_tokens
 
     def counted(*args):
         calls.append(int(args[4]))
-        return draw_tokens(*args)
+        return decode_tokens(*args)
 
-    monkeypatch.setattr("gptjax.inference.engine.draw_tokens", counted)
+    monkeypatch.setattr("gptjax.inference.engine.decode_tokens", counted)
     window = 16  # that a context of 32 slides by
     tokens_NB, _ = drawn(engine_of("dense"), [np.arange(1, window)], number, GREEDY, overflow="slide")
     assert len(tokens_NB) == number
@@ -96,7 +96,7 @@ def test_new_parameters_of_a_new_engine_compile_nothing(engine_of, model_of, pro
         return [completion.tokens.tolist() for completion in completions]
 
     first = generate(1.0)
-    sizes = [program._cache_size() for program in (programs.read_prompts, programs.draw_tokens)]
+    sizes = [program._cache_size() for program in (programs.prefill_prompts, programs.decode_tokens)]
     assert generate(1.5) != first
     assert generate(1.0) == first
-    assert [program._cache_size() for program in (programs.read_prompts, programs.draw_tokens)] == sizes
+    assert [program._cache_size() for program in (programs.prefill_prompts, programs.decode_tokens)] == sizes

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from gptjax.config import UserError
-from gptjax.inference.sampling import Sampling, candidates, likeliest, needed, penalise, sample
+from gptjax.inference.sampling import Sampling, candidates, likeliest, penalise, sample, top_p_mask
 
 V = 9
 # Distinct by at least a hundredth: which of equals are kept is nobody's promise.
@@ -44,7 +44,7 @@ def defined(logits_V: np.ndarray, sampling: Sampling) -> np.ndarray:
 
 def filtered(logits_V: np.ndarray, sampling: Sampling) -> np.ndarray:
     """The same by the library."""
-    logits_BC, token_BC = candidates(jnp.asarray(logits_V)[None], sampling.form, sampling.knobs)
+    logits_BC, token_BC = candidates(jnp.asarray(logits_V)[None], sampling.static, sampling.values)
     probs_V = np.zeros(len(logits_V))
     tokens_C = np.arange(len(logits_V)) if token_BC is None else np.asarray(token_BC)[0]
     probs_V[tokens_C] = jax.nn.softmax(logits_BC[0])
@@ -126,7 +126,7 @@ def test_draws_are_distributed_as_the_filters_leave_it(sampling):
     number = 20_000
     logits_V = np.random.default_rng(0).normal(size=12).astype(np.float32)
     expected_V = defined(logits_V, sampling)
-    counts_V = np.bincount(draw(logits_V, sampling.knobs, sampling.form, number), minlength=12)
+    counts_V = np.bincount(draw(logits_V, sampling.values, sampling.static, number), minlength=12)
     assert not counts_V[expected_V == 0].any()
     kept = expected_V > 0
     assert stats.chisquare(counts_V[kept], number * expected_V[kept]).pvalue > 1e-3
@@ -136,7 +136,7 @@ def test_draws_with_a_repetition_penalty_are_distributed_so():
     logits_V = np.array([1.0, 0.5, -0.5, 0.0], np.float32)
     sampling = Sampling(repetition_penalty=2.0)
     counts_V = np.bincount(
-        draw(logits_V, sampling.knobs, sampling.form, 20_000, jnp.array([True, False, True, False])), minlength=4
+        draw(logits_V, sampling.values, sampling.static, 20_000, jnp.array([True, False, True, False])), minlength=4
     )
     expected_V = softmax(np.array([0.5, 0.5, -1.0, 0.0]))
     assert stats.chisquare(counts_V, 20_000 * expected_V).pvalue > 1e-3
@@ -145,22 +145,22 @@ def test_draws_with_a_repetition_penalty_are_distributed_so():
 def test_temperature_0_is_greedy_and_knows_no_filter_but_the_penalty():
     logits_V = np.array([1.0, 3.0, 2.5, -1.0], np.float32)
     greedy = Sampling(temperature=0, top_k=2, top_p=0.9, min_p=0.5)
-    assert set(np.asarray(draw(logits_V, greedy.knobs, greedy.form, 50)).tolist()) == {1}
+    assert set(np.asarray(draw(logits_V, greedy.values, greedy.static, 50)).tolist()) == {1}
     penalised = Sampling(temperature=0, repetition_penalty=2.0)
     seen_V = jnp.array([False, True, False, False])
-    assert set(np.asarray(draw(logits_V, penalised.knobs, penalised.form, 50, seen_V)).tolist()) == {2}
+    assert set(np.asarray(draw(logits_V, penalised.values, penalised.static, 50, seen_V)).tolist()) == {2}
 
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-45, 1e-300])  # a normal float32, subnormal ones, and 0
 def test_a_tiny_temperature_is_greedy(temperature):
     logits_V = np.array([-3.0, -1.0, -1.0625, -7.0], np.float32)
     for sampling in (Sampling(temperature), Sampling(temperature, top_k=3, top_p=0.9, min_p=0.1)):
-        assert set(np.asarray(draw(logits_V, sampling.knobs, sampling.form, 50)).tolist()) == {1}
+        assert set(np.asarray(draw(logits_V, sampling.values, sampling.static, 50)).tolist()) == {1}
 
 
 def test_an_enormous_temperature_is_uniform():
     sampling = Sampling(1e300)
-    logits_BC, _ = candidates(jnp.array([[3.0, -50.0, 1e4]]), sampling.form, sampling.knobs)
+    logits_BC, _ = candidates(jnp.array([[3.0, -50.0, 1e4]]), sampling.static, sampling.values)
     np.testing.assert_allclose(jax.nn.softmax(logits_BC), np.full((1, 3), 1 / 3), rtol=1e-6)
 
 
@@ -168,7 +168,7 @@ def test_an_extreme_repetition_penalty_leaves_numbers():
     logits_V, seen_V = np.array([1.0, 3.0, 2.5, -1.0], np.float32), jnp.array([True, True, False, False])
     for penalty, expected in ((1e-300, {0, 1}), (1e300, {2})):
         sampling = Sampling(1e-3, repetition_penalty=penalty)
-        assert set(np.asarray(draw(logits_V, sampling.knobs, sampling.form, 50, seen_V)).tolist()) <= expected
+        assert set(np.asarray(draw(logits_V, sampling.values, sampling.static, 50, seen_V)).tolist()) <= expected
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_needed_are_the_likeliest_of_a_sorted_vocabulary():
             probs_BV = np.asarray(jax.nn.softmax(jnp.asarray(logits_BV)), np.float64)
             falling_BV = -np.sort(-probs_BV, axis=-1)
             number_B = np.sum(np.cumsum(falling_BV, axis=-1) - falling_BV < top_p, axis=-1)
-            kept_BV = np.asarray(needed(jnp.asarray(logits_BV), np.float32(top_p)))
+            kept_BV = np.asarray(top_p_mask(jnp.asarray(logits_BV), np.float32(top_p)))
             np.testing.assert_allclose(kept_BV.sum(axis=-1), number_B, atol=1)  # float32 sums
             for kept_V, logits_V in zip(kept_BV, logits_BV, strict=True):
                 assert logits_V[kept_V].min() > logits_V[~kept_V].max()
@@ -218,7 +218,7 @@ def test_draws_are_those_of_jax(sampling):
     """A seed goes on meaning the same completion."""
     logits_BV = jax.random.normal(jax.random.key(1), (16, 301))
     keys_B = jax.random.split(jax.random.key(2), 16)
-    logits_BC, token_BC = candidates(logits_BV, sampling.form, sampling.knobs)
+    logits_BC, token_BC = candidates(logits_BV, sampling.static, sampling.values)
     drawn_B = jax.vmap(jax.random.categorical)(keys_B, logits_BC)
     expected_B = drawn_B if token_BC is None else jnp.take_along_axis(token_BC, drawn_B[:, None], axis=1)[:, 0]
-    np.testing.assert_array_equal(sample(logits_BV, None, keys_B, sampling.form, sampling.knobs), expected_B)
+    np.testing.assert_array_equal(sample(logits_BV, None, keys_B, sampling.static, sampling.values), expected_B)

@@ -69,18 +69,18 @@ C_FC = "transformer.h.1.mlp.c_fc.weight"
         ({"add_cross_attention": True}, "add_cross_attention=true is not supported: only false"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings=false is not supported: only true"),
         ({"quantization_config": {"bits": 4}}, r"quantization_config=.*4.* is not supported: only null"),
-        ({"auto_map": {"AutoModelForCausalLM": "code.Model"}}, "auto_map names model code of its own"),
+        ({"auto_map": {"AutoModelForCausalLM": "code.Model"}}, "auto_map names custom model code"),
         ({"activation_function": "mish"}, "activation_function='mish' is not supported: one of gelu_new"),
         ({"n_layer": "3"}, 'n_layer="3" is not of type int'),
         ({"n_layer": True}, "n_layer=true is not of type int"),
         ({"n_head": 5}, "num_heads=5 does not divide"),
-        ({"n_layer": 4}, r"lacks the tensor h\.3\.\S+ \[.*its config\.json \(gpt2, 4 layers\) asks for"),
+        ({"n_layer": 4}, r"lacks the tensor h\.3\.\S+ \[.*its config\.json \(gpt2, 4 layers\) requires"),
         (
             {"n_layer": 2},
             r"has the tensor h\.2\.\S+ \[.*no place in a gpt2 of 2 layers",
         ),
-        ({"vocab_size": 264}, r"the tensor wte\.weight has shape \[263, 12\], but config.json asks for \[264, 12\]"),
-        ({"n_positions": 14}, r"the tensor wpe\.weight has shape \[13, 12\], but config.json asks for \[14, 12\]"),
+        ({"vocab_size": 264}, r"the tensor wte\.weight has shape \[263, 12\], but config.json requires \[264, 12\]"),
+        ({"n_positions": 14}, r"the tensor wpe\.weight has shape \[13, 12\], but config.json requires \[14, 12\]"),
     ],
 )
 def test_configs(source, changes, match):
@@ -117,7 +117,7 @@ def test_config_files(source, content):
     [
         (lambda t: t.pop(C_FC), r"source lacks the tensor h\.1\.mlp\.c_fc\.weight \[12, 48\]"),
         (lambda t: t.update(score=np.zeros((2, 12), np.float32)), r"model\.safetensors has the tensor score \[2, 12\]"),
-        (lambda t: t.update({C_FC: t[C_FC].T.copy()}), r"c_fc\.weight has shape \[48, 12\], but .* for \[12, 48\]"),
+        (lambda t: t.update({C_FC: t[C_FC].T.copy()}), r"c_fc\.weight has shape \[48, 12\], .* requires \[12, 48\]"),
         (
             lambda t: t.update({"wte.weight": t["transformer.wte.weight"]}),
             r"wte\.weight twice, with and without 'transf",
@@ -199,30 +199,30 @@ def test_indices(source):
             good["weight_map"] | {"transformer.wte.weight": file},
             r"transformer\.wte\.weight in .* not the name of a file",
         )
-    refused_with(good["weight_map"] | {"other": first}, rf"{first} lacks the tensor other, which .*index\.json says")
+    refused_with(good["weight_map"] | {"other": first}, rf"{first} lacks the tensor other, which .*index\.json lists")
     refused_with({}, r"source lacks the tensor")
     refused_with([], r"cannot read .*index\.json")
     without = {name: file for name, file in good["weight_map"].items() if name != "transformer.h.0.ln_1.bias"}
-    refused_with(without, r"has the tensor transformer\.h\.0\.ln_1\.bias, which .*index\.json does not say is there")
+    refused_with(without, r"has the tensor transformer\.h\.0\.ln_1\.bias, which .*index\.json does not list for it")
     index.write_text(json.dumps(good))
     (source / last).unlink()
-    refused(source, rf"{last} is missing, which model\.safetensors\.index\.json names")
+    refused(source, rf"{last}, named in model\.safetensors\.index\.json, is missing")
 
 
 def test_pickles(source):
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
-    refused(source, r"its pytorch_model\.bin is not read, as a pickle can run any code: convert it, .*save_pretrained")
+    refused(source, r"its pytorch_model\.bin is not read, as a pickle .* convert it .*save_pretrained")
     (source / "pytorch_model.bin").unlink()
     refused(source, r"has neither model\.safetensors nor model\.safetensors\.index\.json")
 
 
 def test_tokenizers(source):
-    with pytest.raises(UserError, match=r"source has no tokenizer\.json, and .* by --tokenizer=gpt2, or json:PATH"):
+    with pytest.raises(UserError, match=r"neither tokenizer\.json nor .* --tokenizer=gpt2 or --tokenizer=json:PATH"):
         import_workdir(str(source), source.parent / "run")
     refused(
-        source, "the tokenizer has 50257 tokens, and the model in .*source a vocab_size of only 263", tokenizer="gpt2"
+        source, "the tokenizer has 50257 tokens, but the model in .*source a vocab_size of only 263", tokenizer="gpt2"
     )
-    refused(source, "--tokenizer=bpe:4096 is one to be trained", tokenizer="bpe:4096")
+    refused(source, "--tokenizer=bpe:4096 is a tokenizer to train", tokenizer="bpe:4096")
     refused(source, "unknown tokenizer 'gpt9'", tokenizer="gpt9")
 
 

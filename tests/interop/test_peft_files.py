@@ -172,10 +172,10 @@ def test_half_precision_and_other_prefixes(tmp_path):
         ({"of_tomorrow": 1}, "of_tomorrow=1 is not supported"),
         ({"bias": "all"}, 'bias="all" is not supported'),
         ({"init_lora_weights": "pissa"}, 'init_lora_weights="pissa" is not supported'),
-        ({"r": 0}, "r=0, .* cannot be"),
-        ({"r": True}, "r=True, .* cannot be"),
-        ({"lora_alpha": None}, "lora_alpha=None .* cannot be"),
-        ({"r": 4}, r"c_proj.lora_A.weight has shape \[3, 12\], but r=4 and the model ask for \[4, 12\]"),
+        ({"r": 0}, "r=0, .* are out of range"),
+        ({"r": True}, "r=True, .* are out of range"),
+        ({"lora_alpha": None}, "lora_alpha=None .* are out of range"),
+        ({"r": 4}, r"c_proj.lora_A.weight has shape \[3, 12\], but r=4 and the model require \[4, 12\]"),
     ],
 )
 def test_configs_that_are_not_plain_lora(changes, message, tmp_path):
@@ -200,11 +200,11 @@ def test_tensors_that_do_not_fit(tmp_path):
 
     cases = {
         r"lacks the tensor h.1.mlp.c_fc.lora_B.weight \[48, 3\]": without(b),
-        "LoRA beside h.1.mlp.c_fc.weight of other layers and not of this one": without(a, b),
+        "has no LoRA for h.1.mlp.c_fc.weight, but for the same kernel of other layers": without(a, b),
         r"c_fc.lora_A.weight has shape \[12, 3\]": tensors | {a: tensors[a].T},
         "has the tensor .*lora_embedding_A, which is not LoRA on a kernel": tensors
         | {"base_model.model.transformer.wte.lora_embedding_A": tensors[a]},
-        "h.2.mlp.c_fc.lora_A, which is beside no kernel": tensors | {a.replace("h.1", "h.2"): tensors[a]},
+        "h.2.mlp.c_fc.lora_A, but the model has no such kernel": tensors | {a.replace("h.1", "h.2"): tensors[a]},
         "c_fc.lora_A.weight has values that are not finite": tensors | {a: np.full_like(tensors[a], np.nan)},
         "c_fc twice, with and without": tensors | {a.replace("transformer.", ""): tensors[a]},
         "has no tensors": {},
@@ -214,7 +214,7 @@ def test_tensors_that_do_not_fit(tmp_path):
 
 
 def test_files_that_are_not_there(tmp_path):
-    refused(tmp_path, "is no directory of PEFT: it has no adapter_config.json")
+    refused(tmp_path, "is not a PEFT directory: it has no adapter_config.json")
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     refused(tmp_path, "has no adapter_model.safetensors, and pickled weights are not read")
     (tmp_path / "adapter_model.bin").write_bytes(b"pickle")
@@ -227,7 +227,7 @@ def test_what_cannot_be_written(tmp_path):
     leaves = draw(LORA, GPT2)
     for model, wrong, message in (
         (GPT2, leaves | {"head": {"linear": {"bias": np.zeros(2)}}}, "head/linear/bias is not of LoRA"),
-        (GPT2, {}, "nothing is no LoRA"),
+        (GPT2, {}, "the empty tree is not a LoRA matrix"),
         (dataclasses.replace(GPT2, qkv_bias=False), leaves, "no Hugging Face family has"),
     ):
         with pytest.raises(UserError, match=message):

@@ -22,7 +22,7 @@ def test_a_killed_process_ends_the_others(processes, reason, where, wait):
     assert results[where].returncode == -9
     other = results[1 - where]
     assert other.returncode == 1
-    assert reason(other).startswith(f"error: process {where} is gone")
+    assert reason(other).startswith(f"error: process {where} died")
     assert GOES_ON in reason(other)
     assert "JAX distributed service" not in other.stderr  # which says it in its own way, at length
 

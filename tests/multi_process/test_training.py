@@ -166,7 +166,7 @@ def test_a_workdir_that_is_not_shared_is_named_in_both(runs, processes, reason):
     results = processes("-m", "gptjax.main", *command, "--workdir=run", cwd=cwd).wait()
     assert [result.returncode for result in results] == [2, 2]
     for result in results:
-        assert "run of process 1 is not the directory that process 0 has there" in reason(result)
+        assert "run of process 1 is not the same directory as in process 0" in reason(result)
     assert not list(runs.directory.glob("machine*/run/*"))
 
 
@@ -205,7 +205,7 @@ def test_signalled_and_killed_a_run_goes_on_as_if_undisturbed(runs, processes, r
     first.wait(60)
     result, _ = started.wait()
     assert result.returncode == 1
-    assert reason(result).startswith("error: process 1 is gone")
+    assert reason(result).startswith("error: process 1 died")
 
     steps = newest() + 3
     under_way = [start(disturbed, steps), start(undisturbed, steps)]

@@ -19,7 +19,8 @@ from gptjax.stages import registry
 from gptjax.stages.builders import build
 from gptjax.stages.chat_data import rankings_of
 from gptjax.stages.registry import completed_config
-from gptjax.stages.start import load_parts, load_reward_weights, load_weights, start_state
+from gptjax.stages.saved_weights import load_parts, load_reward_weights, load_weights
+from gptjax.stages.start import start_state
 from gptjax.training.metrics_file import read_metrics
 from tests.tiny_chats import BATCH, STAGES_OF_CHAT, config_of
 from tests.tiny_tasks import CONTEXT, MODEL
@@ -106,7 +107,7 @@ def test_rewards_are_those_of_the_checkpoint_that_their_mean_was_measured_on(fin
         (workdir / "reward.json").write_text(json.dumps({"mean": 0.0, "step": best + 1}))
         assert bias() == (best + 1, pytest.approx(before[1] + scale["mean"] + 1, abs=1e-5))
         (workdir / "reward.json").write_text(json.dumps({"mean": 0.0, "step": best + 2}))
-        with pytest.raises(UserError, match=rf"was measured on checkpoint {best + 2}, which is gone"):
+        with pytest.raises(UserError, match=rf"was measured on checkpoint {best + 2}, which was deleted"):
             bias()
         (workdir / "reward.json").unlink()
         assert bias() == (best, pytest.approx(before[1] + scale["mean"], abs=1e-5))
@@ -249,7 +250,7 @@ def test_a_completion_that_is_too_long_is_named_or_skipped(finished, tmp_path):
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x" * CONTEXT}]
     path.write_text("\n".join([*lines, json.dumps({"messages": turns})]) + "\n")
     config = c.replace(config, {"data": {"source": f"jsonl:{path}"}})
-    with pytest.raises(UserError, match=r"long.jsonl:25: its last exchange has 36 tokens, and 32 have room"):
+    with pytest.raises(UserError, match=r"long.jsonl:25: its last exchange has 36 tokens, but 32 fit"):
         run(config, tmp_path / "error")
     mesh = make_mesh(c.MeshConfig())
     stages = [build(c.replace(config, {"chat": {"on_too_long": "skip"}}), mesh, None)]

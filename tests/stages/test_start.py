@@ -12,7 +12,7 @@ from gptjax.config import Config, UserError, read_config, replace, with_absolute
 from gptjax.models import peft
 from gptjax.parallel.mesh import make_mesh
 from gptjax.run import run
-from gptjax.stages import registry, start
+from gptjax.stages import registry, saved_weights, start
 from gptjax.stages.finetune.task_model import completed
 from gptjax.stages.trained_model import load_model
 from tests.tiny_tasks import LABELS, MODEL, run_config, save_pretrained, with_method
@@ -91,11 +91,13 @@ def test_weights_of_another_model_are_refused(config, changes, words, method):
 
 
 def test_training_may_choose_its_own_dropout_and_precision(config):
-    start._check_model(replace(config, {"model": {"residual_dropout": 0.1, "dtype": "bfloat16"}}), _given(config), "it")
+    saved_weights.check_model(
+        replace(config, {"model": {"residual_dropout": 0.1, "dtype": "bfloat16"}}), _given(config), "it"
+    )
 
 
 def _given(config: Config) -> Config:
-    return start.completed_config(Path(config.init_from))[0]
+    return saved_weights.completed_config(Path(config.init_from))[0]
 
 
 def test_a_run_from_relative_paths_is_read_from_any_folder(pretrained, tmp_path, monkeypatch):
@@ -142,7 +144,11 @@ def test_several_share_the_weights_that_they_start_from(config):
     with jax.set_mesh(mesh):
         for method in ("head", "lora"):
             parameters = registry.parameters(with_method(config, method))
-            bases.append(peft.flatten(start.given_base(parameters, start.load_given(parameters, mesh, loaded), mesh)))
+            bases.append(
+                peft.flatten(
+                    saved_weights.given_base(parameters, saved_weights.load_given(parameters, mesh, loaded), mesh)
+                )
+            )
     (weights,) = loaded.values()
     path = "layers/block_0/mlp/up/kernel"
     memory = {leaf[path].unsafe_buffer_pointer() for leaf in [*bases, peft.flatten(weights)]}

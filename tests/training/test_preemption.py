@@ -89,7 +89,7 @@ def test_signals_end_the_command_with_their_exit_codes(tiny, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
     assert process.returncode == 75, err
-    assert err.splitlines()[-1] == "stopped by SIGINT, with nothing to save: the same command starts again"
+    assert err.splitlines()[-1] == "stopped by SIGINT, with nothing to save: run the same command to start again"
 
 
 def test_a_second_signal_ends_the_command_at_once(tiny, tmp_path):

@@ -13,14 +13,14 @@ from jax.sharding import Mesh, PartitionSpec
 from gptjax.config import Config, TaskConfig, UserError
 from gptjax.data.buckets import Buckets
 from gptjax.data.labelled import Row
-from gptjax.data.task_inputs import Encoded, decode_spans, decode_tags, encode
+from gptjax.data.task_inputs import EncodedRow, decode_spans, decode_tags, encode
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.distributed import preemption
 from gptjax.metrics.task_reports import TaskReport, report
 from gptjax.parallel.mesh import batch_shards
 from gptjax.parallel.rows import global_array, process_rows
 from gptjax.stages.finetune.task_model import TaskModel
-from gptjax.stages.start import load_parts
+from gptjax.stages.saved_weights import load_parts
 from gptjax.stages.trained_model import predicting
 
 PREFETCH = 4  # microbatches
@@ -95,12 +95,12 @@ class Predictor:
             out_shardings=jax.NamedSharding(mesh, PartitionSpec()),
         )
 
-    def encode(self, rows: Sequence[Row]) -> list[Encoded]:
+    def encode(self, rows: Sequence[Row]) -> list[EncodedRow]:
         """Encodes rows as token sequences; raises as `task_inputs.encode`."""
         config = self._model.config
         return encode(rows, config.task, config.task.labels, self._tokenizer, config.model.context_length)
 
-    def __call__(self, params: Any, rows: Sequence[Row], encoded: Sequence[Encoded]) -> Predictions:
+    def __call__(self, params: Any, rows: Sequence[Row], encoded: Sequence[EncodedRow]) -> Predictions:
         """Predicts rows.
 
         Args:
@@ -134,7 +134,7 @@ class Predictor:
 
 
 def _decode(
-    task: TaskConfig, rows: Sequence[Row], encoded: Sequence[Encoded], outputs: Sequence[dict[str, Any]]
+    task: TaskConfig, rows: Sequence[Row], encoded: Sequence[EncodedRow], outputs: Sequence[dict[str, Any]]
 ) -> tuple[list[Any], list[dict[str, Any]]]:
     """Converts the model's outputs for examples to the values and details of `Predictions` for rows."""
     if task.kind == "tagging":

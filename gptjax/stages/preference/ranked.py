@@ -7,7 +7,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from gptjax.config import Config
-from gptjax.data.chat_batches import RankedAnswers, RankedSequences
+from gptjax.data.chat_batches import PackedRankings, RankedSequences
 from gptjax.data.conversations import Prompt, Ranking
 from gptjax.data.pipeline import Microbatch
 from gptjax.data.templates import TooLongError, answered
@@ -43,11 +43,11 @@ def build_ranked(
     data = open_chat(config, mesh, tokenizer, rankings_of)
     context, pack = data.config.model.context_length, data.config.chat.pack
     encoded = _encode(data, data.train)
-    train = RankedAnswers(encoded, context, pack=pack, seed=data.config.seed)
+    train = PackedRankings(encoded, context, pack=pack, seed=data.config.seed)
     # Each draw of random completions repeats the best ones.
     first_draw = encoded[: -(-len(encoded) // data.config.chat.random_draws)]
-    once = RankedAnswers(first_draw, context, pack=pack, seed=None)
-    validation = RankedAnswers(_encode(data, data.validation), context, pack=pack, seed=None)
+    once = PackedRankings(first_draw, context, pack=pack, seed=None)
+    validation = PackedRankings(_encode(data, data.validation), context, pack=pack, seed=None)
     tokens_per_epoch, tokens = positions(data.config, train)
     config = in_tokens(data.config, tokens_per_epoch)
     objective, size, read = define(config), config.sequences_per_microbatch, reader(config, mesh)

@@ -13,12 +13,12 @@ from jax.sharding import Mesh
 
 from gptjax.data.chat_batches import lay_out
 from gptjax.data.conversations import Message, Prompt
-from gptjax.data.templates import ChatFormat, Encoded, TooLongError, answered, chat_format
+from gptjax.data.templates import ChatFormat, EncodedConversation, TooLongError, answered, chat_format
 from gptjax.inference.engine import bucket, power_of_two
 from gptjax.parallel.mesh import batch_shards, constrain, use_mesh
 from gptjax.stages.preference.reward_model import RewardModel
 from gptjax.stages.registry import completed_config
-from gptjax.stages.start import load_reward_weights
+from gptjax.stages.saved_weights import load_reward_weights
 from gptjax.stages.trained_model import predicting
 
 
@@ -61,7 +61,7 @@ class RewardScorer:
             rewards[indices] = self._score([encoded[i] for i in indices])
         return rewards
 
-    def _encode(self, messages: Sequence[Message], text: str, ended: bool) -> tuple[Encoded, bool]:
+    def _encode(self, messages: Sequence[Message], text: str, ended: bool) -> tuple[EncodedConversation, bool]:
         """Returns a prompt with its completion, and whether the completion was truncated."""
         context = self._model.config.model.context_length
         completion = self._format.encode_answer(text)
@@ -73,7 +73,7 @@ class RewardScorer:
             prompt = self._format.encode_prompt(messages, context - 1, place="a prompt of the reward model")
             return answered(prompt, completion[: context - len(prompt)]), True
 
-    def _score(self, encoded: Sequence[Encoded]) -> npt.NDArray[np.float32]:
+    def _score(self, encoded: Sequence[EncodedConversation]) -> npt.NDArray[np.float32]:
         """Scores one batch, the longest sequence first; shapes are rounded up, so that few programs are compiled."""
         shards = batch_shards(self._mesh)
         rows = shards * power_of_two(-(-len(encoded) // shards))

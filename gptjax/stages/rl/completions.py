@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from gptjax.config import Config
 from gptjax.data.chat_batches import lay_out
 from gptjax.data.conversations import Prompt
-from gptjax.data.templates import Encoded, answered
+from gptjax.data.templates import EncodedConversation, answered
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.distributed import preemption, processes
 from gptjax.inference.engine import Completion, Engine
@@ -178,7 +178,7 @@ class CompletionSampler:
                 return completions, np.array(rewards)
         return completions, self._reward.rewards(texts, completions)
 
-    def _encoded(self, prompt: EncodedPrompt, completion: Completion) -> Encoded:
+    def _encoded(self, prompt: EncodedPrompt, completion: Completion) -> EncodedConversation:
         """Returns prompt and completion; the token that ended the completion is trained on as the others are."""
         end = [] if completion.end is None else [completion.end]
         return answered(prompt.tokens, np.append(completion.tokens, end).astype(np.int32))

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from gptjax.config import Config
 from gptjax.data.conversations import Prompt
-from gptjax.data.pipeline import Example
+from gptjax.data.pipeline import ExampleArrays
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.stages.chat_data import ChatData, fitting, open_chat, prompts_of
 from gptjax.stages.rl.completions import Arrays, Completions, CompletionSampler, EncodedPrompt
@@ -31,7 +31,7 @@ def build_rl(
     tokenizer: Tokenizer | None,
     define: Callable[[Config], Objective],
     loss_arrays: Callable[[Config, Completions], tuple[Arrays, dict[str, float]]],
-    text: Callable[[ChatData[Prompt]], Callable[[int, int], Example] | None] | None = None,
+    text: Callable[[ChatData[Prompt]], Callable[[int, int], ExampleArrays] | None] | None = None,
 ) -> Stage:
     """Builds the stage on `mesh`.
 

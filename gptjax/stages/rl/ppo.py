@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from gptjax.config import Config, UserError, read_config
 from gptjax.data import tokenizers
 from gptjax.data.conversations import Prompt
-from gptjax.data.pipeline import Example
+from gptjax.data.pipeline import ExampleArrays
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.losses import policy_gradient
 from gptjax.stages.chat_data import ChatData, pretraining_text
@@ -83,13 +83,13 @@ def loss_arrays(config: Config, completions: Completions) -> tuple[Arrays, dict[
     return {name: np.asarray(array) for name, array in arrays.items()}, metrics
 
 
-def _text(data: ChatData[Prompt]) -> Callable[[int, int], Example] | None:
+def _text(data: ChatData[Prompt]) -> Callable[[int, int], ExampleArrays] | None:
     """Returns the pretraining text, `ppo.pretraining_rows` rows for each prompt; None: PPO without text."""
     count, examples = data.config.ppo.pretraining_rows, pretraining_text(data)
     if examples is None:
         return None
 
-    def text(before: int, prompts: int) -> Example:
+    def text(before: int, prompts: int) -> ExampleArrays:
         rows = [examples[i] for i in range(before * count, (before + prompts) * count)]
         names = ("tokens", "targets", "weights")
         arrays = {f"text_{n}": np.stack([row[n] for row in rows]).reshape(prompts, count, -1) for n in names}

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from gptjax.config import Config, UserError
 from gptjax.data.chat_batches import Epochs
-from gptjax.data.pipeline import Example, Microbatch
+from gptjax.data.pipeline import ExampleArrays, Microbatch
 from gptjax.distributed import processes
 from gptjax.parallel.rows import process_rows
 from gptjax.stages.rl.completions import Arrays, Completions, CompletionSampler, EncodedPrompt
@@ -47,7 +47,7 @@ class Rollouts:
         sampler: CompletionSampler,
         prompts: Sequence[EncodedPrompt],
         loss_arrays: Callable[[Completions], tuple[Arrays, dict[str, float]]],
-        text: Callable[[int, int], Example] | None = None,
+        text: Callable[[int, int], ExampleArrays] | None = None,
     ) -> None:
         self._config, self._mesh, self._sampler, self._prompts = config, mesh, sampler, prompts
         self._loss_arrays, self._text = loss_arrays, text

@@ -15,14 +15,14 @@ import pytest
 from gptjax.config import Config, UserError, replace
 from gptjax.inference.engine import Engine
 from gptjax.inference.sampling import Sampling
-from gptjax.interop.huggingface import export_workdir, load_pretrained
+from gptjax.interop.huggingface import export_workdir
 from gptjax.models import peft
 from gptjax.models.gpt import GPT
 from gptjax.parallel.mesh import make_mesh
 from gptjax.run import run
 from gptjax.stages.builders import BUILDERS, build
 from gptjax.stages.finetune import build as finetune
-from gptjax.stages.start import load_parts
+from gptjax.stages.saved_weights import load_parts
 from gptjax.stages.trained_model import load_model
 from gptjax.training.metrics_file import read_metrics
 from tests.tiny_tasks import BATCH, KINDS, LABELS, run_config, save_pretrained, with_method
@@ -277,8 +277,8 @@ def test_merged_weights_give_the_logits_that_training_saw(trained, method):
     mesh, tokens_BT = make_mesh(load_model(workdir).config.mesh), np.arange(64).reshape(2, 32) * 4
     with jax.set_mesh(mesh):
         parts = load_parts(workdir, mesh)
-        config = parts.program.config
-        params = {**parts.program.join(parts.base, parts.trained)}
+        config = parts.parameters.config
+        params = {**parts.parameters.join(parts.base, parts.trained)}
         params.pop("head")
         with peft.applied(config.peft, deterministic=True):
             model = GPT(config.model)
@@ -292,18 +292,15 @@ def test_merged_weights_give_the_logits_that_training_saw(trained, method):
 
 
 @pytest.mark.parametrize("method", ["lora", "top_layers"])
-def test_what_a_method_leaves_is_a_plain_model(trained, method, tmp_path):
+def test_what_a_method_leaves_is_a_plain_model(trained, method):
     workdir = trained(method=method)
     model = load_model(workdir)
     assert model.head["linear"]["kernel"].shape == (16, 3)
     engine = Engine(model.model, model.params, model.tokenizer, model.mesh)
-    said = engine.generate([model.tokenizer.encode("good")], 4, Sampling(0.0), seeds=0, ignore_end_of_text=True)[0]
-    assert len(said.tokens) == 4
-    export_workdir(workdir, tmp_path / "hf")
-    exported, params = load_pretrained(tmp_path / "hf")
-    tokens_BT = np.arange(64).reshape(2, 32) * 4
-    both = [np.asarray(m.apply({"params": p}, tokens_BT)) for m, p in ((model.model, model.params), (exported, params))]
-    np.testing.assert_array_equal(*both)
+    (completion,) = engine.generate(
+        [model.tokenizer.encode("good")], 4, Sampling(0.0), seeds=0, ignore_end_of_text=True
+    )
+    assert len(completion.tokens) == 4
 
 
 def test_adapters_have_no_form_of_hugging_faces(trained, tmp_path):
@@ -317,11 +314,11 @@ def test_a_changed_base_is_refused(trained, config_of, tmp_path):
     workdir = shutil.copytree(trained(method="lora"), tmp_path / "run")
     config = json.loads((workdir / "config.json").read_text()) | {"init_from": str(other)}
     (workdir / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="put its init_from back") as error:
+    with pytest.raises(UserError, match="restore its init_from") as error:
         load_model(workdir)
     one_line(error, str(workdir), "are not what they were")
     moved = dataclasses.replace(config_of(method="lora"), init_from=str(other))
-    with pytest.raises(UserError, match="put its init_from back"):
+    with pytest.raises(UserError, match="restore its init_from"):
         run(moved, workdir)
     shutil.rmtree(other)
     with pytest.raises(UserError, match=f"{other} is not a workdir"):

@@ -12,7 +12,7 @@ from gptjax.training import loop
 from tests.commands import run_command
 from tests.tiny_tasks import run_config, with_method
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from gptjax import config as c
-from gptjax.data.chat_batches import RankedAnswers, RankedSequences
-from gptjax.data.templates import Encoded
+from gptjax.data.chat_batches import PackedRankings, RankedSequences
+from gptjax.data.templates import EncodedConversation
 from gptjax.losses.cross_entropy import cross_entropy, target_logprobs
 from gptjax.models.gpt import GPT, head_embedding, hidden_states
 from gptjax.stages.policy import REFERENCE
@@ -25,13 +25,13 @@ CONFIG = c.Config(stage="reward", model=MODEL.with_vocabulary(VOCAB), dpo=c.DPOC
 GENERATOR = np.random.default_rng(0)
 
 
-def completions(*lengths: int) -> list[Encoded]:
+def completions(*lengths: int) -> list[EncodedConversation]:
     """Completions of one prompt of three tokens."""
     prompt = GENERATOR.integers(0, VOCAB, 3)
     made = []
     for length in lengths:
         tokens = np.concatenate([prompt, GENERATOR.integers(0, VOCAB, length)]).astype(np.int32)
-        made.append(Encoded(tokens, np.arange(len(tokens)) >= 3))
+        made.append(EncodedConversation(tokens, np.arange(len(tokens)) >= 3))
     return made
 
 
@@ -46,9 +46,11 @@ PROMPTS = [
 LARGE = (completions(28, 29, 27), (1, 2, 3))
 
 
-def batch(prompts: list[tuple[list[Encoded], tuple[int, ...]]], *, pack: bool, full: int | None = None) -> dict:
+def batch(
+    prompts: list[tuple[list[EncodedConversation], tuple[int, ...]]], *, pack: bool, full: int | None = None
+) -> dict:
     """All prompts in one batch; `full` elements, the rest filled up with zeros."""
-    elements = RankedAnswers([RankedSequences(*prompt) for prompt in prompts], CONTEXT, pack=pack, seed=None)
+    elements = PackedRankings([RankedSequences(*prompt) for prompt in prompts], CONTEXT, pack=pack, seed=None)
     laid = [elements[i] for i in range(len(elements))]
     laid += [{name: np.zeros_like(a) for name, a in laid[0].items()}] * ((full or len(laid)) - len(laid))
     return {name: jnp.asarray(np.stack([arrays[name] for arrays in laid])) for name in laid[0]}
@@ -67,7 +69,7 @@ def params():
     return {**moved, "head": sampled["head"], REFERENCE: reference}
 
 
-def alone(params, sequence: Encoded) -> tuple[float, float]:
+def alone(params, sequence: EncodedConversation) -> tuple[float, float]:
     """The score of a sequence, and the log-probability of its completion, computed without any layout."""
     gpt, tokens_1T = GPT(CONFIG.model), jnp.asarray(sequence.tokens)[None]
     x_1TD = hidden_states(gpt, params, tokens_1T, deterministic=True)

@@ -10,7 +10,7 @@ import pytest
 
 from gptjax import config as c
 from gptjax.data.chat_batches import lay_out, rows_needed
-from gptjax.data.templates import Encoded
+from gptjax.data.templates import EncodedConversation
 from gptjax.losses import policy_gradient
 from gptjax.models.gpt import GPT, head_embedding, hidden_states
 from gptjax.models.heads import VALUE
@@ -27,14 +27,14 @@ GENERATOR = np.random.default_rng(0)
 PER_TOKEN = ("advantages", "returns", "old_logprobs", "reference_logprobs", "old_values")
 
 
-def completion(length: int) -> tuple[Encoded, dict[str, np.ndarray]]:
+def completion(length: int) -> tuple[EncodedConversation, dict[str, np.ndarray]]:
     """A prompt of three tokens with a completion, and random arrays of its tokens."""
     tokens = GENERATOR.integers(0, VOCAB, 3 + length).astype(np.int32)
     known = {name: GENERATOR.normal(0, 0.2, length).astype(np.float32) for name in PER_TOKEN}
     known["old_logprobs"] -= 3.5
     known["reference_logprobs"] -= 3.5
     known["weights"] = GENERATOR.random(length).astype(np.float32)
-    return Encoded(tokens, np.arange(len(tokens)) >= 3), known
+    return EncodedConversation(tokens, np.arange(len(tokens)) >= 3), known
 
 
 ELEMENTS = [[completion(5), completion(2), completion(7)], [completion(4), completion(9), completion(1)]]

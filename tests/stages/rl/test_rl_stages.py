@@ -25,7 +25,8 @@ from gptjax.run import run
 from gptjax.stages import registry
 from gptjax.stages.builders import build
 from gptjax.stages.preference.reward_scorer import check_prompts_fit, load_reward_model
-from gptjax.stages.start import load_parts, load_reward_weights, load_weights, start_state
+from gptjax.stages.saved_weights import load_parts, load_reward_weights, load_weights
+from gptjax.stages.start import start_state
 from gptjax.training import loop
 from gptjax.training.metrics_file import read_metrics
 from tests.tiny_chats import BATCH, config_of, rl_config

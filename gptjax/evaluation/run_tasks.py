@@ -1,4 +1,4 @@
-"""What `python -m gptjax.evaluate` does: each task read, scored resumably, reported."""
+"""Evaluation of a workdir on tasks: reads, scores and reports each task (`python -m gptjax.evaluate`)."""
 
 import dataclasses
 import importlib.metadata
@@ -35,7 +35,7 @@ PERPLEXITY, DIALOGUE = "perplexity", "dialogue"
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The command's flags but for the workdir; `gptjax/evaluate.py` says what they mean."""
+    """The flags of the command `gptjax/evaluate.py`, without the workdir."""
 
     tasks: tuple[str, ...]
     num_fewshot: int = 0
@@ -57,7 +57,7 @@ class Options:
 
 
 def check(options: Options) -> None:
-    """Raises UserError for what can be seen to be wrong before anything is read."""
+    """Raises UserError for invalid options, before anything is read."""
     if not options.tasks:
         raise UserError(
             "needs --tasks=NAME,...: " + ", ".join([PERPLEXITY, DIALOGUE, *BENCHMARKS]) + ", or a path ending in .jsonl"
@@ -69,7 +69,7 @@ def check(options: Options) -> None:
             raise UserError(f"there is no task file {name}")
     names = [_short(name, options) for name in dict.fromkeys(options.tasks)]
     if len(set(names)) < len(names):
-        raise UserError(f"--tasks={','.join(options.tasks)}: two files have the same name: evaluate them one by one")
+        raise UserError(f"--tasks={','.join(options.tasks)}: two files have the same name: evaluate them separately")
     if options.held_out and options.source is not None:
         raise UserError("--source and --held_out exclude each other: both say what perplexity and dialogue read")
     if options.source is not None and not {PERPLEXITY, DIALOGUE} & set(options.tasks):
@@ -89,10 +89,10 @@ def check(options: Options) -> None:
 
 
 def evaluate(workdir: Path, options: Options) -> dict[str, Any]:
-    """Evaluates the newest weights of a workdir, or those that `options` choose; prints and returns the report.
+    """Evaluates the newest weights of a workdir, or the chosen ones; prints, writes and returns the report.
 
     Raises:
-      UserError: see `check` and `load_model`; a task that cannot be read or does not fit the model.
+      UserError: see `check` and `load_model`; a task cannot be read or does not fit the model.
     """
     check(options)
     config = read_config(workdir)
@@ -104,14 +104,14 @@ def evaluate(workdir: Path, options: Options) -> dict[str, Any]:
     scorer = Scorer(trained.model, trained.params, trained.mesh, options.batch_size)
     directory = workdir / "evaluation"
     names = tuple(dict.fromkeys(options.tasks))
-    # All before any is scored, so that a bad task shows at once; process 0 first, which downloads for all.
+    # All tasks are read before any is scored, so that errors appear at once; process 0 first, which downloads.
     prepared = processes.first_then_others(lambda: [(name, _prepare(name, options, trained)) for name in names])
     score = _reward_score(options, trained)
-    results, answers = {}, list[dict[str, Any]]()
+    results, completions = {}, list[dict[str, Any]]()
     for name, task in prepared:
         short = _short(name, options)
         if isinstance(task, DialogueTask):
-            metrics, stated, answers = evaluate_dialogue(
+            metrics, stated, completions = evaluate_dialogue(
                 task, trained, scorer, directory / "scores", short, options.batch_size, score
             )
         else:
@@ -147,11 +147,11 @@ def evaluate(workdir: Path, options: Options) -> dict[str, Any]:
         _write(output, report)
     print(table(report))
     print(f"written to {output}")
-    if answers:
-        said = output.with_suffix(".answers.jsonl")
+    if completions:
+        path = output.with_suffix(".answers.jsonl")
         if processes.is_first():
-            write_predictions(said, answers)
-        print(f"the answers are in {said}")
+            write_predictions(path, completions)
+        print(f"the completions are in {path}")
     return report
 
 
@@ -211,7 +211,7 @@ def _prepare(name: str, options: Options, trained: TrainedModel) -> ExampleTask 
 
 
 def _reward_score(options: Options, trained: TrainedModel) -> RewardScore | None:
-    """What --reward_model says of answers."""
+    """Returns the reward function of --reward_model; None without one."""
     if options.reward_model is None:
         return None
     from gptjax.stages.preference.reward_scorer import load_reward_model
@@ -220,7 +220,7 @@ def _reward_score(options: Options, trained: TrainedModel) -> RewardScore | None
 
 
 def _short(name: str, options: Options) -> str:
-    """What the table calls a task."""
+    """Returns the name of a task in the table."""
     if name in (PERPLEXITY, DIALOGUE) and options.source is not None:
         return f"{name}:{options.source}"
     return Path(name).stem if name.endswith(".jsonl") else name
@@ -234,7 +234,7 @@ def _source(name: str, options: Options, config: Config) -> str | None:
 
 
 def _json(measured: Measurement) -> dict[str, float | None]:
-    """As JSON can hold it, which knows neither infinity nor NaN."""
+    """Returns the fields of a measurement, with None for infinity and NaN, which JSON lacks."""
     return {
         field: value if value is not None and math.isfinite(value) else None
         for field, value in measured._asdict().items()
@@ -249,7 +249,7 @@ def _write(path: Path, report: dict[str, Any]) -> None:
         raise UserError(f"cannot write --output={path}: {error.strerror}") from None
 
 
-# What the table says below the numbers, of what a task's entry has.
+# Keys of a task's entry that are printed below the table.
 _STATED = (
     *("num_fewshot", "fewshot_seed", "stride", "context_length", "concatenated", "first_token_scored"),
     *("documents", "tokens", "bytes", "detokenizer", "original_tokens", "detokenizer_restored_lines"),
@@ -259,7 +259,7 @@ _STATED = (
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report's numbers in columns, and what they depend on."""
+    """Formats the report's metrics as a table, with the settings of each task below."""
     rows = [("task", "metric", "value", "stderr", "n")]
     for name, entry in report["results"].items():
         for metric, measured in entry["metrics"].items():

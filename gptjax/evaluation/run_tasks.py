@@ -89,7 +89,9 @@ def check(options: Options) -> None:
 
 
 def evaluate(workdir: Path, options: Options) -> dict[str, Any]:
-    """Evaluates the newest weights of a workdir, or the chosen ones; prints, writes and returns the report.
+    """Evaluates the newest weights of a workdir, or those that `options` choose.
+
+    Prints a table, writes the report and returns it.
 
     Raises:
       UserError: see `check` and `load_model`; a task cannot be read or does not fit the model.

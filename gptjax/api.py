@@ -79,7 +79,7 @@ class LoadedModel:
         seed: int = 0,
         stop: Sequence[str] = (),
         overflow: Overflow = "error",
-    ) -> str | list[str]:
+    ) -> Any:
         """Generates a completion of the prompt, or of each of several.
 
         Args:
@@ -95,7 +95,7 @@ class LoadedModel:
           overflow: "slide" continues from the last half of the context where the text outgrows it.
 
         Returns:
-          The completions, without their prompts.
+          The completion without its prompt, a str; for a sequence of prompts a list of str.
 
         Raises:
           UserError: a prompt without room for a completion, or options out of range.

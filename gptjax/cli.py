@@ -77,7 +77,7 @@ def run(main: Callable[[], None], *, joins: bool = False) -> None:
     try:
         app.run(lambda _: checked(), flags_parser=lambda argv: _parse(argv, main, joins))
     except UserError as error:
-        message = escape_controls(str(error))  # also where stderr is a file: it is likely to be shown in a terminal
+        message = escape_controls(str(error))  # a file too is likely to be shown in a terminal
         if processes.is_one_of_several():
             processes.stop(message, STOPPED)
         print(f"error: {message}", file=sys.stderr, flush=True)
@@ -85,7 +85,7 @@ def run(main: Callable[[], None], *, joins: bool = False) -> None:
         os._exit(2)  # a failed save leaves threads behind that print tracebacks while the interpreter shuts down
     except PreemptedError as request:
         processes.finish()
-        print(f"stopped by {request}: the same command goes on from here", file=sys.stderr)
+        print(f"stopped by {request}: the same command resumes", file=sys.stderr)
         sys.exit(PREEMPTED)
     except KeyboardInterrupt:
         if processes.is_one_of_several():
@@ -111,12 +111,12 @@ def escape_controls(text: str) -> str:
 
 
 def protect_terminals() -> None:
-    """Makes stdout and stderr, each where it is a terminal, escape control characters; files and pipes get all text."""
+    """Makes stdout and stderr escape control characters where they are terminals, not where they are files or pipes."""
     if sys.stdout is not None and sys.stdout.isatty():
         sys.stdout = cast(TextIO, TerminalWriter(sys.stdout))
     if sys.stderr is not None and sys.stderr.isatty():
         sys.stderr = cast(TextIO, TerminalWriter(sys.stderr, bars=True))
-        logging.get_absl_handler().python_handler.setStream(sys.stderr)  # it keeps the stream that it began with
+        logging.get_absl_handler().python_handler.setStream(sys.stderr)  # it keeps the stream it was created with
 
 
 class TerminalWriter:
@@ -148,7 +148,7 @@ class TerminalWriter:
 
 
 def define_cache_dir() -> "flags.FlagHolder[str]":
-    """The flag --cache_dir of commands that read a workdir: its own config must not choose where programs come from."""
+    """Defines --cache_dir for commands that read a workdir, whose config must not choose where programs come from."""
     return flags.DEFINE_string(
         "cache_dir", DataConfig.cache_dir, "Directory of compiled programs, which only you may be able to write to."
     )
@@ -175,7 +175,7 @@ class CheckpointFlags:
 
 
 def output_file(flag: str, path: str) -> Path:
-    """The file that a flag names for output, symbolic links resolved, so that one is written through.
+    """Returns the output file that a flag names; symbolic links are resolved, so that their targets are written.
 
     Raises:
       UserError: it is a directory.
@@ -187,12 +187,12 @@ def output_file(flag: str, path: str) -> Path:
 
 
 def given_place() -> processes.Place | None:
-    """The place among several processes that the flags give; UserError when they contradict each other."""
+    """Returns the place among several processes that the flags give; UserError if they contradict each other."""
     return processes.given_place(COORDINATOR_ADDRESS.value, NUM_PROCESSES.value, PROCESS_ID.value)
 
 
 def join() -> None:
-    """Joins the other processes, if this is one of several: when the flags are checked, before JAX has devices.
+    """Joins the other processes if this is one of several; call it once the flags are checked, before JAX has devices.
 
     Raises:
       UserError: see `gptjax.distributed.processes`.
@@ -200,7 +200,7 @@ def join() -> None:
     place = given_place()
     if place is None and NUM_PROCESSES.value is None:
         place = processes.detected_place()
-    # Process 0 may call its own machine by another name; the config is compared key by key, when it is resolved.
+    # Process 0 may know its own machine by another name; configs are compared key by key once they are resolved.
     own = ("process_id", "coordinator_address", "config")
     present = (name for name in flags.FLAGS if flags.FLAGS[name].present)
     same = {f"--{name}": str(flags.FLAGS[name].value) for name in present if name.partition(".")[0] not in own}

@@ -8,12 +8,11 @@ python -m gptjax.evaluate --workdir=runs/gpt2 --tasks=perplexity --source=text:w
 python -m gptjax.evaluate --workdir=runs/sft --tasks=dialogue --held_out --reward_model=runs/reward
 
 A task is a benchmark of `gptjax/evaluation/catalogue.py` (read through tensorflow-datasets, downloaded on first use), a
-file of JSON lines (`gptjax/evaluation/tasks.py` shows its forms), `perplexity` or `dialogue`. Perplexity is that of the
-text that --source names in any of the forms of `data.source`, or with --held_out of the text that the run held out.
-Dialogue evaluates the completions of a chat model for the conversations that --source names, or with --held_out for
-those that its run held out (`gptjax/evaluation/dialogue.py` describes the metrics). The numbers go to stdout and, with
-all they depend on, to --output, and the completions to a file next to it. A stopped evaluation resumes when the same
-command is run again.
+file of JSON lines (formats: `gptjax/evaluation/tasks.py`), `perplexity` of the text named by --source in any form of
+`data.source`, or `dialogue`: completions by a chat model of the conversations named by --source. With --held_out both
+read what the run held out of its own data (metrics of dialogues: `gptjax/evaluation/dialogue.py`). The metrics are
+printed and, with all settings, written to --output, and completions to a file next to it. A stopped evaluation resumes
+when the same command is run again.
 """
 
 from typing import Any, cast

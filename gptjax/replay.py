@@ -1,4 +1,4 @@
-"""Computes a step again whose numbers were not finite, from the debug bundle that the run left.
+"""Recomputes a step whose numbers were not finite, from the debug bundle that the run saved.
 
 python -m gptjax.replay --bundle=runs/gpt2/debug/step_00000123
 python -m gptjax.replay --bundle=runs/gpt2/debug/step_00000123 --dtype=float32 --debug_nans
@@ -11,7 +11,7 @@ from gptjax.config import UserError, replace
 from gptjax.files import expand
 
 BUNDLE = flags.DEFINE_string("bundle", None, "Debug bundle: a directory WORKDIR/debug/step_....")
-DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of activations; as trained, if not given.")
+DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "The dtype of activations; default: as trained.")
 MESH = flags.DEFINE_string("mesh", "", "Devices by axis, such as fsdp=2,tensor=4; data takes what is left.")
 DEBUG_NANS = flags.DEFINE_bool("debug_nans", False, "Stop at the first operation that makes a NaN, with its traceback.")
 

@@ -15,6 +15,7 @@ GUIDES = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [*GUIDES, *sorted(path for path in (ROOT / "examples").iterdir() if path.is_file())]
 # Flags of other programs that the pages call.
 OTHERS = {
+    "help",  # of every command
     *("zone", "worker", "command", "accelerator-type", "version", "node-count", "implicit-dirs"),
     *("kill-on-bad-exit", "job-name", "nodes", "ntasks-per-node", "gres", "cpus-per-task", "time", "requeue"),
     *("open-mode", "output", "xla_force_host_platform_device_count", "xla_gpu_exclude_nondeterministic_ops"),

@@ -168,3 +168,23 @@ def test_a_bad_line_of_a_prompt_file_is_named(workdir, tmp_path):
     result = generate(workdir, f"--prompts={prompts}")
     assert result.returncode == 2
     assert f'{prompts}:2: a line must be an object with a text "prompt"' in result.stderr.decode()
+
+
+def test_an_empty_prompt_starts_a_document(workdir):
+    flags = (f"--workdir={workdir}", "--prompt=", "--temperature=0", "--ignore_end_of_text")
+    result = run_command("gptjax.generate", *flags)
+    assert result.returncode == 0, result.stderr
+    trained = load_model(workdir)
+    engine = Engine(trained.model, trained.params, trained.tokenizer, trained.mesh)
+    wanted = engine.generate([[trained.tokenizer.end_of_text]], 31, Sampling(0.0), ignore_end_of_text=True)[0]
+    assert result.stdout == wanted.text + "\n"
+
+
+@pytest.mark.parametrize("command", ["generate --prompt=x", "evaluate --tasks=perplexity", "convert --to_hf=out"])
+def test_the_checkpoint_to_read_can_be_chosen(workdir, command):
+    name, *flags = command.split()
+    result = run_command(f"gptjax.{name}", f"--workdir={workdir}", *flags, "--step=7")
+    assert result.returncode == 2
+    assert "there is no checkpoint 7 in" in result.stderr
+    both = run_command(f"gptjax.{name}", f"--workdir={workdir}", *flags, "--step=0", "--best")
+    assert both.stderr.splitlines()[-1] == "error: --step=0 and --best exclude each other"

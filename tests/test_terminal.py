@@ -30,7 +30,7 @@ EVIL, HARMLESS = "\x1b]0;title\x07\x9b2J\r\x7f\tx", b"\\u001b]0;title\\u0007\\u0
 
 def test_texts_and_errors_in_a_terminal(pretrained):
     shown = shown_in_a_terminal("-m", "gptjax.generate", f"--workdir={pretrained}", f"--prompt={EVIL}")
-    assert shown.startswith(HARMLESS)
+    assert HARMLESS in shown
     assert not re.search(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", shown)
     shown = shown_in_a_terminal("-m", "gptjax.generate", f"--workdir={pretrained}{EVIL}", "--prompt=x")
     assert shown.endswith(HARMLESS + b" is not a workdir: it has no config.json\r\n")

@@ -192,7 +192,7 @@ def import_workdir(
 
 
 def export_workdir(workdir: Path, directory: Path, *, best: bool = False, step: int | None = None) -> None:
-    """Writes the newest weights of a workdir as a Hugging Face directory (`save_pretrained`).
+    """Writes the newest, the best or the chosen weights of a workdir as a Hugging Face directory (`save_pretrained`).
 
     Low-rank matrices are merged. A fine-tuned task becomes the transformers class with its head (`interop.task_heads`)
     with the weights of the best checkpoint, as in `gptjax.predict`; its tokenizer adds the start, delimiter and extract

@@ -1,4 +1,4 @@
-"""Debug bundles: what a run that stops for numbers that are not finite leaves, to find out where they began.
+"""Debug bundles: what a run that stops because of non-finite numbers saves, to find out where they began.
 
 `<workdir>/debug/step_00000123/` has batch.npz, the (M, B, ...) arrays of the step's microbatches, and report.json, what
 `diagnose` finds in them. The parameters are those of checkpoint 123: a skipped update has changed nothing.
@@ -39,7 +39,7 @@ def save_bundle(workdir: Path, objective: Objective, state: TrainState, batch: B
 
 
 def load_bundle(directory: Path) -> tuple[int, dict[str, np.ndarray]]:
-    """The step of a bundle and the (M, B, ...) arrays of its microbatches; UserError when it cannot be read."""
+    """Returns the step of a bundle and the (M, B, ...) arrays of its microbatches; UserError if it cannot be read."""
     step = re.fullmatch(r"step_(\d+)", directory.name)
     if step is None:
         raise UserError(f"{directory} is not a debug bundle: give a directory such as WORKDIR/debug/step_00000123")
@@ -50,15 +50,15 @@ def load_bundle(directory: Path) -> tuple[int, dict[str, np.ndarray]]:
 
 
 def diagnose(objective: Objective, state: TrainState, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Computes the loss and the gradient of each microbatch (M, B, ...) again, with the dropout they had.
+    """Recomputes the loss and the gradient of each microbatch (M, B, ...), with the same dropout masks.
 
     Args:
-      state: after the step, the parameters being those before it.
+      state: after the step; its parameters are those before it, as the update was skipped.
 
     Returns:
-      What JSON can hold: `microbatches`, the loss (nats a target) and gradient norm of each; `worst`, the first of them
-      that is not finite, or else that of the largest norm; `norms` of that one: of each parameter, by layer, its own
-      norm, that of its gradient, and how many elements of that are not finite.
+      JSON-serialisable: `microbatches`, the loss (nats per target) and gradient norm of each; `worst`, the index of the
+      first that is not finite, or else of the one with the largest norm; `norms` of that one: for each parameter, by
+      layer, its norm, the norm of its gradient, and how many elements of the gradient are not finite.
     """
 
     @jax.jit

@@ -1,4 +1,4 @@
-"""What a loss says of batches that nothing is learned from."""
+"""Evaluates a loss on held-out batches."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ from gptjax.training.objective import Loss
 
 
 def perplexity(nats: float) -> float:
-    """Of a loss of so many nats a token."""
+    """The perplexity of a loss in nats per token: its exponential."""
     return math.exp(nats) if nats < 700 else math.inf
 
 
@@ -25,10 +25,11 @@ def held_out_means(
     mesh: Mesh,
     max_batches: int | None = None,
 ) -> Callable[[Any], dict[str, float]]:
-    """All parameters -> `loss` and what else the loss measures: means over the targets of the first `max_batches`.
+    """Returns a function from all parameters to the mean loss and the loss's other measures on held-out targets.
 
     Args:
-      read: the batches from the first on, of `batch_size` rows over all processes.
+      read: returns the batches, of `batch_size` rows over all processes, from the first one.
+      max_batches: evaluate only so many; None: all.
     """
     rows = process_rows(mesh, batch_size)
     sums_of = jax.jit(lambda params, batch: loss(params, batch, None))

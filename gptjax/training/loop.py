@@ -28,8 +28,8 @@ from gptjax.training.stage import Stage
 from gptjax.training.step import Stepper
 
 PROFILED_STEPS = range(5, 8)  # counted from the start of the process: the first ones compile and fill queues
-LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "mean_squared_error")  # of the validation's metrics
-MAX_REWINDS = 3  # to one checkpoint: more than that, and other data does not help
+LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "mean_squared_error")  # validation metrics
+MAX_REWINDS = 3  # to one checkpoint: after these, other data does not help
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +160,7 @@ class _Run:
 
     @property
     def tokens(self) -> int:
-        """Trained on so far."""
+        """Number of tokens trained on so far."""
         return self._stepper.tokens
 
     @property
@@ -189,7 +189,7 @@ class _Run:
         self._progress.say(text)
 
     def record(self, split: str, text: str | None = None, **values: float) -> None:
-        """Writes a record of this step, and a text; once for each step, whatever a resumed run repeats."""
+        """Writes a record of this step, and a text; once per step, even if a resumed run repeats the step."""
         self._progress.read()
         if self._writer is not None and not self._writer.has(self._stepper.step, split):
             self._writer.write(self._stepper.step, self.tokens, split, **values)
@@ -197,7 +197,7 @@ class _Run:
                 self._show(split, text)
 
     def _show(self, name: str, text: str) -> None:
-        """Writes a text to samples/ and to where the metrics are shown."""
+        """Writes a text to samples/ and to TensorBoard."""
         assert self._writer is not None
         directory = self.workdir / "samples"
         directory.mkdir(exist_ok=True)
@@ -208,7 +208,7 @@ class _Run:
     # --- what the loop does -------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Evaluates what the run starts from, unless that was done before it stopped."""
+        """Evaluates the initial parameters, unless that was done before the run stopped."""
         if self._stepper.step > 0:
             self.say(f"resuming from step {self._stepper.step}")
         if self._owes_evaluation:
@@ -240,11 +240,11 @@ class _Run:
         self._progress.read()
 
     def take_problem(self) -> LossSpike | NotFinite | None:
-        """What the metrics read so far reveal that the run must recover from."""
+        """Returns the problem in the metrics read so far that the run must recover from; None: there is none."""
         return self._progress.take_problem()
 
     def evaluate(self) -> None:
-        """Computes the held-out loss and a sample of the present weights (their average where there is one)."""
+        """Computes the held-out loss and a sample with the current weights, or their moving average if there is one."""
         self._owes_evaluation = True
         params, step = self.params, self._stepper.step
         self._validation = self.stage.evaluate(params)
@@ -262,7 +262,7 @@ class _Run:
         self._progress.restart_clock()
 
     def _score(self) -> float | None:
-        """The newest validation's `evaluation.metric`, the higher the better; None where it is not finite.
+        """Returns `evaluation.metric` of the last validation, negated where lower is better; None if it is not finite.
 
         Raises:
           UserError: the validation has no such metric.
@@ -276,10 +276,10 @@ class _Run:
         return -value if name in LOWER_IS_BETTER else value
 
     def save(self, *, evaluate: bool = True) -> None:
-        """Saves this step, once, with its held-out loss: the best checkpoint is kept along with the newest.
+        """Saves this step, once, with its held-out loss, by which the best checkpoint is kept besides the newest.
 
         Args:
-          evaluate: compute that loss where this step has none yet; a checkpoint without one is never the best.
+          evaluate: compute that loss if this step has none yet; a checkpoint without one is never the best.
         """
         step = self._stepper.step
         if evaluate and self._evaluated != step:
@@ -302,7 +302,7 @@ class _Run:
         self._progress.restart_clock()
 
     def recover(self, problem: LossSpike | NotFinite) -> None:
-        """Rewinds before a spike; raises UserError where the numbers are not finite."""
+        """Rewinds to before a spike; raises UserError if the numbers are not finite."""
         if isinstance(problem, LossSpike):
             self._rewind(problem)
         else:
@@ -339,7 +339,7 @@ class _Run:
             self._writer.write(step + 1, self.tokens, "rewind", spike_step=spike.step, **numbers)
 
     def _give_up(self, problem: NotFinite) -> NoReturn:
-        """Saves the run, and what is needed to find out why its numbers are not finite; raises UserError."""
+        """Saves the run and a debug bundle of the step whose numbers are not finite; raises UserError."""
         stepper = self._stepper
         bundle = save_bundle(self.workdir, self.stage.objective, stepper.state, stepper.batch, stepper.count)
         self.save(evaluate=False)

@@ -1,4 +1,4 @@
-"""Detects numbers that go wrong: updates skipped because they are not finite, and spikes of the loss."""
+"""Detects non-finite updates, which are skipped, and loss spikes."""
 
 import dataclasses
 import math
@@ -14,8 +14,8 @@ class LossSpike:
     """The loss of a step is far above the mean of the steps before.
 
     Attributes:
-      examples: trained on up to and including the step.
-      usual: the mean loss of the steps before.
+      examples: number trained on up to and including the step.
+      usual: mean loss of the steps before.
     """
 
     step: int
@@ -29,7 +29,7 @@ class LossSpike:
 
 @dataclasses.dataclass(frozen=True)
 class NotFinite:
-    """`stability.max_skipped_updates` updates in a row were skipped; the numbers are of the last."""
+    """`stability.max_skipped_updates` consecutive updates were skipped; the numbers are those of the last."""
 
     step: int
     loss: float
@@ -55,7 +55,7 @@ class LossMonitor:
         self._losses: deque[float] = deque(state["losses"], maxlen=config.spike_window)
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs to decide as if it had never stopped; JSON-serialisable."""
+        """Returns the JSON-serialisable state, with which a resumed run decides as if it had never stopped."""
         return {
             "skipped": self.skipped,
             "in_a_row": self._in_a_row,
@@ -71,7 +71,7 @@ class LossMonitor:
     def add(
         self, step: int, examples: int, loss: float, grad_norm: float, skipped: bool
     ) -> LossSpike | NotFinite | None:
-        """Takes the numbers of a step; returns what they reveal, a spike only at its first step."""
+        """Adds the numbers of a step; returns the problem they show, a spike only at its first step."""
         self._in_a_row = self._in_a_row + 1 if skipped else 0
         self.skipped += skipped
         if self._in_a_row >= self._config.max_skipped_updates:

@@ -1,4 +1,4 @@
-"""The metrics of a run: written as they come, and read back.
+"""Writes and reads the metrics of a run.
 
 `metrics.jsonl` is the record; TensorBoard and Weights & Biases are views of it. Its first line is {"run": {...}}, each
 later line one object: {"step": 10, "tokens": 5242880, "split": "train", "seconds": 61.5, "loss": 9.1, ...}. `seconds`
@@ -22,10 +22,10 @@ from gptjax.config import LoggingConfig, UserError
 from gptjax.files import write_whole
 
 METRICS_FILE = "metrics.jsonl"
-# That TensorBoard's thread may have yet to write. With its own 10, one that dies between `_tensorboard_lives` and the
-# values of a record leaves the run waiting without end for a place.
+# Size of the queue of TensorBoard's thread. With its default, 10, a thread that dies between `_tensorboard_lives` and
+# the values of a record leaves the run waiting forever for room in the queue.
 WAITING_EVENTS = 100_000
-CLOSING_SECONDS = 5  # that TensorBoard's file has to take what is left
+CLOSING_SECONDS = 5  # time for TensorBoard's thread to write its queue at the end
 _PLACE = {"step": int, "tokens": int, "split": str}  # in every record
 _WANDB_ID = re.compile(r"[\w-]{1,64}")
 
@@ -36,7 +36,7 @@ class MetricsWriter:
     Args:
       workdir: existing directory of the run; gets metrics.jsonl and, as `logging` says, tensorboard/ and wandb/.
       run: the header: what describes the run and does not change (versions, devices, config hash, parameters).
-      logging: which views to write besides metrics.jsonl.
+      logging: which views of metrics.jsonl to write.
       resume_step: the step that the run resumes from; records of later steps, and a last line that was cut off, are
         dropped. None: from scratch, all earlier records are dropped.
       callbacks: each is called with every record, once it is on disk.
@@ -93,7 +93,7 @@ class MetricsWriter:
         return self._last.get(split) == step
 
     def sync(self) -> None:
-        """Has the disk itself take all records, which so outlive a machine that loses power."""
+        """Flushes all records to the disk, so that they survive a power failure."""
         os.fsync(self._file.fileno())
 
     def write(self, step: int, tokens: int, split: str, **values: Any) -> None:
@@ -120,22 +120,22 @@ class MetricsWriter:
             callback(dict(record))
 
     def write_text(self, step: int, name: str, text: str) -> None:
-        """Shows `text`, such as a sample, in TensorBoard; metrics.jsonl holds numbers only."""
+        """Writes `text`, such as a sample, to TensorBoard; metrics.jsonl contains only numbers."""
         if self._tensorboard is not None and self._tensorboard_lives():
             # TensorBoard reads Markdown: a code block keeps the line breaks.
             self._tensorboard.add_text(name, "".join(f"    {line}\n" for line in text.splitlines()), step)
 
     def _tensorboard_lives(self) -> bool:
-        """Whether its thread does: one that died of a full disk would have all who write wait without end."""
+        """Whether its thread is alive: with one that died of a full disk, every write would wait forever."""
         events = self._tensorboard.file_writer.event_writer
         return events._worker is not None and events._worker.is_alive()
 
     def close(self) -> None:
-        """Flushes and closes all that is open; more than once does no harm."""
-        with suppress(OSError):  # each record was flushed; what a full disk did not take, it will not take now
+        """Flushes and closes all files; may be called more than once."""
+        with suppress(OSError):  # every record was flushed already; a full disk raises again
             self._file.close()
         if self._tensorboard is not None and self._tensorboard_lives():
-            # Its thread may still die, of a disk that is full, and then this waits for it without end.
+            # Its thread may still die of a full disk, and then `close` waits forever.
             closing = threading.Thread(target=self._tensorboard.close, daemon=True)
             closing.start()
             closing.join(CLOSING_SECONDS)
@@ -181,7 +181,7 @@ def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
                     raise ValueError(record)
                 records.append(record)
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(f"{path}:{number} is not a metrics record: mend or remove the line") from None
+            raise UserError(f"{path}:{number} is not a metrics record: correct or remove the line") from None
     return header, records
 
 

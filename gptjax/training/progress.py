@@ -1,4 +1,4 @@
-"""What a run shows while it trains: the progress bar, and the training records of metrics.jsonl."""
+"""The progress bar of a run, and the training records of metrics.jsonl."""
 
 import sys
 import time
@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from tqdm import tqdm
 
 from gptjax.checkpoint.state import ParameterSpec
@@ -17,13 +18,13 @@ from gptjax.training.step import StepResult
 
 
 class Progress:
-    """Reads each step's metrics once the next step is dispatched, so that logging never stalls the devices.
+    """Reads each step's metrics after the next step is dispatched, so that logging never stalls the devices.
 
-    Every `logging.every_steps` steps it writes a training record: `loss` (nats a token) and the stage's further
-    measures, as means over the steps since the last record whose updates were not skipped; `grad_norm` and
-    `learning_rate` of the step, `skipped_updates` (of the run, so far), `tokens_per_second` and `mfu` (share of the
-    devices' peak FLOP/s) over the time spent training since then, evaluations and saves excluded. A spike of the loss
-    is a record of its own, of split "spike".
+    Every `logging.every_steps` steps it writes a training record: `loss` (nats per token) and the stage's other
+    measures, averaged over the steps since the last record whose updates were not skipped; `grad_norm` and
+    `learning_rate` of the step; `skipped_updates` of the run so far; `tokens_per_second` and `mfu` (model FLOPs
+    utilisation) since the last record, without the time of compilation, evaluations and saves. A loss spike is a
+    record of its own, with split "spike". Log lines of libraries are written above the bar while it is shown.
     """
 
     def __init__(
@@ -54,17 +55,24 @@ class Progress:
         self.go_back(tokens, state)
 
     def __enter__(self) -> "Progress":
+        logging.get_absl_handler().python_handler.addFilter(self._clear_bar)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        logging.get_absl_handler().python_handler.removeFilter(self._clear_bar)
         self._bar.close()
 
+    def _clear_bar(self, record: Any) -> bool:
+        """A filter of log records that erases the bar before each; the bar is drawn again below the lines."""
+        self._bar.clear()
+        return True
+
     def state(self) -> dict[str, Any]:
-        """What the records of a resumed run depend on, JSON-serialisable; all metrics must have been read."""
+        """Returns the JSON-serialisable state that a resumed run continues from; all metrics must have been read."""
         return {"losses": self._losses, "measured": self._measured, "watch": self._monitor.state()}
 
     def go_back(self, tokens: int, state: dict[str, Any]) -> None:
-        """Returns to an earlier place in the run and the state it had there; metrics not read yet are dropped."""
+        """Resets to an earlier step of the run and its state there; metrics not read yet are dropped."""
         self._pending: StepResult | None = None
         self._problem: LossSpike | NotFinite | None = None
         self._tokens = tokens  # trained on by the steps whose metrics have been read
@@ -76,7 +84,7 @@ class Progress:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Excludes from the next record's rate the time that compiling, evaluating or saving has taken."""
+        """Excludes the time spent compiling, evaluating or saving from the rate of the next record."""
         self._clock, self._clock_tokens = time.perf_counter(), self._tokens
 
     def add(self, result: StepResult) -> None:

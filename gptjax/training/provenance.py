@@ -1,4 +1,4 @@
-"""Where a run's numbers come from: command, config, code and machine, the first line of metrics.jsonl."""
+"""The provenance of a run: command, config, code and machine, the first line of metrics.jsonl."""
 
 import dataclasses
 import datetime
@@ -18,7 +18,7 @@ from gptjax.models import peft
 
 
 def describe_run(config: Config, mesh: Mesh, state: TrainState) -> dict[str, Any]:
-    """The header of metrics.jsonl: what describes a run and does not change, JSON-serialisable."""
+    """Returns the header of metrics.jsonl, which describes the run and does not change; JSON-serialisable."""
     return {
         "command": command_line(),
         "stage": config.stage,
@@ -37,7 +37,7 @@ def describe_run(config: Config, mesh: Mesh, state: TrainState) -> dict[str, Any
 
 
 def command_line() -> str:
-    """The command that started this process, as a shell takes it; a module of the library as `python -m` names it."""
+    """Returns the command line of this process, quoted for a shell; modules of the library as `python -m MODULE`."""
     program, *arguments = sys.argv
     path, package = Path(program), Path(__file__).parents[1]
     if path.is_relative_to(package):
@@ -47,7 +47,7 @@ def command_line() -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of the library's checkout, with "-dirty" behind it where files differ; None: not a checkout."""
+    """Returns the commit of the library's checkout, with the suffix "-dirty" if files differ; None: no checkout."""
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],

@@ -240,6 +240,10 @@ def test_training_starts_from_imported_weights_but_not_in_their_workdir(tmp_path
     expected = load_model(tmp_path / "tuned").params
     jax.tree.map(np.testing.assert_array_equal, params, expected)
     assert contents(tmp_path / "out") != contents(FIXTURES / "gpt2")
+    export_workdir(tmp_path / "tuned", tmp_path / "of_step", step=1)
+    assert contents(tmp_path / "of_step") == contents(tmp_path / "out")
+    with pytest.raises(UserError, match="there is no checkpoint 2"):
+        export_workdir(tmp_path / "tuned", tmp_path / "of_none", step=2)
 
 
 def test_a_model_of_chat_is_exported_with_its_tokens(tmp_path):

@@ -194,7 +194,7 @@ def test_signalled_and_killed_a_run_goes_on_as_if_undisturbed(runs, processes, r
     step = newest()
     for result in results:
         said = result.stderr.splitlines()[-1]
-        assert said == f"stopped by SIGTERM, step {step} is saved: the same command goes on from here"
+        assert said == f"stopped by SIGTERM, step {step} is saved: the same command resumes"
 
     # One is killed: the other ends.
     started = start(disturbed, 10**6)

@@ -2,12 +2,14 @@
 
 import dataclasses
 from itertools import islice
+from logging import makeLogRecord
 from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from absl import logging
 
 from gptjax.config import Config, UserError, replace
 from gptjax.data import tokenizers
@@ -99,6 +101,18 @@ def test_a_run_writes_its_workdir(tiny, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "trained on 768 tokens in 6 steps" in out
     assert report.sample in out
+
+
+def test_log_lines_do_not_cut_through_the_progress_bar(tiny, tmp_path, capsys):
+    handler = logging.get_absl_handler().python_handler
+    line = makeLogRecord({"msg": "a library's line", "levelno": 30, "created": 0.0})
+    run(tiny, tmp_path / "run", callbacks=[lambda _: handler.handle(line)])
+    assert handler.filters == []
+    shown = capsys.readouterr().err
+    assert "tokens [" in shown
+    assert shown.count("a library's line") == 10
+    for before_line in shown.split("a library's line")[:-1]:
+        assert "%" not in before_line.rpartition("\r")[2].rpartition("\n")[2]
 
 
 def test_a_finished_run_reports_again_and_trains_no_further(tiny, tmp_path):

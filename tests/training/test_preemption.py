@@ -78,7 +78,7 @@ def test_signals_end_the_command_with_their_exit_codes(tiny, tmp_path):
     _, err = process.communicate()
     assert process.returncode == 75, err
     assert err.splitlines()[-1].startswith("stopped by SIGTERM, step ")
-    assert err.splitlines()[-1].endswith(" is saved: the same command goes on from here")
+    assert err.splitlines()[-1].endswith(" is saved: the same command resumes")
     assert "Traceback" not in err
     (step,) = (int(path.name) for path in (workdir / "checkpoints").iterdir())
     last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])

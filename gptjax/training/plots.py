@@ -92,7 +92,7 @@ def _draw(axes: Any, curves: dict[str, Points], label: str, log_tokens: bool) ->
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_ylabel(label)
     if axes.lines:
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="upper right")
 
 
 def limits_without_start(points: Points) -> tuple[float, float] | None:

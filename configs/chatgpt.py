@@ -26,6 +26,7 @@ from gptjax import config as c
 from gptjax.files import expand
 
 NO_DROPOUT = {"embedding_dropout": 0.0, "attention_dropout": 0.0, "residual_dropout": 0.0}
+AS_REFERENCE = {"matmul_dtype": "model"}  # a policy is computed as its reference is
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -53,8 +54,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     )
     # The workdir of init_from may keep bfloat16 parameters, whose spacing swallows updates.
     config = c.replace(config, {"model": NO_DROPOUT | {"param_dtype": "float32"}})
-    if stage in (ppo, dpo, grpo):  # the policy is computed as its reference is
-        config = c.replace(config, {"model": {"matmul_dtype": "model"}})
     config = stage(config)
     return c.config_dict(runlocal(config) if args["runlocal"] else config)
 
@@ -95,6 +94,7 @@ def ppo(config: c.Config) -> c.Config:
     return c.replace(
         config,
         {
+            "model": AS_REFERENCE,
             "rl": {"prompts_per_iteration": 512, "kl_weight": 0.02},
             "ppo": {
                 "value_init": "reward" if from_reward else "policy",
@@ -119,6 +119,7 @@ def grpo(config: c.Config) -> c.Config:
     return c.replace(
         config,
         {
+            "model": AS_REFERENCE,
             "rl": {"prompts_per_iteration": 16, "responses_per_prompt": 64, "kl_weight": 0.04},
             "batch": {"epochs": 1.0, "tokens_per_batch": 16 * config.model.context_length},
             "optimizer": {"peak_lr": 1e-6, "schedule": "constant"},
@@ -137,6 +138,7 @@ def dpo(config: c.Config) -> c.Config:
     return c.replace(
         config,
         {
+            "model": AS_REFERENCE,
             "batch": {"epochs": 1.0, "tokens_per_batch": 64 * config.model.context_length},
             "optimizer": {"peak_lr": 1e-6, "schedule": "constant", "warmup_fraction": 0.06},
             "evaluation": {"metric": "loss", "every_epochs": 0.25},

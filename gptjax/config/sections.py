@@ -217,7 +217,7 @@ class OptimizerConfig:
     beta2: float = 0.95  # decay rate of the second moment; with adafactor, its upper limit
     eps: float = 1e-8  # denominator offset of Adam; not used by adafactor
     muon_momentum: float = 0.95
-    # Storage dtype of the first moment (and of muon's momentum); param_dtype: the one in model.param_dtype
+    # Storage dtype of the first moment (and of muon's momentum); param_dtype: that of trained parameters, float32
     first_moment_dtype: Literal["param_dtype", "float32", "bfloat16"] = "param_dtype"
     min_factored_dim: int = 32  # adafactor does not factor the second moments of arrays with a shorter axis
     weight_decay: float = 0.1  # decoupled; multiplied by the learning rate

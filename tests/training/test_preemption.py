@@ -85,7 +85,7 @@ def test_signals_end_the_command_with_their_exit_codes(tiny, tmp_path):
     assert (last["step"], last["split"]) == (step, "train")
 
     process = start(long, workdir)  # Before the first step there is nothing to save: it does not wait for one.
-    wait_for('"stage": "pretrain"', process)
+    wait_for("parameters ", process)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
     assert process.returncode == 75, err

@@ -9,7 +9,6 @@ import threading
 from pathlib import Path
 
 import pytest
-from tests.training.test_damage import BEFORE, NEWEST, restore
 
 from gptjax.checkpoint import read_errors, stored_checkpoint
 from gptjax.checkpoint.manager import Checkpoints
@@ -17,6 +16,7 @@ from gptjax.config import UserError
 from gptjax.distributed import processes
 from gptjax.models.gpt import GPT, abstract_params
 from gptjax.parallel.mesh import make_mesh
+from tests.checkpoint.test_damage import BEFORE, NEWEST, restore
 
 # What the threads of orbax and tensorstore leave of reads that failed, where the garbage collector finds it.
 pytestmark = [
@@ -105,7 +105,7 @@ def test_a_read_error_is_retried_and_then_one_line(trained, monkeypatch, where, 
     assert int(restore(config, workdir)[0].step) == NEWEST
     failures = 4
     with pytest.raises(
-        UserError, match=rf"cannot read checkpoint {NEWEST} in .*: {os.strerror(code)}; it stays"
+        UserError, match=rf"cannot read checkpoint {NEWEST} in .*: {os.strerror(code)}; it was left in place"
     ) as raised:
         restore(config, workdir)
     assert "\n" not in str(raised.value)

@@ -1,6 +1,7 @@
 """Runs from start to end: what they write, and that stopping and going on changes nothing, bit for bit."""
 
 import dataclasses
+import sys
 from itertools import islice
 from logging import makeLogRecord
 from pathlib import Path
@@ -103,8 +104,9 @@ def test_a_run_writes_its_workdir(tiny, tmp_path, capsys):
     assert report.sample in out
 
 
-def test_log_lines_do_not_cut_through_the_progress_bar(tiny, tmp_path, capsys):
+def test_log_lines_do_not_cut_through_the_progress_bar(tiny, tmp_path, capsys, monkeypatch):
     handler = logging.get_absl_handler().python_handler
+    monkeypatch.setattr(handler, "stream", sys.stderr)  # the handler is of the process, and capsys of this test
     line = makeLogRecord({"msg": "a library's line", "levelno": 30, "created": 0.0})
     run(tiny, tmp_path / "run", callbacks=[lambda _: handler.handle(line)])
     assert handler.filters == []

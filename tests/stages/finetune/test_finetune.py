@@ -316,7 +316,7 @@ def test_a_changed_base_is_refused(trained, config_of, tmp_path):
     (workdir / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="restore its init_from") as error:
         load_model(workdir)
-    one_line(error, str(workdir), "are not what they were")
+    one_line(error, str(workdir), "started from have changed")
     moved = dataclasses.replace(config_of(method="lora"), init_from=str(other))
     with pytest.raises(UserError, match="restore its init_from"):
         run(moved, workdir)

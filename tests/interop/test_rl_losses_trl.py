@@ -150,13 +150,13 @@ def test_policy_and_value_loss_with_their_gradients(ppo):
         losses, clipped = policy_gradient.value_loss(values, jnp.asarray(old_values), jnp.asarray(returns), 0.2)
         return losses[mask(1)].mean(), clipped[mask(1)].mean()
 
-    (policy_loss, _), policy_gradient = jax.value_and_grad(policy, has_aux=True)(jnp.asarray(new))
-    (value_loss, clipped), value_gradient = jax.value_and_grad(value, has_aux=True)(jnp.asarray(values))
+    (policy_loss, _), policy_derivative = jax.value_and_grad(policy, has_aux=True)(jnp.asarray(new))
+    (value_loss, clipped), value_derivative = jax.value_and_grad(value, has_aux=True)(jnp.asarray(values))
     close(policy_loss, found["pg_loss"])
     close(value_loss, found["vf_loss"])
     close(clipped, found["vf_clipfrac"])
-    close(policy_gradient, their_new.grad)
-    close(value_gradient, their_values.grad)
+    close(policy_derivative, their_new.grad)
+    close(value_derivative, their_values.grad)
 
 
 @pytest.mark.parametrize("scale", ["group", "none"])

@@ -81,7 +81,7 @@ def print_phases() -> None:
         with phase("initialisation"), Checkpoints(Path(directory), stage.config.checkpoint) as checkpoints:
             state, position = start_state(stage.objective.parameters, mesh, checkpoints)
             jax.block_until_ready(state)
-        stepper = Stepper(stage.objective, mesh, stage.total_tokens, state, print)
+        stepper = Stepper(stage.objective, mesh, stage.total_tokens, print)
         stepper.start(state, position.examples, position.tokens, stage.batches(0, None))
         with phase("first step, compilation included"):
             jax.block_until_ready(stepper.take().metrics)

@@ -61,20 +61,20 @@ class Ranking:
 
     Attributes:
       prompt: ends in a user's message.
-      answers: the texts of the completions.
+      completions: their texts.
       place: where the ranking is from, for error messages.
       ordered: if False, only the first completion is known to be better than the others.
     """
 
     prompt: tuple[Message, ...]
-    answers: tuple[str, ...]
+    completions: tuple[str, ...]
     place: str
     ordered: bool = True
 
     @property
     def levels(self) -> tuple[int, ...]:
         """Rank of each completion, 1 for the best; completions of equal rank are not compared."""
-        return tuple(i + 1 if self.ordered else min(i + 1, 2) for i in range(len(self.answers)))
+        return tuple(i + 1 if self.ordered else min(i + 1, 2) for i in range(len(self.completions)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,44 +217,47 @@ def prompts(conversations: Sequence[Conversation]) -> list[Prompt]:
     return [Prompt(*turn) for conversation in conversations for turn in _turns(conversation)]
 
 
-def random_rankings(conversations: Sequence[Conversation], answers: int, seed: int, draws: int = 1) -> list[Ranking]:
+def random_rankings(
+    conversations: Sequence[Conversation], completions: int, seed: int, repetitions: int = 1
+) -> list[Ranking]:
     """Ranks each completion of the conversations above completions sampled from other conversations.
 
     Args:
       conversations: sources of the completions.
-      answers: number of sampled completions, all different; none is a completion of the same prompt in the data.
+      completions: number of sampled completions, all different; none is a completion of the same prompt in the data.
       seed: sampling seed.
-      draws: number of rankings for each completion, with independent samples; a draw has all completions in order.
+      repetitions: number of rankings of each completion, with independent samples. Each repetition ranks all
+        completions, in the order of the conversations.
 
     Raises:
-      UserError: there are fewer than `answers` suitable completions.
+      UserError: there are fewer than `completions` suitable completions.
     """
     import grain
 
     true: dict[tuple[Message, ...], set[str]] = {}
     owners: dict[str, set[int]] = {}  # the conversations that have a completion
     turns = [(number, *turn) for number, conversation in enumerate(conversations) for turn in _turns(conversation)]
-    turns *= draws
-    for number, prompt, answer, _ in turns:
-        true.setdefault(prompt, set()).add(answer)
-        owners.setdefault(answer, set()).add(number)
+    turns *= repetitions
+    for number, prompt, best, _ in turns:
+        true.setdefault(prompt, set()).add(best)
+        owners.setdefault(best, set()).add(number)
     pool = list(owners)
     seeds = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed % 2**64))).integers(2**32, size=len(turns))
     rankings = []
-    for (number, prompt, answer, place), turn_seed in zip(turns, seeds.tolist(), strict=True):
+    for (number, prompt, best, place), turn_seed in zip(turns, seeds.tolist(), strict=True):
         others: list[str] = []
         for i in range(len(pool)):  # a lazily computed permutation, as corpora have many completions
-            if len(others) == answers:
+            if len(others) == completions:
                 break
             other = pool[grain.experimental.index_shuffle(i, max_index=len(pool) - 1, seed=turn_seed, rounds=4)]
             if other not in true[prompt] and owners[other] != {number}:
                 others.append(other)
-        if len(others) < answers:
+        if len(others) < completions:
             raise UserError(
-                f"{place}: other conversations have fewer than chat.random_answers={answers} completions of other "
-                "prompts: lower it"
+                f"{place}: the other conversations have fewer than chat.random_answers={completions} completions of "
+                "other prompts: lower chat.random_answers"
             )
-        rankings.append(Ranking(prompt, (answer, *others), place, ordered=False))
+        rankings.append(Ranking(prompt, (best, *others), place, ordered=False))
     return rankings
 
 

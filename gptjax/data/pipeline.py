@@ -19,8 +19,8 @@ from gptjax.data.tokenizers import Tokenizer
 ExampleArrays = dict[str, np.ndarray]  # the arrays of one training example, by name
 
 
-class Examples(Protocol):
-    """Examples by number, as grain's RandomAccessDataSource."""
+class ExampleSource(Protocol):
+    """Random access to examples by number, as grain's RandomAccessDataSource."""
 
     def __len__(self) -> int: ...
 
@@ -165,7 +165,7 @@ class PackedExamples:
 
 
 def batches(
-    examples: Examples,
+    examples: ExampleSource,
     *,
     start: int,
     batch_size: int,

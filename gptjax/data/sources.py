@@ -25,7 +25,7 @@ from gptjax.config import UserError
 from gptjax.data.compression import compression, file_digest, file_state
 from gptjax.data.file_patterns import expand_pattern, matching_files, split_field
 from gptjax.data.packages import require_package
-from gptjax.data.text_files import InvalidUtf8, TextStream, Utf8, is_empty, opened_text, parse_json, without_end
+from gptjax.data.text_files import InvalidUtf8, Utf8, Utf8Reader, is_empty, opened_text, parse_json, without_end
 
 _FORMS = {
     "text": "text:GLOB",
@@ -241,7 +241,7 @@ class _Files(Source):
                 self._skip(error)
 
     @abc.abstractmethod
-    def _file_documents(self, text: TextStream, path: Path) -> Iterator[str]: ...
+    def _file_documents(self, text: Utf8Reader, path: Path) -> Iterator[str]: ...
 
 
 class _TextFiles(_Files):
@@ -252,7 +252,7 @@ class _TextFiles(_Files):
         self._separator = None if document_separator is None else document_separator.strip().encode()
         self._layout = ("text", document_separator)
 
-    def _file_documents(self, text: TextStream, path: Path) -> Iterator[str]:
+    def _file_documents(self, text: Utf8Reader, path: Path) -> Iterator[str]:
         if self._separator is None:
             yield self._utf8.decode(text.read(), path, text.start)
             return
@@ -273,7 +273,7 @@ class _JsonLines(_Files):
         self._field = field
         self._layout = ("jsonl", field)
 
-    def _file_documents(self, text: TextStream, path: Path) -> Iterator[str]:
+    def _file_documents(self, text: Utf8Reader, path: Path) -> Iterator[str]:
         for number, offset, raw in text:
             place = f"{path}:{number}"
             try:

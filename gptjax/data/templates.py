@@ -69,9 +69,9 @@ class EncodedConversation:
         return len(self.tokens)
 
 
-def answered(prompt: npt.NDArray[np.int32], answer: npt.NDArray[np.int32]) -> EncodedConversation:
+def with_completion(prompt: npt.NDArray[np.int32], completion: npt.NDArray[np.int32]) -> EncodedConversation:
     """Concatenates a prompt and its completion; all tokens of the completion contribute to the loss."""
-    tokens = np.concatenate([prompt, answer])
+    tokens = np.concatenate([prompt, completion])
     return EncodedConversation(tokens, np.arange(len(tokens)) >= len(prompt))
 
 
@@ -138,7 +138,7 @@ class ChatFormat:
         parts[-1] = (parts[-1][0] + before, [*parts[-1][1], *[False] * len(before)])
         return self._joined(messages, parts, max_tokens, place).tokens
 
-    def encode_answer(self, text: str) -> npt.NDArray[np.int32]:
+    def encode_completion(self, text: str) -> npt.NDArray[np.int32]:
         """Encodes a completion, int32 (T,), including the token that ends the turn."""
         return np.array([*self._tokenizer.encode(text).tolist(), self.end_of_turn], np.int32)
 

@@ -60,7 +60,7 @@ class Utf8:
         return raw.decode(errors="replace")
 
 
-class TextStream:
+class Utf8Reader:
     """Text of a file as UTF-8 bytes, without byte order mark.
 
     Attributes:
@@ -136,17 +136,17 @@ class _Transcoded(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def opened_text(path: Path | None) -> Iterator[TextStream]:
+def opened_text(path: Path | None) -> Iterator[Utf8Reader]:
     """Opens a file, decompressed, or standard input (None) as text.
 
     Raises:
       UserError: names the file when opening it, or reading it within the context, fails.
     """
     if path is None:
-        yield TextStream(cast(io.BufferedIOBase, sys.stdin.buffer), "standard input")
+        yield Utf8Reader(cast(io.BufferedIOBase, sys.stdin.buffer), "standard input")
         return
     with opened(path) as file:
-        yield TextStream(file, str(path))
+        yield Utf8Reader(file, str(path))
 
 
 def read_text(path: Path | None, utf8: Utf8 | None = None) -> str:

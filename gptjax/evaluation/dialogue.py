@@ -32,7 +32,7 @@ from gptjax.data import conversations
 from gptjax.data.conversations import Message, Prompt
 from gptjax.data.templates import ChatFormat, TooLongError
 from gptjax.evaluation.example_records import file_name, key, resumably, score_resumably
-from gptjax.evaluation.scoring import Request, Score, Scorer
+from gptjax.evaluation.scoring import Scorer, ScoringRequest, ScoringResult
 from gptjax.inference.engine import Engine
 from gptjax.inference.sampling import Sampling
 from gptjax.metrics.measurement import Measurement, exponential, mean, ratio
@@ -66,7 +66,7 @@ class DialogueTask:
 
     prompts: list[Prompt]
     inputs: list[npt.NDArray[np.int32]]
-    requests: list[Request]
+    requests: list[ScoringRequest]
     max_new_tokens: int
     end_of_turn: int
     settings: dict[str, Any]
@@ -88,7 +88,10 @@ class DialogueTask:
         return [DialogueCompletion(c.text, len(c.tokens), c.finish_reason != "length") for c in completions]
 
     def metrics(
-        self, scores: Sequence[Score], completions: Sequence[DialogueCompletion], rewards: "Rewards | None" = None
+        self,
+        scores: Sequence[ScoringResult],
+        completions: Sequence[DialogueCompletion],
+        rewards: "Rewards | None" = None,
     ) -> tuple[dict[str, Measurement], str]:
         """Computes the metrics above, with standard errors over prompts, and sacrebleu's signature of BLEU.
 
@@ -185,7 +188,7 @@ def dialogue_task(
     kept, inputs, requests, left_out = [], [], [], []
     for prompt in prompts[:limit]:
         assert prompt.reference is not None
-        reference = chat_format.encode_answer(prompt.reference)
+        reference = chat_format.encode_completion(prompt.reference)
         try:
             before, asked = (
                 chat_format.encode_prompt(prompt.messages, room, place=prompt.place)
@@ -196,7 +199,7 @@ def dialogue_task(
             continue
         kept.append(prompt)
         inputs.append(asked)
-        requests.append(Request(np.concatenate([before, reference]).astype(np.int32), len(reference)))
+        requests.append(ScoringRequest(np.concatenate([before, reference]).astype(np.int32), len(reference)))
     if not kept:
         raise UserError(f"no prompt fits into the context together with its completion: {left_out[0]}")
     settings = {
@@ -238,7 +241,7 @@ def evaluate_dialogue(
             engine = Engine(trained.model, trained.params, trained.tokenizer, trained.mesh)
         return task.complete(engine, indices)
 
-    asked = [Request(tokens, task.max_new_tokens) for tokens in task.inputs]
+    asked = [ScoringRequest(tokens, task.max_new_tokens) for tokens in task.inputs]
     path = directory / f"{file_name(name)}-answers-{key(scorer, trained.step, asked)}.jsonl"
     completions = resumably(path, f"{name} completions", task.batches(batch_size), complete, DialogueCompletion)
     rewards = None if score is None else reward(score, task.prompts, completions)

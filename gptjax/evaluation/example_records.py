@@ -25,12 +25,14 @@ from tqdm import tqdm
 
 from gptjax.config import UserError
 from gptjax.distributed import processes
-from gptjax.evaluation.scoring import Request, Score, Scorer
+from gptjax.evaluation.scoring import Scorer, ScoringRequest, ScoringResult
 
 T = TypeVar("T", bound=tuple[Any, ...])
 
 
-def score_resumably(directory: Path, name: str, scorer: Scorer, step: int, requests: Sequence[Request]) -> list[Score]:
+def score_resumably(
+    directory: Path, name: str, scorer: Scorer, step: int, requests: Sequence[ScoringRequest]
+) -> list[ScoringResult]:
     """Computes the scores of all requests, in their order; those recorded in `directory` are not computed again.
 
     Args:
@@ -45,7 +47,7 @@ def score_resumably(directory: Path, name: str, scorer: Scorer, step: int, reque
     path = directory / f"{file_name(name)}-{key(scorer, step, requests)}.jsonl"
     places = {tuple(batch.indices): batch for batch in batches}
     return resumably(
-        path, name, list(places), lambda indices: scorer.score_batch(requests, places[tuple(indices)]), Score
+        path, name, list(places), lambda indices: scorer.score_batch(requests, places[tuple(indices)]), ScoringResult
     )
 
 
@@ -104,7 +106,7 @@ def file_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.,+=_-]+", "_", text).strip("._") or "task"
 
 
-def key(scorer: Scorer, step: int, requests: Sequence[Request]) -> str:
+def key(scorer: Scorer, step: int, requests: Sequence[ScoringRequest]) -> str:
     """Returns a hash, 16 hex digits, of everything that a result depends on."""
     digest = hashlib.sha256(f"{scorer.model.config} {step} {scorer.fingerprint()}".encode())
     for tokens, scored in requests:

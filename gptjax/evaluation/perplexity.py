@@ -19,12 +19,12 @@ import numpy as np
 from gptjax.config import UserError
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.evaluation.detokenizers import get_detokenizer, original_tokens
-from gptjax.evaluation.scoring import Request, Score, start_of_text, windows
+from gptjax.evaluation.scoring import ScoringRequest, ScoringResult, start_of_text, windows
 from gptjax.metrics.measurement import Measurement, exponential, ratio, scaled
 
 
 @dataclasses.dataclass(frozen=True)
-class Text:
+class EncodedText:
     """A document, or the stream of several, and the sizes that its nats are divided by.
 
     Attributes:
@@ -50,13 +50,13 @@ class PerplexityTask:
       settings: what the metrics depend on other than the model, for the report.
     """
 
-    texts: list[Text]
-    requests: list[Request]
+    texts: list[EncodedText]
+    requests: list[ScoringRequest]
     windows_per_text: list[int]
     detokenized: bool
     settings: dict[str, Any]
 
-    def metrics(self, scores: Sequence[Score]) -> dict[str, Measurement]:
+    def metrics(self, scores: Sequence[ScoringResult]) -> dict[str, Measurement]:
         """Computes the metrics above, with standard errors over documents."""
         ends = np.cumsum([0, *self.windows_per_text])
         nats = [-math.fsum(s.logprob for s in scores[a:b]) for a, b in itertools.pairwise(ends)]
@@ -107,13 +107,13 @@ def perplexity_task(
             count = document.removesuffix("\n").count("\n") + 1
             restored, lines = restored + undo.restored_lines(document) * count, lines + count
         ids = tokenizer.encode(document if undo is None else undo.to_plain(document))
-        texts.append(Text(ids, len(document.encode()), original_tokens(document)))
+        texts.append(EncodedText(ids, len(document.encode()), original_tokens(document)))
     num_documents = len(texts)
     if concatenate:
         end = start_of_text(tokenizer)
         stream = np.concatenate([np.array(end, np.int32), *(part for text in texts for part in (text.tokens, end))])
         sizes = (sum(getattr(text, name) for text in texts) for name in ("size_bytes", "original_tokens"))
-        texts = [Text(stream.astype(np.int32), *sizes)]
+        texts = [EncodedText(stream.astype(np.int32), *sizes)]
     elif tokenizer.end_of_text is not None:
         start = np.array([tokenizer.end_of_text], np.int32)
         texts = [dataclasses.replace(text, tokens=np.concatenate([start, text.tokens])) for text in texts]

@@ -24,14 +24,14 @@ from gptjax.models.gpt import GPT, head_embedding, hidden_states, unembed
 from gptjax.parallel.mesh import batch_shards, constrain, use_mesh
 
 
-class Request(NamedTuple):
+class ScoringRequest(NamedTuple):
     """Tokens, int32 (T,), and the number of the last of them to score, from 1 to T - 1."""
 
     tokens: npt.NDArray[np.int32]
     scored: int
 
 
-class Score(NamedTuple):
+class ScoringResult(NamedTuple):
     """Total log-probability of the scored tokens in nats, their number, and whether greedy decoding gives them."""
 
     logprob: float
@@ -62,7 +62,7 @@ def start_of_text(tokenizer: Tokenizer) -> list[int]:
     return [tokenizer.end_of_text]
 
 
-def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Request:
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> ScoringRequest:
     """Returns the request that scores `continuation` after `context`, by the rules of lm-evaluation-harness.
 
     White space at the end of the context is moved to the continuation, as GPT-2's tokens begin with it. Both are
@@ -80,8 +80,8 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Reques
         # A tokenizer may merge across the boundary: at least one token belongs to the continuation.
         scored = max(1, len(whole) - len(tokenizer.encode(stripped)))
         if scored < len(whole):
-            return Request(whole, scored)
-    return Request(np.concatenate([np.array(start_of_text(tokenizer), np.int32), whole]), len(whole))
+            return ScoringRequest(whole, scored)
+    return ScoringRequest(np.concatenate([np.array(start_of_text(tokenizer), np.int32), whole]), len(whole))
 
 
 class Scorer:
@@ -100,11 +100,11 @@ class Scorer:
         self._row_unit = batch_shards(mesh)
         self._length_unit = 1 if mesh is None else mesh.shape["context"]
 
-    def is_truncated(self, request: Request) -> bool:
+    def is_truncated(self, request: ScoringRequest) -> bool:
         """Whether `request` is longer than the context, so that its first tokens are dropped."""
         return len(request.tokens) - 1 > self.context_length
 
-    def plan(self, requests: Sequence[Request]) -> list[ScoringBatch]:
+    def plan(self, requests: Sequence[ScoringRequest]) -> list[ScoringBatch]:
         """Groups requests into batches of one shape each, the longest first, so that out-of-memory errors occur first.
 
         The plan is deterministic, as rounding makes a score depend slightly on the shape of its batch.
@@ -132,7 +132,7 @@ class Scorer:
         rounded = min(bucket(length), self.context_length)
         return -(-rounded // self._length_unit) * self._length_unit
 
-    def score_batch(self, requests: Sequence[Request], batch: ScoringBatch) -> list[Score]:
+    def score_batch(self, requests: Sequence[ScoringRequest], batch: ScoringBatch) -> list[ScoringResult]:
         """Computes the scores of a planned batch, in the order of its indices.
 
         A request longer than the context is predicted from its last `context_length` tokens.
@@ -155,12 +155,12 @@ class Scorer:
             n = requests[index].scored
             # A Python float, so that long texts are summed in float64.
             logprob = float(np.sum(logprobs_BC[row, :n], dtype=np.float64))
-            scores.append(Score(logprob, n, bool(np.all(greedy_BC[row, :n]))))
+            scores.append(ScoringResult(logprob, n, bool(np.all(greedy_BC[row, :n]))))
         return scores
 
-    def scores(self, requests: Sequence[Request]) -> list[Score]:
+    def scores(self, requests: Sequence[ScoringRequest]) -> list[ScoringResult]:
         """The scores of all requests, in their order; raises as `plan`."""
-        scores: dict[int, Score] = {}
+        scores: dict[int, ScoringResult] = {}
         for batch in self.plan(requests):
             scores |= dict(zip(batch.indices, self.score_batch(requests, batch), strict=True))
         return [scores[index] for index in range(len(requests))]
@@ -171,7 +171,7 @@ class Scorer:
             return int(sum(np.asarray(_checksum(leaf), np.uint64) for leaf in jax.tree.leaves(self._params)) % 2**32)
 
 
-def windows(tokens: npt.NDArray[np.int32], context_length: int, stride: int) -> Iterator[Request]:
+def windows(tokens: npt.NDArray[np.int32], context_length: int, stride: int) -> Iterator[ScoringRequest]:
     """Yields sliding-window requests that score every token of a text once, except for the first token.
 
     The first window scores a whole context. Each further window scores the next `stride` tokens, so each of them has at
@@ -184,7 +184,7 @@ def windows(tokens: npt.NDArray[np.int32], context_length: int, stride: int) -> 
     done = 1
     while done < len(tokens):
         end = min(done + (stride if done > 1 else context_length), len(tokens))
-        yield Request(tokens[max(0, end - 1 - context_length) : end], end - done)
+        yield ScoringRequest(tokens[max(0, end - 1 - context_length) : end], end - done)
         done = end
 
 

@@ -28,7 +28,7 @@ from typing import Any
 from gptjax.config import UserError
 from gptjax.data.text_files import json_objects, read_lines
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.evaluation.scoring import Request, Score, encode_pair
+from gptjax.evaluation.scoring import ScoringRequest, ScoringResult, encode_pair
 from gptjax.metrics.measurement import Measurement, exponential, mean
 
 SEPARATOR = "\n\n"  # between the examples of a prompt
@@ -183,10 +183,10 @@ class ExampleTask:
     """
 
     examples: list[TaskExample]
-    requests: list[Request]
+    requests: list[ScoringRequest]
     settings: dict[str, Any]
 
-    def metrics(self, scores: Sequence[Score]) -> dict[str, Measurement]:
+    def metrics(self, scores: Sequence[ScoringResult]) -> dict[str, Measurement]:
         """Computes accuracies and, for continuations, perplexity.
 
         For continuations: `accuracy` (greedy decoding gives all tokens) and `perplexity` (exp of the mean nats of a
@@ -246,7 +246,7 @@ def example_task(
     spare = examples.shots is examples.asked  # one more is sampled, to replace the example itself
     if num_fewshot > len(shots) - spare:
         raise UserError(f"--num_fewshot={num_fewshot}, but there are only {len(shots) - spare} examples to show")
-    requests: list[Request] = []
+    requests: list[ScoringRequest] = []
     for index, example in enumerate(asked):
         sampled = random.Random(f"{seed} {index}").sample(range(len(shots)), min(num_fewshot + spare, len(shots)))
         shown = [shots[i] for i in sampled if not (spare and i == index)][:num_fewshot]

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gptjax.config import UserError
-from gptjax.inference.engine import Completion, Engine, FinishReason, Prompt
+from gptjax.inference.engine import Completion, Engine, FinishReason, TextOrTokens
 from gptjax.inference.text_stream import TextStream
 from gptjax.models.attention import KeyValues
 from gptjax.models.decoding import Cache, decode, logits, prefill, unstack
@@ -49,7 +49,7 @@ class Rules:
 
 def beam_search(
     engine: Engine,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[TextOrTokens],
     max_new_tokens: int,
     *,
     num_beams: int = 4,

@@ -27,13 +27,13 @@ from gptjax.inference.programs import (
 )
 from gptjax.inference.sampling import Sampling
 from gptjax.inference.text_stream import TextStream
-from gptjax.inference.weights import Weights, prepare
+from gptjax.inference.weights import WeightForm, prepare
 from gptjax.models.gpt import GPT
 from gptjax.parallel import compiler
 from gptjax.parallel.mesh import batch_shards, use_mesh
 from gptjax.parallel.platforms import platform_defaults
 
-Prompt = str | npt.ArrayLike  # text, or token ids
+TextOrTokens = str | npt.ArrayLike  # text, or token ids
 FinishReason = Literal["end_of_text", "end_of_turn", "stop", "length"]
 Overflow = Literal["error", "slide"]
 MIN_BUCKET = 16  # positions
@@ -95,7 +95,7 @@ class Engine:
         params: Any,
         tokenizer: Tokenizer,
         mesh: Mesh | None = None,
-        weights: Weights = "as_given",
+        weights: WeightForm = "as_given",
     ) -> None:
         self.mesh = mesh
         self.tokenizer = tokenizer
@@ -107,7 +107,7 @@ class Engine:
 
     def generate(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[TextOrTokens],
         max_new_tokens: int,
         sampling: Sampling | None = None,
         *,
@@ -270,7 +270,7 @@ class Engine:
 
     # Also used by beam search.
 
-    def ids(self, prompt: Prompt) -> npt.NDArray[np.int32]:
+    def ids(self, prompt: TextOrTokens) -> npt.NDArray[np.int32]:
         """Returns the tokens of a prompt, int32 (T,); raises UserError as `generate` does."""
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else np.asarray(prompt, np.int64)
         if len(ids) == 0:

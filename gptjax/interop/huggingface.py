@@ -26,7 +26,7 @@ from gptjax.files import unfinished_path
 from gptjax.interop import families, safetensors_files, task_heads
 from gptjax.interop.families import Family, Placement, placements
 from gptjax.interop.safetensors_files import DTYPES, Declared, Tensor
-from gptjax.interop.task_heads import Head
+from gptjax.interop.task_heads import ExportedHead
 from gptjax.interop.tokenizer_files import ends_of, read_tokenizer, write_tokenizer
 from gptjax.models.gpt import GPT, abstract_params
 from gptjax.parallel.mesh import make_mesh
@@ -106,7 +106,7 @@ def _save(
     tokenizer: tokenizers.Tokenizer | None,
     max_file_bytes: int = safetensors_files.MAX_FILE_BYTES,
     chat: ChatFormat | None = None,
-    head: Head | None = None,
+    head: ExportedHead | None = None,
 ) -> None:
     """Implements `save_pretrained` with shapes and dtypes in `abstract`, by path, and values in `leaves`.
 

@@ -35,7 +35,7 @@ _TOLERANCE = 1e-5  # relative error of an output after folding a bias
 
 
 @dataclasses.dataclass(frozen=True)
-class Head:
+class ExportedHead:
     """The linear output layer of a class of transformers.
 
     Attributes:
@@ -107,7 +107,9 @@ def _reads_pairs(workdir: Path) -> bool:
         ) from None
 
 
-def split_head(family: Family, config: Config, tokenizer: Tokenizer, params: Any) -> tuple[Head, dict[str, Any]]:
+def split_head(
+    family: Family, config: Config, tokenizer: Tokenizer, params: Any
+) -> tuple[ExportedHead, dict[str, Any]]:
     """Splits the parameters of a fine-tuned run, already checked by `check`, into its head and the other leaves.
 
     Args:
@@ -151,7 +153,7 @@ def split_head(family: Family, config: Config, tokenizer: Tokenizer, params: Any
         settings["label2id"] = {label: i for i, label in enumerate(labels)}
     if module == "score":
         settings["problem_type"] = "regression" if task.kind == "regression" else "single_label_classification"
-    return Head(_PREFIXES[family.model_type] + suffix, task_type, module, tensors, settings, is_folded), leaves
+    return ExportedHead(_PREFIXES[family.model_type] + suffix, task_type, module, tensors, settings, is_folded), leaves
 
 
 def last_norm(model: GPTConfig) -> tuple[str, int | None]:

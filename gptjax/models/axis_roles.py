@@ -16,10 +16,10 @@ from gptjax.parallel.mesh import LogicalAxes
 
 # layer: stacked layers. input, output: of a kernel. part: independent matrices within a kernel, such as queries, keys
 # and values. vocabulary, position: rows of an embedding table, whose columns are outputs. rank: of a low-rank matrix.
-Role = Literal["layer", "input", "output", "part", "vocabulary", "position", "rank"]
+AxisRole = Literal["layer", "input", "output", "part", "vocabulary", "position", "rank"]
 
 # Logical axes with the same role in every parameter. All others are inputs or outputs, by `LogicalAxes.inputs`.
-AXIS_ROLES: dict[str | None, Role] = {
+AXIS_ROLES: dict[str | None, AxisRole] = {
     "layers": "layer",
     "qkv": "part",
     "vocab": "vocabulary",
@@ -33,9 +33,9 @@ AXIS_ROLES: dict[str | None, Role] = {
 class ParameterAxes:
     """The roles of a parameter's axes, in their order."""
 
-    roles: tuple[Role, ...]
+    roles: tuple[AxisRole, ...]
 
-    def having(self, *roles: Role) -> tuple[int, ...]:
+    def having(self, *roles: AxisRole) -> tuple[int, ...]:
         """The axes that have one of these roles, in ascending order."""
         return tuple(axis for axis, role in enumerate(self.roles) if role in roles)
 
@@ -57,7 +57,7 @@ class ParameterAxes:
 
 def parameter_axes(leaf: LogicalAxes) -> ParameterAxes:
     """The roles of the axes of one boxed parameter."""
-    roles: list[Role] = []
+    roles: list[AxisRole] = []
     num_inputs = 0
     for name in leaf.names:
         role = AXIS_ROLES.get(name)

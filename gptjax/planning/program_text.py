@@ -70,14 +70,6 @@ def collectives(text: str, unknown_trip_count: int = 1) -> list[Collective]:
     return [Collective(*key, count) for key, count in found.items() if count]
 
 
-def count_by_kind(found: list[Collective]) -> Counter[str]:
-    """Returns the number of executions of each kind of collective in a run."""
-    counts: Counter[str] = Counter()
-    for collective in found:
-        counts[collective.kind] += collective.count
-    return counts
-
-
 def bytes_sent(collective: Collective, devices: int) -> float:
     """Computes the bytes that a device sends in all executions of a collective, with ring algorithms.
 

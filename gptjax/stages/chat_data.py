@@ -108,7 +108,7 @@ def _texts(item: Conversation | Ranking | Prompt) -> list[str]:
     """Returns all texts of an item."""
     if not isinstance(item, Ranking):
         return [message.content for message in item.messages]
-    return [*(message.content for message in item.prompt), *item.answers]
+    return [*(message.content for message in item.prompt), *item.completions]
 
 
 def fitting(config: Config, items: Sequence[T], encode: Callable[[T], E]) -> list[E]:

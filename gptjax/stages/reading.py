@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from gptjax.config import Config, UserError
 from gptjax.data import tokenizers
-from gptjax.data.pipeline import Examples, Microbatch, batches
+from gptjax.data.pipeline import ExampleSource, Microbatch, batches
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.parallel.rows import process_rows
 
@@ -41,7 +41,7 @@ def find_tokenizer(config: Config, texts: list[str]) -> Tokenizer:
     )
 
 
-def reader(config: Config, mesh: Mesh) -> Callable[[Examples, int], Iterator[Microbatch]]:
+def reader(config: Config, mesh: Mesh) -> Callable[[ExampleSource, int], Iterator[Microbatch]]:
     """Returns (examples, number of them consumed before) -> this process's rows of the microbatches that follow."""
     size = config.sequences_per_microbatch
     rows, prefetch = process_rows(mesh, size), config.data.prefetch_batches

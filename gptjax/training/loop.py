@@ -134,12 +134,12 @@ class _Run:
         self.stage, self.workdir, self._checkpoints = stage, workdir, checkpoints
         self._mesh, self._changes = mesh, changes
         self.steps_here = 0
-        self._stepper = Stepper(stage.objective, mesh, stage.total_tokens, state, self._compiled)
+        self._stepper = Stepper(stage.objective, mesh, stage.total_tokens, self._compiled)
         self._skipped_examples, self._best = position.skipped_examples, position.best
         self._validation: dict[str, float] = {}
         self._sample: str | None = None
         self._evaluated: int | None = None  # the step that `_validation` and `_sample` are of
-        self._owes_evaluation = self._stepper.step == 0 or position.owes_evaluation
+        self._owes_evaluation = int(state.step) == 0 or position.owes_evaluation
         self._saved = checkpoints.latest_step()
         self._rewinds = 0  # to the checkpoint `_saved`
         self._start_at(state, position)

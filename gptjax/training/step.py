@@ -118,27 +118,29 @@ class StepResult:
 class Stepper:
     """Runs training steps: reads a batch, compiles the step for new shapes, dispatches it.
 
+    `start` sets the state and the batches, before the first step and after a rewind.
+
+    Args:
+      say: prints a line, such as the time of a compilation.
+
     Attributes:
       state: after the last step.
       step, tokens, examples: numbers since the start of the run.
       batch, count: of the last step: (M, B, ...) arrays, and the number of microbatches that were used.
     """
 
-    def __init__(
-        self,
-        objective: Objective,
-        mesh: Mesh,
-        total_tokens: int,
-        state: TrainState,
-        say: Callable[[str], None],
-    ) -> None:
+    state: TrainState
+    step: int
+    tokens: int
+    examples: int
+    _batches: Iterator[Microbatch]
+
+    def __init__(self, objective: Objective, mesh: Mesh, total_tokens: int, say: Callable[[str], None]) -> None:
         config = objective.config
-        self.state, self.step, self.tokens, self.examples = state, int(state.step), 0, 0
         self.batch: Batch = {}
         self.count = 0
         self.abstract_state = abstract_state(objective.parameters, mesh)
         self._config, self._mesh, self._total_tokens, self._say = config, mesh, total_tokens, say
-        self._batches: Iterator[Microbatch] = iter(())
         self._microbatch = config.sequences_per_microbatch
         # Microbatches of the largest batch; a batch ramp uses fewer.
         self._room = config.batch.tokens_per_batch // (self._microbatch * config.model.context_length)
@@ -153,7 +155,7 @@ class Stepper:
         return self._room * self._microbatch
 
     def start(self, state: TrainState, examples: int, tokens: int, batches: Iterator[Microbatch]) -> None:
-        """Sets the state, the numbers of examples and tokens trained on so far, and the batches that follow."""
+        """Sets the state, the numbers of examples and tokens it was trained on, and the batches that follow."""
         self.state, self.step, self.examples, self.tokens = state, int(state.step), examples, tokens
         self._batches = batches
 

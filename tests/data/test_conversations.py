@@ -231,7 +231,7 @@ def test_all_forms_of_a_ranking_are_the_same(jsonl):
         {"system": "", "prompt": "Hello", "chosen": "Hi!", "rejected": "Go away."},
     )
     found = read_rankings(spec)
-    assert {(ranking.prompt, ranking.answers) for ranking in found} == {
+    assert {(ranking.prompt, ranking.completions) for ranking in found} == {
         ((Message("user", "Hello"),), ("Hi!", "Go away."))
     }
     assert len(found) == 10
@@ -337,11 +337,11 @@ def test_random_answers_are_never_true_ones():
         for i, (question, answer) in enumerate(asked)
     ]
     rankings = random_rankings(conversations, 2, seed=0)
-    assert [ranking.answers[0] for ranking in rankings] == [answer for _, answer in asked]
+    assert [ranking.completions[0] for ranking in rankings] == [answer for _, answer in asked]
     for ranking in rankings:
         true = {answer for question, answer in asked if question == ranking.prompt[-1].content}
-        assert len(set(ranking.answers)) == 3
-        assert not true & set(ranking.answers[1:])
+        assert len(set(ranking.completions)) == 3
+        assert not true & set(ranking.completions[1:])
     assert rankings == random_rankings(conversations, 2, seed=0)
     assert rankings != random_rankings(conversations, 2, seed=1)
     with pytest.raises(UserError, match=r"line 0: other conversations have fewer than chat\.random_answers=3"):
@@ -355,8 +355,8 @@ def test_each_draw_has_all_answers_and_other_random_ones():
     ]
     once, often = (random_rankings(conversations, 2, 0, draws) for draws in (1, 3))
     assert often[:30] == once
-    assert [(r.prompt, r.answers[0]) for r in often] == 3 * [(r.prompt, r.answers[0]) for r in once]
-    others = [[ranking.answers[1:] for ranking in often[first : first + 30]] for first in (0, 30, 60)]
+    assert [(r.prompt, r.completions[0]) for r in often] == 3 * [(r.prompt, r.completions[0]) for r in once]
+    others = [[ranking.completions[1:] for ranking in often[first : first + 30]] for first in (0, 30, 60)]
     pairs = itertools.combinations(others, 2)
     assert sum(a == b for first, second in pairs for a, b in zip(first, second, strict=True)) < 5
 
@@ -373,8 +373,8 @@ def test_random_answers_are_of_other_conversations():
     for seed in range(20):
         for ranking in random_rankings(conversations, 2, seed):
             if ranking.place == "q":
-                assert sorted(ranking.answers[1:]) in (["d", "e"], ["a", "d"], ["a", "e"])
-    drawn = {ranking.answers for seed in range(20) for ranking in random_rankings(conversations, 2, seed)}
+                assert sorted(ranking.completions[1:]) in (["d", "e"], ["a", "d"], ["a", "e"])
+    drawn = {ranking.completions for seed in range(20) for ranking in random_rankings(conversations, 2, seed)}
     assert len(drawn) > 20, "each is drawn anew"
     with pytest.raises(UserError, match=r"^q: other conversations have fewer than chat\.random_answers=3 completions"):
         random_rankings(conversations, 3, seed=0)

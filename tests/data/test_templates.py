@@ -51,12 +51,12 @@ def test_plain_has_no_new_tokens_and_ends_a_turn_with_end_of_text():
 def test_prompt_and_answer_are_the_conversation(form, question, answer, earlier):
     asked = [*earlier, Message("user", question)]
     whole = form.encode([*asked, Message("assistant", answer)])
-    parts = np.concatenate([form.encode_prompt(asked), form.encode_answer(answer)])
+    parts = np.concatenate([form.encode_prompt(asked), form.encode_completion(answer)])
     assert whole.tokens.tolist() == parts.tolist()
     said = [*(message.content for message in earlier if message.role == "assistant"), answer]
-    assert whole.tokens[whole.learned].tolist() == [token for text in said for token in form.encode_answer(text)]
+    assert whole.tokens[whole.learned].tolist() == [token for text in said for token in form.encode_completion(text)]
     assert whole.learned[-1]
-    assert form.decode(form.encode_answer(answer)) == answer.encode("utf-8", "replace").decode()
+    assert form.decode(form.encode_completion(answer)) == answer.encode("utf-8", "replace").decode()
 
 
 def test_what_a_message_says_is_only_text():
@@ -88,7 +88,7 @@ def test_a_tokenizer_without_an_end_of_text():
 
     form = ChatFormat(TEMPLATES["chatml"], Bare())
     assert form.encode([ASK, SAY]).tokens.tolist() == [256, *b"user\nHi", 257, 10, 256, *b"assistant\nYo", 257]
-    assert form.decode(form.encode_answer("Yo")) == "Yo"
+    assert form.decode(form.encode_completion("Yo")) == "Yo"
     with pytest.raises(UserError, match=r"^the chat template has <\|endoftext\|>, but this tokenizer does not"):
         ChatFormat(TEMPLATES["plain"], Bare())
 

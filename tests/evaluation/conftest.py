@@ -12,7 +12,7 @@ import pytest
 from gptjax import config as c
 from gptjax.checkpoint.manager import Checkpoints
 from gptjax.data.tokenizers import BytesTokenizer
-from gptjax.evaluation.scoring import Request
+from gptjax.evaluation.scoring import ScoringRequest
 from gptjax.models.gpt import GPT, abstract_params
 from gptjax.parallel.mesh import make_mesh
 
@@ -51,7 +51,7 @@ class Tiny:
         padded = np.pad(inputs, (0, CONFIG.context_length - len(inputs)))
         return np.asarray(self._logits(padded[None].astype(np.int32))[0, : len(inputs)], np.float64)
 
-    def by_hand(self, request: Request) -> tuple[float, bool]:
+    def by_hand(self, request: ScoringRequest) -> tuple[float, bool]:
         """Log-probability of the scored tokens and greediness, from the logits of the request alone."""
         inputs = request.tokens[:-1][-CONFIG.context_length :]
         logits, targets = self.logits(inputs)[-request.scored :], request.tokens[-request.scored :]

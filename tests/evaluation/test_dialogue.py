@@ -16,7 +16,7 @@ from gptjax.data.tokenizers import BytesTokenizer
 from gptjax.evaluation import dialogue
 from gptjax.evaluation.dialogue import DialogueCompletion, Rewards, dialogue_task, read_prompts, reward
 from gptjax.evaluation.run_tasks import Options, evaluate
-from gptjax.evaluation.scoring import Score, Scorer
+from gptjax.evaluation.scoring import Scorer, ScoringResult
 from gptjax.inference.engine import Engine
 from gptjax.inference.sampling import Sampling
 from gptjax.metrics.text import rouge
@@ -114,7 +114,7 @@ def test_a_runs_own_held_out_conversations(directory, tmp_path):
 def test_metrics_by_hand():
     several = [prompt("q", "the cat sat on the mat"), prompt("q", "no")]
     task = dialogue_task(several, PLAIN, 200)
-    scores = [Score(-23.0, 23, False), Score(-6.0, 3, False)]
+    scores = [ScoringResult(-23.0, 23, False), ScoringResult(-6.0, 3, False)]
     completions = [
         DialogueCompletion("the cat sat on the rug", 22, True),
         DialogueCompletion("the cat", 50, False),
@@ -145,7 +145,7 @@ def test_metrics_by_hand():
 
 def test_a_truncated_completion_loses_whatever_its_reward():
     task = dialogue_task([prompt(text, "yes") for text in "abcd"], PLAIN, 200)
-    scores = [Score(-1.0, 4, False)] * 4
+    scores = [ScoringResult(-1.0, 4, False)] * 4
     completions = [DialogueCompletion("no", 2, ended) for ended in (True, False, False, True)]
     rewards = Rewards(np.array([2.0, 9.0, 1.0, 1.0]), np.ones(4))  # wins, cut off, cut off, ties
     assert rewards.wins([completion.ended for completion in completions]).tolist() == [1.0, 0.0, 0.0, 0.5]
@@ -250,13 +250,13 @@ def test_rewards_are_what_the_run_has_learned(reward_model):
     mesh = load_model(reward_model).mesh
     score = load_reward_model(reward_model, mesh, batch_size=4)
     rankings = read_rankings(f"jsonl:{reward_model.parent / 'reward.jsonl'}")
-    best = score([(r.prompt, r.answers[0]) for r in rankings])
-    worst = score([(r.prompt, r.answers[-1]) for r in rankings])
+    best = score([(r.prompt, r.completions[0]) for r in rankings])
+    worst = score([(r.prompt, r.completions[-1]) for r in rankings])
     assert best.dtype == np.float64
     assert abs(best.mean()) < 0.3 * abs(best - worst).mean()  # the scale's zero, but for what was held out
     assert np.mean(best > worst) > 0.9
     # One by one, in another order, and with turns that have no room: the same.
-    pairs = [(r.prompt, answer) for r in rankings[:5] for answer in r.answers]
+    pairs = [(r.prompt, answer) for r in rankings[:5] for answer in r.completions]
     pairs.insert(1, (pairs[0][0], "a" * (CONTEXT - 8)))  # longer than the others' shapes
     together = score(pairs)
     np.testing.assert_allclose([score([pair])[0] for pair in pairs], together, atol=1e-5)

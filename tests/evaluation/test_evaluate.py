@@ -9,7 +9,7 @@ import pytest
 
 from gptjax.evaluation import run_tasks
 from gptjax.evaluation.run_tasks import Options, evaluate
-from gptjax.evaluation.scoring import Request, Scorer, encode_pair
+from gptjax.evaluation.scoring import Scorer, ScoringRequest, encode_pair
 from tests.commands import run_command
 
 ROOT = Path(__file__).parents[2]
@@ -84,7 +84,7 @@ def test_perplexity_of_a_text(workdir, files, tiny):
     nats, start = 0.0, 1
     while start < len(tokens):  # windows that do not overlap
         end = min(start + 24, len(tokens))
-        nats -= tiny.by_hand(Request(tokens[max(0, end - 25) : end], end - start))[0]
+        nats -= tiny.by_hand(ScoringRequest(tokens[max(0, end - 25) : end], end - start))[0]
         start = end
     assert entry["metrics"]["bits_per_byte"]["value"] == pytest.approx(nats / math.log(2) / len(text), rel=1e-5)
     words = len(text.split()) + 1

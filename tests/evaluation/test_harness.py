@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gptjax.config import UserError
-from gptjax.evaluation.scoring import Request, encode_pair
+from gptjax.evaluation.scoring import ScoringRequest, encode_pair
 
 pytest.importorskip("lm_eval")
 # What the harness and what it imports do is not ours to mend.
@@ -55,7 +55,7 @@ def test_rolling_windows_are_the_harness_own(adapter, tiny):
     tokens = tiny.tokenizer.encode(text).tolist()
     expected = 0.0
     for inputs, targets in get_rolling_token_windows(tokens, tiny.tokenizer.end_of_text, 24, 1):
-        request = Request(np.array([*inputs, targets[-1]], np.int32), len(targets))
+        request = ScoringRequest(np.array([*inputs, targets[-1]], np.int32), len(targets))
         expected += tiny.by_hand(request)[0]
     assert adapter.loglikelihood_rolling([asked(text), asked("short")])[0] == pytest.approx(expected, rel=1e-5)
 

@@ -8,7 +8,7 @@ import pytest
 from gptjax.config import UserError
 from gptjax.data.tokenizers import BytesTokenizer
 from gptjax.evaluation.perplexity import perplexity_task
-from gptjax.evaluation.scoring import Score, Scorer
+from gptjax.evaluation.scoring import Scorer, ScoringResult
 
 from .conftest import WithoutEndOfText
 
@@ -41,7 +41,7 @@ def test_concatenated_documents_are_one_stream_as_in_training():
     assert task.settings["tokens"] == 15
     assert task.settings["bytes"] == 13
     assert task.settings["documents"] == 2
-    assert task.metrics([Score(-30.0, 15, False)])["nats_per_token"] == (2.0, None, 1)
+    assert task.metrics([ScoringResult(-30.0, 15, False)])["nats_per_token"] == (2.0, None, 1)
 
 
 def test_without_end_of_text_the_first_token_is_not_predicted():
@@ -61,7 +61,7 @@ def test_words_of_the_benchmark_are_those_before_the_detokenizer():
     assert task.settings["original_tokens"] == 9
     assert task.settings["bytes"] == len(text)
     assert task.settings["detokenizer_restored_lines"] == 1.0
-    metrics = task.metrics([Score(-18.0, 15, False)])
+    metrics = task.metrics([ScoringResult(-18.0, 15, False)])
     assert metrics["word_perplexity"].value == pytest.approx(math.exp(18 / 9))
     assert metrics["bits_per_byte"].value == pytest.approx(18 / math.log(2) / len(text))
     assert metrics["perplexity"].value == pytest.approx(math.exp(18 / 15))
@@ -75,7 +75,7 @@ def test_standard_errors_are_those_of_many_draws():
         lengths = rng.integers(5, 30, 40)
         task = perplexity_task(["x" * int(n) for n in lengths], BytesTokenizer(), 32)
         nats = [float(rng.normal(2.0, 0.5) * n) for n in lengths]
-        measured = task.metrics([Score(-v, int(n), False) for v, n in zip(nats, lengths, strict=True)])
+        measured = task.metrics([ScoringResult(-v, int(n), False) for v, n in zip(nats, lengths, strict=True)])
         estimates.append(measured["nats_per_token"].value)
         errors.append(measured["nats_per_token"].stderr)
     assert np.mean(errors) == pytest.approx(np.std(estimates), rel=0.15)

@@ -7,19 +7,19 @@ from hypothesis import strategies as st
 
 from gptjax.config import UserError
 from gptjax.data.tokenizers import BytesTokenizer
-from gptjax.evaluation.scoring import Request, Scorer, encode_pair, windows
+from gptjax.evaluation.scoring import Scorer, ScoringRequest, encode_pair, windows
 
 from .conftest import WithoutEndOfText
 
 
-def random_requests(number: int, longest: int = 40) -> list[Request]:
+def random_requests(number: int, longest: int = 40) -> list[ScoringRequest]:
     """Of every length, some longer than the context of 24."""
     rng = np.random.default_rng(1)
     requests = []
     for _ in range(number):
         length = int(rng.integers(2, longest + 1))
         scored = int(rng.integers(1, min(length - 1, 24) + 1))
-        requests.append(Request(rng.integers(0, 257, length).astype(np.int32), scored))
+        requests.append(ScoringRequest(rng.integers(0, 257, length).astype(np.int32), scored))
     return requests
 
 
@@ -42,7 +42,9 @@ def test_greedy_is_every_token_the_likeliest(tiny):
     whole = np.array(tokens, np.int32)
     wrong = whole.copy()
     wrong[3] = (wrong[3] + 1) % 257
-    scores = Scorer(tiny.model, tiny.params).scores([Request(whole, 6), Request(wrong, 6), Request(whole[:3], 1)])
+    scores = Scorer(tiny.model, tiny.params).scores(
+        [ScoringRequest(whole, 6), ScoringRequest(wrong, 6), ScoringRequest(whole[:3], 1)]
+    )
     assert [score.is_greedy for score in scores] == [True, False, True]
 
 
@@ -73,15 +75,15 @@ def test_the_plan_has_every_request_once_in_few_shapes(tiny):
 def test_shorter_requests_share_a_batch_of_as_many_positions(tiny):
     scorer = Scorer(tiny.model, tiny.params, batch_size=2)
     scorer.context_length = 128
-    (batch,) = scorer.plan([Request(np.zeros(9, np.int32), 1)] * 16)
+    (batch,) = scorer.plan([ScoringRequest(np.zeros(9, np.int32), 1)] * 16)
     assert (batch.rows, batch.length) == (16, 16)
 
 
 def test_a_continuation_longer_than_the_context_is_an_error(tiny):
     scorer = Scorer(tiny.model, tiny.params)
-    scorer.plan([Request(np.zeros(25, np.int32), 24)])
+    scorer.plan([ScoringRequest(np.zeros(25, np.int32), 24)])
     with pytest.raises(UserError, match="continuation of 25 tokens is longer than the model's context of 24"):
-        scorer.plan([Request(np.zeros(26, np.int32), 25)])
+        scorer.plan([ScoringRequest(np.zeros(26, np.int32), 25)])
 
 
 def test_the_fingerprint_is_that_of_the_weights(tiny):
@@ -115,10 +117,10 @@ def test_every_token_is_scored_once_with_the_context_promised(length, context, d
 @pytest.mark.parametrize("stride", [1, 7, 12, 24])
 def test_windows_give_the_likelihoods_by_hand(tiny, stride):
     text = np.random.default_rng(2).integers(0, 257, 61).astype(np.int32)
-    expected = tiny.by_hand(Request(text[:25], 24))[0]
+    expected = tiny.by_hand(ScoringRequest(text[:25], 24))[0]
     for i in range(25, 61):  # one at a time, each after the text from where the window that scores it begins
         end = min(25 + -(-(i - 24) // stride) * stride, 61)
-        expected += tiny.by_hand(Request(text[end - 25 : i + 1], 1))[0]
+        expected += tiny.by_hand(ScoringRequest(text[end - 25 : i + 1], 1))[0]
     scores = Scorer(tiny.model, tiny.params).scores(list(windows(text, 24, stride)))
     assert sum(score.num_tokens for score in scores) == 60
     assert sum(score.logprob for score in scores) == pytest.approx(expected, rel=1e-5)

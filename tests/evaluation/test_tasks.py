@@ -7,7 +7,7 @@ import pytest
 
 from gptjax.config import UserError
 from gptjax.data.tokenizers import BytesTokenizer
-from gptjax.evaluation.scoring import Score
+from gptjax.evaluation.scoring import ScoringResult
 from gptjax.evaluation.tasks import (
     Examples,
     TaskExample,
@@ -180,8 +180,18 @@ def test_too_few_examples_to_show():
 def test_each_normalisation_can_choose_differently():
     example = choices("Q", ["aa", "bbbbbbbb", "cc", "dddd"], 0)
     task = example_task(Examples([example], []), BytesTokenizer())
-    asked = [Score(-4.0, 2, False), Score(-5.0, 5, False), Score(-3.0, 1, False), Score(-4.5, 3, False)]
-    alone = [Score(-5.0, 2, False), Score(-5.5, 5, False), Score(-3.5, 1, False), Score(-8.0, 3, False)]
+    asked = [
+        ScoringResult(-4.0, 2, False),
+        ScoringResult(-5.0, 5, False),
+        ScoringResult(-3.0, 1, False),
+        ScoringResult(-4.5, 3, False),
+    ]
+    alone = [
+        ScoringResult(-5.0, 2, False),
+        ScoringResult(-5.5, 5, False),
+        ScoringResult(-3.5, 1, False),
+        ScoringResult(-8.0, 3, False),
+    ]
 
     def right(answer):
         moved = example_task(Examples([TaskExample(example.options, answer, True)], []), BytesTokenizer())
@@ -198,7 +208,12 @@ def test_each_normalisation_can_choose_differently():
 def test_last_words_have_accuracy_and_perplexity_per_word():
     examples = numbered(4)
     task = example_task(Examples(examples, examples), BytesTokenizer())
-    scores = [Score(-1.0, 2, True), Score(-2.0, 2, False), Score(-3.0, 2, True), Score(-4.0, 2, True)]
+    scores = [
+        ScoringResult(-1.0, 2, True),
+        ScoringResult(-2.0, 2, False),
+        ScoringResult(-3.0, 2, True),
+        ScoringResult(-4.0, 2, True),
+    ]
     metrics = task.metrics(scores)
     assert metrics["accuracy"].value == 0.75
     assert metrics["accuracy"].stderr == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
@@ -208,4 +223,4 @@ def test_last_words_have_accuracy_and_perplexity_per_word():
 
 def test_one_example_has_no_standard_error():
     task = example_task(Examples(numbered(1), numbered(1)), BytesTokenizer())
-    assert task.metrics([Score(-1.0, 2, True)])["accuracy"] == (1.0, None, 1)
+    assert task.metrics([ScoringResult(-1.0, 2, True)])["accuracy"] == (1.0, None, 1)

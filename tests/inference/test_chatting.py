@@ -49,7 +49,7 @@ def test_the_model_reads_what_was_said_before(make_session, monkeypatch):
     session.reply("q2")
     bos, ask, end = 256, 257, 258
     assert read[0] == [bos, *b"sq1", ask]
-    assert read[1] == [bos, *b"sq1", ask, *session._format.encode_answer(answer)[:-1], end, *b"q2", ask]
+    assert read[1] == [bos, *b"sq1", ask, *session._format.encode_completion(answer)[:-1], end, *b"q2", ask]
     session.regenerate()
     assert read[2] == read[1]
     for i in range(8):  # the oldest turns give way, the system message stays
@@ -78,7 +78,7 @@ def test_passages_come_before_the_last_question_as_many_as_fit(make_session, mon
     answer = session.turns[-1].content
     session.turns = session.turns[-2:]
     session.reply("hm")
-    assert read[-1] == [bos, *b"why?", ask, *session._format.encode_answer(answer)[:-1], end, *b"hm", ask]
+    assert read[-1] == [bos, *b"why?", ask, *session._format.encode_completion(answer)[:-1], end, *b"hm", ask]
     assert session.sources == []
 
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from gptjax import config as c
-from gptjax.evaluation.scoring import Request, Scorer
+from gptjax.evaluation.scoring import Scorer, ScoringRequest
 from gptjax.models.gpt import GPT, abstract_params
 from gptjax.parallel.mesh import make_mesh
 
@@ -28,7 +28,7 @@ def score(mesh: jax.sharding.Mesh) -> dict:
         abstract_params(model, mesh),
     )
     lengths = [5, 12, 33, 40, 20, 33, 9, 30, 2, 17, 31]
-    requests = [Request(rng.integers(0, 264, n).astype(np.int32), min(1 + n // 2, 32, n - 1)) for n in lengths]
+    requests = [ScoringRequest(rng.integers(0, 264, n).astype(np.int32), min(1 + n // 2, 32, n - 1)) for n in lengths]
     scorer = Scorer(model, params, mesh, batch_size=2)
     scores = scorer.scores(requests)
     return {

@@ -9,6 +9,7 @@ A change may follow the mesh, as in `fsdp=8+offload`.
 import json
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from gptjax.checkpoint.manager import Checkpoints
 from gptjax.checkpoint.position import Position
 from gptjax.checkpoint.state import TrainState, abstract_state, create_state, state_shardings
 from gptjax.parallel.mesh import batch_sharding, make_mesh
-from gptjax.planning.program_text import collectives, count_by_kind
+from gptjax.planning.program_text import collectives
 from gptjax.stages import registry
 from gptjax.stages.builders import build
 from gptjax.training.step import make_train_step
@@ -94,12 +95,15 @@ def train(config: c.Config, mesh: jax.sharding.Mesh, workdir: Path) -> dict[str,
         resumed = resumes(config, mesh, state, workdir)
     up = state.params["layers"]["block_0"]["mlp"]["up"]["kernel"]
     found = collectives(compiled.as_text(), unknown_trip_count=2)
+    counts: Counter[str] = Counter()
+    for collective in found:
+        counts[collective.kind] += collective.count
     return {
         "losses": losses,
         "share": up.addressable_shards[0].data.size / up.size,
         "sample": sample,
         "resumes": resumed,
-        "counts": count_by_kind(found),
+        "counts": counts,
         "gathered": max((found.payload for found in found if found.kind == "all-gather"), default=0),
     }
 

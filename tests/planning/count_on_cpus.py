@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,20 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from gptjax.checkpoint.state import create_state, state_shardings
 from gptjax.config import BatchConfig, Config, GPTConfig, MeshConfig
 from gptjax.planning import compile as planning
-from gptjax.planning.program_text import collectives, count_by_kind
+from gptjax.planning.program_text import Collective, collectives
 from gptjax.planning.topology import lay_out, parse_topology
 from gptjax.stages import registry
 from gptjax.training.step import make_train_step
 
 MODEL = GPTConfig(vocab_size=128, context_length=32, num_layers=4, num_heads=4, embed_dim=32, dtype="float32")
+
+
+def count_by_kind(found: list[Collective]) -> Counter[str]:
+    """Returns the number of executions of each kind of collective in a run."""
+    counts: Counter[str] = Counter()
+    for collective in found:
+        counts[collective.kind] += collective.count
+    return counts
 
 
 def loop(trips: int) -> dict[str, Any]:

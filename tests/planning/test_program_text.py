@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gptjax.planning.program_text import Collective, bytes_sent, collectives, count_by_kind, mesh_axes
+from gptjax.planning.program_text import Collective, bytes_sent, collectives, mesh_axes
 
 SHAPE = {"data": 2, "fsdp": 4, "tensor": 1}  # of a mesh of eight devices
 
@@ -168,4 +168,3 @@ def test_bytes_sent_are_those_of_ring_algorithms() -> None:
 def test_a_program_for_one_device_has_no_collectives() -> None:
     text = jax.jit(lambda x: x @ x).lower(jnp.ones((8, 8))).compile().as_text()
     assert collectives(text) == []
-    assert count_by_kind([]) == {}

@@ -183,9 +183,9 @@ def test_no_held_out_completion_is_a_wrong_one_in_training(finished):
     train, validation = rankings_of(config)
     used = [
         {text for texts in side for text in texts}
-        for side in ([r.answers for r in train], [r.answers for r in validation])
+        for side in ([r.completions for r in train], [r.completions for r in validation])
     ]
-    true = [{r.answers[0] for r in side} for side in (train, validation)]
+    true = [{r.completions[0] for r in side} for side in (train, validation)]
     assert used[0] <= true[0]
     assert used[1] <= true[1]
     assert 0.05 < len(validation) / len(train) < 0.2

@@ -10,7 +10,7 @@ from gptjax.config import Config
 from gptjax.data.chat_batches import PackedRankings, RankedSequences
 from gptjax.data.conversations import Prompt, Ranking
 from gptjax.data.pipeline import Microbatch
-from gptjax.data.templates import TooLongError, answered
+from gptjax.data.templates import TooLongError, with_completion
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.stages.chat_data import ChatData, fitting, open_chat, positions, rankings_of
 from gptjax.stages.reading import reader
@@ -66,7 +66,7 @@ def build_ranked(
 def held_out_prompts(config: Config) -> list[Prompt]:
     """Returns the prompts of the held-out rankings, each with its best completion as the reference."""
     rankings = rankings_of(config)[1]
-    return list({r.prompt: Prompt(r.prompt, r.answers[0], r.place) for r in rankings}.values())
+    return list({r.prompt: Prompt(r.prompt, r.completions[0], r.place) for r in rankings}.values())
 
 
 def _encode(data: ChatData[Ranking], rankings: list[Ranking]) -> list[RankedSequences]:
@@ -74,7 +74,7 @@ def _encode(data: ChatData[Ranking], rankings: list[Ranking]) -> list[RankedSequ
     form, context = data.chat_format, data.config.model.context_length
 
     def sequences(item: Ranking) -> RankedSequences:
-        completions, levels = [form.encode_answer(text) for text in item.answers], item.levels
+        completions, levels = [form.encode_completion(text) for text in item.completions], item.levels
         if not item.ordered and data.config.chat.on_too_long == "skip":  # random completions can be left out
             room = context - len(form.encode_prompt(item.prompt[-1:]))
             kept = [i for i, completion in enumerate(completions) if i == 0 or len(completion) <= room]
@@ -90,6 +90,6 @@ def _encode(data: ChatData[Ranking], rankings: list[Ranking]) -> list[RankedSequ
         # The same tokens of the prompt for all completions, whatever their lengths: log-probabilities and scores of
         # different prompts are not comparable.
         prompt = form.encode_prompt(item.prompt, context - longest, place=item.place)
-        return RankedSequences([answered(prompt, completion) for completion in completions], levels)
+        return RankedSequences([with_completion(prompt, completion) for completion in completions], levels)
 
     return fitting(data.config, rankings, sequences)

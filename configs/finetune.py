@@ -25,11 +25,11 @@ TASKS = {
     "ner": "tagging",
     "pos": "tagging",
 }
-DATA = {"ner": "hironsan"}  # else tweets: no package has rows for the other tasks
+DATA = {"ner": "hironsan"}  # for other tasks tweets, as no package has rows for them
 METRICS = {"regression": "pearson", "tagging": "f1", "question_answering": "f1"}
-# none: section 4.1. Methods that train few weights need larger learning rates: chosen within the papers' ranges.
+# none: section 4.1. Methods that train few weights need larger learning rates; these are within the papers' ranges.
 PEAK_LR = {"none": 6.25e-5, "lora": 1e-3, "adalora": 2e-3, "adapters": 1e-3, "head": 3e-3, "top_layers": 2e-4}
-# Factors of these for runlocal's small models and few steps: the learning rates of docs/finetuning.md.
+# Multiples of these for runlocal's small models and few steps, as in docs/finetuning.md.
 LOCAL_FACTORS = {"none": 10, "lora": 5, "adalora": 5, "adapters": 5}
 
 
@@ -66,7 +66,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         evaluation=c.EvaluationConfig(every_epochs=1.0, metric=METRICS.get(kind, "accuracy")),
         checkpoint=c.CheckpointConfig(every_epochs=1.0),
     )
-    # The workdir of init_from may keep bfloat16 parameters, whose spacing swallows updates.
+    # The workdir of init_from may have bfloat16 parameters, which are too coarse for small updates.
     config = c.replace(config, {"model": dropout | {"param_dtype": "float32"}})
     if args["bidirectional"]:
         config = c.replace(config, {"task": {"bidirectional": True, "lm_weight": 0.0}})

@@ -1,4 +1,4 @@
-"""The library as a notebook uses it: `gptjax.load_config`, `gptjax.train`, `gptjax.load`. No flags are parsed.
+"""Python API for notebooks and scripts: `gptjax.load_config`, `gptjax.train`, `gptjax.load`. No flags are parsed.
 
 import gptjax
 

@@ -59,8 +59,8 @@ def main() -> None:
     config = read_config(expand(WORKDIR.value))
     if not registry.definition(config).chats:
         raise UserError(
-            f"{WORKDIR.value} is of stage {config.stage}, which does not chat: train it to, with "
-            f"--config=configs/chatgpt.py:stage=sft,init_from={WORKDIR.value}"
+            f"{WORKDIR.value} is a run of stage {config.stage}, which trains no chat model: fine-tune it with "
+            f"gptjax.main --config=configs/chatgpt.py:stage=sft,init_from={WORKDIR.value}"
         )
     if DOCUMENTS.value is not None:
         retrieval.check(expand(DOCUMENTS.value))
@@ -69,7 +69,7 @@ def main() -> None:
     lines: Iterator[str] = iter(()) if interactive else (line for _, line in text_files.read_lines(None))
     if interactive:
         if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(errors="strict")  # some locales let bytes through that are no text
+            sys.stdin.reconfigure(errors="strict")  # some locales would pass bytes on that are not text
         import readline  # noqa: F401 (makes `input` edit lines, and remember them)
 
         print(f"{WORKDIR.value}; {HELP}")
@@ -145,13 +145,13 @@ def take(session: "ChatSession", line: str) -> None:
             raise UserError("/save needs a FILE to append the conversation to")
         session.save(expand(argument))
     elif command == "/regen":
-        answer(session, session.regenerate)
+        print_completion(session, session.regenerate)
     elif command == "/help":
         print(HELP)
     elif line.startswith("/"):
         raise UserError(f"unknown command {line!r}: {HELP}")
     else:
-        answer(session, partial(session.reply, line))
+        print_completion(session, partial(session.reply, line))
 
 
 @contextmanager
@@ -180,10 +180,10 @@ def shown() -> Iterator[Callable[[str], None]]:
         signal.signal(signal.SIGINT, before)
 
 
-def answer(session: "ChatSession", give: Callable[[Callable[[str], None]], str]) -> None:
+def print_completion(session: "ChatSession", generate: Callable[[Callable[[str], None]], str]) -> None:
     """Prints a completion while it is generated, then its sources."""
     with shown() as show:
-        give(show)
+        generate(show)
     print()
     if session.sources:
         print(retrieval.citations(session.sources))

@@ -20,7 +20,7 @@ from gptjax.distributed.peers import FAILED, INTERRUPTED, PREEMPTED, STOPPED
 from gptjax.distributed.preemption import PreemptedError
 from gptjax.files import expand
 
-# Log levels of libraries, which read them when they are imported: their lines would cut through the progress bar. Every
+# Log levels of libraries, which read them when they are imported: their lines would break the progress bar. Every
 # command imports this module before jax.
 for _name, _level in {
     "TF_CPP_MIN_LOG_LEVEL": "2",  # XLA: errors only

@@ -23,7 +23,7 @@ FROM_PEFT = flags.DEFINE_string(
     "from_peft", None, "Directory of Hugging Face PEFT with LoRA matrices to import, over the weights of --base."
 )
 TO_PEFT = flags.DEFINE_string("to_peft", None, "Directory to write the LoRA matrices of --workdir to; it must be new.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Workdir to read, or with --from_hf and --from_peft to make.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Workdir to read, or with --from_hf and --from_peft to create.")
 BASE = flags.DEFINE_string("base", None, "With --from_peft: workdir of the weights that the matrices are for.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "With --from_hf: dtype of activations.")
 PARAM_DTYPE = flags.DEFINE_enum(

@@ -22,7 +22,7 @@ ALLOW_CHANGES = flags.DEFINE_bool("allow_config_changes", False, "Resume a run a
 START_OVER = flags.DEFINE_bool(
     "start_over",
     False,
-    "Begin anew where steps are recorded but no whole checkpoint is left; WORKDIR/earlier keeps all.",
+    "Start from scratch if no undamaged checkpoint is left; the old files move to WORKDIR/earlier.",
 )
 
 

@@ -99,7 +99,7 @@ def main() -> None:
 def check_flags() -> None:
     """Raises UserError for flags that contradict each other."""
     if INPUT.value is not None and SOURCE.value is not None:
-        raise UserError("--input and --source are two ways to say the same: give one")
+        raise UserError("--input and --source exclude each other: give one")
     if STEP.value is not None and flags.FLAGS["best"].present:
         raise UserError("--step and --best both choose the checkpoint: give one")
     if (SCORE.value or REPORT.value is not None) and SOURCE.value is None:
@@ -164,7 +164,9 @@ def read_rows(task: TaskConfig, lines: list[tuple[str, str]], as_json: bool) -> 
         key, texts = roles[0], [(line.strip(), place) for place, line in lines if line.strip()]
         records = [({key: split_words(text) if key == "tokens" else text}, place) for text, place in texts]
         if texts and all(text.startswith("{") and _is_json(text) for text, _ in texts):
-            logging.warning("every line is JSON and is read as a text: --input_format=jsonl reads its fields")
+            logging.warning(
+                "every line is JSON but is read as plain text: pass --input_format=jsonl to read its fields"
+            )
     rows = [labelled.Row(_fields(task.kind, roles, optional, record, place), place) for record, place in records]
     if not rows:
         raise UserError("there is nothing to predict: each line of --input is an example")

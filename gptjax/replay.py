@@ -35,7 +35,7 @@ def main() -> None:
     workdir = bundle.absolute().parent.parent
     config, _ = registry.completed_config(workdir)
     dtype = config.model.dtype if DTYPE.value is None else DTYPE.value
-    # A backend that was named for the machine that trained may be none of this one's.
+    # The attention backend of the machine that trained may not exist on this machine.
     config = replace(config, {"model": {"dtype": dtype, "attention_backend": "auto"}})
     mesh = make_mesh(parse_mesh(MESH.value))
     check_fit(config, mesh)

@@ -30,7 +30,7 @@ from gptjax.training.loop import RunReport, train
 from gptjax.training.metrics_file import METRICS_FILE, read_metrics
 from gptjax.training.stage import Stage
 
-# What a run adds to its workdir besides its config and its tokenizer, by name.
+# Files that a run adds to its workdir, except its config and its tokenizer.
 _FILES_OF_A_RUN = (
     *("checkpoints", "damaged", "rollouts", "debug", "profile", "evaluation", "samples", "tensorboard", "wandb"),
     *(METRICS_FILE, "loss.png", SCALE_FILE),
@@ -56,8 +56,8 @@ def run(
       profile: write a trace of a few steps to `<workdir>/profile/`.
       allow_config_changes: resume although the workdir's run was started with another config, of the same model. Where
         the optimizer's state does not fit the new config, a fresh one is made.
-      start_over: begin anew where an earlier run has left records or damaged checkpoints, but no whole checkpoint; its
-        files are kept in `<workdir>/earlier/`. A whole checkpoint is resumed as usual.
+      start_over: start from scratch where an earlier run has left records or damaged checkpoints, but no undamaged
+        checkpoint; its files are kept in `<workdir>/earlier/`. An undamaged checkpoint is resumed as usual.
       callbacks: each is called with every record of metrics.jsonl, by process 0.
 
     Raises:
@@ -203,7 +203,7 @@ def _check_workdir(config: Config, workdir: Path, allow_changes: bool, start_ove
 
 
 def _lost_run(workdir: Path) -> str | None:
-    """What an earlier run has left in a workdir without checkpoints, in words; None: no trained step is recorded."""
+    """Describes what an earlier run has left in a workdir without checkpoints; None: no trained step is recorded."""
     if any((workdir / "damaged").glob("*")):
         return "damaged checkpoints"
     if not (workdir / METRICS_FILE).exists():
@@ -223,8 +223,8 @@ def _set_aside(workdir: Path, lost: str, start_over: bool) -> None:
     """
     if not start_over:
         raise UserError(
-            f"{workdir} holds {lost} but no whole checkpoint to resume from: use another --workdir, "
-            f"or begin anew by --start_over, which moves the files of the earlier run to {workdir / 'earlier'}"
+            f"{workdir} holds {lost} but no undamaged checkpoint to resume from: use another --workdir, or start from "
+            f"scratch with --start_over, which moves the files of the earlier run to {workdir / 'earlier'}"
         )
     try:
         place = next(path for i in itertools.count() if not (path := workdir / "earlier" / str(i)).exists())
@@ -236,7 +236,10 @@ def _set_aside(workdir: Path, lost: str, start_over: bool) -> None:
             shutil.copy(workdir / "config.json", place)
     except OSError as error:
         raise UserError(f"cannot move the files of the earlier run in {workdir}: {error.strerror}") from None
-    print(f"{workdir} held {lost} but no whole checkpoint: begins anew, earlier files are in {place}", file=sys.stderr)
+    print(
+        f"{workdir} held {lost} but no undamaged checkpoint: starting from scratch; the earlier files are in {place}",
+        file=sys.stderr,
+    )
 
 
 def _check_tokenizer(config: Config, tokenizer: tokenizers.Tokenizer) -> None:
@@ -262,7 +265,7 @@ def _write_workdir(config: Config, workdir: Path, stage: Stage) -> None:
 
 
 def _summary(config: Config, stage: Stage, mesh: Mesh) -> str:
-    """What of the config differs from the defaults, what the data is, and what the run costs.
+    """Summary of a run: config fields that differ from the defaults, the data, and the cost.
 
     Args:
       config: as the user gave it; that of the stage is complete.

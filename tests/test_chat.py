@@ -67,11 +67,15 @@ def test_mistakes_end_it_in_one_line(workdir, pretrained, tmp_path):
     (tmp_path / "reward" / "config.json").write_text(to_json(config_of("reward", tmp_path, pretrained)))
     for stdin, flags, message in (
         ("", [], "error: needs --workdir=DIR"),
-        ("", [f"--workdir={pretrained}"], f"error: {pretrained} is of stage pretrain, which does not chat"),
+        (
+            "",
+            [f"--workdir={pretrained}"],
+            f"error: {pretrained} is a run of stage pretrain, which trains no chat model",
+        ),
         (
             "",
             [f"--workdir={tmp_path / 'reward'}"],
-            f"error: {tmp_path / 'reward'} is of stage reward, which does not chat",
+            f"error: {tmp_path / 'reward'} is a run of stage reward, which trains no chat model",
         ),
         ("", [f"--workdir={workdir}", "--max_new_tokens=0"], "error: flag --max_new_tokens=0"),
         ("", [f"--workdir={workdir}", "--documents=/none"], "error: there is no folder /none"),

@@ -66,7 +66,7 @@ def test_every_command_expands_the_paths_of_its_flags():
         ([RUNLOCAL, "--config.model.dtype=float16"], ["model.dtype", "bfloat16"]),
         ([RUNLOCAL, "--config.model.num_heads=5"], ["model.num_heads=5", "embed_dim=192", "such as 4"]),
         ([RUNLOCAL, "--config.batch.tokens_per_batch=1000"], ["batch.tokens_per_batch=1000", "try 1024"]),
-        ([RUNLOCAL, "--config.batch.epochs=2"], ["set one of batch.total_tokens (700000) and batch.epochs (2.0)"]),
+        ([RUNLOCAL, "--config.batch.epochs=2"], ["batch.total_tokens=700000 and batch.epochs=2.0: set exactly one"]),
         ([RUNLOCAL, "--config.seed=12345678901234567890"], ["seed=12345678901234567890", "64-bit"]),
         ([RUNLOCAL, "--config.lr=3e-4"], ["'lr'", "did you mean 'optimizer.peak_lr'"]),
         ([RUNLOCAL, "--config.seed"], ["--config.seed needs a value"]),

@@ -88,5 +88,5 @@ def test_a_circle_of_base_weights(foreign):
     (foreign / "config.json").write_text(json.dumps(tree))
     shutil.copytree(foreign, foreign.parent / "other")
     (foreign.parent / "other" / "config.json").write_text(json.dumps(tree | {"init_from": str(foreign)}))
-    with pytest.raises(UserError, match=r"has no base weights: init_from leads from .*other back to .*run"):
+    with pytest.raises(UserError, match=r"has no base weights: init_from of .*other leads back to .*run: correct"):
         load_model(foreign)

@@ -190,6 +190,7 @@ def _keep(path: Path, own: dict[str, Any], ended: threading.Event) -> None:
             elif owner:
                 processes.end(
                     f"error: {path.parent} was taken by process {owner.get('pid')} on {owner.get('host')}, since "
-                    f"{owner.get('since')}, as this run sent no heartbeat: let one of them continue",
+                    f"{owner.get('since')}, because this run sent no heartbeat in time: this run stops, so that only "
+                    "one of them writes",
                     STOPPED,
                 )

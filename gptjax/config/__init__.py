@@ -1,4 +1,4 @@
-"""What a run is: every knob declared once, typed, and checked before anything is slow.
+"""Configuration of a run: every option is declared once, with its type, and checked before slow work begins.
 
 A config file (`configs/gpt2.py`) returns the `ConfigDict` that `config_dict(Config(...))` makes, command-line
 overrides edit it, and `resolve` turns it back into the frozen `Config` that all other code reads. So a knob that is not

@@ -44,17 +44,21 @@ def _check_model(model: GPTConfig) -> None:
         f"model.num_heads={model.num_heads} does not divide model.embed_dim={model.embed_dim}: "
         f"choose one that does, such as {_divisor_near(model.embed_dim, model.num_heads)}",
     )
-    require(len(model.attention_pattern) > 0, 'model.attention_pattern is empty: ("dense",) is the plain GPT')
+    require(
+        len(model.attention_pattern) > 0,
+        'model.attention_pattern is empty: set it to ("dense",) for dense attention in every layer',
+    )
     for kind in model.attention_pattern:
-        require(kind in ("dense", "banded"), f"model.attention_pattern has {kind!r}: its parts are 'dense' or 'banded'")
+        require(kind in ("dense", "banded"), f"model.attention_pattern has {kind!r}: use 'dense' or 'banded'")
     require(
         model.num_layers % len(model.attention_pattern) == 0,
-        f"model.num_layers={model.num_layers} is not a whole number of model.attention_pattern="
-        f"{model.attention_pattern}: make it a multiple of {len(model.attention_pattern)}",
+        f"model.num_layers={model.num_layers} is not a multiple of the length of model.attention_pattern="
+        f"{model.attention_pattern}: set it to a multiple of {len(model.attention_pattern)}",
     )
     require(
         model.logits_dtype != "bfloat16" or model.dtype == "bfloat16",
-        "model.logits_dtype=bfloat16 rounds what model.dtype=float32 asks to be exact: set both to bfloat16",
+        f"model.logits_dtype=bfloat16 needs model.dtype=bfloat16, not {model.dtype}: set both to bfloat16, or "
+        "model.logits_dtype to float32",
     )
     for name in ("embedding_dropout", "attention_dropout", "residual_dropout"):
         value = getattr(model, name)
@@ -69,7 +73,10 @@ def _check_data(config: Config) -> None:
     require(task.lm_weight >= 0, f"task.lm_weight={task.lm_weight} must not be negative")
     require(0 <= task.head_dropout < 1, f"task.head_dropout={task.head_dropout} must be in [0, 1)")
     require(task.target_std is None or task.target_std > 0, f"task.target_std={task.target_std} must be positive")
-    require(not (task.label_weights and task.balanced_labels), "set one of task.label_weights and task.balanced_labels")
+    require(
+        not (task.label_weights and task.balanced_labels),
+        "task.label_weights and task.balanced_labels exclude each other: unset one",
+    )
     require(
         all(weight > 0 for weight in task.label_weights), f"task.label_weights={task.label_weights} must be positive"
     )
@@ -79,19 +86,21 @@ def _check_data(config: Config) -> None:
         require(0 <= value <= 1, f"regularisation.{name}={value} must be in [0, 1]")
     require(
         regularisation.label_smoothing == 0 or task.kind not in ("regression", "question_answering"),
-        f"regularisation.label_smoothing={regularisation.label_smoothing} smooths the probabilities of labels, and "
-        f"task.kind={task.kind} has none: set it to 0",
+        f"regularisation.label_smoothing={regularisation.label_smoothing} does not apply to task.kind={task.kind}, "
+        "which has no label probabilities: set it to 0",
     )
     positive(regularisation, "regularisation", "mixup_alpha", "adversarial_epsilon")
     copies = regularisation.augmented_copies
     require(copies >= 0, f"regularisation.augmented_copies={copies} must not be negative")
     require(
         (copies > 0) == (max(regularisation.drop_turns, regularisation.shuffle_turns) > 0),
-        "regularisation.augmented_copies and what changes the copies, drop_turns or shuffle_turns, need each other",
+        f"regularisation.augmented_copies={copies} with drop_turns={regularisation.drop_turns} and shuffle_turns="
+        f"{regularisation.shuffle_turns}: set augmented_copies and one of the others above 0, or all to 0",
     )
     require(
         regularisation.mixup_alpha is None or task.kind not in ("tagging", "question_answering"),
-        f"regularisation.mixup_alpha mixes whole texts, and task.kind={task.kind} is about places in them: unset it",
+        f"regularisation.mixup_alpha={regularisation.mixup_alpha} mixes whole texts and does not apply to "
+        f"task.kind={task.kind}, which labels positions: unset it",
     )
 
 
@@ -99,16 +108,21 @@ def _check_chat(config: Config) -> None:
     chat, dpo = config.chat, config.dpo
     formats = (chat.system_format, chat.user_format, chat.assistant_format)
     require(
-        all(formats) if chat.template == "custom" else not any(formats),
-        "chat.template=custom needs chat.system_format, chat.user_format and chat.assistant_format, which other "
-        f"templates do not have; chat.template={chat.template}: set all three or none",
+        chat.template != "custom" or all(formats),
+        "chat.template=custom needs chat.system_format, chat.user_format and chat.assistant_format: set all three",
+    )
+    require(
+        chat.template == "custom" or not any(formats),
+        f"chat.template={chat.template} ignores chat.system_format, chat.user_format and chat.assistant_format: unset "
+        "them, or set chat.template=custom",
     )
     require(0 <= chat.pretraining_share < 1, f"chat.pretraining_share={chat.pretraining_share} must be in [0, 1)")
     require(chat.random_answers >= 0, f"chat.random_answers={chat.random_answers} must not be negative")
     positive(chat, "chat", "random_draws")
     require(
         chat.random_draws == 1 or chat.random_answers > 0,
-        f"chat.random_draws={chat.random_draws} needs chat.random_answers: set both",
+        f"chat.random_draws={chat.random_draws} needs random completions: set chat.random_answers above 0, or "
+        "chat.random_draws to 1",
     )
     positive(dpo, "dpo", "beta")
     require(0 <= dpo.label_smoothing < 0.5, f"dpo.label_smoothing={dpo.label_smoothing} must be in [0, 0.5)")
@@ -131,26 +145,27 @@ def _check_peft(config: Config) -> None:
     positive(peft, "peft", "rank", "alpha", "prune_every_steps", "adapter_dim", "num_layers")
     require(
         peft.initial_rank >= peft.rank or peft.method != "adalora",
-        f"peft.initial_rank={peft.initial_rank} is below peft.rank={peft.rank}, at which adalora ends: raise it",
+        f"peft.initial_rank={peft.initial_rank} is below peft.rank={peft.rank}, the final average rank of AdaLoRA: "
+        "raise peft.initial_rank",
     )
     for name in ("sensitivity_beta", "uncertainty_beta"):
         require(0 <= getattr(peft, name) < 1, f"peft.{name}={getattr(peft, name)} must be in [0, 1)")
     require(
         min(peft.initial_fraction, peft.final_fraction) >= 0 and peft.initial_fraction + peft.final_fraction < 1,
-        f"peft.initial_fraction={peft.initial_fraction} and peft.final_fraction={peft.final_fraction} must leave "
-        "a part of the training between them",
+        f"peft.initial_fraction={peft.initial_fraction} and peft.final_fraction={peft.final_fraction} must not be "
+        "negative, and must sum to less than 1, since AdaLoRA lowers the rank between them",
     )
     require(
         peft.method != "adalora" or config.optimizer.ema_decay is None,
-        "peft.method=adalora prunes weights, and their average would keep what is pruned: unset optimizer.ema_decay",
+        "peft.method=adalora prunes singular values, which a moving average would keep: unset optimizer.ema_decay",
     )
     require(
         peft.method == "none" or config.init_from is not None,
-        f"peft.method={peft.method} trains a part of given weights: name their workdir by init_from",
+        f"peft.method={peft.method} adapts pretrained weights: set init_from to their workdir",
     )
     require(
         peft.method == "none" or config.optimizer.name != "muon",
-        f"optimizer.name=muon is for whole matrices, and peft.method={peft.method} trains a part: set it to adamw",
+        f"optimizer.name=muon is not supported with peft.method={peft.method}: set optimizer.name=adamw",
     )
 
 
@@ -160,17 +175,18 @@ def _check_batch(config: Config) -> None:
     positive(batch, "batch", "ramp_start_tokens", "ramp_tokens")
     require(
         (batch.total_tokens is None) != (batch.epochs is None),
-        f"set one of batch.total_tokens ({batch.total_tokens}) and batch.epochs ({batch.epochs}) and the other to None",
+        f"batch.total_tokens={batch.total_tokens} and batch.epochs={batch.epochs}: set exactly one, the other to None",
     )
     unit = (batch.microbatch_size or 1) * model.context_length
     require(
         batch.tokens_per_batch % unit == 0,
-        f"batch.tokens_per_batch={batch.tokens_per_batch} is not a whole number of microbatches of {unit} tokens "
+        f"batch.tokens_per_batch={batch.tokens_per_batch} is not a multiple of the {unit} tokens of a microbatch "
         f"(batch.microbatch_size x model.context_length): try {max(1, round(batch.tokens_per_batch / unit)) * unit}",
     )
     require(
         (batch.ramp_start_tokens is None) == (batch.ramp_tokens is None),
-        "a batch ramp needs both batch.ramp_start_tokens and batch.ramp_tokens",
+        f"batch.ramp_start_tokens={batch.ramp_start_tokens} and batch.ramp_tokens={batch.ramp_tokens}: set both for a "
+        "batch ramp, or neither",
     )
     if batch.ramp_start_tokens is not None:
         require(
@@ -200,7 +216,8 @@ def _check_optimizer(optimizer: OptimizerConfig) -> None:
     require(fraction is None or 0 <= fraction < 1, f"optimizer.warmup_fraction={fraction} must be in [0, 1)")
     require(
         fraction is None or optimizer.warmup_tokens == 0,
-        "set one of optimizer.warmup_tokens and optimizer.warmup_fraction, and the other to 0 or None",
+        f"optimizer.warmup_tokens={optimizer.warmup_tokens} and optimizer.warmup_fraction={fraction} exclude each "
+        "other: set the first to 0 or the second to None",
     )
     require(0 < optimizer.layer_lr_decay <= 1, f"optimizer.layer_lr_decay={optimizer.layer_lr_decay} must be in (0, 1]")
 
@@ -210,11 +227,13 @@ def _check_intervals(config: Config) -> None:
         positive(section, name, "every_tokens", "every_epochs")
         require(
             section.every_tokens is None or section.every_epochs is None,
-            f"set one of {name}.every_tokens and {name}.every_epochs, and the other to None",
+            f"{name}.every_tokens={section.every_tokens} and {name}.every_epochs={section.every_epochs} exclude each "
+            "other: set one to None",
         )
     positive(config.evaluation, "evaluation", "max_tokens", "sample_top_k", "patience")
-    require(config.evaluation.sample_temperature >= 0, "evaluation.sample_temperature must not be negative")
-    require(config.evaluation.sample_tokens >= 0, "evaluation.sample_tokens must not be negative")
+    for name in ("sample_temperature", "sample_tokens"):
+        value = getattr(config.evaluation, name)
+        require(value >= 0, f"evaluation.{name}={value} must not be negative")
     positive(config.checkpoint, "checkpoint", "keep_last")
     positive(config.stability, "stability", "max_skipped_updates", "spike_deviations")
     require(
@@ -222,7 +241,8 @@ def _check_intervals(config: Config) -> None:
         f"stability.spike_window={config.stability.spike_window} is too short to estimate a standard deviation: "
         "use 8 or more",
     )
-    require(config.stability.rewind_batches >= 0, "stability.rewind_batches must not be negative")
+    rewind = config.stability.rewind_batches
+    require(rewind >= 0, f"stability.rewind_batches={rewind} must not be negative")
     positive(config.logging, "logging", "every_steps")
 
 

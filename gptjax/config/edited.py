@@ -28,7 +28,7 @@ def config_dict(config: Config) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(_fields_to_dict(config)).lock()
 
 
-# What other programs call a key -> its key here.
+# Names of options in other programs -> their key here.
 SYNONYMS = {
     **dict.fromkeys(("lr", "learning_rate", "max_lr"), "optimizer.peak_lr"),
     **dict.fromkeys(("batch_size", "per_device_train_batch_size", "global_batch_size"), "batch.tokens_per_batch"),

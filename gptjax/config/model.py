@@ -11,7 +11,7 @@ from gptjax.config.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What is computed: fields that determine the shapes of the parameters, or what the model makes of them."""
+    """What is computed: fields that determine the shapes of the parameters, or the function that they parameterise."""
 
     vocab_size: int | None = None  # rows of the token embedding; None: the tokenizer's vocabulary
     context_length: int = 1024  # positions, each with a learned embedding
@@ -51,9 +51,9 @@ class Execution:
     # scan: compile time independent of depth; unroll: often faster steps; auto: the platform's default
     # (`parallel/platforms.py`)
     layer_loop: Literal["auto", "scan", "unroll"] = "auto"
-    # Recomputation in the backward pass. none: nothing; cheap: norms, activations and sums; dots: attention too, that
-    # is all but the other matrix products; attention: all but the results of attention; full: everything; offload:
-    # everything, with the inputs of layers offloaded to host memory
+    # Recomputation in the backward pass. none: nothing; cheap: norms, activations and sums; dots: everything except the
+    # matrix products outside attention; attention: everything except the results of attention; full: everything;
+    # offload: everything, with the inputs of layers offloaded to host memory
     remat: Literal["none", "cheap", "dots", "attention", "full", "offload"] = "none"
     # xla: any device and mask; cudnn: NVIDIA GPUs; splash: TPUs; auto: the fastest that supports the device, the dtype
     # and the shapes. With mesh axis context > 1, ring attention is used instead

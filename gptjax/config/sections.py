@@ -44,10 +44,10 @@ class ChatConfig:
     pack: bool = True  # sft, reward, dpo: several sequences in a row, without attention between them; false: one a row
     pretraining_source: str | None = None  # sft, ppo: pretraining text, in the forms of data.source in stage pretrain
     pretraining_share: float = 0.0  # sft: the text's share of all rows (Ouyang et al. 2022, appendix C.3)
-    # reward, dpo: the completion of each turn is ranked above so many completions of other conversations; 0: the
-    # source has rankings
+    # reward, dpo: number of randomly chosen completions of other conversations that each completion is ranked above; 0:
+    # the source has rankings
     random_answers: int = 0
-    random_draws: int = 1  # an epoch has each turn so many times, each time with other random completions
+    random_draws: int = 1  # times that an epoch has each completion, each time with other random completions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,15 +68,16 @@ class RLConfig:
 
     # model:WORKDIR (of stage reward) | bleu | rouge (against the reference completions) | python:MODULE.FUNCTION
     reward: str = ""
-    prompts_per_iteration: int = 512  # whose completions are sampled before the policy changes
-    responses_per_prompt: int = 1  # completions of each; in grpo the group size
-    prompt_tokens: int | None = None  # at most: a longer prompt loses its oldest turns; None: what the context leaves
+    prompts_per_iteration: int = 512  # prompts whose completions are sampled before the policy is trained on them
+    responses_per_prompt: int = 1  # completions sampled for each prompt; in grpo the group size
+    # maximum length of a prompt, which beyond it loses its oldest turns; None: the context without response_tokens
+    prompt_tokens: int | None = None
     response_tokens: int = 128  # maximum length of a completion, which is cut off there
-    # A completion that was cut off: subtracted from its reward. None, as in TRL: a penalty has the scale of the reward,
-    # so that there is no default for all, and a python: reward can judge by the finish reason itself
+    # Subtracted from the reward of a completion that was cut off. None, as in TRL: no penalty, since its size depends
+    # on the scale of the reward; a python: reward can read the finish reason itself
     missing_eos_penalty: float | None = None
-    # ... excluded from the loss, not from the group statistics of grpo (Yu et al. 2025, DAPO, section 3.4). False, as
-    # in TRL: a policy that is never trained on completions that were cut off is not taught to end them
+    # Exclude completions that were cut off from the loss, but not from the group statistics of grpo (Yu et al. 2025,
+    # DAPO, section 3.4). False, as in TRL: a policy that is not trained on them does not learn to end completions
     mask_truncated_completions: bool = False
     inner_epochs: int = 1  # epochs over the completions of an iteration
     clip: float = 0.2  # PPO clip range (epsilon) of the probability ratio

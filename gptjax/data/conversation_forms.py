@@ -81,7 +81,7 @@ def prompt_messages(record: Mapping[str, Any], place: str) -> tuple[Message, ...
         messages = _prompt(record["prompt"], place)
         for name in ("messages", "conversations"):
             if _has(record, name) and messages[-1] not in _turns(record[name], place, name):
-                raise UserError(f"{place} has a prompt, and {name} without it: keep one")
+                raise UserError(f"{place} has a prompt that is not in its {name}: keep one of the two")
         return _with_system(record, messages, place)
     return conversation_messages(record, place)
 
@@ -174,7 +174,9 @@ def _message(turn: Any, place: str) -> Message | None:
         raise UserError(f"{place} has the {role_key} {name!r}, but tool calls are not supported: remove the record")
     _refuse_tools(turn, place)
     if reasoning := [field for field in _REASONING_FIELDS if _has(turn, field)]:
-        raise UserError(f"{place} has {reasoning[0]}, which no template has: remove it, or write it into the content")
+        raise UserError(
+            f"{place} has {reasoning[0]}, which no chat template supports: remove it, or write it into the content"
+        )
     if name not in _ROLES:
         raise UserError(f"{place} has the unknown {role_key} {str(turn[role_key])[:40]!r}: one of {', '.join(_ROLES)}")
     role = _ROLES[name]
@@ -241,7 +243,7 @@ def _ranking_prompt(record: Mapping[str, Any], place: str) -> tuple[Message, ...
         # UltraFeedback also has the chosen conversation as `messages`.
         for name, messages in found.items():
             if found["prompt"] != messages[: len(found["prompt"])] and found["prompt"][-1] not in messages:
-                raise UserError(f"{place} has a prompt, and {name} without it: keep one")
+                raise UserError(f"{place} has a prompt that is not in its {name}: keep one of the two")
         return found["prompt"]
     if len(found) > 1:
         raise UserError(f"{place} has {' and '.join(found)}: keep one")

@@ -198,7 +198,8 @@ def hold_out(items: Sequence[T], fraction: float) -> tuple[list[T], list[T]]:
     questions = dict.fromkeys(asked)
     if len(questions) < 2:
         raise UserError(
-            f"{items[0].place} has the only first user message, so none can be held out: set data.validation_source"
+            f"all data begin with the first user message of {items[0].place}, so none can be held out: set "
+            "data.validation_source"
         )
     names = [name for name, _ in split_documents(map(str, range(len(questions))), fraction)]
     side = dict(zip(questions, names, strict=True))
@@ -317,7 +318,7 @@ def _language_folders(spec: str) -> list[Path]:
 
 
 def _chatterbot(spec: str) -> Iterator[Conversation]:
-    """Yields conversations, lists of utterances that begin with a user's. Entries that are no list are skipped."""
+    """Yields conversations, lists of utterances that begin with a user's. Entries that are not lists are skipped."""
     import yaml
 
     for folder in _language_folders(spec):

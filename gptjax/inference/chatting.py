@@ -68,7 +68,7 @@ class ChatSession:
         if not text.strip():
             raise UserError("the message is empty: write some text")
         asked = [*self.turns, Message("user", text)]
-        answer = self._answer(asked, on_text)
+        answer = self._complete(asked, on_text)
         self.turns = [*asked, Message("assistant", answer)]
         return answer
 
@@ -76,7 +76,7 @@ class ChatSession:
         """Replaces the last completion by another one; UserError if there is none yet."""
         if not self.turns:
             raise UserError("there is no completion to regenerate yet: send a message first")
-        answer = self._answer(self.turns[:-1], on_text)
+        answer = self._complete(self.turns[:-1], on_text)
         self.turns[-1] = Message("assistant", answer)
         return answer
 
@@ -115,7 +115,7 @@ class ChatSession:
     def _all(self, turns: list[Message]) -> list[Message]:
         return turns if self.system is None else [Message("system", self.system), *turns]
 
-    def _answer(self, asked: list[Message], on_text: Callable[[str], None]) -> str:
+    def _complete(self, asked: list[Message], on_text: Callable[[str], None]) -> str:
         room = self._engine.model.config.context_length - self._max_new_tokens
         sources = self._passages(asked[-1].content, room)
         read = [*asked[:-1], Message("user", with_passages(asked[-1].content, sources))]

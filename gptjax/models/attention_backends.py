@@ -131,8 +131,8 @@ def check_backend(config: GPTConfig, platform: str, has_segments: bool) -> None:
     choose_backend(config, platform, TILE, has_segments, config.attention_dropout > 0, compute_capability())
     if named in ("cudnn", "splash") and length % TILE != 0:
         raise UserError(
-            f"model.attention_backend={named} takes lengths that are multiples of {TILE}: "
-            f"model.context_length={length} could be {math.ceil(length / TILE) * TILE}, or leave the backend at auto"
+            f"model.attention_backend={named} supports lengths that are multiples of {TILE}: set model.context_length="
+            f"{length} to {math.ceil(length / TILE) * TILE}, or leave the backend at auto"
         )
 
 
@@ -156,11 +156,11 @@ def _obstacle(
         return f"needs an NVIDIA GPU of compute capability {MIN_CAPABILITY} or later: leave it at auto"
     # Splash has no precision argument, and would round float32 operands as TPUs do by default.
     if config.dtype == "float32":
-        return "multiplies in bfloat16: set model.dtype=bfloat16, or leave it at auto"
+        return "computes in bfloat16: set model.dtype=bfloat16, or leave it at auto"
     if has_dropout:
-        return f"drops nothing out: set model.attention_dropout={config.attention_dropout} to 0, or leave it at auto"
+        return f"has no dropout: set model.attention_dropout={config.attention_dropout} to 0, or leave it at auto"
     if backend == "cudnn" and has_segments:
-        return "cannot tell packed documents apart: set data.packing=concatenate, or leave it at auto"
+        return "does not support data.packing=segment: set data.packing=concatenate, or leave it at auto"
     # The limits of jax/_src/cudnn/fused_attention_stablehlo.py.
     widest = 256 if capability >= 9 else 128
     if backend == "cudnn" and (config.head_dim % 8 != 0 or config.head_dim > widest):

@@ -283,7 +283,7 @@ def embed(
     """
     token_BTD = nn.unbox(jax.tree.map(lambda leaf: take_rows(leaf, tokens_BT), token_VD))
     x_BTD = add_positions(config, token_BTD, position_TD, positions_BT)
-    if perturbation_BTD is not None:  # before the cast: a coarser dtype could swallow it
+    if perturbation_BTD is not None:  # before the cast, which could round it away
         x_BTD = x_BTD + perturbation_BTD
     return constrain(x_BTD.astype(config.dtype), "batch", "sequence", None)
 
@@ -291,7 +291,7 @@ def embed(
 def add_positions(config: GPTConfig, token_BTD: jax.Array, position_TD: Any, positions_BT: jax.Array) -> jax.Array:
     """Adds learned absolute position embeddings (Radford et al. 2018, section 4.1) to token embeddings.
 
-    The one place where positions enter the model, the causal and banded attention masks apart.
+    The only place where positions enter the model, except for the causal and banded attention masks.
     """
     position_BTD = nn.unbox(
         jax.tree.map(lambda leaf: jnp.take(constrain(leaf, None, None), positions_BT, axis=0), position_TD)

@@ -120,7 +120,7 @@ def _targets(config: PeftConfig, leaves: Mapping[str, LogicalAxes]) -> list[str]
             raise UserError(f"peft.targets: {pattern!r} is not a regular expression: {error}") from None
         others = [path for path in matches if path not in kernels]
         if others or not matches:
-            wrong = f"matches {others[0]}, which is no kernel" if others else "matches no parameter"
+            wrong = f"matches {others[0]}, which is not a kernel" if others else "matches no parameter"
             raise UserError(f"peft.targets: {pattern!r} {wrong}: the kernels are {', '.join(kernels)}")
         found.update(matches)
     if not found:

@@ -16,7 +16,7 @@ import jax
 from gptjax.config import UserError
 from gptjax.distributed import processes
 
-QUIET_SECONDS = 2.0  # what is compiled sooner needs no message
+QUIET_SECONDS = 2.0  # shorter compilations are not announced
 
 
 @contextmanager

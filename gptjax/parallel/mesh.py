@@ -193,7 +193,7 @@ class LogicalAxes(nn.Partitioned):
 
     Attributes:
       inputs: how many axes a product with the parameter sums over: the first ones that `models.axis_roles` gives no
-        other role. 0: it is no kernel.
+        other role. 0: not a kernel.
     """
 
     inputs: int = flax.struct.field(default=0, pytree_node=False)

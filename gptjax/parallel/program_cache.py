@@ -1,12 +1,12 @@
-"""Compiled programs on disk, by JAX's persistent compilation cache: the second run of a config starts at once.
+"""Compiled programs on disk, by JAX's persistent compilation cache: a repeated run does not compile.
 
-They lie in `<cache_dir>/compiled`, which may be removed at any time. JAX's own JAX_COMPILATION_CACHE_DIR names another
-directory, and JAX_ENABLE_COMPILATION_CACHE=false turns the cache off. A program's name there is a hash of the program,
+They are in `<cache_dir>/compiled`, which may be removed at any time. JAX's own JAX_COMPILATION_CACHE_DIR names another
+directory, and JAX_ENABLE_COMPILATION_CACHE=false turns the cache off. A program's file name is a hash of the program,
 the compiler, its version and flags, and the device.
 
-JAX runs what it finds there, so whoever can write there can run code as the user. The directory therefore comes from
-the command line (`data.cache_dir` of the config that trains, or --cache_dir), never from a workdir, and it is not used
-where others could put files into it.
+JAX executes the programs in the directory, so anyone who can write there can run code as the user. The directory
+therefore comes from the command line (`data.cache_dir` of the config that trains, or --cache_dir), never from a
+workdir, and it is not used if others could put files into it.
 """
 
 import grp
@@ -21,20 +21,20 @@ from pathlib import Path
 
 from gptjax.distributed import processes
 
-MAX_BYTES = 4 * 2**30  # what was used longest ago goes first
-MIN_SECONDS = 0.1  # what compiles faster is not worth a file
+MAX_BYTES = 4 * 2**30  # of the cache; the least recently used programs are evicted
+MIN_SECONDS = 0.1  # programs that compile faster are not cached
 
 
 def use(cache_dir: Path) -> None:
-    """Makes JAX keep compiled programs below `cache_dir` from now on.
+    """Makes JAX cache compiled programs below `cache_dir` from now on.
 
-    Does nothing where the directory cannot be written, and says so on stderr where it exists but other users could put
-    programs there (`writable_by_others`): a run without the cache is only slower to start.
+    Does nothing if the directory cannot be written. If other users could put programs there (`writable_by_others`), it
+    warns on stderr and does nothing: without the cache a run is only slower to start.
 
-    Several processes as one go without: JAX keeps the programs of process 0 alone, so that with a disk each the others
-    would reach the first collective a compilation later.
+    Multi-process runs have no cache. JAX caches only the programs of process 0, so on machines with separate disks the
+    other processes would still compile, and reach the first collective later than process 0.
     """
-    import jax  # takes a second, which a command that only checks its flags need not spend
+    import jax  # takes a second, which commands that only check their flags save
 
     if processes.is_one_of_several() or jax.config.values["jax_compilation_cache_dir"] is not None:
         return
@@ -44,14 +44,14 @@ def use(cache_dir: Path) -> None:
         directory = cache_dir.resolve(strict=True) / "compiled" / _processor()
         for path in (directory.parent, directory):
             path.mkdir(mode=0o700, exist_ok=True)
-        directory = directory.resolve(strict=True)  # where a link leads, which nobody can change afterwards
+        directory = directory.resolve(strict=True)  # the target of a link, so that changing the link has no effect
         culprit = writable_by_others(directory)
-    except (OSError, RuntimeError):  # RuntimeError: a loop of links, or no home directory
+    except (OSError, RuntimeError):  # RuntimeError: a cycle of links, or no home directory
         return
     if culprit is not None:
         print(
             f"compiled programs are not cached: other users may write to {culprit}, and could run code through the "
-            "cache; remove it, make it yours alone, or choose another cache directory",
+            "cache; remove it, make it writable by you alone, or choose another cache directory",
             file=sys.stderr,
         )
         return
@@ -59,16 +59,16 @@ def use(cache_dir: Path) -> None:
         return
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_SECONDS)
-    if importlib.util.find_spec("filelock") is not None:  # which JAX needs to count the bytes
+    if importlib.util.find_spec("filelock") is not None:  # needed by JAX to limit the size
         jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
 
 
 def writable_by_others(directory: Path) -> Path | None:
-    """The part of a path through which another user could change what is in `directory`; None: there is none.
+    """Returns the part of a path through which another user could change the files in `directory`; None: there is none.
 
-    Others are all but this user and root. The directory must be the user's own, and it and all above it writable by
-    their owner alone, or by the user's private group. Above it, a sticky directory such as /tmp is safe as well: others
-    cannot rename what is in it.
+    Other users are all except this one and root. The directory must belong to the user, and it and its parents must be
+    writable only by their owner or by the user's private group. A sticky parent such as /tmp is safe as well: others
+    cannot rename its content.
 
     Args:
       directory: absolute, without symbolic links.
@@ -89,7 +89,7 @@ def writable_by_others(directory: Path) -> Path | None:
 
 
 def _is_private_group(group: int) -> bool:
-    """Whether this user is alone in a group: the one of the same name, which systems with umask 002 give each user."""
+    """Whether a group has only this user: the group of the user's name, which systems with umask 002 create."""
     try:
         name, found = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(group)
     except KeyError:  # an id without a name
@@ -98,7 +98,7 @@ def _is_private_group(group: int) -> bool:
 
 
 def _processor() -> str:
-    """8 hex digits for the instructions of this machine: a home directory may be that of another machine, too."""
+    """Returns 8 hex digits that identify the instruction set: machines of several kinds may share a home directory."""
     lines = {platform.machine()}
     try:
         known = Path("/proc/cpuinfo").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""The definition of a stage: all of it that depends on the config alone, not on data or devices."""
+"""The definition of a stage: the parts that depend on the config alone, not on data or devices."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,7 +21,7 @@ class Definition:
       parameters: complete config -> the networks, which of them are frozen, and the weights they start from.
       loss: complete config -> the pure loss.
       complete: config, tokenizer, workdir -> the config with the fields that data decides: vocabulary size, labels.
-      check: raises UserError when the config asks for what this stage does not support.
+      check: raises UserError when the config has settings that this stage does not support.
       conversational: whether it reads conversations through a chat template.
       chats: whether its model is a chat model.
       adds_tokens: whether its vocabulary may extend that of the weights it starts from.

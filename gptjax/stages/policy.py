@@ -46,7 +46,7 @@ def check_needs_init_from(config: Config) -> None:
     """Raises UserError unless the config names the weights that serve as the reference."""
     require(
         config.init_from is not None,
-        f"stage {config.stage} needs a trained model as its reference: name its workdir by init_from",
+        f"stage {config.stage} needs a trained model as its reference: set init_from to its workdir",
     )
 
 

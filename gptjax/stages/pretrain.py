@@ -117,7 +117,7 @@ def _evaluate(measure: Callable[[Any], dict[str, float]], corpus: Corpus) -> Cal
         return {
             "loss": nats,
             "perplexity": perplexity(nats),
-            # Of the whole split's tokens and bytes: exact when all of it is evaluated, close when a part is.
+            # Tokens per byte are those of the whole split: exact if all of it is evaluated, approximate otherwise.
             "bits_per_byte": nats / math.log(2) * split.num_tokens / split.text_bytes,
         }
 
@@ -130,7 +130,7 @@ def _sample(parameters: ParameterSpec, tokenizer: Tokenizer, mesh: Mesh) -> Call
     settings = config.evaluation
 
     def sample(params: Any) -> str:
-        # No second copy beside the training state.
+        # Stacked: no second copy of the weights in addition to the training state.
         engine = Engine(model, parameters.merge(params), tokenizer, mesh, weights="stacked")
         prompt = np.concatenate([[tokenizer.end_of_text], tokenizer.encode(settings.sample_prompt)])
         completion = engine.generate(

@@ -14,7 +14,7 @@ from gptjax.parallel.rows import process_rows
 
 
 def refuse_settings_of_pretraining(config: Config, mesh: Mesh, record: str) -> None:
-    """Raises UserError when `config` sets what only stage "pretrain" supports.
+    """Raises UserError when `config` has settings that only stage "pretrain" supports.
 
     Args:
       record: the stage's name of an item of its data, for messages.

@@ -40,7 +40,7 @@ def definition(config: Config) -> Definition:
 
 
 def check(config: Config) -> None:
-    """Raises UserError when `config` asks for what its stage cannot do; what all stages share is checked before."""
+    """Raises UserError when `config` has settings that its stage does not support (`config.checks` covers the rest)."""
     definition(config).check(config)
 
 
@@ -66,7 +66,7 @@ def parameters(config: Config) -> ParameterSpec:
       config: complete.
 
     Raises:
-      UserError: `peft` trains a part of weights that do not exist, or names none of the model's matrices.
+      UserError: `peft` needs weights that do not exist, or its targets match none of the model's matrices.
     """
     spec = definition(config).parameters(config)
     if config.peft.method in ("lora", "adalora"):

@@ -82,7 +82,10 @@ def _check_bases(workdir: Path) -> None:
         seen.append(place)
         place = Path(config.init_from).expanduser().resolve()
         if place in seen:
-            raise UserError(f"{workdir} has no base weights: init_from leads from {seen[-1]} back to {place}")
+            raise UserError(
+                f"{workdir} has no base weights: init_from of {seen[-1]} leads back to {place}: correct init_from in "
+                "the config.json of one of them"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

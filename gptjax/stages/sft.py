@@ -27,10 +27,11 @@ from gptjax.training.stage import Stage, describe_data
 
 
 def check(config: Config) -> None:
-    """Raises UserError when the config asks for what supervised fine-tuning cannot do."""
+    """Raises UserError when the config has settings that supervised fine-tuning does not support."""
     require(
         (config.chat.pretraining_share > 0) == (config.chat.pretraining_source is not None),
-        "chat.pretraining_source and chat.pretraining_share need each other",
+        f"chat.pretraining_source={config.chat.pretraining_source} and chat.pretraining_share="
+        f"{config.chat.pretraining_share}: set both, or neither",
     )
 
 

@@ -1,4 +1,4 @@
-"""Intervals that a config counts in epochs, in tokens: as the loop and the schedules count."""
+"""Conversion of intervals from epochs to tokens, the unit of the loop and the schedules."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ from gptjax.config import Config
 
 
 def in_tokens(config: Config, tokens_per_epoch: int) -> Config:
-    """`config` with `every_tokens` set wherever it says `every_epochs`."""
+    """Replaces `every_epochs` by `every_tokens` in the sections `evaluation` and `checkpoint`."""
 
     def every(section: str) -> int | None:
         settings = getattr(config, section)

@@ -77,7 +77,7 @@ def train(
 
     Raises:
       UserError: the disk is full, the data cannot be read, or too many updates in a row were not finite. Checkpoints
-        already saved are whole.
+        already saved are intact.
       PreemptedError: the run was asked to stop, and is saved up to its last step.
     """
     config = stage.config

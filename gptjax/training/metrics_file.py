@@ -210,8 +210,8 @@ def _start_wandb(workdir: Path, project: str, run: dict[str, Any]) -> Any:
         write_whole(id_file, uuid.uuid4().hex[:8])
     run_id = id_file.read_bytes().decode(errors="replace")
     if not _WANDB_ID.fullmatch(run_id):
-        raise UserError(f"{id_file} does not hold the id of a run: remove it, and the records go to a new one")
+        raise UserError(f"{id_file} has no valid Weights & Biases run id: remove it to log to a new run")
     started = wandb.init(project=project, name=workdir.name, id=run_id, resume="allow", dir=workdir, config=run)
-    # Their own step may only grow; ours goes back when a killed run resumes from its last checkpoint.
+    # W&B's own step may only increase; ours decreases when a killed run resumes from its last checkpoint.
     started.define_metric("*", step_metric="step")
     return started

@@ -6,10 +6,12 @@ from typing import Any
 from gptjax.metrics.figures import GRID_COLOR, TRAIN_COLOR, VALIDATION_COLOR, make_axes, make_panels
 from gptjax.training.metrics_file import read_metrics
 
-EARLY = 0.1  # share of the tokens whose values do not decide the limits of an axis where they would squash the rest
-SQUASHED = 2.5  # an axis is cut where it would be so many times as long as the later values need
-LOSSES = ("loss", "perplexity", "bits_per_byte")  # of validation records; what else they have is a metric
-METRICS = ("f1", "exact_match", "accuracy", "matthews", "pearson", "spearman", "bleu")  # the first that is there
+# The first share EARLY of the tokens is ignored when the limits of an axis are set, if its values would make the axis
+# more than SQUASHED times as long as the later values need.
+EARLY = 0.1
+SQUASHED = 2.5
+LOSSES = ("loss", "perplexity", "bits_per_byte")  # of validation records, whose other values are metrics
+METRICS = ("f1", "exact_match", "accuracy", "matthews", "pearson", "spearman", "bleu")  # the first one that is found
 
 Points = list[tuple[float, float]]  # (tokens, value)
 
@@ -96,7 +98,7 @@ def _draw(axes: Any, curves: dict[str, Points], label: str, log_tokens: bool) ->
 
 
 def limits_without_start(points: Points) -> tuple[float, float] | None:
-    """The limits of an axis that shows the values after the first EARLY of the tokens; None: all fit well.
+    """Returns the limits of an axis that shows the values after the first EARLY of the tokens; None: no limits needed.
 
     Early in training the loss falls by several nats, and would squash the differences that matter later.
     """

@@ -49,7 +49,7 @@ class Progress:
             unit_scale=True,
             bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} tokens [{elapsed}<{remaining}{postfix}]",
             dynamic_ncols=True,
-            mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds; a log file gets a line now and then
+            mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds; each is a line in a log file
             disable=writer is None,
         )
         self.go_back(tokens, state)

@@ -40,8 +40,8 @@ class Stage:
       sample: all parameters -> text; None: there are no samples.
       conclude: (parameters of the best checkpoint, its step, workdir) -> text to print; called at the end by all
         processes.
-      files: name -> content of further files of the workdir: what the data decided.
-      description: name -> value of what there is to know about the data, such as documents and tokens, for the user.
+      files: name -> content of further files of the workdir: values that were determined from the data.
+      description: name -> text about the data, such as the numbers of documents and tokens, printed at the start.
     """
 
     objective: Objective

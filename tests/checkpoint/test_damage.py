@@ -176,15 +176,15 @@ def test_a_lost_run_is_begun_anew_only_on_demand(trained, kind, capsys):
             (workdir / "metrics.jsonl").write_text("?\n")
     before = {path.relative_to(workdir): path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
     for _ in range(2):
-        with pytest.raises(UserError, match=r"no whole checkpoint to resume from: .* --start_over"):
+        with pytest.raises(UserError, match=r"no undamaged checkpoint to resume from: .* --start_over"):
             run(config, workdir)
     assert {path.relative_to(workdir): path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
     assert run(config, workdir, start_over=True).step == NEWEST
-    assert "begins anew" in capsys.readouterr().err
+    assert "starting from scratch" in capsys.readouterr().err
     for path in ("config.json", "metrics.jsonl", f"damaged/{NEWEST}.0/manifest/metadata"):
         if Path(path) in before:
             assert (workdir / "earlier" / "0" / path).read_bytes() == before[Path(path)]
-    # A whole checkpoint is resumed whether the flag is given or not.
+    # An undamaged checkpoint is resumed whether the flag is given or not.
     assert run(config, workdir, start_over=True).step == NEWEST
     assert [path.name for path in (workdir / "earlier").iterdir()] == ["0"]
 

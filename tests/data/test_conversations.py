@@ -263,7 +263,7 @@ def test_answers_of_a_later_turn(jsonl):
         ),
         ({"chosen": "Hi!", "rejected": "No."}, "has no prompt for its completions: it has chosen, rejected"),
         ({"prompt": "Bye", "chosen": OPENAI, "rejected": OPENAI}, "the prompt is 'Bye', which chosen does"),
-        ({"messages": OPENAI[:2], "prompt": "Bye", "ranking": ["a", "b"]}, "has a prompt, and messages without it"),
+        ({"messages": OPENAI[:2], "prompt": "Bye", "ranking": ["a", "b"]}, "has a prompt that is not in its messages"),
         ({"prompt": "Hello", "chosen": "a", "rejected": "b", "ranking": ["a", "b"]}, "both a ranking and chosen"),
         (
             {"prompt": "Hello", "chosen": "a", "rejected": OPENAI},
@@ -316,7 +316,7 @@ def test_no_question_is_on_both_sides():
     assert len(train) + len(validation) == len(conversations)
     assert 0.05 < len(validation) / len(conversations) < 0.2
     assert not {item.prompt for item in train} & {item.prompt for item in validation}
-    with pytest.raises(UserError, match="the only first user message"):
+    with pytest.raises(UserError, match="all data begin with the first user message"):
         hold_out([Conversation(HELLO, "a"), Conversation(HELLO[1:], "b")], 0.5)
 
 

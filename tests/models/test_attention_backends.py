@@ -202,7 +202,7 @@ def test_a_named_backend_is_checked_before_training():
         check("cpu", attention_backend="splash", context_length=100)
     with pytest.raises(UserError, match=r"model\.attention_dropout=0\.1 to 0"):
         check("tpu", attention_backend="splash", attention_dropout=0.1)
-    with pytest.raises(UserError, match=r"model\.context_length=200 could be 256"):
+    with pytest.raises(UserError, match=r"model\.context_length=200 to 256"):
         check("tpu", attention_backend="splash", context_length=200)
 
 

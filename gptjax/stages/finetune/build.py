@@ -131,7 +131,7 @@ def _task_fields(rows: list[Row], config: Config) -> dict[str, Any]:
         targets = np.array([row.fields["label"] for row in rows])
         mean = float(np.mean(targets)) if mean is None else mean
         if std is None:
-            std = float(np.std(targets)) or 1.0  # all targets are equal: any scale will do
+            std = float(np.std(targets)) or 1.0  # all targets are equal: any scale is valid
     return {"labels": labels, "label_weights": tuple(weights), "target_mean": mean, "target_std": std}
 
 

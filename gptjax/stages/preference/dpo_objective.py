@@ -38,7 +38,7 @@ def dpo_loss(config: Config) -> Loss:
     gpt, settings = GPT(config.model), config.dpo
 
     def loss(params: Any, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array, Measures]:
-        # Both with the key, so that both are the same computation; `check` refuses dropout.
+        # Both get the dropout key, so that both are the same computation; `check` refuses dropout.
         policy_BPG = completion_logprobs(gpt, params, batch, rng)
         reference_BPG = jax.lax.stop_gradient(completion_logprobs(gpt, params[REFERENCE], batch, rng))
         better, worse, there_BPJ = preference.ranked_pairs(batch["levels"])
@@ -61,7 +61,7 @@ def dpo_loss(config: Config) -> Loss:
 
 
 def check(config: Config) -> None:
-    """Raises UserError when the config asks for what DPO cannot do."""
+    """Raises UserError when the config has settings that DPO does not support."""
     policy.check_needs_init_from(config)
     policy.check_no_pretraining_text(config)
     policy.check_computed_as_reference(config)

@@ -44,9 +44,9 @@ def build_ranked(
     context, pack = data.config.model.context_length, data.config.chat.pack
     encoded = _encode(data, data.train)
     train = PackedRankings(encoded, context, pack=pack, seed=data.config.seed)
-    # Each draw of random completions repeats the best ones.
-    first_draw = encoded[: -(-len(encoded) // data.config.chat.random_draws)]
-    once = PackedRankings(first_draw, context, pack=pack, seed=None)
+    # Every repetition has the same best completions, with other random ones.
+    first_repetition = encoded[: -(-len(encoded) // data.config.chat.random_draws)]
+    once = PackedRankings(first_repetition, context, pack=pack, seed=None)
     validation = PackedRankings(_encode(data, data.validation), context, pack=pack, seed=None)
     tokens_per_epoch, tokens = positions(data.config, train)
     config = in_tokens(data.config, tokens_per_epoch)

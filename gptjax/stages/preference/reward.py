@@ -1,4 +1,4 @@
-"""Stage "reward": a model of which answers people prefer, InstructGPT's second step (Ouyang et al. 2022, 3.5)."""
+"""Stage "reward": a reward model of human preferences, InstructGPT's second step (Ouyang et al. 2022, section 3.5)."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None, define: Calla
 
 
 def _conclude(config: Config, read: Callable[[], Iterator[Microbatch]], mesh: Mesh) -> Callable[[Any, int, Path], str]:
-    """Measures the mean score of the best answers, so that what reads the rewards can make it 0."""
+    """Measures the mean score of the best completions, which readers of the rewards subtract."""
     model = RewardModel(config)
 
     def best_scores(params: Any, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array, Measures]:
@@ -44,6 +44,6 @@ def _conclude(config: Config, read: Callable[[], Iterator[Microbatch]], mesh: Me
                 write_whole(workdir / SCALE_FILE, json.dumps({"mean": mean, "step": step}) + "\n")
             except OSError as error:
                 raise UserError(f"cannot write in --workdir={workdir}: {error.strerror}") from None
-        return f"the best answers score {mean:.3f} on average, which is taken from all rewards: {workdir / SCALE_FILE}"
+        return f"mean score of the best completions {mean:.3f}, subtracted from all rewards: {workdir / SCALE_FILE}"
 
     return conclude

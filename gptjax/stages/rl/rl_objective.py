@@ -145,18 +145,18 @@ def _ppo_parameters(config: Config) -> ParameterSpec:
 
 
 def _check_rl(config: Config) -> None:
-    """Raises UserError when the config asks for what neither PPO nor GRPO can do."""
+    """Raises UserError when the config has settings that neither PPO nor GRPO supports."""
     policy.check_needs_init_from(config)
     rl, model = config.rl, config.model
     form, _, name = rl.reward.partition(":")
     require(
         rl.reward in ("bleu", "rouge") or (form in ("model", "python") and bool(name)),
-        f"rl.reward={rl.reward!r} is not a reward: set it to model:WORKDIR, bleu, rouge or python:MODULE.FUNCTION",
+        f"rl.reward={rl.reward!r} is no known reward: set it to model:WORKDIR, bleu, rouge or python:MODULE.FUNCTION",
     )
     require(
         rl.prompts_per_iteration % config.sequences_per_batch == 0,
-        f"rl.prompts_per_iteration={rl.prompts_per_iteration} is not a whole number of batches of "
-        f"{config.sequences_per_batch} prompts (batch.tokens_per_batch / model.context_length): change one",
+        f"rl.prompts_per_iteration={rl.prompts_per_iteration} is not a multiple of the {config.sequences_per_batch} "
+        "prompts of a batch (batch.tokens_per_batch / model.context_length): change one of them",
     )
     require(
         (1 if rl.prompt_tokens is None else rl.prompt_tokens) + rl.response_tokens <= model.context_length,
@@ -171,7 +171,7 @@ def _check_rl(config: Config) -> None:
 
 
 def check_ppo(config: Config) -> None:
-    """Raises UserError when the config asks for what PPO cannot do."""
+    """Raises UserError when the config has settings that PPO does not support."""
     _check_rl(config)
     ppo, reward = config.ppo, config.rl.reward
     require(
@@ -180,7 +180,8 @@ def check_ppo(config: Config) -> None:
     )
     require(
         (ppo.pretraining_weight > 0) == (config.chat.pretraining_source is not None),
-        "chat.pretraining_source and ppo.pretraining_weight need each other",
+        f"chat.pretraining_source={config.chat.pretraining_source} and ppo.pretraining_weight="
+        f"{ppo.pretraining_weight}: set both for PPO-ptx, or neither",
     )
     require(
         config.peft.method in ("none", "lora", "adalora"),
@@ -190,12 +191,13 @@ def check_ppo(config: Config) -> None:
 
 
 def check_grpo(config: Config) -> None:
-    """Raises UserError when the config asks for what GRPO cannot do."""
+    """Raises UserError when the config has settings that GRPO does not support."""
     _check_rl(config)
     policy.check_no_pretraining_text(config)
     require(
         config.rl.responses_per_prompt > 1,
-        "stage grpo compares the completions of a prompt with each other: set rl.responses_per_prompt to 2 or more",
+        f"rl.responses_per_prompt={config.rl.responses_per_prompt}: stage grpo compares the completions of a prompt "
+        "with each other: set it to 2 or more",
     )
 
 

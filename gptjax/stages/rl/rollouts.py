@@ -206,10 +206,10 @@ def read_arrays(path: Path, shape: tuple[int, ...]) -> tuple[Arrays, str]:
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}  # zipfile compares checksums
         names = arrays.pop("names").tolist()
-    except Exception as error:  # on arbitrary bytes zipfile and numpy raise many kinds, of which no list is complete
+    except Exception as error:  # on arbitrary bytes zipfile and numpy raise exceptions of many types
         raise ValueError(f"it is damaged: {type(error).__name__}") from None
     if sorted(arrays) != names or any(array.dtype.kind not in "biuf" for array in arrays.values()):
-        raise ValueError("it is damaged: other arrays than were written")
+        raise ValueError("it is damaged: its arrays are not those that were written")
     if any(array.shape != shape for array in arrays.values()):
         raise ValueError("its iteration has other sizes")
     return arrays, hashlib.sha256(content).hexdigest()

@@ -334,14 +334,18 @@ class FakeRun:
 @pytest.mark.parametrize(
     ("stage", "changes", "message"),
     [
-        ("ppo", {"rl": {"reward": ""}}, r"rl.reward='' is not a reward: set it to model:WORKDIR, bleu"),
-        ("ppo", {"rl": {"prompts_per_iteration": 6}}, r"=6 is not a whole number of batches of 4 prompts"),
+        ("ppo", {"rl": {"reward": ""}}, r"rl.reward='' is no known reward: set it to model:WORKDIR, bleu"),
+        ("ppo", {"rl": {"prompts_per_iteration": 6}}, r"=6 is not a multiple of the 4 prompts of a batch"),
         ("ppo", {"rl": {"response_tokens": 32}}, r"exceed model.context_length=32: lower them"),
         ("ppo", {"rl": {"kl_weight": -1.0}}, r"rl.kl_weight=-1.0 must not be negative"),
         ("ppo", {"model": {"residual_dropout": 0.1}}, r"model.residual_dropout=0.1: .* set it to 0"),
         ("ppo", {"ppo": {"value_init": "reward"}}, r"needs a reward model, and rl.reward=python:\S+ is not one"),
         ("ppo", {"ppo": {"gae_lambda": 1.5}}, r"ppo.gae_lambda=1.5 must be in \[0, 1\]"),
-        ("ppo", {"ppo": {"pretraining_weight": 1.0}}, r"chat.pretraining_source and ppo.pretraining_weight need each"),
+        (
+            "ppo",
+            {"ppo": {"pretraining_weight": 1.0}},
+            r"pretraining_source=None and ppo.pretraining_weight=1.0: set both",
+        ),
         ("ppo", {"peft": {"method": "adapters"}}, r"peft.method=adapters is not supported by stage ppo"),
         ("ppo", {"peft": {"method": "lora", "dropout": 0.1}}, r"peft.dropout=0.1: stage ppo .* set it to 0"),
         ("grpo", {"peft": {"method": "lora", "dropout": 0.1}}, r"peft.dropout=0.1: stage grpo .* set it to 0"),

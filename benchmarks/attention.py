@@ -1,10 +1,10 @@
-"""The attention kernels of a GPU or TPU against plain array code: values, gradients and speed.
+"""Compares the attention kernels of a GPU or TPU with plain array code: values, gradients and speed.
 
     python -m benchmarks.attention [--backend=cudnn] [--length=1024] [--rows=16] [--shapes=5] [--output=...]
 
 Random bfloat16 queries, keys and values go through the backend and through "xla"; both are compared with "xla" of the
 same numbers in float32. The distances are ||x - y|| / ||y||, of the output and of the gradients of a random projection.
-Exit code 1: the backend is further away than 1.5 times what plain array code in bfloat16 is. On a CPU --backend=xla
+Exit code 1: the distance of the backend exceeds 1.5 times that of plain array code in bfloat16. On a CPU, --backend=xla
 compares the reference with itself.
 """
 
@@ -89,6 +89,8 @@ if __name__ == "__main__":
     BACKEND = flags.DEFINE_enum("backend", "cudnn", ["cudnn", "splash", "xla"], "What is compared.")
     LENGTH = flags.DEFINE_integer("length", 1024, "Positions, a multiple of 128.")
     ROWS = flags.DEFINE_integer("rows", 16, "Sequences.")
-    NUM_SHAPES = flags.DEFINE_integer("shapes", len(SHAPES), "Of heads and masks: the first so many.", lower_bound=1)
+    NUM_SHAPES = flags.DEFINE_integer(
+        "shapes", len(SHAPES), "Number of combinations of heads and masks.", lower_bound=1
+    )
     OUTPUT = flags.DEFINE_string("output", None, "Write the measurements to this JSON file.")
     cli.run(main)

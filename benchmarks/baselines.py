@@ -1,9 +1,9 @@
-"""What a fine-tuned model has to beat, with no model: TF-IDF with logistic regression, and each word's usual tag.
+"""Baselines for fine-tuned models: logistic regression on TF-IDF features, and the most frequent tag of each word.
 
 python -m benchmarks.baselines --task=classification --source=tweets
 python -m benchmarks.baselines --task=tagging --source=brown:DIR
 
-The rows that are held out are those that fine-tuning holds out with the same data.validation_fraction.
+The held-out rows are those that fine-tuning holds out with the same data.validation_fraction.
 """
 
 from collections import Counter, defaultdict
@@ -17,27 +17,27 @@ from gptjax import cli
 from gptjax.data.labelled import read_rows, split_rows
 from gptjax.metrics.task_reports import classification_report, tagging_report
 
-PENALTIES = (0.1, 0.3, 1.0, 3.0, 10.0)  # C of logistic regression: the smaller, the smoother
-HELD_OUT = 10  # one in so many training examples of each label chooses between them
+PENALTIES = (0.1, 0.3, 1.0, 3.0, 10.0)  # C of logistic regression, the inverse of the regularisation strength
+HELD_OUT = 10  # one in HELD_OUT training examples of each label is held out to choose C
 
 
 def tfidf_baseline(train_texts: Sequence[str], train_labels: Sequence[str], texts: Sequence[str]) -> list[str]:
-    """The labels of `texts` by scikit-learn's multinomial logistic regression on TF-IDF features.
+    """Predicts the labels of `texts` by scikit-learn's multinomial logistic regression on TF-IDF features.
 
-    Features are the words, punctuation marks and pairs of neighbours that occur in two training texts or more, in lower
-    case, with 1 + log(tf). C is the one of PENALTIES with the highest accuracy on a tenth of each label's training
-    examples, the smaller of equals; then all training examples are fitted. The same arguments give the same labels.
+    Features are the words, punctuation marks and bigrams that occur in at least two training texts, in lower case, with
+    1 + log(tf). C is the value of PENALTIES with the highest accuracy on a held-out tenth of each label's training
+    examples, the smallest of equals; then all training examples are fitted. The result is deterministic.
 
     Raises:
-      ValueError: by scikit-learn, of one label only, or where no word occurs in two texts.
+      ValueError: raised by scikit-learn if there is only one label, or no word occurs in two texts.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    # Punctuation counts: without it, "!" and ":(" would be lost, which tell much of a sentiment.
+    # Punctuation is kept, as "!" and ":(" indicate sentiment.
     vectorizer = TfidfVectorizer(token_pattern=r"\w+|[^\w\s]", ngram_range=(1, 2), min_df=2, sublinear_tf=True)
     features, labels_N = vectorizer.fit_transform(train_texts), np.asarray(train_labels)
     held_out_N = _held_out(labels_N)
-    penalty = 1.0  # where there are too few examples to hold any out: scikit-learn's own
+    penalty = 1.0  # scikit-learn's default, if there are too few examples to hold any out
     if held_out_N.any():
         accuracies = [
             _regression(C, features[~held_out_N], labels_N[~held_out_N]).score(
@@ -53,9 +53,9 @@ def tfidf_baseline(train_texts: Sequence[str], train_labels: Sequence[str], text
 def frequent_tag_baseline(
     train_sentences: Sequence[Sequence[str]], train_tags: Sequence[Sequence[str]], sentences: Sequence[Sequence[str]]
 ) -> list[list[str]]:
-    """The tag that each word of `sentences` has most often in training, the alphabet's first of equals.
+    """Predicts the tag that each word of `sentences` has most often in training, the alphabetically first of equals.
 
-    A word that is new has the tag that words which occur once have most often: they are most like it.
+    A word that is not in the training data gets the most frequent tag of the words that occur once.
     """
     tags_of: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for words, tags in zip(train_sentences, train_tags, strict=True):
@@ -72,7 +72,7 @@ def _most_frequent(tags: Counter[str]) -> str:
 
 
 def _held_out(labels_N: np.ndarray) -> np.ndarray:
-    """bool (N,): a random tenth of each label's examples, rounded down."""
+    """Returns a mask, bool (N,), of a random tenth of each label's examples, rounded down."""
     rng = np.random.default_rng(0)
     held_out_N = np.zeros(len(labels_N), bool)
     for label in np.unique(labels_N):
@@ -100,7 +100,7 @@ def main() -> None:
         predicted, labels = tfidf_baseline(train_texts, train_labels, texts), sorted({*train_labels, *gold})
         gold_ids, predicted_ids = ([labels.index(label) for label in side] for side in (gold, predicted))
         report = classification_report(gold_ids, predicted_ids, labels)
-    print(f"{len(train):,} examples to learn from\n{report.text}", end="")
+    print(f"{len(train):,} training examples\n{report.text}", end="")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""What saving costs, as a share of training time: `python -m benchmarks.checkpoint --config=configs/gpt2.py:runlocal`.
+"""Measures the cost of saving checkpoints: `python -m benchmarks.checkpoint --config=configs/gpt2.py:runlocal`.
 
-Stretches of steps with a save at their start alternate with stretches without one, so that what else the machine does
-meets both. A stretch with a save ends when all of it is on the disk: what saving in the background takes from the steps
-counts in full. The share is that of the config's own interval, `checkpoint.every_tokens`. Tokens are random.
+Sequences of steps that begin with a save alternate with sequences without one, so that other load on the machine
+affects both. A sequence with a save ends when the checkpoint is on disk, so that the slowdown by saving in the
+background is included. The reported share of training time is for the config's interval, `checkpoint.every_tokens`.
+Tokens are random.
 """
 
 import statistics
@@ -29,18 +30,18 @@ CONFIG = cli.ConfigFlag("configs/gpt2.py:runlocal")
 
 
 def loaded_config() -> c.Config:
-    """The config that the flags give."""
+    """Loads the config that the flags name."""
     config = CONFIG.load()
     assert config is not None, "the flag has a default"
     return config
 
 
 class Trainer:
-    """The real training step, on one batch again and again.
+    """Repeats the compiled training step on one batch.
 
     Attributes:
-      state: of the run.
-      tokens_per_step: of a full batch.
+      state: the training state.
+      tokens_per_step: tokens of a full batch.
     """
 
     def __init__(self, config: c.Config):
@@ -58,14 +59,14 @@ class Trainer:
         self._step = step.lower(self.state, *self._arguments).compile()
 
     def train(self, steps: int) -> None:
-        """Returns when the last step is done."""
+        """Runs steps, and waits for the last one."""
         for _ in range(steps):
             self.state, metrics = self._step(self.state, *self._arguments)
         jax.block_until_ready(metrics)
 
 
 def seconds(trainer: Trainer, steps: int, checkpoints: Checkpoints | None, number: int) -> tuple[float, float]:
-    """Of a stretch of steps, and of the call that saves, which the devices wait for."""
+    """Measures the seconds of a sequence of steps, and of the call that saves, during which the devices are idle."""
     start = time.perf_counter()
     if checkpoints is not None:
         checkpoints.save(number, trainer.state, Position(), None)
@@ -91,7 +92,7 @@ def main() -> None:
     ):
         trainer = Trainer(config)
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(trainer.state))
-        for with_save in (checkpoints, None):  # what is compiled and opened at the first time is no cost of each
+        for with_save in (checkpoints, None):  # excludes one-time costs, such as compilation
             seconds(trainer, 2, with_save, 0)
         for number in range(1, flags.FLAGS.rounds + 1):
             plain.append(seconds(trainer, flags.FLAGS.steps, None, number)[0])
@@ -110,8 +111,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_integer("rounds", 7, "Stretches of each kind.", lower_bound=1)
-    flags.DEFINE_integer("steps", 20, "Of a stretch.", lower_bound=1)
-    flags.DEFINE_integer("vocab_size", 50_257, "Where the config leaves it to the tokenizer.")
+    flags.DEFINE_integer("rounds", 7, "Sequences of each kind.", lower_bound=1)
+    flags.DEFINE_integer("steps", 20, "Steps of a sequence.", lower_bound=1)
+    flags.DEFINE_integer("vocab_size", 50_257, "Vocabulary size, if the config leaves it to the tokenizer.")
     flags.DEFINE_string("directory", None, "Where to save; default: the system's directory for temporary files.")
     cli.run(main)

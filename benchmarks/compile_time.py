@@ -1,16 +1,16 @@
-"""How long the first step takes to come, against depth.
+"""Measures compilation time and time to the first step as functions of depth.
 
     python -m benchmarks.compile_time [--depths=12,24,48] [--rounds=3] [--first_step_depths=4,12]
         [--first_step_rounds=1] [--config=configs/gpt2.py:runlocal] [--output=compile_time.json]
 
-The first table is the training step's compilation alone, without any cache. Scanned layers should cost the same
-whatever their number; unrolled ones are shown beside them. Rounds alternate between the programs. The model is narrow,
-which changes what a step costs, not the program.
+The first table is the compilation of the training step alone, without any cache. Scanned layers should cost the same at
+any depth; unrolled layers are shown for comparison. Rounds alternate between the programs. The model is narrow, which
+changes the cost of a step, but not the program.
 
-The second is `python -m gptjax.main` as a user starts it, with the config's numbers but for the depth: seconds from the
-command to the record of its first step, all that comes before included, such as imports, the corpus (tokenised before),
-and the held-out loss and sample of step 0. "cold" starts without compiled programs, "warm" with those that the cold run
-has left. Processor time, of all threads, is shown beside it, which other work on the machine hardly changes.
+The second table is `python -m gptjax.main` as a user starts it, with the config's values except for the depth: seconds
+from the command to the record of its first step, including imports, the corpus (already tokenised), and the held-out
+loss and sample of step 0. "cold" starts without compiled programs, "warm" with those that the cold run cached. The
+processor time of all threads is shown as well, which depends little on other load on the machine.
 """
 
 import os
@@ -47,7 +47,7 @@ SETTINGS = (
 
 
 def compile_seconds(num_layers: int, layer_loop: LayerLoop) -> float:
-    """Seconds to lower and compile the real training step of a model of so many layers."""
+    """Measures the seconds to lower and compile the training step of a model with `num_layers` layers."""
     model = c.GPTConfig(
         vocab_size=512, context_length=64, num_layers=num_layers, num_heads=4, embed_dim=64, layer_loop=layer_loop
     )
@@ -81,10 +81,13 @@ def compile_times(depths: list[int], rounds: int) -> list[dict[str, Any]]:
 
 
 def first_step_seconds(config: str, num_layers: int, cache: Path) -> tuple[float, float]:
-    """From the start of `gptjax.main`, with `cache` as data.cache_dir, to its first training record; of the processor.
+    """Measures `gptjax.main` up to its first training record, with `cache` as data.cache_dir.
+
+    Returns:
+      Wall-clock seconds and processor seconds.
 
     Raises:
-      UserError: it ended before.
+      UserError: it ended before its first record.
     """
     with tempfile.TemporaryDirectory() as workdir:
         command = [sys.executable, "-m", "gptjax.main", f"--config={config}", f"--workdir={workdir}/run", *SETTINGS]
@@ -107,7 +110,7 @@ def first_step_seconds(config: str, num_layers: int, cache: Path) -> tuple[float
 
 
 def _processor_seconds() -> float:
-    """Of all processes that were started here and have ended."""
+    """Returns the processor time of all child processes that have ended."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
@@ -155,10 +158,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_list("depths", ["12", "24", "48"], "Layers of the steps that are compiled; empty: none is.")
+    flags.DEFINE_list("depths", ["12", "24", "48"], "Depths for the first table; empty: no table.")
     flags.DEFINE_integer("rounds", 3, "Compilations of each program.", lower_bound=1)
     flags.DEFINE_string("config", CONFIG, "Config file of the runs, its arguments after a colon.")
-    flags.DEFINE_list("first_step_depths", ["4", "12"], "Layers of the runs that are started; empty: none is.")
+    flags.DEFINE_list("first_step_depths", ["4", "12"], "Depths for the second table; empty: no table.")
     flags.DEFINE_integer("first_step_rounds", 1, "Runs of each depth, cold and warm.", lower_bound=1)
     flags.DEFINE_string("output", None, "Write the measurements to this JSON file.")
     cli.run(main)

@@ -1,13 +1,13 @@
-"""What reading costs: tokenising, the pipeline beside the training step, and what a run waits for it.
+"""Measures the input pipeline: tokenisation, reading compared with the training step, and the time runs wait for data.
 
     python -m benchmarks.data [--config=configs/gpt2.py:runlocal] [--tokenizers=gpt2,bpe:4096] [--rounds=5]
         [--batches=400] [--steps=20] [--run_steps=100] [--output=data.json]
 
-Tokenising is that of the config's source: by one thread, and by all cores from its documents to a prepared corpus on
-the disk, in a new directory. The pipeline reads a prepared corpus as a run does, packed either way; its rounds
-alternate with stretches of the training step on tokens that are there already, and the ratio is the median over rounds.
-What is waited for is measured in a run of so many steps by the training loop itself: the share of its time, the first
-two steps apart, in which it asks for the next microbatch.
+Tokenisation is measured on the config's source: with one thread, and with all cores from documents to a prepared corpus
+on disk, in a new directory. The pipeline reads a prepared corpus as a run does, with either packing; its rounds
+alternate with training steps on tokens that are in memory, and the ratio is the median over rounds. The waiting time is
+measured in a run of --run_steps steps of the training loop: the share of its time, without the first two steps, in
+which it waits for the next microbatch.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ PACKINGS: tuple[Literal["concatenate", "segment"], ...] = ("concatenate", "segme
 
 
 def tokenising(spec: str, data: c.DataConfig, directory: Path, rounds: int) -> dict[str, Any]:
-    """MB/s of UTF-8 text."""
+    """Measures the tokenisation rate in MB/s of UTF-8 text."""
     source = sources.open_source(data.source, document_separator=data.document_separator)
     documents = list(source.documents())
     megabytes = sum(len(document.encode()) for document in documents) / 1e6
@@ -70,13 +70,13 @@ def tokenising(spec: str, data: c.DataConfig, directory: Path, rounds: int) -> d
 
 
 def pipeline_seconds(corpus: Corpus, rows: int, count: int, prefetch: int) -> float:
-    """Of `count` microbatches of the training split."""
+    """Measures the seconds to read `count` microbatches of the training split."""
     read = batches(corpus.train, start=0, batch_size=rows, prefetch=prefetch)
     return seconds(lambda: [next(read) for _ in range(count)])
 
 
-def beside_the_step(config: c.Config, rounds: int, count: int, steps: int) -> list[dict[str, Any]]:
-    """Tokens a second of the pipeline with each packing, and of the step."""
+def pipeline_and_step(config: c.Config, rounds: int, count: int, steps: int) -> list[dict[str, Any]]:
+    """Measures tokens per second of the pipeline with each packing, and of the training step."""
     rows, context = config.sequences_per_microbatch, config.model.context_length
     sides: dict[str, Callable[[], float]] = {}
     tokens: dict[str, int] = {}
@@ -103,7 +103,7 @@ def beside_the_step(config: c.Config, rounds: int, count: int, steps: int) -> li
 
 
 def waiting(config: c.Config, steps: int) -> dict[str, float]:
-    """Share of the time in which the training loop waits for its data, and what it trains in a second."""
+    """Measures the share of the time that the training loop waits for data, and its tokens per second."""
     config = c.replace(
         config,
         {
@@ -145,7 +145,7 @@ def main() -> None:
             result["tokenising"].append(tokenising(spec, config.data, Path(directory), flags.FLAGS.rounds))
             write_json(flags.FLAGS.output, result)
     print(f"\n{'':14} {'tokens/s':>12} {'spread':>24} {'of step':>10}")
-    result["pipeline"] = beside_the_step(config, flags.FLAGS.rounds, flags.FLAGS.batches, flags.FLAGS.steps)
+    result["pipeline"] = pipeline_and_step(config, flags.FLAGS.rounds, flags.FLAGS.batches, flags.FLAGS.steps)
     write_json(flags.FLAGS.output, result)
     found = result["waiting"] = waiting(config, flags.FLAGS.run_steps)
     write_json(flags.FLAGS.output, result)
@@ -156,8 +156,8 @@ if __name__ == "__main__":
     flags.DEFINE_list("tokenizers", ["gpt2", "bpe:4096"], "As in data.tokenizer.")
     flags.DEFINE_integer("rounds", 5, "Alternations between the sides.", lower_bound=1)
     flags.DEFINE_integer("batches", 400, "Microbatches that the pipeline reads in a round.", lower_bound=1)
-    flags.DEFINE_integer("steps", 20, "Of a round.", lower_bound=1)
-    flags.DEFINE_integer("run_steps", 100, "Of the run that is asked for its waiting.", lower_bound=4)
-    flags.DEFINE_string("directory", None, "Where to tokenise to; default: the system's for temporary files.")
+    flags.DEFINE_integer("steps", 20, "Steps of a round.", lower_bound=1)
+    flags.DEFINE_integer("run_steps", 100, "Steps of the run whose waiting time is measured.", lower_bound=4)
+    flags.DEFINE_string("directory", None, "Directory for prepared corpora; default: the system's temporary directory.")
     flags.DEFINE_string("output", None, "Write the measurements to this JSON file.")
     cli.run(main)

@@ -1,18 +1,18 @@
-"""Tokens per second of greedy generation, here and by transformers' `generate`, in one run.
+"""Compares the tokens per second of greedy generation by gptjax and by transformers' `generate`.
 
     python -m benchmarks.decode [--size=124m|355m|774m|1558m|tiny] [--batch_sizes=1,8,32] [--rounds=5]
         [--weights=as_given,bfloat16,int8] [--kernels=20] [--output=decode.json]
 
-Both sides get the same random GPT-2 and the same prompts, in float32, on the CPU unless JAX finds something faster
-(PyTorch stays on the CPU; --notransformers does without). Rounds alternate between the sides; the median counts. With
-float32 weights they must agree on every token, on a CPU: exit code 1 if not. GPUs and TPUs round the factors of float32
-products, and part of the tokens may differ.
+Both sides run the same random GPT-2 on the same prompts, in float32, on JAX's default device (PyTorch always on the
+CPU; --notransformers leaves it out). Rounds alternate between the sides, and the median is reported. On a CPU, with
+float32 weights, both must agree on every token: exit code 1 if not. GPUs and TPUs round the factors of float32
+products, so some tokens may differ.
 
-A token cannot take less time than reading all of a side's weights does, which gives the share of the memory bandwidth
-that decoding reaches. The bandwidth is the data sheet's, or on a CPU that of a program which only sums up the float32
-weights, measured between the rounds. What a CPU spends for a token, over its cores, is told too: unlike the time, it
-hardly depends on what else runs there.
-Needs `pip install torch transformers`, but for --notransformers.
+Decoding a token takes at least as long as reading all weights, which gives the share of the memory bandwidth that
+decoding reaches. The bandwidth is the data sheet's; on a CPU it is that of a program that only sums the float32
+weights, measured between the rounds. The processor time per token over all cores is reported too: it depends less than
+the wall-clock time on other load.
+Needs `pip install torch transformers`, except with --notransformers.
 """
 
 import json
@@ -55,7 +55,7 @@ VOCABULARY = 50_257
 
 
 class Side(NamedTuple):
-    """One way of generating: a name, prompts (B, T) to new tokens (B, N), and the bytes that each step reads."""
+    """An implementation of generation: its name, prompts (B, T) -> new tokens (B, N), and the bytes read per step."""
 
     name: str
     generate: Callable[[np.ndarray], np.ndarray]
@@ -63,7 +63,7 @@ class Side(NamedTuple):
 
 
 def make_checkpoint(size: str, directory: Path) -> Any:
-    """A random GPT2LMHeadModel, saved in `directory`."""
+    """Saves a random GPT2LMHeadModel in `directory`."""
     torch, transformers = import_torch()
     torch.manual_seed(0)
     layers, width, heads = SIZES[size]
@@ -102,21 +102,21 @@ def our_side(model: Any, params: Any, weights: Any) -> Side:
 
 
 def random_model(size: str) -> tuple[GPT, Any]:
-    """What `make_checkpoint` makes, but for the numbers drawn, without PyTorch."""
+    """Returns a model like that of `make_checkpoint`, with other random weights and without PyTorch."""
     layers, width, heads = SIZES[size]
     model = GPT(GPTConfig(vocab_size=VOCABULARY, num_layers=layers, embed_dim=width, num_heads=heads, dtype="float32"))
     return model, nn.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
 
 
 def seconds(function: Callable[[], Any]) -> tuple[float, float]:
-    """That pass, and that the processor works, over its cores."""
+    """Measures wall-clock seconds and processor seconds over all cores."""
     start, work = time.perf_counter(), time.process_time()
     function()
     return time.perf_counter() - start, time.process_time() - work
 
 
 class Times(NamedTuple):
-    """Seconds of each round of each side, those that the CPU worked, and of summing up the weights once."""
+    """Wall-clock and processor seconds of each round of each side, and seconds to sum the weights once."""
 
     sides: dict[str, list[float]]
     work: dict[str, list[float]]
@@ -156,7 +156,7 @@ def report(batch_size: int, sides: list[Side], times: Times, read_bytes: int) ->
         new = batch_size * NEW_TOKENS
         rate = new / statistics.median(values)
         ratio = None
-        if "transformers" in times.sides:  # of rounds beside each other: the machine's mood cancels out
+        if "transformers" in times.sides:  # of adjacent rounds, so that slow changes of the machine's speed cancel
             ratio = statistics.median(t / v for t, v in zip(times.sides["transformers"], values, strict=True))
         share = side.weight_bytes * NEW_TOKENS / statistics.median(values) / bandwidth
         work = statistics.median(times.work[name]) / NEW_TOKENS
@@ -215,8 +215,8 @@ if __name__ == "__main__":
     SIZE = flags.DEFINE_enum("size", "124m", list(SIZES), "Model.")
     BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "8", "32"], "Prompts generated together.")
     ROUNDS = flags.DEFINE_integer("rounds", 5, "Alternations between the sides.", lower_bound=1)
-    WEIGHTS = flags.DEFINE_list("weights", ["as_given"], "Forms of our weights.")
+    WEIGHTS = flags.DEFINE_list("weights", ["as_given"], "Weight formats of gptjax.")
     TRANSFORMERS = flags.DEFINE_bool("transformers", True, "Measure transformers too.")
-    KERNELS = flags.DEFINE_integer("kernels", 0, "Print so many kernels of a token of ours, the prompt's among them.")
+    KERNELS = flags.DEFINE_integer("kernels", 0, "Number of gptjax kernels to print, for a token and its prompt.")
     OUTPUT = flags.DEFINE_string("output", None, "Write the measurements to this JSON file.")
     cli.run(main)

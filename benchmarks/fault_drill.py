@@ -1,13 +1,13 @@
-"""Trains a small model under faults, and compares it with an undisturbed one: `python -m benchmarks.fault_drill`.
+"""Trains a small model under injected faults, and compares it with a run without: `python -m benchmarks.fault_drill`.
 
-A run is killed (SIGKILL) while it starts, tokenises, trains and saves, is stopped (SIGTERM), finds files of its newest
-checkpoint damaged and the disk full while it saves, cannot read its checkpoints (EIO, EMFILE), is started with another
-config, has a reader beside it while it deletes checkpoints, and is started again each time. In the end its losses, and
-every array of its last checkpoint, must be those of a run that nothing happened to, bit for bit. It needs no
-privileges: a limit on the size of a file fills the disk, a limit on file descriptors causes EMFILE, a patched reader
-EIO.
+The run is killed (SIGKILL) while it starts, tokenises, trains and saves; it is stopped (SIGTERM), finds files of its
+newest checkpoint damaged and the disk full while it saves, cannot read its checkpoints (EIO, EMFILE), is started with
+another config, and has a concurrent reader while it deletes checkpoints. It is restarted each time. At the end its
+losses, and every array of its last checkpoint, must equal those of the run without faults, bit for bit. No privileges
+are needed: a file size limit simulates a full disk, a limit on file descriptors causes EMFILE, and a patched reader
+raises EIO.
 
-What happens in which order is drawn from --seed; at which instruction a kill meets the run is not in our hands.
+The order of faults is determined by --seed; the instruction at which a kill arrives is not.
 """
 
 import dataclasses
@@ -31,16 +31,16 @@ import numpy as np
 from absl import app, flags, logging
 
 ROOT = Path(__file__).parents[1]
-KILLED, STOPPED, FULL = -signal.SIGKILL, 75, 2  # how a run ends
-TOKENS = 16 * 64  # a batch
-STEPS = 20  # that a fault gives the run to go on
+KILLED, STOPPED, FULL = -signal.SIGKILL, 75, 2  # exit codes of a run
+TOKENS = 16 * 64  # tokens of a batch
+STEPS = 20  # steps of training for each fault
 INTERVAL = 8  # steps from one checkpoint to the next
-FILE_LIMIT = 300_000  # bytes: the records of a run are less, the arrays of a checkpoint more
+FILE_LIMIT = 300_000  # bytes: above the size of a run's records, below that of a checkpoint's arrays
 PATIENCE = 300  # seconds: a run that takes longer hangs
 
-# Of 10 kills: where they meet the run.
+# The phases in which 10 kills arrive.
 KILLS = ("training",) * 5 + ("saving",) * 2 + ("preparing", "preparing", "starting")
-# Faults of a run that has a checkpoint; but for the reader, the run must refuse to start and change nothing.
+# Faults of a run that has a checkpoint; except with the reader, the run must refuse to start and change nothing.
 CHANGED, EIO, EMFILE, READER = "changed config", "EIO", "EMFILE", "reader"
 REFUSED = 2
 DAMAGED = "damaged checkpoint"
@@ -90,7 +90,7 @@ with jax.set_mesh(mesh):
 
 @dataclasses.dataclass
 class Outcome:
-    """What became of one kind of fault."""
+    """The outcome of one kind of fault."""
 
     injected: int = 0
     survived: int = 0
@@ -99,10 +99,10 @@ class Outcome:
 
 
 class Run:
-    """A run in `directory`, started again and again.
+    """A run in `directory` that is restarted after each fault.
 
     Attributes:
-      log: what its processes have printed.
+      log: the output of its processes.
     """
 
     def __init__(self, directory: Path, steps: int):
@@ -149,7 +149,7 @@ class Run:
         program: tuple[str, ...] = ("-m", "gptjax.main"),
         flags: tuple[str, ...] = (),
     ) -> subprocess.Popen[bytes]:
-        """Starts `program`, by default the run; one without a checkpoint begins anew, whatever was recorded."""
+        """Starts `program`, by default the run; without a checkpoint it starts from scratch, whatever was recorded."""
         command = [sys.executable, *program, *self._flags, *flags, *([] if self.checkpoints() else ["--start_over"])]
 
         def limit() -> None:
@@ -160,7 +160,7 @@ class Run:
             return subprocess.Popen(command, cwd=ROOT, env=self._environment, stdout=log, stderr=log, preexec_fn=limit)
 
     def start_reader(self) -> subprocess.Popen[bytes]:
-        """A process that reads the newest weights until SIGTERM; it has read them once when this returns."""
+        """Starts a process that reads the newest weights until SIGTERM; returns when it has read them once."""
         reader = subprocess.Popen(
             [sys.executable, "-c", READING, self.workdir],
             cwd=ROOT,
@@ -173,7 +173,7 @@ class Run:
         return reader
 
     def step(self) -> int:
-        """The newest one in its records."""
+        """The newest step in its records."""
         try:
             *_, last, _ = [b"", *(self.workdir / "metrics.jsonl").read_bytes().split(b"\n")]
             return json.loads(last).get("step", 0)
@@ -184,7 +184,7 @@ class Run:
         return sorted(int(path.name) for path in self.workdir.glob("checkpoints/*") if path.name.isdigit())
 
     def restored(self, since: int) -> int | None:
-        """The step that the newest process went on from, by what the log says after its first `since` bytes."""
+        """The step that the newest process resumed from, by the log after its first `since` bytes."""
         found = re.findall(rb"going on from step (\d+)", self.log.read_bytes()[since:])
         return int(found[-1]) if found else None
 
@@ -197,7 +197,7 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) 
 
 
 def inject(kind: str, run: Run, rng: random.Random) -> bool:
-    """Starts the run and lets a fault happen to it; whether it ended as it should."""
+    """Starts the run and injects a fault; returns whether it ended as it should."""
     if kind in (CHANGED, EIO, EMFILE, READER) and not run.checkpoints():
         kind = "training"
     if kind in (CHANGED, EIO, EMFILE):
@@ -254,10 +254,10 @@ def refuses(kind: str, run: Run) -> bool:
 
 
 def damage(run: Run, rng: random.Random) -> str:
-    """Damages a file of the newest checkpoint; says which, and how."""
+    """Damages a file of the newest checkpoint; returns a description of the damage."""
     newest = run.workdir / "checkpoints" / str(run.checkpoints()[-1])
     sizes = {path: path.stat().st_size for path in sorted(newest.rglob("*")) if path.is_file()}
-    (path,) = rng.choices(list(sizes), list(sizes.values()))  # a disk knows bytes, not files
+    (path,) = rng.choices(list(sizes), list(sizes.values()))  # weighted by size, as a disk damages bytes
     content, kind = bytearray(path.read_bytes()), rng.choice(DAMAGES)
     if kind == "flip":
         content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
@@ -272,16 +272,16 @@ def damage(run: Run, rng: random.Random) -> str:
 
 
 def plan(kills: int, disk_full: int, others: int, rng: random.Random) -> list[str]:
-    """Faults of running processes, in their order; damages come between them."""
+    """Returns the faults of running processes, in order; damages are injected between them."""
     faults = ["disk full"] * disk_full + [KILLS[i % len(KILLS)] for i in range(kills)]
     faults += [CHANGED, EIO, EMFILE, READER] * others
-    faults += ["SIGTERM"] * 2  # and as many as it takes to do all damages: each needs a start that finds it
+    faults += ["SIGTERM"] * 2  # at least one start for each damage, which detects it
     rng.shuffle(faults)
     return faults
 
 
 def arrays(workdir: Path) -> dict[str, np.ndarray]:
-    """All arrays of the newest checkpoint."""
+    """Returns all arrays of the newest checkpoint."""
     import jax
     import orbax.checkpoint as ocp
 
@@ -293,7 +293,7 @@ def arrays(workdir: Path) -> dict[str, np.ndarray]:
 
 
 def records(workdir: Path) -> list[dict[str, Any]]:
-    """Without the header, and without what depends on the clock."""
+    """Returns the records without the header and without values that depend on the clock."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()[1:]
     return [
         {k: v for k, v in json.loads(line).items() if k not in ("seconds", "tokens_per_second", "mfu")}
@@ -302,9 +302,9 @@ def records(workdir: Path) -> list[dict[str, Any]]:
 
 
 def disturb(run: Run, faults: list[str], corruptions: int, rng: random.Random) -> dict[str, Outcome]:
-    """Trains the run to its end through all faults; what became of them, by kind."""
+    """Trains the run to its end under all faults; returns the outcomes by kind."""
     outcomes = {kind: Outcome() for kind in (*faults, DAMAGED, "SIGTERM")}
-    undecided: list[str] = []  # faults whose outcome the next start that gets so far decides
+    undecided: list[str] = []  # faults whose outcome is known at the next successful start
     waiting, left, reached, kind = list(faults), corruptions, 0, ""
     while kind != "end":
         kind = waiting.pop(0) if waiting else "SIGTERM" if left else "end"
@@ -316,7 +316,7 @@ def disturb(run: Run, faults: list[str], corruptions: int, rng: random.Random) -
         reached, logged = max(reached, run.step()), run.log.stat().st_size if run.log.exists() else 0
         ended_well = run.start().wait(10 * PATIENCE) == 0 if kind == "end" else inject(kind, run, rng)
         restored = run.restored(logged)
-        print(f"  {kind}: went on from step {restored}, of {reached}", flush=True)
+        print(f"  {kind}: resumed from step {restored}, of {reached}", flush=True)
         if not ended_well:
             raise SystemExit(f"{kind}: the run did not end as it should\n{run.log.read_text()[-3000:]}")
         if restored is not None or not run.checkpoints():
@@ -355,14 +355,12 @@ def main(argv: list[str]) -> None:
     same_losses = sum(a == b for a, b in zip(one, other, strict=False))
     first, second = arrays(undisturbed.workdir), arrays(disturbed.workdir)
     same_arrays = sum(name in second and np.array_equal(first[name], second[name]) for name in first)
-    print(
-        f"\ndamages in files that are read, and so noticed: {outcomes[DAMAGED].noticed} of {outcomes[DAMAGED].injected}"
-    )
+    print(f"\ndetected damages in files that are read: {outcomes[DAMAGED].noticed} of {outcomes[DAMAGED].injected}")
     print(f"records equal: {same_losses} of {max(len(one), len(other))}")
     print(f"arrays of the last checkpoint equal, bit for bit: {same_arrays} of {len(first)}")
     print(f"took {(time.monotonic() - begin) / 60:.1f} minutes")
     if one != other or same_arrays != len(first) or first.keys() != second.keys():
-        raise SystemExit("the disturbed run is not the undisturbed one")
+        raise SystemExit("the run with faults differs from the run without")
     if values.directory is None:
         shutil.rmtree(directory)
 
@@ -371,7 +369,9 @@ if __name__ == "__main__":
     flags.DEFINE_integer("kills", 20, "SIGKILLs.", lower_bound=0)
     flags.DEFINE_integer("corruptions", 10, "Damaged files of checkpoints.", lower_bound=0)
     flags.DEFINE_integer("disk_full", 3, "Saves on a full disk.", lower_bound=0)
-    flags.DEFINE_integer("others", 2, "Each of: changed config, EIO, EMFILE, a reader.", lower_bound=0)
-    flags.DEFINE_integer("seed", 0, "Of what happens.")
-    flags.DEFINE_string("directory", None, "Empty directory to work in, and keep; default: a temporary one.")
+    flags.DEFINE_integer(
+        "others", 2, "Number of each other fault: changed config, EIO, EMFILE, a concurrent reader.", lower_bound=0
+    )
+    flags.DEFINE_integer("seed", 0, "Seed of the order of faults.")
+    flags.DEFINE_string("directory", None, "Empty directory for all files, which are kept; default: a temporary one.")
     app.run(main)

@@ -26,7 +26,7 @@ from gptjax.distributed.meeting import accept, connect, free_port, join, line_of
 from gptjax.distributed.peers import FAILED, INTERRUPTED, PREEMPTED, STOPPED, Peers
 
 SECONDS = flags.DEFINE_float("seconds", 120, "Time to run.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the input.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the random input.")
 
 LIMIT = 20  # seconds
 MESSAGES: list[object] = [
@@ -41,7 +41,7 @@ MESSAGES: list[object] = [
 
 
 def random_input(draw: random.Random) -> bytes:
-    """One to four lines, or what is no line."""
+    """Returns one to four lines, some of them malformed."""
     return b"".join(_random_line(draw) for _ in range(draw.randint(1, 4)))
 
 
@@ -88,7 +88,7 @@ def _child(port: int, process: int, errors: IO[bytes]) -> int:
 
 
 def _wait(pid: int) -> int | None:
-    """The exit code of a child; None, and it is killed, when it hangs."""
+    """Returns the exit code of a child; None if it hangs, after killing it."""
     deadline = time.monotonic() + LIMIT
     while time.monotonic() < deadline:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -107,7 +107,7 @@ def _discard(sock: socket.socket) -> None:
 
 
 def _talk(sock: socket.socket, sent: bytes) -> None:
-    """Sends, and reads what comes back until the other end closes."""
+    """Sends the input, and reads the replies until the other end closes."""
     with sock, suppress(OSError):
         reader = threading.Thread(target=_discard, args=(sock,), daemon=True)
         reader.start()
@@ -117,7 +117,7 @@ def _talk(sock: socket.socket, sent: bytes) -> None:
 
 
 def run_case(draw: random.Random) -> tuple[int | None, str, bytes]:
-    """Exit code (None: it hung), stderr, and what was sent."""
+    """Runs one case; returns the exit code (None: it hung), stderr, and the input sent."""
     port, process, sent = free_port(), draw.randrange(2), random_input(draw)
     with tempfile.TemporaryFile() as errors:
         pid = _child(port, process, errors)

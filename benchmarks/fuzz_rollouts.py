@@ -1,7 +1,7 @@
 """Reads damaged files of rollouts: `python -m benchmarks.fuzz_rollouts --seconds=120`.
 
-Each file is one that was written, with bits flipped, cut short, with parts repeated, moved or removed, or is random
-bytes. `read_arrays` must refuse it by an OSError or a ValueError, or return exactly what was written.
+Each file is a valid one with bits flipped, truncated, or with parts repeated, moved or removed, or it is random bytes.
+`read_arrays` must raise OSError or ValueError, or return exactly the arrays that were written.
 """
 
 import random
@@ -16,13 +16,13 @@ from absl import app, flags
 from gptjax.stages.rl.rollouts import read_arrays, write_arrays
 
 SECONDS = flags.DEFINE_float("seconds", 120, "Time to run.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the damage.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the random damage.")
 
 SHAPE = (2, 3, 8)
 
 
 def damaged(content: bytes, draw: random.Random) -> bytes:
-    """One to three damages of the same file."""
+    """Applies one to three random damages to a file's content."""
     changed = bytearray(content)
     for _ in range(draw.randint(1, 3)):
         place, length = draw.randrange(len(changed) or 1), draw.choice([1, 4, 100, 1000])

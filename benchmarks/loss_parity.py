@@ -1,4 +1,4 @@
-"""Loss curves of gptjax and of a plain PyTorch GPT-2: same weights, batches and hyperparameters, in float32.
+"""Compares loss curves of gptjax and of a PyTorch GPT-2: same weights, batches and hyperparameters, in float32.
 
     python -m benchmarks.loss_parity [--size=tiny|small|124m] [--steps=20] [--write_fixture]
 
@@ -38,7 +38,7 @@ Weights = dict[str, np.ndarray]  # float32, under transformers' names
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A model, how it starts, and its training."""
+    """A model, its initialisation and its training."""
 
     model: GPTConfig
     tokenizer: str
@@ -54,7 +54,7 @@ def _model(num_layers: int, embed_dim: int, num_heads: int, context_length: int)
 
 
 SIZES = {
-    # Starts and learns so much faster than a GPT-2 that 20 steps of so small a model depend visibly on every detail.
+    # Initialised larger and trained faster than a GPT-2, so that 20 steps of a small model depend on every detail.
     "tiny": Size(_model(2, 32, 4, 32), "bytes", sequences=8, init_std=0.15, peak_lr=1e-2),
     "small": Size(_model(4, 256, 8, 128), "gpt2", sequences=8, init_std=0.02, peak_lr=1e-3),
     "124m": Size(_model(12, 768, 12, 256), "gpt2", sequences=2, init_std=0.02, peak_lr=6e-4),
@@ -83,16 +83,16 @@ NAMES = {
 
 
 class Curve(NamedTuple):
-    """What is compared."""
+    """The quantities that are compared."""
 
-    losses: np.ndarray  # (N,): of each batch, before the step that learns from it
+    losses: np.ndarray  # (N,): of each batch, before the step on it
     grad_norms: np.ndarray  # (N,): before clipping
     first_logits_BTV: np.ndarray  # of the first batch, before the first step
     last_logits_BTV: np.ndarray  # of the first batch, after the last step
 
 
 def make_config(size: Size, steps: int) -> Config:
-    """A run of `steps` batches, a quarter of them warm-up, with GPT-3's optimizer (Brown et al. 2020, appendix B)."""
+    """Returns a config of `steps` batches, a quarter of them warm-up, with GPT-3's optimizer (Brown et al. 2020, B)."""
     tokens = size.sequences * size.model.context_length
     config = Config(
         model=size.model,
@@ -132,7 +132,7 @@ def read_windows(stage: Stage, steps: int) -> np.ndarray:
 
 
 def to_params(weights: Weights, like: Any) -> Any:
-    """`weights` as a parameter tree with the structure and shapes of `like`; each must be used, and none lacking."""
+    """Converts `weights` to a parameter tree with the structure and shapes of `like`, which must match exactly."""
     unused = dict(weights)
 
     def leaf(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -142,7 +142,7 @@ def to_params(weights: Weights, like: Any) -> Any:
         return np.stack([unused.pop(name.format(i=i)) for i in range(shape.shape[0])]).reshape(shape.shape)
 
     params = jax.tree_util.tree_map_with_path(leaf, like)
-    assert not unused, f"weights without a place: {sorted(unused)}"
+    assert not unused, f"unused weights: {sorted(unused)}"
     return params
 
 
@@ -203,7 +203,7 @@ def make_torch_model(model: GPTConfig, init_std: float) -> Any:
             eos_token_id=None,
         )
     )
-    with torch.no_grad():  # biases start at 0 and norms at 1, all alike: noise shows a misplaced one
+    with torch.no_grad():  # biases are 0 and norms 1 at first: noise reveals a misplaced one
         for parameter in gpt2.parameters():
             if parameter.ndim == 1:
                 parameter += init_std * torch.randn_like(parameter)
@@ -267,8 +267,8 @@ def main(name: str, steps: int, write_fixture: bool) -> None:
         print(f"{step:4} {their_loss:10.6f} {our_loss:10.6f} {our_loss - their_loss:11.1e}")
     for field in ("first_logits_BTV", "last_logits_BTV"):
         print(f"largest difference of {field}: {np.abs(getattr(ours, field) - getattr(theirs, field)).max():.1e}")
-    # PyTorch's float32 norm of a large array on the CPU is up to 3e-3 too small, and with it what it clips by: in
-    # float64 its curve of the small size is ours to 1e-6.
+    # On the CPU, PyTorch's float32 norm of a large array is up to 3e-3 too small, and so is the clipping factor: in
+    # float64 its curve of the small size equals that of gptjax to 1e-6.
     grad_norm = np.abs(ours.grad_norms / theirs.grad_norms - 1).max()
     print(f"largest relative difference of grad_norms: {grad_norm:.1e}")
     if write_fixture:
@@ -292,7 +292,7 @@ def main(name: str, steps: int, write_fixture: bool) -> None:
 
 
 if __name__ == "__main__":
-    # Not defined on import: tests import this module beside others with flags of their own.
+    # Not defined on import: tests import this module together with others that define flags.
     SIZE = flags.DEFINE_enum("size", "tiny", list(SIZES), "Model and batch.")
     STEPS = flags.DEFINE_integer("steps", 20, "Optimizer steps.", lower_bound=1)
     WRITE_FIXTURE = flags.DEFINE_bool("write_fixture", False, "Keep PyTorch's side of the tiny size for the tests.")

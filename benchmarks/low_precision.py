@@ -1,4 +1,4 @@
-"""Held-out loss with 8-bit matrix products: the same run with each `model.matmul_dtype`.
+"""Compares the held-out loss of 8-bit matrix products: the same run with each `model.matmul_dtype`.
 
     python -m benchmarks.low_precision [--config=configs/gpt2.py:runlocal] [--tokens=200000] [--seeds=2]
         [--matmul_dtype=model --matmul_dtype=int8 ...] [--output=low_precision.json]
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    TOKENS = flags.DEFINE_integer("tokens", 200_000, "Training tokens of a run.", lower_bound=1)
+    TOKENS = flags.DEFINE_integer("tokens", 200_000, "Training tokens of each run.", lower_bound=1)
     SEEDS = flags.DEFINE_integer("seeds", 2, "Runs with each dtype.", lower_bound=1)
     EVERY = ["model", *low_precision.DOT_GENERAL]
     MATMUL_DTYPE = flags.DEFINE_multi_enum("matmul_dtype", EVERY, EVERY, "Values to compare.")

@@ -1,4 +1,4 @@
-"""What several benchmarks share: rounds that alternate, medians and spreads, what was measured on, JSON."""
+"""Helpers of several benchmarks: alternating rounds, medians and spreads, device and versions, JSON."""
 
 import importlib.metadata
 import json
@@ -25,7 +25,7 @@ def seconds(function: Callable[[], Any]) -> float:
 
 
 def alternate(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """What each side returns, round by round: what else the machine does meets all of them."""
+    """Measures all sides in each round, so that other load on the machine affects all; returns the results by side."""
     values: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, measure in sides.items():
@@ -34,12 +34,12 @@ def alternate(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str
 
 
 def ratio(times: Sequence[float], base: Sequence[float]) -> float:
-    """How many times as fast as `base`: the median over rounds beside each other."""
+    """Computes the speed relative to `base`: the median of the ratios of the rounds."""
     return statistics.median(b / t for t, b in zip(times, base, strict=True))
 
 
 def product_flops(size: int, dtype: str, repeats: int = 5) -> float:
-    """FLOP/s of the fastest of `repeats` products of two random (size, size) matrices on JAX's first device."""
+    """Measures FLOP/s: the fastest of `repeats` products of two random (size, size) matrices on JAX's first device."""
     a_NN, b_NN = jax.random.normal(jax.random.key(0), (2, size, size)).astype(dtype)
     product = _product
     product(a_NN, b_NN).block_until_ready()
@@ -52,7 +52,7 @@ def _product(a_NN: jax.Array, b_NN: jax.Array) -> jax.Array:
 
 
 def device_kernels(function: Callable[[], Any], repeats: int) -> list[tuple[str, float, int]]:
-    """(kernel, milliseconds, launches) of one of the `repeats` in `function`, on the device, the longest first."""
+    """Profiles `function`; returns (kernel, milliseconds, launches) per one of its `repeats`, the longest first."""
     total: dict[str, float] = defaultdict(float)
     count: dict[str, int] = defaultdict(int)
     with tempfile.TemporaryDirectory() as directory:
@@ -68,14 +68,14 @@ def device_kernels(function: Callable[[], Any], repeats: int) -> list[tuple[str,
 
 
 def print_kernels(rows: Sequence[tuple[str, float, int]], shown: int) -> None:
-    """The first `shown` of what `device_kernels` returned, and the sum of all."""
+    """Prints the first `shown` results of `device_kernels`, and the sum of all."""
     print(f"{sum(ms for _, ms, _ in rows):.3f} ms and {sum(count for *_, count in rows)} kernels on the device")
     for kernel, ms, count in rows[:shown]:
         print(f"{ms:9.4f} ms {count:5} x {kernel[:100]}")
 
 
 def measured_on() -> dict[str, Any]:
-    """Device and versions."""
+    """Returns the device and the versions of the libraries."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -94,7 +94,7 @@ def measured_on() -> dict[str, Any]:
 
 
 def write_json(path: str | None, content: Any) -> None:
-    """Also what is not complete yet may be written: the file is replaced as a whole."""
+    """Writes a JSON file atomically, so that it can be updated while a benchmark runs."""
     if path is not None:
         unfinished = Path(path + ".unfinished")
         unfinished.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,11 +1,12 @@
-"""What each optimizer reaches on the same data, and what its step costs.
+"""Compares optimizers: held-out loss after the same data, time of a step, and memory of the moments.
 
     python -m benchmarks.optimizers [--config=configs/gpt2.py:runlocal] [--run=adamw@3e-3 --run=muon@3e-3 ...]
         [--tokens=200000] [--warmup_tokens=20000] [--rounds=5] [--steps=4] [--output=optimizers.json]
 
 A run is NAME[,KEY=VALUE,...]@LEARNING_RATE, such as muon,first_moment_dtype=bfloat16@6e-3, KEY of OptimizerConfig.
-Each trains from the config's seed on the config's batches; what counts is the held-out loss at the end. Before that,
-steps of each optimizer take turns on random tokens, which tells how much longer they are, and what the moments weigh.
+Each run trains from the config's seed on the config's batches, and reports the held-out loss at the end. Before that,
+steps of the optimizers alternate on random tokens, which measures their relative time; the size of the moments is
+printed too.
 """
 
 import ast
@@ -34,7 +35,7 @@ RUNS = (
 
 
 def parse(text: str) -> dict[str, Any]:
-    """The fields of OptimizerConfig that a run changes; UserError when it is not of the form."""
+    """Parses a run into the fields of OptimizerConfig that it changes; UserError if it is malformed."""
     what, _, rate = text.partition("@")
     name, *changes = what.split(",")
     fields: dict[str, Any] = {"name": name}
@@ -56,7 +57,7 @@ def _value(text: str) -> Any:
 
 
 def step_times(config: c.Config, rounds: int, steps: int) -> list[dict[str, Any]]:
-    """Of each optimizer among the runs."""
+    """Measures the step times of each optimizer of the runs."""
     changes = {text.partition("@")[0]: parse(text) for text in flags.FLAGS.run}
     vocab_size = config.model.vocab_size or flags.FLAGS.vocab_size
     rows = []
@@ -77,7 +78,7 @@ def step_times(config: c.Config, rounds: int, steps: int) -> list[dict[str, Any]
 
 
 def short_run(config: c.Config, tokens: int, warmup_tokens: int) -> c.Config:
-    """With so many tokens to train on, and nothing but training until the end."""
+    """Returns the config of a run of `tokens` tokens, with evaluation only at the end."""
     return c.replace(
         config,
         {
@@ -114,11 +115,15 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_multi_string("run", RUNS, "As above; default: those of benchmarks/LOG.md.")
-    flags.DEFINE_integer("tokens", 200_000, "That a run trains on; 0: only the steps are measured.", lower_bound=0)
-    flags.DEFINE_integer("warmup_tokens", 20_000, "Of the learning rate.", lower_bound=0)
-    flags.DEFINE_integer("rounds", 5, "Of steps that take turns; 0: only the runs are made.", lower_bound=0)
-    flags.DEFINE_integer("steps", 4, "Of a round.", lower_bound=1)
-    flags.DEFINE_integer("vocab_size", 4096, "Of the random tokens, where the config leaves it to the tokenizer.")
+    flags.DEFINE_multi_string(
+        "run", RUNS, "A run, as described above; repeatable. Default: those of benchmarks/LOG.md."
+    )
+    flags.DEFINE_integer("tokens", 200_000, "Training tokens of each run; 0: only measure step times.", lower_bound=0)
+    flags.DEFINE_integer("warmup_tokens", 20_000, "Tokens of the learning-rate warm-up.", lower_bound=0)
+    flags.DEFINE_integer("rounds", 5, "Rounds of alternating steps; 0: do not measure step times.", lower_bound=0)
+    flags.DEFINE_integer("steps", 4, "Steps of a round.", lower_bound=1)
+    flags.DEFINE_integer(
+        "vocab_size", 4096, "Vocabulary size of the random tokens, if the config leaves it to the tokenizer."
+    )
     flags.DEFINE_string("output", None, "Write the measurements to this JSON file.")
     cli.run(main)

@@ -1,10 +1,10 @@
-"""How far PPO and GRPO raise a reward that can be checked, and how far they leave their reference for it.
+"""Measures PPO and GRPO on a verifiable reward: the reward that they reach, and their KL from the reference.
 
     python -m benchmarks.rl --init_from=runs/sft --workdir=runs/rl
 
-Each stage learns with several seeds from answers to the prompts of configs/chatgpt.py:runlocal. Prints the reward of
-answers to held-out prompts before and after, and the KL from the reference that it cost, of each run; writes them to
-WORKDIR/rl.json. A run that is finished is not run again, so a benchmark that was stopped goes on.
+Each stage trains with several seeds on completions of the prompts of configs/chatgpt.py:runlocal. Prints for each run
+the reward of completions of held-out prompts before and after training, and the KL from the reference; writes them to
+WORKDIR/rl.json. Finished runs are not repeated, so that an interrupted benchmark resumes.
 """
 
 import dataclasses
@@ -25,7 +25,9 @@ def main(_: list[str]) -> None:
     rows = [run_once(stage, seed, root) for stage in STAGES.value for seed in range(SEEDS.value)]
     settings = {name: flags.FLAGS[name].value for name in ("init_from", "reward", "epochs")}
     (root / "rl.json").write_text(json.dumps({"settings": settings, "runs": rows}, indent=2) + "\n")
-    print("\n| stage | seed | steps | reward before | reward after | KL after, nats an answer | answer, tokens |")
+    print(
+        "\n| stage | seed | steps | reward before | reward after | KL after, nats per completion | completion, tokens |"
+    )
     print("|---|---|---|---|---|---|---|")
     for row in rows:
         before, after = row["before"], row["after"]
@@ -36,7 +38,7 @@ def main(_: list[str]) -> None:
 
 
 def run_once(stage: str, seed: int, root: Path) -> dict[str, Any]:
-    """What a run says of held-out prompts at its start and at its end."""
+    """Trains a run; returns its metrics on held-out prompts at the start and at the end."""
     get_config = runpy.run_path("configs/chatgpt.py")["get_config"]
     config = c.resolve(get_config(f"stage={stage},init_from={INIT_FROM.value},reward={REWARD.value},runlocal"))
     sections: dict[str, dict[str, Any]] = {
@@ -56,6 +58,6 @@ if __name__ == "__main__":
     WORKDIR = flags.DEFINE_string("workdir", None, "Directory for the runs.", required=True)
     STAGES = flags.DEFINE_list("stages", ["ppo", "grpo"], "Which.")
     SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each.", lower_bound=1)
-    EPOCHS = flags.DEFINE_float("epochs", 1.0, "Of the prompts, in each run.")
+    EPOCHS = flags.DEFINE_float("epochs", 1.0, "Epochs over the prompts in each run.")
     REWARD = flags.DEFINE_string("reward", "python:examples.rewards.ends_in_question", "As rl.reward.")
     app.run(main)

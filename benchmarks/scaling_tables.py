@@ -1,9 +1,9 @@
-"""Plans for every size of GPT-2 and GPT-3: one that fits, on each of v5e, v5p and v6e.
+"""Tabulates a plan that fits for every size of GPT-2 and GPT-3 on each of v5e, v5p and v6e.
 
 python -m benchmarks.scaling_tables
 
-Each is the first that the planner's search finds to fit. What it compiles, for some minutes each on two CPU cores, the
-planner's cache keeps. Needs pip install 'gptjax[tpu]'.
+Each is the first layout that fits in the planner's search. Compilations take a few minutes each on two CPU cores, and
+are kept in the planner's cache. Needs pip install 'gptjax[tpu]'.
 """
 
 import runpy
@@ -69,5 +69,5 @@ def row(name: str, topology: str) -> str:
 
 
 if __name__ == "__main__":
-    ONLY = flags.DEFINE_string("only", "", "Sizes of a name with this in it alone, such as gpt2.")
+    ONLY = flags.DEFINE_string("only", "", "Only sizes whose name contains this text, such as gpt2.")
     app.run(main)

@@ -1,8 +1,8 @@
-"""Where the time before the first step goes: `python -m benchmarks.startup`.
+"""Measures the phases before the first step: `python -m benchmarks.startup`.
 
-Prints the wall-clock seconds of each phase of a run that starts in this process: imports (by package), config, data,
-initialisation, compilation, first step. The run is small and new, its compiled programs are cached only with
---warm_cache, so that compilation is what a first run pays. The machine should be idle.
+Prints the wall-clock seconds of each phase of a new, small run in this process: imports (by package), config, data,
+initialisation, compilation, first step. Compiled programs are read from the cache only with --warm_cache; without it,
+compilation takes as long as in a first run. The machine should be idle.
 """
 
 import subprocess
@@ -27,14 +27,14 @@ MIN_SECONDS = 0.05  # packages that take less are summed up
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Prints how long the body takes."""
+    """Prints the seconds that the body takes."""
     start = time.perf_counter()
     yield
     print(f"{name:<34} {time.perf_counter() - start:8.2f} s", flush=True)
 
 
 def import_times(module: str) -> dict[str, float]:
-    """Package -> seconds that its own modules take when `module` is imported in a new process."""
+    """Imports `module` in a new process; returns the seconds that the modules of each package take."""
     command = [sys.executable, "-X", "importtime", "-c", f"import {module}"]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     seconds: dict[str, float] = defaultdict(float)
@@ -46,7 +46,7 @@ def import_times(module: str) -> dict[str, float]:
 
 
 def print_imports() -> None:
-    """The seconds of each command's --help, and of what a run imports, package by package."""
+    """Prints the import seconds of each command's --help, and of a run by package."""
     for name in ("gptjax", *(f"gptjax.{command}" for command in COMMANDS)):
         print(f"import {name:<27} {sum(import_times(name).values()):8.2f} s", flush=True)
     times = import_times("gptjax.run")
@@ -58,7 +58,7 @@ def print_imports() -> None:
 
 
 def print_phases() -> None:
-    """The seconds of each phase of a run, up to its first step."""
+    """Prints the seconds of each phase of a run, up to its first steps."""
     with phase("config"):
         config = CONFIG.load()
         assert config is not None, "the flag has a default"

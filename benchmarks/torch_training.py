@@ -1,4 +1,4 @@
-"""The other side of `benchmarks/train_step.py`: transformers' GPT-2, compiled, as a user of PyTorch would train it."""
+"""The PyTorch side of `benchmarks/train_step.py`: transformers' GPT-2 with torch.compile."""
 
 import time
 from collections.abc import Callable
@@ -11,9 +11,9 @@ from gptjax.config import Config
 
 
 def register_causal_attention(transformers: Any) -> str:
-    """PyTorch's scaled dot product attention under a name for which transformers makes no mask.
+    """Registers PyTorch's scaled dot product attention under a name for which transformers creates no mask.
 
-    Under torch.compile it makes one for "sdpa", and with a mask PyTorch has no flash attention.
+    Under torch.compile it creates one for "sdpa", and with a mask PyTorch cannot use flash attention.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -24,11 +24,11 @@ def register_causal_attention(transformers: Any) -> str:
 class TorchTrainer:
     """GPT2LMHeadModel with torch.compile, fused AdamW and clipping, on random tokens.
 
-    On a GPU: bfloat16 autocast, and flash attention or nothing. On a CPU: float32.
+    On a GPU: bfloat16 autocast, and only flash attention. On a CPU: float32.
 
     Attributes:
-      first_loss: of the first step, nats a token.
-      compile_seconds: until the first step was done.
+      first_loss: loss of the first step, in nats per token.
+      compile_seconds: seconds until the first step was done.
     """
 
     def __init__(self, config: Config, sequences: int):
@@ -86,7 +86,7 @@ class TorchTrainer:
             self._torch.cuda.synchronize()
 
     def train(self, steps: int) -> float:
-        """Seconds of a step."""
+        """Runs steps; returns the seconds of each."""
         self._wait()
         start = time.perf_counter()
         for _ in range(steps):

@@ -51,7 +51,7 @@ HEADS = (
 
 
 def make_config(size: str, sequences: int, context: int | None, platform: str) -> c.Config:
-    """A step of one microbatch."""
+    """Returns the config of a step of one microbatch."""
     layers, width, heads, vocabulary = SIZES[size]
     model = c.GPTConfig(
         vocab_size=vocabulary,
@@ -68,10 +68,10 @@ def make_config(size: str, sequences: int, context: int | None, platform: str) -
 
 
 class Comparison:
-    """The sides, what each has measured, and what is written of it.
+    """The programs that are compared, and their measurements.
 
     Attributes:
-      result: for JSON.
+      result: the measurements, for JSON.
     """
 
     def __init__(self, base: c.Config, variants: dict[str, Variant], workers: int):
@@ -92,7 +92,7 @@ class Comparison:
         }
 
     def attempt(self, what: str, function: Any) -> Any:
-        """What `function` returns; None, and a line of failures, where it raises: the other sides go on."""
+        """Returns the result of `function`; if it raises, records the error and returns None."""
         try:
             return function()
         except UserError:
@@ -103,7 +103,7 @@ class Comparison:
             return None
 
     def prepare(self, with_torch: bool, deadline: float | None) -> dict[str, Any]:
-        """Compiles all sides; returns what measures the seconds of a step of each that works."""
+        """Compiles all sides; returns for each that works a function that measures the seconds of a step."""
         sides: dict[str, Any] = {}
         for name, variant in self._variants.items():
             if deadline is not None and time.perf_counter() > deadline:
@@ -133,7 +133,7 @@ class Comparison:
         write_json(OUTPUT.value, self.result)
 
     def measure(self, sides: dict[str, Any]) -> None:
-        """Rounds, and the table of them."""
+        """Measures all rounds and prints the table."""
 
         def product() -> float:
             self._products.append(product_flops(self._size, self._dtype))
@@ -181,7 +181,7 @@ class Comparison:
         return row
 
     def kernels(self, shown: int) -> None:
-        """Where the device spends a step of the first and the fastest of ours."""
+        """Prints the device kernels of the first and the fastest gptjax program."""
         ours = [row for row in self.result["rows"] if row["side"] != "torch"]
         fastest = max(ours, key=lambda row: row["tokens_per_second"])["side"]
         self.result["kernels"] = {}

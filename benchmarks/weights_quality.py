@@ -1,6 +1,6 @@
-"""What fewer bytes a weight cost in quality: `python -m benchmarks.weights_quality --workdir=runs/demo`.
+"""Measures the loss with weights of lower precision: `python -m benchmarks.weights_quality --workdir=runs/demo`.
 
-Reads the held-out text of the workdir's own corpus by the code that generation uses, with each form of the weights.
+Scores the held-out text of the workdir's corpus with the code that generation uses, for each weight format.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ BATCH_SIZE = 8
 
 
 def score(model: GPT, params: Any, batch: dict[str, np.ndarray]) -> tuple[jax.Array, jax.Array]:
-    """Nats of each target and the likeliest token, (B, T) both."""
+    """Returns the nats of each target and the most probable token, (B, T) each."""
     x_BTD, _ = forward(model, params, jnp.asarray(batch["tokens"]))
     logits_BTV = logits(model, params, x_BTD)
     target_BT1 = jnp.asarray(batch["targets"])[..., None]

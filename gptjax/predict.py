@@ -35,7 +35,10 @@ BEST = flags.DEFINE_boolean("best", True, "Use the best checkpoint by evaluation
 STEP = flags.DEFINE_integer("step", None, "Use the checkpoint of this step instead.", lower_bound=0)
 INPUT = flags.DEFINE_string("input", None, "File with one example per line; default, and -: standard input.")
 INPUT_FORMAT = flags.DEFINE_enum(
-    "input_format", None, ["text", "jsonl"], "Of --input; default: jsonl by the file's name or for several texts."
+    "input_format",
+    None,
+    ["text", "jsonl"],
+    "Format of --input; default: by the file name, or jsonl for tasks with several texts.",
 )
 SOURCE = flags.DEFINE_string("source", None, "Instead of --input: rows as in data.source, such as csv:new.csv.")
 COLUMNS = flags.DEFINE_string("columns", None, "For --source: ROLE=COLUMN,...; default: the run's task.columns.")

@@ -276,7 +276,7 @@ class _Run:
         return -value if name in LOWER_IS_BETTER else value
 
     def save(self, *, evaluate: bool = True) -> None:
-        """Saves this step, once, with its held-out loss, by which the best checkpoint is kept besides the newest.
+        """Saves this step, once, with its held-out loss, which selects the best checkpoint that is kept.
 
         Args:
           evaluate: compute that loss if this step has none yet; a checkpoint without one is never the best.

@@ -28,7 +28,7 @@ def run_command(
     """Runs `python -m module arguments...` in the repository root; the result is that of `subprocess.run`.
 
     Args:
-      environment: variables that are set besides those of this process, read after the imports.
+      environment: variables in addition to those of this process, read after the imports.
       text: whether standard output and error are str, or bytes.
     """
     server = _started()

@@ -1,4 +1,4 @@
-"""The library as a notebook uses it: no flags parsed, and nothing heavy imported before it is needed."""
+"""The Python API in a notebook: no flags are parsed, and heavy packages are imported on demand."""
 
 import subprocess
 import sys

@@ -37,7 +37,7 @@ def command(*flags: str) -> list[str]:
 
 def chat(stdin: str, *flags: str) -> subprocess.CompletedProcess:
     result = run_command("gptjax.chat", *flags, stdin=stdin)
-    # A slow machine is told of compilations.
+    # On a slow machine compilations are announced.
     result.stderr = "".join(line for line in result.stderr.splitlines(True) if not line.startswith("compiling "))
     return result
 

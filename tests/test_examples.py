@@ -1,4 +1,4 @@
-"""The examples' own arithmetic, by numbers computed by hand, their data, and what they ask of a model."""
+"""The examples: arithmetic against values computed by hand, data, and requirements on models."""
 
 import datetime
 import json

@@ -1,4 +1,4 @@
-"""The config of a workdir may be a stranger's: it runs no code, and names no file that the command line does not."""
+"""A workdir's config may be untrusted: it runs no code, and chooses no file that the command line does not."""
 
 import dataclasses
 import json

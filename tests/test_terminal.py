@@ -1,4 +1,4 @@
-"""Control characters of foreign texts do not reach a terminal, except newline and tab."""
+"""Control characters of untrusted texts do not reach a terminal, except newline and tab."""
 
 import contextlib
 import json

@@ -1,6 +1,6 @@
-"""Workdirs, imported directories and data may be a stranger's: what is in them is data, or refused in one line.
+"""Workdirs, imported directories and data may be untrusted: their content is data, or refused in one line.
 
-Many tests read files that hypothesis makes up, or changes in one place; only a UserError may come of it.
+Many tests read files that hypothesis generates, or changes in one place; the only exception may be a UserError.
 """
 
 import contextlib
@@ -263,7 +263,7 @@ def test_json_files_have_a_largest_size(tmp_path, monkeypatch):
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 @pytest.mark.parametrize("content", [b"a" * 2**26, b"a\n" * 2**25])
 def test_what_is_read_whole_has_a_largest_size(tmp_path, monkeypatch, suffix, content):
-    """A file of a few kB of which 64 MiB come: `jsonl:` reads it by lines, `text:` as a whole."""
+    """A file of a few kB that decompresses to 64 MiB: `jsonl:` reads it by lines, `text:` as a whole."""
     monkeypatch.setattr(compression, "MAX_BYTES", 2**20)
     packed = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[suffix](content)
     (tmp_path / f"a{suffix}").write_bytes(packed)

@@ -1,4 +1,4 @@
-"""A checksum changes with any element, and with nothing else."""
+"""A checksum changes with any element of an array, and depends on nothing except the elements."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""A run resumed with another config: it resumes, or one line names the field; no checkpoint is moved or deleted."""
+"""Resuming with a changed config works, or one line names the field; no checkpoint is moved or deleted."""
 
 import dataclasses
 import json
@@ -113,7 +113,7 @@ def check_resumes_or_names(original: tuple[Config, Path], workdir: Path, seed: i
         step: (workdir / "checkpoints" / str(step) / "manifest" / "metadata").read_bytes() for step in steps(workdir)
     }
     other, names = changed(config, random.Random(seed))
-    # All are kept, so that what is gone was moved or deleted by mistake.
+    # All are kept, so that a missing one was moved or deleted by mistake.
     other = replace(other, {"checkpoint": {"keep_last": 9}})
     try:
         check(other)  # as a command line is checked
@@ -234,7 +234,7 @@ def test_offloaded_state_is_saved_and_resumed(pretraining, tmp_path):
     one, other = resumed(longer, tmp_path / "resumed"), resumed(longer, tmp_path / "whole")
     assert int(one.step) == 3
     assert jax.tree.all(jax.tree.map(np.array_equal, one, other))
-    # Where the state lies makes no difference to what is saved.
+    # Where the state is stored makes no difference to what is saved.
     assert jax.tree.all(
         jax.tree.map(
             np.array_equal, other, resumed(replace(longer, {"optimizer": {"offload": False}}), tmp_path / "whole")

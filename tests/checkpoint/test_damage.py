@@ -1,4 +1,4 @@
-"""Damaged checkpoints: noticed, reported, kept, and never used."""
+"""Damaged checkpoints are detected, reported, kept, and never used."""
 
 import json
 import random
@@ -71,7 +71,7 @@ def test_whatever_is_damaged_the_state_is_whole(trained, tmp_path):
             rng,
         )
         state, found = restore(config, copy)
-        if int(state.step) == NEWEST:  # the damage lies in what is not read
+        if int(state.step) == NEWEST:  # the damage is in arrays that are not read
             assert equal(state, whole)
             assert found == position
         else:
@@ -158,7 +158,7 @@ def test_without_a_whole_checkpoint_nothing_starts_over(trained):
     assert sorted(path.name for path in (workdir / "damaged").iterdir()) == ["4.0", "6.0"]
 
 
-# --- what cannot be resumed is not begun anew -------------------------------------------------------------------------
+# --- runs that cannot be resumed are not restarted --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["damaged", "records", "damaged records"])

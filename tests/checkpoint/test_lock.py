@@ -1,4 +1,4 @@
-"""Two runs never share a workdir, and the lock of a dead one stops nobody."""
+"""Two runs never share a workdir, and the lock of a dead run is taken over."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Errors of the machine in reading a checkpoint, and a reader beside a run that deletes: nothing is called damaged."""
+"""Errors of the machine while reading a checkpoint, and concurrent deletion: neither counts as damage."""
 
 import errno
 import os
@@ -163,7 +163,7 @@ def test_several_processes_agree_before_anything_is_moved(monkeypatch, verdicts,
             read_errors.agreed(read)
 
 
-# --- a reader beside a run that deletes -------------------------------------------------------------------------------
+# --- reading while a run deletes --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("moment", ["before", "while it is read"])

@@ -1,4 +1,4 @@
-"""What tests of data write to read it."""
+"""Files of test data."""
 
 import gzip
 import json

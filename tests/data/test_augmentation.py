@@ -1,4 +1,4 @@
-"""Copies of dialogues: turns dropped and in another order, the last one kept, and nothing else changed."""
+"""Augmented dialogues: turns are dropped or permuted, the last one is kept, and nothing else changes."""
 
 import pytest
 
@@ -23,7 +23,7 @@ def config(request) -> RegularisationConfig:
 
 
 def copies(config: RegularisationConfig, seed: int = 0) -> list[tuple[Row, Row]]:
-    """Each copy, beside the row that it is of."""
+    """Each copy, with the row that it is a copy of."""
     found = with_copies([*DIALOGUES, SINGLE], config, seed)
     assert found[:61] == [*DIALOGUES, SINGLE]
     by_place = {row.place: row for row in DIALOGUES}

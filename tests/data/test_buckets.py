@@ -1,4 +1,4 @@
-"""Every example once an epoch, in an order that depends on nothing but seed and epoch, with little padding."""
+"""Length buckets: every example once per epoch, in an order of seed and epoch only, with little padding."""
 
 import itertools
 

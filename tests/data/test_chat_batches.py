@@ -1,4 +1,4 @@
-"""Rows of conversations: packed or padded they hold the same, and an epoch holds each once."""
+"""Rows of conversations: the same content packed or padded, and each conversation once per epoch."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def read_back(arrays: dict[str, np.ndarray]) -> list[tuple]:
     found = []
     for number in range(1, arrays["segments"].max() + 1):
         here = arrays["segments"] == number
-        assert len(set(np.nonzero(here)[0])) == 1, "a sequence lies in one row"
+        assert len(set(np.nonzero(here)[0])) == 1, "a sequence is in one row"
         found.append(tuple(arrays[name][here].tolist() for name in ("tokens", "targets", "weights", "positions")))
     return found
 
@@ -122,7 +122,7 @@ def test_a_share_of_the_rows_is_text():
     for epoch in range(2):
         read = [rows[epoch * 20 + i] for i in range(20)]
         texts = [row["tokens"][0] for row in read if row["tokens"][0] >= 1000]
-        assert texts == [1000 + 2 * epoch, 1001 + 2 * epoch], "each epoch goes on in the text"
+        assert texts == [1000 + 2 * epoch, 1001 + 2 * epoch], "each epoch continues in the text"
         assert [i for i, row in enumerate(read) if row["tokens"][0] >= 1000] == [9, 19], "evenly spread"
         assert (read[9]["segments"] == 1).all()
         assert read[9]["positions"].tolist() == list(range(T))

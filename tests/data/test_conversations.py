@@ -1,4 +1,4 @@
-"""Conversations and rankings: all forms give the same, and what is malformed is named with its file and line."""
+"""Conversations and rankings: all formats give the same result, and errors name the file and line."""
 
 import itertools
 import json

@@ -37,7 +37,7 @@ def test_what_is_damaged_is_an_error_that_names_the_place(damaged):
 
 def test_what_is_damaged_can_be_left_out_and_counted(damaged, caplog):
     source = open_source(f"jsonl:{damaged}/*", on_corrupt="skip")
-    for _ in range(2):  # counted anew each time
+    for _ in range(2):  # counted from 0 each time
         assert [text.split()[0] for text in source.documents()] == ["one", "two", "one", "one", "three"]
         assert source.skipped == 4
     assert "a.jsonl:2 is not JSON" in caplog.text

@@ -1,4 +1,4 @@
-"""Which files a pattern names."""
+"""Glob patterns and the files that they match."""
 
 import glob
 import os

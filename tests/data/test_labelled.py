@@ -1,4 +1,4 @@
-"""What a row has, however the columns are called, and one line with the place for each mistake."""
+"""Labelled rows: their fields, however the columns are called, and user errors that name the place."""
 
 import numpy as np
 import pytest

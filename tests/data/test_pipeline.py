@@ -1,4 +1,4 @@
-"""Packing and order: every token a target once per epoch, and a position in examples that any batch size resumes."""
+"""Packing and order: every token is a target once per epoch, and runs resume with any batch size."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""Preparation: what comes back, which documents are held out, and that a cache is whole or absent."""
+"""Preparation: round trips, held-out documents, and a cache that is either complete or absent."""
 
 import errno
 import json
@@ -64,7 +64,7 @@ def texts(split: PreparedSplit) -> list[str]:
 
 
 def corpora(cache: Path) -> list[str]:
-    """What stands in the cache besides locks."""
+    """The files in the cache except locks."""
     return sorted(path.name for path in (cache / "corpora").iterdir() if path.suffix != ".lock")
 
 

@@ -1,4 +1,4 @@
-"""Each source of labelled records: its columns, its places, and what is left out."""
+"""Each source of labelled records: its columns, its places for messages, and skipped entries."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""Every kind of source: its documents and their order, its fingerprint, and one clear line for each mistake."""
+"""Every kind of source: its documents and their order, its fingerprint, and its user errors."""
 
 import gzip
 import importlib.util
@@ -21,7 +21,7 @@ def read(spec: str, **options) -> list[str]:
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    """a.txt, b.txt.gz, deep/er/c.txt.zst and an empty file, with a file of another kind beside them."""
+    """a.txt, b.txt.gz, deep/er/c.txt.zst and an empty file, and a file of another kind."""
     (tmp_path / "a.txt").write_bytes("first\r\nnaïve\n".encode())
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"second ") + gzip.compress(b"and more"))
     (tmp_path / "deep/er").mkdir(parents=True)
@@ -84,7 +84,7 @@ def test_large_compressed_files_are_whole(tmp_path, suffix):
 def test_invalid_utf8_is_replaced_and_counted(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9 \xf0\x9f\x99\n---\nfine \xc3\xa9\n---\n\xff")
     source = open_source(f"text:{tmp_path}/a.txt", document_separator="---")
-    for _ in range(2):  # counted anew each time
+    for _ in range(2):  # counted from 0 each time
         assert list(source.documents()) == ["caf\ufffd \ufffd\n", "fine é\n", "\ufffd"]
         assert (source.replaced_bytes, source.replaced_documents) == (5, 2)
 

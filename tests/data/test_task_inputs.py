@@ -1,4 +1,4 @@
-"""Token sequences of each kind of task, and that what the model says of them comes back as tags and answers."""
+"""Token sequences of each kind of task, and decoding of predictions to tags and answers."""
 
 import itertools
 from collections.abc import Callable
@@ -237,7 +237,7 @@ def test_tags_come_back_whatever_the_context(sentences, context_length, piece, s
     for example in examples:
         assert len(example.sequences[0]) == len(example.words) == len(example.targets["labels"]) <= context_length
         np.testing.assert_array_equal(example.words >= 0, example.targets["labels"] >= 0)
-    for index in range(len(rows)):  # no word is told twice
+    for index in range(len(rows)):  # no word is predicted twice
         told = np.concatenate([e.words[e.words >= 0] for e in examples if e.row == index])
         assert sorted(told.tolist()) == list(range(len(sentences[index])))
 

@@ -1,4 +1,4 @@
-"""Chat templates: what is learned, what ends a turn, what is left out, and that no text is a special token."""
+"""Chat templates: loss mask, end of turn, truncation, and no text that becomes a special token."""
 
 import numpy as np
 import pytest

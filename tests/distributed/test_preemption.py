@@ -1,4 +1,4 @@
-"""Asked to stop, all processes do so at one boundary, and none waits for another before."""
+"""Preemption: all processes stop at one boundary, and none waits for another before it."""
 
 import http.server
 import os

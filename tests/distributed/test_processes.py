@@ -1,4 +1,4 @@
-"""What can be told of several processes within one: flags, environments, who meets whom, and rows."""
+"""Multi-process logic that one process can test: flags, environments, handshakes, and rows."""
 
 import json
 import socket

@@ -1,4 +1,4 @@
-"""The baselines learn what can be learnt from words, and are the same every time."""
+"""The baselines fit what words determine, and are deterministic."""
 
 import random
 
@@ -10,7 +10,7 @@ SMILES = {"good": ":)", "bad": ":(", "plain": "."}
 
 
 def texts_of(labels, seed):
-    """Random words in random order, of which none but the mark at the end says anything."""
+    """Random words in random order; only the mark at the end is informative."""
     rng = random.Random(seed)
     return [" ".join(rng.choices(["one", "two", "three", "four"], k=5)) + SMILES[label] for label in labels]
 

@@ -1,4 +1,4 @@
-"""How a record of each benchmark becomes an example, to the letter, and that its fields are those of the dataset."""
+"""The examples made of a record of each benchmark, exactly, and the fields of the dataset."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""De-tokenisers: plain text comes out, and the benchmark's own form comes back."""
+"""De-tokenisers: conversion to plain text and back to the benchmark's own form."""
 
 import pytest
 from hypothesis import given

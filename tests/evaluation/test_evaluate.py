@@ -1,4 +1,4 @@
-"""The command: numbers on stdout and in a file, going on where it was, and mistakes in one line."""
+"""The command `gptjax.evaluate`: results on stdout and in a file, resuming, and user errors."""
 
 import json
 import math

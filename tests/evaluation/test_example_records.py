@@ -1,4 +1,4 @@
-"""Stopping and going on: the same numbers, and nothing is scored twice."""
+"""Interrupted evaluations resume with the same results, and nothing is scored twice."""
 
 import errno
 import json

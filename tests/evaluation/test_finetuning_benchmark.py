@@ -1,4 +1,4 @@
-"""The fine-tuning benchmark chooses rows fairly."""
+"""The choice of rows by the fine-tuning benchmark."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The adapter gives lm-evaluation-harness our numbers, and the harness runs its tasks with it."""
+"""The adapter to lm-evaluation-harness gives the same scores, and the harness runs its tasks with it."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from gptjax.config import UserError
 from gptjax.evaluation.scoring import ScoringRequest, encode_pair
 
 pytest.importorskip("lm_eval")
-# What the harness and what it imports do is not ours to mend.
+# Warnings of the harness and its dependencies.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 

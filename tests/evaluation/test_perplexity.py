@@ -1,4 +1,4 @@
-"""Perplexity: what is divided by what, and which tokens are counted."""
+"""Perplexity: denominators, and the tokens that are scored."""
 
 import math
 

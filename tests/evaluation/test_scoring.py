@@ -1,4 +1,4 @@
-"""Scores equal a computation by hand from full logits, whatever they are batched with."""
+"""Scores equal a direct computation from full logits, in batches of any composition."""
 
 import numpy as np
 import pytest

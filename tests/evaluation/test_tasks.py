@@ -1,4 +1,4 @@
-"""Task files, the exact text of prompts, and what makes an answer right."""
+"""Task files, the exact text of prompts, and metrics of correct choices."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Tiny random models that are far from uniform, their slow reference, and a tokenizer of any pieces."""
+"""Tiny random models that are far from uniform, a slow reference, and a tokenizer of arbitrary pieces."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Beam search against a plain one, which reads every beam anew for every token."""
+"""Beam search equals a plain implementation that recomputes every beam for every token."""
 
 import itertools
 from functools import cache

@@ -1,4 +1,4 @@
-"""A conversation with a tiny model: what it reads, remembers, forgets and saves."""
+"""Chat sessions with a tiny model: prompts, dropped turns, regeneration and saving."""
 
 import codecs
 import json
@@ -71,7 +71,7 @@ def test_passages_come_before_the_last_question_as_many_as_fit(make_session, mon
     bos, ask, end = 256, 257, 258
     for number in range(2):  # the second time the turns before give way
         session.reply("why?")
-        # Of 31 positions this fills 30: b has no room beside a.
+        # This fills 30 of 31 positions: b does not fit in addition to a.
         assert read[-1] == [bos, *b"[1] why so\n\n[2] why me\n\nwhy?", ask]
         assert [passage.place for passage in session.sources] == ["a.txt:1", "c.txt:1"]
         assert session.turns[2 * number] == Message("user", "why?")

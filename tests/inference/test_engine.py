@@ -1,4 +1,4 @@
-"""The engine gives what slow, plain generation gives: a prompt at a time, the whole forward pass for every token."""
+"""The engine equals slow, plain generation: one prompt at a time, with the whole forward pass for every token."""
 
 import numpy as np
 import pytest

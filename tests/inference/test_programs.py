@@ -1,4 +1,4 @@
-"""Many tokens in one call are what a call for each token draws, and no more are drawn than are wanted."""
+"""Decoding many tokens in one call equals one call per token, and samples no more tokens than requested."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""What of a folder of texts is about a question, and where it stands there."""
+"""Retrieval of passages: relevance, file and line."""
 
 import importlib.util
 from pathlib import Path

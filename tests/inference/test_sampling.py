@@ -1,4 +1,4 @@
-"""Filters against their definitions in plain numpy, and what is drawn against what the filters leave."""
+"""Sampling filters against their definitions in numpy, and the distribution of samples."""
 
 from functools import partial
 
@@ -215,7 +215,7 @@ def test_the_likeliest_of_equals_is_the_first():
 
 @pytest.mark.parametrize("sampling", [Sampling(0.7), Sampling(1.3, top_k=20), Sampling(1.1, min_p=0.05)])
 def test_draws_are_those_of_jax(sampling):
-    """A seed goes on meaning the same completion."""
+    """Samples are those of `jax.random.categorical`, so that a seed keeps its completion."""
     logits_BV = jax.random.normal(jax.random.key(1), (16, 301))
     keys_B = jax.random.split(jax.random.key(2), 16)
     logits_BC, token_BC = candidates(logits_BV, sampling.static, sampling.values)

@@ -1,4 +1,4 @@
-"""Streamed text: what comes piece by piece is what decoding all at once gives, and nothing of a stop string."""
+"""Streamed text: the pieces add up to the text decoded at once, without stop strings."""
 
 import importlib.util
 import itertools

@@ -1,4 +1,4 @@
-"""The forms that weights are decoded in: the same model, or nearly."""
+"""The weight formats for decoding give the same model, up to rounding."""
 
 import hypothesis
 import hypothesis.extra.numpy as hnp

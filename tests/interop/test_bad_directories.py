@@ -1,4 +1,4 @@
-"""What cannot be imported: one line that names the culprit and the mend, and nothing written."""
+"""Directories that cannot be imported: one line that names the culprit and the fix, and nothing written."""
 
 import json
 import os
@@ -145,7 +145,7 @@ def test_integers(source):
 
 
 def header(changes: dict[str, object]) -> Callable[[bytes], bytes]:
-    """Changes what the header says of the token embedding."""
+    """Changes the entry of the token embedding in the header."""
 
     def edit(content: bytes) -> bytes:
         length = int.from_bytes(content[:8], "little")

@@ -1,4 +1,4 @@
-"""LoRA in PEFT's files: what they hold and refuse; and, where PEFT is installed, the same logits there and here."""
+"""LoRA in PEFT's files: content and refusals; where PEFT is installed, equal logits."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The equations of learning from rewards and preferences, and their gradients, against TRL's own lines.
+"""Losses of policies and preferences, and their gradients, equal those of TRL's source code.
 
 TRL has most of them in the middle of long methods. So the lines themselves are cut out of its source and run, with
 random tensors under the names that they read.

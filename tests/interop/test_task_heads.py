@@ -1,4 +1,4 @@
-"""Fine-tuned runs as transformers' classes with a head, and as PEFT's: labels, special tokens, equal predictions."""
+"""Fine-tuned runs as classes of transformers with a head, and in PEFT's format: labels, special tokens, predictions."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ BLANK, EXTRACT = 257 + 3, 257 + 2
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """Workdirs of runs of two steps by kind, family and method; nobody may change them. `given` is beside each."""
+    """Workdirs of runs of two steps by kind, family and method; read-only. `given` is next to each."""
 
     @cache
     def workdir(kind: str, family: str = "gpt2", method: str = "none") -> Path:

@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face directories: the same ids in and out."""
+"""Tokenizers of Hugging Face directories: import and export keep the ids."""
 
 import itertools
 import json

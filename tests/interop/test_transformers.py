@@ -1,4 +1,4 @@
-"""Against transformers itself, where it is installed: more shapes than the fixtures have, and what it makes of ours."""
+"""Comparison with transformers, where it is installed: more shapes than the fixtures have, and exported models."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The losses of PPO, GRPO, reward models and DPO: values computed by hand, and their invariants.
+"""The losses of PPO, GRPO, reward models and DPO: values computed by hand, and invariants.
 
 Longer than 400 lines because both modules of losses share the helpers of their tests.
 """

@@ -1,4 +1,4 @@
-"""Predictions come back as they were or not at all; the picture takes any labels."""
+"""Predictions are written exactly or not at all; the confusion plot accepts any labels."""
 
 import json
 

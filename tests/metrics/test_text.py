@@ -1,4 +1,4 @@
-"""BLEU and ROUGE against their definitions worked by hand, and what must hold of any texts."""
+"""BLEU and ROUGE against their definitions, and invariants for any texts."""
 
 import math
 import subprocess

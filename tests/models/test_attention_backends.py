@@ -1,4 +1,4 @@
-"""Every backend computes what the definition does, and the choice among them is right or says why it cannot be."""
+"""Every attention backend equals the definition; the choice of a backend, and its user errors."""
 
 import dataclasses
 import re
@@ -84,7 +84,7 @@ def test_what_cudnn_is_told_is_the_definition_in_values_and_gradients(band_width
 
 @pytest.mark.parametrize(("band_width", "window"), [(None, "0"), (70, "70")])
 def test_cudnn_gets_its_forward_and_its_backward_pass(band_width, window, monkeypatch):
-    # Lowering asks for the version of the cuDNN installed, and there is none beside a CPU.
+    # Lowering queries the installed version of cuDNN, which a CPU does not have.
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
     x_BTHK = jax.ShapeDtypeStruct((2, 256, 2, 64), jnp.bfloat16)
 

@@ -1,4 +1,4 @@
-"""Prefill and decode give, position by position, what the whole forward pass gives."""
+"""Prefill and decoding give, position by position, the results of the whole forward pass."""
 
 import dataclasses
 from functools import partial

@@ -1,4 +1,4 @@
-"""What keeps little for the backward pass computes what automatic differentiation would."""
+"""Functions with small residuals have the gradients of automatic differentiation."""
 
 import dataclasses
 

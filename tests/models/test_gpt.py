@@ -1,4 +1,4 @@
-"""The model's invariants: what a position may see, and that loops, recomputation and packing change no number."""
+"""Invariants of the model: causality, and results that loops, rematerialisation and packing do not change."""
 
 import dataclasses
 import importlib.util

@@ -1,4 +1,4 @@
-"""A real TPU, which need not be there, would multiply whole numbers forward, and the model's dtype backward."""
+"""Compiled for a TPU, int8 products are integer products forward and in the model's dtype backward."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Products of 8 bits: what they round, what their gradient is, where they run, and what is learned by them."""
+"""8-bit matrix products: rounding, gradients, supported devices, and training."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Fine-tuning a part of the parameters: what is trained, and that low-rank matrices are what they are merged into."""
+"""Parameter-efficient fine-tuning: the trained parameters, and low-rank matrices against their merged kernels."""
 
 import dataclasses
 from functools import partial

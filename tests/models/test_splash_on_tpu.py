@@ -1,4 +1,4 @@
-"""The splash kernels compile for a real TPU, which need not be there, and do without the T x T scores."""
+"""Compiled for a TPU, the splash kernels do not materialise the T x T scores."""
 
 import json
 import os
@@ -17,7 +17,7 @@ LAYERS = ["dense 64", "banded 80", "dense 96", "banded 128"]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[str, Any]:
-    """What the script writes, in a process of its own: libtpu is told there is no TPU, and that others may load it."""
+    """What the script writes, in a process of its own: libtpu is configured for no TPU, and for concurrent loading."""
     out = tmp_path_factory.mktemp("tpu") / "compiled.json"
     variables = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     subprocess.run([sys.executable, SCRIPT, out], env={**os.environ, **variables}, check=True)

@@ -1,4 +1,4 @@
-"""Attention kernels on a mesh: each device computes its own rows and heads, and where it cannot there is no kernel."""
+"""Attention kernels on a mesh: each device computes its own rows and heads; the fallback where they do not divide."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Eight simulated devices give the losses of one, however they are arranged, and say no more than needed."""
+"""Eight simulated devices give the losses of one on any mesh, without needless communication."""
 
 import json
 from pathlib import Path

@@ -23,7 +23,7 @@ class Processes:
       command: what follows `python`.
       count: processes.
       devices: simulated, of each.
-      each: arguments of one process besides, by its number.
+      each: additional arguments of one process, by its number.
       cwd: where they run, by number; default: the repository.
       stdin: of process 0; the others have none.
     """

@@ -1,4 +1,4 @@
-"""A command for several processes that does as it is told: `join_and.py FLAGS --what=kill --where=1 --wait=gather`.
+"""A command of several processes with an injected fault: `join_and.py FLAGS --what=kill --where=1 --wait=gather`.
 
 In process `where` happens `what`: "kill" (SIGKILL), "mistake" (UserError), "bug" (another exception) or "nothing". If
 something does, the others wait for that process, in a collective of JAX or in `gather`, or are busy in Python, where

@@ -1,4 +1,4 @@
-"""Processes find each other, and end together: quickly, and each with one line that says why."""
+"""Processes connect, and end together: quickly, each with one line that names the reason."""
 
 from pathlib import Path
 

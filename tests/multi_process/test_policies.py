@@ -1,4 +1,4 @@
-"""A policy that two processes train writes and learns what it does in one."""
+"""A policy trained by two processes has the files and metrics of one process."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A run in two processes, stopped and gone on with in other ways, is the run of one process that was never stopped."""
+"""A run of two processes that is stopped and resumed in other layouts equals an uninterrupted run of one process."""
 
 import json
 import shutil
@@ -58,7 +58,7 @@ def by_index(lines: list[str]) -> dict[int, str]:
 
 @pytest.fixture(scope="module")
 def runs(processes, tmp_path_factory) -> SimpleNamespace:
-    """`half`: three steps in two processes; then what goes on from its copies, in two processes (`of_two`) or one."""
+    """`half`: three steps in two processes; then runs that resume its copies, in two processes (`of_two`) or one."""
     directory = tmp_path_factory.mktemp("runs")
     half = directory / "half"
     results = processes("-m", "gptjax.main", *flags(directory), f"--workdir={half}").wait()
@@ -88,7 +88,7 @@ def test_the_records_are_those_of_a_run_that_never_stopped(runs):
     whole_header, whole_places, whole_losses = metrics(runs.one["whole"])
     assert (header["processes"], header["devices"]) == (2, "4 x cpu")
     assert (whole_header["processes"], whole_header["devices"]) == (1, "4 x cpu")
-    # A held-out loss where it stopped besides; no record twice.
+    # In addition a held-out loss where it stopped; no record twice.
     assert [place for place in places if place != (3, "validation")] == whole_places
     assert len(set(places)) == len(places) == len(whole_places) + 1
     kept = [loss for place, loss in zip(places, losses, strict=True) if place != (3, "validation")]

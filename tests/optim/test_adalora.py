@@ -1,4 +1,4 @@
-"""AdaLoRA's budget in hand-computed numbers, and its algorithm 1 against a transcription in numpy."""
+"""AdaLoRA's budget against values computed by hand, and its algorithm 1 against numpy."""
 
 import dataclasses
 
@@ -245,7 +245,7 @@ def test_the_penalty_is_that_of_each_matrix():
     for p, _, q in by_matrix(params):
         expected += np.sum((p.T @ p - np.eye(4)) ** 2) + np.sum((q @ q.T - np.eye(4)) ** 2)
     assert float(jax.jit(adalora.penalty)(params)) == pytest.approx(expected, rel=1e-5)
-    # A matrix beside the layers has no axis of theirs.
+    # A matrix outside the layers has no axis of layers.
     random = np.random.default_rng(0)
     p, q = np.linalg.qr(random.normal(size=(6, 3)))[0], random.normal(size=(3, 5))
     alone = {"head": {"linear": {"lora_p": jnp.asarray(p), "lora_lambda": jnp.zeros(3), "lora_q": jnp.asarray(q)}}}

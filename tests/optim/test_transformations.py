@@ -1,4 +1,4 @@
-"""Muon and Adafactor of stacked layers equal Optax's own of one matrix after the other; how the moments are kept."""
+"""Muon and Adafactor of stacked layers equal Optax's on each matrix; the storage of moments."""
 
 import dataclasses
 

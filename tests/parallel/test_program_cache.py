@@ -1,4 +1,4 @@
-"""Compiled programs are kept where they can be, and nothing fails where they cannot."""
+"""Compiled programs are cached where possible, and nothing fails elsewhere."""
 
 import dataclasses
 import os

@@ -1,4 +1,4 @@
-"""`benchmarks.gpu_traffic` counts what a compiled program's kernels read and write."""
+"""`benchmarks.gpu_traffic` counts the bytes that the kernels of a compiled program read and write."""
 
 from benchmarks.gpu_traffic import kernels
 

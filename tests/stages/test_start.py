@@ -1,4 +1,4 @@
-"""What a fine-tuning run starts from: the given weights in their places, new rows from the seed, and nothing else."""
+"""Initial state of fine-tuning runs: the given weights in their places, and new rows from the seed."""
 
 import dataclasses
 import shutil

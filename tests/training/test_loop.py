@@ -1,4 +1,4 @@
-"""Runs from start to end: what they write, and that stopping and going on changes nothing, bit for bit."""
+"""Runs from start to end: their files; stopping and resuming changes no bit."""
 
 import dataclasses
 import sys

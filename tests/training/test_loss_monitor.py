@@ -1,4 +1,4 @@
-"""Numbers that go wrong: updates are skipped, spikes are found, runs go back or stop with what explains it."""
+"""Non-finite updates are skipped, spikes are detected, and runs rewind or stop with an explanation."""
 
 import dataclasses
 import json
@@ -95,7 +95,7 @@ def test_only_updates_skipped_in_a_row_stop_a_run():
     problem = monitor.add(4, 4, np.inf, np.nan, True)
     assert isinstance(problem, NotFinite)
     assert "the loss of step 4 is inf" in str(problem)
-    monitor.add(5, 5, np.nan, np.nan, True)  # a run that goes on after it has as many again
+    monitor.add(5, 5, np.nan, np.nan, True)  # a run that resumes after it has as many again
     assert monitor.skipped == 4
 
 
@@ -158,7 +158,7 @@ def test_many_skipped_updates_stop_the_run_with_a_bundle_that_replays(tiny, tmp_
     monkeypatch.undo()
     whole = next(build(tiny, make_mesh(tiny.mesh), None).batches(24, None)).arrays
     np.testing.assert_array_equal(batch["tokens"][0], whole["tokens"])
-    # The data that follows is good: the same command goes on, from the state before the first skipped update.
+    # The data that follows is good: the same command resumes, from the state before the first skipped update.
     assert run(config, tmp_path / "run").step == 6
     assert [r["skipped_updates"] for r in records(tmp_path / "run", "train")] == [0, 0, 1, 2, 2]
 

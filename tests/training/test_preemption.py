@@ -1,4 +1,4 @@
-"""A run that is asked to stop loses nothing: what goes on from there is the run that was never stopped."""
+"""A run that is asked to stop loses nothing: the resumed run equals one that was never stopped."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def test_stopped_anywhere_it_goes_on_as_if_undisturbed(tiny, tmp_path, monkeypat
     run(config, tmp_path / "whole")
     workdir = tmp_path / "stopped"
     assert stop_at(5, config, workdir, monkeypatch) == "SIGTERM, step 1 is saved"
-    # Then after step 2, and at the second batch of the evaluation due at step 4, which makes up for it when it goes on.
+    # Then after step 2, and at the second batch of the evaluation due at step 4, made up for when it resumes.
     assert stop_at(1, config, workdir, monkeypatch) == "SIGTERM, step 2 is saved"
     assert stop_at(1 + 2, config, workdir, monkeypatch) == "SIGTERM, step 4 is saved"
     monkeypatch.setattr(processes, "_boundaries", Boundaries())

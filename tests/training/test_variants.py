@@ -1,4 +1,4 @@
-"""The variants of a training step that `benchmarks.train_step` compares."""
+"""Variants of a training step for `benchmarks.train_step`."""
 
 import pytest
 

@@ -201,7 +201,7 @@ def test_a_checkpoint_has_what_is_trained_and_no_more(trained, pretrained, metho
         assert params[f"{PATH}mlp/up/kernel"].shape == (1, 16, 64)
     of_optimizer = sum(array.nbytes for name, array in arrays.items() if name.startswith("train/opt_state"))
     trained_bytes = sum(array.nbytes for array in params.values())
-    # Two moments; of AdaLoRA the sensitivity and its uncertainty besides. And a count.
+    # Two moments; with AdaLoRA also the sensitivity and its uncertainty. And a count.
     assert 2 * trained_bytes <= of_optimizer <= (4 if method == "adalora" else 2) * trained_bytes + 16
     header, _ = read_metrics(trained(method=method))
     assert header["trained_parameters"] == sum(array.size for array in params.values())
@@ -352,5 +352,5 @@ def test_stops_out_of_patience_and_reports_the_best(config_of, tmp_path):
     assert run(config, workdir).step == ended.step  # and knows how much of it was left
     assert json.loads((workdir / finetune.METRICS_FILE).read_text()) == report
     kept = {int(path.name) for path in (workdir / "checkpoints").iterdir()}
-    assert best in kept  # although the process that found it the best is gone
+    assert best in kept  # although the process that found it the best has ended
     assert len(kept) <= 3  # it, and the newest two

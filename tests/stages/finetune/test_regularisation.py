@@ -1,4 +1,4 @@
-"""Regularisers against hand computation of their papers' equations; none is active when off or in evaluation."""
+"""Regularisers against the equations of their papers; all are inactive when off and in evaluation."""
 
 import dataclasses
 from functools import cache, partial
@@ -169,7 +169,7 @@ def test_mixup_and_smoothing_of_a_batch_by_hand(monkeypatch):
     monkeypatch.setattr("gptjax.stages.finetune.task_model.sample_mixup", draw)
     loss, weight, _ = loss_of(config, params(), BATCH, RNG)
     predicted = jax.jit(TaskModel(config).predict)(params(), BATCH | {"examples": np.arange(6)})
-    # A head is linear: what it says of mixed texts is the mixture of what it says of each. Logarithms of probabilities
+    # A head is linear: its output for mixed texts is the mixture of its outputs for each. Logarithms of probabilities
     # are its logits but for a constant, which the softmax forgets.
     logits_BX = np.log(np.asarray(predicted["probabilities"], np.float64))
     x_BX = share_B[:, None] * logits_BX + (1 - share_B)[:, None] * logits_BX[partner_B]

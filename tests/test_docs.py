@@ -1,5 +1,6 @@
 """The pages of docs/ and examples/ name paths, modules, flags and config keys that exist; the config reference."""
 
+import ast
 import dataclasses
 import importlib.util
 import re
@@ -57,6 +58,28 @@ def test_config_keys_in_backticks_exist(guide: Path) -> None:
     sections = [name for name in reference.sections() if name]
     for section, key in re.findall(rf"`({'|'.join(sections)})\.([a-z_]+)(?=[`=])", guide.read_text()):
         check_key(f"{section}.{key}")
+
+
+def defined_names(path: Path) -> set[str]:
+    """The functions, classes and variables at the top level of a module."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return names
+
+
+def test_contributing_names_the_place_of_every_new_thing() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| ([^|]+) \| [^|]*`(?:gptjax|docs|tests)/", text, flags=re.MULTILINE)
+    assert {"loss", "optimizer", "Hugging Face family", "stage", "metric of generated text", "config key"} <= set(rows)
+    assert {"command-line flag", "sharding rule", "benchmark", "source of text"} <= set(rows)
+    places = set(re.findall(r"`([\w/]+\.py):(\w+)`", text))
+    assert len(places) > 30
+    assert not [f"{path}:{name}" for path, name in sorted(places) if name not in defined_names(ROOT / path)]
 
 
 def test_there_are_pages() -> None:

@@ -13,11 +13,15 @@ import pytest
 from absl import flags
 from flax import linen as nn
 
+import gptjax
 from gptjax import config as c
 from gptjax.checkpoint.manager import Checkpoints
 from gptjax.config import UserError
+from gptjax.data.pipeline import open_corpus
 from gptjax.data.tokenizers import BytesTokenizer
+from gptjax.parallel.mesh import make_mesh
 from gptjax.stages.finetune.task_model import TASK_FILE, TaskModel, completed
+from tests.tiny_runs import tiny_config
 
 LABELS = ("negative", "neutral", "positive")
 
@@ -329,3 +333,23 @@ def test_a_model_ranks_candidates_alike_in_any_order(recommendation, tmp_path):
     save_workdir(other, c.TaskConfig(labels=LABELS))
     with pytest.raises(UserError, match=r"is no run of stage finetune with task\.kind=multiple_choice"):
         recommendation.predict(other, rows, 2)
+
+
+def test_minimal_training_has_the_losses_of_a_run(tmp_path: Path) -> None:
+    example = load("minimal_training")
+    changes = {"batch": {"microbatch_size": None}, "evaluation": {"sample_tokens": 0}}
+    config = c.replace(tiny_config(tmp_path), changes)
+    of_run: list[float] = []
+    gptjax.train(
+        config, tmp_path / "run", callbacks=[lambda r: of_run.append(r["loss"]) if r["split"] == "train" else None]
+    )
+
+    corpus = open_corpus(config.data, context_length=config.model.context_length, seed=config.seed)
+    config, mesh = config.completed(corpus.tokenizer.vocab_size), make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        params, losses = example.train(config, corpus, mesh)
+        held_out = example.held_out_loss(config, corpus, mesh, params)
+    assert losses == of_run
+    assert len(losses) == 6
+    assert held_out < losses[0]
+    assert len((Path(__file__).parents[1] / "examples" / "minimal_training.py").read_text().splitlines()) <= 150

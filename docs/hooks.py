@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"\]\(((?:\.\./)+)([^)#]+)(#[^)]*)?\)")
 CODE = re.compile(r"`[^`\n]+`")
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".sbatch": "bash"}
-README = {"README.md", "README.zh-CN.md"}
+# Files outside docs/ that have a page of their own.
+PAGES = {"README.md": "index.md", "README.zh-CN.md": "index.md", "CONTRIBUTING.md": "contributing.md"}
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -63,7 +64,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         path = outside(page.file.src_uri, match[1] + match[2])
         if path is None:
             return match[0]
-        return f"]({up}{'index.md' if path in README else source_page(path)})"
+        return f"]({up}{PAGES.get(path) or source_page(path)})"
 
     return CODE.sub(lambda code: code[0].replace("\\|", "|"), LINK.sub(replaced, markdown))
 
@@ -71,7 +72,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 def linked_sources(page: str, markdown: str) -> list[str]:
     """Paths, from the root of the repository, of the files outside docs/ that a page links to."""
     paths = [outside(page, match[1] + match[2]) for match in LINK.finditer(markdown)]
-    return [path for path in paths if path is not None and path not in README]
+    return [path for path in paths if path is not None and path not in PAGES]
 
 
 def outside(page: str, link: str) -> str | None:

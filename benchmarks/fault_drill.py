@@ -37,6 +37,7 @@ STEPS = 20  # steps of training for each fault
 INTERVAL = 8  # steps from one checkpoint to the next
 FILE_LIMIT = 300_000  # bytes: above the size of a run's records, below that of a checkpoint's arrays
 PATIENCE = 300  # seconds: a run that takes longer hangs
+RESUMED = re.compile(rb"resuming from step (\d+)")  # printed by a run (training/loop.py)
 
 # The phases in which 10 kills arrive.
 KILLS = ("training",) * 5 + ("saving",) * 2 + ("preparing", "preparing", "starting")
@@ -185,7 +186,7 @@ class Run:
 
     def restored(self, since: int) -> int | None:
         """The step that the newest process resumed from, by the log after its first `since` bytes."""
-        found = re.findall(rb"going on from step (\d+)", self.log.read_bytes()[since:])
+        found = RESUMED.findall(self.log.read_bytes()[since:])
         return int(found[-1]) if found else None
 
 
@@ -342,7 +343,7 @@ def main(argv: list[str]) -> None:
     print(f"{steps} steps, a checkpoint every {INTERVAL}; faults: {dict(Counter(faults))}; in {directory}", flush=True)
     lines = (json.dumps({"text": f"{i} squared is {i * i}. " * 20}) for i in range(20_000))
     (directory / "text.jsonl").write_text("\n".join(lines) + "\n")
-    undisturbed, disturbed = (Run(directory / name, steps) for name in ("undisturbed", "disturbed"))
+    undisturbed, disturbed = (Run(directory / name, steps) for name in ("without_faults", "with_faults"))
     if undisturbed.start().wait(10 * PATIENCE) != 0:
         raise SystemExit(undisturbed.log.read_text()[-3000:])
     outcomes = disturb(disturbed, faults, values.corruptions, rng)

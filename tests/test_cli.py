@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import fault_drill
 from tests.commands import run_command
 
 ROOT = Path(__file__).parents[1]
@@ -244,7 +245,7 @@ def test_a_run_is_described_then_trained_then_resumed_by_its_workdir_alone(tmp_p
     assert_one_line(main(longer, workdir=tmp_path / "run"), "batch.total_tokens: 64 -> 96", "--allow_config_changes")
     resumed = main(longer, "--allow_config_changes", workdir=tmp_path / "run")
     assert resumed.returncode == 0, resumed.stderr
-    assert "resuming from step 2" in resumed.stdout
+    assert fault_drill.RESUMED.findall(resumed.stdout.encode()) == [b"2"]
     assert "in 3 steps" in resumed.stdout
 
 

@@ -1,8 +1,8 @@
 """Configuration of a run: every option is declared once, with its type, and checked before slow work begins.
 
 A config file (`configs/gpt2.py`) returns the `ConfigDict` that `config_dict(Config(...))` makes, command-line
-overrides edit it, and `resolve` turns it back into the frozen `Config` that all other code reads. So a knob that is not
-a field of `model.py` or `sections.py` cannot exist, and a mistake is one line on stderr and exit code 2.
+overrides edit it, and `resolve` turns it back into the frozen `Config` that all other code reads. So every option is a
+field of `model.py` or `sections.py`, and a user error is one line on stderr with exit code 2.
 """
 
 from gptjax.config.arguments import choose, parse_arg

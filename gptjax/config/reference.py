@@ -132,7 +132,7 @@ def _code(text: str) -> str:
 
 
 def _text(text: str) -> str:
-    """Text that stands in a cell of a Markdown table as it is, but for code in backticks."""
+    """Escapes text for a cell of a Markdown table, except for code in backticks."""
     parts = re.split("(`[^`]*`)", text)
     return "".join(part if part.startswith("`") else _escaped(part) for part in parts)
 

@@ -38,7 +38,7 @@ FinishReason = Literal["end_of_text", "end_of_turn", "stop", "length"]
 Overflow = Literal["error", "slide"]
 MIN_BUCKET = 16  # positions
 MIN_ENDS = 4  # length that the list of end tokens is padded to at least
-# Tokens per call when text is streamed or stop strings are checked: few are sampled in vain after a stop string.
+# Tokens per call when text is streamed or stop strings are checked: few are wasted after a stop string.
 STREAMED_TOKENS = 4
 
 

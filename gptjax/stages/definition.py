@@ -25,7 +25,7 @@ class Definition:
       conversational: whether it reads conversations through a chat template.
       chats: whether its model is a chat model.
       adds_tokens: whether its vocabulary may extend that of the weights it starts from.
-      reinitialises_special_tokens: whether the embeddings of special tokens are initialised anew, not restored from the
+      reinitialises_special_tokens: whether the embeddings of special tokens are initialised, not restored from the
         weights it starts from.
       head: what the head of its model is for, a supervised task or a scalar reward; None: it has no head.
       uses_best_checkpoint: whether its results are those of the best checkpoint, not of the newest.

@@ -68,7 +68,7 @@ def load_model(
 
 
 def predicting(config: Config) -> Config:
-    """Returns `config` for inference: the attention backend is chosen anew for this machine."""
+    """Returns `config` for inference: the attention backend is chosen for this machine."""
     return replace(config, {"model": {"attention_backend": "auto"}})
 
 

@@ -344,7 +344,7 @@ def test_random_answers_are_never_true_ones():
         assert not true & set(ranking.completions[1:])
     assert rankings == random_rankings(conversations, 2, seed=0)
     assert rankings != random_rankings(conversations, 2, seed=1)
-    with pytest.raises(UserError, match=r"line 0: other conversations have fewer than chat\.random_answers=3"):
+    with pytest.raises(UserError, match=r"line 0: the other conversations have fewer than chat\.random_answers=3"):
         random_rankings(conversations, 3, seed=0)
     assert {ranking.levels for ranking in rankings} == {(1, 2, 2)}, "of random answers none is better than another"
 
@@ -376,5 +376,5 @@ def test_random_answers_are_of_other_conversations():
                 assert sorted(ranking.completions[1:]) in (["d", "e"], ["a", "d"], ["a", "e"])
     drawn = {ranking.completions for seed in range(20) for ranking in random_rankings(conversations, 2, seed)}
     assert len(drawn) > 20, "each is drawn anew"
-    with pytest.raises(UserError, match=r"^q: other conversations have fewer than chat\.random_answers=3 completions"):
+    with pytest.raises(UserError, match=r"^q: the other conversations have fewer than chat\.random_answers=3"):
         random_rankings(conversations, 3, seed=0)

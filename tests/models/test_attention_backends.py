@@ -176,13 +176,13 @@ def choose(platform, length=256, has_segments=False, has_dropout=False, capabili
     [
         ("splash", "cpu", {}, "this is a cpu", "leave it at auto"),
         ("splash", "gpu", {}, "needs a TPU", "leave it at auto"),
-        ("splash", "tpu", {"dtype": "float32"}, "multiplies in bfloat16", "model.dtype=bfloat16"),
+        ("splash", "tpu", {"dtype": "float32"}, "computes in bfloat16", "model.dtype=bfloat16"),
         ("splash", "tpu", {"has_dropout": True}, "model.attention_dropout", "to 0"),
         ("cudnn", "tpu", {}, "needs an NVIDIA GPU", "leave it at auto"),
         ("cudnn", "gpu", {"capability": OLD_GPU}, "compute capability 8.0", "leave it at auto"),
-        ("cudnn", "gpu", {"dtype": "float32"}, "multiplies in bfloat16", "model.dtype=bfloat16"),
+        ("cudnn", "gpu", {"dtype": "float32"}, "computes in bfloat16", "model.dtype=bfloat16"),
         ("cudnn", "gpu", {"has_dropout": True}, "model.attention_dropout", "to 0"),
-        ("cudnn", "gpu", {"has_segments": True}, "documents", "data.packing=concatenate"),
+        ("cudnn", "gpu", {"has_segments": True}, "data.packing=segment", "data.packing=concatenate"),
         ("cudnn", "gpu", {"embed_dim": 2 * 12}, "not 12", "leave it at auto"),
     ],
 )

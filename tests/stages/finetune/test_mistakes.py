@@ -102,7 +102,7 @@ def test_what_is_about_places_is_not_mixed(tmp_path):
         with pytest.raises(UserError, match=rf"regularisation\.label_smoothing=0\.1 .* task\.kind={kind}"):
             check(config)
     config = replace(run_config(tmp_path, "tagging", None), {"regularisation": {"mixup_alpha": 0.2}})
-    with pytest.raises(UserError, match=r"regularisation\.mixup_alpha .* task\.kind=tagging"):
+    with pytest.raises(UserError, match=r"regularisation\.mixup_alpha=0\.2 .* task\.kind=tagging"):
         check(config)
     with pytest.raises(UserError, match=r"peft\.method=lora .* init_from"):
         check(with_method(run_config(tmp_path, "tagging", None), "lora"))

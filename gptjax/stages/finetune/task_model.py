@@ -262,8 +262,12 @@ def _complete(config: Config, tokenizer: Tokenizer, workdir: Path) -> Config:
 
 def _check(config: Config) -> None:
     """Raises UserError when `config` has settings that its task would ignore or that contradict each other."""
-    task = config.task
-
+    task, smoothing = config.task, config.regularisation.label_smoothing
+    if smoothing > 0 and task.kind in ("regression", "question_answering"):
+        raise UserError(
+            f"regularisation.label_smoothing={smoothing} does not apply to task.kind={task.kind}, which has no label "
+            "probabilities: set it to 0"
+        )
     if task.balanced_labels and task.kind not in NAMED:
         raise UserError(
             f"task.balanced_labels does not apply to task.kind={task.kind}, which has no classes: set it to false"

@@ -38,7 +38,7 @@ from gptjax.config import GPTConfig, UserError
 from gptjax.data.tokenizers import BytesTokenizer
 from gptjax.inference.engine import Engine
 from gptjax.inference.sampling import Sampling
-from gptjax.inference.weights import WeightForm
+from gptjax.inference.weights import WeightFormat
 from gptjax.interop.huggingface import load_pretrained
 from gptjax.models.gpt import GPT
 from gptjax.scaling.flops import device_peak
@@ -182,8 +182,8 @@ def report(batch_size: int, sides: list[Side], times: Times, read_bytes: int) ->
 
 def main() -> None:
     forms = WEIGHTS.value
-    if unknown := [form for form in forms if form not in get_args(WeightForm)]:
-        raise UserError(f"--weights={unknown[0]} is not one of {', '.join(get_args(WeightForm))}")
+    if unknown := [form for form in forms if form not in get_args(WeightFormat)]:
+        raise UserError(f"--weights={unknown[0]} is not one of {', '.join(get_args(WeightFormat))}")
     versions, theirs = {"jax": jax.__version__}, []
     if TRANSFORMERS.value:
         torch, transformers = import_torch()

@@ -94,26 +94,26 @@ def ranked_texts(record: Mapping[str, Any], place: str) -> RankedTexts:
     """
     _refuse_tools(record, place)
     names: tuple[str, ...] = ("chosen", "rejected")
-    answers = [record[name] for name in names if _has(record, name)]
+    completions = [record[name] for name in names if _has(record, name)]
     if _has(record, "ranking"):
-        if answers:
+        if completions:
             raise UserError(f"{place} has both a ranking and chosen or rejected: keep one")
-        answers = record["ranking"]
-        if not isinstance(answers, list):
-            raise UserError(f"{place}: ranking is not a list of completions but {str(answers)[:40]!r}")
-        names = tuple(f"ranking[{i}]" for i in range(len(answers)))
-    elif len(answers) < 2:
+        completions = record["ranking"]
+        if not isinstance(completions, list):
+            raise UserError(f"{place}: ranking is not a list of completions but {str(completions)[:40]!r}")
+        names = tuple(f"ranking[{i}]" for i in range(len(completions)))
+    elif len(completions) < 2:
         raise UserError(f"{place} has neither a ranking nor both chosen and rejected: it has {', '.join(record)}")
     prompt = _ranking_prompt(record, place)
-    if prompt is None and all(isinstance(answer, str) and _HH_TURN.match(answer) for answer in answers):
-        answers = [_hh(answer, f"{place}: {name}") for answer, name in zip(answers, names, strict=True)]
-    lists = [isinstance(answer, list | Mapping | tuple) for answer in answers]
-    if answers and all(lists):
-        prompt, texts = _common_prompt(record, prompt, answers, names, place)
+    if prompt is None and all(isinstance(completion, str) and _HH_TURN.match(completion) for completion in completions):
+        completions = [_hh(completion, f"{place}: {name}") for completion, name in zip(completions, names, strict=True)]
+    lists = [isinstance(completion, list | Mapping | tuple) for completion in completions]
+    if completions and all(lists):
+        prompt, texts = _common_prompt(record, prompt, completions, names, place)
     elif any(lists):
         raise UserError(f"{place} has some completions that are texts and some that are messages: use one form")
     else:
-        texts = [_content(answer, f"{place}: {name}") for answer, name in zip(answers, names, strict=True)]
+        texts = [_content(completion, f"{place}: {name}") for completion, name in zip(completions, names, strict=True)]
         if prompt is None:
             raise UserError(f"{place} has no prompt for its completions: it has {', '.join(record)}")
     return RankedTexts(_with_system(record, prompt, place), tuple(texts))
@@ -210,9 +210,9 @@ def _alpaca(record: Mapping[str, Any], place: str) -> tuple[Message, ...]:
     history = record.get("history") or []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise UserError(f"{place}: history is not a list of (instruction, output) pairs")
-    for i, (question, answer) in enumerate(history):
+    for i, (question, completion) in enumerate(history):
         messages.append(Message("user", _content(question, f"{place}: history[{i}]")))
-        messages.append(Message("assistant", _content(answer, f"{place}: history[{i}]")))
+        messages.append(Message("assistant", _content(completion, f"{place}: history[{i}]")))
     asked = _content(record["instruction"], f"{place}: instruction")
     given = _content(record.get("input"), f"{place}: input", may_be_empty=True)
     messages.append(Message("user", f"{asked}\n\n{given}" if given.strip() else asked))
@@ -253,12 +253,12 @@ def _ranking_prompt(record: Mapping[str, Any], place: str) -> tuple[Message, ...
 def _common_prompt(
     record: Mapping[str, Any],
     prompt: tuple[Message, ...] | None,
-    answers: Sequence[Any],
+    completions: Sequence[Any],
     names: Sequence[str],
     place: str,
 ) -> tuple[tuple[Message, ...], list[str]]:
     """Returns the prompt and the completions, given as lists of messages with or without the prompt."""
-    given = [_turns(answer, place, name) for answer, name in zip(answers, names, strict=True)]
+    given = [_turns(completion, place, name) for completion, name in zip(completions, names, strict=True)]
     begins = {bool(messages) and messages[0].role == "assistant" for messages in given}
     if begins == {True}:
         if prompt is None:

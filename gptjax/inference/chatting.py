@@ -68,17 +68,17 @@ class ChatSession:
         if not text.strip():
             raise UserError("the message is empty: write some text")
         asked = [*self.turns, Message("user", text)]
-        answer = self._complete(asked, on_text)
-        self.turns = [*asked, Message("assistant", answer)]
-        return answer
+        completion = self._complete(asked, on_text)
+        self.turns = [*asked, Message("assistant", completion)]
+        return completion
 
     def regenerate(self, on_text: Callable[[str], None] = lambda _: None) -> str:
         """Replaces the last completion by another one; UserError if there is none yet."""
         if not self.turns:
             raise UserError("there is no completion to regenerate yet: send a message first")
-        answer = self._complete(self.turns[:-1], on_text)
-        self.turns[-1] = Message("assistant", answer)
-        return answer
+        completion = self._complete(self.turns[:-1], on_text)
+        self.turns[-1] = Message("assistant", completion)
+        return completion
 
     def save(self, path: Path) -> None:
         """Appends the conversation to a file, as a line that stage "sft" can read (OpenAI's messages format).

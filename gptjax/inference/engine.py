@@ -27,7 +27,7 @@ from gptjax.inference.programs import (
 )
 from gptjax.inference.sampling import Sampling
 from gptjax.inference.text_stream import TextStream
-from gptjax.inference.weights import WeightForm, prepare
+from gptjax.inference.weights import WeightFormat, prepare
 from gptjax.models.gpt import GPT
 from gptjax.parallel import compiler
 from gptjax.parallel.mesh import batch_shards, use_mesh
@@ -95,7 +95,7 @@ class Engine:
         params: Any,
         tokenizer: Tokenizer,
         mesh: Mesh | None = None,
-        weights: WeightForm = "as_given",
+        weights: WeightFormat = "as_given",
     ) -> None:
         self.mesh = mesh
         self.tokenizer = tokenizer

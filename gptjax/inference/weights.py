@@ -18,7 +18,7 @@ from gptjax.models.axis_roles import ParameterAxes
 from gptjax.models.decoding import unstack
 from gptjax.models.gpt import GPT, model_axes
 
-WeightForm = Literal["as_given", "bfloat16", "int8", "stacked"]
+WeightFormat = Literal["as_given", "bfloat16", "int8", "stacked"]
 
 
 class Int8(struct.PyTreeNode, nn.meta.AxisMetadata):
@@ -60,7 +60,7 @@ def summed_axes(axes: ParameterAxes) -> tuple[int, ...]:
     return axes.having("output") if "vocabulary" in axes.roles else ()
 
 
-def prepare(model: GPT, params: Any, weights: WeightForm) -> tuple[GPT, Any]:
+def prepare(model: GPT, params: Any, weights: WeightFormat) -> tuple[GPT, Any]:
     """Converts a model and its parameters for `gptjax.models.decoding`.
 
     Args:
@@ -72,8 +72,8 @@ def prepare(model: GPT, params: Any, weights: WeightForm) -> tuple[GPT, Any]:
     Raises:
       UserError: unknown `weights`.
     """
-    if weights not in get_args(WeightForm):
-        raise UserError(f"weights={weights!r} is not one of {', '.join(get_args(WeightForm))}")
+    if weights not in get_args(WeightFormat):
+        raise UserError(f"weights={weights!r} is not one of {', '.join(get_args(WeightFormat))}")
     if weights == "stacked":
         return model, params
     config = model.config

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gptjax.config import Config, GPTConfig, UserError
 from gptjax.inference import programs
 from gptjax.inference.sampling import Sampling
-from gptjax.inference.weights import WeightForm, prepare
+from gptjax.inference.weights import WeightFormat, prepare
 from gptjax.models.gpt import GPT, abstract_params
 from gptjax.parallel.mesh import batch_shards, check_model_fit, partition_spec
 from gptjax.planning.compile import CompiledProgram, CompileResult, compile_lowered
@@ -66,7 +66,7 @@ def plan_decoding(
     mesh: Mesh,
     topology: Topology,
     capacity: int,
-    weights: WeightForm,
+    weights: WeightFormat,
     compile: Callable[[str, Callable[[], CompileResult]], CompileResult],
 ) -> DecodingPlan:
     """Finds the largest batch at full context and compiles its programs.
@@ -126,7 +126,7 @@ def plan_decoding(
     )
 
 
-def abstract_weights(model: GPTConfig, mesh: Mesh, weights: WeightForm) -> tuple[GPT, Any]:
+def abstract_weights(model: GPTConfig, mesh: Mesh, weights: WeightFormat) -> tuple[GPT, Any]:
     """Returns the engine's model, and its weights as `jax.ShapeDtypeStruct`s with the engine's shardings."""
     converted: list[GPT] = []
 

@@ -102,7 +102,7 @@ def run(main: Callable[[], None], *, joins: bool = False) -> None:
 
 
 def escape_controls(text: str) -> str:
-    """`text` with C0 and C1 control characters, except newline and tab, in JSON's form: ESC becomes "\\u001b".
+    """Escapes C0 and C1 control characters, except newline and tab, as JSON does: ESC becomes "\\u001b".
 
     Prompts, model output, file names and messages quoted from files may hold escape sequences that retitle or clear a
     terminal, hide what follows, or type into it. Lines of JSON stay valid, and equal to the same values.

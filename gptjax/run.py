@@ -318,7 +318,7 @@ def _report(report: RunReport, workdir: Path) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """Such as "45 s", "3 min 20 s" or "2 h 5 min"."""
+    """Formats a duration, such as "45 s", "3 min 20 s" or "2 h 5 min"."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

@@ -105,7 +105,7 @@ class ParameterSpec:
         return own + len(self.sources) * flops.flops_per_token(model) + passes
 
     def _trained_part(self) -> flops.TrainedPart:
-        """What PEFT trains of the model that it adapts."""
+        """The part of the adapted model that PEFT trains."""
         model = self.config.model
         period = len(model.attention_pattern)
         weights = low_rank = 0
@@ -150,7 +150,7 @@ def fresh_params(parameters: ParameterSpec) -> Any:
 
 
 def _cast(tree: Any, dtype: str) -> Any:
-    """`tree` with arrays of `dtype`; boxes stay."""
+    """Casts the arrays of a tree to `dtype`; boxes stay."""
     return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
 
 

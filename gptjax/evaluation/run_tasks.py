@@ -229,7 +229,7 @@ def _short(name: str, options: Options) -> str:
 
 
 def _source(name: str, options: Options, config: Config) -> str | None:
-    """What a task's examples were read from, for the report."""
+    """The source of a task's examples, for the report."""
     if name == PERPLEXITY and options.source is None:
         return f"held out of {config.data.validation_source or config.data.source}"
     return options.source if name in (PERPLEXITY, DIALOGUE) else name

@@ -1,7 +1,7 @@
-"""The stages by name, and what is read from a stage's definition: parameters, objective, complete config.
+"""The definitions of the stages by name: parameters, objective and complete config of a run.
 
-`stages/builders.py` has what a stage makes of data and a mesh. The two are apart because a stage may use the weights of
-another: PPO's reward comes from a model that stage "reward" trained.
+The functions that build a stage from data and a mesh are in `stages/builders.py`. The two modules are separate because
+a stage may use the weights of another: PPO's reward comes from a model that stage "reward" trained.
 """
 
 import dataclasses
@@ -77,7 +77,7 @@ def parameters(config: Config) -> ParameterSpec:
 
 
 def _with_low_rank(spec: ParameterSpec) -> ParameterSpec:
-    """`spec` with the matrices of LoRA or AdaLoRA next to the kernels of the policy.
+    """Adds the matrices of LoRA or AdaLoRA next to the kernels of the policy.
 
     Other networks, which are frozen or trained whole from weights of their own, have none.
     """

@@ -34,7 +34,7 @@ MAX_REWINDS = 3  # to one checkpoint: after these, other data does not help
 
 @dataclasses.dataclass(frozen=True)
 class RunReport:
-    """How a run ended.
+    """The result of a run.
 
     Attributes:
       sample: a generated text; None: the stage has no samples.

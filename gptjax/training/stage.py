@@ -1,4 +1,4 @@
-"""What a stage supplies to the one training loop, and what its batches may read of the run."""
+"""The interface between a stage and the training loop: `Stage`, and `Run`, which batches may read."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +29,7 @@ class Run(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """What a stage supplies.
+    """A stage on a mesh: objective, batches, evaluation and reports, as the training loop uses them.
 
     Attributes:
       objective: the parameters and the loss.

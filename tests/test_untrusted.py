@@ -172,7 +172,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, pretrained: Path) -> Path:
 @settings(fuzz, max_examples=10)  # each opens a checkpoint
 @given(st.data())
 def test_metadata_of_checkpoints(trained, data):
-    """Of the run and of its checkpoint: all that is JSON in a workdir."""
+    """The JSON files of a run and of its checkpoint."""
     paths = sorted(path for path in trained.rglob("*") if path.is_file() and path.read_bytes()[:1] == b"{")
     path = data.draw(st.sampled_from(paths))
     original = path.read_bytes()

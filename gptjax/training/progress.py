@@ -127,7 +127,7 @@ class Progress:
             self.restart_clock()
 
     def take_problem(self) -> LossSpike | NotFinite | None:
-        """Returns the problem that the run must act upon, a spike to rewind or too many skipped updates; None: there is none."""
+        """Returns the problem that the run must act upon: a spike to rewind, or too many skipped updates; or None."""
         problem, self._problem = self._problem, None
         return problem
 

@@ -12,7 +12,7 @@ T = 12
 
 
 def sequences(*lengths: int, first: int = 1) -> list[EncodedConversation]:
-    """Of tokens that are all different; the second half is learned."""
+    """A sequence of tokens that are all different; the second half is learned."""
     made = []
     for length in lengths:
         made.append(
@@ -148,7 +148,7 @@ def ranked(*lengths: tuple[int, ...], first: int = 1) -> list[RankedSequences]:
 
 
 def answers_of(arrays: dict[str, np.ndarray]) -> list[list[tuple[int, int]]]:
-    """Of each prompt of an element the last tokens and the levels of its answers."""
+    """The last tokens and the levels of the completions of each prompt of an element."""
     tokens = arrays["tokens"].reshape(-1)
     pairs = [
         [(int(tokens[end]), int(level)) for end, level in zip(*prompt, strict=True) if level > 0]

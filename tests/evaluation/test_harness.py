@@ -64,7 +64,7 @@ def test_generation_stops_and_keeps_the_end_of_long_contexts(adapter, tiny):
     settings = {"until": [], "max_gen_toks": 6, "do_sample": False}
     context = "A context that is much longer than the model's"
     short = {**settings, "max_gen_toks": 3}
-    # Of two kinds of settings in turn, in one batch.
+    # Two kinds of settings in turn, in one batch.
     texts = adapter.generate_until([asked(context, settings), asked("a", short), asked("b", settings)])
     tokens = tiny.tokenizer.encode(context)[-18:].tolist()
     for _ in range(6):

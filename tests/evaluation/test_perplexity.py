@@ -68,7 +68,7 @@ def test_words_of_the_benchmark_are_those_before_the_detokenizer():
 
 
 def test_standard_errors_are_those_of_many_draws():
-    """Of documents drawn again and again from one distribution, the estimate spreads as its standard error says."""
+    """The standard error matches the spread of estimates over documents sampled repeatedly from one distribution."""
     rng = np.random.default_rng(0)
     estimates, errors = [], []
     for _ in range(300):

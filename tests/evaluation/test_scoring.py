@@ -13,7 +13,7 @@ from .conftest import WithoutEndOfText
 
 
 def random_requests(number: int, longest: int = 40) -> list[ScoringRequest]:
-    """Of every length, some longer than the context of 24."""
+    """Requests of every length, some longer than the context of 24."""
     rng = np.random.default_rng(1)
     requests = []
     for _ in range(number):

@@ -115,7 +115,7 @@ def pieces() -> type[Pieces]:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Pieces:
-    """Of the models: syllables, but for two tokens that are one character together, and end-of-text."""
+    """The tokenizer of the models: syllables, but for two tokens that are one character together, and end-of-text."""
     syllables = [(a + b).encode() for a in "bdfghklmnprs" for b in "aeiou"][2:]
     return Pieces([b"\xe4\xb8", b"\xad", *syllables, b"<|endoftext|>"], END_OF_TEXT)
 

@@ -191,7 +191,7 @@ def test_a_value_out_of_range_is_named_with_its_range(field, value, range_):
 
 
 def test_needed_are_the_likeliest_of_a_sorted_vocabulary():
-    """Of a large one, in which many a probability is close to the next."""
+    """With a large vocabulary, in which many probabilities are close to each other."""
     rng = np.random.default_rng(0)
     for scale in (0.01, 1.0, 8.0):
         logits_BV = (rng.normal(0, scale, (4, 5003)) - 3).astype(np.float32)

@@ -100,7 +100,7 @@ def test_the_files_of_gpt2(tmp_path):
 
 
 def test_layers_are_numbered_through_the_pattern(tmp_path):
-    """Of a pattern of two, block 1 has layers 1 and 3: the file names them, since the others have none."""
+    """With a pattern of two, block 1 has layers 1 and 3: the file names them, since the others have none."""
     config = dataclasses.replace(LORA, targets=("layers/block_1/attention/qkv/kernel",))
     leaves = draw(config, NEO)
     save_lora(tmp_path / "lora", config, NEO, leaves)

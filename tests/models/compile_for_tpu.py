@@ -24,7 +24,7 @@ COLLECTIVES = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permut
 
 
 def compiled(mesh: jax.sharding.Mesh, config: GPTConfig, kind: str, packed: bool, kept: str | None) -> dict[str, Any]:
-    """Of one layer and its gradients; `kept`: the name that rematerialisation keeps, None: it keeps everything."""
+    """Compiles a layer and its gradients; `kept`: the name that rematerialisation keeps, None: it keeps everything."""
 
     def layer(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
         # What comes before and after needs recomputation too, as a layer's products do.

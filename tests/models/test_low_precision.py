@@ -96,7 +96,7 @@ def test_float8_products_and_gradients_are_those_of_the_rounded_arrays(x, kernel
 
 
 def losses(matmul_dtype: str, steps: int = 12) -> list[float]:
-    """Of a model that learns one batch."""
+    """The losses of a model trained on one batch."""
     model = dataclasses.replace(MODEL, matmul_dtype=matmul_dtype)
     config = c.Config(model=model, batch=c.BatchConfig(total_tokens=1, tokens_per_batch=8 * 16))
     mesh = make_mesh(config.mesh, jax.devices()[:1])

@@ -303,7 +303,7 @@ def test_adapters_and_norms_are_trained():
 
 @pytest.mark.parametrize(("num_layers", "rows"), [(1, (0, 1)), (2, (1, 1)), (3, (1, 2)), (4, (2, 2))])
 def test_the_last_layers_are_trained(num_layers, rows):
-    """Of a pattern of two, block 0 has layers 0 and 2, block 1 layers 1 and 3."""
+    """With a pattern of two, block 0 has layers 0 and 2, block 1 layers 1 and 3."""
     config, params, given = start("top_layers", num_layers=num_layers)
     base, trained = peft.split(config, nn.unbox(params), given)
     number = jnp.arange(4).reshape(2, 2)  # of the layer in each row of each block

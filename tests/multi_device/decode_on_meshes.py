@@ -53,7 +53,7 @@ def params_on(mesh: jax.sharding.Mesh) -> Any:
 
 
 def decoding_error(params: Any, rows: int) -> tuple[float, float]:
-    """Of prefill and decode at every position after prompts of different lengths; and the cache's share of a device."""
+    """The error of decoding at all positions after prompts of several lengths, and the cache's share of a device."""
     rng = np.random.default_rng(1)
     context = MODEL.config.context_length
     tokens_BT = rng.integers(0, 257, (rows, context)).astype(np.int32)

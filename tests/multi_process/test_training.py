@@ -19,7 +19,7 @@ CLOSE = 1e-6
 
 
 def flags(directory: Path) -> list[str]:
-    """Of a run of 6 steps of 2 microbatches, stopped after 3."""
+    """The config of a run of 6 steps of 2 microbatches, stopped after 3."""
     text = directory / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"line {i} of the text, {i * i}"}) + "\n" for i in range(300)))
     settings = {

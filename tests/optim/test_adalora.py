@@ -89,7 +89,7 @@ def by_matrix(params):
 
 
 def loss(params, wanted):
-    """Of half the squared distance of the products from `wanted`."""
+    """The gradient of half the squared distance of the products from `wanted`."""
     total = jnp.sum(params["head"]["linear"]["bias"] ** 2)
     for target, leaves in params["layers"]["block_0"].items():
         p, lambda_, q = (leaves[name] for name in peft.ADALORA)

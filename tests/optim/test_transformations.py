@@ -64,7 +64,7 @@ def gradients(step: int) -> dict:
 
 
 def updates(optimizer: optax.GradientTransformation, params: dict, gradients: list) -> dict:
-    """Of the last step, as nobody has moved the parameters meanwhile."""
+    """The updates of the last step; the parameters stay as they are."""
     state = optimizer.init(params)
     for gradient in gradients:
         update, state = optimizer.update(gradient, state, params)

@@ -160,7 +160,7 @@ def test_the_dpo_loss_by_hand(params):
 
 
 def test_policy_and_reference_are_the_same_computation_in_training(params):
-    """Of equal weights the margin is 0 with a dropout key too; dropout itself is refused by the stage's check."""
+    """With equal weights the margin is 0 with a dropout key too; dropout itself is refused by the stage's check."""
     config = c.replace(CONFIG, {"model": {"residual_dropout": 0.2}})
     same = {**params[REFERENCE], REFERENCE: params[REFERENCE]}
     _, _, measures = dpo_loss(config)(same, batch(PROMPTS, pack=True), jax.random.key(0))

@@ -111,7 +111,7 @@ def test_texts_may_look_like_json(command, workdir_of, tmp_path, caplog):
     assert [record["text"] for record in found] == texts
     assert "--input_format" not in caplog.text
     assert command(workdir, stdin='{"text": "good"}\n')[0]["text"] == '{"text": "good"}'
-    assert "--input_format=jsonl reads its fields" in caplog.text
+    assert "pass --input_format=jsonl to read its fields" in caplog.text
 
 
 def test_json_lines_by_name_and_by_flag(command, workdir_of, tmp_path):

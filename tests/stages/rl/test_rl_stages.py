@@ -352,7 +352,7 @@ class FakeRun:
         ("grpo", {"model": {"matmul_dtype": "int8"}}, r"model.matmul_dtype=int8 is not supported by stage grpo"),
         ("ppo", {"rl": {"missing_eos_penalty": 0.0}}, r"rl.missing_eos_penalty=0.0 must be positive"),
         ("ppo", {"stability": {"on_spike": "rewind"}}, r"stability.on_spike=rewind skips data"),
-        ("grpo", {"rl": {"responses_per_prompt": 1}}, r"set rl.responses_per_prompt to 2 or more"),
+        ("grpo", {"rl": {"responses_per_prompt": 1}}, r"rl.responses_per_prompt=1: .* set it to 2 or more"),
     ],
 )
 def test_settings_that_are_refused(given, stage, changes, message):

@@ -239,7 +239,7 @@ def test_user_errors_are_one_line(finished, tmp_path, stage, changes, message):
 
 
 def test_dpo_needs_a_model_to_start_from(finished):
-    with pytest.raises(UserError, match="stage dpo needs a trained model as its reference: set init_from to its workdir"):
+    with pytest.raises(UserError, match="dpo needs a trained model as its reference: set init_from to its"):
         registry.check(dataclasses.replace(finished["dpo"][0], init_from=None))
 
 

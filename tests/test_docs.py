@@ -60,6 +60,19 @@ def test_config_keys_in_backticks_exist(guide: Path) -> None:
         check_key(f"{section}.{key}")
 
 
+@pytest.mark.parametrize("name", ["training", "finetuning", "chat"])
+def test_a_chinese_guide_names_the_flags_and_keys_of_the_english_one(name: str) -> None:
+    def named(guide: str) -> set[str]:
+        text = (ROOT / "docs" / guide).read_text()
+        keys = re.findall(r"`((?:[a-z]+\.)+[a-z_]+)(?=[`=])", text)
+        return {*keys, *re.findall(r"(?<![\w-])--([a-z_]+(?:\.[\w.]*\w)?)", text)}
+
+    english, chinese = named(f"{name}.md"), named(f"zh/{name}.md")
+    # Commands of measurements that only the English page has in full.
+    assert english - chinese <= {"init_from", "pretrain_tokens", "rows"}
+    assert chinese <= english
+
+
 def defined_names(path: Path) -> set[str]:
     """The functions, classes and variables at the top level of a module."""
     names = set()

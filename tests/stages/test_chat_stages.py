@@ -221,7 +221,7 @@ def test_bytes_that_are_no_text_are_replaced_or_refused(finished, tmp_path):
     ("stage", "changes", "message"),
     [
         ("sft", {"batch": {"ramp_start_tokens": 128, "ramp_tokens": 512, "microbatch_size": 1}}, "batch.ramp_start"),
-        ("sft", {"chat": {"template": "chatml"}}, r"chat\.template=custom needs"),
+        ("sft", {"chat": {"template": "chatml"}}, r"chat\.template=chatml ignores .* set chat\.template=custom"),
         ("sft", {"chat": {"pretraining_share": 0.1}}, r"chat\.pretraining_share=0.1: set both"),
         ("reward", {"data": {"source": "chatterbot"}}, r"set chat\.random_answers"),
         ("dpo", {"dpo": {"beta": 0.0}}, r"dpo\.beta=0.0 must be positive"),

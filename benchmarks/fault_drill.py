@@ -164,8 +164,6 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) 
 
 def inject(kind: str, run: Run, rng: random.Random) -> bool:
     """Starts the run and injects a fault; returns whether the run ended as expected."""
-    if kind in (CHANGED, EIO, EMFILE, READER, HALF_LINE) and not run.checkpoints():
-        kind = "training"
     if kind in (CHANGED, EIO, EMFILE):
         return refuses(kind, run)
     if kind == HALF_LINE:
@@ -296,6 +294,9 @@ def disturb(run: Run, faults: list[str], corruptions: int, rng: random.Random) -
     waiting, left, reached, kind = list(faults), corruptions, 0, ""
     while kind != "end":
         kind = waiting.pop(0) if waiting else "SIGTERM" if left else "end"
+        if kind in (CHANGED, EIO, EMFILE, READER, HALF_LINE) and not run.checkpoints():
+            waiting.append(kind)
+            kind = "SIGTERM"  # which saves one
         if left and DAMAGED not in undecided and len(run.checkpoints()) >= 2 and rng.random() < 0.7:
             print(f"  damage: {damage(run, rng)}", flush=True)
             outcomes[DAMAGED].injected += 1

@@ -1,13 +1,14 @@
-"""Trains a small model under injected faults, and compares it with a run without: `python -m benchmarks.fault_drill`.
+"""Trains a small model under faults, and compares it with an undisturbed run: `python -m benchmarks.fault_drill`.
 
-The run is killed (SIGKILL) while it starts, tokenises, trains and saves; it is stopped (SIGTERM), finds files of its
-newest checkpoint damaged and the disk full while it saves, cannot read its checkpoints (EIO, EMFILE), is started with
-another config, and has a concurrent reader while it deletes checkpoints. It is restarted each time. At the end its
-losses, and every array of its last checkpoint, must equal those of the run without faults, bit for bit. No privileges
-are needed: a file size limit simulates a full disk, a limit on file descriptors causes EMFILE, and a patched reader
-raises EIO.
+A run is killed (SIGKILL) while it starts, tokenises, trains and saves, is stopped (SIGTERM), finds files of its newest
+checkpoint damaged and the disk full while it saves, cannot read its checkpoints (EIO, EMFILE), is started with another
+config, deletes checkpoints that another process reads, finds the lock of a killed process that its parent has not
+reaped (a zombie), and is started as two processes of which one is killed in the middle of a message to the other. It is
+started again each time. At the end its losses, and every array of its last checkpoint, must equal those of an
+undisturbed run, bit for bit. No privileges are needed: a limit on the size of files fills the disk, a limit on file
+descriptors causes EMFILE, a patched reader EIO.
 
-The order of faults is determined by --seed; the instruction at which a kill arrives is not.
+--seed determines the faults and their order, not the instruction at which a kill stops the run.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -31,83 +33,47 @@ import numpy as np
 from absl import app, flags, logging
 
 ROOT = Path(__file__).parents[1]
-KILLED, STOPPED, FULL = -signal.SIGKILL, 75, 2  # exit codes of a run
-TOKENS = 16 * 64  # tokens of a batch
-STEPS = 20  # steps of training for each fault
-INTERVAL = 8  # steps from one checkpoint to the next
-FILE_LIMIT = 300_000  # bytes: above the size of a run's records, below that of a checkpoint's arrays
+KILLED, STOPPED, FULL = -signal.SIGKILL, 75, 2  # exit codes of runs
+TOKENS = 16 * 64  # of a batch
+STEPS = 20  # maximum number of steps between two faults
+INTERVAL = 8  # steps between two checkpoints
+FILE_LIMIT = 300_000  # bytes: the records of a run are smaller, the arrays of a checkpoint larger
 PATIENCE = 300  # seconds: a run that takes longer hangs
 RESUMED = re.compile(rb"resuming from step (\d+)")  # printed by a run (training/loop.py)
 
-# The phases in which 10 kills arrive.
+# The phase of the run, of each of 10 kills.
 KILLS = ("training",) * 5 + ("saving",) * 2 + ("preparing", "preparing", "starting")
-# Faults of a run that has a checkpoint; except with the reader, the run must refuse to start and change nothing.
+# Faults of a run that has a checkpoint. Under the first three it must refuse to start, and change nothing.
 CHANGED, EIO, EMFILE, READER = "changed config", "EIO", "EMFILE", "reader"
-REFUSED = 2
+ZOMBIE, HALF_LINE = "zombie owner", "half line of a peer"
+REFUSED, LOST = 2, 1
+FIRST_MESSAGES = 5  # that a process sends before anything is trained: one of them is cut off
+FAULTY = ("-m", "benchmarks.faulty_run")
 DAMAGED = "damaged checkpoint"
 DAMAGES = ("flip", "truncate", "zeros", "remove")
 
 
-# `python -m gptjax.main` whose reads of checkpoints fail: argument 1 is the fault, the others are those of the command.
-FAILING_READS = """
-import errno, os, resource, runpy, sys
-from gptjax.checkpoint import read_errors
-from gptjax.checkpoint import stored_checkpoint
-
-fault = sys.argv.pop(1)
-read_errors.RETRY_DELAYS = (0.05, 0.05)
-original = stored_checkpoint.StoredCheckpoint.manifest
-
-def manifest(stored):
-    if fault == "EIO":
-        raise OSError(errno.EIO, os.strerror(errno.EIO), str(stored.path))
-    used = {int(name) for name in os.listdir("/proc/self/fd")}
-    lowest = next(number for number in range(len(used) + 1) if number not in used)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-    return original(stored)
-
-stored_checkpoint.StoredCheckpoint.manifest = manifest
-runpy.run_module("gptjax.main", run_name="__main__", alter_sys=True)
-"""
-
-# Reads the newest weights of the workdir in argument 1 again and again until SIGTERM.
-READING = """
-import signal, sys
-from pathlib import Path
-import jax
-from gptjax.config import MeshConfig
-from gptjax.parallel.mesh import make_mesh
-from gptjax.stages.saved_weights import load_parts
-
-stop = []
-signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
-mesh = make_mesh(MeshConfig())
-with jax.set_mesh(mesh):
-    while not stop:
-        load_parts(Path(sys.argv[1]), mesh)
-        print("read", flush=True)
-"""
-
-
 @dataclasses.dataclass
 class Outcome:
-    """The outcome of one kind of fault."""
+    """Results of one kind of fault."""
 
     injected: int = 0
     survived: int = 0
-    noticed: int = 0  # of damages: those in files that are read
+    noticed: int = 0  # damages of files that are read
     redone: list[int] = dataclasses.field(default_factory=list)  # steps, by fault
 
 
 class Run:
-    """A run in `directory` that is restarted after each fault.
+    """A run in `directory` that is started repeatedly.
 
     Attributes:
-      log: the output of its processes.
+      log: output of its processes.
+      zombie: a killed process of the run that has not been reaped; None: there is none.
     """
 
     def __init__(self, directory: Path, steps: int):
         self.workdir, self.cache, self.log = directory / "run", directory / "cache", directory / "log.txt"
+        self.zombie: subprocess.Popen[bytes] | None = None
         self._environment = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
@@ -150,7 +116,7 @@ class Run:
         program: tuple[str, ...] = ("-m", "gptjax.main"),
         flags: tuple[str, ...] = (),
     ) -> subprocess.Popen[bytes]:
-        """Starts `program`, by default the run; without a checkpoint it starts from scratch, whatever was recorded."""
+        """Starts `program`, by default the run; without a checkpoint it starts over, whatever was recorded."""
         command = [sys.executable, *program, *self._flags, *flags, *([] if self.checkpoints() else ["--start_over"])]
 
         def limit() -> None:
@@ -163,7 +129,7 @@ class Run:
     def start_reader(self) -> subprocess.Popen[bytes]:
         """Starts a process that reads the newest weights until SIGTERM; returns when it has read them once."""
         reader = subprocess.Popen(
-            [sys.executable, "-c", READING, self.workdir],
+            [sys.executable, *FAULTY, "reader", self.workdir],
             cwd=ROOT,
             env=self._environment,
             stdout=subprocess.PIPE,
@@ -185,24 +151,24 @@ class Run:
         return sorted(int(path.name) for path in self.workdir.glob("checkpoints/*") if path.name.isdigit())
 
     def restored(self, since: int) -> int | None:
-        """The step that the newest process resumed from, by the log after its first `since` bytes."""
+        """The step from which the newest process resumed, according to the log after its first `since` bytes."""
         found = RESUMED.findall(self.log.read_bytes()[since:])
         return int(found[-1]) if found else None
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
-    """Returns when `condition` holds, or the process has ended, or hangs."""
+    """Returns when `condition` holds, the process has ended, or PATIENCE is over."""
     deadline = time.monotonic() + PATIENCE
     while process.poll() is None and time.monotonic() < deadline and not condition():
         time.sleep(0.0005)
 
 
 def inject(kind: str, run: Run, rng: random.Random) -> bool:
-    """Starts the run and injects a fault; returns whether it ended as it should."""
-    if kind in (CHANGED, EIO, EMFILE, READER) and not run.checkpoints():
-        kind = "training"
+    """Starts the run and injects a fault; returns whether the run ended as expected."""
     if kind in (CHANGED, EIO, EMFILE):
         return refuses(kind, run)
+    if kind == HALF_LINE:
+        return loses_peer(run, rng.randrange(FIRST_MESSAGES))
     target = run.step() + rng.randint(1, STEPS)
     reader = run.start_reader() if kind == READER else None
     if kind == "preparing":
@@ -220,6 +186,10 @@ def inject(kind: str, run: Run, rng: random.Random) -> bool:
     if kind != "disk full":
         time.sleep(rng.uniform(0, 0.03))
         process.send_signal(signal.SIGTERM if kind in ("SIGTERM", READER) else signal.SIGKILL)
+    if kind == ZOMBIE and process.returncode is None:
+        ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        run.zombie = process
+        return ended is not None and ended.si_status == signal.SIGKILL
     try:
         code = process.wait(PATIENCE)
     except subprocess.TimeoutExpired:
@@ -235,8 +205,24 @@ def inject(kind: str, run: Run, rng: random.Random) -> bool:
     return code == {"disk full": FULL, "SIGTERM": STOPPED, READER: STOPPED}.get(kind, KILLED)
 
 
+def loses_peer(run: Run, messages: int) -> bool:
+    """Starts the run as two processes, one of which is killed in a message; whether the other ends by itself.
+
+    Both end before anything is trained: two processes do not compute the same bits as one.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"--coordinator_address=127.0.0.1:{server.getsockname()[1]}"
+    logged, step = run.log.stat().st_size, run.step()
+    job = [address, "--num_processes=2"]
+    one = run.start(flags=(*job, "--process_id=0"))
+    other = run.start(program=(*FAULTY, f"half_line={messages}"), flags=(*job, "--process_id=1"))
+    codes = [process.wait(PATIENCE) for process in (one, other)]
+    named = b"error: process 1 died" in run.log.read_bytes()[logged:]
+    return codes == [LOST, KILLED] and named and run.step() <= step
+
+
 def refuses(kind: str, run: Run) -> bool:
-    """Whether the run refuses to start under a fault, and its checkpoints stay as they are."""
+    """Whether the run refuses to start under a fault, and leaves its files as they are."""
 
     def files() -> dict[Path, bytes]:
         return {
@@ -250,15 +236,15 @@ def refuses(kind: str, run: Run) -> bool:
     if kind == CHANGED:
         process = run.start(flags=("--config.optimizer.first_moment_dtype=bfloat16",))
     else:
-        process = run.start(program=("-c", FAILING_READS, kind))
+        process = run.start(program=(*FAULTY, kind))
     return process.wait(PATIENCE) == REFUSED and files() == before
 
 
 def damage(run: Run, rng: random.Random) -> str:
-    """Damages a file of the newest checkpoint; returns a description of the damage."""
+    """Damages a file of the newest checkpoint; returns its name and the damage."""
     newest = run.workdir / "checkpoints" / str(run.checkpoints()[-1])
     sizes = {path: path.stat().st_size for path in sorted(newest.rglob("*")) if path.is_file()}
-    (path,) = rng.choices(list(sizes), list(sizes.values()))  # weighted by size, as a disk damages bytes
+    (path,) = rng.choices(list(sizes), list(sizes.values()))  # in proportion to its size
     content, kind = bytearray(path.read_bytes()), rng.choice(DAMAGES)
     if kind == "flip":
         content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
@@ -273,16 +259,16 @@ def damage(run: Run, rng: random.Random) -> str:
 
 
 def plan(kills: int, disk_full: int, others: int, rng: random.Random) -> list[str]:
-    """Returns the faults of running processes, in order; damages are injected between them."""
+    """Returns the faults of processes in random order; damages occur between them."""
     faults = ["disk full"] * disk_full + [KILLS[i % len(KILLS)] for i in range(kills)]
-    faults += [CHANGED, EIO, EMFILE, READER] * others
-    faults += ["SIGTERM"] * 2  # at least one start for each damage, which detects it
+    faults += [CHANGED, EIO, EMFILE, READER, ZOMBIE, HALF_LINE] * others
+    faults += ["SIGTERM"] * 2  # more follow until all damages are done, as each needs a start that detects it
     rng.shuffle(faults)
     return faults
 
 
 def arrays(workdir: Path) -> dict[str, np.ndarray]:
-    """Returns all arrays of the newest checkpoint."""
+    """The arrays of the newest checkpoint by name."""
     import jax
     import orbax.checkpoint as ocp
 
@@ -294,7 +280,7 @@ def arrays(workdir: Path) -> dict[str, np.ndarray]:
 
 
 def records(workdir: Path) -> list[dict[str, Any]]:
-    """Returns the records without the header and without values that depend on the clock."""
+    """The records of metrics.jsonl, without values that depend on the clock."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()[1:]
     return [
         {k: v for k, v in json.loads(line).items() if k not in ("seconds", "tokens_per_second", "mfu")}
@@ -303,23 +289,29 @@ def records(workdir: Path) -> list[dict[str, Any]]:
 
 
 def disturb(run: Run, faults: list[str], corruptions: int, rng: random.Random) -> dict[str, Outcome]:
-    """Trains the run to its end under all faults; returns the outcomes by kind."""
+    """Trains the run to its end through all faults; returns their outcomes by kind."""
     outcomes = {kind: Outcome() for kind in (*faults, DAMAGED, "SIGTERM")}
-    undecided: list[str] = []  # faults whose outcome is known at the next successful start
+    undecided: list[str] = []  # faults that are survived when a later start resumes
     waiting, left, reached, kind = list(faults), corruptions, 0, ""
     while kind != "end":
         kind = waiting.pop(0) if waiting else "SIGTERM" if left else "end"
+        if kind in (CHANGED, EIO, EMFILE, READER, HALF_LINE) and not run.checkpoints():
+            waiting.append(kind)
+            kind = "SIGTERM"  # which saves one
         if left and DAMAGED not in undecided and len(run.checkpoints()) >= 2 and rng.random() < 0.7:
             print(f"  damage: {damage(run, rng)}", flush=True)
             outcomes[DAMAGED].injected += 1
             undecided.append(DAMAGED)
             left -= 1
         reached, logged = max(reached, run.step()), run.log.stat().st_size if run.log.exists() else 0
+        zombie, run.zombie = run.zombie, None
         ended_well = run.start().wait(10 * PATIENCE) == 0 if kind == "end" else inject(kind, run, rng)
+        if zombie is not None:
+            zombie.wait()
         restored = run.restored(logged)
         print(f"  {kind}: resumed from step {restored}, of {reached}", flush=True)
         if not ended_well:
-            raise SystemExit(f"{kind}: the run did not end as it should\n{run.log.read_text()[-3000:]}")
+            raise SystemExit(f"{kind}: the run did not end as expected\n{run.log.read_text()[-3000:]}")
         if restored is not None or not run.checkpoints():
             for fault in undecided:
                 outcomes[fault].survived += 1
@@ -343,7 +335,7 @@ def main(argv: list[str]) -> None:
     print(f"{steps} steps, a checkpoint every {INTERVAL}; faults: {dict(Counter(faults))}; in {directory}", flush=True)
     lines = (json.dumps({"text": f"{i} squared is {i * i}. " * 20}) for i in range(20_000))
     (directory / "text.jsonl").write_text("\n".join(lines) + "\n")
-    undisturbed, disturbed = (Run(directory / name, steps) for name in ("without_faults", "with_faults"))
+    undisturbed, disturbed = (Run(directory / name, steps) for name in ("undisturbed", "disturbed"))
     if undisturbed.start().wait(10 * PATIENCE) != 0:
         raise SystemExit(undisturbed.log.read_text()[-3000:])
     outcomes = disturb(disturbed, faults, values.corruptions, rng)
@@ -356,12 +348,14 @@ def main(argv: list[str]) -> None:
     same_losses = sum(a == b for a, b in zip(one, other, strict=False))
     first, second = arrays(undisturbed.workdir), arrays(disturbed.workdir)
     same_arrays = sum(name in second and np.array_equal(first[name], second[name]) for name in first)
-    print(f"\ndetected damages in files that are read: {outcomes[DAMAGED].noticed} of {outcomes[DAMAGED].injected}")
+    print(
+        f"\ndamages in files that are read, and so noticed: {outcomes[DAMAGED].noticed} of {outcomes[DAMAGED].injected}"
+    )
     print(f"records equal: {same_losses} of {max(len(one), len(other))}")
     print(f"arrays of the last checkpoint equal, bit for bit: {same_arrays} of {len(first)}")
     print(f"took {(time.monotonic() - begin) / 60:.1f} minutes")
     if one != other or same_arrays != len(first) or first.keys() != second.keys():
-        raise SystemExit("the run with faults differs from the run without")
+        raise SystemExit("the disturbed run differs from the undisturbed one")
     if values.directory is None:
         shutil.rmtree(directory)
 
@@ -370,9 +364,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("kills", 20, "SIGKILLs.", lower_bound=0)
     flags.DEFINE_integer("corruptions", 10, "Damaged files of checkpoints.", lower_bound=0)
     flags.DEFINE_integer("disk_full", 3, "Saves on a full disk.", lower_bound=0)
-    flags.DEFINE_integer(
-        "others", 2, "Number of each other fault: changed config, EIO, EMFILE, a concurrent reader.", lower_bound=0
-    )
-    flags.DEFINE_integer("seed", 0, "Seed of the order of faults.")
-    flags.DEFINE_string("directory", None, "Empty directory for all files, which are kept; default: a temporary one.")
+    flags.DEFINE_integer("others", 2, "Faults of each other kind.", lower_bound=0)
+    flags.DEFINE_integer("seed", 0, "Seed of the faults.")
+    flags.DEFINE_string("directory", None, "Empty directory of the runs, which is kept; default: a temporary one.")
     app.run(main)

@@ -6,7 +6,7 @@ import stat
 import uuid
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -66,19 +66,22 @@ def check_size(path: Path, max_bytes: int) -> None:
         raise ValueError(f"it has {found.st_size:,} bytes, more than {max_bytes:,}")
 
 
-def read_arrays(path: Path, max_bytes: int = MAX_ARRAYS_BYTES) -> dict[str, npt.NDArray[Any]]:
+def read_arrays(file: Path | IO[bytes], max_bytes: int = MAX_ARRAYS_BYTES) -> dict[str, npt.NDArray[Any]]:
     """Reads the arrays of an .npz file; pickled arrays are refused.
+
+    Args:
+      file: its path, or the open file.
 
     Raises:
       ValueError: the file is damaged, has pickled arrays, or has more than `max_bytes` of arrays when decompressed.
       OSError: the file cannot be read.
     """
     try:
-        with zipfile.ZipFile(path) as archive:  # decompresses no member beyond the size stated in the archive
+        with zipfile.ZipFile(file) as archive:  # decompresses no member beyond the size stated in the archive
             size = sum(member.file_size for member in archive.infolist())
         if size > max_bytes:
             raise ValueError(f"its arrays have {size:,} bytes, more than {max_bytes:,}")
-        with np.load(path, allow_pickle=False) as arrays:
+        with np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
     except (OSError, ValueError):
         raise

@@ -6,6 +6,7 @@ Many tests read files that hypothesis generates, or changes in one place; the on
 import contextlib
 import copy
 import dataclasses
+import functools
 import gzip
 import json
 import os
@@ -28,7 +29,7 @@ from gptjax.config import UserError
 from gptjax.data import compression, preparation, tokenizers
 from gptjax.data.sources import open_source
 from gptjax.files import is_plain_name
-from gptjax.interop import families, safetensors_files
+from gptjax.interop import families, peft_files, safetensors_files
 from gptjax.stages.trained_model import load_model
 from gptjax.training.debug_bundles import load_bundle
 from gptjax.training.metrics_file import read_metrics
@@ -249,9 +250,10 @@ def test_arrays_that_would_fill_the_memory_are_not_decompressed(tmp_path, monkey
 
 def test_json_files_have_a_largest_size(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "MAX_JSON_BYTES", 100)
-    for name in ("config.json", "model.safetensors.index.json"):
+    for name in ("config.json", "model.safetensors.index.json", "adapter_config.json"):
         (tmp_path / name).write_text(json.dumps({"a": "b" * 100}))
-    for read in (c.read_config, families.read_config, safetensors_files.read_headers):
+    read_adapter = functools.partial(peft_files.load_lora, model=c.GPTConfig())
+    for read in (c.read_config, families.read_config, safetensors_files.read_headers, read_adapter):
         with pytest.raises(UserError, match="it has 109 bytes, more than 100"):
             read(tmp_path)
     (tmp_path / "config.json").unlink()

@@ -40,7 +40,8 @@ class ParameterSpec:
       sources: top-level keys of whole networks that are trained, each with the workdir of the reward model whose
         weights it starts from; None: it starts from the policy's.
       lr_factors: top-level keys of networks whose learning rate is a multiple of the policy's, with the factor.
-      frozen_passes: forward passes through each frozen network for every token of a training step.
+      frozen_passes: forward passes through each frozen network for every token of a training step; a fraction where one
+        pass serves several steps.
     """
 
     config: Config

@@ -3,6 +3,8 @@
 Requirements of a single stage are checked by the `check` of its definition (`gptjax/stages/`).
 """
 
+import dataclasses
+import math
 from typing import Any
 
 from gptjax.config.errors import UserError
@@ -12,6 +14,7 @@ from gptjax.config.sections import Config, OptimizerConfig
 
 def check(config: Config) -> None:
     """Raises UserError if values of `config` are out of range or contradict each other, in any stage."""
+    _check_finite(config, "")
     _check_model(config.model)
     _check_data(config)
     _check_chat(config)
@@ -34,6 +37,18 @@ def positive(section: Any, prefix: str, *names: str) -> None:
     for name in names:
         value = getattr(section, name)
         require(value is None or value > 0, f"{prefix}.{name}={value} must be positive")
+
+
+def _check_finite(value: Any, name: str) -> None:
+    """Raises UserError if a number in a section, or in a tuple, is infinite or not a number."""
+    if dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            _check_finite(getattr(value, field.name), f"{name}.{field.name}" if name else field.name)
+    elif isinstance(value, tuple):
+        for part in value:
+            _check_finite(part, name)
+    else:
+        require(not isinstance(value, float) or math.isfinite(value), f"{name}={value} must be a finite number")
 
 
 def _check_model(model: GPTConfig) -> None:
@@ -63,6 +78,8 @@ def _check_model(model: GPTConfig) -> None:
     for name in ("embedding_dropout", "attention_dropout", "residual_dropout"):
         value = getattr(model, name)
         require(0 <= value < 1, f"model.{name}={value} must be in [0, 1)")
+    for name in ("token_init_std", "position_init_std", "kernel_init_std"):
+        require(getattr(model, name) >= 0, f"model.{name}={getattr(model, name)} must not be negative")
 
 
 def _check_data(config: Config) -> None:
@@ -142,7 +159,8 @@ def _check_rl(config: Config) -> None:
 def _check_peft(config: Config) -> None:
     peft = config.peft
     require(0 <= peft.dropout < 1, f"peft.dropout={peft.dropout} must be in [0, 1)")
-    positive(peft, "peft", "rank", "alpha", "prune_every_steps", "adapter_dim", "num_layers")
+    positive(peft, "peft", "rank", "initial_rank", "alpha", "prune_every_steps", "adapter_dim", "num_layers")
+    require(peft.orthogonality >= 0, f"peft.orthogonality={peft.orthogonality} must not be negative")
     require(
         peft.initial_rank >= peft.rank or peft.method != "adalora",
         f"peft.initial_rank={peft.initial_rank} is below peft.rank={peft.rank}, the final average rank of AdaLoRA: "
@@ -204,6 +222,10 @@ def _check_optimizer(optimizer: OptimizerConfig) -> None:
     require(0 <= momentum < 1, f"optimizer.muon_momentum={momentum} must be in [0, 1)")
     positive(optimizer, "optimizer", "min_factored_dim")
     require(optimizer.weight_decay >= 0, f"optimizer.weight_decay={optimizer.weight_decay} must not be negative")
+    require(
+        all(factor >= 0 for _, factor in optimizer.decay_rules),
+        f"optimizer.decay_rules={optimizer.decay_rules} has a negative factor: use 0 for no weight decay",
+    )
     require(optimizer.warmup_tokens >= 0, f"optimizer.warmup_tokens={optimizer.warmup_tokens} must not be negative")
     start = optimizer.warmup_start_fraction
     require(0 <= start <= 1, f"optimizer.warmup_start_fraction={start} must be in [0, 1]")

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from absl import logging
 
 from gptjax.config import UserError
-from gptjax.data.compression import compression, file_digest, file_state
+from gptjax.data.compression import MAX_BYTES, compression, file_digest, file_state
 from gptjax.data.file_patterns import expand_pattern, matching_files, split_field
 from gptjax.data.packages import require_package
 from gptjax.data.text_files import InvalidUtf8, Utf8, Utf8Reader, is_empty, opened_text, parse_json, without_end
@@ -258,12 +258,17 @@ class _TextFiles(_Files):
             return
         lines: list[bytes] = []
         start = text.start
-        for _, offset, line in text:
+        for number, offset, line in text:
             if line.strip() == self._separator:
                 yield self._utf8.decode(b"".join(lines), path, start)
                 lines, start = [], offset + len(line)
             else:
                 lines.append(line)
+                if offset + len(line) - start > MAX_BYTES:
+                    raise UserError(
+                        f"{path}:{number}: the document at this line has more than {MAX_BYTES:,} bytes: "
+                        "data.document_separator does not occur in it"
+                    )
         yield self._utf8.decode(b"".join(lines), path, start)
 
 

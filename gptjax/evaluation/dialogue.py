@@ -12,9 +12,9 @@ Metrics:
   win_rate                  with a reward model: share of prompts whose completion has a higher reward than the
                             reference; ties count 1/2, and a truncated completion counts as a loss
 
-A truncated completion, cut off at max_new_tokens, counts as a loss whatever its reward: reward models score the text up
-to an end-of-turn token, and appending one would score a text that the model did not write. This corresponds to the
-missing-EOS penalty of RLHF implementations (`missing_eos_penalty` in TRL's PPO). As in AlpacaEval, all prompts count:
+A truncated completion, cut off at max_new_tokens, counts as a loss whatever its reward; its reward is read at its last
+token, without an end-of-turn token, which the model did not write. This corresponds to the missing-EOS penalty of RLHF
+implementations (`missing_eos_penalty` in TRL's PPO). As in AlpacaEval, all prompts count:
 excluding truncated completions would favour models that fail on the prompts with long completions. `ended` gives the
 share that is not truncated; where it is low, increase max_new_tokens.
 """
@@ -39,8 +39,9 @@ from gptjax.metrics.measurement import Measurement, exponential, mean, ratio
 from gptjax.metrics.text import ROUGES, corpus_bleu, distinct, rouge
 from gptjax.stages.trained_model import TrainedModel
 
-# Pairs of a conversation that ends with a user's message and a completion -> rewards of the completions, float (N,).
-RewardScore = Callable[[Sequence[tuple[Sequence[Message], str]]], npt.NDArray[Any]]
+# (pairs of a conversation that ends with a user's message and a completion, whether each completion ended) -> rewards
+# of the completions, float (N,).
+RewardScore = Callable[[Sequence[tuple[Sequence[Message], str]], Sequence[bool]], npt.NDArray[Any]]
 
 
 class DialogueCompletion(NamedTuple):
@@ -143,7 +144,8 @@ def reward(score: RewardScore, prompts: Sequence[Prompt], completions: Sequence[
     """Scores the completions and the references in one call, so that rounding in batches favours neither."""
     pairs = [(prompt.messages, completion.text) for prompt, completion in zip(prompts, completions, strict=True)]
     pairs += [(prompt.messages, prompt.reference or "") for prompt in prompts]
-    scores = np.asarray(score(pairs), np.float64)
+    ended = [completion.ended for completion in completions] + [True] * len(prompts)
+    scores = np.asarray(score(pairs, ended), np.float64)
     return Rewards(*np.split(scores, 2))
 
 

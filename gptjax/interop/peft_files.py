@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config import GPTConfig, PeftConfig, UserError
+from gptjax.files import read_json
 from gptjax.interop import families, safetensors_files
 from gptjax.interop.families import Placement, placements
 from gptjax.interop.huggingface import new_directory
@@ -205,7 +206,7 @@ def _target_modules(modules: list[str], num_layers: int) -> list[str]:
 def _read_config(path: Path) -> PeftConfig:
     """Reads method, rank, alpha and dropout of an adapter_config.json."""
     try:
-        theirs = json.loads(path.read_text(encoding="utf-8"))
+        theirs = read_json(path)
     except FileNotFoundError:
         raise UserError(f"{path.parent} is not a PEFT directory: it has no {CONFIG_FILE}") from None
     except (OSError, ValueError) as error:

@@ -16,7 +16,7 @@ from gptjax.config import Config, GPTConfig
 from gptjax.losses.cross_entropy import logits_dtype
 from gptjax.planning.program_text import Collective, bytes_sent, mesh_axes
 from gptjax.planning.topology import Topology, route
-from gptjax.scaling.flops import flops_per_token, forward_flops_per_token, parameter_count
+from gptjax.scaling.flops import flops_per_token, forward_flops_per_token, memory_summary, parameter_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,25 +124,27 @@ def hbm_traffic(config: Config, mesh: Mapping[str, int]) -> float:
     """Estimates the memory traffic of a device in a step, in bytes; attention scores are assumed to stay on chip.
 
     Each pass over a microbatch (forward, recomputation, two matrix products backward) writes and reads the gathered
-    weights; gradients are accumulated in float32; optimizer state is read and written. A layer's activations are 34
+    weights, and gradients are accumulated in float32. The update reads the gradient, and reads and writes the state:
+    parameters, moments and moving average, in the dtypes of `memory_summary`. A layer's activations are 34
     bytes per token and unit of width in bfloat16 (Korthikanti et al. 2022, section 4.1), written and read in the
     forward pass and twice that in the backward pass. Logits (in logits_dtype) and their gradient (in the model's dtype)
     are written and read, three passes in all.
     """
     model, batch = config.model, config.batch
-    size, stored = jnp.dtype(model.dtype).itemsize, jnp.dtype(model.param_dtype).itemsize
-    count = parameter_count(model)
+    size, count = jnp.dtype(model.dtype).itemsize, parameter_count(model)
     microbatches = batch.tokens_per_batch // (config.sequences_per_microbatch * model.context_length)
     passes = 3 if model.remat in ("none", "cheap", "dots") else 4
     shards = mesh["fsdp"] * mesh["tensor"]
-    weights = microbatches * (2 * passes * count * size / mesh["tensor"] + 3 * stored * count / shards)
-    optimizer = 7 * stored * count / shards  # reads gradient, parameter, two moments; writes the last three
+    state = memory_summary(model, config.optimizer, shards)
+    # Each microbatch reads the float32 parameters, and reads and writes the sum of gradients.
+    weights = microbatches * (2 * passes * count * size / mesh["tensor"] + state.parameters + 2 * state.gradients)
+    update = state.gradients + 2 * (state.total - state.gradients)
     sequences = batch.tokens_per_batch // model.context_length / (mesh["data"] * mesh["fsdp"] * mesh["expert"])
     tokens = sequences * model.context_length / mesh["context"]
     layers = passes * 2 * 17 * size * model.num_layers * model.embed_dim * tokens / mesh["tensor"]
     logit = jnp.dtype(logits_dtype(model, "tpu")).itemsize
     logits = 3 * (logit + size) * tokens * (model.vocab_size or 0) / mesh["tensor"]
-    return weights + optimizer + layers + logits
+    return weights + update + layers + logits
 
 
 def axis_traffic(found: list[Collective], mesh: Mesh, topology: Topology) -> list[AxisTraffic]:

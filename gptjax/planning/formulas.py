@@ -73,12 +73,12 @@ def expected_collectives(config: Config, mesh: Mapping[str, int]) -> list[Collec
     """Predicts the collectives of a step from its layout, with payloads in the activations' dtype.
 
     Per microbatch: weights are all-gathered over fsdp in the forward and the backward pass; gradients are reduced over
-    fsdp and data; each layer has two all-gathers and two reduce-scatters over tensor in the forward pass, the
-    recomputation and twice in the backward pass (Korthikanti et al. 2022, section 4.2.2); keys and values go round the
-    ring of context.
+    fsdp, and in float32 over data; each layer has two all-gathers and two reduce-scatters over tensor in the forward
+    pass, the recomputation and twice in the backward pass (Korthikanti et al. 2022, section 4.2.2); keys and values go
+    round the ring of context.
     """
     model = config.model
-    size, stored = jnp.dtype(model.dtype).itemsize, jnp.dtype(model.param_dtype).itemsize
+    size = jnp.dtype(model.dtype).itemsize
     count, tensor = microbatches(config), mesh["tensor"]
     found = []
     weights = parameter_count(model) // tensor
@@ -91,7 +91,7 @@ def expected_collectives(config: Config, mesh: Mapping[str, int]) -> list[Collec
     if mesh["data"] * mesh["expert"] * mesh["context"] > 1:
         axes = [axis for axis in ("data", "expert", "context") if mesh[axis] > 1]
         share = weights // mesh["fsdp"]
-        found.append(Collective("all-reduce", share * stored, _group(mesh, *axes), count))
+        found.append(Collective("all-reduce", 4 * share, _group(mesh, *axes), count))
     activation = round(_tokens(config, mesh) * model.embed_dim) * size
     passes = _passes(model)
     if tensor > 1:

@@ -185,8 +185,9 @@ GB, GiB, TFLOPS = 1e9, 2.0**30, 1e12
 
 # TPUs: https://cloud.google.com/tpu/docs (v2, v3, v4, v5e, v5p, v6e, tpu7x), which publishes no float32 peak. A chip of
 # v2, v3 and 7x is two jax devices: half of its figures each.
-# NVIDIA: the data sheets of these GPUs (A10G: the one for AWS), the white papers of the GeForce architectures. V100 and
-# T4 have no bfloat16 units: XLA computes such products in float32. AMD: data sheet of MI300X.
+# NVIDIA: the data sheets of these GPUs (A10G: the one for AWS), the white papers of the GeForce architectures. The data
+# sheets of Hopper give bfloat16 with sparsity, twice the dense rate: 1,671 TFLOPS for H100 NVL and H200 NVL.
+# V100 and T4 have no bfloat16 units: XLA computes such products in float32. AMD: data sheet of MI300X.
 DEVICE_PEAKS = tuple(
     DevicePeak(name, bfloat16 * TFLOPS, None if float32 is None else float32 * TFLOPS, memory, bandwidth * GB)
     for name, bfloat16, float32, memory, bandwidth in (

@@ -32,10 +32,16 @@ def policy_parameters(config: Config) -> ParameterSpec:
     return ParameterSpec(config, _initialiser(config))
 
 
-def policy_and_reference(config: Config) -> ParameterSpec:
-    """The policy's GPT, and a frozen copy of the weights that it starts from."""
+def policy_and_reference(config: Config, reference_passes: float = 1.0) -> ParameterSpec:
+    """The policy's GPT, and a frozen copy of the weights that it starts from.
+
+    Args:
+      reference_passes: forward passes through the reference for every token that is trained on.
+    """
     init = _initialiser(config)
-    return ParameterSpec(config, lambda rng: init(rng) | {REFERENCE: init(rng)}, frozen=(REFERENCE,))
+    return ParameterSpec(
+        config, lambda rng: init(rng) | {REFERENCE: init(rng)}, frozen=(REFERENCE,), frozen_passes=reference_passes
+    )
 
 
 def _initialiser(config: Config) -> Callable[[jax.Array], Any]:

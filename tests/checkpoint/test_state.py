@@ -14,6 +14,7 @@ from gptjax.models import peft
 from gptjax.models.gpt import GPT, init_params
 from gptjax.parallel.mesh import make_mesh
 from gptjax.scaling import flops
+from gptjax.stages import registry
 from gptjax.stages.builders import build
 from gptjax.training.objective import Objective
 from gptjax.training.step import make_train_step
@@ -239,3 +240,13 @@ def test_flops_count_what_a_step_computes():
         Config(model=MODEL), lambda rng: whole.init(rng) | {"reference": whole.init(rng)}, frozen=("reference",)
     )
     assert reference.flops_per_token == 3 * forward + forward
+
+
+@pytest.mark.parametrize(("stage", "trained"), [("dpo", 1), ("grpo", 1), ("ppo", 2)])
+def test_a_reference_that_reads_completions_once_an_iteration_is_amortised(stage, trained):
+    """PPO trains a value function too; DPO's reference reads each row in each step."""
+    forward = flops.forward_flops_per_token(MODEL)
+    for epochs, passes in ((1, 1), (4, 1 if stage == "dpo" else 1 / 4)):
+        config = replace(Config(stage=stage, model=MODEL), {"rl": {"reward": "bleu", "inner_epochs": epochs}})
+        config = replace(config, {"ppo": {"value_init": "policy"}})
+        assert registry.parameters(config).flops_per_token == pytest.approx((3 * trained + passes) * forward)

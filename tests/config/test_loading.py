@@ -52,6 +52,12 @@ def test_text_is_read_as_the_type_of_its_key(key, text, value):
         ("epochs", "1", r"did you mean 'batch.epochs'\?"),
         ("every_tokens", "1", r"did you mean 'evaluation.every_tokens' or 'checkpoint.every_tokens'\?"),
         ("seed", "None", "seed=None is not of type int"),
+        *((key, "inf", f"{key}=inf must be a finite number") for key in ("batch.epochs", "optimizer.peak_lr")),
+        ("peft.orthogonality", "nan", "peft.orthogonality=nan must be a finite number"),
+        ("optimizer.decay_rules", '((".*", -1.0),)', "optimizer.decay_rules=.* has a negative factor"),
+        ("model.kernel_init_std", "-1", "model.kernel_init_std=-1.0 must not be negative"),
+        ("peft.initial_rank", "0", "peft.initial_rank=0 must be positive"),
+        ("peft.orthogonality", "-0.1", "peft.orthogonality=-0.1 must not be negative"),
     ],
 )
 def test_what_is_refused_names_the_key_and_the_fix(key, text, words):

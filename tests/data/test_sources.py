@@ -12,6 +12,7 @@ import tensorflow_datasets as tfds
 import zstandard
 
 from gptjax.config import UserError
+from gptjax.data import sources
 from gptjax.data.sources import Source, open_source
 
 
@@ -57,6 +58,15 @@ def test_separator_splits_files_into_documents(tmp_path, suffix):
     (tmp_path / f"b.txt{suffix}").write_bytes(compress(b"three\n"))
     documents = read(f"text:{tmp_path}/*", document_separator="<|end|>")
     assert documents == ["one\nstill <|end|> one\n", "two", "three\n"]
+
+
+def test_a_document_without_separators_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_BYTES", 16)
+    (tmp_path / "a.txt").write_text("one\n---\n" + "three\n" * 3 + "---\n")
+    with pytest.raises(UserError, match=r"a.txt:5: the document at this line has more than 16 bytes: data\."):
+        read(f"text:{tmp_path}/a.txt", document_separator="---")
+    (tmp_path / "a.txt").write_text("three\n---\n" * 9)
+    assert read(f"text:{tmp_path}/a.txt", document_separator="---") == ["three\n"] * 9
 
 
 def test_an_empty_separator_splits_at_blank_lines(tmp_path):

@@ -156,15 +156,15 @@ def test_a_truncated_completion_loses_whatever_its_reward():
 def test_rewards_of_completions_and_references_are_kept_apart():
     several, asked = [prompt("a", "xx"), prompt("b", "y"), prompt("c", "zzz")], []
 
-    def score(pairs):
-        asked.extend(pairs)
+    def score(pairs, ended):
+        asked.extend(zip(pairs, ended, strict=True))
         return [len(text) for _, text in pairs]
 
-    found = reward(score, several, [DialogueCompletion(text, 0, True) for text in ("xxx", "y", "")])
+    found = reward(score, several, [DialogueCompletion(text, 0, text != "") for text in ("xxx", "y", "")])
     assert found.wins([True] * 3).tolist() == [1.0, 0.5, 0.0]
-    assert {(messages[0].content, text) for messages, text in asked} == {
-        *(("a", "xxx"), ("b", "y"), ("c", "")),
-        *(("a", "xx"), ("b", "y"), ("c", "zzz")),
+    assert {(messages[0].content, text, ended) for (messages, text), ended in asked} == {
+        *(("a", "xxx", True), ("b", "y", True), ("c", "", False)),  # the scorer learns which was truncated
+        *(("a", "xx", True), ("b", "y", True), ("c", "zzz", True)),
     }
 
 

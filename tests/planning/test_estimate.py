@@ -1,5 +1,6 @@
 import dataclasses
 
+import jax
 import pytest
 
 from gptjax.config import BatchConfig, Config, GPTConfig, replace
@@ -16,7 +17,8 @@ from gptjax.planning.estimate import (
 from gptjax.planning.formulas import expected_collectives, expected_memory
 from gptjax.planning.program_text import Collective, mesh_axes
 from gptjax.planning.topology import Topology
-from gptjax.scaling.flops import TPU_CHIPS, flops_per_token, forward_flops_per_token
+from gptjax.scaling.flops import TPU_CHIPS, flops_per_token, forward_flops_per_token, parameter_count
+from gptjax.stages import registry
 from tests.planning.paper_tpu import mesh
 
 V5E = Topology(TPU_CHIPS["v5e"], (16, 16))
@@ -177,3 +179,28 @@ def test_expected_collectives_are_over_the_right_axes() -> None:
         ("collective-permute", ("context",)),
     }
     assert expected_collectives(CONFIG, dict.fromkeys(shape, 1)) == []
+
+
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("optimizer", [{}, {"ema_decay": 0.9}, {"first_moment_dtype": "bfloat16"}, {"name": "muon"}])
+def test_the_state_is_the_one_that_training_allocates(param_dtype, optimizer) -> None:
+    config = replace(CONFIG, {"model": {"param_dtype": param_dtype}, "optimizer": optimizer})
+    alone = dict.fromkeys(("data", "fsdp", "tensor", "context", "expert"), 1)
+    state = registry.parameters(config).boxed_state
+    params, allocated = (
+        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+        for tree in (state.params, (state.params, state.opt_state, state.ema))
+    )
+    assert expected_memory(config, alone).state == pytest.approx(allocated, rel=1e-3)
+    narrow = replace(config, {"model": {"param_dtype": "float32"}})
+    assert hbm_traffic(config, alone) == hbm_traffic(narrow, alone)
+    plain = replace(config, {"optimizer": {"name": "adamw", "ema_decay": None, "first_moment_dtype": "param_dtype"}})
+    more = hbm_traffic(config, alone) - hbm_traffic(plain, alone)
+    assert more == pytest.approx(2 * (allocated - 3 * params), rel=1e-3, abs=100)
+
+
+def test_gradients_are_reduced_over_data_in_float32() -> None:
+    config = replace(CONFIG, {"model": {"param_dtype": "bfloat16"}})
+    shape = {**dict.fromkeys(("fsdp", "tensor", "context", "expert"), 1), "data": 4}
+    (found,) = expected_collectives(config, shape)
+    assert (found.kind, found.payload) == ("all-reduce", 4 * parameter_count(MODEL))

@@ -1,6 +1,7 @@
 """Runs from start to end: their files; stopping and resuming changes no bit."""
 
 import dataclasses
+import re
 import sys
 from itertools import islice
 from logging import makeLogRecord
@@ -14,10 +15,13 @@ from absl import logging
 
 from gptjax.config import Config, UserError, replace
 from gptjax.data import tokenizers
-from gptjax.run import run
+from gptjax.parallel.mesh import make_mesh
+from gptjax.run import dry_run, run
+from gptjax.scaling.flops import flops_per_token
 from gptjax.stages import pretrain
-from gptjax.stages.builders import BUILDERS
+from gptjax.stages.builders import BUILDERS, build
 from gptjax.training.metrics_file import read_metrics
+from tests.tiny_tasks import run_config, with_method
 
 
 def saved(workdir: Path) -> dict[str, np.ndarray]:
@@ -134,6 +138,15 @@ def test_keeps_the_newest_and_the_best(tiny, tmp_path):
     best = min(losses, key=losses.get)
     assert best != 6
     assert steps(tmp_path / "run") == [best, 6]
+
+
+def test_the_compute_that_is_described_is_what_mfu_counts(pretrained, tmp_path):
+    config = with_method(run_config(tmp_path, "classification", pretrained), "head")
+    (total,) = re.findall(r"^compute +.* per token, ([\d.e+]+) FLOP in total$", dry_run(config, tmp_path / "run"), re.M)
+    stage = build(config, make_mesh(config.mesh), None)
+    counted = stage.objective.parameters.flops_per_token
+    assert float(total) == pytest.approx(counted * stage.total_tokens, rel=5e-3)
+    assert counted < 0.8 * flops_per_token(stage.config.model)
 
 
 def test_a_ramped_batch_uses_one_program(tiny, tmp_path):

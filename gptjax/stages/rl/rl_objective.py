@@ -5,6 +5,7 @@ and further arrays of the same shape (B, R, T) that the stage computed from them
 in the loss, 0 outside the completions. The losses do not depend on how the completions are laid out in the rows.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -126,13 +127,18 @@ def completion_measurer(config: Config) -> Callable[[Any, Batch], dict[str, jax.
     return measure
 
 
+def _policy_parameters(config: Config) -> ParameterSpec:
+    """The policy and its frozen reference, which reads each completion once, whatever the number of inner epochs."""
+    return policy.policy_and_reference(config, reference_passes=1 / config.rl.inner_epochs)
+
+
 def _ppo_parameters(config: Config) -> ParameterSpec:
     """The policy, its frozen reference, and a value function of its own weights.
 
     The head of the value function is initialised to zeros: unless it starts as the reward model, its first estimates
     are 0 and not random numbers, from which the first advantages would be computed.
     """
-    spec = policy.policy_and_reference(config)
+    spec = _policy_parameters(config)
 
     def init(rng: jax.Array) -> Any:
         value = RewardModel(config).init(jax.random.fold_in(rng, 1))
@@ -141,7 +147,7 @@ def _ppo_parameters(config: Config) -> ParameterSpec:
 
     reward_model = config.rl.reward.partition(":")[2] if config.ppo.value_init == "reward" else None
     factors = {VALUE: config.ppo.value_lr / config.optimizer.peak_lr}
-    return ParameterSpec(config, init, frozen=spec.frozen, sources={VALUE: reward_model}, lr_factors=factors)
+    return dataclasses.replace(spec, init=init, sources={VALUE: reward_model}, lr_factors=factors)
 
 
 def _check_rl(config: Config) -> None:
@@ -202,4 +208,4 @@ def check_grpo(config: Config) -> None:
 
 
 PPO = Definition(_ppo_parameters, ppo_loss, policy.complete, check_ppo, conversational=True, chats=True)
-GRPO = Definition(policy.policy_and_reference, grpo_loss, policy.complete, check_grpo, conversational=True, chats=True)
+GRPO = Definition(_policy_parameters, grpo_loss, policy.complete, check_grpo, conversational=True, chats=True)

@@ -11,7 +11,6 @@ import hashlib
 import io
 import math
 import os
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh
 
+from gptjax import files
 from gptjax.config import Config, UserError
 from gptjax.data.chat_batches import Epochs
 from gptjax.data.pipeline import ExampleArrays, Microbatch
@@ -26,6 +26,8 @@ from gptjax.distributed import processes
 from gptjax.parallel.rows import process_rows
 from gptjax.stages.rl.completions import Arrays, Completions, CompletionSampler, EncodedPrompt
 from gptjax.training.stage import Run
+
+MAX_ARRAYS = 32  # in a file of an iteration; the losses read fewer
 
 
 class Rollouts:
@@ -195,16 +197,12 @@ def read_arrays(path: Path, shape: tuple[int, ...]) -> tuple[Arrays, str]:
 
     Raises:
       OSError: the file cannot be read.
-      ValueError: it is empty or damaged, or its arrays have other shapes.
+      ValueError: it is empty or damaged, its arrays have other shapes, or it is too large for them.
     """
-    content = path.read_bytes()
     largest = 16 * math.prod(shape) + 4096  # bytes: more than any array with its header
+    content = files.read_bytes(path, MAX_ARRAYS * largest)
     try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            if any(entry.file_size > largest or entry.compress_type for entry in archive.infolist()):
-                raise ValueError("entries that are compressed or too large")
-        with np.load(io.BytesIO(content), allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}  # zipfile compares checksums
+        arrays = files.read_arrays(io.BytesIO(content), MAX_ARRAYS * largest)  # compares checksums
         names = arrays.pop("names").tolist()
     except Exception as error:  # on arbitrary bytes zipfile and numpy raise exceptions of many types
         raise ValueError(f"it is damaged: {type(error).__name__}") from None

@@ -46,8 +46,10 @@ def test_arrays_come_back(rollouts, run):
     assert run.said == []
 
 
-def compressed(path: Path) -> None:
-    np.savez_compressed(path, names=np.array(sorted(ARRAYS)), **ARRAYS)
+def too_large(path: Path) -> None:
+    """A small file of many zeros."""
+    large = {"more": np.zeros(2**24, np.int8)}
+    np.savez_compressed(path, names=np.array(sorted(ARRAYS | large)), **ARRAYS, **large)
 
 
 def unsupported(path: Path) -> None:
@@ -77,10 +79,10 @@ def without_one(path: Path) -> None:
         lambda path: path.write_bytes(path.read_bytes().replace(b"\x01\0\0\0\x02", b"\x01\0\0\0\x03", 1)),
         one_array,
         unsupported,
-        compressed,
+        too_large,
         without_one,
     ],
-    ids=["empty", "two bytes", "cut short", "flipped", "npy", "unsupported", "compressed", "missing array"],
+    ids=["empty", "two bytes", "cut short", "flipped", "npy", "unsupported", "too large", "missing array"],
 )
 def test_a_damaged_file_is_discarded(rollouts, run, damage):
     damage(file_of(run))
@@ -89,6 +91,14 @@ def test_a_damaged_file_is_discarded(rollouts, run, damage):
     assert "00000001.npz (it is damaged: " in message
     rollouts._keep(run.workdir, 1, ARRAYS)
     assert rollouts._kept(run, 1) is not None
+
+
+def test_a_file_that_is_larger_than_its_arrays_is_not_read(rollouts, run):
+    with file_of(run).open("ab") as file:
+        file.truncate(2**30)
+    assert rollouts._kept(run, 1) is None
+    (message,) = run.said
+    assert "it has 1,073,741,824 bytes, more than" in message
 
 
 def test_a_missing_file_and_one_of_other_sizes(rollouts, run):

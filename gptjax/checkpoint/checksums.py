@@ -6,7 +6,6 @@ depend on the sharding, and would miss a missing file, which is read as zeros.
 """
 
 import math
-from functools import partial
 from typing import Any
 
 import jax
@@ -27,31 +26,18 @@ def checksums(tree: Any) -> dict[str, int]:
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    in_host = {name: leaf for name, (_, leaf) in zip(names, leaves, strict=True) if _is_in_host(leaf)}
-    on_device = {name: leaf for name, (_, leaf) in zip(names, leaves, strict=True) if name not in in_host}
-    sums = dict(zip(on_device, np.asarray(_sums(list(on_device.values()))).tolist(), strict=True)) if on_device else {}
     # One array at a time: a device whose optimizer state is offloaded has no room for all of it.
-    sums |= {
-        name: int(_sum_from_host(leaf, leaf.sharding.with_memory_kind("device"))) for name, leaf in in_host.items()
-    }
-    return {name: sums[name] for name in names}
+    return {name: int(_sum(_on_device(leaf))) for name, (_, leaf) in zip(names, leaves, strict=True)}
 
 
-def _is_in_host(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and leaf.sharding.memory_kind == "pinned_host"
+def _on_device(leaf: Any) -> Any:
+    if isinstance(leaf, jax.Array) and leaf.sharding.memory_kind == "pinned_host":
+        return jax.device_put(leaf, leaf.sharding.with_memory_kind("device"))
+    return leaf
 
 
+# Compiled once per shape, dtype and sharding: leaves of the same shape, such as moments, share a program.
 @jax.jit
-def _sums(leaves: list[jax.Array]) -> jax.Array:
-    """Computes the checksums of the leaves, uint32 (N,)."""
-    return jnp.stack([_sum(leaf) for leaf in leaves])
-
-
-@partial(jax.jit, static_argnums=1)
-def _sum_from_host(leaf: jax.Array, on_device: jax.sharding.Sharding) -> jax.Array:
-    return _sum(jax.device_put(leaf, on_device))
-
-
 def _sum(array: jax.Array) -> jax.Array:
     """Sums a hash of each element's bits and index, uint32 ()."""
     # Bits are taken before slicing: XLA's CPU slices bfloat16 through float32 and flushes subnormals to 0.

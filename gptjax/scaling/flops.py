@@ -296,15 +296,21 @@ def peak_flops(device: jax.Device, dtype: str) -> float | None:
 
 
 @functools.cache
-def _measured_cpu_flops(size: int = 2048, repeats: int = 5) -> float:
-    """FLOP/s of the fastest of `repeats` float32 products of two (size, size) matrices over all cores."""
+def _measured_cpu_flops(repeats: int = 5) -> float:
+    """FLOP/s of the fastest of `repeats` float32 products of two square matrices over all cores.
+
+    The matrices grow until a product takes 10 ms: small ones underestimate a CPU with many cores.
+    """
+    product = jax.jit(jnp.matmul)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        x_XX = jnp.ones((size, size), jnp.float32)
-        product = jax.jit(jnp.matmul)
-        product(x_XX, x_XX).block_until_ready()
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
+        for size in (1024, 2048, 4096):
+            x_XX = jnp.ones((size, size), jnp.float32)
             product(x_XX, x_XX).block_until_ready()
-            times.append(time.perf_counter() - start)
+            times = []
+            for _ in range(repeats):
+                start = time.perf_counter()
+                product(x_XX, x_XX).block_until_ready()
+                times.append(time.perf_counter() - start)
+            if min(times) > 0.01:
+                break
     return 2 * size**3 / min(times)

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 
 from gptjax.config import GPTConfig
 from gptjax.models.attention import KeyValues
-from gptjax.models.gpt import GPT, Block, embed, head_logits
+from gptjax.models.embedding import embed
+from gptjax.models.gpt import GPT, Block, has_value_embedding, head_logits, layer_inputs
+from gptjax.models.layer_inputs import LayerInputs
 from gptjax.parallel.mesh import constrain
 
 Cache = list[KeyValues]  # one for each layer
@@ -39,10 +41,10 @@ def forward(model: GPT, params: Any, tokens_BT: jax.Array) -> tuple[jax.Array, l
       params: unstacked.
       tokens_BT: int, T at most `context_length`.
     """
-    x_BTD = _embed(model, params, tokens_BT, jnp.arange(tokens_BT.shape[1])[None])
+    x_BTD, inputs = _embed(model, params, tokens_BT, jnp.arange(tokens_BT.shape[1])[None])
     layers = []
     for block, layer in zip(_blocks(model.config), params["layers"], strict=True):
-        x_BTD, key_values = _apply(block, layer, x_BTD)
+        x_BTD, key_values = _apply(block, layer, x_BTD, inputs)
         layers.append(key_values)
     return x_BTD, layers
 
@@ -81,10 +83,11 @@ def decode(
     Returns:
       The output of the last layer (B, D), and the cache with the token in it.
     """
-    x_B1D = _embed(model, params, token_B[:, None], positions_B[:, None])
+    x_B1D, inputs = _embed(model, params, token_B[:, None], positions_B[:, None])
+    inputs = inputs.replace(positions_B=positions_B)
     written = []
     for block, layer, key_values in zip(_blocks(model.config), params["layers"], cache, strict=True):
-        x_B1D, key_values = _apply(block, layer, x_B1D, key_values, positions_B)
+        x_B1D, key_values = _apply(block, layer, x_B1D, inputs, key_values)
         written.append(_constrain_cache(key_values))
     return x_B1D[:, 0], written
 
@@ -97,19 +100,27 @@ def logits(model: GPT, params: Any, x_BD: jax.Array) -> jax.Array:
 
 def _blocks(config: GPTConfig) -> list[Block]:
     pattern = config.attention_pattern
-    return [Block(config, pattern[layer % len(pattern)]) for layer in range(config.num_layers)]
+    return [
+        Block(config, pattern[layer % len(pattern)], has_value_embedding=has_value_embedding(config, layer))
+        for layer in range(config.num_layers)
+    ]
 
 
-def _apply(block: Block, layer: Any, x_BTD: jax.Array, *cached: Any) -> tuple[jax.Array, KeyValues]:
-    segments, deterministic = None, True
-    return cast(Any, block.apply({"params": layer}, x_BTD, segments, deterministic, *cached))
+def _apply(
+    block: Block, layer: Any, x_BTD: jax.Array, inputs: LayerInputs, cache: KeyValues | None = None
+) -> tuple[jax.Array, KeyValues]:
+    deterministic = True
+    return cast(Any, block.apply({"params": layer}, x_BTD, inputs, deterministic, cache))
 
 
-def _embed(model: GPT, params: Any, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    token_VD, position_TD = (params[name]["embedding"] for name in ("token_embedding", "position_embedding"))
-    return embed(model.config, token_VD, position_TD, tokens_BT, positions_BT)
+def _embed(model: GPT, params: Any, tokens_BT: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, LayerInputs]:
+    """The input of the first layer, and what all layers read."""
+    config = model.config
+    position_TD = params["position_embedding"]["embedding"] if config.positions == "learned" else None
+    x_BTD = embed(config, params["token_embedding"]["embedding"], position_TD, tokens_BT, positions_BT)
+    return x_BTD, layer_inputs(config, x_BTD, tokens_BT, positions_BT)
 
 
 def _constrain_cache(key_values: KeyValues) -> KeyValues:
     """Shards a cache over the mesh as the activations in it; slots are not sharded."""
-    return jax.tree.map(lambda x_BHSK: constrain(x_BHSK, "batch", "heads", None, None), key_values)
+    return jax.tree.map(lambda x_BHSK: constrain(x_BHSK, "batch", "kv_heads", None, None), key_values)

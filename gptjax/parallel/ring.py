@@ -93,6 +93,7 @@ def ring_attention(
     k_BTHK: jax.Array,
     v_BTHK: jax.Array,
     segments_BT: jax.Array | None,
+    sinks_H: jax.Array | None = None,
     *,
     band_width: int | None,
     scale: float,
@@ -110,6 +111,7 @@ def ring_attention(
       q_BTHK, k_BTHK, v_BTHK: of one dtype; T is divisible by 2n, with n devices along "context". The tile size is the
         largest divisor of T / 2n up to MAX_TILE: fast when T is divisible by a high power of 2.
       segments_BT: int, the document of each position of a packed row; attention stays within documents. None: one.
+      sinks_H: float32, logits of attention sinks, sharded as the heads. None: no sinks.
       band_width: number of positions that each position attends to, itself included. None: all earlier positions.
       scale: factor of the scores.
       precision: of the matrix products.
@@ -117,7 +119,7 @@ def ring_attention(
     Returns:
       (B, T, H, K), of q's dtype.
     """
-    return _attention(q_BTHK, k_BTHK, v_BTHK, segments_BT, _Rules(band_width, scale, precision))
+    return _attention(q_BTHK, k_BTHK, v_BTHK, segments_BT, sinks_H, _Rules(band_width, scale, precision))
 
 
 class _Rules(NamedTuple):
@@ -128,23 +130,43 @@ class _Rules(NamedTuple):
     precision: str | None
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attention(
-    q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, segments_BT: jax.Array | None, rules: _Rules
+    q_BTHK: jax.Array,
+    k_BTHK: jax.Array,
+    v_BTHK: jax.Array,
+    segments_BT: jax.Array | None,
+    sinks_H: jax.Array | None,
+    rules: _Rules,
 ) -> jax.Array:
-    return _on_each_device(partial(_forward, rules), q_BTHK, k_BTHK, v_BTHK, segments_BT)[0]
+    return _attention_forward(q_BTHK, k_BTHK, v_BTHK, segments_BT, sinks_H, rules)[0]
 
 
 def _attention_forward(
-    q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, segments_BT: jax.Array | None, rules: _Rules
+    q_BTHK: jax.Array,
+    k_BTHK: jax.Array,
+    v_BTHK: jax.Array,
+    segments_BT: jax.Array | None,
+    sinks_H: jax.Array | None,
+    rules: _Rules,
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    outputs = _on_each_device(partial(_forward, rules), q_BTHK, k_BTHK, v_BTHK, segments_BT)
-    out_BTHK, logsumexp_BTH = checkpoint_name(outputs, "attention")
-    return out_BTHK, (q_BTHK, k_BTHK, v_BTHK, segments_BT, out_BTHK, logsumexp_BTH)
+    out_BTHK, logsumexp_BTH = _on_each_device(partial(_forward, rules), q_BTHK, k_BTHK, v_BTHK, segments_BT)
+    if sinks_H is not None:
+        with_sink_BTH = jnp.logaddexp(logsumexp_BTH, sinks_H)
+        share_BTH1 = jnp.exp(logsumexp_BTH - with_sink_BTH)[..., None]  # of the softmax that is not the sink's
+        out_BTHK, logsumexp_BTH = (out_BTHK * share_BTH1).astype(out_BTHK.dtype), with_sink_BTH
+    out_BTHK, logsumexp_BTH = checkpoint_name((out_BTHK, logsumexp_BTH), "attention")
+    return out_BTHK, (q_BTHK, k_BTHK, v_BTHK, segments_BT, sinks_H, out_BTHK, logsumexp_BTH)
 
 
 def _attention_backward(rules: _Rules, kept: tuple[Any, ...], d_out_BTHK: jax.Array) -> tuple[jax.Array | None, ...]:
-    return *_on_each_device(partial(_backward, rules), *kept, d_out_BTHK), None
+    *arrays, sinks_H, out_BTHK, logsumexp_BTH = kept
+    # sum_s p_s dp_s of each query, which equals the dot product of the output and its gradient.
+    mean_BTH = jnp.sum(d_out_BTHK.astype(jnp.float32) * out_BTHK.astype(jnp.float32), axis=-1)
+    gradients = _on_each_device(partial(_backward, rules), *arrays, logsumexp_BTH, mean_BTH, d_out_BTHK)
+    if sinks_H is None:
+        return *gradients, None, None
+    return *gradients, None, -jnp.sum(jnp.exp(sinks_H - logsumexp_BTH) * mean_BTH, axis=(0, 1))
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -192,8 +214,8 @@ def _backward(
     k_BTHK: jax.Array,
     v_BTHK: jax.Array,
     segments_BT: jax.Array | None,
-    out_BTHK: jax.Array,
     logsumexp_BTH: jax.Array,
+    mean_BTH: jax.Array,
     d_out_BTHK: jax.Array,
 ) -> tuple[jax.Array, ...]:
     """Computes the gradients of queries, keys and values, of their dtype (Dao et al. 2022, algorithm 4)."""
@@ -208,8 +230,6 @@ def _backward(
         dv_BHSK = _product("BHTS,BHTK->BHSK", probs_BHTS.astype(v_BHSK.dtype), d_out_BHTK, rules)
         return dq_BHTK + _product("BHTS,BHSK->BHTK", d_scores_BHTS, k_BHSK, rules), (dk_BHSK, dv_BHSK)
 
-    # sum_s p_s dp_s of each query, which equals the dot product of the output and its gradient.
-    mean_BTH = jnp.sum(d_out_BTHK.astype(jnp.float32) * out_BTHK.astype(jnp.float32), axis=-1)
     queries, keys = _tiles(((q_BTHK, d_out_BTHK, logsumexp_BTH, mean_BTH), (k_BTHK, v_BTHK)))
     zeros_NBHTK = jnp.zeros(queries[0].shape, jnp.float32)
     dq_NBHTK, shares = _go_round(

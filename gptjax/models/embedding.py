@@ -1,0 +1,71 @@
+"""Token and position embeddings: the input of the first layer."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gptjax.config import GPTConfig
+from gptjax.models.elementwise import Norm
+from gptjax.parallel.mesh import axis_size, constrain, fitting_spec
+
+
+def embed(
+    config: GPTConfig,
+    token_VD: Any,
+    position_TD: Any,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    perturbation_BTD: jax.Array | None = None,
+) -> jax.Array:
+    """Input of the first layer, (B, T, D) of the config's dtype: token embeddings with their positions.
+
+    The sum has the wider of the parameters' and the activations' dtypes, as the other layers have. Rows are gathered
+    before they are unboxed or cast, so that the rest of a table is never read.
+
+    Args:
+      position_TD: learned position embeddings; None: positions are rotary.
+    """
+    x_BTD = nn.unbox(jax.tree.map(lambda leaf: take_rows(leaf, tokens_BT), token_VD))
+    if position_TD is not None:
+        x_BTD = add_positions(config, x_BTD, position_TD, positions_BT)
+    if perturbation_BTD is not None:  # before the cast: a coarser dtype could swallow it
+        x_BTD = x_BTD + perturbation_BTD
+    if config.norm_embedding:
+        x_BTD = Norm(config, has_gain=False, parent=None).apply({}, x_BTD)
+    return constrain(x_BTD.astype(config.dtype), "batch", "sequence", None)
+
+
+def add_positions(config: GPTConfig, token_BTD: jax.Array, position_TD: Any, positions_BT: jax.Array) -> jax.Array:
+    """Adds learned absolute position embeddings (Radford et al. 2018, section 4.1) to token embeddings."""
+    position_BTD = nn.unbox(
+        jax.tree.map(lambda leaf: jnp.take(constrain(leaf, None, None), positions_BT, axis=0), position_TD)
+    )
+    sum_dtype = jnp.promote_types(jnp.result_type(token_BTD, position_BTD), config.dtype)
+    return token_BTD.astype(sum_dtype) + position_BTD.astype(sum_dtype)
+
+
+def take_rows(table_VX: jax.Array, ids_BT: jax.Array) -> jax.Array:
+    """`table_VX[ids_BT]`, (B, T, X), of a table whose rows are sharded over the mesh in use.
+
+    Each device looks up the rows that it holds, and the results are summed over devices. The SPMD partitioner would
+    all-gather the table.
+    """
+    table, ids = fitting_spec(table_VX.shape, "vocab", "embed"), fitting_spec(ids_BT.shape, "batch", "length")
+    if axis_size("tensor") == 1 or ids[0] is None:
+        return jnp.take(constrain(table_VX, None, None), ids_BT, axis=0)
+    out = fitting_spec(ids_BT.shape, "batch", "sequence")
+    split = out[1] is not None
+
+    def on_device(table_VX: jax.Array, ids_BT: jax.Array) -> jax.Array:
+        if table[1] is not None:
+            table_VX = jax.lax.all_gather(table_VX, table[1], axis=1, tiled=True)
+        row_BT = ids_BT - jax.lax.axis_index("tensor") * len(table_VX)
+        here_BT = (row_BT >= 0) & (row_BT < len(table_VX))
+        rows_BTX = jnp.where(here_BT[..., None], jnp.take(table_VX, row_BT, axis=0, mode="clip"), 0)
+        if split:
+            return jax.lax.psum_scatter(rows_BTX, "tensor", scatter_dimension=1, tiled=True)
+        return jax.lax.psum(rows_BTX, "tensor")
+
+    return jax.shard_map(on_device, in_specs=(table, ids), out_specs=out if split else ids)(table_VX, ids_BT)

@@ -26,8 +26,8 @@ class RouterMeasures(NamedTuple):
     """Measures of a router over the tokens of a batch, float32.
 
     Attributes:
-      balance: load-balance loss, num_experts * sum_e f_e p_e, with f_e the share of the assignments that expert e has and
-        p_e the mean of its probability (Fedus et al. 2021, equations 4 to 6). 1 when balanced.
+      balance: load-balance loss, num_experts * sum_e f_e p_e, with f_e the share of the assignments that expert e has,
+        and p_e its mean probability (Fedus et al. 2021, equations 4 to 6). 1 when balanced.
       z: mean of log(sum_e exp(logit_e))^2 (Zoph et al. 2022, equation 5).
       load_E: share of the assignments of each expert.
     """

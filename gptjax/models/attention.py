@@ -132,7 +132,7 @@ class SelfAttention(nn.Module):
     config: GPTConfig
     kind: str  # "dense" or "banded"
     out_init: nn.initializers.Initializer  # for the kernel of the output projection
-    ring: bool = False  # positions are in the load-balanced order of gptjax/parallel/ring.py
+    ring: bool = False  # positions are in the load-balanced order of gptjax/parallel/balanced_order.py
 
     @nn.compact
     def __call__(

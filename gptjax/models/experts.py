@@ -79,7 +79,7 @@ def choose(config: GPTConfig, logits_BTE: jax.Array, bias_E: jax.Array | None) -
       bias_E: added to the scores that choose, not to the weights.
     """
     scores_BTE = nn.sigmoid(logits_BTE) if config.router_weights == "sigmoid" else logits_BTE
-    selection_BTE = scores_BTE if bias_E is None else scores_BTE + jax.lax.stop_gradient(bias_E)
+    selection_BTE = scores_BTE if bias_E is None else scores_BTE + jax.lax.stop_gradient(bias_E)[None, None]
     _, experts_BTU = jax.lax.top_k(jax.lax.stop_gradient(selection_BTE), config.experts_per_token)
     chosen_BTU = jnp.take_along_axis(scores_BTE, experts_BTU, axis=-1)
     if config.router_weights == "sigmoid":

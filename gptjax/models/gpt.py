@@ -27,6 +27,7 @@ from gptjax.models.experts import ROUTER, MixtureOfExperts, RouterMeasures
 from gptjax.models.feed_forward import MLP, Adapter
 from gptjax.models.layer_inputs import LayerInputs
 from gptjax.models.positions import rotation
+from gptjax.parallel.balanced_order import balance, balanced_positions, restore
 from gptjax.parallel.mesh import (
     abstract_arrays,
     axis_size,
@@ -36,7 +37,6 @@ from gptjax.parallel.mesh import (
     shardings,
 )
 from gptjax.parallel.platforms import platform_defaults
-from gptjax.parallel.ring import balance, balanced_positions, restore
 
 # Rematerialisation policies (what the forward pass saves for the backward pass) by GPTConfig.remat; None: nothing is
 # saved. The names are attached by `checkpoint_name` where the arrays are computed.
@@ -68,7 +68,7 @@ class Block(nn.Module):
 
     config: GPTConfig
     attention: str  # "dense" or "banded"
-    ring: bool = False  # positions are in the load-balanced order of `gptjax.parallel.ring`
+    ring: bool = False  # positions are in the load-balanced order of `gptjax.parallel.balanced_order`
 
     @nn.compact
     def __call__(

@@ -1,6 +1,8 @@
-"""Configuration of the model in three groups: what is computed, how it is initialised and regularised, how it runs.
+"""Configuration of the model in groups: what is computed, how it is initialised and regularised, how it runs.
 
-The groups are base classes, so that all fields are keys of one section: `model.num_layers`, `model.remat`.
+The groups are base classes, so that all fields are keys of one section: `model.num_layers`, `model.remat`. The defaults
+are GPT-2's. Fields of what is computed determine the shapes of the parameters or the function of the model, and each
+can be combined with any other, so that every difference between GPT-2 and gpt-oss is an ablation.
 """
 
 import dataclasses
@@ -8,27 +10,123 @@ from typing import Literal
 
 from gptjax.config.errors import UserError
 
+# --- what is computed -------------------------------------------------------------------------------------------------
+
 
 @dataclasses.dataclass(frozen=True)
-class Architecture:
-    """What is computed: fields that determine the shapes of the parameters, or the function that they parameterise."""
+class Sizes:
+    """Vocabulary, context, depth and width."""
 
     vocab_size: int | None = None  # rows of the token embedding; None: the tokenizer's vocabulary
-    context_length: int = 1024  # positions, each with a learned embedding
+    context_length: int = 1024  # most positions of a text
     num_layers: int = 12
-    num_heads: int = 12
     embed_dim: int = 768
-    ffw_dim: int | None = None  # width of the feed-forward layer; None: 4 * embed_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class Positions:
+    """How the model knows where a token stands."""
+
+    # learned: an embedding for each position, added to the token's (GPT-1 to GPT-3); rotary: queries and keys are
+    # rotated by angles proportional to their position (RoPE, Su et al. 2021, section 3.2)
+    positions: Literal["learned", "rotary"] = "learned"
+    rope_theta: float = 10_000.0  # base of the wavelengths of rotary positions
+    # YaRN (Peng et al. 2023, section 3.4): extends rotary positions to yarn_factor times the context of pretraining.
+    # None: no extension
+    yarn_factor: float | None = None
+    yarn_original_context: int = 4096  # positions of pretraining, before the extension
+    yarn_beta_fast: float = 32.0  # rotations within the original context above which a frequency is kept
+    yarn_beta_slow: float = 1.0  # rotations below which a frequency is divided by yarn_factor
+    yarn_truncate: bool = True  # round the limits of the ramp between both to whole frequencies; gpt-oss does not
+    yarn_attention_factor: float | None = None  # factor of cosines and sines; None: 0.1 ln(yarn_factor) + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalisation:
+    """Normalisation of hidden states, queries and keys."""
+
+    norm: Literal["layer", "rms"] = "layer"  # rms: x / sqrt(mean x^2 + eps) (Zhang and Sennrich 2019)
+    norm_gain: bool = True  # learned gains, and biases of layer norms; False: norms without parameters
     norm_position: Literal["pre", "post"] = "pre"  # GPT-1 is post-LN; from GPT-2 on, pre-LN with a final norm
     norm_eps: float = 1e-5
-    activation: Literal["gelu_tanh", "gelu_exact", "relu", "silu"] = "gelu_tanh"
-    scale_attention: bool = True  # divide attention scores by sqrt(head_dim); GPT-Neo does not
+    norm_embedding: bool = False  # normalise the input of the first layer, without gain
+    qk_norm: bool = False  # RMS norm of each query and key over its head's width (Henry et al. 2020)
+    qk_norm_gain: bool = True  # a learned gain of that norm, shared by the heads
+    qk_norm_scale: float = 1.0  # factor of normalised queries and keys
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """Self-attention."""
+
+    num_heads: int = 12
+    # Heads of keys and values, each shared by num_heads / num_kv_heads query heads (grouped queries, Ainslie et al.
+    # 2023). None: num_heads
+    num_kv_heads: int | None = None
+    head_width: int | None = None  # width of a head; None: embed_dim / num_heads
+    scale_attention: bool = True  # divide attention scores by sqrt(head width); GPT-Neo does not
     qkv_bias: bool = True  # biases of queries, keys and values; GPT-Neo has none
+    attention_out_bias: bool = True  # bias of the output projection
+    # A learned logit for each head in the denominator of its softmax, so that a head may attend to nothing (gpt-oss)
+    attention_sinks: bool = False
     # Kinds of attention, repeated over the layers; ("dense", "banded") is GPT-3's alternation. In a banded layer, a
     # position attends to the last band_width positions, including itself.
     attention_pattern: tuple[str, ...] = ("dense",)
     band_width: int = 256
+    # Layers whose values are added a gated embedding of their token (value embeddings: Zhou et al. 2024, as gated in
+    # karpathy/nanochat): alternate: every second one, the last included
+    value_embeddings: Literal["none", "alternate", "all"] = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class FeedForward:
+    """The position-wise feed-forward layer, or that of one expert."""
+
+    ffw_dim: int | None = None  # width of the feed-forward layer; None: 4 * embed_dim
+    activation: Literal["gelu_tanh", "gelu_exact", "relu", "relu_squared", "silu"] = "gelu_tanh"
+    gated: bool = False  # activation(gate(x)) * up(x) (Shazeer 2020); with silu this is SwiGLU
+    swish_beta: float = 1.0  # silu is x * sigmoid(swish_beta * x); gpt-oss has 1.702
+    # Limits of a gated layer: gate(x) is clipped from above, up(x) from both sides. gpt-oss has 7. None: no limit
+    gate_limit: float | None = None
+    up_offset: float = 0.0  # added to up(x) in a gated layer; gpt-oss has 1
+    ffw_bias: bool = True  # biases of the feed-forward layer
     adapter_dim: int | None = None  # bottleneck width of adapters (Houlsby et al. 2019); None: no adapters
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in place of each feed-forward layer (Shazeer et al. 2017)."""
+
+    num_experts: int | None = None  # feed-forward layers of width ffw_dim in each layer; None: one, without a router
+    experts_per_token: int = 2  # those with the largest router scores compute a token
+    # Weights of a token's experts: softmax: of their router logits; sigmoid: sigmoids divided by their sum
+    # (DeepSeek-V3, section 2.1.2)
+    router_weights: Literal["softmax", "sigmoid"] = "softmax"
+    router_bias: bool = False  # bias of the router's logits
+    # A bias added to the scores for the choice of experts only, raised where an expert has too few tokens and lowered
+    # where it has too many (auxiliary-loss-free load balancing: Wang et al. 2024)
+    balance_bias: bool = False
+    # Most tokens of an expert, as a multiple of the mean; tokens above it skip the expert (Fedus et al. 2021, section
+    # 2.2). None: no token is dropped
+    expert_capacity: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """The residual stream and the head."""
+
+    tied_head: bool = True  # the head is the token embedding (Radford et al. 2018, section 3.1)
+    logit_soft_cap: float | None = None  # logits are cap * tanh(logits / cap) (Gemma 2, section 2); None: no cap
+    # Each layer reads a x + b x0 with learned scalars a and b, where x0 is the input of the first layer
+    residual_scalars: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture(Output, Experts, FeedForward, Attention, Normalisation, Positions, Sizes):
+    """What is computed: fields that determine the shapes of the parameters, or the function that they parameterise."""
+
+
+# --- how it is trained and run ----------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +140,15 @@ class Initialisation:
     position_init_std: float = 0.01
     kernel_init_std: float = 0.02
     scale_residual_init: bool = True  # kernels of residual branches start at std / sqrt(2 * num_layers)
+    zero_residual_init: bool = False  # kernels of residual branches start at 0
+    head_init_std: float = 0.02  # of an untied head
+    z_loss: float = 0.0  # coefficient of log(Z)^2 in training, Z the softmax's denominator (Chowdhery et al. 2022, 5)
+    # Coefficients of the losses of routers, means over tokens and layers: load balance, 1 when balanced (Fedus et al.
+    # 2021, equation 4), and log(Z)^2 of the router's logits (Zoph et al. 2022, equation 5)
+    router_balance_loss: float = 0.0
+    router_z_loss: float = 0.0
+    # Change of balance_bias in each step at the peak learning rate; it follows the learning-rate schedule
+    balance_bias_rate: float = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +166,9 @@ class Execution:
     # and the shapes. With mesh axis context > 1, ring attention is used instead
     attention_backend: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of activations; softmax, norms and the loss are float32
+    # Products with the kernels of experts. grouped: tokens are sorted by expert and multiplied by that one only
+    # (`jax.lax.ragged_dot`); dense: every expert computes every token; auto: the platform's default
+    expert_backend: Literal["auto", "grouped", "dense"] = "auto"
     # Dtype of matrix products with the layers' kernels in training. model: that of `dtype`; float8: NVIDIA GPUs from
     # Ada and Hopper on; int8: TPUs, and GPUs from Ampere on (`models/low_precision.py`)
     matmul_dtype: Literal["model", "float8", "int8"] = "model"
@@ -73,11 +183,15 @@ class Execution:
 # Dataclasses collect the fields of the last base first.
 @dataclasses.dataclass(frozen=True)
 class GPTConfig(Execution, Initialisation, Architecture):
-    """The model: GPT-1, GPT-2 and GPT-3 are values of it (Radford et al. 2018, 2019; Brown et al. 2020)."""
+    """The model: every generation from GPT-1 to gpt-oss is a value of it."""
 
     @property
     def head_dim(self) -> int:
-        return self.embed_dim // self.num_heads
+        return self.embed_dim // self.num_heads if self.head_width is None else self.head_width
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     @property
     def feed_forward_dim(self) -> int:

@@ -24,7 +24,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SplashAttentionKernel
 
 from gptjax.config import GPTConfig, UserError
-from gptjax.parallel.mesh import BATCH_AXES, axis_size, partition_spec, platform
+from gptjax.parallel.mesh import BATCH_AXES, axis_size, constrain, partition_spec, platform
 from gptjax.parallel.platforms import platform_defaults
 from gptjax.parallel.ring import ring_attention
 
@@ -43,16 +43,18 @@ def attention(
     segments_BT: jax.Array | None,
     dropout_rng: jax.Array | None,
     ring: bool = False,
+    sinks_H: jax.Array | None = None,
 ) -> jax.Array:
     """Attention among T positions, causal unless `kind` is "full", by the backend that `choose_backend` returns.
 
     Args:
       kind: "dense", "banded" (position t attends to t - config.band_width < s <= t) or "full" (t attends to every s).
-      q_BTHK, k_BTHK, v_BTHK: of the same dtype.
+      q_BTHK, k_BTHK, v_BTHK: of the same dtype; keys and values may have fewer heads, each shared by consecutive
+        query heads.
       segments_BT: int, documents packed into a row; attention stays within one. None: the row is one document.
       dropout_rng: key of the attention dropout; None: no dropout.
-      ring: positions are in the load-balanced order of `gptjax.parallel.ring` over mesh axis "context". Then ring
-        attention is used, without dropout.
+      ring: positions are in the order of `parallel.balanced_order`. Then ring attention is used, without dropout.
+      sinks_H: float32, a logit for each query head that takes part in its softmax, without a value. None: no sinks.
 
     Returns:
       (B, T, H, K), of q's dtype.
@@ -63,11 +65,20 @@ def attention(
     rows, length, heads, _ = q_BTHK.shape
     scale = score_scale(config)
     band_width = config.band_width if kind == "banded" and config.band_width < length else None
+    k_BTHK, v_BTHK = divisible_heads(k_BTHK, heads), divisible_heads(v_BTHK, heads)
     if ring:
         assert kind != "full", "the ring is causal"
         assert dropout_rng is None, "ring attention has no dropout; mesh.check_fit refuses it"
+        k_BTHK, v_BTHK = repeat_heads(k_BTHK, heads), repeat_heads(v_BTHK, heads)
         return ring_attention(
-            q_BTHK, k_BTHK, v_BTHK, segments_BT, band_width=band_width, scale=scale, precision=config.precision
+            q_BTHK,
+            k_BTHK,
+            v_BTHK,
+            segments_BT,
+            sinks_H,
+            band_width=band_width,
+            scale=scale,
+            precision=config.precision,
         )
     backend = "xla"  # the kernels are set up for causal masks
     if kind != "full":
@@ -75,23 +86,41 @@ def attention(
             config, platform(), length, segments_BT is not None, dropout_rng is not None, compute_capability()
         )
     if backend == "splash" and _divide_over_mesh(rows, heads):
-        return splash_attention(q_BTHK, k_BTHK, v_BTHK, segments_BT, band_width, scale)
+        return splash_attention(q_BTHK, k_BTHK, v_BTHK, segments_BT, band_width, scale, sinks_H)
     if backend == "cudnn" and _divide_over_mesh(rows, heads):
         return cudnn_attention(q_BTHK, k_BTHK, v_BTHK, band_width, scale)
 
-    def plain(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, segments_BT: Any, dropout_rng: Any) -> jax.Array:
+    def plain(
+        q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, segments_BT: Any, dropout_rng: Any, sinks_H: Any
+    ) -> jax.Array:
         mask_BHTS = attention_mask(kind, config.band_width, length, segments_BT)
         rate, precision = config.attention_dropout, config.precision
-        return dot_product_attention(q_BTHK, k_BTHK, v_BTHK, mask_BHTS, rate, dropout_rng, precision, scale)
+        return dot_product_attention(q_BTHK, k_BTHK, v_BTHK, mask_BHTS, rate, dropout_rng, precision, scale, sinks_H)
 
     if platform_defaults().recompute_activations:
         plain = jax.checkpoint(plain, prevent_cse=False)
-    return checkpoint_name(plain(q_BTHK, k_BTHK, v_BTHK, segments_BT, dropout_rng), NAME)
+    return checkpoint_name(plain(q_BTHK, k_BTHK, v_BTHK, segments_BT, dropout_rng, sinks_H), NAME)
 
 
 def score_scale(config: GPTConfig) -> float:
     """The factor of attention scores before the softmax."""
     return config.head_dim**-0.5 if config.scale_attention else 1.0
+
+
+def repeat_heads(x_BTHK: jax.Array, heads: int) -> jax.Array:
+    """Repeats each head of keys or values for the query heads that share it, to `heads` in all."""
+    return x_BTHK if x_BTHK.shape[2] == heads else jnp.repeat(x_BTHK, heads // x_BTHK.shape[2], axis=2)
+
+
+def divisible_heads(x_BTHK: jax.Array, query_heads: int) -> jax.Array:
+    """Repeats heads of keys or values as often as the mesh axis "tensor" needs, when it has more devices than heads."""
+    shards, heads = axis_size("tensor"), x_BTHK.shape[2]
+    if heads % shards == 0 or query_heads % shards:
+        return x_BTHK
+    x_BTHK = constrain(x_BTHK, "batch", "length", "kv_heads", None)
+    repeated = math.lcm(heads, shards)
+    repeated = repeated if query_heads % repeated == 0 else query_heads
+    return constrain(repeat_heads(x_BTHK, repeated), "batch", "length", "heads", None)
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------
@@ -161,6 +190,8 @@ def _obstacle(
         return f"has no dropout: set model.attention_dropout={config.attention_dropout} to 0, or leave it at auto"
     if backend == "cudnn" and has_segments:
         return "does not support data.packing=segment: set data.packing=concatenate, or leave it at auto"
+    if backend == "cudnn" and config.attention_sinks:
+        return "has no attention sinks: leave it at auto"
     # The limits of jax/_src/cudnn/fused_attention_stablehlo.py.
     widest = 256 if capability >= 9 else 128
     if backend == "cudnn" and (config.head_dim % 8 != 0 or config.head_dim > widest):
@@ -208,28 +239,68 @@ def dot_product_attention(
     dropout_rng: jax.Array | None = None,
     precision: str | None = None,
     scale: float = 1.0,
+    sinks_H: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(scale * q k) v with scores and softmax in float32 (Vaswani et al. 2017, equation 1).
 
     Args:
-      q_BTHK, k_BSHK, v_BSHK: of one dtype.
+      q_BTHK, k_BSHK, v_BSHK: of one dtype; keys and values may have fewer heads.
       mask_BHTS: bool, broadcastable; False hides position s from position t.
       dropout_rate: of the attention probabilities, when there is a dropout_rng.
       precision: of the matrix products.
       scale: factor of the scores; 1 / sqrt(K) in all GPTs except GPT-Neo.
+      sinks_H: float32, logits of attention sinks; None: no sinks.
 
     Returns:
       (B, T, H, K), of q's dtype.
     """
+    if q_BTHK.shape[2] != k_BSHK.shape[2]:
+        return _grouped_attention(
+            q_BTHK, k_BSHK, v_BSHK, mask_BHTS, dropout_rate, dropout_rng, precision, scale, sinks_H
+        )
     scores_BHTS = scale * jnp.einsum(
         "BTHK,BSHK->BHTS", q_BTHK, k_BSHK, precision=precision, preferred_element_type=jnp.float32
     )
     scores_BHTS = jnp.where(mask_BHTS, scores_BHTS, jnp.finfo(jnp.float32).min)
-    probs_BHTS = jax.nn.softmax(scores_BHTS, axis=-1).astype(v_BSHK.dtype)
+    probs_BHTS = softmax(scores_BHTS, None if sinks_H is None else sinks_H[None, :, None]).astype(v_BSHK.dtype)
     if dropout_rng is not None and dropout_rate > 0:
         keep_BHTS = jax.random.bernoulli(dropout_rng, 1 - dropout_rate, probs_BHTS.shape)
         probs_BHTS = jnp.where(keep_BHTS, probs_BHTS / (1 - dropout_rate), 0)
     return jnp.einsum("BHTS,BSHK->BTHK", probs_BHTS, v_BSHK, precision=precision)
+
+
+def _grouped_attention(
+    q_BTHK: jax.Array,
+    k_BSHK: jax.Array,
+    v_BSHK: jax.Array,
+    mask_BHTS: jax.Array,
+    dropout_rate: float,
+    dropout_rng: jax.Array | None,
+    precision: str | None,
+    scale: float,
+    sinks_H: jax.Array | None,
+) -> jax.Array:
+    """`dot_product_attention` where Q query heads share a head of keys and values, which are not copied."""
+    rows, length, heads, width = q_BTHK.shape
+    kv_heads = k_BSHK.shape[2]
+    q_BTHQK = q_BTHK.reshape(rows, length, kv_heads, -1, width)
+    sinks_HQ = None if sinks_H is None else sinks_H.reshape(kv_heads, -1)
+    rng_Q = None if dropout_rng is None else jax.random.split(dropout_rng, heads // kv_heads)
+
+    def attend(q_BTHK: jax.Array, sinks_H: jax.Array | None, rng: jax.Array | None) -> jax.Array:
+        return dot_product_attention(q_BTHK, k_BSHK, v_BSHK, mask_BHTS, dropout_rate, rng, precision, scale, sinks_H)
+
+    out_BTHQK = jax.vmap(attend, in_axes=(3, 1, 0), out_axes=3)(q_BTHQK, sinks_HQ, rng_Q)
+    return out_BTHQK.reshape(q_BTHK.shape)
+
+
+def softmax(scores: jax.Array, sinks: jax.Array | None) -> jax.Array:
+    """Softmax over the last axis; `sinks` are further logits of the denominator, of the shape of the other axes."""
+    if sinks is None:
+        return jax.nn.softmax(scores, axis=-1)
+    largest = jax.lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=-1), sinks))[..., None]
+    powers = jnp.exp(scores - largest)
+    return powers / (jnp.sum(powers, axis=-1, keepdims=True) + jnp.exp(sinks[..., None] - largest))
 
 
 def splash_attention(
@@ -239,6 +310,7 @@ def splash_attention(
     segments_BT: jax.Array | None,
     band_width: int | None,
     scale: float,
+    sinks_H: jax.Array | None = None,
 ) -> jax.Array:
     """`dot_product_attention` by the splash kernels, sharded over rows and heads; T is a multiple of 128.
 
@@ -249,14 +321,21 @@ def splash_attention(
     """
     interpret = platform_defaults().interpret_pallas
 
-    def kernel(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+    def kernel(
+        q_BTHK: jax.Array,
+        k_BTHK: jax.Array,
+        v_BTHK: jax.Array,
+        segments_BT: jax.Array | None,
+        sinks_H: jax.Array | None,
+    ) -> jax.Array:
         _, length, heads, _ = q_BTHK.shape
         row = splash_kernel(length, heads, band_width, interpret)
         ids = None if segments_BT is None else SegmentIds(segments_BT, segments_BT)
         q_BHTK, k_BHTK, v_BHTK = (x_BTHK.swapaxes(1, 2) for x_BTHK in (q_BTHK * scale, k_BTHK, v_BTHK))
-        return cast(jax.Array, jax.vmap(row)(q_BHTK, k_BHTK, v_BHTK, ids)).swapaxes(1, 2)
+        by_row = jax.vmap(row, in_axes=(0, 0, 0, 0, None))
+        return cast(jax.Array, by_row(q_BHTK, k_BHTK, v_BHTK, ids, sinks_H)).swapaxes(1, 2)
 
-    return _on_each_device(kernel, q_BTHK, k_BTHK, v_BTHK, segments_BT)
+    return _on_each_device(kernel, q_BTHK, k_BTHK, v_BTHK, segments_BT, sinks_H)
 
 
 def splash_kernel(length: int, heads: int, band_width: int | None, interpret: bool) -> SplashAttentionKernel:
@@ -316,10 +395,10 @@ def _on_each_device(kernel: Callable[..., jax.Array], *arrays: jax.Array | None)
     """Calls `kernel` on each device's shard of rows and heads: the SPMD partitioner would gather its operands.
 
     Args:
-      kernel: from (B, T, H, K) and (B, T) arrays to (B, T, H, K).
+      kernel: from (B, T, H, K), (B, T) and (H,) arrays to (B, T, H, K).
     """
     if jax.sharding.get_abstract_mesh().empty:
         return kernel(*arrays)
-    heads, rows = (partition_spec(names) for names in (("batch", None, "heads", None), ("batch", None)))
-    in_specs = tuple(None if x is None else heads if x.ndim == 4 else rows for x in arrays)
-    return jax.shard_map(kernel, in_specs=in_specs, out_specs=heads, check_vma=False)(*arrays)
+    specs = {4: ("batch", None, "heads", None), 2: ("batch", None), 1: ("heads",)}
+    in_specs = tuple(None if x is None else partition_spec(specs[x.ndim]) for x in arrays)
+    return jax.shard_map(kernel, in_specs=in_specs, out_specs=partition_spec(specs[4]), check_vma=False)(*arrays)

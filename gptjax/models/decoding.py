@@ -11,7 +11,9 @@ import jax.numpy as jnp
 
 from gptjax.config import GPTConfig
 from gptjax.models.attention import KeyValues
-from gptjax.models.gpt import GPT, Block, embed, head_logits
+from gptjax.models.embedding import embed, value_embeddings
+from gptjax.models.gpt import GPT, Block, head_logits, layer_inputs
+from gptjax.models.layer_inputs import LayerInputs
 from gptjax.parallel.mesh import constrain
 
 Cache = list[KeyValues]  # one for each layer
@@ -39,10 +41,10 @@ def forward(model: GPT, params: Any, tokens_BT: jax.Array) -> tuple[jax.Array, l
       params: unstacked.
       tokens_BT: int, T at most `context_length`.
     """
-    x_BTD = _embed(model, params, tokens_BT, jnp.arange(tokens_BT.shape[1])[None])
+    x_BTD, inputs = _embed(model, params, tokens_BT, jnp.arange(tokens_BT.shape[1])[None])
     layers = []
-    for block, layer in zip(_blocks(model.config), params["layers"], strict=True):
-        x_BTD, key_values = _apply(block, layer, x_BTD)
+    for block, layer, given in zip(_blocks(model.config), params["layers"], inputs, strict=True):
+        x_BTD, key_values = _apply(block, layer, x_BTD, given)
         layers.append(key_values)
     return x_BTD, layers
 
@@ -81,10 +83,10 @@ def decode(
     Returns:
       The output of the last layer (B, D), and the cache with the token in it.
     """
-    x_B1D = _embed(model, params, token_B[:, None], positions_B[:, None])
+    x_B1D, inputs = _embed(model, params, token_B[:, None], positions_B[:, None])
     written = []
-    for block, layer, key_values in zip(_blocks(model.config), params["layers"], cache, strict=True):
-        x_B1D, key_values = _apply(block, layer, x_B1D, key_values, positions_B)
+    for block, layer, given, key_values in zip(_blocks(model.config), params["layers"], inputs, cache, strict=True):
+        x_B1D, key_values = _apply(block, layer, x_B1D, given.replace(positions_B=positions_B), key_values)
         written.append(_constrain_cache(key_values))
     return x_B1D[:, 0], written
 
@@ -100,16 +102,26 @@ def _blocks(config: GPTConfig) -> list[Block]:
     return [Block(config, pattern[layer % len(pattern)]) for layer in range(config.num_layers)]
 
 
-def _apply(block: Block, layer: Any, x_BTD: jax.Array, *cached: Any) -> tuple[jax.Array, KeyValues]:
-    segments, deterministic = None, True
-    return cast(Any, block.apply({"params": layer}, x_BTD, segments, deterministic, *cached))
+def _apply(
+    block: Block, layer: Any, x_BTD: jax.Array, inputs: LayerInputs, cache: KeyValues | None = None
+) -> tuple[jax.Array, KeyValues]:
+    deterministic = True
+    return cast(Any, block.apply({"params": layer}, x_BTD, inputs, deterministic, cache))
 
 
-def _embed(model: GPT, params: Any, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    token_VD, position_TD = (params[name]["embedding"] for name in ("token_embedding", "position_embedding"))
-    return embed(model.config, token_VD, position_TD, tokens_BT, positions_BT)
+def _embed(
+    model: GPT, params: Any, tokens_BT: jax.Array, positions_BT: jax.Array
+) -> tuple[jax.Array, list[LayerInputs]]:
+    """The input of the first layer, and what each layer reads besides."""
+    config = model.config
+    names = [name for name in ("token", "position", "value") if f"{name}_embedding" in params]
+    tables = {name: params[f"{name}_embedding"]["embedding"] for name in names}
+    x_BTD = embed(config, tables["token"], tables.get("position"), tokens_BT, positions_BT)
+    values = value_embeddings(config, tables.get("value"), tokens_BT)
+    inputs = layer_inputs(config, x_BTD, positions_BT)
+    return x_BTD, [inputs.replace(value_BTHK=values.get(layer)) for layer in range(config.num_layers)]
 
 
 def _constrain_cache(key_values: KeyValues) -> KeyValues:
     """Shards a cache over the mesh as the activations in it; slots are not sharded."""
-    return jax.tree.map(lambda x_BHSK: constrain(x_BHSK, "batch", "heads", None, None), key_values)
+    return jax.tree.map(lambda x_BHSK: constrain(x_BHSK, "batch", "kv_heads", None, None), key_values)

@@ -1,4 +1,4 @@
-"""Layer normalisation and activations with small residuals (arrays saved for the backward pass).
+"""Normalisation and activations with small residuals (arrays saved for the backward pass).
 
 Automatic differentiation would save three float32 arrays of the input's shape for a layer norm and four for a GELU, and
 their memory traffic costs more than the arithmetic that they save. Here the input is saved, and for a layer norm two
@@ -67,22 +67,55 @@ ACTIVATIONS: dict[str, Function] = {
     "gelu_tanh": gelu_tanh,
     "gelu_exact": saving_only_input(partial(nn.gelu, approximate=False)),
     "relu": nn.relu,
+    "relu_squared": saving_only_input(lambda x: jnp.square(nn.relu(x))),  # So et al. 2021
     "silu": saving_only_input(nn.silu),
 }
 
 
-class LayerNorm(nn.Module):
-    """Layer normalisation (Ba et al. 2016), computed in float32 whatever the dtype of activations; (..., D)."""
+def activation(config: GPTConfig) -> Function:
+    """The activation function of the feed-forward layers."""
+    if config.activation == "silu" and config.swish_beta != 1:
+        return saving_only_input(lambda x: x * nn.sigmoid(config.swish_beta * x))
+    return ACTIVATIONS[config.activation]
+
+
+class Norm(nn.Module):
+    """Layer normalisation (Ba et al. 2016) or RMS normalisation (Zhang and Sennrich 2019) of the last axis.
+
+    Computed in float32 whatever the dtype of activations; (..., D) to (..., D).
+    """
 
     config: GPTConfig
+    has_gain: bool = True
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         config, width = self.config, x_BTD.shape[-1:]
-        scale_D = self.param("scale", partitioned(nn.initializers.ones, "norm"), width, config.param_dtype)
-        bias_D = self.param("bias", partitioned(nn.initializers.zeros, "norm"), width, config.param_dtype)
-        scale_D, bias_D = nn.unbox(scale_D), nn.unbox(bias_D)
+        scale_D, bias_D = jnp.ones(width), jnp.zeros(width)
+        if self.has_gain:
+            init = partitioned(nn.initializers.ones, "norm")
+            scale_D = nn.unbox(self.param("scale", init, width, config.param_dtype))
+        if config.norm == "rms":
+            return rms_normalise(x_BTD, scale_D, config.norm_eps).astype(config.dtype)
+        if self.has_gain:
+            init = partitioned(nn.initializers.zeros, "norm")
+            bias_D = nn.unbox(self.param("bias", init, width, config.param_dtype))
         return normalise(x_BTD, scale_D, bias_D, config.norm_eps).astype(config.dtype)
+
+
+class Vector(nn.Module):
+    """A learned vector or scalar under its module's name, such as "sinks/bias"; weight decay rules read the leaf."""
+
+    config: GPTConfig
+    leaf: str  # "scale" or "bias"
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        value = self.param(self.leaf, partitioned(self.init, *self.axes), self.shape, self.config.param_dtype)
+        return jnp.asarray(nn.unbox(value))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -125,3 +158,27 @@ def _rows(vector_D: jax.Array, like: jax.Array) -> jax.Array:
 
 
 normalise.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rms_normalise(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, float32."""
+    return _rms_forward(x_BTD, scale_D, eps)[0]
+
+
+def _rms_forward(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> tuple[jax.Array, tuple]:
+    x32_BTD = x_BTD.astype(jnp.float32)
+    inverse_BT1 = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BTD), axis=-1, keepdims=True) + eps)
+    return x32_BTD * inverse_BT1 * _rows(scale_D, x_BTD), (x_BTD, scale_D, inverse_BT1)
+
+
+def _rms_backward(eps: float, kept: tuple, dy_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x_BTD, scale_D, inverse_BT1 = kept
+    unit_BTD = x_BTD.astype(jnp.float32) * inverse_BT1
+    dunit_BTD = dy_BTD * _rows(scale_D, x_BTD)
+    dx_BTD = inverse_BT1 * (dunit_BTD - unit_BTD * jnp.mean(dunit_BTD * unit_BTD, axis=-1, keepdims=True))
+    dscale_D = jnp.sum(dy_BTD * unit_BTD, axis=tuple(range(x_BTD.ndim - 1)))
+    return dx_BTD.astype(x_BTD.dtype), dscale_D.astype(scale_D.dtype)
+
+
+rms_normalise.defvjp(_rms_forward, _rms_backward)

@@ -18,22 +18,25 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from gptjax.config import GPTConfig
-from gptjax.models.attention import KeyValues, SelfAttention, product_settings
+from gptjax.models.attention import KeyValues, SelfAttention
 from gptjax.models.attention_backends import is_cudnn_forward
 from gptjax.models.axis_roles import ParameterAxes, tree_axes
-from gptjax.models.elementwise import ACTIVATIONS, LayerNorm
+from gptjax.models.elementwise import Norm, Vector
+from gptjax.models.embedding import embed, stacked_values, value_embeddings, value_layers
+from gptjax.models.experts import ROUTER, MixtureOfExperts, RouterMeasures
+from gptjax.models.feed_forward import MLP, Adapter
+from gptjax.models.layer_inputs import LayerInputs
+from gptjax.models.positions import rotation
+from gptjax.parallel.balanced_order import balance, balanced_positions, restore
 from gptjax.parallel.mesh import (
     abstract_arrays,
     axis_size,
-    constrain,
     fitting_spec,
     gathered,
     partitioned,
-    scattered,
     shardings,
 )
 from gptjax.parallel.platforms import platform_defaults
-from gptjax.parallel.ring import balance, balanced_positions, restore
 
 # Rematerialisation policies (what the forward pass saves for the backward pass) by GPTConfig.remat; None: nothing is
 # saved. The names are attached by `checkpoint_name` where the arrays are computed.
@@ -60,109 +63,48 @@ def is_unrolled(config: GPTConfig, deterministic: bool) -> bool:
     return config.layer_loop == "unroll"
 
 
-class MLP(nn.Module):
-    """Position-wise feed-forward layer; (B, T, D) to (B, T, D)."""
-
-    config: GPTConfig
-    out_init: nn.initializers.Initializer
-    deterministic: bool = True
-
-    @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        config = self.config
-        h_BTF = nn.Dense(
-            config.feed_forward_dim,
-            kernel_init=partitioned(nn.initializers.normal(config.kernel_init_std), "embed", "ffw", inputs=1),
-            bias_init=partitioned(nn.initializers.zeros, "ffw"),
-            name="up",
-            **product_settings(config, self.deterministic),
-        )(x_BTD)
-        down = nn.Dense(
-            config.embed_dim,
-            kernel_init=partitioned(self.out_init, "ffw", "embed", inputs=1),
-            bias_init=partitioned(nn.initializers.zeros, "norm"),
-            name="down",
-            **product_settings(config, self.deterministic),
-        )
-
-        def activated(down: nn.Dense, h_BTF: jax.Array) -> jax.Array:
-            return down(constrain(ACTIVATIONS[config.activation](h_BTF), "batch", "length", "ffw"))
-
-        if platform_defaults().recompute_activations:
-            activated = nn.remat(activated, prevent_cse=False)
-        return scattered(activated(down, h_BTF))
-
-
-class Adapter(nn.Module):
-    """Bottleneck adapter with a residual connection, near the identity at first (Houlsby et al. 2019, section 2.1).
-
-    (B, T, D) to (B, T, D).
-    """
-
-    config: GPTConfig
-
-    @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        config = self.config
-        assert config.adapter_dim is not None
-        init = nn.initializers.truncated_normal(1e-2)
-        h_BTA = nn.Dense(
-            config.adapter_dim,
-            kernel_init=partitioned(init, "embed", "adapter", inputs=1),
-            bias_init=partitioned(nn.initializers.zeros, "adapter"),
-            name="down",
-            **product_settings(config),
-        )(x_BTD)
-        out_BTD = nn.Dense(
-            config.embed_dim,
-            kernel_init=partitioned(init, "adapter", "embed", inputs=1),
-            bias_init=partitioned(nn.initializers.zeros, "norm"),
-            name="up",
-            **product_settings(config),
-        )(ACTIVATIONS[config.activation](h_BTA))
-        return x_BTD + out_BTD
-
-
 class Block(nn.Module):
     """One transformer layer; (B, T, D) to (B, T, D)."""
 
     config: GPTConfig
     attention: str  # "dense" or "banded"
-    ring: bool = False  # positions are in the load-balanced order of `gptjax.parallel.ring`
+    ring: bool = False  # positions are in the load-balanced order of `gptjax.parallel.balanced_order`
 
     @nn.compact
     def __call__(
-        self,
-        x_BTD: jax.Array,
-        segments_BT: jax.Array | None,
-        deterministic: bool,
-        cache: KeyValues | None = None,
-        positions_B: jax.Array | None = None,
+        self, x_BTD: jax.Array, inputs: LayerInputs, deterministic: bool, cache: KeyValues | None = None
     ) -> tuple[jax.Array, KeyValues]:
         """Arguments and second result are those of `SelfAttention`."""
         config = self.config
         out_std = config.kernel_init_std
         if config.scale_residual_init:
             out_std /= math.sqrt(2 * config.num_layers)
-        out_init = nn.initializers.normal(out_std)
+        out_init = nn.initializers.zeros if config.zero_residual_init else nn.initializers.normal(out_std)
         attention = SelfAttention(config, self.attention, out_init, self.ring, name="attention")
-        mlp = MLP(config, out_init, deterministic, name="mlp")
-        attention_norm, mlp_norm = LayerNorm(config, name="attention_norm"), LayerNorm(config, name="mlp_norm")
+        feed_forward = MLP if config.num_experts is None else MixtureOfExperts
+        mlp = feed_forward(config, out_init, deterministic, name="mlp")
+        attention_norm, mlp_norm = (Norm(config, config.norm_gain, name=f"{n}_norm") for n in ("attention", "mlp"))
         dropout = nn.Dropout(config.residual_dropout, deterministic=deterministic)
 
         def adapted(h_BTD: jax.Array, name: str) -> jax.Array:
             return h_BTD if config.adapter_dim is None else Adapter(config, name=name)(h_BTD)
 
         x_BTD = checkpoint_name(x_BTD, "block_input")
+        if config.residual_scalars:
+            x_BTD = self._scaled(x_BTD, inputs)
         pre = config.norm_position == "pre"
-        h_BTD, key_values = attention(
-            gathered(attention_norm(x_BTD) if pre else x_BTD), segments_BT, deterministic, cache, positions_B
-        )
+        h_BTD, key_values = attention(gathered(attention_norm(x_BTD) if pre else x_BTD), inputs, deterministic, cache)
         h_BTD = adapted(dropout(h_BTD), "attention_adapter")
         x_BTD = x_BTD + h_BTD if pre else attention_norm(x_BTD + h_BTD)
         h_BTD = adapted(dropout(mlp(gathered(mlp_norm(x_BTD) if pre else x_BTD))), "mlp_adapter")
         x_BTD = x_BTD + h_BTD if pre else mlp_norm(x_BTD + h_BTD)
         return x_BTD, key_values
+
+    def _scaled(self, x_BTD: jax.Array, inputs: LayerInputs) -> jax.Array:
+        """a x + b x0 with learned scalars, at first a = 1 and b = 0."""
+        a = Vector(self.config, "scale", (), (), nn.initializers.ones, name="residual")()
+        b = Vector(self.config, "scale", (), (), nn.initializers.zeros, name="input")()
+        return a.astype(x_BTD.dtype) * x_BTD + b.astype(x_BTD.dtype) * inputs.first_BTD
 
 
 class Period(nn.Module):
@@ -173,7 +115,8 @@ class Period(nn.Module):
     ring: bool
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array | None) -> tuple[jax.Array, None]:
+    def __call__(self, x_BTD: jax.Array, inputs: LayerInputs, values: dict[str, jax.Array]) -> tuple[jax.Array, None]:
+        """Applies the layers; `values` are the value embeddings by the names of the layers that have them."""
         config = self.config
         block = Block
         if config.remat != "none":
@@ -184,8 +127,10 @@ class Period(nn.Module):
                 prevent_cse=is_unrolled(config, self.deterministic),
                 static_argnums=(3,),
             )
-        for i, attention in enumerate(config.attention_pattern):
-            x_BTD, _ = block(config, attention, self.ring, name=f"block_{i}")(x_BTD, segments_BT, self.deterministic)
+        for i, kind in enumerate(config.attention_pattern):
+            name = f"block_{i}"
+            layer = block(config, kind, self.ring, name=name)
+            x_BTD, _ = layer(x_BTD, inputs.replace(value_BTHK=values.get(name)), self.deterministic)
         return x_BTD, None
 
 
@@ -201,13 +146,20 @@ class GPT(nn.Module):
     def setup(self) -> None:
         config = self.config
         assert config.vocab_size is not None, "resolve model.vocab_size from the tokenizer first"
-        table = partial(nn.Embed, features=config.embed_dim, param_dtype=config.param_dtype)
+        table = partial(nn.Embed, param_dtype=config.param_dtype)
         token_init = partitioned(nn.initializers.normal(config.token_init_std), "vocab", "embed")
-        position_init = partitioned(nn.initializers.normal(config.position_init_std), "position", "embed")
-        self.token_embedding = table(config.vocab_size, embedding_init=token_init)
-        self.position_embedding = table(config.context_length, embedding_init=position_init)
+        self.token_embedding = table(config.vocab_size, config.embed_dim, embedding_init=token_init)
+        if config.positions == "learned":
+            position_init = partitioned(nn.initializers.normal(config.position_init_std), "position", "embed")
+            self.position_embedding = table(config.context_length, config.embed_dim, embedding_init=position_init)
+        if config.value_embeddings != "none":
+            width = len(value_layers(config)) * config.kv_heads * config.head_dim
+            self.value_embedding = table(config.vocab_size, width, embedding_init=token_init)
+        if not config.tied_head:
+            head_init = partitioned(nn.initializers.normal(config.head_init_std), "vocab", "embed")
+            self.head_embedding = table(config.vocab_size, config.embed_dim, embedding_init=head_init)
         if config.norm_position == "pre":
-            self.final_norm = LayerNorm(config)
+            self.final_norm = Norm(config, config.norm_gain)
 
     def normalise(self, x_BTD: jax.Array) -> jax.Array:
         """Applies the final normalisation (pre-LN models have one) to the output of the last layer."""
@@ -244,21 +196,25 @@ class GPT(nn.Module):
             )
         if positions_BT is None:
             positions_BT = jnp.asarray(balanced_positions(length, context) if ring else np.arange(length))[None]
-        tables = self.token_embedding.embedding, self.position_embedding.embedding
-        x_BTD = embed(config, *tables, tokens_BT, positions_BT, perturbation_BTD)
+        position_TD = self.position_embedding.embedding if config.positions == "learned" else None
+        x_BTD = embed(config, self.token_embedding.embedding, position_TD, tokens_BT, positions_BT, perturbation_BTD)
         x_BTD = nn.Dropout(config.embedding_dropout, deterministic=deterministic)(x_BTD)
 
+        if self.is_initializing() and not config.tied_head:
+            _ = self.head_embedding.embedding  # created where it is first read
         periods = config.num_layers // len(config.attention_pattern)
         layers = nn.scan(
             Period,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, ROUTER: 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=nn.broadcast,
+            in_axes=(nn.broadcast, 0),
             length=periods,
             unroll=periods if is_unrolled(config, deterministic) else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(config, deterministic, ring, name="layers")
-        x_BTD, _ = layers(x_BTD, segments_BT)
+        value_table_VX = self.value_embedding.embedding if config.value_embeddings != "none" else None
+        values = stacked_values(config, value_embeddings(config, value_table_VX, tokens_BT))
+        x_BTD, _ = layers(x_BTD, layer_inputs(config, x_BTD, positions_BT, segments_BT), values)
         x_BTD = gathered(self.normalise(x_BTD))
         return restore(x_BTD) if ring else x_BTD
 
@@ -268,66 +224,37 @@ class GPT(nn.Module):
         return head_logits(self.config, self.variables["params"], x_BTD)
 
 
-def embed(
+def layer_inputs(
     config: GPTConfig,
-    token_VD: Any,
-    position_TD: Any,
-    tokens_BT: jax.Array,
+    first_BTD: jax.Array,
     positions_BT: jax.Array,
-    perturbation_BTD: jax.Array | None = None,
-) -> jax.Array:
-    """Input of the first layer, (B, T, D) of the config's dtype: token embeddings with their positions.
-
-    The sum has the wider of the parameters' and the activations' dtypes, as the other layers have. Rows are gathered
-    before they are unboxed or cast, so that the rest of a table is never read.
-    """
-    token_BTD = nn.unbox(jax.tree.map(lambda leaf: take_rows(leaf, tokens_BT), token_VD))
-    x_BTD = add_positions(config, token_BTD, position_TD, positions_BT)
-    if perturbation_BTD is not None:  # before the cast, which could round it away
-        x_BTD = x_BTD + perturbation_BTD
-    return constrain(x_BTD.astype(config.dtype), "batch", "sequence", None)
-
-
-def add_positions(config: GPTConfig, token_BTD: jax.Array, position_TD: Any, positions_BT: jax.Array) -> jax.Array:
-    """Adds learned absolute position embeddings (Radford et al. 2018, section 4.1) to token embeddings.
-
-    The only place where positions enter the model, except for the causal and banded attention masks.
-    """
-    position_BTD = nn.unbox(
-        jax.tree.map(lambda leaf: jnp.take(constrain(leaf, None, None), positions_BT, axis=0), position_TD)
+    segments_BT: jax.Array | None = None,
+    positions_B: jax.Array | None = None,
+) -> LayerInputs:
+    """The arrays that the layers of this config read; `first_BTD` is the input of the first one."""
+    return LayerInputs(
+        segments_BT,
+        rotation(config, positions_BT),
+        first_BTD=first_BTD if config.residual_scalars else None,
+        positions_B=positions_B,
     )
-    sum_dtype = jnp.promote_types(jnp.result_type(token_BTD, position_BTD), config.dtype)
-    return token_BTD.astype(sum_dtype) + position_BTD.astype(sum_dtype)
-
-
-def take_rows(table_VX: jax.Array, ids_BT: jax.Array) -> jax.Array:
-    """`table_VX[ids_BT]`, (B, T, X), of a table whose rows are sharded over the mesh in use.
-
-    Each device looks up the rows that it holds, and the results are summed over devices. The SPMD partitioner would
-    all-gather the table.
-    """
-    table, ids = fitting_spec(table_VX.shape, "vocab", "embed"), fitting_spec(ids_BT.shape, "batch", "length")
-    if axis_size("tensor") == 1 or ids[0] is None:
-        return jnp.take(constrain(table_VX, None, None), ids_BT, axis=0)
-    out = fitting_spec(ids_BT.shape, "batch", "sequence")
-    split = out[1] is not None
-
-    def on_device(table_VX: jax.Array, ids_BT: jax.Array) -> jax.Array:
-        if table[1] is not None:
-            table_VX = jax.lax.all_gather(table_VX, table[1], axis=1, tiled=True)
-        row_BT = ids_BT - jax.lax.axis_index("tensor") * len(table_VX)
-        here_BT = (row_BT >= 0) & (row_BT < len(table_VX))
-        rows_BTX = jnp.where(here_BT[..., None], jnp.take(table_VX, row_BT, axis=0, mode="clip"), 0)
-        if split:
-            return jax.lax.psum_scatter(rows_BTX, "tensor", scatter_dimension=1, tiled=True)
-        return jax.lax.psum(rows_BTX, "tensor")
-
-    return jax.shard_map(on_device, in_specs=(table, ids), out_specs=out if split else ids)(table_VX, ids_BT)
 
 
 def hidden_states(model: GPT, params: Any, tokens_BT: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
     """Final hidden states, as `GPT.hidden` computes them with `params`; `rngs` takes a dropout key."""
     return cast(jax.Array, model.apply({"params": params}, tokens_BT, *args, method="hidden", **kwargs))
+
+
+def hidden_states_and_routers(
+    model: GPT, params: Any, *args: Any, **kwargs: Any
+) -> tuple[jax.Array, RouterMeasures | None]:
+    """`hidden_states`, and the means of the routers' measures over the layers; None without experts."""
+    if model.config.num_experts is None:
+        return hidden_states(model, params, *args, **kwargs), None
+    x_BTD, collections = model.apply({"params": params}, *args, method="hidden", mutable=[ROUTER], **kwargs)
+    layers = jax.tree.leaves(collections[ROUTER], is_leaf=lambda node: isinstance(node, RouterMeasures))
+    stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *layers)
+    return x_BTD, jax.tree.map(lambda measure: jnp.mean(measure, axis=0), stacked)
 
 
 def init_params(model: GPT, rng: jax.Array) -> Any:
@@ -352,22 +279,32 @@ def abstract_params(model: GPT, mesh: Mesh) -> Any:
 
 def head_logits(config: GPTConfig, params: Any, x_BTD: jax.Array) -> jax.Array:
     """Logits of final hidden states, float32 (..., V): the head of training without chunks, and of decoding."""
-    return unembed(x_BTD, nn.unbox(head_embedding(params)), config.precision)
+    head_VD = nn.unbox(head_embedding(params))
+    return unembed(x_BTD, head_VD, config.precision, soft_cap=config.logit_soft_cap)
 
 
 def head_embedding(params: Any) -> jax.Array:
-    """The (V, D) weight matrix of the head: the token embedding, tied (Radford et al. 2018, section 3.1)."""
-    return params["token_embedding"]["embedding"]
+    """The (V, D) weight matrix of the head: its own, or the token embedding (Radford et al. 2018, section 3.1)."""
+    return params.get("head_embedding", params["token_embedding"])["embedding"]
 
 
 def unembed(
-    x_BTD: jax.Array, embedding_VD: jax.Array, precision: str | None = None, dtype: str = "float32"
+    x_BTD: jax.Array,
+    embedding_VD: jax.Array,
+    precision: str | None = None,
+    dtype: str = "float32",
+    soft_cap: float | None = None,
 ) -> jax.Array:
-    """Logits (..., V) of hidden states: a product in their dtype, accumulated in float32 and returned in `dtype`."""
-    return jnp.einsum(
+    """Logits (..., V) of hidden states: a product in their dtype, accumulated in float32 and returned in `dtype`.
+
+    Args:
+      soft_cap: largest absolute value of a logit, approached as cap * tanh(logit / cap); None: no limit.
+    """
+    logits_BTV = jnp.einsum(
         "...D,VD->...V",
         x_BTD,
         embedding_VD.astype(x_BTD.dtype),
         precision=precision,
         preferred_element_type=jnp.dtype(dtype),
     )
+    return logits_BTV if soft_cap is None else soft_cap * jnp.tanh(logits_BTV / soft_cap)

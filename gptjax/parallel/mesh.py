@@ -37,6 +37,8 @@ LOGICAL_AXES: dict[str | None, tuple[str, ...] | str | None] = {
     # parameters only
     "embed": "fsdp",
     "layers": None,
+    "experts": "expert",
+    "kv_heads": "tensor",  # replicated where tensor has more devices than there are key-value heads
     "qkv": None,
     "head_dim": None,
     "norm": None,
@@ -45,7 +47,11 @@ LOGICAL_AXES: dict[str | None, tuple[str, ...] | str | None] = {
     "vocab_part": None,  # rows of a table stored in two parts, whose sizes need not be divisible
     "outputs": None,
     "position": None,
+    "router": None,
+    "balance": None,
+    "gate_inputs": None,
 }
+REPLICATED_IF_INDIVISIBLE = ("kv_heads",)
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
@@ -114,6 +120,7 @@ def check_model_fit(model: GPTConfig, mesh: Mesh) -> None:
         ("model.embed_dim", model.embed_dim, "fsdp", fsdp),
         ("model.num_heads", model.num_heads, "tensor", tensor),
         ("model.ffw_dim", model.feed_forward_dim, "tensor", tensor),
+        ("model.num_experts", model.num_experts or 0, "expert", mesh.shape["expert"]),
         ("model.vocab_size", model.vocab_size or 0, "tensor", tensor),
     )
 
@@ -219,7 +226,11 @@ def shardings(mesh: Mesh, boxed: Any) -> Any:
 
     def sharding(leaf: Any) -> NamedSharding:
         logical = leaf.names if isinstance(leaf, LogicalAxes) else ()
-        return NamedSharding(mesh, partition_spec(logical))
+        spec = partition_spec(logical)
+        for axis, name in enumerate(logical):
+            if name in REPLICATED_IF_INDIVISIBLE and leaf.value.shape[axis] % mesh.shape[spec[axis]]:
+                spec = PartitionSpec(*spec[:axis], None, *spec[axis + 1 :])
+        return NamedSharding(mesh, spec)
 
     return jax.tree.map(sharding, boxed, is_leaf=lambda leaf: isinstance(leaf, LogicalAxes))
 

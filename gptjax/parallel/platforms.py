@@ -37,6 +37,8 @@ class PlatformDefaults:
       max_unrolled_layers: the most layers that a training step unrolls where model.layer_loop=auto; deeper models are
         scanned. A scan copies what the backward pass needs into stacked arrays and out again: on a GPU a fifth of a
         step. 48 unrolled layers take twice as long to compile. A CPU gains nothing; TPU plans assume scanned layers.
+      expert_backend: products with the kernels of experts where model.expert_backend=auto. TPUs have grouped products;
+        on a CPU, XLA computes them as masked dense ones for each assignment of a token, more work than each token once.
       min_decode_rows: the fewest rows that a device decodes at once in bfloat16. For one row XLA's GPU compiler turns
         matrix products into element-wise multiplications and sums, in more kernels than two rows need.
       unroll_ring: whether the rounds of ring attention are unrolled: a workaround for XLA's CPU backend (JAX 0.10),
@@ -54,6 +56,7 @@ class PlatformDefaults:
     recompute_activations: bool
     store_norm_moments: bool
     max_unrolled_layers: int
+    expert_backend: str
     min_decode_rows: int
     unroll_ring: bool
     interpret_pallas: bool
@@ -70,6 +73,7 @@ PLATFORM_DEFAULTS = {
         recompute_activations=True,
         store_norm_moments=False,
         max_unrolled_layers=0,
+        expert_backend="dense",
         min_decode_rows=1,
         unroll_ring=True,
         interpret_pallas=True,
@@ -84,6 +88,7 @@ PLATFORM_DEFAULTS = {
         recompute_activations=False,
         store_norm_moments=True,
         max_unrolled_layers=48,
+        expert_backend="grouped",
         min_decode_rows=2,
         unroll_ring=False,
         interpret_pallas=False,
@@ -98,6 +103,7 @@ PLATFORM_DEFAULTS = {
         recompute_activations=False,
         store_norm_moments=False,
         max_unrolled_layers=0,
+        expert_backend="grouped",
         min_decode_rows=1,
         unroll_ring=False,
         interpret_pallas=False,

@@ -1,9 +1,7 @@
 """Ring attention: causal self-attention with positions sharded over the mesh axis "context".
 
 Keys and values are passed from device to device while each device keeps its queries (Liu et al. 2023, section 3), with
-an online softmax (Milakov and Gimelshein 2018, section 3). In natural order, causal masking would give the last device
-far more work than the first. Attention therefore uses a *balanced order* (The Llama 3 Herd of Models, 2024, section
-3.3.2): with n devices the positions are split into 2n chunks, and device i holds chunks i and 2n-1-i.
+an online softmax (Milakov and Gimelshein 2018, section 3). Positions are in the order of `parallel.balanced_order`.
 
 Each device splits its arrays into N tiles: q_NBHTK has tiles of T queries, k_NBHSK tiles of S keys.
 """
@@ -15,9 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy.typing as npt
 from jax.ad_checkpoint import checkpoint_name
 
+from gptjax.parallel.balanced_order import chunks_of
 from gptjax.parallel.mesh import axis_size, partition_spec
 from gptjax.parallel.platforms import platform_defaults
 
@@ -28,71 +26,12 @@ _LOWEST = (
 )  # initial maximum: above _HIDDEN, so that fully masked rows keep a sum of 0, and below every other score
 
 
-def chunks_of(device: Any, shards: int) -> tuple[Any, Any]:
-    """Returns the two chunks that a device of `shards` devices holds in balanced order, the lower one first."""
-    return device, 2 * shards - 1 - device
-
-
-def balanced_positions(length: int, shards: int) -> npt.NDArray[np.int32]:
-    """Returns the permutation of positions in balanced order, int32 (T,); `length` T is divisible by 2 * `shards`."""
-    order = [chunk for device in range(shards) for chunk in chunks_of(device, shards)]
-    return np.arange(length, dtype=np.int32).reshape(2 * shards, -1)[order].reshape(-1)
-
-
-def balance(x_BT: jax.Array) -> jax.Array:
-    """Permutes axis 1 from natural to balanced order, with two collective permutes.
-
-    Args:
-      x_BT: (B, T, ...), with B sharded over the batch axes of the mesh in use and T over its context axis of size n; T
-        is divisible by 2n.
-
-    Returns:
-      An array of the same shape, dtype and sharding; `x_BT` itself without a mesh, or with n = 1.
-    """
-    return _reorder(x_BT, _balance_shard)
-
-
-def restore(x_BT: jax.Array) -> jax.Array:
-    """Permutes axis 1 from balanced to natural order, the inverse of `balance`."""
-    return _reorder(x_BT, _restore_shard)
-
-
-def _reorder(x_BT: jax.Array, reorder_shard: Callable[[jax.Array, int], jax.Array]) -> jax.Array:
-    shards = axis_size("context")
-    if shards == 1:
-        return x_BT
-    spec = partition_spec(("batch", "length"))
-    return jax.shard_map(lambda x: reorder_shard(x, shards), in_specs=spec, out_specs=spec)(x_BT)
-
-
-def _moves(shards: int) -> list[list[tuple[int, int]]]:
-    """Returns the (source, target) pairs of all even and of all odd chunks; each device sends one of either kind."""
-    owner = {chunk: device for device in range(shards) for chunk in chunks_of(device, shards)}
-    return [[(chunk // 2, owner[chunk]) for chunk in range(parity, 2 * shards, 2)] for parity in (0, 1)]
-
-
-def _balance_shard(x_BT: jax.Array, shards: int) -> jax.Array:
-    halves = jnp.split(x_BT, 2, axis=1)
-    even, odd = (jax.lax.ppermute(half, "context", moves) for half, moves in zip(halves, _moves(shards), strict=True))
-    lower_is_even = jax.lax.axis_index("context") % 2 == 0
-    return jnp.concatenate([jnp.where(lower_is_even, even, odd), jnp.where(lower_is_even, odd, even)], axis=1)
-
-
-def _restore_shard(x_BT: jax.Array, shards: int) -> jax.Array:
-    lower, upper = jnp.split(x_BT, 2, axis=1)
-    lower_is_even = jax.lax.axis_index("context") % 2 == 0
-    halves = jnp.where(lower_is_even, lower, upper), jnp.where(lower_is_even, upper, lower)
-    back = [[(there, here) for here, there in moves] for moves in _moves(shards)]
-    return jnp.concatenate(
-        [jax.lax.ppermute(half, "context", moves) for half, moves in zip(halves, back, strict=True)], axis=1
-    )
-
-
 def ring_attention(
     q_BTHK: jax.Array,
     k_BTHK: jax.Array,
     v_BTHK: jax.Array,
     segments_BT: jax.Array | None,
+    sinks_H: jax.Array | None = None,
     *,
     band_width: int | None,
     scale: float,
@@ -110,6 +49,7 @@ def ring_attention(
       q_BTHK, k_BTHK, v_BTHK: of one dtype; T is divisible by 2n, with n devices along "context". The tile size is the
         largest divisor of T / 2n up to MAX_TILE: fast when T is divisible by a high power of 2.
       segments_BT: int, the document of each position of a packed row; attention stays within documents. None: one.
+      sinks_H: float32, logits of attention sinks, sharded as the heads. None: no sinks.
       band_width: number of positions that each position attends to, itself included. None: all earlier positions.
       scale: factor of the scores.
       precision: of the matrix products.
@@ -117,7 +57,7 @@ def ring_attention(
     Returns:
       (B, T, H, K), of q's dtype.
     """
-    return _attention(q_BTHK, k_BTHK, v_BTHK, segments_BT, _Rules(band_width, scale, precision))
+    return _attention(q_BTHK, k_BTHK, v_BTHK, segments_BT, sinks_H, _Rules(band_width, scale, precision))
 
 
 class _Rules(NamedTuple):
@@ -128,23 +68,43 @@ class _Rules(NamedTuple):
     precision: str | None
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attention(
-    q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, segments_BT: jax.Array | None, rules: _Rules
+    q_BTHK: jax.Array,
+    k_BTHK: jax.Array,
+    v_BTHK: jax.Array,
+    segments_BT: jax.Array | None,
+    sinks_H: jax.Array | None,
+    rules: _Rules,
 ) -> jax.Array:
-    return _on_each_device(partial(_forward, rules), q_BTHK, k_BTHK, v_BTHK, segments_BT)[0]
+    return _attention_forward(q_BTHK, k_BTHK, v_BTHK, segments_BT, sinks_H, rules)[0]
 
 
 def _attention_forward(
-    q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, segments_BT: jax.Array | None, rules: _Rules
+    q_BTHK: jax.Array,
+    k_BTHK: jax.Array,
+    v_BTHK: jax.Array,
+    segments_BT: jax.Array | None,
+    sinks_H: jax.Array | None,
+    rules: _Rules,
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    outputs = _on_each_device(partial(_forward, rules), q_BTHK, k_BTHK, v_BTHK, segments_BT)
-    out_BTHK, logsumexp_BTH = checkpoint_name(outputs, "attention")
-    return out_BTHK, (q_BTHK, k_BTHK, v_BTHK, segments_BT, out_BTHK, logsumexp_BTH)
+    out_BTHK, logsumexp_BTH = _on_each_device(partial(_forward, rules), q_BTHK, k_BTHK, v_BTHK, segments_BT)
+    if sinks_H is not None:
+        with_sink_BTH = jnp.logaddexp(logsumexp_BTH, sinks_H[None, None])
+        share_BTH1 = jnp.exp(logsumexp_BTH - with_sink_BTH)[..., None]  # of the softmax that is not the sink's
+        out_BTHK, logsumexp_BTH = (out_BTHK * share_BTH1).astype(out_BTHK.dtype), with_sink_BTH
+    out_BTHK, logsumexp_BTH = checkpoint_name((out_BTHK, logsumexp_BTH), "attention")
+    return out_BTHK, (q_BTHK, k_BTHK, v_BTHK, segments_BT, sinks_H, out_BTHK, logsumexp_BTH)
 
 
 def _attention_backward(rules: _Rules, kept: tuple[Any, ...], d_out_BTHK: jax.Array) -> tuple[jax.Array | None, ...]:
-    return *_on_each_device(partial(_backward, rules), *kept, d_out_BTHK), None
+    *arrays, sinks_H, out_BTHK, logsumexp_BTH = kept
+    # sum_s p_s dp_s of each query, which equals the dot product of the output and its gradient.
+    mean_BTH = jnp.sum(d_out_BTHK.astype(jnp.float32) * out_BTHK.astype(jnp.float32), axis=-1)
+    gradients = _on_each_device(partial(_backward, rules), *arrays, logsumexp_BTH, mean_BTH, d_out_BTHK)
+    if sinks_H is None:
+        return *gradients, None, None
+    return *gradients, None, -jnp.sum(jnp.exp(sinks_H[None, None] - logsumexp_BTH) * mean_BTH, axis=(0, 1))
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -192,8 +152,8 @@ def _backward(
     k_BTHK: jax.Array,
     v_BTHK: jax.Array,
     segments_BT: jax.Array | None,
-    out_BTHK: jax.Array,
     logsumexp_BTH: jax.Array,
+    mean_BTH: jax.Array,
     d_out_BTHK: jax.Array,
 ) -> tuple[jax.Array, ...]:
     """Computes the gradients of queries, keys and values, of their dtype (Dao et al. 2022, algorithm 4)."""
@@ -208,8 +168,6 @@ def _backward(
         dv_BHSK = _product("BHTS,BHTK->BHSK", probs_BHTS.astype(v_BHSK.dtype), d_out_BHTK, rules)
         return dq_BHTK + _product("BHTS,BHSK->BHTK", d_scores_BHTS, k_BHSK, rules), (dk_BHSK, dv_BHSK)
 
-    # sum_s p_s dp_s of each query, which equals the dot product of the output and its gradient.
-    mean_BTH = jnp.sum(d_out_BTHK.astype(jnp.float32) * out_BTHK.astype(jnp.float32), axis=-1)
     queries, keys = _tiles(((q_BTHK, d_out_BTHK, logsumexp_BTH, mean_BTH), (k_BTHK, v_BTHK)))
     zeros_NBHTK = jnp.zeros(queries[0].shape, jnp.float32)
     dq_NBHTK, shares = _go_round(

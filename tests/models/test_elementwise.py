@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gptjax.config import GPTConfig
-from gptjax.models.elementwise import ACTIVATIONS, LayerNorm
+from gptjax.models.elementwise import ACTIVATIONS, Norm
 from gptjax.parallel.platforms import override_defaults
 
 CONFIG = GPTConfig(vocab_size=5, embed_dim=24, num_heads=2, dtype="float32")
@@ -60,7 +60,7 @@ def test_layer_norm_is_flaxs(dtype, store_moments):
     x_BTD = (5 + 2 * jax.random.normal(keys[0], (3, 7, 24))).astype(dtype)
     params = {"scale": jax.random.normal(keys[1], (24,)), "bias": jax.random.normal(keys[2], (24,))}
     dy_BTD = jax.random.normal(keys[3], x_BTD.shape).astype(dtype)
-    ours = LayerNorm(dataclasses.replace(CONFIG, dtype=dtype))
+    ours = Norm(dataclasses.replace(CONFIG, dtype=dtype))
     flaxs = nn.LayerNorm(epsilon=CONFIG.norm_eps, dtype=dtype, use_fast_variance=False)
     results = []
     for module in (ours, flaxs):
@@ -77,7 +77,7 @@ def test_layer_norm_is_flaxs(dtype, store_moments):
 def test_little_is_kept():
     """Flax's own keep several arrays of the input's size."""
     x_BTD = jax.random.normal(jax.random.key(0), (4, 64, 24)).astype(jnp.bfloat16)
-    module = LayerNorm(dataclasses.replace(CONFIG, dtype="bfloat16"))
+    module = Norm(dataclasses.replace(CONFIG, dtype="bfloat16"))
     params = nn.unbox(module.init(jax.random.key(0), x_BTD))
     flaxs = nn.LayerNorm(dtype=jnp.bfloat16, use_fast_variance=False)
     position = 2 * 4 * 4 * 64  # two float32 numbers each

@@ -1,0 +1,75 @@
+"""Positions: learned embeddings, or rotations of queries and keys (RoPE), extended by YaRN.
+
+Learned absolute embeddings are added to those of tokens (Radford et al. 2018, section 4.1). Rotary positions (Su et al.
+2021, section 3.2) rotate each pair of channels of queries and keys by an angle proportional to the position, so that
+their products depend on distances only. YaRN (Peng et al. 2023, section 3.4) interpolates the low frequencies.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+
+from gptjax.config import GPTConfig
+
+Rotation = tuple[jax.Array, jax.Array]  # cosines and sines, float32 (B or 1, T, 1, K / 2)
+
+
+def rotation(config: GPTConfig, positions_BT: jax.Array) -> Rotation | None:
+    """The rotation of queries and keys at these positions; None with learned positions.
+
+    YaRN's attention factor is in it, so that scores have the factor twice (Peng et al. 2023, equation 21).
+    """
+    if config.positions != "rotary":
+        return None
+    angle_BT1K = positions_BT.astype(jnp.float32)[:, :, None, None] * frequencies(config)[None, None, None]
+    factor = attention_factor(config)
+    return factor * jnp.cos(angle_BT1K), factor * jnp.sin(angle_BT1K)
+
+
+def rotate(x_BTHK: jax.Array, rotation: Rotation) -> jax.Array:
+    """Rotates the channel pairs (i, i + K / 2) of queries or keys, in float32; the result has their dtype."""
+    cos_BT1K, sin_BT1K = rotation
+    first_BTHK, second_BTHK = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
+    rotated = (
+        first_BTHK * cos_BT1K - second_BTHK * sin_BT1K,
+        second_BTHK * cos_BT1K + first_BTHK * sin_BT1K,
+    )
+    return jnp.concatenate(rotated, axis=-1).astype(x_BTHK.dtype)
+
+
+def frequencies(config: GPTConfig) -> npt.NDArray[np.float32]:
+    """Angles per position of the K / 2 channel pairs, in radians: theta^(-2i / K), interpolated by YaRN.
+
+    YaRN keeps frequencies that rotate more than beta_fast times within the original context, divides by `yarn_factor`
+    those that rotate less than beta_slow times, and interpolates linearly in i between both.
+    """
+    width = config.head_dim
+    exponent = np.arange(0, width, 2, dtype=np.float64) / width
+    kept = config.rope_theta**-exponent
+    if config.yarn_factor is None:
+        return kept.astype(np.float32)
+
+    def pair_rotating(times: float) -> float:
+        """The index i, a real number, of the pair that rotates so many times within the original context."""
+        ratio = config.yarn_original_context / (times * 2 * math.pi)
+        return width * math.log(ratio) / (2 * math.log(config.rope_theta))
+
+    low, high = pair_rotating(config.yarn_beta_fast), pair_rotating(config.yarn_beta_slow)
+    if config.yarn_truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    high = high if high > low else low + 0.001
+    interpolated_share = np.clip((np.arange(width // 2) - low) / (high - low), 0, 1)
+    return (interpolated_share * kept / config.yarn_factor + (1 - interpolated_share) * kept).astype(np.float32)
+
+
+def attention_factor(config: GPTConfig) -> float:
+    """The factor of cosines and sines: 1 without YaRN (Peng et al. 2023, equation 22)."""
+    if config.yarn_factor is None:
+        return 1.0
+    if config.yarn_attention_factor is not None:
+        return config.yarn_attention_factor
+    return 0.1 * math.log(config.yarn_factor) + 1 if config.yarn_factor > 1 else 1.0

@@ -32,23 +32,26 @@ def unstack(config: GPTConfig, params: Any) -> Any:
     return {**params, "layers": layers}
 
 
-def forward(model: GPT, params: Any, tokens_BT: jax.Array) -> tuple[jax.Array, list[KeyValues]]:
+def forward(
+    model: GPT, params: Any, tokens_BT: jax.Array, segments_BT: jax.Array | None = None
+) -> tuple[jax.Array, list[KeyValues]]:
     """The output of the last layer (B, T, D), and the keys and values of every layer.
 
     Args:
       params: unstacked.
       tokens_BT: int, T at most `context_length`.
+      segments_BT: as in `attention_mask`.
     """
     x_BTD = _embed(model, params, tokens_BT, jnp.arange(tokens_BT.shape[1])[None])
     layers = []
     for block, layer in zip(_blocks(model.config), params["layers"], strict=True):
-        x_BTD, key_values = _apply(block, layer, x_BTD)
+        x_BTD, key_values = _apply(block, layer, x_BTD, segments_BT)
         layers.append(key_values)
     return x_BTD, layers
 
 
 def prefill(model: GPT, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array, slots: int) -> tuple[jax.Array, Cache]:
-    """Runs the model on prompts, and fills the cache.
+    """Runs the model on prompts, and fills the cache. A prompt is the prefix of a prefix language model.
 
     Args:
       params: unstacked.
@@ -60,7 +63,10 @@ def prefill(model: GPT, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array,
     Returns:
       The output of the last layer at each row's last token (B, D), and the cache.
     """
-    x_BTD, layers = forward(model, params, tokens_BT)
+    segments_BT = None
+    if "prefix" in model.config.attention_pattern:
+        segments_BT = jnp.where(jnp.arange(tokens_BT.shape[1])[None] < lengths_B[:, None], -1, 0)
+    x_BTD, layers = forward(model, params, tokens_BT, segments_BT)
     cache = []
     for block, key_values in zip(_blocks(model.config), layers, strict=True):
         kept = min(slots, model.config.band_width) if block.attention == "banded" else slots
@@ -84,7 +90,7 @@ def decode(
     x_B1D = _embed(model, params, token_B[:, None], positions_B[:, None])
     written = []
     for block, layer, key_values in zip(_blocks(model.config), params["layers"], cache, strict=True):
-        x_B1D, key_values = _apply(block, layer, x_B1D, key_values, positions_B)
+        x_B1D, key_values = _apply(block, layer, x_B1D, None, key_values, positions_B)
         written.append(_constrain_cache(key_values))
     return x_B1D[:, 0], written
 
@@ -100,9 +106,11 @@ def _blocks(config: GPTConfig) -> list[Block]:
     return [Block(config, pattern[layer % len(pattern)]) for layer in range(config.num_layers)]
 
 
-def _apply(block: Block, layer: Any, x_BTD: jax.Array, *cached: Any) -> tuple[jax.Array, KeyValues]:
-    segments, deterministic = None, True
-    return cast(Any, block.apply({"params": layer}, x_BTD, segments, deterministic, *cached))
+def _apply(
+    block: Block, layer: Any, x_BTD: jax.Array, segments_BT: jax.Array | None, *cached: Any
+) -> tuple[jax.Array, KeyValues]:
+    deterministic = True
+    return cast(Any, block.apply({"params": layer}, x_BTD, segments_BT, deterministic, *cached))
 
 
 def _embed(model: GPT, params: Any, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:

@@ -44,6 +44,16 @@ def check(config: Config) -> None:
     definition(config).check(config)
 
 
+def check_given(config: Config, given: Config) -> None:
+    """Raises UserError when the weights of a run with config `given` are none that the stage can start from."""
+    if given.data.objective == "masked" and definition(config).conversational:
+        raise UserError(
+            f"init_from={config.init_from} is a masked language model (data.objective=masked), and stage {config.stage} "
+            "needs one that predicts the next token: start from weights of another objective, or train these by stage "
+            "pretrain with data.objective=causal first"
+        )
+
+
 def completed_config(workdir: Path) -> tuple[Config, tokenizers.Tokenizer]:
     """The config of a run as it computes with it, and its tokenizer.
 

@@ -167,7 +167,7 @@ class InfillingExamples:
 
     def _arrays(self, arrays: ExampleArrays, tokens: list[int], is_middle: list[bool]) -> ExampleArrays:
         """The arrays of a row of at most T + 1 tokens."""
-        length, valid = len(arrays["tokens"]), len(tokens) - 1
+        length, valid = len(arrays["tokens"]), max(0, len(tokens) - 1)
         row = np.full(length + 1, self._form.end_of_text, np.int32)
         row[: len(tokens)] = tokens
         weights = np.zeros(length, np.float32)

@@ -16,7 +16,6 @@ from gptjax.data import tokenizers
 from gptjax.interop import huggingface
 from gptjax.models.decoding import decode, logits, prefill, unstack
 from gptjax.models.gpt import GPT, hidden_states
-from gptjax.parallel.mesh import make_mesh
 from gptjax.run import run
 from gptjax.stages import registry
 from gptjax.stages.pretrain import next_token_loss
@@ -207,8 +206,8 @@ def test_generate_refuses_what_the_model_cannot(workdirs):
 def test_what_no_class_of_transformers_computes_is_not_exported(workdirs, tmp_path):
     for name in ("masked", "prefix"):
         with pytest.raises(UserError, match=rf"data.objective={name}.*both directions"):
-            huggingface.export_model(workdirs[name], tmp_path / name)
-    huggingface.export_model(workdirs["fill_in_the_middle"], tmp_path / "out")
+            huggingface.export_workdir(workdirs[name], tmp_path / name)
+    huggingface.export_workdir(workdirs["fill_in_the_middle"], tmp_path / "out")
     found = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
     assert {token["content"]: token["id"] for token in found["added_tokens"]}["<|fim_middle|>"] == 259
 

@@ -5,12 +5,12 @@
 
 For each seed, trains the model of configs/gpt2.py:runlocal with each objective on the same texts, those of all labelled
 rows except the test rows, without labels, at equal tokens: positions that the model reads, on which the masked and the
-prefix language model have fewer targets. Then fine-tunes all weights on labelled rows, with causal and with bidirectional
-attention, both without the auxiliary language-model loss. "none" is fine-tuned from random weights.
+prefix language model have fewer targets. Then fine-tunes all weights on labelled rows, with causal and with
+bidirectional attention, both without the auxiliary language-model loss. "none" is fine-tuned from random weights.
 
-Prints for each objective the held-out loss of pretraining, which is not comparable between objectives, and the mean score
-of fine-tuning with its 95 % confidence interval over the seeds (Student's t); writes them to WORKDIR/results.json.
-Finished runs are not repeated, so that an interrupted benchmark resumes.
+Prints for each objective the held-out loss of pretraining, which is not comparable between objectives, and the mean
+score of fine-tuning with its 95 % confidence interval over the seeds (Student's t); writes them to
+WORKDIR/results.json. Finished runs are not repeated, so that an interrupted benchmark resumes.
 """
 
 import dataclasses

@@ -40,7 +40,7 @@ PROMPTS = flags.DEFINE_string(
 SUFFIX = flags.DEFINE_string(
     "suffix",
     None,
-    "Text after the gap: fills the middle between the prompts and it, with a model of data.objective=fill_in_the_middle.",
+    "Text after the gap: completions fill the middle; for models of data.objective=fill_in_the_middle.",
 )
 START_DOCUMENT = flags.DEFINE_bool("start_document", False, "Put end-of-text before the prompt: it begins a document.")
 MAX_NEW_TOKENS = flags.DEFINE_integer(

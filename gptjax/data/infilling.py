@@ -1,7 +1,7 @@
 """Fill in the middle (Bavarian et al. 2022): the examples of training, and the prompts of generation.
 
 The transformation is applied to the documents, or parts of documents, of each row after packing: at the context level,
-which the paper finds to work better than before packing, as no split document is cut into two rows (section 4.3).
+which the paper finds to work better than before packing, as no split document is cut into two rows.
 """
 
 import dataclasses
@@ -36,8 +36,8 @@ class Split:
 class InfillingFormat:
     """Encodes documents with the middle moved to the end, followed by end-of-text.
 
-    PSM: <prefix> prefix <suffix> suffix <middle> middle <end>; SPM, in the variant for joint training with PSM (appendix
-    D): <prefix> <suffix> suffix <middle> prefix middle <end>.
+    PSM: <prefix> prefix <suffix> suffix <middle> middle <end>
+    SPM, in the variant for joint training with PSM: <prefix> <suffix> suffix <middle> prefix middle <end>
 
     Raises:
       UserError: the tokenizer lacks the special tokens or end-of-text, or cannot encode a text in parts.
@@ -49,8 +49,8 @@ class InfillingFormat:
             raise UserError(f"this tokenizer lacks the tokens of fill_in_the_middle: {FIM_PREFIX[0]} and others")
         if not is_concatenative(tokenizer):
             raise UserError(
-                "data.objective=fill_in_the_middle splits texts between any two characters, and this tokenizer does not "
-                "decode the parts to the same text: use a byte-level one, such as data.tokenizer=gpt2 or bpe:SIZE"
+                "data.objective=fill_in_the_middle splits texts between any two characters, and this tokenizer does "
+                "not decode the parts to the same text: use a byte-level one, such as data.tokenizer=gpt2 or bpe:SIZE"
             )
         self._tokenizer, self.end_of_text = tokenizer, tokenizer.end_of_text
         self.prefix, self.suffix, self.middle = (int(token) for token in ids if token is not None)
@@ -140,7 +140,7 @@ class InfillingExamples:
     def _fitted(
         self, documents: list[npt.NDArray[np.int32]], splits: Sequence[Split | None], most: int
     ) -> tuple[list[int], list[bool]]:
-        """Returns at most `most` tokens, and which of them are of a middle; the last document is cut so that they fit."""
+        """Returns at most `most` tokens, and which of them are of a middle; cuts the last document so that they fit."""
         done: list[tuple[list[int], int]] = []  # tokens of each document with its end-of-text, and those of its middle
         room = most
         for i, (document, split) in enumerate(zip(documents, splits, strict=True)):
@@ -157,9 +157,7 @@ class InfillingExamples:
         is_middle = [j >= len(part) - count for part, count in done for j in range(len(part))]
         return tokens, is_middle
 
-    def _document(
-        self, document: npt.NDArray[np.int32], split: Split | None, is_last: bool
-    ) -> tuple[list[int], int]:
+    def _document(self, document: npt.NDArray[np.int32], split: Split | None, is_last: bool) -> tuple[list[int], int]:
         """The tokens of a document with end-of-text, which the last one of a row has only where it is split."""
         if split is not None and len(document) > 0:
             return self._form.document(document, split)

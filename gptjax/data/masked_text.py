@@ -1,7 +1,7 @@
-"""Examples of two objectives without next-token prediction throughout: masked language model and prefix language model.
+"""Examples of the masked language model and of the prefix language model.
 
-Both wrap `PackedExamples`. What they sample for an example depends on the seed and the example's number alone, so that a
-resumed run, or one with other processes, sees the same.
+Both wrap `PackedExamples`. What they sample for an example depends on the seed and the example's number alone, so that
+it is the same when a run is resumed, or has another number of processes.
 """
 
 import numpy as np
@@ -22,13 +22,13 @@ def example_rng(seed: int, index: int) -> np.random.Generator:
 class MaskedExamples:
     """Examples of the masked language model (Devlin et al. 2019, section 3.1 and appendix A.1).
 
-    Each token of the text, or each word with `words`, is selected with probability `rate`; where none is, one of the row.
+    Each token of the text, or each word, is selected with probability `rate`; where none is, one is chosen.
     A selected token becomes the mask token with probability 0.8, a random token of the vocabulary with 0.1, and stays
     with 0.1, independently of the other tokens of its word. End-of-text is neither selected nor sampled.
 
-    The arrays of an example, each (T,): tokens, int32; targets, int32, the original token at the same position; weights,
-    float32, 1 at the selected positions; segments and positions as in `PackedExamples`. With packing="concatenate" the
-    row is segment 1. Padding is segment 0.
+    The arrays of an example, each (T,): tokens, int32; targets, int32, the original token at the same position;
+    weights, float32, 1 at the selected positions; segments and positions as in `PackedExamples`. With
+    packing="concatenate" the row is segment 1. Padding is segment 0.
 
     Args:
       examples: of `PackedExamples`.
@@ -80,9 +80,9 @@ class MaskedExamples:
 class WordStarts:
     """Finds the tokens that begin a word: bool (T,) from int (T,).
 
-    A token belongs to the word of the token before it where both the character before the boundary and the one behind it
-    are letters or digits, of a script with blanks between words. Punctuation is a word of its own, and so is a token of
-    white space. Parts of a character count as letters.
+    A token belongs to the word of the token before it where both the character before the boundary and the one behind
+    it are letters or digits, of a script with blanks between words. Punctuation is a word of its own, and so is a token
+    of white space. Parts of a character count as letters.
 
     Args:
       tokenizer: `special_tokens.is_concatenative`.
@@ -109,8 +109,8 @@ class PrefixExamples:
     The prefix of a segment is its first p inputs, p uniform in 1 to their number. Attention is bidirectional within it
     and causal after it (`models.attention_backends.attention_mask`), and the loss is that of the targets after it.
 
-    The arrays of an example are those of `PackedExamples` with weights 0 at targets within a prefix, and with segments of
-    negative sign at the positions of a prefix. With packing="concatenate" the row is one segment.
+    The arrays of an example are those of `PackedExamples` with weights 0 at targets within a prefix, and with segments
+    of negative sign at the positions of a prefix. With packing="concatenate" the row is one segment.
 
     Args:
       examples: of `PackedExamples`.

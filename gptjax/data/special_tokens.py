@@ -28,7 +28,7 @@ def with_special_tokens(tokenizer: Tokenizer, tokens: Sequence[Sequence[str]]) -
 
 
 def is_concatenative(tokenizer: Tokenizer) -> bool:
-    """Whether the texts of tokens are concatenated in decoding, so that a text may be split anywhere and encoded in parts.
+    """Whether decoding concatenates the texts of tokens, so that a text can be split anywhere and encoded in parts.
 
     Byte-level vocabularies are; those that lower-case, drop blanks, or put one before a text are not.
     """

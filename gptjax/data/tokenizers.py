@@ -102,7 +102,7 @@ class Tokenizer(abc.ABC):
 
     @property
     def _whole_spec(self) -> dict[str, Any]:
-        """Content of spec.json; has "ends" only if they differ from those of the vocabulary, "added" if it is not empty."""
+        """Content of spec.json; has "ends" only if they differ from those of the vocabulary, and "added" if any."""
         lists = {"ends": list(self._ends), "added": list(self.added)}
         return self._spec() | {name: value for name, value in lists.items() if value}
 

@@ -82,8 +82,8 @@ def examples(config: Config, rows: Examples, tokenizer: Tokenizer, seed: int) ->
         assert tokenizer.end_of_text is not None, "open_corpus checks it"
         if data.mask_whole_words and not is_concatenative(tokenizer):
             raise UserError(
-                f"data.mask_whole_words finds words in the texts of tokens, and those of data.tokenizer={data.tokenizer} "
-                "do not add up to the text: unset it, or use a byte-level tokenizer, such as gpt2 or bpe:SIZE"
+                "data.mask_whole_words finds words in the texts of tokens, and those of data.tokenizer="
+                f"{data.tokenizer} do not add up to the text: unset it, or use a byte-level one, as gpt2 or bpe:SIZE"
             )
         return MaskedExamples(
             rows,

@@ -155,7 +155,9 @@ def test_rows_have_whole_split_documents_in_their_places(split, rate):
             else:
                 texts.append(bytes(document[document != 256].tolist()))
         original = np.append(before["tokens"][:1], before["targets"])
-        expected = [bytes(part[part != 256].tolist()) for part in np.split(original, np.flatnonzero(original == 256) + 1)]
+        expected = [
+            bytes(part[part != 256].tolist()) for part in np.split(original, np.flatnonzero(original == 256) + 1)
+        ]
         # The text of the row in its order; only its last document may be shorter.
         written, wanted = b"\0".join(texts).rstrip(b"\0"), b"\0".join(expected)
         assert wanted.startswith(written)

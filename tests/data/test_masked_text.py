@@ -1,7 +1,8 @@
-"""Masked and prefix language models: which positions are selected, what they become, and that all of it is reproducible."""
+"""Masked and prefix language models: which positions are selected, what they become, and that it is reproducible."""
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,8 +53,7 @@ def test_masking_statistics(packing: str) -> None:
     examples = masked(rows)
     original, found = [rows[i] for i in range(64)], [examples[i] for i in range(64)]
     before, tokens, weights = (
-        np.stack([a[name] for a in of])
-        for of, name in ((original, "tokens"), (found, "tokens"), (found, "weights"))
+        np.stack([a[name] for a in of]) for of, name in ((original, "tokens"), (found, "tokens"), (found, "weights"))
     )
     np.testing.assert_array_equal(np.stack([a["targets"] for a in found]), before)
     selected = weights == 1
@@ -109,9 +109,8 @@ def test_what_is_sampled_depends_on_the_seed_and_the_number_alone(wrap: Callable
 
 @pytest.fixture(scope="module")
 def gpt2() -> tokenizers.Tokenizer:
-    return tokenizers.get_tokenizer(
-        "gpt2", train_documents=lambda: (), corpus_fingerprint="", cache_dir=tokenizers.Path("~/.cache/gptjax").expanduser()
-    )
+    cache = Path("~/.cache/gptjax").expanduser()
+    return tokenizers.get_tokenizer("gpt2", train_documents=lambda: (), corpus_fingerprint="", cache_dir=cache)
 
 
 def test_word_starts() -> None:
@@ -130,7 +129,7 @@ def test_word_starts_of_subwords(gpt2: tokenizers.Tokenizer) -> None:
     assert "".join(words) == "Antidisestablishmentarianism is unhyphenated, 日本 too"
     assert words[:4] == ["Antidisestablishmentarianism", " is", " unhyphenated", ","]
     assert words[-1] == " too"
-    assert 1 < len(tokens) - len(words)
+    assert len(tokens) - len(words) > 1
 
 
 def test_whole_words_are_selected() -> None:

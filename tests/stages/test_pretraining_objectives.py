@@ -1,4 +1,4 @@
-"""Objectives of stage "pretrain": what each position sees, exact resumption, metrics, generation, and what is refused."""
+"""Objectives of stage "pretrain": what each position sees, exact resumption, metrics, generation, and refusals."""
 
 import dataclasses
 import json
@@ -15,13 +15,11 @@ from gptjax.config import UserError, read_config, replace
 from gptjax.data import tokenizers
 from gptjax.interop import huggingface
 from gptjax.models.decoding import decode, logits, prefill, unstack
-from gptjax.models.gpt import GPT, hidden_states
+from gptjax.models.gpt import GPT, hidden_states, init_params
 from gptjax.run import run
 from gptjax.stages import registry
 from gptjax.stages.pretrain import next_token_loss
 from gptjax.stages.pretraining_objectives import attending
-from gptjax.stages.trained_model import load_model
-from gptjax.training.metrics_file import read_metrics
 from tests.commands import run_command
 from tests.training.test_loop import records, saved, train_and_die
 
@@ -38,7 +36,7 @@ def with_objective(objective: str, **model: object) -> c.Config:
 
 
 def initial(config: c.Config):
-    return nn.unbox(jax.jit(lambda: GPT(config.model).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))())["params"]
+    return nn.unbox(jax.jit(lambda: init_params(GPT(config.model), jax.random.key(0)))())
 
 
 # --- what a position sees ---------------------------------------------------------------------------------------------
@@ -56,7 +54,7 @@ def test_a_position_depends_on_what_its_objective_lets_it_see_and_on_nothing_els
     jacobian_TDTD = jax.jit(jax.jacrev(outputs))(jnp.zeros((LENGTH, 16)))
     sees_TS = np.abs(np.asarray(jacobian_TDTD)).max((1, 3)) > 0
     t, s, group = np.arange(LENGTH)[:, None], np.arange(LENGTH)[None], np.abs(segments)
-    same = group.T == group
+    same = group == group.T
     prefix = segments < 0
     expected = {"causal": s <= t, "masked": s >= 0, "prefix": (s <= t) | (prefix.T & prefix)}[objective] & same
     np.testing.assert_array_equal(sees_TS, expected)
@@ -171,8 +169,8 @@ def test_special_tokens_are_in_the_vocabulary_and_in_the_saved_tokenizer(workdir
 
 def test_weights_of_another_objective_are_a_start(configs, workdirs, tmp_path):
     """Tokens of the given weights keep their ids, and those of the new objective are appended."""
-    start = {"init_from": str(workdirs["fill_in_the_middle"])}
-    config = dataclasses.replace(configs["masked"], **start, batch=c.BatchConfig(total_tokens=128, tokens_per_batch=128))
+    batch = c.BatchConfig(total_tokens=128, tokens_per_batch=128)
+    config = dataclasses.replace(configs["masked"], init_from=str(workdirs["fill_in_the_middle"]), batch=batch)
     run(config, tmp_path / "run")
     names = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|mask|>")
     assert tokenizers.load(tmp_path / "run" / "tokenizer").added == names
@@ -249,7 +247,7 @@ def test_other_stages_have_no_objective(tiny, tmp_path, pretrained):
     from tests.tiny_tasks import run_config
 
     config = replace(run_config(tmp_path, "classification", pretrained), {"data": {"objective": "prefix"}})
-    with pytest.raises(UserError, match="data.objective=prefix is for stage pretrain"):
+    with pytest.raises(UserError, match=r"data\.objective=prefix is for stage pretrain"):
         run(config, tmp_path / "run")
 
 

@@ -3,6 +3,7 @@
 python -m gptjax.generate --workdir=runs/demo --prompt="The Congress" --temperature=0.8 --top_k=50
 python -m gptjax.generate --workdir=runs/demo --prompts=prompts.jsonl --num_samples=4 --output=completions.jsonl
 echo "The Congress" | python -m gptjax.generate --workdir=runs/demo --num_beams=4
+python -m gptjax.generate --workdir=runs/fim --prompt="The Congress" --suffix=" of the United States."
 
 A single completion is streamed as text. Otherwise the output is JSON lines, one for each completion:
 {"prompt": .., "text": .., "finish_reason": "end_of_text" | "stop" | "length", "num_tokens": .., "seed": ..}, with the
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 from absl import flags
 
 from gptjax import cli
-from gptjax.config import UserError
+from gptjax.config import UserError, read_config
 from gptjax.data import text_files
 from gptjax.distributed import processes
 from gptjax.files import expand
@@ -35,6 +36,11 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run, or of import
 PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; default: standard input.")
 PROMPTS = flags.DEFINE_string(
     "prompts", None, "File of prompts, one a line, or .jsonl with a text 'prompt' a line; - is stdin."
+)
+SUFFIX = flags.DEFINE_string(
+    "suffix",
+    None,
+    "Text after the gap: completions fill the middle; for models of data.objective=fill_in_the_middle.",
 )
 START_DOCUMENT = flags.DEFINE_bool("start_document", False, "Put end-of-text before the prompt: it begins a document.")
 MAX_NEW_TOKENS = flags.DEFINE_integer(
@@ -77,6 +83,8 @@ def main() -> None:
         raise UserError("--prompt and --prompts exclude each other")
     if NUM_BEAMS.value is not None:
         check_beams(NUM_BEAMS.value)
+    if SUFFIX.value is not None:
+        check_suffix()
     cli.join()
     records = processes.of_first(read_prompts)
     output = None if OUTPUT.value is None else cli.output_file("output", OUTPUT.value)
@@ -85,6 +93,7 @@ def main() -> None:
     if output is not None and not output.parent.is_dir():
         raise UserError(f"--output={output}: there is no directory {output.parent}")
 
+    from gptjax.data.infilling import InfillingFormat
     from gptjax.inference.engine import Engine  # after the checks: it takes seconds to import
     from gptjax.stages.trained_model import load_model, parse_mesh
 
@@ -93,7 +102,12 @@ def main() -> None:
     trained = load_model(expand(WORKDIR.value), mesh, best=CHECKPOINT.best, step=CHECKPOINT.step)
     engine = Engine(trained.model, trained.params, trained.tokenizer, trained.mesh, cast(Any, WEIGHTS.value))
     del trained  # the engine has its own copy
-    prompts = [encode(engine, record["prompt"]) for record in records]
+    if SUFFIX.value is None:
+        prompts = [encode(engine, record["prompt"]) for record in records]
+    else:
+        form = InfillingFormat(engine.tokenizer)
+        prompts = [form.prompt(record["prompt"], SUFFIX.value) for record in records]
+        records = [record | {"suffix": SUFFIX.value} for record in records]
     max_new_tokens = check_lengths(prompts, engine.model.config.context_length)
     as_text = len(records) * NUM_SAMPLES.value == 1 and output is None and not LOGPROBS.value and PROMPTS.value is None
     if as_text:
@@ -104,7 +118,7 @@ def main() -> None:
             unshown.clear()
 
         for _ in complete(engine, prompts, max_new_tokens, show):
-            show("\n")
+            show(f"{SUFFIX.value or ''}\n")
         return
     with nullcontext(sys.stdout) if output is None else opened_output(output) as file:
         completions = complete(engine, prompts, max_new_tokens)
@@ -119,6 +133,20 @@ def opened_output(path: Path) -> TextIO:
         return path.open("w", encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write --output={path}: {error.strerror}") from None
+
+
+def check_suffix() -> None:
+    """Raises UserError where the workdir's model cannot fill a gap, and for flags that contradict --suffix."""
+    objective = read_config(expand(WORKDIR.value)).data.objective
+    if objective != "fill_in_the_middle":
+        raise UserError(
+            f"--suffix needs a model trained with data.objective=fill_in_the_middle, and that of {WORKDIR.value} has "
+            f"data.objective={objective}"
+        )
+    if NUM_BEAMS.value is not None:
+        raise UserError("--suffix and --num_beams exclude each other")
+    if OVERFLOW.value != "error" or START_DOCUMENT.value:
+        raise UserError("--suffix excludes --overflow=slide and --start_document: the gap is in one context")
 
 
 def check_beams(num_beams: int) -> None:
@@ -210,6 +238,7 @@ def complete(
             seeds=SEED.value + start,
             stop=STOP.value,
             ignore_end_of_text=IGNORE_END_OF_TEXT.value,
+            separate_text=SUFFIX.value is not None,  # a middle is encoded on its own
             overflow=cast(Any, OVERFLOW.value),
             on_text=None if show is None else (lambda _, text: show(text)),
         )

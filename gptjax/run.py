@@ -95,7 +95,8 @@ def _checked(config: Config) -> tuple[Config, Mesh]:
     config = with_absolute_paths(config)
     mesh = make_mesh(config.mesh)
     if config.init_from is not None:
-        read_config(Path(config.init_from).expanduser())  # before the corpus is prepared
+        # Before the corpus is prepared.
+        registry.check_given(config, read_config(Path(config.init_from).expanduser()))
     return config, mesh
 
 
@@ -247,7 +248,9 @@ def _check_tokenizer(config: Config, tokenizer: tokenizers.Tokenizer) -> None:
     if config.init_from is None:
         return
     directory = Path(config.init_from).expanduser() / "tokenizer"
-    if tokenizers.load(directory).fingerprint != tokenizer.fingerprint:
+    given = tokenizers.load(directory)
+    same_encoding = given.encoding_fingerprint == tokenizer.encoding_fingerprint
+    if not same_encoding or given.added != tokenizer.added[: len(given.added)]:
         raise UserError(
             f"init_from={config.init_from} was trained with another tokenizer than data.tokenizer="
             f"{config.data.tokenizer}: use its own, such as json:{directory / 'tokenizer.json'}"

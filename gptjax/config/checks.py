@@ -152,6 +152,13 @@ def _check_data(config: Config) -> None:
     data, task, regularisation = config.data, config.task, config.regularisation
     require(0 < data.validation_fraction < 1, f"data.validation_fraction={data.validation_fraction} must be in (0, 1)")
     positive(data, "data", "prefetch_batches")
+    require(0 < data.mask_rate < 1, f"data.mask_rate={data.mask_rate} must be in (0, 1)")
+    for name in ("fim_rate", "fim_spm_rate"):
+        require(0 <= getattr(data, name) <= 1, f"data.{name}={getattr(data, name)} must be in [0, 1]")
+    require(
+        not data.mask_whole_words or data.objective == "masked",
+        f"data.mask_whole_words is for data.objective=masked, not {data.objective}: unset it",
+    )
 
     require(task.lm_weight >= 0, f"task.lm_weight={task.lm_weight} must not be negative")
     require(0 <= task.head_dropout < 1, f"task.head_dropout={task.head_dropout} must be in [0, 1)")

@@ -18,6 +18,16 @@ class DataConfig:
     # concatenate: documents are joined by end-of-text tokens and attention crosses document boundaries (GPT-3);
     # segment: attention, positions and targets are confined to one document
     packing: Literal["concatenate", "segment"] = "concatenate"
+    # Pretraining objective. causal: the next token; masked: masked tokens, with bidirectional attention (Devlin et al.
+    # 2019); fill_in_the_middle: the next token of documents whose middle is moved to their end (Bavarian et al. 2022);
+    # prefix: the next token after a prefix of random length with bidirectional attention (Raffel et al. 2020)
+    objective: Literal["causal", "masked", "fill_in_the_middle", "prefix"] = "causal"
+    mask_rate: float = 0.15  # masked: probability that a token, or a word, is selected for prediction
+    mask_whole_words: bool = False  # masked: the tokens of a word are selected together
+    fim_rate: float = 0.5  # fill_in_the_middle: probability that a document of a row is split
+    # fill_in_the_middle: share of the split documents in the order suffix, prefix, middle (SPM); the others are in the
+    # order prefix, suffix, middle (PSM)
+    fim_spm_rate: float = 0.5
     document_separator: str | None = None  # line that separates documents within a text file; None: one per file
     # Bytes that are not UTF-8. replace: by U+FFFD, counted and reported; error: stop the run
     invalid_utf8: Literal["replace", "error"] = "replace"

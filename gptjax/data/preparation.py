@@ -125,7 +125,7 @@ def prepare(
     identity = {
         "format": FORMAT_VERSION,
         "source_fingerprint": source.fingerprint(),
-        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "tokenizer_fingerprint": tokenizer.encoding_fingerprint,
         "validation_fraction": validation_fraction,
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]

@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -44,10 +44,12 @@ class Tokenizer(abc.ABC):
       end_of_text: id of the token that separates documents. No text encodes to it: "<|endoftext|>" in a corpus is plain
         text. None: there is no such token, as in GPT-1's original vocabulary; training then is not possible.
       ends: ids that end a generated text, `end_of_text` first; more than one only for some imported models.
+      added: names of special tokens appended to the vocabulary, the last ids of it. They decode to no text.
     """
 
     vocab_size: int
     end_of_text: int | None
+    added: tuple[str, ...] = ()
     _ends: tuple[int, ...] = ()  # set if the ends are given and are not end_of_text alone
 
     @property
@@ -68,6 +70,16 @@ class Tokenizer(abc.ABC):
         found.end_of_text, found._ends = ends[0], tuple(ends)
         return found
 
+    def with_added(self, names: Sequence[str]) -> Self:
+        """Returns a copy with special tokens appended to the vocabulary, and to `added`."""
+        found = copy.copy(self)
+        found.vocab_size, found.added = self.vocab_size + len(names), (*self.added, *names)
+        return found
+
+    def id_of(self, name: str) -> int | None:
+        """Returns the id of the token `name`, special tokens included; None if there is none."""
+        return self.vocab_size - len(self.added) + self.added.index(name) if name in self.added else None
+
     def has_token(self, token: int) -> bool:
         """Whether `token` is an id of the vocabulary."""
         return 0 <= token < self.vocab_size
@@ -79,7 +91,7 @@ class Tokenizer(abc.ABC):
     def decode(self, ids: npt.ArrayLike) -> str:
         """Decodes integer `ids` of any shape; invalid UTF-8 becomes U+FFFD, unknown ids are skipped."""
         array = np.asarray(ids, dtype=np.int64).ravel()
-        return self._decode(array[(array >= 0) & (array < self.vocab_size)].tolist())
+        return self._decode(array[(array >= 0) & (array < self.vocab_size - len(self.added))].tolist())
 
     @abc.abstractmethod
     def _decode(self, ids: list[int]) -> str: ...
@@ -89,14 +101,20 @@ class Tokenizer(abc.ABC):
         """Returns what `load` needs to find the vocabulary."""
 
     @property
-    def _whole_spec(self) -> dict[str, str | list[int]]:
-        """Content of spec.json; has "ends" only if they differ from those of the vocabulary."""
-        return {**self._spec(), **({"ends": list(self._ends)} if self._ends else {})}
+    def _whole_spec(self) -> dict[str, Any]:
+        """Content of spec.json; has "ends" only if they differ from those of the vocabulary, and "added" if any."""
+        lists = {"ends": list(self._ends), "added": list(self.added)}
+        return self._spec() | {name: value for name, value in lists.items() if value}
 
     @property
     def fingerprint(self) -> str:
         """Hash of the tokenizer, 16 hex digits, unchanged by `save` and `load`."""
         return _hash(self._whole_spec)
+
+    @property
+    def encoding_fingerprint(self) -> str:
+        """Hash of all that determines the ids of a text, 16 hex digits: the fingerprint without `added`."""
+        return _hash({name: value for name, value in self._whole_spec.items() if name != "added"})
 
     def save(self, directory: Path) -> None:
         """Writes the files that `load` reads into `directory`, creating it if necessary."""
@@ -133,6 +151,10 @@ class TiktokenTokenizer(Tokenizer):
 
     def _decode(self, ids: list[int]) -> str:
         return b"".join(map(self._piece, ids)).decode(errors="replace")
+
+    def id_of(self, name: str) -> int | None:
+        special = self.encoding.encode_single_token(name) if name in self.encoding.special_tokens_set else None
+        return super().id_of(name) if special is None else special
 
     def _piece(self, token: int) -> bytes:
         try:
@@ -180,14 +202,13 @@ class HuggingFaceTokenizer(Tokenizer):
         self._ends = () if not ends or names == [guess] else tuple(ends)
 
     def with_ends(self, ends: Sequence[int]) -> "HuggingFaceTokenizer":
-        return HuggingFaceTokenizer(self.content, ends)
+        return HuggingFaceTokenizer(self.content, ends).with_added(self.added)
 
     def has_token(self, token: int) -> bool:
         return super().has_token(token) and self._tokenizer.id_to_token(token) is not None
 
     def id_of(self, name: str) -> int | None:
-        """Returns the id of the token `name`; None if there is none."""
-        return self._tokenizer.token_to_id(name)
+        return super().id_of(name) if name in self.added else self._tokenizer.token_to_id(name)
 
     def encode(self, text: str) -> npt.NDArray[np.int32]:
         # Only the batch function skips the offsets of tokens in the text, which would take a third longer.
@@ -292,16 +313,16 @@ def load(directory: Path, cache_dir: Path | None = None) -> Tokenizer:
     try:
         spec = files.read_json(directory / "spec.json")
         kind, name = str(spec["kind"]), str(spec.get("name"))
-        ends = _ends_in(spec)
+        ends, added = _ends_in(spec), list(map(str, spec.get("added", ())))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"no tokenizer in {directory}: spec.json is missing or damaged ({error!r})") from None
     if kind == "bytes":
-        return BytesTokenizer().with_ends(ends) if ends else BytesTokenizer()
+        return (BytesTokenizer().with_ends(ends) if ends else BytesTokenizer()).with_added(added)
     if kind == "tiktoken" and name in VOCABULARIES:
         found = TiktokenTokenizer(openai_encoding(name, cache_dir or Path(DataConfig.cache_dir).expanduser()))
-        return found.with_ends(ends) if ends else found
+        return (found.with_ends(ends) if ends else found).with_added(added)
     if kind == "huggingface":
-        tokenizer = read_json(directory / "tokenizer.json", ends)
+        tokenizer = read_json(directory / "tokenizer.json", ends).with_added(added)
         if tokenizer.fingerprint != _hash(spec):
             raise UserError(f"{directory}/tokenizer.json does not match the hash in spec.json: restore it")
         return tokenizer

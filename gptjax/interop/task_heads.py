@@ -19,6 +19,7 @@ from gptjax.data.tokenizers import Tokenizer
 from gptjax.interop.families import Family
 from gptjax.models import peft
 from gptjax.stages import registry
+from gptjax.stages.pretraining_objectives import ATTENTION
 
 PREDICTIONS_FILE = "predictions.jsonl"  # examples and predictions of a finished run's report
 
@@ -66,6 +67,11 @@ def check(workdir: Path, family: Family, config: Config) -> None:
         raise UserError(
             f"{workdir} is of stage reward: its score is read at the token that ends a turn, and a sequence classifier "
             "of transformers reads the last token of its chat template, which is another: evaluate with it here"
+        )
+    if config.data.objective in ATTENTION:
+        raise UserError(
+            f"{workdir} was trained with data.objective={config.data.objective}, whose attention goes in both "
+            f"directions, which no {family.model_type} class of transformers does"
         )
     if head is None:
         return

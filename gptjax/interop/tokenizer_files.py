@@ -127,6 +127,10 @@ def write_tokenizer(
     else:
         raise UserError(f"a {type(tokenizer).__name__} cannot be written as a tokenizer.json")
     written = huggingface.Tokenizer.from_str(content)
+    if tokenizer.added:
+        added = {name: tokenizer.vocab_size - len(tokenizer.added) + i for i, name in enumerate(tokenizer.added)}
+        _add_special_tokens(written, added, "pretraining: train with a tokenizer that lacks it")
+        content = written.to_str()
     if chat is not None:
         _add_special_tokens(written, chat.special_tokens, "the chat template: train with a template of other names")
         content = written.to_str()

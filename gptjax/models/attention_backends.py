@@ -45,10 +45,11 @@ def attention(
     ring: bool = False,
     sinks_H: jax.Array | None = None,
 ) -> jax.Array:
-    """Attention among T positions, causal unless `kind` is "full", by the backend that `choose_backend` returns.
+    """Attention among T positions, by the backend that `choose_backend` returns; other than causal masks by "xla".
 
     Args:
-      kind: "dense", "banded" (position t attends to t - config.band_width < s <= t) or "full" (t attends to every s).
+      kind: "dense", "banded" (position t attends to t - config.band_width < s <= t), "full" (t attends to every s) or
+        "prefix" (see `attention_mask`).
       q_BTHK, k_BTHK, v_BTHK: of the same dtype; keys and values may have fewer heads, each shared by consecutive
         query heads.
       segments_BT: int, documents packed into a row; attention stays within one. None: the row is one document.
@@ -67,7 +68,7 @@ def attention(
     band_width = config.band_width if kind == "banded" and config.band_width < length else None
     k_BTHK, v_BTHK = divisible_heads(k_BTHK, heads), divisible_heads(v_BTHK, heads)
     if ring:
-        assert kind != "full", "the ring is causal"
+        assert kind in ("dense", "banded"), "the ring is causal"
         assert dropout_rng is None, "ring attention has no dropout; mesh.check_fit refuses it"
         k_BTHK, v_BTHK = repeat_heads(k_BTHK, heads), repeat_heads(v_BTHK, heads)
         return ring_attention(
@@ -81,7 +82,7 @@ def attention(
             precision=config.precision,
         )
     backend = "xla"  # the kernels are set up for causal masks
-    if kind != "full":
+    if kind in ("dense", "banded") or (kind == "prefix" and segments_BT is None):
         backend = choose_backend(
             config, platform(), length, segments_BT is not None, dropout_rng is not None, compute_capability()
         )
@@ -212,10 +213,12 @@ def attention_mask(kind: str, band_width: int, length: int, segments_BT: jax.Arr
     """The attention mask: True where position t attends to position s.
 
     Args:
-      kind: "dense" (s <= t), "banded" (t - band_width < s <= t) or "full" (every s).
+      kind: "dense" (s <= t), "banded" (t - band_width < s <= t), "full" (every s) or "prefix" (s <= t, and every s of
+        the prefix of the segment).
       band_width: positions to which a position of a banded layer attends, including itself.
       length: T.
-      segments_BT: int, documents packed into a row; attention stays within one. None: the row is one document.
+      segments_BT: int, documents packed into a row; attention stays within one. None: the row is one document. With
+        "prefix", the positions of a document's prefix have its negated number; None: there is no prefix.
 
     Returns:
       bool (1, 1, T, T), or (B, 1, T, T) with segments.
@@ -226,8 +229,11 @@ def attention_mask(kind: str, band_width: int, length: int, segments_BT: jax.Arr
         mask_TS &= s_1T > t_T1 - band_width
     if segments_BT is None:
         return mask_TS[None, None]
+    seen_BTS = mask_TS[None]
+    if kind == "prefix":
+        seen_BTS, segments_BT = seen_BTS | (segments_BT < 0)[:, None, :], jnp.abs(segments_BT)
     same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
-    return (mask_TS[None] & same_BTS)[:, None]
+    return (seen_BTS & same_BTS)[:, None]
 
 
 def dot_product_attention(

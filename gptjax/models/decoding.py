@@ -34,14 +34,17 @@ def unstack(config: GPTConfig, params: Any) -> Any:
     return {**params, "layers": layers}
 
 
-def forward(model: GPT, params: Any, tokens_BT: jax.Array) -> tuple[jax.Array, list[KeyValues]]:
+def forward(
+    model: GPT, params: Any, tokens_BT: jax.Array, segments_BT: jax.Array | None = None
+) -> tuple[jax.Array, list[KeyValues]]:
     """The output of the last layer (B, T, D), and the keys and values of every layer.
 
     Args:
       params: unstacked.
       tokens_BT: int, T at most `context_length`.
+      segments_BT: as in `attention_mask`.
     """
-    x_BTD, inputs = _embed(model, params, tokens_BT, jnp.arange(tokens_BT.shape[1])[None])
+    x_BTD, inputs = _embed(model, params, tokens_BT, jnp.arange(tokens_BT.shape[1])[None], segments_BT)
     layers = []
     for block, layer, given in zip(_blocks(model.config), params["layers"], inputs, strict=True):
         x_BTD, key_values = _apply(block, layer, x_BTD, given)
@@ -50,7 +53,7 @@ def forward(model: GPT, params: Any, tokens_BT: jax.Array) -> tuple[jax.Array, l
 
 
 def prefill(model: GPT, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array, slots: int) -> tuple[jax.Array, Cache]:
-    """Runs the model on prompts, and fills the cache.
+    """Runs the model on prompts, and fills the cache. A prompt is the prefix of a prefix language model.
 
     Args:
       params: unstacked.
@@ -62,7 +65,10 @@ def prefill(model: GPT, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array,
     Returns:
       The output of the last layer at each row's last token (B, D), and the cache.
     """
-    x_BTD, layers = forward(model, params, tokens_BT)
+    segments_BT = None
+    if "prefix" in model.config.attention_pattern:
+        segments_BT = jnp.where(jnp.arange(tokens_BT.shape[1])[None] < lengths_B[:, None], -1, 0)
+    x_BTD, layers = forward(model, params, tokens_BT, segments_BT)
     cache = []
     for block, key_values in zip(_blocks(model.config), layers, strict=True):
         kept = min(slots, model.config.band_width) if block.attention == "banded" else slots
@@ -110,7 +116,7 @@ def _apply(
 
 
 def _embed(
-    model: GPT, params: Any, tokens_BT: jax.Array, positions_BT: jax.Array
+    model: GPT, params: Any, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None = None
 ) -> tuple[jax.Array, list[LayerInputs]]:
     """The input of the first layer, and what each layer reads besides."""
     config = model.config
@@ -118,7 +124,7 @@ def _embed(
     tables = {name: params[f"{name}_embedding"]["embedding"] for name in names}
     x_BTD = embed(config, tables["token"], tables.get("position"), tokens_BT, positions_BT)
     values = value_embeddings(config, tables.get("value"), tokens_BT)
-    inputs = layer_inputs(config, x_BTD, positions_BT)
+    inputs = layer_inputs(config, x_BTD, positions_BT, segments_BT)
     return x_BTD, [inputs.replace(value_BTHK=values.get(layer)) for layer in range(config.num_layers)]
 
 

@@ -1,7 +1,8 @@
-"""Stage "pretrain": next-token prediction on packed documents, GPT-1 to GPT-3."""
+"""Stage "pretrain": next-token prediction on packed documents, GPT-1 to GPT-3, or another value of data.objective."""
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,7 +12,8 @@ from jax.sharding import Mesh
 
 from gptjax.checkpoint.state import ParameterSpec
 from gptjax.config import Config
-from gptjax.data.pipeline import Corpus, open_corpus
+from gptjax.data import tokenizers
+from gptjax.data.pipeline import Corpus, Examples, open_corpus
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.distributed import processes
 from gptjax.inference.engine import Engine
@@ -21,6 +23,7 @@ from gptjax.models import low_precision
 from gptjax.models.attention_backends import check_backend
 from gptjax.models.gpt import GPT, head_embedding, hidden_states_and_routers, init_params
 from gptjax.parallel.mesh import check_fit, platform
+from gptjax.stages import pretraining_objectives as objectives
 from gptjax.stages.definition import Definition
 from gptjax.stages.reading import reader
 from gptjax.training.held_out import held_out_means, perplexity
@@ -30,11 +33,12 @@ from gptjax.training.stage import Stage, describe_data
 
 
 def next_token_loss(config: Config) -> Loss:
-    """Cross entropy of the next token, in nats, summed over targets (Radford et al. 2018, equation 1).
+    """Cross entropy of the targets, in nats, weighted and summed (Radford et al. 2018, equation 1).
 
+    The targets are the next tokens, or the masked ones with data.objective=masked, whose attention the model then has.
     In training, the z-loss and the routers' losses are added, where their coefficients are above 0.
     """
-    model, settings = GPT(config.model), config.model
+    model, settings = GPT(objectives.attending(config)), config.model
 
     def loss(params: Any, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array, Measures]:
         x_BTD, routers = hidden_states_and_routers(
@@ -77,6 +81,7 @@ DEFINITION = Definition(
     parameters=lambda config: ParameterSpec(config, lambda rng: init_params(GPT(config.model), rng)),
     loss=next_token_loss,
     complete=lambda config, tokenizer, workdir: config.completed(tokenizer.vocab_size),
+    check=objectives.check,
     adds_tokens=False,
 )
 
@@ -99,14 +104,19 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None, define: Calla
     corpus = processes.first_then_others(
         lambda: open_corpus(config.data, context_length=context, seed=config.seed, tokenizer=tokenizer)
     )
+    given = None
+    if tokenizer is None and config.init_from is not None:
+        given = tokenizers.load(Path(config.init_from).expanduser() / "tokenizer")
+    tokenizer = objectives.extended(config, corpus.tokenizer, given)
     prepared = {
-        "tokenizer": corpus.tokenizer.fingerprint,
+        "tokenizer": tokenizer.fingerprint,
         "data.source": corpus.train.split.content,
         "data.validation_source": corpus.validation.split.content,
     }
     processes.check_same(prepared, "the names are hashes of the content; give all processes the same files")
-    config = in_tokens(config.completed(corpus.tokenizer.vocab_size), corpus.train.split.num_tokens)
+    config = in_tokens(config.completed(tokenizer.vocab_size), corpus.train.split.num_tokens)
     check_fit(config, mesh)
+    training_examples = objectives.examples(config, corpus.train, tokenizer, config.seed)
 
     objective, microbatch, read = define(config), config.sequences_per_microbatch, reader(config, mesh)
     if config.batch.total_tokens is not None:
@@ -119,36 +129,63 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None, define: Calla
     max_batches = None if max_tokens is None else math.ceil(max_tokens / (microbatch * context))
     return Stage(
         objective=objective,
-        tokenizer=corpus.tokenizer,
+        tokenizer=tokenizer,
         total_tokens=total_tokens,
-        batches=lambda start, run: read(corpus.train, start),
+        batches=lambda start, run: read(training_examples, start),
         evaluate=_evaluate(
-            held_out_means(objective.loss, lambda: read(corpus.validation, 0), microbatch, mesh, max_batches), corpus
+            config,
+            corpus,
+            tokenizer,
+            lambda examples: held_out_means(objective.loss, lambda: read(examples, 0), microbatch, mesh, max_batches),
         ),
-        sample=_sample(objective.parameters, corpus.tokenizer, mesh) if config.evaluation.sample_tokens > 0 else None,
-        description=describe_data("documents", train.num_documents, held_out, train.num_tokens, total_tokens),
+        sample=_sample(objective.parameters, tokenizer, mesh) if _has_samples(config) else None,
+        description={
+            **objectives.describe(config, tokenizer),
+            **describe_data("documents", train.num_documents, held_out, train.num_tokens, total_tokens),
+        },
     )
 
 
-def _evaluate(measure: Callable[[Any], dict[str, float]], corpus: Corpus) -> Callable[[Any], dict[str, float]]:
-    """Held-out loss (nats a token), perplexity and bits per byte."""
-    split = corpus.validation.split
+def _evaluate(
+    config: Config,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    means: Callable[[Examples], Callable[[Any], dict[str, float]]],
+) -> Callable[[Any], dict[str, float]]:
+    """The held-out loss of the objective (nats a target) and its perplexity, and what else the objective measures.
+
+    causal: bits per byte. fill_in_the_middle: the loss and bits per byte of the text in its order, and the loss of
+    middles where every document is split.
+
+    Args:
+      means: examples -> all parameters -> {"loss": ...}, as of `held_out_means`.
+    """
+    split, name = corpus.validation.split, config.data.objective
+    measure = means(objectives.examples(config, corpus.validation, tokenizer, objectives.HELD_OUT_SEED))
+    left_to_right = measure if name == "causal" else means(corpus.validation)
+    middle = means(objectives.middles(config, corpus.validation, tokenizer)) if name == "fill_in_the_middle" else None
 
     def evaluate(params: Any) -> dict[str, float]:
         nats = measure(params)["loss"]
-        return {
-            "loss": nats,
-            "perplexity": perplexity(nats),
+        found = {"loss": nats, "perplexity": perplexity(nats)}
+        if middle is not None:
+            nats = left_to_right(params)["loss"]
+            found |= {"left_to_right_loss": nats, "middle_loss": middle(params)["loss"]}
+        if name in ("causal", "fill_in_the_middle"):
             # Tokens per byte are those of the whole split: exact if all of it is evaluated, approximate otherwise.
-            "bits_per_byte": nats / math.log(2) * split.num_tokens / split.text_bytes,
-        }
+            found["bits_per_byte"] = nats / math.log(2) * split.num_tokens / split.text_bytes
+        return found
 
     return evaluate
 
 
+def _has_samples(config: Config) -> bool:
+    return config.evaluation.sample_tokens > 0 and config.data.objective != "masked"
+
+
 def _sample(parameters: ParameterSpec, tokenizer: Tokenizer, mesh: Mesh) -> Callable[[Any], str]:
     """The prompt and its continuation, always with the same sampling seed."""
-    config, model = parameters.config, GPT(parameters.config.model)
+    config, model = parameters.config, GPT(objectives.attending(parameters.config))
     settings = config.evaluation
 
     def sample(params: Any) -> str:

@@ -21,6 +21,8 @@ def refuse_settings_of_pretraining(config: Config, mesh: Mesh, record: str) -> N
     """
     if config.batch.ramp_start_tokens is not None:
         raise UserError("batch.ramp_start_tokens is for stage pretrain: unset it")
+    if config.data.objective != "causal":
+        raise UserError(f"data.objective={config.data.objective} is for stage pretrain: set it to causal")
     if config.data.on_corrupt == "skip":
         raise UserError(
             f"data.on_corrupt=skip is for stage pretrain: set it to error, and correct any damaged {record}"

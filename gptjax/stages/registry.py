@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 
 from gptjax.checkpoint.state import ParameterSpec
-from gptjax.config import Config, read_config
+from gptjax.config import Config, UserError, read_config
 from gptjax.data import tokenizers
 from gptjax.models import peft
 from gptjax.models.gpt import GPT, init_params
@@ -42,6 +42,16 @@ def definition(config: Config) -> Definition:
 def check(config: Config) -> None:
     """Raises UserError when `config` has settings that its stage does not support (`config.checks` covers the rest)."""
     definition(config).check(config)
+
+
+def check_given(config: Config, given: Config) -> None:
+    """Raises UserError when the weights of a run with config `given` are none that the stage can start from."""
+    if given.data.objective == "masked" and definition(config).conversational:
+        raise UserError(
+            f"init_from={config.init_from} is a masked language model (data.objective=masked), and stage "
+            f"{config.stage} needs one that predicts the next token: start from weights of another objective, or first "
+            "train these by stage pretrain with data.objective=causal"
+        )
 
 
 def completed_config(workdir: Path) -> tuple[Config, tokenizers.Tokenizer]:

@@ -182,7 +182,7 @@ def check_model(config: Config, given: Config, name: str) -> None:
     free: dict[str, Any] = {name: getattr(config.model, name) for name in fields_independent_of_weights()}
     if given.model.adapter_dim is None:
         free["adapter_dim"] = config.model.adapter_dim
-    adds_tokens = registry.definition(config).adds_tokens
+    adds_tokens = registry.definition(config).adds_tokens or config.data.objective != "causal"
     if adds_tokens and (given.model.vocab_size or 0) <= (config.model.vocab_size or 0):
         free["vocab_size"] = config.model.vocab_size  # special tokens are new
     if changed := differences(dataclasses.replace(given.model, **free), config.model, "model."):

@@ -11,6 +11,7 @@ from gptjax.config import Config, MeshConfig, UserError, parse_arg, read_config,
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.models.gpt import GPT
 from gptjax.parallel.mesh import make_mesh
+from gptjax.stages.pretraining_objectives import attending
 from gptjax.stages.saved_weights import load_weights
 
 
@@ -55,7 +56,13 @@ def load_model(
     Raises:
       UserError: `workdir` is not a workdir, has no such checkpoint, or its model does not fit the mesh.
     """
-    if read_config(workdir).task.bidirectional:
+    saved = read_config(workdir)
+    if saved.data.objective == "masked":
+        raise UserError(
+            f"{workdir} is a masked language model (data.objective=masked), which does not predict the next token: "
+            "fine-tune it by stage finetune"
+        )
+    if saved.task.bidirectional:
         raise UserError(f"{workdir} attends in both directions (task.bidirectional=true): use gptjax.predict")
     device_mesh = make_mesh(MeshConfig() if mesh is None else mesh)
     with jax.set_mesh(device_mesh):
@@ -63,7 +70,7 @@ def load_model(
     config = predicting(weights.config)
     if dtype is not None:
         config = replace(config, {"model": {"dtype": dtype}})
-    model = GPT(config.model)
+    model = GPT(attending(config))
     return TrainedModel(config, model, weights.gpt, weights.head, weights.tokenizer, device_mesh, weights.step)
 
 

@@ -66,7 +66,7 @@ def cross_entropy(
       z_loss: coefficient of the squared log-normaliser (Chowdhery et al. 2022, section 5).
     """
     arrays = x_BTD, embedding_VD, targets_BT, weights_BT
-    settings = _Settings(chunk, precision, logits_dtype, soft_cap, z_loss, with_gradients=False)
+    settings = _Settings(False, chunk, precision, logits_dtype, soft_cap, z_loss)
     return _sharded(*arrays, settings=settings)[0]
 
 
@@ -140,7 +140,7 @@ def _forward(
     *settings: Any,
 ) -> tuple[jax.Array, Any]:
     arrays = x_BTD, embedding_VD, targets_BT, weights_BT
-    return _sharded(*arrays, settings=_Settings(*settings, with_gradients=True))
+    return _sharded(*arrays, settings=_Settings(True, *settings))
 
 
 def _backward(*settings_and_arrays: Any) -> tuple[jax.Array, jax.Array, None, None]:
@@ -159,12 +159,12 @@ cross_entropy.defvjp(_forward, _backward)
 class _Settings(NamedTuple):
     """Arguments of `cross_entropy`, and whether to compute the gradients together with the loss."""
 
+    with_gradients: bool
     chunk: int | None
     precision: str | None
     logits_dtype: str
     soft_cap: float | None
     z_loss: float
-    with_gradients: bool
 
 
 def _sharded(*arrays: jax.Array, settings: _Settings) -> tuple[jax.Array, Any]:

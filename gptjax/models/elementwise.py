@@ -110,11 +110,11 @@ class Vector(nn.Module):
     leaf: str  # "scale" or "bias"
     shape: tuple[int, ...]
     axes: tuple[str, ...]
-    init: nn.initializers.Initializer
+    initializer: nn.initializers.Initializer
 
     @nn.compact
     def __call__(self) -> jax.Array:
-        value = self.param(self.leaf, partitioned(self.init, *self.axes), self.shape, self.config.param_dtype)
+        value = self.param(self.leaf, partitioned(self.initializer, *self.axes), self.shape, self.config.param_dtype)
         return jnp.asarray(nn.unbox(value))
 
 

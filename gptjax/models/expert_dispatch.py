@@ -34,8 +34,8 @@ class Routes(NamedTuple):
 class Dense(flax.struct.PyTreeNode):
     """A linear layer of every expert."""
 
-    kernel_EDF: jax.Array
-    bias_EF: jax.Array | None
+    kernel_EDF: Any  # array, or its sharding
+    bias_EF: Any  # array or its sharding; None: there is none
 
 
 class Layout(Protocol):

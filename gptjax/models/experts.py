@@ -142,13 +142,13 @@ class ExpertDense(nn.Module):
     config: GPTConfig
     shape: tuple[int, int]  # inputs, outputs
     axes: tuple[str, str]
-    init: nn.initializers.Initializer
+    initializer: nn.initializers.Initializer
 
     @nn.compact
     def __call__(self) -> Dense:
         config = self.config
         assert config.num_experts is not None
-        init = partitioned(self.init, "experts", *self.axes, inputs=1)
+        init = partitioned(self.initializer, "experts", *self.axes, inputs=1)
         kernel = nn.unbox(self.param("kernel", init, (config.num_experts, *self.shape), config.param_dtype))
         if not config.ffw_bias:
             return Dense(kernel.astype(config.dtype), None)

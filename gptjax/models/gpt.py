@@ -104,6 +104,7 @@ class Block(nn.Module):
         """a x + b x0 with learned scalars, at first a = 1 and b = 0."""
         a = Vector(self.config, "scale", (), (), nn.initializers.ones, name="residual")()
         b = Vector(self.config, "scale", (), (), nn.initializers.zeros, name="input")()
+        assert inputs.first_BTD is not None, "layer_inputs sets it"
         return a.astype(x_BTD.dtype) * x_BTD + b.astype(x_BTD.dtype) * inputs.first_BTD
 
 

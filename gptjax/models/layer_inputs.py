@@ -1,13 +1,12 @@
 """What every layer reads besides the hidden states."""
 
+import flax.struct
 import jax
-from flax import struct
 
 from gptjax.models.positions import Rotation
 
 
-@struct.dataclass
-class LayerInputs:
+class LayerInputs(flax.struct.PyTreeNode):
     """Arrays that layers read, the same for all but `value_BTHK`; those that the config does not need are None.
 
     Attributes:

@@ -1,7 +1,8 @@
 """Compares the pretraining objectives (data.objective) by the transfer to fine-tuning.
 
     python -m benchmarks.objectives --workdir=runs/objectives
-    python -m benchmarks.objectives --workdir=runs/objectives_quick --pretrain_tokens=100000 --rows=500 --seeds=2
+    python -m benchmarks.objectives --workdir=runs/objectives_small --pretrain_tokens=400000 --rows=1000 \
+        --layers=2 --width=64 --context=64
 
 For each seed, trains the model of configs/gpt2.py:runlocal with each objective on the same texts, those of all labelled
 rows except the test rows, without labels, at equal tokens: positions that the model reads, on which the masked and the
@@ -58,7 +59,8 @@ def main(_: list[str]) -> None:
             for attention in ATTENTION:
                 found[attention].append(finetune(files, root, name, workdir, attention, seed))
         results[name] = found
-    settings = {name: flags.FLAGS[name].value for name in ("source", "pretrain_tokens", "rows", "test_rows", "epochs")}
+    names = ("source", "pretrain_tokens", "rows", "test_rows", "epochs", "layers", "width", "context")
+    settings = {name: flags.FLAGS[name].value for name in names}
     (root / "results.json").write_text(json.dumps({"settings": settings, "results": results}, indent=2) + "\n")
     print_table(results)
 
@@ -78,9 +80,13 @@ def pretrain(files: dict[str, Path], root: Path, objective: str, seed: int) -> P
     """Trains with an objective, unless that is done; returns the workdir."""
     workdir = root / f"{objective.replace(' ', '_')}-{seed}"
     config = c.resolve(runpy.run_path("configs/gpt2.py")["get_config"]("runlocal"))
+    heads = None if WIDTH.value is None else WIDTH.value // 32
+    sizes = {"num_layers": LAYERS.value, "embed_dim": WIDTH.value, "num_heads": heads, "context_length": CONTEXT.value}
+    sizes = {name: value for name, value in sizes.items() if value is not None}
+    config = c.replace(config, {"model": sizes, "batch": {"tokens_per_batch": 16 * sizes.get("context_length", 128)}})
     sections: dict[str, dict[str, Any]] = {
         "data": {"source": f"jsonl:{files['texts']}", "packing": "segment"} | OBJECTIVES[objective],
-        "batch": {"total_tokens": PRETRAIN_TOKENS.value, "tokens_per_batch": 16 * config.model.context_length},
+        "batch": {"total_tokens": PRETRAIN_TOKENS.value},
         "evaluation": {"every_tokens": None, "sample_tokens": 0},
         "checkpoint": {"every_tokens": None, "keep_last": 1},
         "logging": {"tensorboard": False},
@@ -153,5 +159,8 @@ if __name__ == "__main__":
     ROWS = flags.DEFINE_integer("rows", 2000, "Training rows.", lower_bound=2)
     TEST_ROWS = flags.DEFINE_integer("test_rows", 1000, "Test rows.", lower_bound=1)
     SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each objective.", lower_bound=1)
+    LAYERS = flags.DEFINE_integer("layers", None, "Layers of the model.", lower_bound=1)
+    WIDTH = flags.DEFINE_integer("width", None, "Width of the model, a multiple of 32: heads have 32.", lower_bound=32)
+    CONTEXT = flags.DEFINE_integer("context", None, "Context of the model.", lower_bound=16)
     EPOCHS = flags.DEFINE_float("epochs", 3.0, "Of each fine-tuning run.")
     app.run(main)

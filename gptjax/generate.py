@@ -84,7 +84,7 @@ def main() -> None:
     if NUM_BEAMS.value is not None:
         check_beams(NUM_BEAMS.value)
     if SUFFIX.value is not None:
-        check_suffix()
+        check_suffix(WORKDIR.value)
     cli.join()
     records = processes.of_first(read_prompts)
     output = None if OUTPUT.value is None else cli.output_file("output", OUTPUT.value)
@@ -135,12 +135,12 @@ def opened_output(path: Path) -> TextIO:
         raise UserError(f"cannot write --output={path}: {error.strerror}") from None
 
 
-def check_suffix() -> None:
+def check_suffix(workdir: str) -> None:
     """Raises UserError where the workdir's model cannot fill a gap, and for flags that contradict --suffix."""
-    objective = read_config(expand(WORKDIR.value)).data.objective
+    objective = read_config(expand(workdir)).data.objective
     if objective != "fill_in_the_middle":
         raise UserError(
-            f"--suffix needs a model trained with data.objective=fill_in_the_middle, and that of {WORKDIR.value} has "
+            f"--suffix needs a model trained with data.objective=fill_in_the_middle, and that of {workdir} has "
             f"data.objective={objective}"
         )
     if NUM_BEAMS.value is not None:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,7 +11,6 @@ from jax.sharding import Mesh
 
 from gptjax.checkpoint.state import ParameterSpec
 from gptjax.config import Config
-from gptjax.data import tokenizers
 from gptjax.data.pipeline import Corpus, Examples, open_corpus
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.distributed import processes
@@ -104,10 +102,7 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None, define: Calla
     corpus = processes.first_then_others(
         lambda: open_corpus(config.data, context_length=context, seed=config.seed, tokenizer=tokenizer)
     )
-    given = None
-    if tokenizer is None and config.init_from is not None:
-        given = tokenizers.load(Path(config.init_from).expanduser() / "tokenizer")
-    tokenizer = objectives.extended(config, corpus.tokenizer, given)
+    tokenizer = objectives.extended(config, corpus.tokenizer, resumes=tokenizer is not None)
     prepared = {
         "tokenizer": tokenizer.fingerprint,
         "data.source": corpus.train.split.content,

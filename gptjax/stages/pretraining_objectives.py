@@ -4,6 +4,7 @@ All have the loss of `pretrain.next_token_loss`: the weighted cross entropy of t
 """
 
 import dataclasses
+from pathlib import Path
 
 from gptjax.config import Config, GPTConfig, UserError
 from gptjax.data.infilling import InfillingExamples, InfillingFormat
@@ -18,7 +19,7 @@ from gptjax.data.special_tokens import (
     special_id,
     with_special_tokens,
 )
-from gptjax.data.tokenizers import Tokenizer
+from gptjax.data.tokenizers import Tokenizer, load
 
 ATTENTION = {"masked": "full", "prefix": "prefix"}  # kind of attention; others are causal
 SPECIAL_TOKENS = {"masked": (MASK,), "fill_in_the_middle": (FIM_PREFIX, FIM_SUFFIX, FIM_MIDDLE)}
@@ -55,15 +56,25 @@ def check(config: Config) -> None:
         )
 
 
-def extended(config: Config, tokenizer: Tokenizer, given: Tokenizer | None) -> Tokenizer:
+def extended(config: Config, tokenizer: Tokenizer, *, resumes: bool) -> Tokenizer:
     """Returns `tokenizer` with the special tokens of the weights to start from, and those of the objective.
 
     Args:
-      given: tokenizer of `init_from`; None: there is none, or `tokenizer` is that of a run that resumes.
+      resumes: whether `tokenizer` is that of a run that resumes, whose weights have all tokens already.
+
+    Raises:
+      UserError: the run that resumes was started with another objective.
     """
-    if given is not None:
+    if not resumes and config.init_from is not None:
+        given = load(Path(config.init_from).expanduser() / "tokenizer")
         tokenizer = tokenizer.with_added(given.added)
-    return with_special_tokens(tokenizer, SPECIAL_TOKENS.get(config.data.objective, ()))
+    found = with_special_tokens(tokenizer, SPECIAL_TOKENS.get(config.data.objective, ()))
+    if resumes and found.added != tokenizer.added:
+        raise UserError(
+            f"data.objective={config.data.objective} needs the special token {found.added[-1]}, which the weights of "
+            "this workdir lack: start from them by init_from, in another --workdir"
+        )
+    return found
 
 
 def examples(config: Config, rows: Examples, tokenizer: Tokenizer, seed: int) -> Examples:

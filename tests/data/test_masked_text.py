@@ -151,20 +151,38 @@ def test_whole_words_are_selected() -> None:
     assert any(0 < np.mean(part == 257) < 1 for part in kept)  # 80/10/10 is for each token
 
 
-def test_special_tokens(gpt2: tokenizers.Tokenizer, tmp_path) -> None:
-    extended = with_special_tokens(gpt2, (MASK,))
-    assert extended.vocab_size == gpt2.vocab_size + 1
-    assert special_id(extended, MASK) == gpt2.vocab_size
+@pytest.mark.parametrize("spec", ["gpt2", "bytes", "bpe:300"])
+def test_special_tokens_are_appended_and_saved(spec: str, gpt2: tokenizers.Tokenizer, tmp_path: Path) -> None:
+    base = gpt2
+    if spec != "gpt2":
+        base = tokenizers.get_tokenizer(
+            spec, train_documents=lambda: ["some words " * 9], corpus_fingerprint="words", cache_dir=tmp_path
+        )
+    extended = with_special_tokens(base, (MASK,))
+    assert extended.vocab_size == base.vocab_size + 1
+    assert special_id(extended, MASK) == extended.id_of("<|mask|>") == base.vocab_size
     assert with_special_tokens(extended, (MASK,)) is extended
     ids = extended.encode("a <|mask|> b")  # plain text
-    assert gpt2.vocab_size not in ids
-    assert extended.decode([*ids, gpt2.vocab_size]) == "a <|mask|> b"
-    extended.save(tmp_path)
-    loaded = tokenizers.load(tmp_path)
-    assert (loaded.fingerprint, loaded.added, loaded.vocab_size) == (extended.fingerprint, MASK[:1], 50258)
-    assert extended.fingerprint != gpt2.fingerprint
-    assert extended.encoding_fingerprint == gpt2.encoding_fingerprint == gpt2.fingerprint
+    assert base.vocab_size not in ids
+    assert extended.decode([*ids, base.vocab_size]) == "a <|mask|> b"
+    extended.save(tmp_path / "saved")
+    loaded = tokenizers.load(tmp_path / "saved")
+    assert (loaded.fingerprint, loaded.added, loaded.vocab_size) == (
+        extended.fingerprint,
+        MASK[:1],
+        base.vocab_size + 1,
+    )
+    assert loaded.with_ends([0]).added == MASK[:1]
+    assert extended.fingerprint != base.fingerprint
+    assert extended.encoding_fingerprint == base.encoding_fingerprint == base.fingerprint
     assert is_concatenative(extended)
+
+
+def test_a_name_that_text_encodes_to_is_no_special_token() -> None:
+    word = BytesTokenizer()
+    word.id_of = lambda name: 97 if name == "<mask>" else None  # type: ignore[method-assign]
+    word.encode = lambda text: np.array([97], np.int32)  # type: ignore[method-assign]
+    assert special_id(word, MASK) is None
 
 
 # --- prefixes ---------------------------------------------------------------------------------------------------------

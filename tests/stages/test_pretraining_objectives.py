@@ -251,6 +251,12 @@ def test_other_stages_have_no_objective(tiny, tmp_path, pretrained):
         run(config, tmp_path / "run")
 
 
+def test_a_run_is_not_resumed_with_an_objective_that_its_weights_have_no_tokens_for(workdirs, configs):
+    config = dataclasses.replace(configs["prefix"], data=configs["masked"].data)
+    with pytest.raises(UserError, match=r"data\.objective=masked needs .*<\|mask\|>.*init_from"):
+        run(config, workdirs["prefix"], allow_config_changes=True)
+
+
 def test_a_masked_model_is_not_the_start_of_a_policy(configs, workdirs, tmp_path):
     masked = read_config(workdirs["masked"])
     for stage in ("sft", "reward", "dpo", "ppo", "grpo"):

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from gptjax.config import UserError
 from gptjax.data.masked_text import example_rng
-from gptjax.data.pipeline import ExampleArrays, Examples
+from gptjax.data.pipeline import ExampleArrays, ExampleSource
 from gptjax.data.special_tokens import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX, is_concatenative, special_id
 from gptjax.data.tokenizers import Tokenizer
 
@@ -107,7 +107,7 @@ class InfillingExamples:
 
     def __init__(
         self,
-        examples: Examples,
+        examples: ExampleSource,
         form: InfillingFormat,
         *,
         rate: float,

@@ -7,7 +7,7 @@ it is the same when a run is resumed, or has another number of processes.
 import numpy as np
 import numpy.typing as npt
 
-from gptjax.data.pipeline import ExampleArrays, Examples
+from gptjax.data.pipeline import ExampleArrays, ExampleSource
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.data.words import WORD
 
@@ -40,7 +40,7 @@ class MaskedExamples:
 
     def __init__(
         self,
-        examples: Examples,
+        examples: ExampleSource,
         *,
         mask_token: int,
         end_of_text: int,
@@ -116,7 +116,7 @@ class PrefixExamples:
       examples: of `PackedExamples`.
     """
 
-    def __init__(self, examples: Examples, *, seed: int):
+    def __init__(self, examples: ExampleSource, *, seed: int):
         self._examples, self._seed = examples, seed
 
     def __len__(self) -> int:

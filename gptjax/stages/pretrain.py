@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from gptjax.checkpoint.state import ParameterSpec
 from gptjax.config import Config
-from gptjax.data.pipeline import Corpus, Examples, open_corpus
+from gptjax.data.pipeline import Corpus, ExampleSource, open_corpus
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.distributed import processes
 from gptjax.inference.engine import Engine
@@ -64,6 +64,7 @@ def next_token_loss(config: Config) -> Loss:
         if routers is None or not is_training:
             return nats, weight, {}
         added = settings.router_balance_loss * routers.balance + settings.router_z_loss * routers.z
+        assert settings.num_experts is not None
         measures = {
             "cross_entropy": nats,
             "router_balance": weight * routers.balance,
@@ -145,7 +146,7 @@ def _evaluate(
     config: Config,
     corpus: Corpus,
     tokenizer: Tokenizer,
-    means: Callable[[Examples], Callable[[Any], dict[str, float]]],
+    means: Callable[[ExampleSource], Callable[[Any], dict[str, float]]],
 ) -> Callable[[Any], dict[str, float]]:
     """The held-out loss of the objective (nats a target) and its perplexity, and what else the objective measures.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from gptjax.config import Config, GPTConfig, UserError
 from gptjax.data.infilling import InfillingExamples, InfillingFormat
 from gptjax.data.masked_text import MaskedExamples, PrefixExamples, WordStarts
-from gptjax.data.pipeline import Examples
+from gptjax.data.pipeline import ExampleSource
 from gptjax.data.special_tokens import (
     FIM_MIDDLE,
     FIM_PREFIX,
@@ -77,7 +77,7 @@ def extended(config: Config, tokenizer: Tokenizer, *, resumes: bool) -> Tokenize
     return found
 
 
-def examples(config: Config, rows: Examples, tokenizer: Tokenizer, seed: int) -> Examples:
+def examples(config: Config, rows: ExampleSource, tokenizer: Tokenizer, seed: int) -> ExampleSource:
     """Returns the examples of the objective, made of the rows of `PackedExamples`.
 
     Args:
@@ -113,7 +113,7 @@ def examples(config: Config, rows: Examples, tokenizer: Tokenizer, seed: int) ->
     return rows
 
 
-def middles(config: Config, rows: Examples, tokenizer: Tokenizer) -> Examples:
+def middles(config: Config, rows: ExampleSource, tokenizer: Tokenizer) -> ExampleSource:
     """Returns held-out examples of fill_in_the_middle in which every document is split; the loss is that of middles."""
     return InfillingExamples(
         rows,

@@ -6,10 +6,7 @@ from typing import Any
 import pytest
 
 MESHES = {  # the share of the experts' kernels that a device holds
-    "fsdp=8": 1 / 8,
     "data=2,tensor=4": 1 / 4,  # more shards than key-value heads
-    "expert=4,data=2": 1 / 4,
-    "data=2,context=4": 1,
     "expert=2,fsdp=2,tensor=2": 1 / 8,
     "expert=2,context=2,data=2": 1 / 2,
 }
@@ -22,10 +19,10 @@ def results(run_script) -> dict[str, Any]:
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_loss_gradient_and_decoded_logits_are_those_of_one_device(results, mesh):
-    # The loss sums 256 tokens, about 1,500 nats; gradients reach 50.
-    assert results[mesh]["loss"] < 2e-3
-    assert results[mesh]["gradient"] < 1e-3
-    assert results[mesh]["decoded"] < 1e-4
+    # Another order of float32 sums: the loss is that of 256 tokens, about 1,500 nats.
+    assert results[mesh]["loss"] < 1e-3
+    assert results[mesh]["gradient"] < 1e-4
+    assert results[mesh]["decoded"] < 1e-5
 
 
 @pytest.mark.parametrize("mesh", MESHES)

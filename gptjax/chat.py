@@ -7,7 +7,11 @@ python -m gptjax.chat --workdir=runs/sft --documents=examples/customer_service
 
 A line is a message. Ctrl-C stops a completion, which is then not part of the conversation; Ctrl-D quits. Commands:
 /system TEXT sets the system message (without TEXT: removes it), /reset deletes the turns, /regen regenerates the last
-completion, /save FILE appends the conversation to a file that stage "sft" can train on, /help, /quit.
+completion, /save FILE appends the conversation to a file that stage "sft" can train on, /tool RESULT answers a call,
+/help, /quit.
+
+A model of chat.template=harmony may reason before it answers, which --analysis=show shows, and call the functions of
+--tools=FILE, a JSON list in the form of OpenAI's API. A call is printed, and /tool RESULT gives its result.
 
 With --documents the passages of these texts that match a message best are inserted before it (retrieval-augmented
 generation), and their sources are printed below the completion.
@@ -24,7 +28,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from gptjax import cli
+from gptjax import cli, files
 from gptjax.config import UserError, read_config
 from gptjax.data import text_files
 from gptjax.files import expand
@@ -32,11 +36,19 @@ from gptjax.inference import retrieval
 from gptjax.parallel import program_cache
 
 if TYPE_CHECKING:
+    from gptjax.data.conversations import RequestOptions
     from gptjax.inference.chatting import ChatSession
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of a chat stage, such as sft.")
 SYSTEM = flags.DEFINE_string("system", None, "System message, before all turns.")
 DOCUMENTS = flags.DEFINE_string("documents", None, "Folder of .txt and .md files for retrieval.")
+TOOLS = flags.DEFINE_string("tools", None, "chat.template=harmony: file with a JSON list of functions to call.")
+REASONING_EFFORT = flags.DEFINE_enum(
+    "reasoning_effort", None, ["low", "medium", "high"], "chat.template=harmony: default: that of the config."
+)
+ANALYSIS = flags.DEFINE_enum(
+    "analysis", "hide", ["hide", "show"], "chat.template=harmony: the channel analysis, in dim letters in a terminal."
+)
 MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens", None, "Maximum tokens of a completion; default: a fourth of the context.", lower_bound=1
 )
@@ -48,7 +60,7 @@ CHECKPOINT = cli.CheckpointFlags()
 MESH = flags.DEFINE_string("mesh", "", "Devices by axis, such as fsdp=2,tensor=4; data takes what is left.")
 CACHE_DIR = cli.define_cache_dir()
 
-HELP = "/system TEXT, /reset, /regen, /save FILE, /help, /quit"
+HELP = "/system TEXT, /reset, /regen, /save FILE, /tool RESULT, /help, /quit"
 
 
 def main() -> None:
@@ -114,6 +126,7 @@ def open_session() -> "ChatSession":
     documents = None
     if DOCUMENTS.value is not None:
         documents = retrieval.Documents(expand(DOCUMENTS.value))
+    options = read_options()
     assert WORKDIR.value is not None
     program_cache.use(expand(CACHE_DIR.value))
     trained = load_model(expand(WORKDIR.value), parse_mesh(MESH.value), best=CHECKPOINT.best, step=CHECKPOINT.step)
@@ -128,7 +141,22 @@ def open_session() -> "ChatSession":
         max_new_tokens=max_new_tokens,
         seed=SEED.value,
         documents=documents,
+        options=options,
+        analysis="dim" if ANALYSIS.value == "show" and sys.stdout.isatty() else ANALYSIS.value,
     )
+
+
+def read_options() -> "RequestOptions | None":
+    """Reads the request options of the flags; None if there are none. Raises UserError if the file is malformed."""
+    from gptjax.data.harmony_forms import parse_options
+
+    tools = None
+    if TOOLS.value is not None:
+        try:
+            tools = files.read_json(expand(TOOLS.value))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read --tools={TOOLS.value}: {error}") from None
+    return parse_options({"tools": tools, "reasoning_effort": REASONING_EFFORT.value}, f"--tools={TOOLS.value}")
 
 
 def take(session: "ChatSession", line: str) -> None:
@@ -146,6 +174,8 @@ def take(session: "ChatSession", line: str) -> None:
         session.save(expand(argument))
     elif command == "/regen":
         answer(session, session.regenerate)
+    elif command == "/tool":
+        answer(session, partial(session.answer_call, argument))
     elif command == "/help":
         print(HELP)
     elif line.startswith("/"):
@@ -185,6 +215,8 @@ def answer(session: "ChatSession", give: Callable[[Callable[[str], None]], str])
     with shown() as show:
         give(show)
     print()
+    if session.call is not None:
+        print("(/tool RESULT gives the result of this call)")
     if session.sources:
         print(retrieval.citations(session.sources))
 

@@ -36,11 +36,18 @@ class ChatConfig:
     Their forms are in `gptjax/data/conversations.py`, the templates in `gptjax/data/templates.py`.
     """
 
-    template: Literal["plain", "chatml", "custom"] = "chatml"
+    template: Literal["plain", "chatml", "harmony", "custom"] = "chatml"  # harmony: gpt-oss
     # custom: text around the {content} of a message; <|name|> is a special token, <|endoftext|> that of the tokenizer
     system_format: str = ""
     user_format: str = ""
     assistant_format: str = ""  # a special token right behind {content} ends the turn
+    # harmony, sft: tokens in the loss. assistant: all that the assistant writes; final: messages of the final channel
+    loss_mask: Literal["assistant", "final"] = "assistant"
+    # harmony: the system message; a record's own reasoning_effort and model_identity take precedence
+    reasoning_effort: Literal["low", "medium", "high"] = "medium"
+    model_identity: str = "You are ChatGPT, a large language model trained by OpenAI."
+    knowledge_cutoff: str = "2024-06"
+    current_date: str | None = None  # such as 2025-06-28; None: the system message has none
     # A conversation whose last exchange alone is longer than the context stops the run, or is left out and counted
     on_too_long: Literal["error", "skip"] = "error"
     pack: bool = True  # sft, reward, dpo: several sequences in a row, without attention between them; false: one a row

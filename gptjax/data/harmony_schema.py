@@ -1,6 +1,6 @@
 """TypeScript-like declarations of functions, as the developer message of the harmony format has them.
 
-The result is, character by character, that of OpenAI's renderer (the package openai-harmony 0.0.8): what it ignores of a
+The result is, character by character, that of OpenAI's renderer, the package openai-harmony 0.0.8. What it ignores in a
 JSON schema (`anyOf`, `$ref`, `pattern`, bounds) is ignored here too.
 """
 

@@ -34,7 +34,10 @@ _MIN_TRAINED_SIZE = 300  # the 256 bytes, end-of-text, and some merges
 _END_OF_TEXT_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[SEP]")
 
 _VOCABULARY_SIZES = {
-    **{"gpt2": 50_257, "cl100k_base": 100_277, "o200k_base": 200_019, "o200k_harmony": 201_088},
+    "gpt2": 50_257,
+    "cl100k_base": 100_277,
+    "o200k_base": 200_019,
+    "o200k_harmony": 201_088,
     "bytes": 257,
 }
 

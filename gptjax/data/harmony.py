@@ -127,7 +127,7 @@ class HarmonyFormat(ChatFormat):
         """Encodes a prompt, int32 (T,), up to `<|start|>assistant`. Arguments and errors as in `encode`."""
         shown = shown_messages(messages)
         parts = [[token for tokens in self._encoded(message) for token in tokens] for message in shown]
-        parts[-1] += self._start("assistant")
+        parts[-1] += self._begin("assistant")
         return self._fitted(shown, [(part, [False] * len(part)) for part in parts], max_tokens, place).tokens
 
     def encode_answer(self, text: str) -> npt.NDArray[np.int32]:
@@ -156,7 +156,7 @@ class HarmonyFormat(ChatFormat):
     def _text(self, text: str) -> list[int]:
         return self._tokenizer.encode(text).tolist()
 
-    def _start(self, role: str) -> list[int]:
+    def _begin(self, role: str) -> list[int]:
         return [self._ids["<|start|>"], *self._text(role)]
 
     def _encoded(self, message: Message, end: str | None = None) -> tuple[list[int], list[int], list[int]]:
@@ -169,13 +169,13 @@ class HarmonyFormat(ChatFormat):
             options = message.options or RequestOptions()
             texts = {"system": system_text(self._chat, options), "developer": developer_text(message.content, options)}
             tokens = [
-                [*self._start(role), self._ids["<|message|>"], *self._text(text), self._ids["<|end|>"]]
+                [*self._begin(role), self._ids["<|message|>"], *self._text(text), self._ids["<|end|>"]]
                 for role, text in texts.items()
                 if text
             ]
             return [token for part in tokens for token in part], [], []
         is_assistant = message.role == "assistant"
-        start = self._start(message.name or "tool" if message.role == "tool" else message.role)
+        start = self._begin(message.name or "tool" if message.role == "tool" else message.role)
         if message.name is not None and message.role != "tool":
             start += self._text(f":{message.name}")
         header: list[int] = []

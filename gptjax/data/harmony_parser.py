@@ -55,7 +55,7 @@ class CompletionParser:
 
     def _text(self, tokens: list[int]) -> str:
         """Decodes tokens, special tokens to their names."""
-        text, run = "", []
+        text, run = "", list[int]()
         for token in tokens:
             if token in self._names:
                 text += self._tokenizer.decode(run) + self._names[token]
@@ -86,6 +86,7 @@ def parse_header(text: str, *, malformed: bool = False) -> Message:
     if malformed:
         return Message("assistant", text.strip().removeprefix("assistant").strip(), channel)
     parts = text.replace("<|constrain|>", " <|constrain|>").split()
+    parts = [part for part in parts if part.startswith("<|constrain|>") or "<|" not in part]
     role: Role = "assistant"
     author = None
     if parts and parts[0] in _ROLES:

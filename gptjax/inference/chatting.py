@@ -95,8 +95,7 @@ class ChatSession:
         """Generates the completion after a tool's result; UserError if the last completion does not end in a call."""
         if self.call is None:
             raise UserError("the last completion does not call a tool: send a message")
-        channel = "analysis" if self.call.channel == "analysis" else "commentary"
-        message = Message("tool", result, channel, "assistant", name=self.call.recipient)
+        message = Message("tool", result, self.call.channel or "commentary", "assistant", name=self.call.recipient)
         return self._continue([*self.turns, message], on_text)
 
     def save(self, path: Path) -> None:

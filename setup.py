@@ -17,7 +17,7 @@ LM_EVAL = ["lm-eval>=0.4.13,<0.5"]
 # What models and losses are compared with, by tests that are skipped without it; the library never imports it. This
 # torch is the CPU's on Python 3.11; elsewhere the package index has it with CUDA, which is some gigabytes. Later
 # versions of trl have no PPO.
-INTEROP = ["torch==2.13.0", "transformers>=5.23", "peft>=0.21", "trl==1.10.0", *LM_EVAL]
+INTEROP = ["torch==2.13.0", "transformers>=5.23", "peft>=0.21", "trl==1.10.0", "openai-harmony==0.0.8", *LM_EVAL]
 
 setup(
     name="gptjax",

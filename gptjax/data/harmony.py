@@ -65,6 +65,7 @@ class HarmonyFormat(ChatFormat):
     token before its first message. Special tokens that the tokenizer lacks are appended to its vocabulary.
 
     Attributes:
+      config: the settings of the format.
       vocab_size, special_tokens, end_of_turn, end_tokens: as in `ChatFormat`.
 
     Raises:
@@ -72,7 +73,7 @@ class HarmonyFormat(ChatFormat):
     """
 
     def __init__(self, chat: ChatConfig, tokenizer: Tokenizer) -> None:
-        self._chat, self._tokenizer = chat, tokenizer
+        self.config, self._tokenizer = chat, tokenizer
         own = {name: token for name in SPECIAL_TOKENS if (token := tokenizer.id_of(name)) is not None}
         missing = [name for name in SPECIAL_TOKENS if name not in own]
         if own and missing:
@@ -94,7 +95,7 @@ class HarmonyFormat(ChatFormat):
         """
         starts = [i for i, message in enumerate(messages) if message.role == "user"]
         prefixes = [messages[:end] for end in (*starts[1:], len(messages))]
-        wanted = "assistant" if self._chat.loss_mask == "assistant" else "final"
+        wanted = "assistant" if self.config.loss_mask == "assistant" else "final"
         return [p for p in prefixes if p and p[-1].role == "assistant" and (wanted == "assistant" or p[-1].is_final)]
 
     def encode(
@@ -114,7 +115,7 @@ class HarmonyFormat(ChatFormat):
             is_last = i == len(shown) - 1
             part = self._encoded(message, "<|return|>" if is_last and message.is_final else None)
             learned = [i > asked and message.role == "assistant"] * sum(map(len, part))
-            if i > asked and self._chat.loss_mask == "final":
+            if i > asked and self.config.loss_mask == "final":
                 learned = [False] * (len(part[0]) + len(part[1])) + [message.is_final] * len(part[2])
             elif not _continues(shown[i - 1]):
                 learned[: len(part[0])] = [False] * len(part[0])
@@ -167,7 +168,7 @@ class HarmonyFormat(ChatFormat):
         """
         if message.role == "system":
             options = message.options or RequestOptions()
-            texts = {"system": system_text(self._chat, options), "developer": developer_text(message.content, options)}
+            texts = {"system": system_text(self.config, options), "developer": developer_text(message.content, options)}
             tokens = [
                 [*self._begin(role), self._ids["<|message|>"], *self._text(text), self._ids["<|end|>"]]
                 for role, text in texts.items()

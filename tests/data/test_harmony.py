@@ -17,7 +17,7 @@ from gptjax.data.harmony import HarmonyFormat
 from gptjax.data.harmony_forms import check_turns, parse_record, written
 from gptjax.data.harmony_schema import declarations
 from gptjax.data.templates import TooLongError, chat_format
-from gptjax.data.tokenizers import BytesTokenizer, HuggingFaceTokenizer, get_tokenizer
+from gptjax.data.tokenizers import BytesTokenizer, HuggingFaceTokenizer
 from tests.interop.write_harmony import CASES, CLOCK, FIXTURE, LOOP, TRAINS
 
 GOLDENS = json.loads(FIXTURE.read_text())
@@ -27,16 +27,9 @@ THINK = Message("assistant", "Simple.", "analysis")
 
 
 @pytest.fixture(scope="module")
-def make_format(tmp_path_factory):
-    tokenizer = get_tokenizer(
-        "o200k_harmony",
-        train_documents=list,
-        corpus_fingerprint="",
-        cache_dir=tmp_path_factory.mktemp("cache"),
-    )
-
+def make_format(o200k_harmony):
     def make(**settings) -> HarmonyFormat:
-        form = chat_format(ChatConfig(template="harmony", **settings), tokenizer)
+        form = chat_format(ChatConfig(template="harmony", **settings), o200k_harmony)
         assert isinstance(form, HarmonyFormat)
         return form
 

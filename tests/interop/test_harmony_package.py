@@ -14,7 +14,6 @@ from gptjax.data.harmony import HarmonyFormat
 from gptjax.data.harmony_forms import parse_record
 from gptjax.data.harmony_schema import declarations
 from gptjax.data.templates import chat_format
-from gptjax.data.tokenizers import get_tokenizer
 from tests.interop.write_harmony import CASES, FIXTURE, expected, reference_encoding
 
 openai_harmony = pytest.importorskip("openai_harmony")
@@ -26,10 +25,8 @@ def encoding(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def form(tmp_path_factory) -> HarmonyFormat:
-    cache_dir = tmp_path_factory.mktemp("cache")
-    tokenizer = get_tokenizer("o200k_harmony", train_documents=list, corpus_fingerprint="", cache_dir=cache_dir)
-    found = chat_format(ChatConfig(template="harmony"), tokenizer)
+def form(o200k_harmony) -> HarmonyFormat:
+    found = chat_format(ChatConfig(template="harmony"), o200k_harmony)
     assert isinstance(found, HarmonyFormat)
     return found
 

@@ -27,11 +27,15 @@ class ChannelDisplay:
         self._tokenizer, self._analysis = tokenizer, analysis
         self._header: Message | None = None
         self._stream = TextStream(tokenizer)
+        self._num_shown = 0  # messages that are complete
 
     def push(self, parser: CompletionParser) -> str:
-        """Returns the new text after the parser has read a token, often ""."""
+        """Returns the new text after the parser has read a token or has finished, often ""."""
         if parser.header is None:
-            return self.flush()
+            has_header, text = self._header is not None, self._flush()
+            malformed = [] if has_header else parser.messages[self._num_shown :]
+            self._num_shown = len(parser.messages)
+            return text + "".join(message.content for message in malformed if self._is_shown(message))
         text = ""
         if parser.header is not self._header:
             self._header, self._stream = parser.header, TextStream(self._tokenizer)
@@ -40,7 +44,7 @@ class ChannelDisplay:
         pieces = [self._stream.push(token) for token in content]
         return text + "".join(pieces) if self._is_shown(self._header) else ""
 
-    def flush(self) -> str:
+    def _flush(self) -> str:
         """Returns the rest of the message in progress."""
         if self._header is None:
             return ""
@@ -93,5 +97,5 @@ def generate(
         parser.push(token)
         on_text(display.push(parser))
     parser.finish()
-    on_text(display.flush())
+    on_text(display.push(parser))
     return assistants(parser.messages)

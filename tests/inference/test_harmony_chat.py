@@ -129,7 +129,8 @@ def test_what_is_saved_can_be_trained_on(tmp_path):
 @pytest.mark.parametrize("written", [THINKS, "<|channel|>analysis<|message|>Hm", "garbage", "", "<|return|>"])
 def test_an_unfinished_completion_is_kept_but_not_saved(written, tmp_path):
     session, engine = session_of(written + "<|return|>", ANSWERS)
-    session.reply("2 + 2?")
+    pieces: list[str] = []
+    assert session.reply("2 + 2?", pieces.append) == "".join(pieces) == ("garbage" if written == "garbage" else "")
     session.reply("Go on.")
     assert engine.prompts[1][-len(b"assistant") :] == [*b"assistant"]
     if written != "garbage":  # which counts as a final message

@@ -49,11 +49,12 @@ def shown_messages(messages: Sequence[Message]) -> list[Message]:
     """Returns the messages that the model reads: without the analysis before the last final message of earlier turns.
 
     The analysis of the last turn, which follows the last message of the user, remains: it is part of an unfinished loop
-    of tool calls, or is trained on.
+    of tool calls, or is trained on. Given several turns at once, openai-harmony 0.0.8 leaves out only what comes before
+    the first final message, and nothing if the last turn is unfinished; the specification has no such exceptions.
     """
     asked = max((i for i, message in enumerate(messages) if message.role == "user"), default=0)
     finals = [i for i, message in enumerate(messages[:asked]) if message.is_final]
-    cut = finals[-1] if finals else 0
+    cut = finals[-1] if finals else -1
     return [message for i, message in enumerate(messages) if i > cut or message.channel != "analysis"]
 
 
@@ -95,8 +96,8 @@ class HarmonyFormat(ChatFormat):
         """
         starts = [i for i, message in enumerate(messages) if message.role == "user"]
         prefixes = [messages[:end] for end in (*starts[1:], len(messages))]
-        wanted = "assistant" if self.config.loss_mask == "assistant" else "final"
-        return [p for p in prefixes if p and p[-1].role == "assistant" and (wanted == "assistant" or p[-1].is_final)]
+        needs_final = self.config.loss_mask == "final"
+        return [p for p in prefixes if p and p[-1].role == "assistant" and (p[-1].is_final or not needs_final)]
 
     def encode(
         self, messages: Sequence[Message], max_tokens: int | None = None, *, place: str = ""

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -245,6 +246,18 @@ def test_what_is_saved_is_read_as_the_same(name):
     messages = parse_all(CASES[name][0])
     assert parse_all(json.loads(json.dumps(written(messages)))) == messages
     check_turns(messages, "here")
+
+
+def test_the_example_of_the_documentation(make_format):
+    page = (Path(__file__).parents[2] / "docs" / "chat.md").read_text()
+    record = json.loads(page.partition("```json\n")[2].partition("```")[0])
+    messages = parse_all(record)
+    check_turns(messages, "here")
+    text = text_of(make_format(), make_format().encode(messages).tokens)
+    assert text.endswith("<|end|><|start|>assistant<|channel|>final<|message|>In three minutes.<|return|>")
+    assert "\n\nReasoning: low\n\n" in text
+    assert "type clock = (_: {\nzone?: string,\n}) => any;" in text
+    assert ' to=functions.clock<|channel|>commentary <|constrain|>json<|message|>{"zone": "CET"}<|call|>' in text
 
 
 def test_other_forms_of_the_same_messages():

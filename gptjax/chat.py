@@ -4,6 +4,7 @@ python -m gptjax.chat --workdir=runs/sft
 python -m gptjax.chat --workdir=runs/dpo --system="Answer in one sentence." --temperature=0.7
 echo "Who are you?" | python -m gptjax.chat --workdir=runs/sft
 python -m gptjax.chat --workdir=runs/sft --documents=examples/customer_service
+python -m gptjax.chat --workdir=runs/gpt_oss --template=harmony
 
 A line is a message. Ctrl-C stops a completion, which is then not part of the conversation; Ctrl-D quits. Commands:
 /system TEXT sets the system message (without TEXT: removes it), /reset deletes the turns, /regen regenerates the last
@@ -17,6 +18,7 @@ With --documents the passages of these texts that match a message best are inser
 generation), and their sources are printed below the completion.
 """
 
+import dataclasses
 import io
 import signal
 import sys
@@ -42,6 +44,9 @@ if TYPE_CHECKING:
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of a chat stage, such as sft.")
 SYSTEM = flags.DEFINE_string("system", None, "System message, before all turns.")
 DOCUMENTS = flags.DEFINE_string("documents", None, "Folder of .txt and .md files for retrieval.")
+TEMPLATE = flags.DEFINE_enum(
+    "template", None, ["harmony"], "Template of a model that no chat stage trained, such as an imported gpt-oss."
+)
 TOOLS = flags.DEFINE_string("tools", None, "chat.template=harmony: file with a JSON list of functions to call.")
 REASONING_EFFORT = flags.DEFINE_enum(
     "reasoning_effort", None, ["low", "medium", "high"], "chat.template=harmony: default: that of the config."
@@ -69,7 +74,9 @@ def main() -> None:
     from gptjax.stages import registry  # takes seconds to import
 
     config = read_config(expand(WORKDIR.value))
-    if not registry.definition(config).chats:
+    if TEMPLATE.value is not None and registry.definition(config).conversational:
+        raise UserError(f"{WORKDIR.value} is trained with chat.template={config.chat.template}: leave out --template")
+    if TEMPLATE.value is None and not registry.definition(config).chats:
         raise UserError(
             f"{WORKDIR.value} is of stage {config.stage}, which does not chat: train it to, with "
             f"--config=configs/chatgpt.py:stage=sft,init_from={WORKDIR.value}"
@@ -130,7 +137,15 @@ def open_session() -> "ChatSession":
     assert WORKDIR.value is not None
     program_cache.use(expand(CACHE_DIR.value))
     trained = load_model(expand(WORKDIR.value), parse_mesh(MESH.value), best=CHECKPOINT.best, step=CHECKPOINT.step)
-    form = chat_format(trained.config.chat, trained.tokenizer)
+    chat = trained.config.chat
+    if TEMPLATE.value is not None:
+        chat = dataclasses.replace(chat, template=TEMPLATE.value)
+    form = chat_format(chat, trained.tokenizer)
+    if TEMPLATE.value is not None and form.special_tokens:
+        raise UserError(
+            f"the tokenizer of {WORKDIR.value} lacks {next(iter(form.special_tokens))} of --template={TEMPLATE.value}: "
+            "train the model with stage sft"
+        )
     engine = Engine(trained.model, trained.params, trained.tokenizer, trained.mesh)
     max_new_tokens = MAX_NEW_TOKENS.value or trained.model.config.context_length // 4
     return ChatSession(

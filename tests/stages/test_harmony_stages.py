@@ -20,7 +20,7 @@ from gptjax.stages.builders import build
 from gptjax.training.metrics_file import read_metrics
 from tests.commands import run_command
 from tests.tiny_chats import config_of, rl_config
-from tests.tiny_tasks import MODEL
+from tests.tiny_tasks import MODEL, save_pretrained
 
 CHAT = c.ChatConfig(template="harmony", model_identity="M", knowledge_cutoff="K")
 CONTEXT = 512
@@ -106,6 +106,24 @@ def test_sft_learns_and_chats(sft, tmp_path):
     result = run_command("gptjax.chat", f"--workdir={sft}", f"--tools={tools}", stdin="q1\n")
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert "tools[0] is not an object of type function" in result.stderr
+
+
+def test_a_model_that_no_chat_stage_trained(sft, pretrained, tmp_path, o200k_harmony):
+    for workdir, message in (
+        (pretrained, f"the tokenizer of {pretrained} lacks <|return|> of --template=harmony: train the model with"),
+        (sft, f"{sft} is trained with chat.template=harmony: leave out --template"),
+    ):
+        result = run_command("gptjax.chat", f"--workdir={workdir}", "--template=harmony", stdin="q1\n")
+        assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+        assert message in result.stderr
+    model = dataclasses.replace(MODEL, context_length=256, vocab_size=201_088, embed_dim=4, num_layers=1)
+    save_pretrained(tmp_path / "gpt_oss", settings=model)
+    config = json.loads((tmp_path / "gpt_oss" / "config.json").read_text())
+    config["batch"]["tokens_per_batch"] = model.context_length
+    (tmp_path / "gpt_oss" / "config.json").write_text(json.dumps(config))
+    o200k_harmony.save(tmp_path / "gpt_oss" / "tokenizer")  # replaces its own
+    result = run_command("gptjax.chat", f"--workdir={tmp_path / 'gpt_oss'}", "--template=harmony", stdin="q1\n")
+    assert result.returncode == 0, result.stderr
 
 
 def test_held_out_prompts_have_final_messages_as_references(sft):

@@ -139,7 +139,7 @@ def open_session() -> "ChatSession":
     trained = load_model(expand(WORKDIR.value), parse_mesh(MESH.value), best=CHECKPOINT.best, step=CHECKPOINT.step)
     chat = trained.config.chat
     if TEMPLATE.value is not None:
-        chat = dataclasses.replace(chat, template=TEMPLATE.value)
+        chat = dataclasses.replace(chat, template="harmony")
     form = chat_format(chat, trained.tokenizer)
     if TEMPLATE.value is not None and form.special_tokens:
         raise UserError(

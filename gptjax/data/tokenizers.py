@@ -79,8 +79,8 @@ class Tokenizer(abc.ABC):
         return 0 <= token < self.vocab_size
 
     def id_of(self, name: str) -> int | None:
-        """Returns the id of the special token `name`, such as "<|start|>"; None if there is none."""
-        return self.end_of_text if name == END_OF_TEXT else None
+        """Returns the id of the token `name`, special tokens included; None if there is none."""
+        return None
 
     @abc.abstractmethod
     def encode(self, text: str) -> npt.NDArray[np.int32]:
@@ -141,7 +141,7 @@ class TiktokenTokenizer(Tokenizer):
         self.end_of_text = encoding.eot_token
 
     def id_of(self, name: str) -> int | None:
-        return self.encoding._special_tokens.get(name)
+        return self.encoding.encode_single_token(name) if name in self.encoding.special_tokens_set else None
 
     def encode(self, text: str) -> npt.NDArray[np.int32]:
         return np.array(self.encoding.encode_ordinary(text), dtype=np.int32)

@@ -24,8 +24,8 @@ chat-demo: $(VENV)/.installed-demo ## pretrain, sft, reward model, PPO on packag
 test: $(VENV)/.installed-test ## run the tests
 	$(BIN)/python -m pytest -n auto
 
-interop: $(VENV)/.installed-test $(VENV)/.installed-interop ## compare with torch, transformers, trl and lm-eval, installing them
-	$(BIN)/python -m pytest -n auto $$(grep -rlE --include='*.py' 'importorskip\("(torch|trl|lm_eval)"' tests)
+interop: $(VENV)/.installed-test $(VENV)/.installed-interop ## compare with torch, transformers, trl, lm-eval and openai-harmony, installing them
+	$(BIN)/python -m pytest -n auto $$(grep -rlE --include='*.py' 'importorskip\("(torch|trl|lm_eval|openai_harmony)"' tests)
 
 tpu: $(VENV)/.installed-test $(VENV)/.installed-tpu ## compile for TPUs that are not there, installing their compiler
 	$(BIN)/python -m pytest -n auto $$(grep -rl --include='*.py' 'importorskip("libtpu")' tests)

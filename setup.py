@@ -17,7 +17,7 @@ LM_EVAL = ["lm-eval>=0.4.13,<0.5"]
 # References for tests of models and losses, which are skipped without them; the library never imports them. On Python
 # 3.11 this torch is the CPU build; elsewhere the package index has it with CUDA, several gigabytes. Later versions of
 # trl have no PPO.
-INTEROP = ["torch==2.13.0", "transformers>=5.23", "peft>=0.21", "trl==1.10.0", *LM_EVAL]
+INTEROP = ["torch==2.13.0", "transformers>=5.23", "peft>=0.21", "trl==1.10.0", "openai-harmony==0.0.8", *LM_EVAL]
 
 setup(
     name="gptjax",

@@ -4,15 +4,21 @@ python -m gptjax.chat --workdir=runs/sft
 python -m gptjax.chat --workdir=runs/dpo --system="Answer in one sentence." --temperature=0.7
 echo "Who are you?" | python -m gptjax.chat --workdir=runs/sft
 python -m gptjax.chat --workdir=runs/sft --documents=examples/customer_service
+python -m gptjax.chat --workdir=runs/gpt_oss --template=harmony
 
 A line is a message. Ctrl-C stops a completion, which is then not part of the conversation; Ctrl-D quits. Commands:
 /system TEXT sets the system message (without TEXT: removes it), /reset deletes the turns, /regen regenerates the last
-completion, /save FILE appends the conversation to a file that stage "sft" can train on, /help, /quit.
+completion, /save FILE appends the conversation to a file that stage "sft" can train on, /tool RESULT answers a call,
+/help, /quit.
+
+A model of chat.template=harmony may reason before it answers, which --analysis=show shows, and call the functions of
+--tools=FILE, a JSON list in the form of OpenAI's API. A call is printed, and /tool RESULT gives its result.
 
 With --documents the passages of these texts that match a message best are inserted before it (retrieval-augmented
 generation), and their sources are printed below the completion.
 """
 
+import dataclasses
 import io
 import signal
 import sys
@@ -24,7 +30,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from gptjax import cli
+from gptjax import cli, files
 from gptjax.config import UserError, read_config
 from gptjax.data import text_files
 from gptjax.files import expand
@@ -32,11 +38,22 @@ from gptjax.inference import retrieval
 from gptjax.parallel import program_cache
 
 if TYPE_CHECKING:
+    from gptjax.data.conversations import RequestOptions
     from gptjax.inference.chatting import ChatSession
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of a chat stage, such as sft.")
 SYSTEM = flags.DEFINE_string("system", None, "System message, before all turns.")
 DOCUMENTS = flags.DEFINE_string("documents", None, "Folder of .txt and .md files for retrieval.")
+TEMPLATE = flags.DEFINE_enum(
+    "template", None, ["harmony"], "Template of a model that no chat stage trained, such as an imported gpt-oss."
+)
+TOOLS = flags.DEFINE_string("tools", None, "chat.template=harmony: file with a JSON list of functions to call.")
+REASONING_EFFORT = flags.DEFINE_enum(
+    "reasoning_effort", None, ["low", "medium", "high"], "chat.template=harmony: default: that of the config."
+)
+ANALYSIS = flags.DEFINE_enum(
+    "analysis", "hide", ["hide", "show"], "chat.template=harmony: the channel analysis, in dim letters in a terminal."
+)
 MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens", None, "Maximum tokens of a completion; default: a fourth of the context.", lower_bound=1
 )
@@ -48,7 +65,7 @@ CHECKPOINT = cli.CheckpointFlags()
 MESH = flags.DEFINE_string("mesh", "", "Devices by axis, such as fsdp=2,tensor=4; data takes what is left.")
 CACHE_DIR = cli.define_cache_dir()
 
-HELP = "/system TEXT, /reset, /regen, /save FILE, /help, /quit"
+HELP = "/system TEXT, /reset, /regen, /save FILE, /tool RESULT, /help, /quit"
 
 
 def main() -> None:
@@ -57,7 +74,9 @@ def main() -> None:
     from gptjax.stages import registry  # takes seconds to import
 
     config = read_config(expand(WORKDIR.value))
-    if not registry.definition(config).chats:
+    if TEMPLATE.value is not None and registry.definition(config).conversational:
+        raise UserError(f"{WORKDIR.value} is trained with chat.template={config.chat.template}: leave out --template")
+    if TEMPLATE.value is None and not registry.definition(config).chats:
         raise UserError(
             f"{WORKDIR.value} is a run of stage {config.stage}, which trains no chat model: fine-tune it with "
             f"gptjax.main --config=configs/chatgpt.py:stage=sft,init_from={WORKDIR.value}"
@@ -114,10 +133,19 @@ def open_session() -> "ChatSession":
     documents = None
     if DOCUMENTS.value is not None:
         documents = retrieval.Documents(expand(DOCUMENTS.value))
+    options = read_options()
     assert WORKDIR.value is not None
     program_cache.use(expand(CACHE_DIR.value))
     trained = load_model(expand(WORKDIR.value), parse_mesh(MESH.value), best=CHECKPOINT.best, step=CHECKPOINT.step)
-    form = chat_format(trained.config.chat, trained.tokenizer)
+    chat = trained.config.chat
+    if TEMPLATE.value is not None:
+        chat = dataclasses.replace(chat, template="harmony")
+    form = chat_format(chat, trained.tokenizer)
+    if TEMPLATE.value is not None and form.special_tokens:
+        raise UserError(
+            f"the tokenizer of {WORKDIR.value} lacks {next(iter(form.special_tokens))} of --template={TEMPLATE.value}: "
+            "train the model with stage sft"
+        )
     engine = Engine(trained.model, trained.params, trained.tokenizer, trained.mesh)
     max_new_tokens = MAX_NEW_TOKENS.value or trained.model.config.context_length // 4
     return ChatSession(
@@ -128,7 +156,22 @@ def open_session() -> "ChatSession":
         max_new_tokens=max_new_tokens,
         seed=SEED.value,
         documents=documents,
+        options=options,
+        analysis="dim" if ANALYSIS.value == "show" and sys.stdout.isatty() else ANALYSIS.value,
     )
+
+
+def read_options() -> "RequestOptions | None":
+    """Reads the request options of the flags; None if there are none. Raises UserError if the file is malformed."""
+    from gptjax.data.harmony_forms import parse_options
+
+    tools = None
+    if TOOLS.value is not None:
+        try:
+            tools = files.read_json(expand(TOOLS.value))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read --tools={TOOLS.value}: {error}") from None
+    return parse_options({"tools": tools, "reasoning_effort": REASONING_EFFORT.value}, f"--tools={TOOLS.value}")
 
 
 def take(session: "ChatSession", line: str) -> None:
@@ -146,6 +189,8 @@ def take(session: "ChatSession", line: str) -> None:
         session.save(expand(argument))
     elif command == "/regen":
         print_completion(session, session.regenerate)
+    elif command == "/tool":
+        print_completion(session, partial(session.answer_call, argument))
     elif command == "/help":
         print(HELP)
     elif line.startswith("/"):
@@ -185,6 +230,8 @@ def print_completion(session: "ChatSession", generate: Callable[[Callable[[str],
     with shown() as show:
         generate(show)
     print()
+    if session.call is not None:
+        print("(/tool RESULT gives the result of this call)")
     if session.sources:
         print(retrieval.citations(session.sources))
 

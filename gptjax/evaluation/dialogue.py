@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gptjax.config import Config, UserError
-from gptjax.data import conversations
+from gptjax.data import conversations, harmony_forms
 from gptjax.data.conversations import Message, Prompt
 from gptjax.data.templates import ChatFormat, TooLongError
 from gptjax.evaluation.example_records import file_name, key, resumably, score_resumably
@@ -61,7 +61,7 @@ class DialogueTask:
       inputs: int32 (T,) of each prompt, up to the start of the completion, with room for max_new_tokens.
       requests: requests that score the references.
       max_new_tokens: maximum length of a completion in tokens.
-      end_of_turn: the token that ends a completion.
+      chat_format: format of the prompts and completions.
       settings: what the metrics depend on other than the model, for the report.
     """
 
@@ -69,7 +69,7 @@ class DialogueTask:
     inputs: list[npt.NDArray[np.int32]]
     requests: list[ScoringRequest]
     max_new_tokens: int
-    end_of_turn: int
+    chat_format: ChatFormat
     settings: dict[str, Any]
 
     def batches(self, size: int) -> list[list[int]]:
@@ -83,10 +83,13 @@ class DialogueTask:
             [self.inputs[i] for i in indices],
             self.max_new_tokens,
             Sampling(temperature=0),
-            end_tokens=(self.end_of_turn,),
+            end_tokens=self.chat_format.end_tokens,
             separate_text=True,
         )
-        return [DialogueCompletion(c.text, len(c.tokens), c.finish_reason != "length") for c in completions]
+        return [
+            DialogueCompletion(self.chat_format.decode(c.tokens), len(c.tokens), c.finish_reason != "length")
+            for c in completions
+        ]
 
     def metrics(
         self,
@@ -161,7 +164,8 @@ def read_prompts(source: str | None, config: Config) -> list[Prompt]:
       UserError: as in `read_conversations`.
     """
     if source is not None:
-        return conversations.prompts(conversations.read_conversations(source))
+        harmony = config.chat.template == "harmony"
+        return conversations.prompts(conversations.read_conversations(source, harmony=harmony))
     from gptjax.stages.builders import HELD_OUT_PROMPTS
 
     return HELD_OUT_PROMPTS[config.stage](config)
@@ -210,7 +214,7 @@ def dialogue_task(
         "left_out": len(left_out),
         "max_new_tokens": max_new_tokens,
     }
-    return DialogueTask(kept, inputs, requests, max_new_tokens, chat_format.end_of_turn, settings)
+    return DialogueTask(kept, inputs, requests, max_new_tokens, chat_format, settings)
 
 
 def evaluate_dialogue(
@@ -252,7 +256,7 @@ def evaluate_dialogue(
     for number, (prompt, completion) in enumerate(zip(task.prompts, completions, strict=True)):
         record = {
             "place": prompt.place,
-            "messages": [vars(message) for message in prompt.messages],
+            **harmony_forms.written(prompt.messages),
             "reference": prompt.reference,
             "answer": completion.text,
             "ended": completion.ended,

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gptjax.config import UserError
+from gptjax.data import harmony_forms
 from gptjax.data.compression import compression
-from gptjax.data.conversations import Message
+from gptjax.data.conversations import Message, RequestOptions
+from gptjax.data.harmony import HarmonyFormat, final_text
 from gptjax.data.templates import ChatFormat, TooLongError
 from gptjax.data.text_files import Utf8, opened_text
 from gptjax.files import write_whole
+from gptjax.inference import harmony_chat
 from gptjax.inference.engine import Engine
 from gptjax.inference.retrieval import Documents, Passage, with_passages
 from gptjax.inference.sampling import Sampling
@@ -26,14 +29,16 @@ class ChatSession:
       documents: source of passages to retrieve for each question. As many of the best passages as fit are inserted
         before the question, and older turns are dropped for them. They are part of the user's turn only while it is the
         last one: later completions need the room.
+      options: tools and reasoning effort, for the harmony format.
+      analysis: whether the channel analysis of the harmony format is shown: "hide", "show" or "dim".
 
     Attributes:
       system: system message before all turns; None: no system message.
-      turns: all turns, the oldest first.
+      turns: all turns, the oldest first; with the harmony format the messages of all channels.
       sources: passages that the last completion was based on, best first.
 
     Raises:
-      UserError: `max_new_tokens` leaves no room for a prompt.
+      UserError: `max_new_tokens` leaves no room for a prompt, or there are options for a format without them.
     """
 
     def __init__(
@@ -46,11 +51,16 @@ class ChatSession:
         max_new_tokens: int = 256,
         seed: int = 0,
         documents: Documents | None = None,
+        options: RequestOptions | None = None,
+        analysis: str = "hide",
     ) -> None:
         context = engine.model.config.context_length
         if max_new_tokens >= context:
             raise UserError(f"max_new_tokens={max_new_tokens} leaves no room in a context of {context}: lower it")
+        if options is not None and not isinstance(chat_format, HarmonyFormat):
+            raise UserError("tools and reasoning effort need a model of chat.template=harmony: leave them out")
         self._engine, self._format, self._sampling = engine, chat_format, sampling
+        self._options, self._analysis = options, analysis
         self._max_new_tokens, self._seed, self._documents = max_new_tokens, seed, documents
         self.system = system
         self.turns: list[Message] = []
@@ -67,18 +77,26 @@ class ChatSession:
         """
         if not text.strip():
             raise UserError("the message is empty: write some text")
-        asked = [*self.turns, Message("user", text)]
-        completion = self._complete(asked, on_text)
-        self.turns = [*asked, Message("assistant", completion)]
-        return completion
+        return self._continue([*self.turns, Message("user", text)], on_text)
 
     def regenerate(self, on_text: Callable[[str], None] = lambda _: None) -> str:
         """Replaces the last completion by another one; UserError if there is none yet."""
         if not self.turns:
             raise UserError("there is no completion to regenerate yet: send a message first")
-        completion = self._complete(self.turns[:-1], on_text)
-        self.turns[-1] = Message("assistant", completion)
-        return completion
+        asked = max(i for i, turn in enumerate(self.turns) if turn.role != "assistant")
+        return self._continue(self.turns[: asked + 1], on_text)
+
+    @property
+    def call(self) -> Message | None:
+        """The call that the last completion ends in, whose result is expected; None: it ends otherwise."""
+        return self.turns[-1] if self.turns and self.turns[-1].is_call else None
+
+    def answer_call(self, result: str, on_text: Callable[[str], None] = lambda _: None) -> str:
+        """Generates the completion after a tool's result; UserError if the last completion does not end in a call."""
+        if self.call is None:
+            raise UserError("the last completion does not call a tool: send a message")
+        message = Message("tool", result, self.call.channel or "commentary", "assistant", name=self.call.recipient)
+        return self._continue([*self.turns, message], on_text)
 
     def save(self, path: Path) -> None:
         """Appends the conversation to a file, as a line that stage "sft" can read (OpenAI's messages format).
@@ -90,9 +108,12 @@ class ChatSession:
         """
         if not self.turns:
             raise UserError("there is nothing to save yet: send a message first")
-        if not all(turn.content.strip() for turn in self.turns):
+        if not all(turn.content.strip() for turn in self.turns if turn.role != "tool"):
             raise UserError("a completion is empty, so the conversation cannot be trained on: regenerate it, or reset")
-        line = json.dumps({"messages": [vars(message) for message in self._all(self.turns)]}, ensure_ascii=False)
+        if isinstance(self._format, HarmonyFormat):
+            harmony_forms.without_unanswered(tuple(self.turns), "the conversation")
+            harmony_forms.check_turns(self.turns, "the conversation")
+        line = json.dumps(harmony_forms.written(self._all(self.turns)), ensure_ascii=False)
         if compression(path) is not None:
             raise UserError(f"cannot append to {path}, which is {compression(path)} by its name: name another file")
         try:
@@ -113,24 +134,46 @@ class ChatSession:
         self.turns, self.sources = [], []
 
     def _all(self, turns: list[Message]) -> list[Message]:
-        return turns if self.system is None else [Message("system", self.system), *turns]
+        found = turns if self.system is None else [Message("system", self.system), *turns]
+        return list(harmony_forms.with_options(found, self._options))
 
-    def _complete(self, asked: list[Message], on_text: Callable[[str], None]) -> str:
+    def _continue(self, asked: list[Message], on_text: Callable[[str], None]) -> str:
+        """Generates the completion of `asked`; both become the turns."""
+        written = self._completion(asked, on_text)
+        self.turns = [*asked, *written]
+        return final_text(written)
+
+    def _completion(self, asked: list[Message], on_text: Callable[[str], None]) -> list[Message]:
         room = self._engine.model.config.context_length - self._max_new_tokens
-        sources = self._passages(asked[-1].content, room)
-        read = [*asked[:-1], Message("user", with_passages(asked[-1].content, sources))]
-        completion = self._engine.generate(
-            [self._format.encode_prompt(self._all(read), room)],
-            self._max_new_tokens,
-            self._sampling,
-            seeds=self._seed,
-            end_tokens=(self._format.end_of_turn,),
-            separate_text=True,
-            on_text=lambda _, piece: on_text(piece),
-        )[0]
+        last = max(i for i, message in enumerate(asked) if message.role == "user")
+        sources = self._passages(asked[last].content, room)
+        question = Message("user", with_passages(asked[last].content, sources))
+        prompt = self._format.encode_prompt(self._all([*asked[:last], question, *asked[last + 1 :]]), room)
+        if isinstance(self._format, HarmonyFormat):
+            written = harmony_chat.generate(
+                self._engine,
+                self._format,
+                prompt,
+                self._max_new_tokens,
+                self._sampling,
+                seed=self._seed,
+                analysis=self._analysis,
+                on_text=on_text,
+            )
+        else:
+            completion = self._engine.generate(
+                [prompt],
+                self._max_new_tokens,
+                self._sampling,
+                seeds=self._seed,
+                end_tokens=self._format.end_tokens,
+                separate_text=True,
+                on_text=lambda _, piece: on_text(piece),
+            )[0]
+            written = [Message("assistant", completion.text)]
         self._seed += 1
         self.sources = sources
-        return completion.text
+        return written
 
     def _passages(self, question: str, room: int) -> list[Passage]:
         """Returns the retrieved passages that fit before the question when all other turns are dropped."""

@@ -118,7 +118,8 @@ def _save(
     family = families.family_of(config)
     theirs = families.to_config_json(family, config, () if tokenizer is None else tokenizer.ends)
     if chat is not None:
-        theirs["eos_token_id"] = chat.end_of_turn
+        several = [*chat.end_tokens, *(() if tokenizer is None else tokenizer.ends)]
+        theirs["eos_token_id"] = chat.end_of_turn if len(chat.end_tokens) == 1 else list(dict.fromkeys(several))
     layer: dict[str, np.ndarray] = {}
     if head is not None:
         layer = {f"{head.module}.{name}": array for name, array in head.tensors.items()}

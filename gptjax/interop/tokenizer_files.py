@@ -13,6 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 from gptjax import files
 from gptjax.config import UserError
 from gptjax.data import tokenizer_check
+from gptjax.data.harmony import HarmonyFormat
 from gptjax.data.task_inputs import Special, special_tokens
 from gptjax.data.templates import ChatFormat
 from gptjax.data.tokenizers import (
@@ -24,6 +25,7 @@ from gptjax.data.tokenizers import (
     with_declared_end,
 )
 from gptjax.data.vocabularies import END_OF_TEXT, gpt1_form, gpt2_form
+from gptjax.interop.harmony_template import harmony_template
 
 
 def read_tokenizer(directory: Path) -> HuggingFaceTokenizer | None:
@@ -156,7 +158,8 @@ def write_tokenizer(
         name = written.id_to_token(tokenizer.end_of_text)
         settings |= {"bos_token": name, "eos_token": name}
     if chat is not None:
-        settings |= {"eos_token": written.id_to_token(chat.end_of_turn), "chat_template": _jinja(chat, tokenizer)}
+        template = harmony_template(chat.config) if isinstance(chat, HarmonyFormat) else _jinja(chat, tokenizer)
+        settings |= {"eos_token": written.id_to_token(chat.end_of_turn), "chat_template": template}
     if is_task:
         settings |= {"bos_token": start, "sep_token": delimiter, "eos_token": extract, "pad_token": blank}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
@@ -233,8 +236,12 @@ def _from_tiktoken(encoding: tiktoken.Encoding) -> huggingface.Tokenizer:
     merges = [
         _last_pair(token, ranks, rank) for token, rank in sorted(ranks.items(), key=lambda item: item[1]) if token[1:]
     ]
+    names: dict[int, str] = {}  # o200k_harmony has two names for one id, but a tokenizer.json has one for each
+    for name, token in encoding._special_tokens.items():
+        names.setdefault(token, name)
+    special = {name: token for token, name in names.items()}
     # The tokenizers library parses {1,3}+ as a repetition, not as possessive, which makes no difference here.
-    return _byte_level(ranks, merges, encoding._special_tokens, encoding._pat_str.replace("}+", "}"))
+    return _byte_level(ranks, merges, special, encoding._pat_str.replace("}+", "}"))
 
 
 def _last_pair(token: bytes, ranks: dict[bytes, int], rank: int) -> tuple[bytes, bytes]:

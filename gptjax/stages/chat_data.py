@@ -70,9 +70,10 @@ def open_chat(
 
 def conversations_of(config: Config) -> Split[Conversation]:
     """Reads the training and the held-out conversations."""
+    harmony = config.chat.template == "harmony"
 
     def read(spec: str) -> list[Conversation]:
-        return conversations.read_conversations(spec, invalid_utf8=config.data.invalid_utf8)
+        return conversations.read_conversations(spec, invalid_utf8=config.data.invalid_utf8, harmony=harmony)
 
     return _split(config, read)
 
@@ -94,7 +95,8 @@ def rankings_of(config: Config) -> Split[Ranking]:
 
 def prompts_of(config: Config) -> Split[Prompt]:
     """Reads the training and the held-out prompts."""
-    return _split(config, lambda spec: conversations.read_prompts(spec, invalid_utf8=config.data.invalid_utf8))
+    utf8, harmony = config.data.invalid_utf8, config.chat.template == "harmony"
+    return _split(config, lambda spec: conversations.read_prompts(spec, invalid_utf8=utf8, harmony=harmony))
 
 
 def _split(config: Config, read: Callable[[str], list[T]]) -> Split[T]:
@@ -115,8 +117,10 @@ def fitting(config: Config, items: Sequence[T], encode: Callable[[T], E]) -> lis
     """Encodes the items; with chat.on_too_long=skip without those that are too long for the context.
 
     Raises:
-      UserError: an item is too long and may not be skipped, or all are.
+      UserError: an item is too long and may not be skipped, or all are; or there are no items.
     """
+    if not items:
+        raise UserError("no conversation has a completion in the loss: set chat.loss_mask=assistant")
     encoded, skipped = [], []
     for item in items:
         try:

@@ -81,7 +81,13 @@ def _rows(
     data: ChatData[Conversation], items: list[Conversation], seed: int | None, pretraining: PackedExamples | None
 ) -> PackedConversations:
     chat, context = data.config.chat, data.config.model.context_length
-    encoded = fitting(data.config, items, lambda i: data.chat_format.encode(i.messages, context, place=i.place))
+    form = data.chat_format
+    turns = [
+        Conversation(tuple(messages), item.place)
+        for item in items
+        for messages in form.training_conversations(item.messages)
+    ]
+    encoded = fitting(data.config, turns, lambda i: form.encode(i.messages, context, place=i.place))
     share = chat.pretraining_share if pretraining is not None else 0.0
     return PackedConversations(encoded, context, pack=chat.pack, seed=seed, pretraining=pretraining, share=share)
 
@@ -110,7 +116,7 @@ def _sample(parameters: ParameterSpec, data: ChatData[Conversation], mesh: Mesh)
             settings.sample_tokens,
             Sampling(settings.sample_temperature, settings.sample_top_k),
             seeds=config.seed,
-            end_tokens=(data.chat_format.end_of_turn,),
+            end_tokens=data.chat_format.end_tokens,
         )
         return f"user: {message.content}\nassistant: {completion[0].text}"
 

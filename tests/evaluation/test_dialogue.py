@@ -187,7 +187,8 @@ def test_an_evaluation_end_to_end(sft, reward_model, tmp_path, capsys):
     expected = read_conversations(trained.config.data.validation_source)
     apply, nats, tokens = jax.jit(trained.model.apply), 0.0, 0
     for record, conversation in zip(records, expected, strict=True):
-        assert record["messages"] == [vars(conversation.messages[0])]
+        question = conversation.messages[0]
+        assert record["messages"] == [{"role": question.role, "content": question.content}]
         assert record["reference"] == conversation.messages[1].content
         assert record["place"] == conversation.place
         asked = form.encode_prompt(conversation.messages[:1])

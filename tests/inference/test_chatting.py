@@ -128,7 +128,7 @@ def test_what_is_saved_can_be_learned_from(make_session, tmp_path):
 def test_a_saved_line_is_a_line_of_its_own_in_the_same_file(make_session, tmp_path):
     session, path, link = make_session(), tmp_path / "said.jsonl", tmp_path / "link"
     session.turns = [Message("user", "q"), Message("assistant", "a")]
-    old = json.dumps({"messages": [vars(turn) for turn in session.turns]})
+    old = json.dumps({"messages": [{"role": turn.role, "content": turn.content} for turn in session.turns]})
     path.write_bytes(codecs.BOM_UTF8 + old.encode())  # without a line end
     path.chmod(0o640)
     link.symlink_to(path)

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import tiktoken
 import tokenizers as huggingface
 
 from gptjax import files
@@ -44,6 +45,18 @@ def test_every_kind_is_written_as_a_tokenizer_json_of_the_same_ids(spec, speeche
     assert_same_ids(tokenizer, read_tokenizer(tmp_path), [*speeches, ODD_TEXT, ""])
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert (settings["eos_token"], settings["model_max_length"]) == ("<|endoftext|>", 64)
+
+
+def test_an_id_with_two_names_has_the_first(tmp_path):
+    """As <|endofprompt|> and <|reserved_200018|> of o200k_harmony."""
+    special = {"<|endoftext|>": 256, "<|a|>": 257, "<|b|>": 257, "<|c|>": 258}
+    ranks = {bytes([i]): i for i in range(256)}
+    encoding = tiktoken.Encoding("tiny", pat_str=".", mergeable_ranks=ranks, special_tokens=special)
+    write_tokenizer(tokenizers.TiktokenTokenizer(encoding), tmp_path, 64)
+    read = read_tokenizer(tmp_path)
+    assert read is not None
+    assert [read.id_of(name) for name in special] == [256, 257, None, 258]
+    assert read.vocab_size == 259
 
 
 TALK = [

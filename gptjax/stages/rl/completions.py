@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from gptjax.config import Config
 from gptjax.data.chat_batches import lay_out
 from gptjax.data.conversations import Prompt
-from gptjax.data.templates import EncodedConversation, with_completion
+from gptjax.data.templates import ChatFormat, EncodedConversation, with_completion
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.distributed import preemption, processes
 from gptjax.inference.engine import Completion, Engine
@@ -97,7 +97,7 @@ class CompletionSampler:
     Args:
       config: complete.
       prompts: all prompts that will be used: the longest decides the length of a row.
-      end_of_turn: the token that ends a completion.
+      chat_format: format of the prompts and completions.
     """
 
     def __init__(
@@ -107,10 +107,10 @@ class CompletionSampler:
         tokenizer: Tokenizer,
         reward: RewardSource,
         prompts: Sequence[EncodedPrompt],
-        end_of_turn: int,
+        chat_format: ChatFormat,
     ) -> None:
         self._config, self._mesh, self._tokenizer, self._reward = config, mesh, tokenizer, reward
-        self._end_of_turn = end_of_turn
+        self._format = chat_format
         need = max(len(prompt.tokens) for prompt in prompts) + config.rl.response_tokens
         self.row_length = min(-(-need // ROW_MULTIPLE) * ROW_MULTIPLE, config.model.context_length)
         measure = completion_measurer(config)
@@ -164,13 +164,14 @@ class CompletionSampler:
             for first in range(0, len(prompts), settings.generate_batch):
                 preemption.check()
                 chunk = slice(first, first + settings.generate_batch)
-                completions += engine.generate(
+                found = engine.generate(
                     [prompt.tokens for prompt in prompts[chunk]],
                     settings.response_tokens,
                     seeds=seeds[chunk],
-                    end_tokens=(self._end_of_turn,),
+                    end_tokens=self._format.end_tokens,
                     separate_text=True,
                 )
+                completions += [dataclasses.replace(c, text=self._format.decode(c.tokens)) for c in found]
                 if self._reward.on_host and processes.is_first():
                     pending.append(host.submit(self._reward.rewards, texts[chunk], completions[chunk]))
             if self._reward.on_host:  # by one process: a user's function need not be deterministic

@@ -47,9 +47,7 @@ def build_rl(
     data = open_chat(config, mesh, tokenizer, prompts_of)
     train, validation = (_encode(data, prompts) for prompts in (data.train, data.validation))
     reward = open_reward(data.config.rl.reward, mesh, [prompt.prompt for prompt in (*train, *validation)])
-    sampler = CompletionSampler(
-        data.config, mesh, data.tokenizer, reward, [*train, *validation], data.chat_format.end_of_turn
-    )
+    sampler = CompletionSampler(data.config, mesh, data.tokenizer, reward, [*train, *validation], data.chat_format)
     rollouts = Rollouts(
         data.config,
         mesh,

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from gptjax.config import MeshConfig, UserError
 from gptjax.parallel.mesh import make_mesh
-from gptjax.scaling.flops import TPU_CHIPS, DevicePeak, TPUChip, device_peak
+from gptjax.scaling.devices import TPU_CHIPS, DevicePeak, TPUChip, device_peak
 
 FLAT_SHAPES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))  # of v5e and v6e
 SMALL_SHAPES = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))  # of v4 and v5p; larger slices consist of 4 x 4 x 4 cubes

@@ -13,7 +13,7 @@ from gptjax.planning.compile import CompiledProgram, CompileResult, DeviceMemory
 from gptjax.planning.formulas import expected_memory
 from gptjax.planning.search import Trial, candidates, override_flags, search, with_layout
 from gptjax.planning.topology import Topology
-from gptjax.scaling.flops import TPU_CHIPS
+from gptjax.scaling.devices import TPU_CHIPS
 from tests.planning.paper_tpu import chips
 
 FOUR = Topology(TPU_CHIPS["v5e"], (2, 2))

@@ -3,8 +3,8 @@
     python -m gptjax.main --config=configs/gpt_oss.py:runlocal --workdir=runs/gpt_oss_small
     python -m gptjax.plan --config=configs/gpt_oss.py:size=120b
 
-Arguments: size (20b, 120b), data (`DataConfig.source` in gptjax/config/sections.py), runlocal (a small model of the same
-form for two CPU cores).
+Arguments: size (20b, 120b), data (`DataConfig.source` in gptjax/config/sections.py), runlocal (a small model of the
+same form for two CPU cores).
 
 The model is the published one (model card, section 2; config.json of openai/gpt-oss-20b and openai/gpt-oss-120b). The
 data, the number of tokens and the hyperparameters of its training are not published: all sections but `model` are our

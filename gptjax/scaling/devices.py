@@ -83,6 +83,7 @@ class TPUChip:
     dimensions: int  # of the torus
     wraps_at: int  # a dimension that is a multiple of it has wraparound links
     max_chips: int  # in a slice
+    program_memory: float  # bytes of a chip that programs may use, as libtpu 0.0.42 says
 
 
 # https://cloud.google.com/tpu/docs (v4, v5e, v5p, v6e), which gives the bandwidth of all links of a chip in both
@@ -92,10 +93,10 @@ class TPUChip:
 TPU_CHIPS = {
     chip.name: chip
     for chip in (
-        TPUChip("v4", "TPU v4", 50 * GB, 6.25 * GB, 3, 4, 4096),
-        TPUChip("v5e", "TPU v5e", 50 * GB, 3.125 * GB, 2, 16, 256),
-        TPUChip("v5p", "TPU v5p", 100 * GB, 6.25 * GB, 3, 4, 6144),
-        TPUChip("v6e", "TPU v6e", 100 * GB, 12.5 * GB, 2, 16, 256),
+        TPUChip("v4", "TPU v4", 50 * GB, 6.25 * GB, 3, 4, 4096, 30.75 * GiB),
+        TPUChip("v5e", "TPU v5e", 50 * GB, 3.125 * GB, 2, 16, 256, 15.75 * GiB),
+        TPUChip("v5p", "TPU v5p", 100 * GB, 6.25 * GB, 3, 4, 6144, 95.74 * GiB),
+        TPUChip("v6e", "TPU v6e", 100 * GB, 12.5 * GB, 2, 16, 256, 31.25 * GiB),
     )
 }
 

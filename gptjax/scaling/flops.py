@@ -25,11 +25,13 @@ def forward_flops_per_token(model: GPTConfig) -> int:
     return sum(kernel_flops(model, n) + attention_flops(model, n) for n in layers) + head_flops(model)
 
 
+@functools.lru_cache(maxsize=1024)
 def kernel_flops(model: GPTConfig, layer: int) -> int:
     """Forward pass of a layer per token: the products with its kernels."""
     return 2 * sum(active_size(model, part) for part in layer_parameters(model, layer) if part.kind == "kernel")
 
 
+@functools.lru_cache(maxsize=256)
 def expert_flops(model: GPTConfig) -> int:
     """Forward pass of all layers per token: the products with kernels of experts; a part of `kernel_flops`."""
     parts = (part for n in range(model.num_layers) for part in layer_parameters(model, n))

@@ -31,16 +31,19 @@ class Parameter(NamedTuple):
         return math.prod(self.shape)
 
 
+@functools.lru_cache(maxsize=256)
 def parameter_count(model: GPTConfig) -> int:
     """Number of parameters; vocab_size must be set. A tied head (Radford et al. 2018, section 3.1) counts once."""
     return sum(part.size for part in parameters(model))
 
 
+@functools.lru_cache(maxsize=256)
 def non_embedding_parameter_count(model: GPTConfig) -> int:
     """Number of parameters without embeddings and head: N of Kaplan et al. 2020, section 2.1, with biases."""
     return sum(part.size for part in parameters(model) if part.kind in ("kernel", "vector"))
 
 
+@functools.lru_cache(maxsize=256)
 def active_parameter_count(model: GPTConfig) -> int:
     """Number of parameters that compute one token: those of its experts, and of no others.
 
@@ -49,6 +52,7 @@ def active_parameter_count(model: GPTConfig) -> int:
     return sum(active_size(model, part) for part in parameters(model) if part.kind != "table")
 
 
+@functools.lru_cache(maxsize=256)
 def expert_parameter_count(model: GPTConfig) -> int:
     """Number of parameters of all experts, which the mesh axis "expert" shards; without routers."""
     return sum(part.size for part in parameters(model) if part.of_experts)

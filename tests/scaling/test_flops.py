@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gptjax.config import GPTConfig
 from gptjax.models.gpt import GPT
 from gptjax.scaling import flops
 from tests.scaling.covering_models import COMBINATIONS, MIXTURE, SMALL, gpt2
@@ -53,5 +52,3 @@ def test_a_banded_layer_costs_its_band() -> None:
     assert flops.forward_flops_per_token(dense) - flops.forward_flops_per_token(mixed) == saved
     wide = replace(mixed, band_width=1000)
     assert flops.forward_flops_per_token(wide) == flops.forward_flops_per_token(dense)
-
-

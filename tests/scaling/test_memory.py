@@ -5,11 +5,11 @@ import jax
 import pytest
 
 from gptjax.checkpoint.state import init_state
-from gptjax.config import Config, GPTConfig, OptimizerConfig
+from gptjax.config import Config, OptimizerConfig
 from gptjax.scaling.memory import MemorySummary, memory_summary
-from gptjax.scaling.parameters import expert_parameter_count, parameter_count
+from gptjax.scaling.parameters import parameter_count
 from gptjax.stages import registry
-from tests.scaling.covering_models import EVERYTHING, MIXTURE, SMALL
+from tests.scaling.covering_models import SMALL
 
 
 def test_memory_counts_state_and_divides_by_shards() -> None:
@@ -44,5 +44,3 @@ def test_moments_are_those_of_the_state(optimizer: OptimizerConfig) -> None:
     small = 12 + 3 * 4 * SMALL.num_layers * 20
     counted = memory_summary(SMALL, optimizer).moments
     assert counted <= sum(leaf.size * leaf.dtype.itemsize for leaf in arrays) <= counted + small
-
-

@@ -210,7 +210,8 @@ def _score(
 
     def score(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         x_BCD, targets_BC = inputs
-        logits_BCV = constrain(unembed(x_BCD, embedding_VD, model.config.precision), "batch", None, "vocab")
+        logits_BCV = unembed(x_BCD, embedding_VD, model.config.precision, soft_cap=model.config.logit_soft_cap)
+        logits_BCV = constrain(logits_BCV, "batch", None, "vocab")
         # A masked sum instead of a gather, as the vocabulary may be sharded.
         hit_BCV = jnp.arange(logits_BCV.shape[-1])[None, None] == targets_BC[..., None]
         picked_BC = jnp.sum(jnp.where(hit_BCV, logits_BCV, 0), axis=-1)

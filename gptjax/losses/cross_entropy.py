@@ -32,7 +32,7 @@ def positions_per_chunk(sequences: int) -> int:
     return max(1, platform_defaults().loss_chunk_tokens // sequences)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7, 8))
 def cross_entropy(
     x_BTD: jax.Array,
     embedding_VD: jax.Array,
@@ -41,10 +41,14 @@ def cross_entropy(
     chunk: int | None = None,
     precision: str | None = None,
     logits_dtype: str = "float32",
+    soft_cap: float | None = None,
+    z_loss: float = 0.0,
 ) -> jax.Array:
     """Weighted sum of the cross entropy, in nats: a float32 scalar.
 
-        loss = -sum_{b,t} weight_{b,t} log softmax(x_{b,t} embedding^T)[target_{b,t}]
+        loss = sum_{b,t} weight_{b,t} (-log softmax(z_{b,t})[target_{b,t}] + z_loss log(sum_v exp(z_{b,t,v}))^2)
+
+    with logits z = x embedding^T, capped as `unembed` does.
 
     Logits are materialised for `chunk` positions of each sequence at a time. Under differentiation the forward pass
     computes each chunk's gradient together with its loss, so that the backward pass only scales it by the scalar
@@ -58,14 +62,20 @@ def cross_entropy(
       chunk: C, positions per chunk; the last chunk may be shorter. None: `positions_per_chunk`.
       precision: of the matrix products, as in `jax.lax.Precision`.
       logits_dtype: dtype that logits are stored in.
+      soft_cap: `model.logit_soft_cap`.
+      z_loss: coefficient of the squared log-normaliser (Chowdhery et al. 2022, section 5).
     """
     arrays = x_BTD, embedding_VD, targets_BT, weights_BT
-    settings = _Settings(chunk, precision, logits_dtype, with_gradients=False)
+    settings = _Settings(chunk, precision, logits_dtype, soft_cap, z_loss, with_gradients=False)
     return _sharded(*arrays, settings=settings)[0]
 
 
 def target_logprobs(
-    x_BTD: jax.Array, embedding_VD: jax.Array, targets_BT: jax.Array, precision: str | None = None
+    x_BTD: jax.Array,
+    embedding_VD: jax.Array,
+    targets_BT: jax.Array,
+    precision: str | None = None,
+    soft_cap: float | None = None,
 ) -> jax.Array:
     """Log-probabilities of the targets, in nats: float32 (B, T).
 
@@ -79,13 +89,19 @@ def target_logprobs(
         picked_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
         return picked_BC - jax.nn.logsumexp(logits_BCV, axis=-1)
 
-    return _map_logits(logprob, x_BTD, embedding_VD, targets_BT, precision)
+    return _map_logits(logprob, x_BTD, embedding_VD, targets_BT, precision, soft_cap)
 
 
-def entropies(x_BTD: jax.Array, embedding_VD: jax.Array, precision: str | None = None) -> jax.Array:
+def entropies(
+    x_BTD: jax.Array, embedding_VD: jax.Array, precision: str | None = None, soft_cap: float | None = None
+) -> jax.Array:
     """Entropies of softmax(x embedding^T), in nats: float32 (B, T). Arguments as in `cross_entropy`."""
+
+    def entropy(logits_BCV: jax.Array, _: jax.Array) -> jax.Array:
+        return policy_gradient.entropy(logits_BCV)
+
     unused_BT = jnp.zeros(x_BTD.shape[:2], jnp.int32)
-    return _map_logits(lambda logits, _: policy_gradient.entropy(logits), x_BTD, embedding_VD, unused_BT, precision)
+    return _map_logits(entropy, x_BTD, embedding_VD, unused_BT, precision, soft_cap)
 
 
 def _map_logits(
@@ -94,6 +110,7 @@ def _map_logits(
     embedding_VD: jax.Array,
     targets_BT: jax.Array,
     precision: str | None,
+    soft_cap: float | None,
 ) -> jax.Array:
     """Applies `function`, (logits (B, C, V), targets (B, C)) -> (B, C), to every chunk; returns (B, T)."""
     batch, length, _ = x_BTD.shape
@@ -103,7 +120,7 @@ def _map_logits(
     @jax.checkpoint
     def apply(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
         x_BCD, targets_BC = inputs
-        return function(unembed(x_BCD, head_VD, precision), targets_BC)
+        return function(unembed(x_BCD, head_VD, precision, soft_cap=soft_cap), targets_BC)
 
     chunks = (_chunks(x_BTD, chunk), _chunks(targets_BT, chunk))
     return jnp.moveaxis(jax.lax.map(apply, chunks), 0, 1).reshape(batch, -1)[:, :length]
@@ -120,22 +137,14 @@ def _forward(
     embedding_VD: jax.Array,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
-    chunk: int | None,
-    precision: str | None,
-    logits_dtype: str,
+    *settings: Any,
 ) -> tuple[jax.Array, Any]:
     arrays = x_BTD, embedding_VD, targets_BT, weights_BT
-    return _sharded(*arrays, settings=_Settings(chunk, precision, logits_dtype, with_gradients=True))
+    return _sharded(*arrays, settings=_Settings(*settings, with_gradients=True))
 
 
-def _backward(
-    chunk: int | None,
-    precision: str | None,
-    logits_dtype: str,
-    gradients: tuple[jax.Array, jax.Array],
-    cotangent: jax.Array,
-) -> tuple[jax.Array, jax.Array, None, None]:
-    dx_BTD, dembedding_VD = gradients
+def _backward(*settings_and_arrays: Any) -> tuple[jax.Array, jax.Array, None, None]:
+    *_, (dx_BTD, dembedding_VD), cotangent = settings_and_arrays
     return (
         (dx_BTD * cotangent).astype(dx_BTD.dtype),
         (dembedding_VD * cotangent).astype(dembedding_VD.dtype),
@@ -153,6 +162,8 @@ class _Settings(NamedTuple):
     chunk: int | None
     precision: str | None
     logits_dtype: str
+    soft_cap: float | None
+    z_loss: float
     with_gradients: bool
 
 
@@ -198,7 +209,7 @@ def _scan_chunks(
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         loss, dhead_VD = carry
         x_BCD, targets_BC, weights_BC = inputs
-        stored_BCV = unembed(x_BCD, head_VD, settings.precision, settings.logits_dtype)
+        stored_BCV = unembed(x_BCD, head_VD, settings.precision, settings.logits_dtype, settings.soft_cap)
         row_11V = jnp.arange(len(head_VD))[None, None]
         logits_BCV = stored_BCV.astype(jnp.float32)
         if len(head_VD) > rows:
@@ -208,10 +219,18 @@ def _scan_chunks(
         row_BC = targets_BC - first_row
         hit_BCV = (row_11V == row_BC[..., None]) & (row_11V < rows)
         picked_BC = _sum(_picked(stored_BCV, logits_BCV, hit_BCV, row_BC, rows), "tensor")
-        loss += jnp.sum(weights_BC * (log_z_BC - picked_BC))
+        losses_BC = log_z_BC - picked_BC
+        if settings.z_loss > 0:
+            losses_BC += settings.z_loss * jnp.square(log_z_BC)
+        loss += jnp.sum(weights_BC * losses_BC)
         if not settings.with_gradients:
             return (loss, dhead_VD), jnp.zeros((), x_BCD.dtype)
-        dlogits_BCV = (jnp.exp(logits_BCV - log_z_BC[..., None]) - hit_BCV) * weights_BC[..., None]
+        probs_BCV = jnp.exp(logits_BCV - log_z_BC[..., None])
+        if settings.z_loss > 0:
+            probs_BCV *= (1 + 2 * settings.z_loss * log_z_BC)[..., None]
+        dlogits_BCV = (probs_BCV - hit_BCV) * weights_BC[..., None]
+        if settings.soft_cap is not None:  # the derivative of cap * tanh(z / cap)
+            dlogits_BCV *= 1 - jnp.square(stored_BCV.astype(jnp.float32) / settings.soft_cap)
         dlogits_BCV = dlogits_BCV.astype(x_BCD.dtype)
         dx_BCD = jnp.einsum("BCV,VD->BCD", dlogits_BCV, head_VD, precision=settings.precision)
         # One contracted axis: with two, XLA's CPU compiler copies the logits' gradient.

@@ -16,7 +16,6 @@ from gptjax.config import GPTConfig
 from gptjax.models import low_precision
 from gptjax.models.attention_backends import attention, score_scale, softmax
 from gptjax.models.elementwise import Norm
-from gptjax.models.embedding import take_rows
 from gptjax.models.layer_inputs import LayerInputs
 from gptjax.models.positions import rotate
 from gptjax.parallel.mesh import constrain, partitioned, platform, scattered
@@ -133,8 +132,7 @@ class SelfAttention(nn.Module):
     config: GPTConfig
     kind: str  # "dense" or "banded"
     out_init: nn.initializers.Initializer  # for the kernel of the output projection
-    ring: bool = False  # positions are in the load-balanced order of gptjax/parallel/ring.py
-    has_value_embedding: bool = False
+    ring: bool = False  # positions are in the load-balanced order of gptjax/parallel/balanced_order.py
 
     @nn.compact
     def __call__(
@@ -147,8 +145,8 @@ class SelfAttention(nn.Module):
         """
         config = self.config
         q_BTHK, k_BTHK, v_BTHK = project_qkv(config, x_BTD, deterministic)
-        if self.has_value_embedding:
-            v_BTHK = v_BTHK + self._value_embedding(x_BTD, inputs)
+        if inputs.value_BTHK is not None:
+            v_BTHK = v_BTHK + self._gated(inputs.value_BTHK, x_BTD)
         if config.qk_norm:
             q_BTHK = self._normalise(q_BTHK, "q_norm")
             k_BTHK = self._normalise(k_BTHK, "k_norm")
@@ -186,23 +184,13 @@ class SelfAttention(nn.Module):
         normed_BTHK = Norm(config, has_gain=config.qk_norm_gain, name=name)(x_BTHK)
         return normed_BTHK if config.qk_norm_scale == 1 else normed_BTHK * config.qk_norm_scale
 
-    def _value_embedding(self, x_BTD: jax.Array, inputs: LayerInputs) -> jax.Array:
-        """The gated value embedding of each token, (B, T, H, K): one gate for each key-value head."""
-        config = self.config
-        table = nn.Embed(
-            config.vocab_size,
-            config.kv_heads * config.head_dim,
-            embedding_init=partitioned(nn.initializers.normal(config.token_init_std), "vocab", "embed"),
-            param_dtype=config.param_dtype,
-            name="value_embedding",
-        )
-        gate_BTH = nn.Dense(
-            config.kv_heads,
+    def _gated(self, value_BTHK: jax.Array, x_BTD: jax.Array) -> jax.Array:
+        """The value embedding of each token times a gate for each key-value head."""
+        gate = nn.Dense(
+            self.config.kv_heads,
             use_bias=False,
             kernel_init=partitioned(nn.initializers.zeros, "gate_inputs", "kv_heads", inputs=1),
             name="value_gate",
-            **product_settings(config),
-        )(x_BTD[..., :GATE_CHANNELS])
-        value_BTX = take_rows(nn.unbox(table.embedding), inputs.tokens_BT).astype(config.dtype)
-        value_BTHK = value_BTX.reshape(*value_BTX.shape[:2], config.kv_heads, config.head_dim)
-        return MAX_GATE * nn.sigmoid(gate_BTH)[..., None] * value_BTHK
+            **product_settings(self.config),
+        )
+        return MAX_GATE * nn.sigmoid(gate(x_BTD[..., :GATE_CHANNELS]))[..., None] * value_BTHK

@@ -53,8 +53,7 @@ def attention(
         query heads.
       segments_BT: int, documents packed into a row; attention stays within one. None: the row is one document.
       dropout_rng: key of the attention dropout; None: no dropout.
-      ring: positions are in the load-balanced order of `gptjax.parallel.ring` over mesh axis "context". Then ring
-        attention is used, without dropout.
+      ring: positions are in the order of `gptjax.parallel.balanced_order`. Then ring attention is used, without dropout.
       sinks_H: float32, a logit for each query head that takes part in its softmax, without a value. None: no sinks.
 
     Returns:

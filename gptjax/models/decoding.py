@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from gptjax.config import GPTConfig
 from gptjax.models.attention import KeyValues
-from gptjax.models.embedding import embed
-from gptjax.models.gpt import GPT, Block, has_value_embedding, head_logits, layer_inputs
+from gptjax.models.embedding import embed, value_embeddings
+from gptjax.models.gpt import GPT, Block, head_logits, layer_inputs
 from gptjax.models.layer_inputs import LayerInputs
 from gptjax.parallel.mesh import constrain
 
@@ -43,8 +43,8 @@ def forward(model: GPT, params: Any, tokens_BT: jax.Array) -> tuple[jax.Array, l
     """
     x_BTD, inputs = _embed(model, params, tokens_BT, jnp.arange(tokens_BT.shape[1])[None])
     layers = []
-    for block, layer in zip(_blocks(model.config), params["layers"], strict=True):
-        x_BTD, key_values = _apply(block, layer, x_BTD, inputs)
+    for block, layer, given in zip(_blocks(model.config), params["layers"], inputs, strict=True):
+        x_BTD, key_values = _apply(block, layer, x_BTD, given)
         layers.append(key_values)
     return x_BTD, layers
 
@@ -84,10 +84,9 @@ def decode(
       The output of the last layer (B, D), and the cache with the token in it.
     """
     x_B1D, inputs = _embed(model, params, token_B[:, None], positions_B[:, None])
-    inputs = inputs.replace(positions_B=positions_B)
     written = []
-    for block, layer, key_values in zip(_blocks(model.config), params["layers"], cache, strict=True):
-        x_B1D, key_values = _apply(block, layer, x_B1D, inputs, key_values)
+    for block, layer, given, key_values in zip(_blocks(model.config), params["layers"], inputs, cache, strict=True):
+        x_B1D, key_values = _apply(block, layer, x_B1D, given.replace(positions_B=positions_B), key_values)
         written.append(_constrain_cache(key_values))
     return x_B1D[:, 0], written
 
@@ -100,10 +99,7 @@ def logits(model: GPT, params: Any, x_BD: jax.Array) -> jax.Array:
 
 def _blocks(config: GPTConfig) -> list[Block]:
     pattern = config.attention_pattern
-    return [
-        Block(config, pattern[layer % len(pattern)], has_value_embedding=has_value_embedding(config, layer))
-        for layer in range(config.num_layers)
-    ]
+    return [Block(config, pattern[layer % len(pattern)]) for layer in range(config.num_layers)]
 
 
 def _apply(
@@ -113,12 +109,17 @@ def _apply(
     return cast(Any, block.apply({"params": layer}, x_BTD, inputs, deterministic, cache))
 
 
-def _embed(model: GPT, params: Any, tokens_BT: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, LayerInputs]:
-    """The input of the first layer, and what all layers read."""
+def _embed(
+    model: GPT, params: Any, tokens_BT: jax.Array, positions_BT: jax.Array
+) -> tuple[jax.Array, list[LayerInputs]]:
+    """The input of the first layer, and what each layer reads besides."""
     config = model.config
-    position_TD = params["position_embedding"]["embedding"] if config.positions == "learned" else None
-    x_BTD = embed(config, params["token_embedding"]["embedding"], position_TD, tokens_BT, positions_BT)
-    return x_BTD, layer_inputs(config, x_BTD, tokens_BT, positions_BT)
+    names = [name for name in ("token", "position", "value") if f"{name}_embedding" in params]
+    tables = {name: params[f"{name}_embedding"]["embedding"] for name in names}
+    x_BTD = embed(config, tables["token"], tables.get("position"), tokens_BT, positions_BT)
+    values = value_embeddings(config, tables.get("value"), tokens_BT)
+    inputs = layer_inputs(config, x_BTD, positions_BT)
+    return x_BTD, [inputs.replace(value_BTHK=values.get(layer)) for layer in range(config.num_layers)]
 
 
 def _constrain_cache(key_values: KeyValues) -> KeyValues:

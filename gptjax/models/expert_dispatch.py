@@ -4,8 +4,8 @@ Two layouts compute the products. Grouped: the tokens are sorted by expert, and 
 experts only. Dense: every expert computes every token, and the outputs of the others have weight 0; that is E /
 experts_per_token times the work, but needs no kernel for grouped products.
 
-With the mesh axis "expert", each of its n devices holds E / n experts, and its own tokens. Tokens are sent to the devices
-of their experts and back by two all-to-alls, with buffers that hold the worst case, so that no token is lost.
+With the mesh axis "expert", each of its n devices holds E / n experts, and its own tokens. Tokens are sent to the
+devices of their experts and back by two all-to-alls, with buffers for the worst case, so that no token is lost.
 
 Shapes: X tokens of a device, E experts, U experts of a token, N rows that are computed (X U assignments of tokens to
 experts), D and F the widths of inputs and outputs.

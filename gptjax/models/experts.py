@@ -26,8 +26,8 @@ class RouterMeasures(NamedTuple):
     """Measures of a router over the tokens of a batch, float32.
 
     Attributes:
-      balance: load-balance loss, num_experts * sum_e f_e p_e, with f_e the share of the assignments that expert e has and
-        p_e the mean of its probability (Fedus et al. 2021, equations 4 to 6). 1 when balanced.
+      balance: load-balance loss, num_experts * sum_e f_e p_e, with f_e the share of the assignments that expert e has,
+        and p_e its mean probability (Fedus et al. 2021, equations 4 to 6). 1 when balanced.
       z: mean of log(sum_e exp(logit_e))^2 (Zoph et al. 2022, equation 5).
       load_E: share of the assignments of each expert.
     """
@@ -79,7 +79,7 @@ def choose(config: GPTConfig, logits_BTE: jax.Array, bias_E: jax.Array | None) -
       bias_E: added to the scores that choose, not to the weights.
     """
     scores_BTE = nn.sigmoid(logits_BTE) if config.router_weights == "sigmoid" else logits_BTE
-    selection_BTE = scores_BTE if bias_E is None else scores_BTE + jax.lax.stop_gradient(bias_E)
+    selection_BTE = scores_BTE if bias_E is None else scores_BTE + jax.lax.stop_gradient(bias_E)[None, None]
     _, experts_BTU = jax.lax.top_k(jax.lax.stop_gradient(selection_BTE), config.experts_per_token)
     chosen_BTU = jnp.take_along_axis(scores_BTE, experts_BTU, axis=-1)
     if config.router_weights == "sigmoid":

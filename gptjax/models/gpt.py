@@ -22,23 +22,21 @@ from gptjax.models.attention import KeyValues, SelfAttention
 from gptjax.models.attention_backends import is_cudnn_forward
 from gptjax.models.axis_roles import ParameterAxes, tree_axes
 from gptjax.models.elementwise import Norm
-from gptjax.models.embedding import embed
-from gptjax.models.experts import ROUTER, MixtureOfExperts
+from gptjax.models.embedding import embed, stacked_values, value_embeddings, value_layers
+from gptjax.models.experts import ROUTER, MixtureOfExperts, RouterMeasures
 from gptjax.models.feed_forward import MLP, Adapter
 from gptjax.models.layer_inputs import LayerInputs
 from gptjax.models.positions import rotation
+from gptjax.parallel.balanced_order import balance, balanced_positions, restore
 from gptjax.parallel.mesh import (
     abstract_arrays,
     axis_size,
-    constrain,
     fitting_spec,
     gathered,
     partitioned,
-    scattered,
     shardings,
 )
 from gptjax.parallel.platforms import platform_defaults
-from gptjax.parallel.ring import balance, balanced_positions, restore
 
 # Rematerialisation policies (what the forward pass saves for the backward pass) by GPTConfig.remat; None: nothing is
 # saved. The names are attached by `checkpoint_name` where the arrays are computed.
@@ -70,8 +68,7 @@ class Block(nn.Module):
 
     config: GPTConfig
     attention: str  # "dense" or "banded"
-    ring: bool = False  # positions are in the load-balanced order of `gptjax.parallel.ring`
-    has_value_embedding: bool = False
+    ring: bool = False  # positions are in the load-balanced order of `gptjax.parallel.balanced_order`
 
     @nn.compact
     def __call__(
@@ -83,9 +80,7 @@ class Block(nn.Module):
         if config.scale_residual_init:
             out_std /= math.sqrt(2 * config.num_layers)
         out_init = nn.initializers.zeros if config.zero_residual_init else nn.initializers.normal(out_std)
-        attention = SelfAttention(
-            config, self.attention, out_init, self.ring, self.has_value_embedding, name="attention"
-        )
+        attention = SelfAttention(config, self.attention, out_init, self.ring, name="attention")
         feed_forward = MLP if config.num_experts is None else MixtureOfExperts
         mlp = feed_forward(config, out_init, deterministic, name="mlp")
         attention_norm, mlp_norm = (Norm(config, config.norm_gain, name=f"{n}_norm") for n in ("attention", "mlp"))
@@ -122,7 +117,8 @@ class Period(nn.Module):
     ring: bool
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, inputs: LayerInputs) -> tuple[jax.Array, None]:
+    def __call__(self, x_BTD: jax.Array, inputs: LayerInputs, values: dict[str, jax.Array]) -> tuple[jax.Array, None]:
+        """Applies the layers; `values` are the value embeddings by the names of the layers that have them."""
         config = self.config
         block = Block
         if config.remat != "none":
@@ -134,16 +130,10 @@ class Period(nn.Module):
                 static_argnums=(3,),
             )
         for i, kind in enumerate(config.attention_pattern):
-            layer = block(config, kind, self.ring, has_value_embedding(config, i), name=f"block_{i}")
-            x_BTD, _ = layer(x_BTD, inputs, self.deterministic)
+            name = f"block_{i}"
+            layer = block(config, kind, self.ring, name=name)
+            x_BTD, _ = layer(x_BTD, inputs.replace(value_BTHK=values.get(name)), self.deterministic)
         return x_BTD, None
-
-
-def has_value_embedding(config: GPTConfig, layer: int) -> bool:
-    """Whether a layer has value embeddings; every second one has, the last included, or all, or none."""
-    if config.value_embeddings == "alternate":
-        return (config.num_layers - 1 - layer) % 2 == 0
-    return config.value_embeddings == "all"
 
 
 class GPT(nn.Module):
@@ -158,15 +148,18 @@ class GPT(nn.Module):
     def setup(self) -> None:
         config = self.config
         assert config.vocab_size is not None, "resolve model.vocab_size from the tokenizer first"
-        table = partial(nn.Embed, features=config.embed_dim, param_dtype=config.param_dtype)
+        table = partial(nn.Embed, param_dtype=config.param_dtype)
         token_init = partitioned(nn.initializers.normal(config.token_init_std), "vocab", "embed")
-        self.token_embedding = table(config.vocab_size, embedding_init=token_init)
+        self.token_embedding = table(config.vocab_size, config.embed_dim, embedding_init=token_init)
         if config.positions == "learned":
             position_init = partitioned(nn.initializers.normal(config.position_init_std), "position", "embed")
-            self.position_embedding = table(config.context_length, embedding_init=position_init)
+            self.position_embedding = table(config.context_length, config.embed_dim, embedding_init=position_init)
+        if config.value_embeddings != "none":
+            width = len(value_layers(config)) * config.kv_heads * config.head_dim
+            self.value_embedding = table(config.vocab_size, width, embedding_init=token_init)
         if not config.tied_head:
             head_init = partitioned(nn.initializers.normal(config.head_init_std), "vocab", "embed")
-            self.head_embedding = table(config.vocab_size, embedding_init=head_init)
+            self.head_embedding = table(config.vocab_size, config.embed_dim, embedding_init=head_init)
         if config.norm_position == "pre":
             self.final_norm = Norm(config, config.norm_gain)
 
@@ -216,12 +209,14 @@ class GPT(nn.Module):
             Period,
             variable_axes={"params": 0, ROUTER: 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=nn.broadcast,
+            in_axes=(nn.broadcast, 0),
             length=periods,
             unroll=periods if is_unrolled(config, deterministic) else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(config, deterministic, ring, name="layers")
-        x_BTD, _ = layers(x_BTD, layer_inputs(config, x_BTD, tokens_BT, positions_BT, segments_BT))
+        value_table_VX = self.value_embedding.embedding if config.value_embeddings != "none" else None
+        values = stacked_values(config, value_embeddings(config, value_table_VX, tokens_BT))
+        x_BTD, _ = layers(x_BTD, layer_inputs(config, x_BTD, positions_BT, segments_BT), values)
         x_BTD = gathered(self.normalise(x_BTD))
         return restore(x_BTD) if ring else x_BTD
 
@@ -234,7 +229,6 @@ class GPT(nn.Module):
 def layer_inputs(
     config: GPTConfig,
     first_BTD: jax.Array,
-    tokens_BT: jax.Array,
     positions_BT: jax.Array,
     segments_BT: jax.Array | None = None,
     positions_B: jax.Array | None = None,
@@ -243,15 +237,26 @@ def layer_inputs(
     return LayerInputs(
         segments_BT,
         rotation(config, positions_BT),
-        tokens_BT if config.value_embeddings != "none" else None,
-        first_BTD if config.residual_scalars else None,
-        positions_B,
+        first_BTD=first_BTD if config.residual_scalars else None,
+        positions_B=positions_B,
     )
 
 
 def hidden_states(model: GPT, params: Any, tokens_BT: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
     """Final hidden states, as `GPT.hidden` computes them with `params`; `rngs` takes a dropout key."""
     return cast(jax.Array, model.apply({"params": params}, tokens_BT, *args, method="hidden", **kwargs))
+
+
+def hidden_states_and_routers(
+    model: GPT, params: Any, *args: Any, **kwargs: Any
+) -> tuple[jax.Array, RouterMeasures | None]:
+    """`hidden_states`, and the means of the routers' measures over the layers; None without experts."""
+    if model.config.num_experts is None:
+        return hidden_states(model, params, *args, **kwargs), None
+    x_BTD, collections = model.apply({"params": params}, *args, method="hidden", mutable=[ROUTER], **kwargs)
+    layers = jax.tree.leaves(collections[ROUTER], is_leaf=lambda node: isinstance(node, RouterMeasures))
+    stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *layers)
+    return x_BTD, jax.tree.map(lambda measure: jnp.mean(measure, axis=0), stacked)
 
 
 def init_params(model: GPT, rng: jax.Array) -> Any:

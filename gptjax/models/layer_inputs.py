@@ -8,18 +8,18 @@ from gptjax.models.positions import Rotation
 
 @struct.dataclass
 class LayerInputs:
-    """Arrays that are the same for all layers; those that the config does not need are None.
+    """Arrays that layers read, the same for all but `value_BTHK`; those that the config does not need are None.
 
     Attributes:
       segments_BT: int, documents packed into a row; attention stays within one. None: the row is one document.
       rotation: of queries and keys, with rotary positions.
-      tokens_BT: int, with value embeddings.
+      value_BTHK: the layer's value embeddings of the tokens.
       first_BTD: the input of the first layer, with residual scalars.
       positions_B: int, in decoding: the position of each row's one token.
     """
 
     segments_BT: jax.Array | None = None
     rotation: Rotation | None = None
-    tokens_BT: jax.Array | None = None
+    value_BTHK: jax.Array | None = None
     first_BTD: jax.Array | None = None
     positions_B: jax.Array | None = None

@@ -22,6 +22,7 @@ from flax import traverse_util
 
 from gptjax.config import PeftConfig, UserError
 from gptjax.models.axis_roles import layer_numbers, parameter_axes
+from gptjax.models.experts import ExpertDense
 from gptjax.parallel.mesh import LogicalAxes
 
 # Leaves of an adapted kernel: W + scale A B, or W + scale P diag(lambda) Q. A and P are multiplied by the inputs.
@@ -57,7 +58,7 @@ def low_rank(config: PeftConfig, params: Any, rng: jax.Array) -> dict[str, Any]:
     """Initialises the leaves that LoRA or AdaLoRA adds next to the kernels of `targets`: a nested dict.
 
     For a kernel of D inputs and F outputs they are (D, A) and (A, F), float32, with all axes that the kernel has for D
-    and F, after the axis of stacked layers. Their product is 0 at first.
+    and F, after those of stacked layers and of experts. Their product is 0 at first.
 
     lora: lora_a is Gaussian (Hu et al. 2021, section 4.1) of variance 1 / 3D, that of the uniform distribution in the
     authors' code; lora_b is 0. A is `rank`.
@@ -77,7 +78,7 @@ def low_rank(config: PeftConfig, params: Any, rng: jax.Array) -> dict[str, Any]:
     for path in _targets(config, leaves):
         kernel, axes = leaves[path], parameter_axes(leaves[path])
         shape = kernel.value.shape
-        layers, inputs, outputs = axes.having("layer"), axes.having("input"), axes.having("part", "output")
+        batch, inputs, outputs = axes.having("layer", "expert"), axes.having("input"), axes.having("part", "output")
         num_inputs, num_outputs = (math.prod(shape[axis] for axis in group) for group in (inputs, outputs))
         if rank > min(num_inputs, num_outputs):
             raise UserError(f"peft.{key}={rank} is above the rank of {path}, {num_inputs} x {num_outputs}: lower it")
@@ -93,8 +94,8 @@ def low_rank(config: PeftConfig, params: Any, rng: jax.Array) -> dict[str, Any]:
             before, after, variance = leaf_axes[name]
             place = path.removesuffix("kernel") + name
             rng_of_leaf = jax.random.fold_in(rng, zlib.crc32(place.encode()))  # independent of the other targets
-            value = _gaussian(rng_of_leaf, variance, kernel.value, [*layers, *before], rank, list(after))
-            names = (*(kernel.names[axis] for axis in (*layers, *before)), "rank", *(kernel.names[i] for i in after))
+            value = _gaussian(rng_of_leaf, variance, kernel.value, [*batch, *before], rank, list(after))
+            names = (*(kernel.names[axis] for axis in (*batch, *before)), "rank", *(kernel.names[i] for i in after))
             new[place] = LogicalAxes(value, names, inputs=len(before))
     return unflatten(new)
 
@@ -122,6 +123,9 @@ def _targets(config: PeftConfig, leaves: Mapping[str, LogicalAxes]) -> list[str]
         if others or not matches:
             wrong = f"matches {others[0]}, which is no kernel" if others else "matches no parameter"
             raise UserError(f"peft.targets: {pattern!r} {wrong}: the kernels are {', '.join(kernels)}")
+        experts = [path for path in matches if "expert" in parameter_axes(leaves[path]).roles]
+        if experts and config.dropout > 0:
+            raise UserError(f"peft.dropout={config.dropout} is not supported for experts, {experts[0]}: set it to 0")
         found.update(matches)
     if not found:
         raise UserError(f"peft.targets is empty: name some of the kernels, which are {', '.join(kernels)}")
@@ -138,7 +142,7 @@ def applied(config: PeftConfig, deterministic: bool) -> Iterator[None]:
     """Context in which models compute with the low-rank leaves in their parameters.
 
     A dense layer of inputs x adds scale x dropout(x) A B or scale x dropout(x) P diag(lambda) Q to its outputs, in its
-    own dtype and precision; scale is `alpha` / `rank`.
+    own dtype and precision; scale is `alpha` / `rank`. The kernels of experts are merged instead, without dropout.
 
     Args:
       deterministic: no dropout; otherwise the model needs a "dropout" rng where `dropout` is above 0.
@@ -148,12 +152,16 @@ def applied(config: PeftConfig, deterministic: bool) -> Iterator[None]:
         call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: nn.module.InterceptorContext
     ) -> Any:
         y, module = call(*args, **kwargs), context.module
-        if not isinstance(module, nn.Dense | nn.DenseGeneral) or context.method_name != "__call__":
+        if not isinstance(module, nn.Dense | nn.DenseGeneral | ExpertDense) or context.method_name != "__call__":
             return y
         names = next((names for names in (LORA, ADALORA) if module.has_variable("params", names[0])), None)
         if names is None:
             return y
-        first, *middle, last = (nn.unbox(module.get_variable("params", name)).astype(module.dtype) for name in names)
+        leaves = [nn.unbox(module.get_variable("params", name)) for name in names]
+        if isinstance(module, ExpertDense):
+            delta_EDF = _scale(config) * jax.vmap(_product)(leaves)
+            return y.replace(kernel_EDF=(y.kernel_EDF + delta_EDF).astype(y.kernel_EDF.dtype))
+        first, *middle, last = (leaf.astype(module.dtype) for leaf in leaves)
         x = args[0].astype(module.dtype)
         if config.dropout > 0 and not deterministic:
             keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - config.dropout, x.shape)
@@ -179,9 +187,11 @@ def merge(config: PeftConfig, params: Any) -> dict[str, Any]:
             place = path.removesuffix(names[0])
             parts = [nn.unbox(leaves[place + name]).astype(jnp.float32) for name in names]
             kernel = leaves[place + "kernel"]
-            # First and last have the kernel's axes, the rank twice, and the axis of stacked layers once more.
-            is_stacked = parts[0].ndim + parts[-1].ndim - 2 > nn.unbox(kernel).ndim
-            delta = _scale(config) * (jax.vmap(_product) if is_stacked else _product)(parts)
+            # First and last have the kernel's axes, the rank twice, and the axes of layers and experts once more.
+            product = _product
+            for _ in range(parts[0].ndim + parts[-1].ndim - 2 - nn.unbox(kernel).ndim):
+                product = jax.vmap(product)
+            delta = _scale(config) * product(parts)
             merged[place + "kernel"] = jax.tree.map(lambda w, d=delta: (w + d).astype(w.dtype), kernel)
     return unflatten(merged)
 

@@ -24,7 +24,7 @@ def rotation(config: GPTConfig, positions_BT: jax.Array) -> Rotation | None:
     """
     if config.positions != "rotary":
         return None
-    angle_BT1K = positions_BT.astype(jnp.float32)[:, :, None, None] * frequencies(config)
+    angle_BT1K = positions_BT.astype(jnp.float32)[:, :, None, None] * frequencies(config)[None, None, None]
     factor = attention_factor(config)
     return factor * jnp.cos(angle_BT1K), factor * jnp.sin(angle_BT1K)
 

@@ -162,8 +162,9 @@ def penalty(params: Any) -> jax.Array:
         if name == "lora_lambda":
             continue
         deviation = partial(_deviation, rank_axis=-1 if name == "lora_p" else 0)
-        is_stacked = leaves[f"{place}/lora_lambda"].ndim > 1
-        total += jnp.sum(jax.vmap(deviation)(leaf)) if is_stacked else deviation(leaf)
+        for _ in range(leaves[f"{place}/lora_lambda"].ndim - 1):  # the axes of layers and experts
+            deviation = jax.vmap(deviation)
+        total += jnp.sum(deviation(leaf))
     return total
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -17,6 +18,7 @@ from gptjax.models.axis_roles import ParameterAxes, layer_numbers
 from gptjax.models.heads import VALUE
 from gptjax.optim import adalora
 from gptjax.optim.transformations import scale_by_rule
+from gptjax.parallel.mesh import LogicalAxes
 
 
 def schedule(config: Config, step: int, tokens: int, total_tokens: int, num_matrices: int = 0) -> dict[str, np.generic]:
@@ -94,7 +96,33 @@ def make_optimizer(
         transforms.append(_scale_by_layer(config, axes))
     if lr_factors:
         transforms.append(_scale_networks(lr_factors))
-    return optax.chain(*transforms)
+    rule = optax.chain(*transforms)
+    if not any("balance" in parameter.roles for parameter in axes.values()):
+        return rule
+    balance = _balance_rule(config.model.balance_bias_rate / optimizer.peak_lr)
+    return optax.partition({"rule": rule, "balance": balance}, lambda params: _label_balance(params, axes))
+
+
+def _balance_rule(rate: float) -> optax.GradientTransformation:
+    """Changes biases by `rate` against the sign of each expert's excess load (Wang et al. 2024, algorithm 1)."""
+    return optax.stateless(lambda updates, params: jax.tree.map(lambda excess: rate * jnp.sign(excess), updates))
+
+
+def _label_balance(params: Any, axes: Mapping[str, ParameterAxes]) -> Any:
+    """ "balance" for the parameters that the load of experts moves, "rule" for all others."""
+
+    def label(path: tuple[Any, ...], _: Any) -> str:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return "balance" if "balance" in axes[name].roles else "rule"
+
+    return jax.tree_util.tree_map_with_path(label, params, is_leaf=lambda leaf: isinstance(leaf, LogicalAxes))
+
+
+def gradient_norm(gradients: Any, axes: Mapping[str, ParameterAxes]) -> jax.Array:
+    """Global norm of the loss's gradient; what moves the biases of experts is not part of it."""
+    leaves = jax.tree_util.tree_leaves_with_path(gradients)
+    names = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    return optax.tree.norm([leaf for name, leaf in names.items() if "balance" not in axes[name].roles])
 
 
 def _clip_by_network(clip_norm: float) -> optax.GradientTransformation:

@@ -99,5 +99,7 @@ def token_logprobs(gpt: GPT, params: Any, batch: Batch, rng: jax.Array | None) -
 def logprobs_of_states(gpt: GPT, params: Any, batch: Batch, x_BRTD: jax.Array) -> jax.Array:
     """`token_logprobs` from the final hidden states."""
     rows_NTD, targets_NT = x_BRTD.reshape(-1, *x_BRTD.shape[2:]), batch["targets"].reshape(-1, x_BRTD.shape[2])
-    logprobs_NT = target_logprobs(rows_NTD, head_embedding(params), targets_NT, gpt.config.precision)
+    logprobs_NT = target_logprobs(
+        rows_NTD, head_embedding(params), targets_NT, gpt.config.precision, gpt.config.logit_soft_cap
+    )
     return logprobs_NT.reshape(x_BRTD.shape[:3])

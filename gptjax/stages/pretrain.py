@@ -19,7 +19,7 @@ from gptjax.inference.sampling import Sampling
 from gptjax.losses.cross_entropy import cross_entropy, logits_dtype
 from gptjax.models import low_precision
 from gptjax.models.attention_backends import check_backend
-from gptjax.models.gpt import GPT, head_embedding, hidden_states, init_params
+from gptjax.models.gpt import GPT, head_embedding, hidden_states_and_routers, init_params
 from gptjax.parallel.mesh import check_fit, platform
 from gptjax.stages.definition import Definition
 from gptjax.stages.reading import reader
@@ -30,11 +30,14 @@ from gptjax.training.stage import Stage, describe_data
 
 
 def next_token_loss(config: Config) -> Loss:
-    """Cross entropy of the next token, in nats, summed over targets (Radford et al. 2018, equation 1)."""
-    model = GPT(config.model)
+    """Cross entropy of the next token, in nats, summed over targets (Radford et al. 2018, equation 1).
+
+    In training, the z-loss and the routers' losses are added, where their coefficients are above 0.
+    """
+    model, settings = GPT(config.model), config.model
 
     def loss(params: Any, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array, Measures]:
-        x_BTD = hidden_states(
+        x_BTD, routers = hidden_states_and_routers(
             model,
             params,
             batch["tokens"],
@@ -43,10 +46,29 @@ def next_token_loss(config: Config) -> Loss:
             deterministic=rng is None,
             rngs=None if rng is None else {"dropout": rng},
         )
-        head_VD, weights_BT = head_embedding(params), batch["weights"]
-        dtype = "float32" if rng is None else logits_dtype(model.config, platform())  # held-out losses are exact
-        nats = cross_entropy(x_BTD, head_VD, batch["targets"], weights_BT, None, model.config.precision, dtype)
-        return nats, jnp.sum(weights_BT), {}
+        weights_BT, is_training = batch["weights"], rng is not None
+        nats = cross_entropy(
+            x_BTD,
+            head_embedding(params),
+            batch["targets"],
+            weights_BT,
+            None,
+            settings.precision,
+            logits_dtype(settings, platform()) if is_training else "float32",  # held-out losses are exact
+            settings.logit_soft_cap,
+            settings.z_loss if is_training else 0.0,
+        )
+        weight = jnp.sum(weights_BT)
+        if routers is None or not is_training:
+            return nats, weight, {}
+        added = settings.router_balance_loss * routers.balance + settings.router_z_loss * routers.z
+        measures = {
+            "cross_entropy": nats,
+            "router_balance": weight * routers.balance,
+            "router_z": weight * routers.z,
+            "busiest_expert": weight * jnp.max(routers.load_E) * settings.num_experts,
+        }
+        return nats + weight * added, weight, measures
 
     return loss
 

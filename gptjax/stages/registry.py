@@ -97,6 +97,7 @@ def _given_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     shapes = nn.unbox(jax.eval_shape(lambda: init_params(GPT(given.model), jax.random.key(0))))
     found = {path: leaf.shape for path, leaf in peft.flatten(shapes).items()}
     if definition(config).reinitialises_special_tokens:
-        rows, width = found["token_embedding/embedding"]
-        found["token_embedding/embedding"] = (min(rows, tokenizer.vocab_size), width)
+        for path in found.keys() & {"token_embedding/embedding", "head_embedding/embedding"}:
+            rows, width = found[path]
+            found[path] = (min(rows, tokenizer.vocab_size), width)
     return found

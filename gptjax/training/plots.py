@@ -54,7 +54,8 @@ def _shared_quantity(records: list[dict[str, Any]]) -> tuple[Points, Points, str
     if task := _points(records, "train", "task_loss"):
         return task, validation, "loss of the task"
     unit = "nats per token" if any("perplexity" in record for record in records) else "nats"
-    return _points(records, "train", "loss"), validation, f"loss ({unit})"
+    train = _points(records, "train", "cross_entropy") or _points(records, "train", "loss")
+    return train, validation, f"loss ({unit})"
 
 
 def _metric(header: dict[str, Any], records: list[dict[str, Any]]) -> str | None:

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from gptjax.checkpoint.state import TrainState, abstract_state, state_shardings
@@ -16,7 +15,7 @@ from gptjax.data.pipeline import Microbatch
 from gptjax.distributed import preemption, processes
 from gptjax.models import peft
 from gptjax.optim import adalora
-from gptjax.optim.optimizers import num_microbatches, schedule
+from gptjax.optim.optimizers import gradient_norm, num_microbatches, schedule
 from gptjax.parallel import compiler
 from gptjax.parallel.rows import global_array, process_rows
 from gptjax.training.objective import Batch, Measures, Objective
@@ -84,7 +83,7 @@ def make_train_step(objective: Objective, placement: TrainState) -> jax.stages.W
         ema = state.ema
         if ema_decay is not None:
             ema = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, ema, params)
-        loss, grad_norm = loss_sum / weight, optax.tree.norm(grads)
+        loss, grad_norm = loss_sum / weight, gradient_norm(grads, objective.parameters.axes)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         metrics = {"loss": loss, "grad_norm": grad_norm, "skipped": 1.0 - finite}
         metrics |= {name: total / weight for name, total in measures.items()}

@@ -21,7 +21,7 @@ import numpy as np
 
 from gptjax.config import MeshConfig
 from gptjax.models.attention_backends import attention_mask, dot_product_attention
-from gptjax.parallel import ring
+from gptjax.parallel import balanced_order, ring
 from gptjax.parallel.mesh import axis_size, batch_sharding, make_mesh
 
 LENGTH = 96  # in chunks of 24, 16, 12 or 6
@@ -79,7 +79,7 @@ def compare(case: str) -> dict[str, Any]:
     given.append(segments_BT if packing == "segments" else None)
     expected, _ = run(with_gradients(on_one_device(band_width)), *given)
     with jax.set_mesh(mesh_of(mesh)):
-        positions_T = ring.balanced_positions(LENGTH, axis_size("context"))
+        positions_T = balanced_order.balanced_positions(LENGTH, axis_size("context"))
         balanced = jax.tree.map(lambda x_BT: x_BT[:, positions_T], given)
         results, sent = run(with_gradients(on_the_ring(band_width)), *balanced)
     pairs = zip(results, (x_BT[:, positions_T] for x_BT in expected), strict=True)
@@ -90,7 +90,7 @@ def compare(case: str) -> dict[str, Any]:
 def order(mesh: str) -> dict[str, Any]:
     """Whether `balance`, `restore` and the gradient of `balance` are correct, and their collectives."""
     mesh_in_use = mesh_of(mesh)
-    positions_T = ring.balanced_positions(LENGTH, mesh_in_use.shape["context"])
+    positions_T = balanced_order.balanced_positions(LENGTH, mesh_in_use.shape["context"])
     with jax.set_mesh(mesh_in_use):
 
         def place(x: np.ndarray) -> jax.Array:
@@ -99,11 +99,13 @@ def order(mesh: str) -> dict[str, Any]:
         tokens_BT = np.arange(2 * LENGTH, dtype=np.int32).reshape(2, LENGTH)
         x_BTD = np.random.default_rng(0).normal(size=(2, LENGTH, 3)).astype(np.float32)
         tried = {
-            "balance": (tokens_BT[:, positions_T], run(ring.balance, place(tokens_BT))),
-            "restore": (x_BTD, run(ring.restore, place(x_BTD[:, positions_T]))),
+            "balance": (tokens_BT[:, positions_T], run(balanced_order.balance, place(tokens_BT))),
+            "restore": (x_BTD, run(balanced_order.restore, place(x_BTD[:, positions_T]))),
             "gradient": (
                 x_BTD,
-                run(lambda x, g: jax.vjp(ring.balance, x)[1](g)[0], place(x_BTD), place(x_BTD[:, positions_T])),
+                run(
+                    lambda x, g: jax.vjp(balanced_order.balance, x)[1](g)[0], place(x_BTD), place(x_BTD[:, positions_T])
+                ),
             ),
         }
         return {
@@ -117,7 +119,7 @@ def poison(band_width: int | None, bad: slice) -> dict[str, list[int]]:
 
     A tile that is computed and then masked shows up, since 0 * NaN is NaN.
     """
-    positions_T = ring.balanced_positions(LENGTH, 4)
+    positions_T = balanced_order.balanced_positions(LENGTH, 4)
     bad_T = np.isin(positions_T, np.arange(LENGTH)[bad])
     q_BTHK, k_BTHK, v_BTHK, d_out_BTHK, segments_BT = arrays("float32")
     k_BTHK, v_BTHK = k_BTHK.at[:, bad_T].set(jnp.nan), v_BTHK.at[:, bad_T].set(jnp.nan)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gptjax.config import MeshConfig
-from gptjax.parallel import ring
+from gptjax.parallel import balanced_order, ring
 from gptjax.parallel.mesh import make_mesh
 
 
@@ -19,13 +19,13 @@ def tiles_met(shards: int, tiles: int, reach: int) -> np.ndarray:
     places, chunks = np.arange(2 * shards * tiles)[:, None], np.arange(2 * shards)[None, :]
     _, counts = ring.seen_tiles(places, chunks, tiles, reach)
     by_chunk = np.asarray(counts).reshape(2 * shards, tiles, 2 * shards).sum(axis=1)
-    held = [list(ring.chunks_of(device, shards)) for device in range(shards)]
+    held = [list(balanced_order.chunks_of(device, shards)) for device in range(shards)]
     return np.array([[by_chunk[np.ix_(queries, keys)].sum() for keys in held] for queries in held])
 
 
 @pytest.mark.parametrize("shards", [2, 3, 8])
 def test_balanced_positions_pair_an_early_chunk_with_a_late_one(shards):
-    positions = ring.balanced_positions(4 * shards, shards).reshape(shards, 2, 2)
+    positions = balanced_order.balanced_positions(4 * shards, shards).reshape(shards, 2, 2)
     assert sorted(positions.ravel()) == list(range(4 * shards))
     for device in range(shards):
         assert positions[device, 0].tolist() == [2 * device, 2 * device + 1]
@@ -72,9 +72,9 @@ def test_routes_visit_every_needed_device_once_and_stop(shards):
 
 def test_without_a_context_axis_the_order_is_natural():
     x_BT = jnp.arange(12).reshape(2, 6)
-    assert ring.balance(x_BT) is x_BT
+    assert balanced_order.balance(x_BT) is x_BT
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
-        assert ring.restore(x_BT) is x_BT
+        assert balanced_order.restore(x_BT) is x_BT
 
 
 @pytest.mark.parametrize(("names", "rings"), [(["attention"], 2), ([], 3)])

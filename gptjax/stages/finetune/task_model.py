@@ -220,7 +220,10 @@ class TaskModel:
         share_N1 = jnp.repeat(weights_B, sequences)[:, None] / (jnp.maximum(ends_N1, 1) * sequences)
         weights_NT = jnp.where(jnp.arange(tokens_NT.shape[1])[None] < ends_N1, share_N1, 0)
         head_VD = nn.unbox(head_embedding(params))
-        return cross_entropy(x_NTD, head_VD, targets_NT, weights_NT, None, self.config.model.precision)
+        model = self.config.model
+        return cross_entropy(
+            x_NTD, head_VD, targets_NT, weights_NT, None, model.precision, soft_cap=model.logit_soft_cap
+        )
 
 
 def _labels(batch: Batch) -> jax.Array | None:

@@ -113,7 +113,7 @@ def completion_measurer(config: Config) -> Callable[[Any, Batch], dict[str, jax.
             x_BRTD = read_elements(gpt, params, batch, None)
         logprobs_BRT = logprobs_of_states(gpt, params, batch, x_BRTD)
         rows_NTD = x_BRTD.reshape(-1, *x_BRTD.shape[2:])
-        entropy_NT = entropies(rows_NTD, head_embedding(params), gpt.config.precision)
+        entropy_NT = entropies(rows_NTD, head_embedding(params), gpt.config.precision, gpt.config.logit_soft_cap)
         measured = {
             "old_logprobs": logprobs_BRT,
             "reference_logprobs": token_logprobs(gpt, params[REFERENCE], batch, None),

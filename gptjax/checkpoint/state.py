@@ -113,18 +113,17 @@ class ParameterSpec:
         trained = {name: part for name, part in self.boxed_state.params.items() if name not in self.sources}
         for path, leaf in peft.flatten(nn.unbox(trained)).items():
             axes, numbers = self.axes[path], layer_numbers(path, leaf.shape[0], model.num_layers // period, period)
-            is_head = path.startswith("head_embedding")
+            is_head = path.startswith("token_embedding" if model.tied_head else "head_embedding")
             if numbers is not None:
                 lowest = min(lowest, numbers[0])
-            elif axes.is_embedding and not is_head:
+            elif axes.is_embedding and not path.startswith("head_embedding"):
                 lowest = 0
             size = leaf.size
             if "expert" in axes.roles and model.num_experts is not None:  # a token meets its experts only
                 size = size // model.num_experts * model.experts_per_token
-            multiplied = axes.is_kernel if axes.is_stacked else "vocabulary" in axes.roles
             if "rank" in axes.roles:
                 low_rank += size if axes.having("input", "output") else 0
-            elif multiplied and (axes.is_stacked or is_head or model.tied_head):
+            elif is_head or (axes.is_kernel and axes.is_stacked):
                 weights += size
         return flops.TrainedPart(weights, low_rank, lowest)
 

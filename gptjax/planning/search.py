@@ -15,6 +15,7 @@ from gptjax.planning.compile import CompiledProgram, CompileResult
 from gptjax.planning.estimate import AxisTraffic, StepEstimate, axis_traffic, estimate_step
 from gptjax.planning.formulas import expected_collectives, expected_memory
 from gptjax.planning.topology import Topology, lay_out, sketch
+from gptjax.scaling.memory import memory_summary
 
 REMATS = ("none", "dots", "attention", "full", "offload")
 VOCABULARY_MULTIPLE = 128  # vocabulary padding: the lanes of a TPU's vector unit
@@ -64,6 +65,10 @@ def candidates(config: Config, topology: Topology, capacity: float, slack: float
     found = []
     for mesh_config in meshes(config, topology):
         shape = mesh_shape(mesh_config)
+        shards, experts = mesh_config.fsdp * mesh_config.tensor, mesh_config.expert
+        state = memory_summary(config.model, config.optimizer, shards, expert_shards=experts)
+        if state.total > slack * capacity:
+            continue
         fitting = []
         for changed in _variants(config, mesh_config, shape):
             memory = expected_memory(changed, shape.shape).total

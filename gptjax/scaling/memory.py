@@ -64,7 +64,7 @@ def memory_summary(
 @functools.lru_cache(maxsize=256)
 def moment_counts(model: GPTConfig, optimizer: OptimizerConfig) -> tuple[int, int]:
     """Number of entries of the first and of the second moments when all of `model` is trained."""
-    every = parameter_count(model)
+    every = sum(part.size for part in parameters(model) if part.kind != "balance")
     if optimizer.name == "adamw":
         return every, every
     if optimizer.name == "muon":  # has no second moments of kernels

@@ -18,12 +18,13 @@ class Parameter(NamedTuple):
     Attributes:
       shape: experts on the first axis, if there are several.
       kind: kernel: multiplied in a layer; table: rows are looked up; head: the head's matrix, which is also the table
-        of tokens if it is tied; vector: biases, gains and other parameters without a matrix product.
+        of tokens if it is tied; vector: biases, gains and other parameters without a matrix product; balance: a bias
+        that the load of experts moves, without moments in the optimizer.
       of_experts: whether each token reads only the entries of its experts.
     """
 
     shape: tuple[int, ...]
-    kind: Literal["kernel", "table", "head", "vector"]
+    kind: Literal["kernel", "table", "head", "vector", "balance"]
     of_experts: bool = False
 
     @property
@@ -40,7 +41,7 @@ def parameter_count(model: GPTConfig) -> int:
 @functools.lru_cache(maxsize=256)
 def non_embedding_parameter_count(model: GPTConfig) -> int:
     """Number of parameters without embeddings and head: N of Kaplan et al. 2020, section 2.1, with biases."""
-    return sum(part.size for part in parameters(model) if part.kind in ("kernel", "vector"))
+    return sum(part.size for part in parameters(model) if part.kind not in ("table", "head"))
 
 
 @functools.lru_cache(maxsize=256)
@@ -85,6 +86,8 @@ def _outer_parameters(model: GPTConfig) -> list[Parameter]:
     found = [Parameter(table, "head" if model.tied_head else "table")]
     if not model.tied_head:
         found.append(Parameter(table, "head"))
+    if (layers := sum(has_value_embedding(model, layer) for layer in range(model.num_layers))) > 0:
+        found.append(Parameter((table[0], layers * model.kv_heads * model.head_dim), "table"))
     if model.positions == "learned":
         found.append(Parameter((model.context_length, model.embed_dim), "table"))
     return found + (_norm(model) if model.norm_position == "pre" else [])
@@ -116,7 +119,7 @@ def _attention(model: GPTConfig, layer: int) -> list[Parameter]:
     if model.qk_norm and model.qk_norm_gain:
         found += 2 * [Parameter((K,), "vector")]
     if has_value_embedding(model, layer):
-        found += [Parameter((vocab_size(model), kv * K), "table"), Parameter((GATE_CHANNELS, kv), "kernel")]
+        found += [Parameter((GATE_CHANNELS, kv), "kernel")]
     return found
 
 
@@ -134,7 +137,7 @@ def _feed_forward(model: GPTConfig) -> list[Parameter]:
     layer = (2 * inner if model.gated else inner) + _dense((F,), (D,), model.ffw_bias)
     if E is None:
         return layer
-    router = _dense((D,), (E,), model.router_bias) + ([Parameter((E,), "vector")] if model.balance_bias else [])
+    router = _dense((D,), (E,), model.router_bias) + ([Parameter((E,), "balance")] if model.balance_bias else [])
     return router + [Parameter((E, *part.shape), part.kind, of_experts=True) for part in layer]
 
 

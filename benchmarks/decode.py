@@ -41,7 +41,7 @@ from gptjax.inference.sampling import Sampling
 from gptjax.inference.weights import WeightFormat
 from gptjax.interop.huggingface import load_pretrained
 from gptjax.models.gpt import GPT
-from gptjax.scaling.flops import device_peak
+from gptjax.scaling.devices import device_peak
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 96
 SIZES = {  # layers, width, heads

@@ -31,7 +31,7 @@ from benchmarks.variants import Trainer, Variant, parse_variant, platform
 from gptjax import cli
 from gptjax import config as c
 from gptjax.config import UserError
-from gptjax.scaling import flops
+from gptjax.scaling import devices, flops
 
 # layers, width, heads, vocabulary
 SIZES = {
@@ -142,7 +142,7 @@ class Comparison:
         times = alternate({**sides, "product": product}, ROUNDS.value)
         del times["product"]
         rate = statistics.median(self._products)
-        peak = rate if platform() == "cpu" else flops.peak_flops(jax.devices()[0], self._dtype)
+        peak = rate if platform() == "cpu" else devices.peak_flops(jax.devices()[0], self._dtype)
         print(f"\n{'':28} " + " ".join(f"{head:>{width}}" for head, width in HEADS))
         self.result["rows"] = [self._row(name, times, peak) for name in times]
         tokens = self._base.batch.tokens_per_batch

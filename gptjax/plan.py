@@ -1,12 +1,14 @@
-"""Plans a training run on TPUs without a TPU: compiles the training step and reports memory, collectives and time.
+"""Plans training and generation on TPUs without a TPU.
 
+python -m gptjax.plan --config=configs/gpt_oss.py:size=120b
 python -m gptjax.plan --config=configs/gpt2.py:size=124m --topology=v5e:2x2 --search
 python -m gptjax.plan --config=configs/gpt3.py:size=175b --topology=v5p:8x8x16 --config.model.vocab_size=50304 \
     --config.mesh.data=1 --config.mesh.fsdp=64 --config.mesh.tensor=16 --config.batch.microbatch_size=64 \
     --config.batch.ramp_start_tokens=131072 --config.model.remat=full
 
-Needs libtpu, which contains the TPU compiler (pip install 'gptjax[tpu]'). `--topology=cpu:8` compiles for simulated
-CPU devices.
+Without --topology, layouts for slices of several sizes are found by formula, within a minute or two. With it, the
+training step is compiled ahead of time, and memory, collectives and time are reported. That needs libtpu, which
+contains the TPU compiler (pip install 'gptjax[tpu]'). `--topology=cpu:8` compiles for simulated CPU devices.
 """
 
 import json
@@ -29,7 +31,10 @@ if TYPE_CHECKING:
 
 CONFIG = cli.ConfigFlag()
 TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "CHIP:SHAPE, such as v5e:4x4 or v5p:8x8x16; all: an overview of many; cpu:N: N simulated devices."
+    "topology",
+    None,
+    "CHIP:SHAPE, such as v5e:4x4 or v5p:8x8x16; all: an overview of many; cpu:N: N simulated devices. Without it: "
+    "layouts on slices of v5e, v5p and v6e by formula, without libtpu.",
 )
 NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "Slices of that shape, connected by the data-centre network.")
 SEARCH = flags.DEFINE_bool(
@@ -63,18 +68,24 @@ ENVIRONMENT = {
 
 def main() -> None:
     config = CONFIG.load()
-    if config is None or TOPOLOGY.value is None:
-        raise UserError("needs --config=FILE and --topology=CHIP:SHAPE, such as --topology=v5e:2x2")
+    if config is None:
+        raise UserError("needs --config=FILE, such as --config=configs/gpt_oss.py:size=120b")
     if config.stage != Config().stage:  # the step of other stages depends on their data
         raise UserError(f"a run of stage {config.stage} cannot be planned: plan pretraining of the same model")
-    if DECODE.value and (SEARCH.value or TOPOLOGY.value == "all"):
-        raise UserError("--decode plans the mesh of --config.mesh on one topology: remove --search or --topology=all")
-    set_environment(TOPOLOGY.value)
+    if TOPOLOGY.value is None and (SEARCH.value or NUM_SLICES.value != 1):
+        raise UserError("--search and --num_slices need --topology=CHIP:SHAPE, such as --topology=v5e:2x2")
+    if DECODE.value and TOPOLOGY.value == "all":
+        raise UserError("--decode plans one topology: name it in place of --topology=all, or give none for all of them")
+    set_environment(TOPOLOGY.value or "")
     from gptjax.data.tokenizers import vocab_size
     from gptjax.planning import topology
 
     model = config.model.with_vocabulary(vocab_size(config.data.tokenizer))
     config = replace(config, {"model": {"vocab_size": model.vocab_size}})
+    if TOPOLOGY.value is None:
+        check_ranking(config)
+        plan_by_formula(config)
+        return
     if TOPOLOGY.value == "all":
         check_ranking(config)
         plan_all(config)
@@ -83,7 +94,10 @@ def main() -> None:
     topology.check_libtpu(where)
     if where.chip is None and (SEARCH.value or DECODE.value):
         raise UserError("--search and --decode need a TPU topology: the memory limit of cpu:N is unknown")
-    if DECODE.value:
+    if DECODE.value and SEARCH.value:
+        check_ranking(config)
+        plan_decoding_search(config, where)
+    elif DECODE.value:
         plan_decoding(config, where)
     elif SEARCH.value:
         check_ranking(config)
@@ -107,6 +121,24 @@ def set_environment(topology: str) -> None:
     if (devices := re.fullmatch(r"cpu:(\d+)", topology)) is not None:
         count = f"--xla_force_host_platform_device_count={devices[1]}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}"
+
+
+def plan_by_formula(config: Config) -> None:
+    """Plans training (unless --decode is given) and generation on slices of several sizes, without compiling.
+
+    Raises:
+      UserError: nothing fits anywhere.
+    """
+    from gptjax.planning.formula_plan import formula_json, formula_table, plan_topologies
+
+    plans = []
+    for plan in plan_topologies(config, cast(Any, WEIGHTS.value), training=not DECODE.value):
+        plans.append(plan)
+        found = [name for name, part in (("training", plan.training), ("generation", plan.decoding)) if part]
+        say(f"{plan.topology.name}: {' and '.join(found) or 'nothing'} fits")
+    if all(plan.training is None and plan.decoding is None for plan in plans):
+        raise UserError("nothing fits any of the slices tried: plan larger ones by --topology=CHIP:SHAPE --search")
+    output(formula_table(config, plans), formula_json(config, plans))
 
 
 def plan_step(config: Config, where: "Topology") -> None:
@@ -178,6 +210,7 @@ def search_steps(config: Config, where: "Topology", limit: int, enough: int | No
 
     from gptjax.planning import topology
     from gptjax.planning.compile import CompiledProgram
+    from gptjax.planning.report import mesh_text
     from gptjax.planning.search import search
 
     capacity = topology.hbm_bytes(where)
@@ -192,8 +225,7 @@ def search_steps(config: Config, where: "Topology", limit: int, enough: int | No
                 verdict = f"fits, {trial.compiled.memory.total / 2**30:.2f} GiB"
             else:
                 verdict = f"does not fit, {trial.compiled.needed / 2**30:.2f} GiB"
-            axes = ",".join(f"{axis}={size}" for axis, size in trial.mesh.shape.items() if size > 1)
-            name = f"{axes or 'one device'} microbatch {tried.batch.microbatch_size} remat {tried.model.remat}"
+            name = f"{mesh_text(trial.mesh.shape)} microbatch {tried.batch.microbatch_size} remat {tried.model.remat}"
             tqdm.write(f"{where.name} {name}: {verdict}", file=sys.stderr)
             bar.update()
             if number == limit or len(steps) == enough:
@@ -201,8 +233,32 @@ def search_steps(config: Config, where: "Topology", limit: int, enough: int | No
     return sorted(steps, key=lambda step: step.serial)
 
 
-def plan_decoding(config: Config, where: "Topology") -> None:
-    """Plans generation with the config's model on its mesh."""
+def plan_decoding_search(config: Config, where: "Topology") -> None:
+    """Plans generation on the mesh that is best by formula among those whose programs fit.
+
+    Raises:
+      UserError: none of the first --search_limit meshes fits.
+    """
+    from gptjax.planning.decode_search import decoding_layouts
+    from gptjax.planning.search import override_flags
+    from gptjax.planning.topology import hbm_bytes
+
+    capacity = hbm_bytes(where)
+    assert capacity is not None, "a TPU's memory is known"
+    refused = f"no mesh for generation fits {where.name} by formula: use more or larger chips"
+    for layout in decoding_layouts(config, where, capacity, cast(Any, WEIGHTS.value))[: SEARCH_LIMIT.value]:
+        line = " ".join(override_flags(config, layout.config))
+        try:
+            plan_decoding(layout.config, where, line)
+            return
+        except UserError as error:
+            refused = str(error)
+            say(f"{line}: {refused}")
+    raise UserError(refused)
+
+
+def plan_decoding(config: Config, where: "Topology", flags: str | None = None) -> None:
+    """Plans generation with the config's model on its mesh; `flags` are printed after the plan."""
     from gptjax.parallel import compiler
     from gptjax.planning import decode_plan as decoding
     from gptjax.planning import plan_cache as cache
@@ -221,7 +277,8 @@ def plan_decoding(config: Config, where: "Topology") -> None:
             cast(Any, WEIGHTS.value),
             lambda what, make: cache.compile_cached(what, config, where, cache_directory(), make),
         )
-    output(decoding_table(plan, capacity), decoding_json(plan))
+    table, tree = decoding_table(plan, capacity), decoding_json(plan)
+    output(table if flags is None else f"{table}\n{flags}", tree if flags is None else tree | {"flags": flags})
 
 
 def compile_step(where: "Topology") -> Any:

@@ -22,7 +22,8 @@ from gptjax.distributed import processes
 from gptjax.files import write_whole
 from gptjax.models import peft
 from gptjax.parallel.mesh import make_mesh
-from gptjax.scaling import flops
+from gptjax.scaling import memory
+from gptjax.scaling.parameters import active_parameter_count
 from gptjax.stages import builders, registry
 from gptjax.stages.preference.reward_model import SCALE_FILE
 from gptjax.stages.start import start_state
@@ -281,17 +282,18 @@ def _summary(config: Config, stage: Stage, mesh: Mesh) -> str:
     state = abstract_state(stage.objective.parameters, mesh)
     trained = peft.count(state.params)
     parameters = trained + peft.count(state.base)
+    active = "" if model.num_experts is None else f" ({active_parameter_count(model):,} active)"
     share = "" if trained == parameters else f", {trained:,} of them trained ({100 * trained / parameters:.2g} %)"
     shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
-    memory = flops.memory_summary(model, config.optimizer, shards, trained)
+    held = memory.memory_summary(model, config.optimizer, shards, trained, expert_shards=mesh.shape["expert"])
     per_token = stage.objective.parameters.flops_per_token
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     rows = {
-        "parameters": f"{parameters:,}{share}",
+        "parameters": f"{parameters:,}{active}{share}",
         **stage.description,
         "training": f"{stage.total_tokens:,} tokens, {config.batch.tokens_per_batch:,} per batch",
         "compute": f"{per_token / 1e6:,.1f} MFLOP per token, {per_token * stage.total_tokens:.3g} FLOP in total",
-        "memory": f"{memory.total / 1e9:.2f} GB per device for parameters, gradients and optimizer state",
+        "memory": f"{held.total / 1e9:.2f} GB per device for parameters, gradients and optimizer state",
         "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform}), mesh: {axes}",
     }
     table = "\n".join(f"{name:<11} {value}" for name, value in rows.items())

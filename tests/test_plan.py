@@ -40,10 +40,11 @@ def plan(home: Path, *arguments: object) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], ["needs --config=FILE and --topology=CHIP:SHAPE"]),
+        (["--search"], ["--search", "need --topology=CHIP:SHAPE"]),
+        ([], ["model.dtype=float32", "--config.model.dtype=bfloat16"]),
         (["--topology=v9:2x2"], ["--topology=v9:2x2", "unknown chip 'v9'", "v4, v5e, v5p, v6e"]),
         (["--topology=cpu:4", "--search"], ["--search", "a TPU topology"]),
-        (["--topology=all", "--decode"], ["--decode", "remove --search or --topology=all"]),
+        (["--topology=all", "--decode"], ["--decode", "in place of --topology=all"]),
         (["--topology=all"], ["model.dtype=float32", "--config.model.dtype=bfloat16"]),
         (
             ["--topology=cpu:4", "--config.stage=reward"],
@@ -70,6 +71,18 @@ def test_a_missing_libtpu_is_named_with_the_command_to_install_it(monkeypatch):
     with pytest.raises(UserError, match=r"needs libtpu, .*: pip install 'gptjax\[tpu\]'"):
         check_libtpu(parse_topology("v5e:2x2"))
     check_libtpu(parse_topology("cpu:8"))
+
+
+def test_layouts_by_formula_need_no_topology_and_no_libtpu(home):
+    arguments = ("--config.model.dtype=bfloat16", "--decode", "--json=-")
+    run = plan(home, *arguments)
+    assert run.returncode == 0, run.stderr
+    tree = json.loads(run.stdout)
+    assert set(tree) >= {"v5e:1x1", "v5p:2x2x1", "v6e:16x16"}
+    assert tree["v5e:1x1"]["training"] is None  # not with --decode
+    assert tree["v5e:1x1"]["generation"]["mesh"]["data"] == 1
+    assert tree["v5e:16x16"]["generation"]["batch"] > tree["v5e:1x1"]["generation"]["batch"]
+    assert not (home / ".cache/gptjax/plans").exists()
 
 
 def test_a_plan_is_printed_written_and_cached(home):

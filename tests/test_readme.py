@@ -12,7 +12,7 @@ import pytest
 
 import gptjax
 from gptjax.config import Config, load_config, to_json
-from gptjax.scaling.flops import parameter_count
+from gptjax.scaling.parameters import parameter_count
 from tests.architecture import declared_letters
 
 ROOT = Path(__file__).parents[1]

@@ -114,14 +114,18 @@ class ParameterSpec:
         trained = {name: part for name, part in self.boxed_state.params.items() if name not in self.sources}
         for path, leaf in peft.flatten(nn.unbox(trained)).items():
             axes, numbers = self.axes[path], layer_numbers(path, leaf.shape[0], model.num_layers // period, period)
+            is_head = path.startswith("token_embedding" if model.tied_head else "head_embedding")
             if numbers is not None:
                 lowest = min(lowest, numbers[0])
-            if axes.is_embedding:
+            elif axes.is_embedding and not path.startswith("head_embedding"):
                 lowest = 0
+            size = leaf.size
+            if "expert" in axes.roles and model.num_experts is not None:  # a token meets its experts only
+                size = size // model.num_experts * model.experts_per_token
             if "rank" in axes.roles:
-                low_rank += leaf.size if axes.having("input", "output") else 0
-            elif "vocabulary" in axes.roles or (axes.is_kernel and axes.is_stacked):
-                weights += leaf.size
+                low_rank += size if axes.having("input", "output") else 0
+            elif is_head or (axes.is_kernel and axes.is_stacked):
+                weights += size
         return flops.TrainedPart(weights, low_rank, lowest)
 
     def optimizer(self) -> optax.GradientTransformation:

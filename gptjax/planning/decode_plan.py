@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -16,10 +16,11 @@ from gptjax.inference import programs
 from gptjax.inference.sampling import Sampling
 from gptjax.inference.weights import WeightFormat, prepare
 from gptjax.models.gpt import GPT, abstract_params
-from gptjax.parallel.mesh import batch_shards, check_model_fit, partition_spec
+from gptjax.parallel.mesh import BATCH_AXES, batch_shards, check_model_fit, partition_spec
 from gptjax.planning.compile import CompiledProgram, CompileResult, compile_lowered
 from gptjax.planning.topology import Topology
-from gptjax.scaling.flops import forward_flops_per_token
+from gptjax.scaling.flops import forward_flops_per_token, seen_positions
+from gptjax.scaling.parameters import expert_parameter_count, parameter_count
 
 CACHE_FRACTION = 0.98  # of the free memory, for a first batch size: programs need temporaries too
 TRIES = 3  # batch sizes to compile at most
@@ -55,10 +56,13 @@ class DecodingPlan:
 
 def cache_bytes(model: GPTConfig) -> int:
     """Computes the size of one sequence's key-value cache at full context; a banded layer caches only its band."""
-    pattern = model.attention_pattern
-    kept = {"dense": model.context_length, "banded": min(model.band_width, model.context_length)}
-    slots = sum(kept[pattern[layer % len(pattern)]] for layer in range(model.num_layers))
-    return 2 * slots * model.embed_dim * jnp.dtype(model.dtype).itemsize
+    slots = sum(seen_positions(model, layer) for layer in range(model.num_layers))
+    return 2 * slots * model.kv_heads * model.head_dim * jnp.dtype(model.dtype).itemsize
+
+
+def cache_shards(model: GPTConfig, mesh: Mapping[str, int]) -> int:
+    """Devices that the cache of a sequence is sharded over: those of tensor, if they divide the key-value heads."""
+    return mesh["tensor"] if model.kv_heads % mesh["tensor"] == 0 else 1
 
 
 def plan_decoding(
@@ -86,7 +90,7 @@ def plan_decoding(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)
     )
     shards, each = batch_shards(mesh), cache_bytes(model.config)
-    per_shard = -(-each // mesh.shape["tensor"])
+    per_shard = -(-each // cache_shards(model.config, mesh.shape))
 
     def compiled(program: str, rows: int) -> CompileResult:
         make = {"decode": _lower_decode, "prefill": _lower_prefill}[program]
@@ -122,7 +126,7 @@ def plan_decoding(
         decode=decode,
         prefill=prefill if isinstance(prefill, CompiledProgram) else None,
         prefill_batch=prefill_batch,
-        token_seconds=_token_seconds(model.config, topology, weight_bytes + rows * per_shard, rows, mesh),
+        token_seconds=step_seconds(model.config, topology, mesh.shape, weight_bytes, rows, rows * per_shard),
     )
 
 
@@ -172,7 +176,8 @@ def _lower_decode(model: GPT, params: Any, rows: int) -> jax.stages.Lowered:
 def abstract_memory(model: GPT, params: Any, rows: int) -> programs.DecodingCache:
     """Returns the abstract decoding state in prefill's layout: sharded over batch and heads, not over slots."""
     mesh = jax.tree.leaves(params)[0].sharding.mesh
-    sharding = NamedSharding(mesh, partition_spec(("batch", "heads", None, None)))
+    heads = "kv_heads" if cache_shards(model.config, mesh.shape) == mesh.shape["tensor"] else None
+    sharding = NamedSharding(mesh, partition_spec(("batch", heads, None, None)))
     prefill = partial(programs.prefill_prompts, _program(model))
     memory, _ = jax.eval_shape(prefill, params, *_prompts(model, rows))
 
@@ -183,10 +188,38 @@ def abstract_memory(model: GPT, params: Any, rows: int) -> programs.DecodingCach
     return cast(programs.DecodingCache, rest._replace(cache=placed(memory.cache, sharding)))
 
 
-def _token_seconds(model: GPTConfig, topology: Topology, bytes_read: int, rows: int, mesh: Mesh) -> float | None:
+def step_seconds(
+    model: GPTConfig,
+    topology: Topology,
+    mesh: Mapping[str, int],
+    weight_bytes: float,
+    rows: int,
+    cache: float,
+) -> float | None:
+    """A lower bound of the time of a decoding step at full context; None: the device's peaks are not published.
+
+    The weights and the cache are read once, and matrix products run at peak FLOP/s. Experts that no token has chosen
+    are not read: if all are equally likely, the expected share of them.
+
+    Args:
+      weight_bytes: of a device.
+      rows: sequences of a batch shard.
+      cache: bytes of their cache on a device.
+    """
     peak = topology.peak
     flops = None if peak is None else getattr(peak, model.dtype)
     if peak is None or flops is None:
         return None
-    compute = rows * batch_shards(mesh) * forward_flops_per_token(model) / (topology.num_devices * flops)
-    return max(bytes_read / peak.bandwidth, compute)
+    unread = 0.0
+    if model.num_experts is not None:
+        tokens = rows * mesh["expert"]  # those of the batch shards whose experts a device has
+        unread = (1 - model.experts_per_token / model.num_experts) ** tokens * _expert_share(model, mesh)
+    batch = rows * math.prod(mesh[axis] for axis in BATCH_AXES)
+    compute = batch * forward_flops_per_token(model) / (topology.num_devices * flops)
+    return max((weight_bytes * (1 - unread) + cache) / peak.bandwidth, compute)
+
+
+def _expert_share(model: GPTConfig, mesh: Mapping[str, int]) -> float:
+    """The share of experts in the weights of a device."""
+    experts = expert_parameter_count(model) / mesh["expert"]
+    return experts / (experts + parameter_count(model) - expert_parameter_count(model))

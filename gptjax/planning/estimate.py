@@ -14,9 +14,11 @@ from jax.sharding import Mesh
 
 from gptjax.config import Config, GPTConfig
 from gptjax.losses.cross_entropy import logits_dtype
+from gptjax.planning import widths
 from gptjax.planning.program_text import Collective, bytes_sent, mesh_axes
 from gptjax.planning.topology import Topology, route
-from gptjax.scaling.flops import flops_per_token, forward_flops_per_token, memory_summary, parameter_count
+from gptjax.scaling.flops import attention_flops, expert_flops, flops_per_token, forward_flops_per_token, head_flops
+from gptjax.scaling.memory import memory_summary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,38 +112,38 @@ def estimate_step(
 
 
 def recomputed_flops_per_token(model: GPTConfig) -> int:
-    """Computes the FLOPs per token that the backward pass recomputes under `model.remat`, counted as for MFU."""
-    D, F = model.embed_dim, model.feed_forward_dim
-    assert model.vocab_size is not None, "resolve model.vocab_size from the tokenizer first"
-    layers = forward_flops_per_token(model) - 2 * D * model.vocab_size
-    products = model.num_layers * 2 * (4 * D * D + 2 * D * F)
-    attention = layers - products  # its two products with scores
-    again = {"none": 0, "cheap": 0, "dots": attention, "attention": products, "full": layers, "offload": layers}
-    return again[model.remat]
+    """Computes the FLOPs per token that the backward pass recomputes under `model.remat`, counted as for MFU.
+
+    Grouped products of experts are none of the products that "cheap" and "dots" keep.
+    """
+    layers = forward_flops_per_token(model) - head_flops(model)
+    attention = sum(attention_flops(model, n) for n in range(model.num_layers))  # its two products with scores
+    experts = expert_flops(model)
+    again = {"none": 0, "cheap": experts, "dots": attention + experts, "attention": layers - attention}
+    return again.get(model.remat, layers)
 
 
 def hbm_traffic(config: Config, mesh: Mapping[str, int]) -> float:
     """Estimates the memory traffic of a device in a step, in bytes; attention scores are assumed to stay on chip.
 
     Each pass over a microbatch (forward, recomputation, two matrix products backward) writes and reads the gathered
-    weights, and gradients are accumulated in float32. The update reads the gradient, and reads and writes the state:
-    parameters, moments and moving average, in the dtypes of `memory_summary`. A layer's activations are 34
-    bytes per token and unit of width in bfloat16 (Korthikanti et al. 2022, section 4.1), written and read in the
-    forward pass and twice that in the backward pass. Logits (in logits_dtype) and their gradient (in the model's dtype)
-    are written and read, three passes in all.
+    weights, those of all experts among them, and gradients are accumulated in float32. The update reads the gradient,
+    and reads and writes the state: parameters, moments and moving average, in the dtypes of `memory_summary`. A layer's
+    activations (`widths.layer_bytes`) are written and read in each pass. Logits (in logits_dtype) and their gradient
+    (in the model's dtype) are written and read, three passes in all.
     """
     model, batch = config.model, config.batch
-    size, count = jnp.dtype(model.dtype).itemsize, parameter_count(model)
+    size = jnp.dtype(model.dtype).itemsize
     microbatches = batch.tokens_per_batch // (config.sequences_per_microbatch * model.context_length)
     passes = 3 if model.remat in ("none", "cheap", "dots") else 4
-    shards = mesh["fsdp"] * mesh["tensor"]
-    state = memory_summary(model, config.optimizer, shards)
+    state = memory_summary(model, config.optimizer, mesh["fsdp"] * mesh["tensor"], expert_shards=mesh["expert"])
     # Each microbatch reads the float32 parameters, and reads and writes the sum of gradients.
-    weights = microbatches * (2 * passes * count * size / mesh["tensor"] + state.parameters + 2 * state.gradients)
+    gathered = 2 * passes * size * widths.gathered_parameters(model, mesh)
+    weights = microbatches * (gathered + state.parameters + 2 * state.gradients)
     update = state.gradients + 2 * (state.total - state.gradients)
     sequences = batch.tokens_per_batch // model.context_length / (mesh["data"] * mesh["fsdp"] * mesh["expert"])
     tokens = sequences * model.context_length / mesh["context"]
-    layers = passes * 2 * 17 * size * model.num_layers * model.embed_dim * tokens / mesh["tensor"]
+    layers = passes * 2 * model.num_layers * widths.layer_bytes(model, mesh, tokens)
     logit = jnp.dtype(logits_dtype(model, "tpu")).itemsize
     logits = 3 * (logit + size) * tokens * (model.vocab_size or 0) / mesh["tensor"]
     return weights + update + layers + logits

@@ -9,9 +9,13 @@ import numpy as np
 
 from gptjax.config import Config, GPTConfig
 from gptjax.parallel.platforms import PLATFORM_DEFAULTS
+from gptjax.parallel.ring import routes as ring_routes
+from gptjax.planning import widths
 from gptjax.planning.compile import microbatches
 from gptjax.planning.program_text import Collective
-from gptjax.scaling.flops import memory_summary, non_embedding_parameter_count, parameter_count
+from gptjax.scaling.flops import seen_positions
+from gptjax.scaling.memory import memory_summary
+from gptjax.scaling.parameters import expert_parameter_count, non_embedding_parameter_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,18 +39,21 @@ def expected_memory(config: Config, mesh: Mapping[str, int]) -> ExpectedMemory:
     materialised only where the splash kernel is not used, for example with attention dropout.
     """
     model, shards = config.model, mesh["fsdp"] * mesh["tensor"]
-    summary = memory_summary(model, config.optimizer, shards)
+    summary = memory_summary(model, config.optimizer, shards, expert_shards=mesh["expert"])
     # With gradient accumulation: a microbatch's gradient, and the sum of those before it.
     gradients = summary.gradients * (2 if microbatches(config) > 1 else 1)
     size = jnp.dtype(model.dtype).itemsize
     tokens = _tokens(config, mesh)
-    D, F, V = model.embed_dim, model.feed_forward_dim, model.vocab_size or 0
-    unit = tokens * D * size / mesh["tensor"]  # one activation of the model's width
-    widths = {"none": 17, "cheap": 6 + F / D, "dots": 5 + F / D, "attention": 2, "full": 1, "offload": 0}[model.remat]
-    layer = 17 * unit + 2 * tokens * D * size + _scores(config, mesh)
-    kept = model.num_layers * (widths * unit + (_scores(config, mesh) if model.remat == "none" else 0))
-    layer_weights = non_embedding_parameter_count(model) / model.num_layers / mesh["tensor"]
-    layer += layer_weights * (2 * size + 4)  # gathered weights of this and the next layer, and an unreduced gradient
+    D, V = model.embed_dim, model.vocab_size or 0
+    scores = _scores(config, mesh)
+    kept = model.num_layers * (widths.saved_bytes(model, mesh, tokens) + (scores if model.remat == "none" else 0))
+    # The activations of a layer and positions gathered over tensor; of experts also the gradients.
+    layer = widths.layer_bytes(model, mesh, tokens) + 2 * tokens * D * size + scores
+    layer += widths.expert_bytes(model, mesh, tokens)
+    # Gathered weights of this and the next layer, and an unreduced gradient: float32, for experts in the model's dtype.
+    experts = expert_parameter_count(model) / model.num_layers
+    others = non_embedding_parameter_count(model) / model.num_layers - experts
+    layer += (others * (2 * size + 4) + experts / mesh["expert"] * 3 * size) / mesh["tensor"]
     loss = (
         min(tokens, PLATFORM_DEFAULTS["tpu"].loss_chunk_tokens) * V / mesh["tensor"] * 10
         + V * D / mesh["tensor"] * (size + 8)
@@ -75,35 +82,57 @@ def expected_collectives(config: Config, mesh: Mapping[str, int]) -> list[Collec
     Per microbatch: weights are all-gathered over fsdp in the forward and the backward pass; gradients are reduced over
     fsdp, and in float32 over data; each layer has two all-gathers and two reduce-scatters over tensor in the forward
     pass, the recomputation and twice in the backward pass (Korthikanti et al. 2022, section 4.2.2); keys and values go
-    round the ring of context.
+    round the ring of context, repeated to the heads of queries; a mixture sends the tokens of each layer to their
+    experts over expert, and back.
     """
     model = config.model
     size = jnp.dtype(model.dtype).itemsize
     count, tensor = microbatches(config), mesh["tensor"]
     found = []
-    weights = parameter_count(model) // tensor
+    weights = round(widths.gathered_parameters(model, mesh))
     if mesh["fsdp"] > 1:
-        group = _group(mesh, "fsdp")
+        group = device_group(mesh, "fsdp")
         found += [
             Collective("all-gather", weights * size, group, 2 * count),
             Collective("reduce-scatter", weights * size, group, count),
         ]
-    if mesh["data"] * mesh["expert"] * mesh["context"] > 1:
-        axes = [axis for axis in ("data", "expert", "context") if mesh[axis] > 1]
-        share = weights // mesh["fsdp"]
-        found.append(Collective("all-reduce", 4 * share, _group(mesh, *axes), count))
-    activation = round(_tokens(config, mesh) * model.embed_dim) * size
+    experts = round(expert_parameter_count(model) / (mesh["expert"] * tensor))
+    # Gradients of experts are not reduced over expert, which shards them, and have the model's dtype.
+    for payload, names in (
+        (4 * (weights - experts), ("data", "expert", "context")),
+        (size * experts, ("data", "context")),
+    ):
+        axes = [axis for axis in names if mesh[axis] > 1]
+        if axes and payload:
+            found.append(Collective("all-reduce", payload // mesh["fsdp"], device_group(mesh, *axes), count))
+    tokens = _tokens(config, mesh)
+    activation = round(tokens * model.embed_dim) * size
     passes = _passes(model)
     if tensor > 1:
         times = 2 * passes * model.num_layers * count
         found += [
-            Collective(kind, activation, _group(mesh, "tensor"), times) for kind in ("all-gather", "reduce-scatter")
+            Collective(kind, activation, device_group(mesh, "tensor"), times)
+            for kind in ("all-gather", "reduce-scatter")
         ]
+    if mesh["expert"] > 1 and model.num_experts is not None:
+        rows = round(widths.expert_rows(model, mesh, tokens)) * model.embed_dim * size
+        times = 2 * _expert_passes(model) * model.num_layers * count
+        found.append(Collective("all-to-all", rows, device_group(mesh, "expert"), times))
     if mesh["context"] > 1:
-        rounds = (mesh["context"] - 1) * model.num_layers * count
-        ends = _group(mesh, "context")[:2]
-        found.append(Collective("collective-permute", 2 * activation // tensor, ends, rounds * (passes + 1)))
+        hops = sum(_ring_hops(model, layer, mesh["context"]) for layer in range(model.num_layers)) * count
+        key_values = 2 * round(tokens * widths.attention_width(model)) * size // tensor
+        found.append(
+            Collective("collective-permute", key_values, device_group(mesh, "context")[:2], hops * (passes + 1))
+        )
     return found
+
+
+def _ring_hops(model: GPTConfig, layer: int, shards: int) -> int:
+    """How often a layer passes its keys on: all round, or in a banded layer as far as its band reaches."""
+    chunk = model.context_length // (2 * shards)
+    band = seen_positions(model, layer)
+    reach = shards if band == model.context_length else -(-(band - 1) // chunk)
+    return sum(hops for _, hops in ring_routes(shards, reach))
 
 
 def _passes(model: GPTConfig) -> int:
@@ -111,7 +140,12 @@ def _passes(model: GPTConfig) -> int:
     return 2 if model.remat in ("none", "cheap", "dots") else 3
 
 
-def _group(mesh: Mapping[str, int], *axes: str) -> tuple[int, ...]:
+def _expert_passes(model: GPTConfig) -> int:
+    """The same of experts, whose products only remat="none" keeps."""
+    return 2 if model.remat == "none" else 3
+
+
+def device_group(mesh: Mapping[str, int], *axes: str) -> tuple[int, ...]:
     """Returns the mesh indices of the first device's group: the devices that differ from it along `axes` only."""
     ids = np.arange(math.prod(mesh.values())).reshape(tuple(mesh.values()))
     return tuple(ids[tuple(slice(None) if axis in axes else 0 for axis in mesh)].ravel().tolist())

@@ -4,6 +4,7 @@ A table marks each number as exact, reported by the compiler, or computed by for
 """
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
@@ -13,7 +14,9 @@ from gptjax.planning.compile import CompiledProgram, StateBytes, microbatches
 from gptjax.planning.decode_plan import DecodingPlan
 from gptjax.planning.estimate import AxisTraffic, StepEstimate, estimate_training
 from gptjax.planning.topology import Topology
-from gptjax.scaling.flops import flops_per_token, memory_summary, parameter_count
+from gptjax.scaling.flops import flops_per_token
+from gptjax.scaling.memory import memory_summary
+from gptjax.scaling.parameters import active_parameter_count, parameter_count
 
 GiB, MiB = 2**30, 2**20
 Rows = list[tuple[str, str, str]]  # quantity, value, remark
@@ -60,6 +63,7 @@ def step_json(step: StepPlan) -> dict[str, Any]:
         "remat": config.model.remat,
         "vocab_size": config.model.vocab_size,
         "parameters": parameter_count(config.model),
+        "active_parameters": active_parameter_count(config.model),
         "memory": dataclasses.asdict(step.state) | dataclasses.asdict(memory) | {"capacity": step.capacity},
         "flops_per_token": flops_per_token(config.model),
         "communication": [dataclasses.asdict(part) for part in step.communication],
@@ -88,9 +92,11 @@ def step_table(step: StepPlan) -> str:
     config, mesh = step.config, step.mesh
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     whole = f"microbatch {config.sequences_per_microbatch} x {microbatches(config)}"
+    model = config.model
+    active = "" if model.num_experts is None else f" ({active_parameter_count(model):,} active)"
     lines = [
         f"{step.topology.name}: {step.topology.num_devices} devices, mesh {axes}, {whole}, remat {config.model.remat}",
-        f"{parameter_count(config.model):,} parameters, {flops_per_token(config.model) / 1e9:,.2f} GFLOP per token",
+        f"{parameter_count(model):,} parameters{active}, {flops_per_token(model) / 1e9:,.2f} GFLOP per token",
         "",
         *_table("memory per device", _memory_rows(step)),
         *_table("collectives per device and step, counted in the compiled program", _communication_rows(step)),
@@ -105,7 +111,8 @@ def step_table(step: StepPlan) -> str:
 def _memory_rows(step: StepPlan) -> Rows:
     memory, state = step.compiled.memory, step.state
     shards = step.mesh.shape["fsdp"] * step.mesh.shape["tensor"]
-    gradients = memory_summary(step.config.model, step.config.optimizer, shards).gradients
+    experts = step.mesh.shape["expert"]
+    gradients = memory_summary(step.config.model, step.config.optimizer, shards, expert_shards=experts).gradients
     batch = memory.arguments - state.parameters - state.optimizer - state.average
     rows = [
         ("parameters", gib(state.parameters), "exact"),
@@ -208,7 +215,6 @@ def overview(rows: list[tuple[str, StepPlan | str]]) -> str:
             continue
         estimate = step.estimate
         assert estimate is not None, "TPUs have published peaks"
-        axes = ",".join(f"{axis}={size}" for axis, size in step.mesh.shape.items() if size > 1) or "one device"
         run = estimate_training(step.config, estimate, estimate.serial)
         time = ("", "") if run is None else (f"{run.days:,.2f}", f"{run.chip_hours:,.0f}")
         cells.append(
@@ -216,7 +222,7 @@ def overview(rows: list[tuple[str, StepPlan | str]]) -> str:
                 name,
                 str(step.topology.num_devices),
                 gib(step.memory),
-                axes,
+                mesh_text(step.mesh.shape),
                 f"{step.config.sequences_per_microbatch} x {microbatches(step.config)}",
                 step.config.model.remat,
                 f"{estimate.serial:.3f}",
@@ -224,10 +230,20 @@ def overview(rows: list[tuple[str, StepPlan | str]]) -> str:
                 *time,
             )
         )
-    widths = [max(len(row[i]) for row in cells if row[1] or i == 0) for i in range(len(header))]
+    return columns(cells)
+
+
+def columns(rows: Sequence[tuple[str, ...]]) -> str:
+    """Aligns the cells of rows, the first of which is the header; a row without a second cell is a remark."""
+    widths = [max(len(row[i]) for row in rows if row[1] or i == 0) for i in range(len(rows[0]))]
     return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
+
+
+def mesh_text(sizes: Mapping[str, int]) -> str:
+    """Such as "fsdp=64,tensor=16"."""
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "one device"
 
 
 def gib(size: float) -> str:

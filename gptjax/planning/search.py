@@ -4,16 +4,18 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from typing import cast
 
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from gptjax import config as c
 from gptjax.config import Config, UserError
-from gptjax.parallel.mesh import check_fit
+from gptjax.parallel.mesh import MESH_AXES, check_fit
 from gptjax.planning.compile import CompiledProgram, CompileResult
 from gptjax.planning.estimate import AxisTraffic, StepEstimate, axis_traffic, estimate_step
 from gptjax.planning.formulas import expected_collectives, expected_memory
-from gptjax.planning.topology import Topology, lay_out
+from gptjax.planning.topology import Topology, lay_out, sketch
+from gptjax.scaling.memory import memory_summary
 
 REMATS = ("none", "dots", "attention", "full", "offload")
 VOCABULARY_MULTIPLE = 128  # vocabulary padding: the lanes of a TPU's vector unit
@@ -50,7 +52,7 @@ class Trial:
     estimate: StepEstimate | None
 
 
-def candidates(config: Config, topology: Topology, capacity: int) -> list[Candidate]:
+def candidates(config: Config, topology: Topology, capacity: float, slack: float = FORMULA_SLACK) -> list[Candidate]:
     """Returns all valid layouts that may fit by formula, by increasing step time.
 
     Step times are without overlap, so that layouts with less communication rank higher.
@@ -58,37 +60,57 @@ def candidates(config: Config, topology: Topology, capacity: int) -> list[Candid
     Args:
       config: with model.vocab_size set.
       capacity: bytes of a device.
+      slack: how many times the capacity a layout may need by formula.
     """
     found = []
     for mesh_config in meshes(config, topology):
+        shape = mesh_shape(mesh_config)
+        shards, experts = mesh_config.fsdp * mesh_config.tensor, mesh_config.expert
+        state = memory_summary(config.model, config.optimizer, shards, expert_shards=experts)
+        if state.total > slack * capacity:
+            continue
+        fitting = []
+        for changed in _variants(config, mesh_config, shape):
+            memory = expected_memory(changed, shape.shape).total
+            if memory <= slack * capacity:
+                fitting.append((changed, memory))
+        if not fitting:
+            continue
         try:
-            mesh = lay_out(mesh_config, topology)
+            mesh = sketch(mesh_config, topology)
         except UserError:  # these axes cannot be laid over this torus
             continue
-        for changed in _variants(config, mesh_config, mesh):
-            memory = expected_memory(changed, mesh.shape).total
-            if memory <= FORMULA_SLACK * capacity:
-                communication = axis_traffic(expected_collectives(changed, mesh.shape), mesh, topology)
-                expected = estimate_step(changed, mesh, topology, communication)
-                assert expected is not None, "TPUs have published peaks"
-                found.append(Candidate(changed, memory, expected))
+        for changed, memory in fitting:
+            communication = axis_traffic(expected_collectives(changed, mesh.shape), mesh, topology)
+            expected = estimate_step(changed, mesh, topology, communication)
+            assert expected is not None, "TPUs have published peaks"
+            found.append(Candidate(changed, memory, expected))
     return sorted(found, key=lambda candidate: (candidate.estimate.serial, candidate.memory))
 
 
 def meshes(config: Config, topology: Topology) -> Iterator[c.MeshConfig]:
-    """Yields the sizes of data, fsdp, tensor and context whose product is the number of devices.
+    """Yields the sizes of data, fsdp, tensor, context and expert whose product is the number of devices.
 
     context is at most 16 and tensor at most 32: larger values leave each chip too little work.
     """
     model, devices = config.model, topology.num_devices
-    for tensor, context in itertools.product(_divisors(devices), repeat=2):
-        rest = devices // (tensor * context)
-        if devices % (tensor * context) or tensor > 32 or context > 16 or (context > 1 and model.attention_dropout):
+    tensors = [size for size in divisors(devices) if size <= 32 and model.num_heads % size == 0]
+    contexts = [1] if model.attention_dropout else [size for size in divisors(devices) if size <= 16]
+    experts = [1] if model.num_experts is None else divisors(model.num_experts)
+    for tensor, context, expert in itertools.product(tensors, contexts, experts):
+        if devices % (tensor * context * expert):
             continue
-        for fsdp in _divisors(rest):
+        rest = devices // (tensor * context * expert)
+        for fsdp in divisors(rest):
             data = rest // fsdp
-            if data % topology.num_slices == 0:
-                yield c.MeshConfig(data=data, fsdp=fsdp, tensor=tensor, context=context)
+            if data % topology.num_slices == 0 and model.embed_dim % fsdp == 0:
+                yield c.MeshConfig(data=data, fsdp=fsdp, tensor=tensor, context=context, expert=expert)
+
+
+def mesh_shape(config: c.MeshConfig) -> Mesh:
+    """A mesh without devices: only its `shape` can be read."""
+    sizes = dataclasses.asdict(config)
+    return cast(Mesh, AbstractMesh(tuple(sizes[axis] for axis in MESH_AXES), MESH_AXES))
 
 
 def _variants(config: Config, mesh_config: c.MeshConfig, mesh: Mesh) -> Iterator[Config]:
@@ -98,7 +120,7 @@ def _variants(config: Config, mesh_config: c.MeshConfig, mesh: Mesh) -> Iterator
     shards = math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "expert"))
     if sequences % shards:
         return
-    for count in _divisors(sequences // shards):
+    for count in divisors(sequences // shards):
         if count > MAX_MICROBATCHES:
             return
         for remat in REMATS:
@@ -117,11 +139,7 @@ def with_layout(config: Config, mesh: c.MeshConfig, microbatch: int, remat: str)
     The vocabulary is padded where the tensor axis does not divide it, and the batch size ramp starts at one microbatch
     at least.
     """
-    vocab_size = config.model.vocab_size
-    assert vocab_size is not None, "resolve model.vocab_size from the tokenizer first"
-    if vocab_size % mesh.tensor:
-        multiple = math.lcm(VOCABULARY_MULTIPLE, mesh.tensor)
-        vocab_size = -(-vocab_size // multiple) * multiple
+    config = with_padded_vocabulary(c.replace(config, {"mesh": dataclasses.asdict(mesh)}))
     batch, unit = config.batch, microbatch * config.model.context_length
     ramp: dict[str, int | None] = {}
     if batch.ramp_start_tokens is not None and batch.ramp_start_tokens < unit:
@@ -130,11 +148,20 @@ def with_layout(config: Config, mesh: c.MeshConfig, microbatch: int, remat: str)
     return c.replace(
         config,
         {
-            "model": {"remat": remat, "vocab_size": vocab_size},
+            "model": {"remat": remat},
             "batch": {"microbatch_size": microbatch, **ramp},
-            "mesh": dataclasses.asdict(mesh),
         },
     )
+
+
+def with_padded_vocabulary(config: Config) -> Config:
+    """Returns `config` with a vocabulary that its mesh's tensor axis divides."""
+    vocab_size, tensor = config.model.vocab_size, config.mesh.tensor
+    assert vocab_size is not None, "resolve model.vocab_size from the tokenizer first"
+    if vocab_size % tensor == 0:
+        return config
+    multiple = math.lcm(VOCABULARY_MULTIPLE, tensor)
+    return c.replace(config, {"model": {"vocab_size": -(-vocab_size // multiple) * multiple}})
 
 
 def search(
@@ -186,5 +213,5 @@ def override_flags(old: Config, new: Config) -> list[str]:
     ]
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]

@@ -7,6 +7,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from gptjax.config import MeshConfig, UserError
 from gptjax.parallel.mesh import make_mesh
-from gptjax.scaling.flops import TPU_CHIPS, DevicePeak, TPUChip, device_peak
+from gptjax.scaling.devices import TPU_CHIPS, DevicePeak, TPUChip, device_peak
 
 FLAT_SHAPES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))  # of v5e and v6e
 SMALL_SHAPES = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))  # of v4 and v5p; larger slices consist of 4 x 4 x 4 cubes
@@ -129,12 +130,41 @@ def lay_out(config: MeshConfig, topology: Topology) -> Mesh:
     Raises:
       UserError: the axes do not multiply to the number of devices, or cannot be mapped onto the torus.
     """
+    return _mesh(config, topology, devices(topology))
+
+
+def _mesh(config: MeshConfig, topology: Topology, chips: list[jax.Device]) -> Mesh:
     try:
-        return make_mesh(config, devices(topology))
+        return make_mesh(config, chips)
     except (NotImplementedError, ValueError, AssertionError) as error:
         raise UserError(
             f"this mesh cannot be mapped onto {topology.name}: {_one_line(error)}: change --config.mesh"
         ) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class ListedChip:
+    """A chip of a slice with what `make_mesh` and `route` read of a device: formulas need neither TPU nor libtpu."""
+
+    id: int
+    coords: tuple[int, ...]
+    slice_index: int
+    platform: str = "tpu"
+    device_kind: str = "TPU"
+    process_index: int = 0
+    core_on_chip: int = 0
+
+
+@functools.cache
+def listed_chips(topology: Topology) -> list[ListedChip]:
+    """The chips of a topology in libtpu's order: slices outermost, the first dimension innermost."""
+    places = itertools.product(range(topology.num_slices), *(range(size) for size in topology.shape[::-1]))
+    return [ListedChip(i, (*place[:0:-1], 0)[:3], place[0]) for i, place in enumerate(places)]
+
+
+def sketch(config: MeshConfig, topology: Topology) -> Mesh:
+    """Builds the mesh of `lay_out` over listed chips, for which nothing can be compiled; raises as `lay_out`."""
+    return _mesh(config, topology, cast(list[jax.Device], listed_chips(topology)))
 
 
 @functools.cache
@@ -210,10 +240,10 @@ def route(members: tuple[int, ...], mesh: Mesh, topology: Topology) -> Route:
     return Route(len({getattr(device, "slice_index", 0) for device in group}), send, length)
 
 
-def all_topologies() -> Iterator[Topology]:
+def all_topologies(chips: tuple[str, ...] = tuple(TPU_CHIPS)) -> Iterator[Topology]:
     """Yields a few sizes of each chip, smallest first: the topologies of `--topology=all`."""
     flat = ((1, 1), (2, 2), (4, 4), (16, 16))
     cubic = ((2, 2, 1), (4, 4, 4), (4, 8, 8), (8, 8, 16))
-    for chip in TPU_CHIPS.values():
+    for chip in (TPU_CHIPS[name] for name in chips):
         for shape in flat if chip.dimensions == 2 else cubic:
             yield Topology(chip, shape)

@@ -11,7 +11,7 @@ from absl import logging
 from tqdm import tqdm
 
 from gptjax.checkpoint.state import ParameterSpec
-from gptjax.scaling import flops
+from gptjax.scaling import devices
 from gptjax.training.loss_monitor import LossMonitor, LossSpike, NotFinite
 from gptjax.training.metrics_file import MetricsWriter
 from gptjax.training.step import StepResult
@@ -41,7 +41,7 @@ class Progress:
         self._stability = config.stability
         self._every = config.logging.every_steps
         self._flops_per_token = parameters.flops_per_token
-        peak = flops.peak_flops(jax.devices()[0], config.model.dtype)
+        peak = devices.peak_flops(jax.devices()[0], config.model.dtype)
         self._peak_flops = None if peak is None else peak * jax.device_count()
         self._bar = tqdm(
             total=total_tokens,

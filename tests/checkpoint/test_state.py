@@ -1,5 +1,7 @@
 """The step and its state: accumulation, the moving average, dropout, and float32 arithmetic whatever param_dtype is."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -250,3 +252,23 @@ def test_a_reference_that_reads_completions_once_an_iteration_is_amortised(stage
         config = replace(Config(stage=stage, model=MODEL), {"rl": {"reward": "bleu", "inner_epochs": epochs}})
         config = replace(config, {"ppo": {"value_init": "policy"}})
         assert registry.parameters(config).flops_per_token == pytest.approx((3 * trained + passes) * forward)
+
+
+def test_flops_of_low_rank_experts_are_those_of_a_tokens_experts():
+    """Two of four experts, each with two matrices of rank 2 next to `up`: 2 x 2 x (D + F) entries a layer."""
+    model = dataclasses.replace(MODEL, num_experts=4, experts_per_token=2, tied_head=False)
+    spec = spec_of(Config(model=model))
+    assert spec.flops_per_token == flops.flops_per_token(model)
+    lora = PeftConfig(method="lora", targets=("layers/.*/experts/up/kernel",), rank=2)
+
+    def init(rng):
+        params = init_params(GPT(model), rng)
+        return peft.join(params, peft.low_rank(lora, params, rng))
+
+    adapted = model.num_layers * 2 * 2 * (model.embed_dim + model.feed_forward_dim)
+    frozen = flops.partial_flops_per_token(model, flops.TrainedPart(0, 0, 0))
+    low_rank = ParameterSpec(Config(model=model, peft=lora), init, given=shapes_of(spec))
+    assert low_rank.flops_per_token == frozen + 6 * adapted
+    # Nothing given, so that all is trained as a part: matrices of a token, with the untied head, without the table.
+    whole = ParameterSpec(Config(model=model, peft=PeftConfig(method="head")), spec.init, given={})
+    assert whole.flops_per_token == flops.flops_per_token(model)

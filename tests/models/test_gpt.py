@@ -17,7 +17,7 @@ from gptjax.models import gpt
 from gptjax.models.attention_backends import attention_mask, dot_product_attention
 from gptjax.models.gpt import GPT, head_embedding, hidden_states, unembed
 from gptjax.parallel.platforms import override_defaults
-from gptjax.scaling.flops import parameter_count
+from gptjax.scaling.parameters import parameter_count
 
 TINY = GPTConfig(
     vocab_size=61,

@@ -17,7 +17,9 @@ from gptjax.planning.estimate import (
 from gptjax.planning.formulas import expected_collectives, expected_memory
 from gptjax.planning.program_text import Collective, mesh_axes
 from gptjax.planning.topology import Topology
-from gptjax.scaling.flops import TPU_CHIPS, flops_per_token, forward_flops_per_token, parameter_count
+from gptjax.scaling.devices import TPU_CHIPS
+from gptjax.scaling.flops import flops_per_token, forward_flops_per_token
+from gptjax.scaling.parameters import parameter_count
 from gptjax.stages import registry
 from tests.planning.paper_tpu import mesh
 

@@ -12,7 +12,7 @@ from gptjax.planning.compile import CompiledProgram, CompileResult, DeviceMemory
 from gptjax.planning.plan_cache import SOURCES, compile_cached, key
 from gptjax.planning.program_text import Collective
 from gptjax.planning.topology import Topology
-from gptjax.scaling.flops import TPU_CHIPS
+from gptjax.scaling.devices import TPU_CHIPS
 
 CONFIG = Config(model=GPTConfig(vocab_size=128))
 TOPOLOGY = Topology(TPU_CHIPS["v5e"], (2, 2))

@@ -12,9 +12,8 @@ from gptjax.planning import topology as topologies
 from gptjax.planning.compile import CompiledProgram, CompileResult, DeviceMemory, OutOfMemory
 from gptjax.planning.formulas import expected_memory
 from gptjax.planning.search import Trial, candidates, override_flags, search, with_layout
-from gptjax.planning.topology import Topology
-from gptjax.scaling.flops import TPU_CHIPS
-from tests.planning.paper_tpu import chips
+from gptjax.planning.topology import Topology, listed_chips
+from gptjax.scaling.devices import TPU_CHIPS
 
 FOUR = Topology(TPU_CHIPS["v5e"], (2, 2))
 MODEL = GPTConfig(vocab_size=1001, context_length=128, num_layers=4, num_heads=4, embed_dim=64)
@@ -28,11 +27,11 @@ GiB = 2**30
 @pytest.fixture(autouse=True)
 def paper_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slices without libtpu."""
-    monkeypatch.setattr(topologies, "devices", chips)
+    monkeypatch.setattr(topologies, "devices", listed_chips)
 
 
 def lay_out(mesh: MeshConfig) -> Mesh:
-    return make_mesh(mesh, chips(FOUR))
+    return make_mesh(mesh, listed_chips(FOUR))
 
 
 def test_candidates_are_valid_and_distinct_configs() -> None:

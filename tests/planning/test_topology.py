@@ -2,7 +2,7 @@ import pytest
 
 from gptjax.config import UserError
 from gptjax.planning.topology import Route, Topology, all_topologies, parse_bytes, parse_topology, route
-from gptjax.scaling.flops import DEVICE_PEAKS, TPU_CHIPS, device_peak
+from gptjax.scaling.devices import DEVICE_PEAKS, TPU_CHIPS, device_peak
 from tests.planning.paper_tpu import mesh
 
 V5P, V5E = TPU_CHIPS["v5p"], TPU_CHIPS["v5e"]

@@ -257,6 +257,8 @@ class GPT(nn.Module):
             length=periods,
             unroll=periods if is_unrolled(config, deterministic) else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
+            # The check traces the body once more, and advances its random streams: a seed gives other values without.
+            check_constancy_invariants=self.is_initializing() or not deterministic,
         )(config, deterministic, ring, name="layers")
         x_BTD, _ = layers(x_BTD, segments_BT)
         x_BTD = gathered(self.normalise(x_BTD))
@@ -332,7 +334,12 @@ def hidden_states(model: GPT, params: Any, tokens_BT: jax.Array, *args: Any, **k
 
 def init_params(model: GPT, rng: jax.Array) -> Any:
     """Initialises the parameters, boxed with their logical axes; they do not depend on the shape of the tokens."""
-    return model.init(rng, jnp.zeros((1, 1), jnp.int32))["params"]
+    return _init_params(model.config, rng)
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)  # jitted for its cache: shapes and values are traced once
+def _init_params(config: GPTConfig, rng: jax.Array) -> Any:
+    return GPT(config).init(rng, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 @functools.lru_cache(maxsize=32)

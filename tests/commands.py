@@ -39,7 +39,8 @@ class Command:
         self.returncode: int | None = None
         self._directory = tempfile.TemporaryDirectory()
         self._files = {name: Path(self._directory.name) / name for name in ("stdin", "stdout", "stderr")}
-        self._files["stdin"].write_bytes(stdin)
+        for name, file in self._files.items():
+            file.write_bytes(stdin if name == "stdin" else b"")
         self.pid = 0
         self._server = _started()
         self._server.start(
@@ -152,11 +153,15 @@ class _Server:
         self._process = subprocess.Popen(
             [sys.executable, __file__], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ}
         )
-        self.kill = self._process.kill
-        self.seconds = 0.0
+        self.seconds = 0.0  # of processor time, of the commands that have ended
         self._starting: Command | None = None
         self._running: dict[int, Command] = {}
         self._unread = b""
+
+    def stop(self) -> None:
+        """Ends the server."""
+        with self._process:  # waits, and closes its pipes
+            self._process.kill()
 
     def start(self, command: Command, request: dict[str, Any]) -> None:
         """Starts a command and sets its process identifier."""
@@ -196,7 +201,7 @@ def _started() -> _Server:
     global _server
     if _server is None:
         _server = _Server()
-        atexit.register(_server.kill)
+        atexit.register(_server.stop)
     return _server
 
 
@@ -257,7 +262,7 @@ def _become(request: dict[str, Any]) -> None:
     import runpy
 
     for number, name in enumerate(("stdin", "stdout", "stderr")):
-        file = os.open(request[name], os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT, 0o600)
+        file = os.open(request[name], os.O_RDONLY if number == 0 else os.O_WRONLY)
         os.dup2(file, number)
         os.close(file)
         # What replaces it must not close its file descriptor, which the libraries in C++ write to.

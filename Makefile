@@ -22,7 +22,7 @@ chat-demo: $(VENV)/.installed-demo ## pretrain, sft, reward model, PPO on packag
 	$(BIN)/python -m gptjax.chat --workdir=runs/chatgpt
 
 test: $(VENV)/.installed-test ## run the tests
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 interop: $(VENV)/.installed-test $(VENV)/.installed-interop ## compare with torch, transformers, trl, lm-eval and openai-harmony, installing them
 	$(BIN)/python -m pytest -n auto $$(grep -rlE --include='*.py' 'importorskip\("(torch|trl|lm_eval|openai_harmony)"' tests)

@@ -1,17 +1,19 @@
 """All tests run on CPU and raise on silent broadcasting; compiled programs are kept from one test run to the next."""
 
+import gc
 import json
 import os
+import resource
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests import commands
 
 # Environment variables, before anything imports jax: processes that tests start inherit them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -31,6 +33,56 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def spent() -> float:
+    """Returns the processor seconds of this process and of those that it started and that have ended."""
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages) + commands.processor_seconds()
+
+
+class Costs:
+    """Processor seconds of each folder of tests, printed after the tests of more than one folder.
+
+    What several tests share counts where it is made: in the folder of the first of them.
+    """
+
+    def __init__(self) -> None:
+        self.counted = 0.0  # processor seconds of this process that are in a report, or precede the first test
+        self.of_folder: dict[str, float] = {}
+
+    def pytest_collection_finish(self) -> None:
+        commands.spare_collections()
+        self.counted = spent()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        report = yield
+        now = spent()
+        report.processor_seconds = now - self.counted  # an attribute of a report reaches the main process of xdist
+        self.counted = now
+        return report
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        folder = report.nodeid.partition("::")[0].rpartition("/")[0]
+        self.of_folder[folder] = self.of_folder.get(folder, 0.0) + getattr(report, "processor_seconds", 0.0)
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        if len(self.of_folder) > 1:
+            terminalreporter.section("processor seconds by folder")
+            for folder, seconds in sorted(self.of_folder.items(), key=lambda item: -item[1]):
+                terminalreporter.line(f"{seconds:7.1f} {folder}")
+            terminalreporter.line(f"{sum(self.of_folder.values()):7.1f} in total")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Costs())
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Collects what a test has left while the warnings that it ignores are ignored."""
+    if item.get_closest_marker("filterwarnings") is not None:
+        gc.collect()
+
+
 @pytest.fixture(scope="module")
 def run_script(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """`run_script(path, *arguments, devices=8)`: what a script writes to its first argument, as JSON.
@@ -41,8 +93,8 @@ def run_script(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     def run(path: Path, *arguments: str, devices: int = 8) -> Any:
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
         out = tmp_path_factory.mktemp("script") / "results.json"
-        environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(Path(__file__).parents[1])}
-        subprocess.run([sys.executable, path, out, *arguments], env=environment, check=True)
+        result = commands.run_command(path, out, *arguments, environment={"XLA_FLAGS": flags})
+        assert result.returncode == 0, result.stderr
         return json.loads(out.read_text())
 
     return run

@@ -212,6 +212,8 @@ class GPT(nn.Module):
             length=periods,
             unroll=periods if is_unrolled(config, deterministic) else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
+            # The check traces the body once more, and advances its random streams: a seed gives other values without.
+            check_constancy_invariants=self.is_initializing() or not deterministic,
         )(config, deterministic, ring, name="layers")
         value_table_VX = self.value_embedding.embedding if config.value_embeddings != "none" else None
         values = stacked_values(config, value_embeddings(config, value_table_VX, tokens_BT))
@@ -260,7 +262,12 @@ def hidden_states_and_routers(
 
 def init_params(model: GPT, rng: jax.Array) -> Any:
     """Initialises the parameters, boxed with their logical axes; they do not depend on the shape of the tokens."""
-    return model.init(rng, jnp.zeros((1, 1), jnp.int32))["params"]
+    return _init_params(model.config, rng)
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)  # jitted for its cache: shapes and values are traced once
+def _init_params(config: GPTConfig, rng: jax.Array) -> Any:
+    return GPT(config).init(rng, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 @functools.lru_cache(maxsize=32)

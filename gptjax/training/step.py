@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -52,6 +53,8 @@ def make_train_step(objective: Objective, placement: TrainState) -> jax.stages.W
     config = objective.config
     optimizer, ema_decay = objective.parameters.optimizer(), config.optimizer.ema_decay
     on_device = jax.tree.map(lambda sharding: sharding.with_memory_kind("device"), placement.opt_state)
+    # Jitted, so that it is traced once: for the shapes of the sums, and again from the cache for the loop.
+    gradient = jax.jit(partial(loss_and_gradient, objective), inline=True)
 
     def accumulate(state: TrainState, batch: Batch, count: jax.Array) -> tuple[jax.Array, jax.Array, Measures, Any]:
         """Sums over the microbatches: loss, weight, measures, gradient."""
@@ -60,7 +63,7 @@ def make_train_step(objective: Objective, placement: TrainState) -> jax.stages.W
             rows = jax.tree.map(lambda a_MBT: a_MBT[i], batch)
             rng = dropout_rng(state.rng, state.step, i)
 
-            (loss_sum, (weight, measures)), grads = loss_and_gradient(objective, state.base, state.params, rows, rng)
+            (loss_sum, (weight, measures)), grads = gradient(state.base, state.params, rows, rng)
             # Sharded as the parameters, so that each device sums its own shards.
             return loss_sum, weight, measures, jax.lax.with_sharding_constraint(grads, placement.params)
 

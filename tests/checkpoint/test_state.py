@@ -160,6 +160,22 @@ def test_gradients_of_many_microbatches_are_summed_in_float32():
     np.testing.assert_allclose(many["loss"], one["loss"], rtol=1e-5)
 
 
+def test_the_loss_is_traced_once():
+    """Not for the shapes of the sums over microbatches and again for the loop: tracing takes as long as compiling."""
+    config = Config(model=MODEL, optimizer=OPTIMIZER)
+    spec, mesh, traces = spec_of(config), make_mesh(config.mesh), []
+
+    def loss(params, batch, rng):
+        traces.append(batch)
+        return next_token_loss(config)(params, batch, rng)
+
+    step = make_train_step(Objective(spec, loss), state_shardings(spec, mesh))
+    batch = {"tokens": np.zeros((3, 1, 8), np.int32)}
+    with jax.set_mesh(mesh):
+        step.trace(abstract_state(spec, mesh), batch, np.int32(3), {"lr": np.float32(0)})
+    assert len(traces) == 1
+
+
 def test_frozen_parameters_keep_param_dtype():
     settings = PeftConfig(method="lora", targets=("layers/.*/kernel",), rank=2)
     config = Config(model=MODEL, optimizer=OPTIMIZER, peft=settings)

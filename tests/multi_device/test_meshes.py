@@ -47,7 +47,10 @@ def test_every_optimizer_gives_the_losses_of_one_device(results, name):
 
 
 def test_every_layout_of_the_state_is_saved_and_resumed(results):
-    assert all(result["resumes"] for result in results.values()), results
+    """Each layout once: some runs differ in other ways than how the devices hold the state."""
+    resumes = {mesh: result["resumes"] for mesh, result in results.items()}
+    seen = {"one+dropout+sample", "data=2,context=4", "data=2,fsdp=2,tensor=2+dropout+sample"}
+    assert resumes == {mesh: None if mesh in seen else True for mesh in results}
 
 
 def test_the_runs_compared_learn_and_differ(results):

@@ -2,7 +2,7 @@
 
 Writes {"one" or mesh: {"losses": [...], "share": of the feed-forward kernel that a device holds, "sample": text,
 "counts": how often a step does each kind of collective, "gathered": bytes of the largest array that devices gather,
-"resumes": whether a checkpoint of the state gives it back, laid out alike}}.
+"resumes": whether a checkpoint of the state gives it back, laid out alike; null where an earlier run had that layout}}.
 A change may follow the mesh, as in `fsdp=8+offload`.
 """
 
@@ -72,8 +72,22 @@ def resumes(config: c.Config, mesh: jax.sharding.Mesh, state: TrainState, workdi
     return jax.tree.all(equal)
 
 
-def train(config: c.Config, mesh: jax.sharding.Mesh, workdir: Path) -> dict[str, Any]:
-    """Losses of 10 steps and the held-out loss."""
+def layout_of(state: TrainState) -> str:
+    """Describes what each device holds of each array."""
+
+    def describe(x: jax.Array) -> tuple[Any, ...]:
+        sharding = x.sharding
+        return x.shape, str(x.dtype), sharding.shard_shape(x.shape), sharding.num_devices, sharding.memory_kind
+
+    return repr(jax.tree.map(describe, state))
+
+
+def train(config: c.Config, mesh: jax.sharding.Mesh, workdir: Path, checked: set[str]) -> dict[str, Any]:
+    """Losses of 10 steps and the held-out loss.
+
+    Args:
+      checked: layouts of which a checkpoint was restored; that of this run is added.
+    """
     stage = build(config, mesh, None)
     state = create_state(stage.objective.parameters, mesh)
     step = make_train_step(stage.objective, state_shardings(stage.objective.parameters, mesh))
@@ -92,7 +106,9 @@ def train(config: c.Config, mesh: jax.sharding.Mesh, workdir: Path) -> dict[str,
             losses.append(float(metrics["loss"]))
         losses.append(stage.evaluate(state.params)["loss"])
         sample = stage.sample(state.params) if stage.sample is not None else None
-        resumed = resumes(config, mesh, state, workdir)
+        layout = layout_of(state)
+        resumed = None if layout in checked else resumes(config, mesh, state, workdir)
+        checked.add(layout)
     up = state.params["layers"]["block_0"]["mlp"]["up"]["kernel"]
     found = collectives(compiled.as_text(), unknown_trip_count=2)
     counts: Counter[str] = Counter()
@@ -112,7 +128,7 @@ def main() -> None:
     out, *meshes = sys.argv[1:]
     with tempfile.TemporaryDirectory() as directory:
         base = config(Path(directory))
-        results = {}
+        results, checked = {}, set()
         for name in meshes:
             axes, *changes = name.split("+")
             run = base
@@ -122,7 +138,7 @@ def main() -> None:
                 sizes = {"data": 1} | {axis: int(size) for axis, size in (part.split("=") for part in axes.split(","))}
                 run = c.replace(run, {"mesh": sizes})
             mesh = make_mesh(run.mesh, jax.devices()[:1] if axes == "one" else None)
-            results[name] = train(run, mesh, Path(directory) / name)
+            results[name] = train(run, mesh, Path(directory) / name, checked)
     Path(out).write_text(json.dumps(results))
 
 

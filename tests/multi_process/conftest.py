@@ -4,15 +4,15 @@ import os
 import random
 import socket
 import subprocess
-import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.commands import ROOT, start_command
+
 LIMIT = 500  # seconds, in which a process that hangs is found out; the first compilation on a busy machine is slow
 
 
@@ -20,17 +20,19 @@ class Processes:
     """Several processes of one command, under way.
 
     Args:
-      command: what follows `python`.
-      count: processes.
-      devices: simulated, of each.
-      each: additional arguments of one process, by its number.
-      cwd: where they run, by number; default: the repository.
-      stdin: of process 0; the others have none.
+      program: the name of a module, or the path of a script.
+      arguments: its arguments.
+      count: number of processes.
+      devices: number of simulated devices of each process.
+      each: further arguments of single processes, by process number.
+      cwd: working directories, by process number; default: the repository.
+      stdin: standard input of process 0; that of the others is empty.
     """
 
     def __init__(
         self,
-        *command: Any,
+        program: str | Path,
+        *arguments: Any,
         count: int = 2,
         devices: int = 2,
         each: dict[int, list[str]] | None = None,
@@ -38,39 +40,26 @@ class Processes:
         stdin: str = "",
     ):
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-        environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
-        self.stdin = stdin
         address = f"--coordinator_address=127.0.0.1:{free_port()}"
         self.processes = [
-            subprocess.Popen(
-                [
-                    sys.executable,
-                    *map(str, command),
-                    *place(address, count, number),
-                    *(each or {}).get(number, []),
-                ],
-                env=environment,
+            start_command(
+                program,
+                *arguments,
+                *place(address, count, number),
+                *(each or {}).get(number, []),
+                stdin=stdin if number == 0 else "",
+                environment={"XLA_FLAGS": flags},
                 cwd=(cwd or {}).get(number, ROOT),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
             )
             for number in range(count)
         ]
 
     def wait(self) -> list[subprocess.CompletedProcess]:
         """How each ended; one that hangs is a failure, and is not left behind."""
-        results = []
-        try:
-            for number, process in enumerate(self.processes):
-                out, err = process.communicate(self.stdin if number == 0 else "", timeout=LIMIT)
-                results.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
-        finally:
+        with ExitStack() as stack:
             for process in self.processes:
-                with process:  # waits, and closes its pipes
-                    process.kill()
-        return results
+                stack.callback(process.close)
+            return [process.result(timeout=LIMIT) for process in self.processes]
 
 
 def place(address: str, count: int, number: int) -> list[str]:

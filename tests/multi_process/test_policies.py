@@ -1,4 +1,4 @@
-"""A policy trained by two processes has the files and metrics of one process."""
+"""A policy trained by two processes with two devices each has the files and metrics of one process."""
 
 from typing import Any
 
@@ -16,13 +16,13 @@ def rollouts(records: list[dict[str, Any]]) -> list[tuple[float, float]]:
 
 
 def test_two_processes_write_and_learn_what_one_does(processes, tmp_path):
-    config = rl_config("ppo", tmp_path, save_divisible(tmp_path / "pretrained"))
-    config = c.replace(config, {"model": DIVISIBLE, "mesh": {"data": 1, "fsdp": 2, "tensor": 2}})
-    command = ["-m", "gptjax.main", f"--config={write_config(tmp_path / 'config.py', config)}"]
-    under_way = {
-        count: processes(*command, f"--workdir={tmp_path / str(count)}", count=count, devices=4 // count)
-        for count in (1, 2)
-    }
+    config = c.replace(rl_config("ppo", tmp_path, save_divisible(tmp_path / "pretrained")), {"model": DIVISIBLE})
+    meshes = {1: {}, 2: {"data": 1, "fsdp": 2, "tensor": 2}}
+    under_way = {}
+    for count, mesh in meshes.items():
+        path = write_config(tmp_path / f"config{count}.py", c.replace(config, {"mesh": mesh}))
+        command = ["gptjax.main", f"--config={path}", f"--workdir={tmp_path / str(count)}"]
+        under_way[count] = processes(*command, count=count, devices=count)
     for started in under_way.values():
         for result in started.wait():
             assert result.returncode == 0, result.stderr

@@ -61,7 +61,7 @@ def runs(processes, tmp_path_factory) -> SimpleNamespace:
     """`half`: three steps in two processes; then runs that resume its copies, in two processes (`of_two`) or one."""
     directory = tmp_path_factory.mktemp("runs")
     half = directory / "half"
-    results = processes("-m", "gptjax.main", *flags(directory), f"--workdir={half}").wait()
+    results = processes("gptjax.main", *flags(directory), f"--workdir={half}").wait()
     assert [result.returncode for result in results] == [0, 0], results[0].stderr + results[1].stderr
 
     def files(name: str, resumed: dict[str, Any], new: dict[str, Any]) -> tuple[Path, dict[str, Path]]:
@@ -110,7 +110,7 @@ def test_only_process_0_prints(runs):
 
 
 def test_generate_gives_the_text_of_one_process(runs, processes):
-    command = ["-m", "gptjax.generate", f"--workdir={runs.half}", "--prompts=-", "--max_new_tokens=6", "--logprobs"]
+    command = ["gptjax.generate", f"--workdir={runs.half}", "--prompts=-", "--max_new_tokens=6", "--logprobs"]
     command.append("--mesh=fsdp=2,tensor=2")
     started = [processes(*command, stdin="line 3\nthe text\n", count=count, devices=4 // count) for count in (2, 1)]
     (two, silent), (one,) = (each.wait() for each in started)
@@ -125,7 +125,7 @@ def test_generate_gives_the_text_of_one_process(runs, processes):
 
 def test_evaluate_gives_the_numbers_of_one_process_and_goes_on_with_its_scores(runs, processes):
     directory = runs.directory
-    command = ["-m", "gptjax.evaluate", f"--workdir={runs.half}", "--tasks=perplexity", "--limit=20"]
+    command = ["gptjax.evaluate", f"--workdir={runs.half}", "--tasks=perplexity", "--limit=20"]
     command.append(f"--source=jsonl:{directory / 'text.jsonl'}")
     two, silent = processes(*command, f"--output={directory / 'two.json'}").wait()
     assert (two.returncode, silent.returncode, silent.stdout) == (0, 0, ""), two.stderr + silent.stderr
@@ -147,9 +147,7 @@ def test_evaluate_gives_the_numbers_of_one_process_and_goes_on_with_its_scores(r
 
 def test_a_config_that_differs_is_named_in_both(runs, processes, reason):
     each = {0: ["--config.optimizer.peak_lr=0.01"], 1: ["--config.optimizer.peak_lr=0.02"]}
-    results = processes(
-        "-m", "gptjax.main", *flags(runs.directory), f"--workdir={runs.directory / 'new'}", each=each
-    ).wait()
+    results = processes("gptjax.main", *flags(runs.directory), f"--workdir={runs.directory / 'new'}", each=each).wait()
     assert [result.returncode for result in results] == [2, 2]
     for result in results:
         assert "process 1 has config.optimizer.peak_lr=0.02, process 0 has config.optimizer.peak_lr=0.01" in reason(
@@ -163,7 +161,7 @@ def test_a_workdir_that_is_not_shared_is_named_in_both(runs, processes, reason):
     config = Path("configs/gpt2.py").absolute()
     command = [flag.replace("configs/gpt2.py", str(config)) for flag in flags(runs.directory)]
     cwd = {number: runs.directory / f"machine{number}" for number in (0, 1)}
-    results = processes("-m", "gptjax.main", *command, "--workdir=run", cwd=cwd).wait()
+    results = processes("gptjax.main", *command, "--workdir=run", cwd=cwd).wait()
     assert [result.returncode for result in results] == [2, 2]
     for result in results:
         assert "run of process 1 is not the same directory as in process 0" in reason(result)
@@ -172,7 +170,7 @@ def test_a_workdir_that_is_not_shared_is_named_in_both(runs, processes, reason):
 
 def test_signalled_and_killed_a_run_goes_on_as_if_undisturbed(runs, processes, reason):
     disturbed, undisturbed = (runs.directory / name for name in ("disturbed", "undisturbed"))
-    command = ["-m", "gptjax.main", *flags(runs.directory), "--allow_config_changes"]
+    command = ["gptjax.main", *flags(runs.directory), "--allow_config_changes"]
     command.append(f"--config.checkpoint.every_tokens={4 * STEP}")
     for workdir in (disturbed, undisturbed):
         shutil.copytree(runs.half, workdir)
@@ -185,10 +183,8 @@ def test_signalled_and_killed_a_run_goes_on_as_if_undisturbed(runs, processes, r
 
     # A signal to one: both save the same step.
     started = start(disturbed, 10**6)
-    for line in started.processes[0].stdout:
-        if "compiled the training step" in line:
-            started.processes[1].send_signal(signal.SIGTERM)
-            break
+    started.processes[0].wait_for("compiled the training step")
+    started.processes[1].send_signal(signal.SIGTERM)
     results = started.wait()
     assert [result.returncode for result in results] == [75, 75], results[0].stderr + results[1].stderr
     step = newest()

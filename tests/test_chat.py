@@ -19,16 +19,14 @@ from gptjax.config import replace, to_json
 from gptjax.data.conversations import read_conversations
 from gptjax.data.tokenizers import BytesTokenizer
 from gptjax.models.gpt import GPT
-from gptjax.run import run
 from tests.commands import run_command
-from tests.tiny_chats import config_of
+from tests.tiny_chats import config_of, save_sft
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory, pretrained) -> Path:
+def workdir(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("chat")
-    run(config_of("sft", directory, pretrained), directory / "sft")
-    return directory / "sft"
+    return save_sft(directory / "sft", directory)
 
 
 def command(*flags: str) -> list[str]:
@@ -153,7 +151,7 @@ def talkative(tmp_path_factory) -> Path:
     (directory / "config.json").write_text(to_json(config))
     BytesTokenizer().save(directory / "tokenizer")
     model = GPT(config.model.with_vocabulary(259))
-    params = nn.unbox(model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
+    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
     # Every hidden state is far in one direction, that of "a", and the tokens that end something in the other.
     params["final_norm"]["bias"] += 5
     table_VD = params["token_embedding"]["embedding"]

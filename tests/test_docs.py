@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import importlib.util
 import re
 from pathlib import Path
@@ -26,6 +27,7 @@ OTHERS = {
 PROGRAMS = ("gptjax", "benchmarks", "examples")
 
 
+@functools.cache
 def defined_flags() -> set[str]:
     code = "".join(path.read_text() for folder in PROGRAMS for path in (ROOT / folder).glob("*.py"))
     return set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', code))
@@ -117,7 +119,8 @@ def test_the_config_reference_has_every_key_once() -> None:
 
     listed = [key.name for section in reference.sections() for key in reference.keys(section)]
     assert sorted(listed) == sorted(names(Config()))
-    assert all(f"`{name}`" in reference.markdown() for name in listed)
+    page = reference.markdown()
+    assert all(f"`{name}`" in page for name in listed)
 
 
 @dataclasses.dataclass(frozen=True)

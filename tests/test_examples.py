@@ -69,7 +69,7 @@ def save_workdir(directory: Path, task: c.TaskConfig) -> Path:
     (directory / "config.json").write_text(c.to_json(run))
     (directory / TASK_FILE).write_text(json.dumps(found))
     BytesTokenizer().save(directory / "tokenizer")
-    params = TaskModel(completed(run, BytesTokenizer.vocab_size, found)).init(jax.random.key(0))
+    params = jax.jit(TaskModel(completed(run, BytesTokenizer.vocab_size, found)).init)(jax.random.key(0))
     params = jax.tree.map(lambda leaf: 20 * leaf, nn.unbox(params))  # as they are, all labels are as likely
     with Checkpoints(directory, run.checkpoint) as checkpoints:
         checkpoints.save_params(params)

@@ -39,7 +39,8 @@ def foreign(tmp_path: Path, pretrained: Path, monkeypatch: pytest.MonkeyPatch) -
     (directory / "config.json").write_text(c.to_json(config))
     model = GPT(completed_config(directory)[0].model)
     with Checkpoints(directory, config.checkpoint) as checkpoints:
-        checkpoints.save_params(nn.unbox(model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"])
+        variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+        checkpoints.save_params(nn.unbox(variables)["params"])
     return directory
 
 

@@ -34,7 +34,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = c.Config(model=MODEL, data=c.DataConfig(tokenizer="bytes"), batch=c.BatchConfig(epochs=1.0))
     (directory / "config.json").write_text(c.to_json(run))
     BytesTokenizer().save(directory / "tokenizer")
-    params = nn.unbox(GPT(MODEL).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
+    params = nn.unbox(jax.jit(GPT(MODEL).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
     with Checkpoints(directory, run.checkpoint) as checkpoints:
         checkpoints.save_params(params)
     return directory

@@ -35,6 +35,17 @@ def save_divisible(workdir: Path) -> Path:
     return save_pretrained(workdir, settings=dataclasses.replace(MODEL, vocab_size=258, num_layers=1))
 
 
+def save_sft(workdir: Path, directory: Path) -> Path:
+    """Saves random weights as those of a run of stage sft, with its conversations in `directory`; returns the workdir.
+
+    No run is needed for a test that only reads such a model.
+    """
+    config = config_of("sft", directory, None)
+    save_pretrained(workdir, settings=dataclasses.replace(config.model, vocab_size=259))
+    (workdir / "config.json").write_text(c.to_json(config))
+    return workdir
+
+
 def low_characters(messages: list[dict], completion: str, reference: str | None) -> float:
     """A reward that can be learned in a few steps: an untrained model writes a third of such characters."""
     return float(sum(character < "a" for character in completion))

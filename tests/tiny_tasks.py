@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from types import ModuleType
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ from gptjax.checkpoint.manager import Checkpoints
 from gptjax.data.tokenizers import BytesTokenizer
 from gptjax.models.gpt import GPT, abstract_params
 from gptjax.parallel.mesh import make_mesh
+from gptjax.stages.finetune.task_model import TASK_FILE, TaskModel, completed
 
 ROOT = Path(__file__).parents[1]
 CONTEXT = 32  # the shortest bucket: a step has one shape
@@ -113,6 +115,21 @@ def save_pretrained(workdir: Path, seed: int = 0, settings: c.GPTConfig = MODEL)
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "config.json").write_text(c.to_json(config))
     BytesTokenizer().save(workdir / "tokenizer")
+    with Checkpoints(workdir, config.checkpoint) as checkpoints:
+        checkpoints.save_params(params)
+    return workdir
+
+
+def save_classifier(workdir: Path, config: c.Config) -> Path:
+    """Saves random weights, large ones, as those of a classification run of `config`; returns the workdir."""
+    found = {"labels": LABELS, "label_weights": (), "target_mean": None, "target_std": None}
+    workdir.mkdir()
+    (workdir / "config.json").write_text(c.to_json(config))
+    (workdir / TASK_FILE).write_text(json.dumps(found))
+    BytesTokenizer().save(workdir / "tokenizer")
+    shapes = nn.unbox(jax.eval_shape(TaskModel(completed(config, 257, found)).init, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype), shapes)
     with Checkpoints(workdir, config.checkpoint) as checkpoints:
         checkpoints.save_params(params)
     return workdir

@@ -207,10 +207,19 @@ def abstract_weights(parameters: ParameterSpec, mesh: Mesh) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding), trained)
 
 
-def create_state(parameters: ParameterSpec, mesh: Mesh) -> TrainState:
-    """Initialises a state on the mesh: every device computes its own shards, and none ever holds the whole."""
+def create_state(parameters: ParameterSpec, mesh: Mesh, *, without_params: bool = False) -> TrainState:
+    """Initialises a state on the mesh: every device computes its own shards, and none ever holds the whole.
+
+    Args:
+      without_params: leave `params`, `ema` and `base` None, for a run that starts from given weights.
+    """
     placement = state_shardings(parameters, mesh)
-    return jax.jit(lambda: nn.unbox(init_state(parameters)), out_shardings=placement)()
+    left_out = {"params": None, "ema": None, "base": None} if without_params else {}
+
+    def init() -> TrainState:
+        return nn.unbox(init_state(parameters)).replace(**left_out)
+
+    return jax.jit(init, out_shardings=placement.replace(**left_out))()
 
 
 def fresh_optimizer_state(parameters: ParameterSpec, mesh: Mesh) -> optax.OptState:

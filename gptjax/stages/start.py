@@ -43,15 +43,16 @@ def start_state(
             state = state.replace(base=whole_base(parameters, load_given(parameters, mesh), mesh))
             checkpoints.check_base(int(state.step), state.base)
         return state, position
-    state = create_state(parameters, mesh)
     if parameters.config.init_from is None:
-        return state, Position()
+        return create_state(parameters, mesh), Position()
+    state = create_state(parameters, mesh, without_params=True)
     base, params = given_params(parameters, mesh)
     if parameters.sources:
         policy = parameters.merge(parameters.join(base, params))
         params |= {name: _started(parameters, name, policy, mesh) for name in parameters.sources}
     # The moving average starts at the weights. It is a copy because the training step donates both.
-    ema = None if state.ema is None else jax.tree.map(lambda p: p.copy(), params)
+    averages = parameters.config.optimizer.ema_decay is not None
+    ema = jax.tree.map(lambda p: p.copy(), params) if averages else None
     return state.replace(base=base, params=params, ema=ema), Position()
 
 

@@ -13,16 +13,14 @@ from gptjax.inference.chatting import ChatSession
 from gptjax.inference.engine import Engine
 from gptjax.inference.retrieval import Documents
 from gptjax.inference.sampling import Sampling
-from gptjax.run import run
 from gptjax.stages.trained_model import load_model
-from tests.tiny_chats import config_of
+from tests.tiny_chats import save_sft
 
 
 @pytest.fixture(scope="module")
-def make_session(tmp_path_factory, pretrained):
+def make_session(tmp_path_factory):
     directory = tmp_path_factory.mktemp("chatting")
-    run(config_of("sft", directory, pretrained), directory / "sft")
-    trained = load_model(directory / "sft")
+    trained = load_model(save_sft(directory / "sft", directory))
     engine = Engine(trained.model, trained.params, trained.tokenizer, trained.mesh)
     form = chat_format(trained.config.chat, trained.tokenizer)
 

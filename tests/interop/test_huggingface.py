@@ -178,7 +178,7 @@ expected = np.load("{FIXTURES}/gpt_neo/logits.npz")
 got = jax.jit(lambda p, t: model.apply({{"params": p}}, t))(params, expected["tokens_BT"])
 np.testing.assert_allclose(got, expected["logits_BTV"], atol=1e-4, rtol=0)
 """
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    environment = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 

@@ -1,7 +1,10 @@
 """Runs from start to end: their files; stopping and resuming changes no bit."""
 
+import contextlib
 import dataclasses
+import io
 import re
+import shutil
 import sys
 from itertools import islice
 from logging import makeLogRecord
@@ -16,7 +19,7 @@ from absl import logging
 from gptjax.config import Config, UserError, replace
 from gptjax.data import tokenizers
 from gptjax.parallel.mesh import make_mesh
-from gptjax.run import dry_run, run
+from gptjax.run import RunReport, dry_run, run
 from gptjax.scaling.flops import flops_per_token
 from gptjax.stages import pretrain
 from gptjax.stages.builders import BUILDERS, build
@@ -70,9 +73,13 @@ def train_and_die(config: Config, workdir: Path, microbatches: int, monkeypatch)
     ],
 )
 def test_stop_restore_train_on_equals_uninterrupted(optimizer, tiny, tmp_path, monkeypatch):
-    config = replace(tiny, {"checkpoint": {"every_tokens": 3 * 128}, "optimizer": optimizer})
+    config = replace(tiny, {"checkpoint": {"every_tokens": 3 * 128, "keep_last": 2}, "optimizer": optimizer})
     run(config, tmp_path / "whole")
-    train_and_die(config, tmp_path / "resumed", 11, monkeypatch)  # in the middle of step 6
+    if optimizer:  # the state of a process that dies in step 6 before it saves
+        shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+        shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "6")
+    else:
+        train_and_die(config, tmp_path / "resumed", 11, monkeypatch)  # in the middle of step 6
     assert steps(tmp_path / "resumed") == [3]
     assert max(r["step"] for r in records(tmp_path / "resumed", "train")) > 3  # will be done again
     run(config, tmp_path / "resumed")
@@ -84,9 +91,33 @@ def test_stop_restore_train_on_equals_uninterrupted(optimizer, tiny, tmp_path, m
         assert records(tmp_path / "whole", split) == records(tmp_path / "resumed", split)
 
 
-def test_a_run_writes_its_workdir(tiny, tmp_path, capsys):
-    report = run(tiny, tmp_path / "run")
-    workdir = tmp_path / "run"
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A run that nobody may change."""
+
+    config: Config
+    workdir: Path
+    report: RunReport
+    output: str
+
+
+@pytest.fixture(scope="module")
+def whole(make_tiny, tmp_path_factory) -> Finished:
+    directory = tmp_path_factory.mktemp("whole")
+    config = make_tiny(directory)
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        report = run(config, directory / "run")
+    return Finished(config, directory / "run", report, output.getvalue())
+
+
+@pytest.fixture
+def finished(whole, tmp_path) -> Finished:
+    """A copy of a run."""
+    return dataclasses.replace(whole, workdir=shutil.copytree(whole.workdir, tmp_path / "run"))
+
+
+def test_a_run_writes_its_workdir(whole):
+    report, workdir = whole.report, whole.workdir
     header, _ = read_metrics(workdir)
     assert header["parameters"] == sum(a.size for name, a in saved(workdir).items() if name.startswith("['params']"))
     train, validation = records(workdir, "train"), records(workdir, "validation")
@@ -94,7 +125,8 @@ def test_a_run_writes_its_workdir(tiny, tmp_path, capsys):
     assert [r["step"] for r in validation] == [0, 2, 4, 6]
     assert validation[-1]["loss"] < validation[0]["loss"] == pytest.approx(np.log(257), abs=0.1)
     assert validation[-1]["perplexity"] == pytest.approx(np.exp(validation[-1]["loss"]))
-    held_out = sum(path.stat().st_size for path in sorted((tmp_path / "text").iterdir())[9::10])  # every 10th document
+    documents = sorted((workdir.parent / "text").iterdir())
+    held_out = sum(path.stat().st_size for path in documents[9::10])
     tokens_per_byte = (held_out + 4) / held_out  # a token a byte, and an end-of-text for each of the 4
     bits = validation[0]["loss"] / np.log(2) * tokens_per_byte
     assert validation[0]["bits_per_byte"] == pytest.approx(bits, rel=1e-9)
@@ -103,9 +135,8 @@ def test_a_run_writes_its_workdir(tiny, tmp_path, capsys):
     for name in ("config.json", "loss.png", "tokenizer/spec.json", "samples/step_00000006.txt"):
         assert (workdir / name).stat().st_size > 0, name
     assert tokenizers.load(workdir / "tokenizer").vocab_size == 257
-    out = capsys.readouterr().out
-    assert "trained on 768 tokens in 6 steps" in out
-    assert report.sample in out
+    assert "trained on 768 tokens in 6 steps" in whole.output
+    assert report.sample in whole.output
 
 
 def test_log_lines_do_not_cut_through_the_progress_bar(tiny, tmp_path, capsys, monkeypatch):
@@ -121,13 +152,12 @@ def test_log_lines_do_not_cut_through_the_progress_bar(tiny, tmp_path, capsys, m
         assert "%" not in before_line.rpartition("\r")[2].rpartition("\n")[2]
 
 
-def test_a_finished_run_reports_again_and_trains_no_further(tiny, tmp_path):
-    first = run(tiny, tmp_path / "run")
-    before = saved(tmp_path / "run")
-    written = (tmp_path / "run" / "metrics.jsonl").read_text()
-    assert run(tiny, tmp_path / "run").validation == first.validation
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == written
-    after = saved(tmp_path / "run")
+def test_a_finished_run_reports_again_and_trains_no_further(finished):
+    before = saved(finished.workdir)
+    written = (finished.workdir / "metrics.jsonl").read_text()
+    assert run(finished.config, finished.workdir).validation == finished.report.validation
+    assert (finished.workdir / "metrics.jsonl").read_text() == written
+    after = saved(finished.workdir)
     assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
@@ -156,40 +186,38 @@ def test_a_ramped_batch_uses_one_program(tiny, tmp_path):
     assert list(np.diff([0, *tokens])) == [64, 64, 64, 64, 128, 128, 128, 128]
 
 
-def test_another_config_is_refused_or_allowed(tiny, tmp_path):
-    run(tiny, tmp_path / "run")
-    longer = replace(tiny, {"batch": {"total_tokens": 7 * 128}})
+def test_another_config_is_refused_or_allowed(finished):
+    longer = replace(finished.config, {"batch": {"total_tokens": 7 * 128}})
     with pytest.raises(UserError, match=r"batch\.total_tokens: 768 -> 896"):
-        run(longer, tmp_path / "run")
-    assert steps(tmp_path / "run")[-1] == 6
-    assert run(longer, tmp_path / "run", allow_config_changes=True).step == 7
-    deeper = replace(tiny, {"model": {"num_layers": 4}})
+        run(longer, finished.workdir)
+    assert steps(finished.workdir)[-1] == 6
+    assert run(longer, finished.workdir, allow_config_changes=True).step == 7
+    deeper = replace(finished.config, {"model": {"num_layers": 4}})
     with pytest.raises(UserError, match=r"model\.num_layers: 2 -> 4"):
-        run(deeper, tmp_path / "run", allow_config_changes=True)
+        run(deeper, finished.workdir, allow_config_changes=True)
 
 
-def test_init_from_starts_at_the_other_runs_average(tiny, tmp_path):
-    first = run(tiny, tmp_path / "first")
-    second = dataclasses.replace(tiny, init_from=str(tmp_path / "first"))
+def test_init_from_starts_at_the_other_runs_average(whole, tmp_path):
+    config = replace(whole.config, {"evaluation": {"sample_tokens": 0}})
+    second = dataclasses.replace(config, init_from=str(whole.workdir))
     run(second, tmp_path / "second")
     start = records(tmp_path / "second", "validation")[0]
     assert (start["step"], start["tokens"]) == (0, 0)
-    assert start["loss"] == pytest.approx(first.validation["loss"], abs=1e-6)
+    assert start["loss"] == pytest.approx(whole.report.validation["loss"], abs=1e-6)
     with pytest.raises(UserError, match=r"another model: model\.num_layers: 2 -> 4"):
         run(replace(second, {"model": {"num_layers": 4}}), tmp_path / "third")
     with pytest.raises(UserError, match="another tokenizer"):
         run(replace(second, {"data": {"tokenizer": "bpe:300"}}), tmp_path / "third")
     with pytest.raises(UserError, match="not a workdir"):
-        run(dataclasses.replace(tiny, init_from=str(tmp_path)), tmp_path / "third")
+        run(dataclasses.replace(config, init_from=str(tmp_path)), tmp_path / "third")
 
 
-def test_a_disk_without_room_stops_before_writing(tiny, tmp_path, monkeypatch):
-    run(tiny, tmp_path / "run")
-    before = saved(tmp_path / "run")
+def test_a_disk_without_room_stops_before_writing(finished, monkeypatch):
+    before = saved(finished.workdir)
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("gptjax.checkpoint.manager.shutil.disk_usage", lambda path: usage)
-    longer = replace(tiny, {"batch": {"total_tokens": 9 * 128}})
+    longer = replace(finished.config, {"batch": {"total_tokens": 9 * 128}})
     with pytest.raises(UserError, match=r"no room for a checkpoint .* the last good checkpoint is step 6"):
-        run(longer, tmp_path / "run", allow_config_changes=True)
-    after = saved(tmp_path / "run")
+        run(longer, finished.workdir, allow_config_changes=True)
+    after = saved(finished.workdir)
     assert all(np.array_equal(before[name], after[name]) for name in before)

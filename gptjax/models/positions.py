@@ -61,7 +61,7 @@ def frequencies(config: GPTConfig) -> npt.NDArray[np.float32]:
     if config.yarn_truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, width - 1)
-    high = high if high > low else low + 0.001
+    high = low + 0.001 if high == low else high
     interpolated_share = np.clip((np.arange(width // 2) - low) / (high - low), 0, 1)
     return (interpolated_share * kept / config.yarn_factor + (1 - interpolated_share) * kept).astype(np.float32)
 

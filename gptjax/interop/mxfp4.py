@@ -82,7 +82,8 @@ def joined(tensors: dict[str, Tensor]) -> dict[str, Tensor | PackedTensor]:
 def decode(blocks: npt.NDArray[np.uint8], scales: npt.NDArray[np.uint8]) -> npt.NDArray[np.generic]:
     """Decodes (..., G, 16) bytes with the scales (..., G) to bfloat16 (..., 32 G).
 
-    Every value is exact, except for a scale of 255, NaN in the format, for which the results are infinities and NaN.
+    All numbers are exact. The scale 255 is NaN in the format; like transformers, this reads it as 2^128, with which all
+    magnitudes above 0.5 are infinite.
     """
     out = np.empty(blocks.shape, np.uint32)  # two numbers each
     flat, bytes_X16, scale_X = out.reshape(-1, _BLOCK_BYTES), blocks.reshape(-1, _BLOCK_BYTES), scales.reshape(-1)
@@ -97,9 +98,9 @@ def decode(blocks: npt.NDArray[np.uint8], scales: npt.NDArray[np.uint8]) -> npt.
 @functools.cache
 def _pairs() -> npt.NDArray[np.uint32]:
     """Pairs of bfloat16 numbers, the first in the low half, by 256 * scale + byte."""
-    numbers = np.array([*_MAGNITUDES, *(-magnitude for magnitude in _MAGNITUDES)], np.float32)
-    with np.errstate(over="ignore", invalid="ignore"):
-        powers = np.ldexp(np.float32(1), np.arange(256) - _SCALE_BIAS)
+    numbers = np.array([*_MAGNITUDES, *(-magnitude for magnitude in _MAGNITUDES)])
+    powers = np.ldexp(1.0, np.arange(256) - _SCALE_BIAS)
+    with np.errstate(over="ignore"):
         table = (powers[:, None] * numbers).astype(jnp.bfloat16).view(np.uint16).astype(np.uint32)
     byte = np.arange(256)
     return (table[:, byte & 15] | table[:, byte >> 4] << 16).reshape(-1)

@@ -27,13 +27,23 @@ def checksums(tree: Any) -> dict[str, int]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     # One array at a time: a device whose optimizer state is offloaded has no room for all of it.
-    return {name: int(_sum(_on_device(leaf))) for name, (_, leaf) in zip(names, leaves, strict=True)}
+    return {name: int(_sum(_bits(_on_device(leaf)))) for name, (_, leaf) in zip(names, leaves, strict=True)}
 
 
 def _on_device(leaf: Any) -> Any:
     if isinstance(leaf, jax.Array) and leaf.sharding.memory_kind == "pinned_host":
         return jax.device_put(leaf, leaf.sharding.with_memory_kind("device"))
     return leaf
+
+
+def _bits(leaf: Any) -> Any:
+    """The bits as unsigned integers, an array that shares the memory of `leaf` if it is on one CPU; else `leaf`.
+
+    The program for another dtype would hold them as a second copy of the array.
+    """
+    if jax.default_backend() != "cpu" or (isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1):
+        return leaf
+    return jax.device_put(np.asarray(leaf).view(f"u{leaf.dtype.itemsize}"), may_alias=True)
 
 
 # Compiled once per shape, dtype and sharding: leaves of the same shape, such as moments, share a program.

@@ -107,7 +107,7 @@ class PrefixExamples:
     """Examples of the prefix language model (Raffel et al. 2020, section 3.2.1, figure 4).
 
     The prefix of a segment is its first p inputs, p uniform in 1 to their number. Attention is bidirectional within it
-    and causal after it (`models.attention_backends.attention_mask`), and the loss is that of the targets after it.
+    and causal after it (`models.dot_product.attention_mask`), and the loss is that of the targets after it.
 
     The arrays of an example are those of `PackedExamples` with weights 0 at targets within a prefix, and with segments
     of negative sign at the positions of a prefix. With packing="concatenate" the row is one segment.

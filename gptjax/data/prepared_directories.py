@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from gptjax.config import UserError
+from gptjax.files import unfinished_path
 
 STALE = 24 * 3600  # seconds without a write after which another machine's unfinished directory is removed
 
@@ -88,6 +89,19 @@ def publish(partial: Path, directory: Path, is_whole: Callable[[Path], bool]) ->
         shutil.rmtree(damaged, ignore_errors=True)
         partial.rename(directory)
     sync(directory.parent)
+
+
+def save_whole(save: Callable[[Path], None], directory: Path) -> None:
+    """Calls `save` so that `directory` appears whole, even if other processes save it at the same time."""
+    unfinished = unfinished_path(directory)
+    try:
+        save(unfinished)
+        unfinished.rename(directory)
+    except OSError:
+        if not directory.exists():  # else another process was first
+            raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _machine() -> str:

@@ -8,7 +8,6 @@ import abc
 import copy
 import hashlib
 import json
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -23,9 +22,10 @@ from tokenizers import models
 from gptjax import files
 from gptjax.config import DataConfig, UserError
 from gptjax.data import tokenizer_check
+from gptjax.data.prepared_directories import save_whole
 from gptjax.data.tokenizer_check import LibraryErrors
 from gptjax.data.vocabularies import END_OF_TEXT, VOCABULARIES, openai_encoding, train_bpe, train_gpt1_bpe
-from gptjax.files import unfinished_path, write_whole
+from gptjax.files import write_whole
 
 _FORMS = "gpt2, cl100k_base, o200k_base, o200k_harmony, bytes, bpe:SIZE, gpt1_bpe:SIZE, json:PATH"
 _ALIASES = {"cl100k": "cl100k_base"}
@@ -305,7 +305,8 @@ def get_tokenizer(
     if not directory.exists():
         print(f"training the tokenizer {spec}, to be cached in {directory}", file=sys.stderr)
         train = train_gpt1_bpe if kind == "gpt1_bpe" else train_bpe
-        _save_whole(HuggingFaceTokenizer(train(train_documents(), int(argument)).to_str()), directory)
+        tokenizer = HuggingFaceTokenizer(train(train_documents(), int(argument)).to_str())
+        save_whole(tokenizer.save, directory)
     return load(directory, cache_dir)
 
 
@@ -387,19 +388,6 @@ def _json_object(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{path} is not a JSON object")
     return found
-
-
-def _save_whole(tokenizer: Tokenizer, directory: Path) -> None:
-    """Saves `directory` atomically, even if other processes save it at the same time."""
-    unfinished = unfinished_path(directory)
-    try:
-        tokenizer.save(unfinished)
-        unfinished.rename(directory)
-    except OSError:
-        if not directory.exists():  # else another process was first
-            raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _hash(value: object) -> str:

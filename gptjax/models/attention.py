@@ -14,7 +14,8 @@ from flax import struct
 
 from gptjax.config import GPTConfig
 from gptjax.models import low_precision
-from gptjax.models.attention_backends import attention, score_scale, softmax
+from gptjax.models.attention_backends import attention, score_scale
+from gptjax.models.dot_product import softmax
 from gptjax.models.elementwise import Norm, Vector
 from gptjax.models.layer_inputs import LayerInputs
 from gptjax.models.positions import rotate

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import jax.numpy as jnp
 
 from gptjax.config import Config, GPTConfig, MeshConfig, UserError
-from gptjax.inference.weights import Weights
+from gptjax.inference.weights import WeightFormat
 from gptjax.parallel.mesh import batch_shards, check_model_fit
 from gptjax.planning import widths
 from gptjax.planning.decode_plan import cache_bytes, cache_shards, step_seconds
@@ -53,7 +53,9 @@ class DecodingLayout:
         return self.batch / self.step_seconds
 
 
-def decoding_layouts(config: Config, topology: Topology, capacity: float, weights: Weights) -> list[DecodingLayout]:
+def decoding_layouts(
+    config: Config, topology: Topology, capacity: float, weights: WeightFormat
+) -> list[DecodingLayout]:
     """Returns all layouts that fit by formula, by decreasing tokens per second.
 
     Weights are sharded over tensor and experts over expert, never over fsdp, over which they would be gathered for each
@@ -79,7 +81,7 @@ def _meshes(config: Config, topology: Topology) -> Iterator[MeshConfig]:
 
 
 def _layout(
-    config: Config, mesh_config: MeshConfig, topology: Topology, capacity: float, weights: Weights
+    config: Config, mesh_config: MeshConfig, topology: Topology, capacity: float, weights: WeightFormat
 ) -> DecodingLayout | None:
     config = with_padded_vocabulary(dataclasses.replace(config, mesh=mesh_config))
     model = config.model

@@ -6,7 +6,7 @@ from typing import Any
 
 from gptjax import config as c
 from gptjax.config import Config
-from gptjax.inference.weights import Weights
+from gptjax.inference.weights import WeightFormat
 from gptjax.planning.compile import microbatches
 from gptjax.planning.decode_search import DecodingLayout, decoding_layouts
 from gptjax.planning.estimate import estimate_training
@@ -28,7 +28,7 @@ class FormulaPlan:
     decoding: DecodingLayout | None
 
 
-def plan_topologies(config: Config, weights: Weights, training: bool = True) -> Iterator[FormulaPlan]:
+def plan_topologies(config: Config, weights: WeightFormat, training: bool = True) -> Iterator[FormulaPlan]:
     """Yields a plan for each topology, smallest first.
 
     Args:

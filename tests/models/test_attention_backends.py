@@ -14,15 +14,14 @@ import pytest
 from gptjax.config import GPTConfig, UserError
 from gptjax.models import attention_backends
 from gptjax.models.attention_backends import (
-    attention_mask,
     check_backend,
     choose_backend,
     compute_capability,
     cudnn_attention,
-    dot_product_attention,
     splash_attention,
     splash_kernel,
 )
+from gptjax.models.dot_product import attention_mask, dot_product_attention
 from gptjax.models.gpt import GPT
 
 GPU, OLD_GPU = 9.0, 7.5  # compute capabilities: Hopper, Turing

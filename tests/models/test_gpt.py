@@ -14,7 +14,7 @@ import pytest
 
 from gptjax.config import GPTConfig, resolve
 from gptjax.models import gpt
-from gptjax.models.attention_backends import attention_mask, dot_product_attention
+from gptjax.models.dot_product import attention_mask, dot_product_attention
 from gptjax.models.gpt import GPT, head_embedding, hidden_states, unembed
 from gptjax.parallel.platforms import override_defaults
 from gptjax.scaling.parameters import parameter_count

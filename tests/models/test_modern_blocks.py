@@ -11,7 +11,8 @@ import pytest
 
 from gptjax.config import Config, GPTConfig, UserError, check, replace
 from gptjax.models import decoding
-from gptjax.models.attention_backends import attention_mask, dot_product_attention, splash_attention
+from gptjax.models.attention_backends import splash_attention
+from gptjax.models.dot_product import attention_mask, dot_product_attention
 from gptjax.models.elementwise import Norm, activation
 from gptjax.models.feed_forward import activate
 from gptjax.models.gpt import GPT, init_params, unembed

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from gptjax.config import GPTConfig, MeshConfig
 from gptjax.models import attention_backends
-from gptjax.models.attention_backends import attention, attention_mask, dot_product_attention
+from gptjax.models.attention_backends import attention
+from gptjax.models.dot_product import attention_mask, dot_product_attention
 from gptjax.parallel.mesh import constrain, make_mesh
 
 LENGTH, HEADS, HEAD_DIM, BAND = 128, 2, 16, 40

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config import MeshConfig
-from gptjax.models.attention_backends import attention_mask, dot_product_attention
+from gptjax.models.dot_product import attention_mask, dot_product_attention
 from gptjax.parallel import balanced_order, ring
 from gptjax.parallel.mesh import axis_size, batch_sharding, make_mesh
 

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -180,17 +181,21 @@ def small_run(directory: Path) -> list[str]:
     return [RUNLOCAL, *(f"--config.{key}={value}" for key, value in settings.items())]
 
 
-def test_a_profile_is_written(tmp_path):
-    flags = [*small_run(tmp_path), "--config.model.embed_dim=12", f"--config.batch.total_tokens={10 * 32}"]
-    result = main(*flags, "--profile", workdir=tmp_path / "run")
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[list[str], Path]:
+    """The flags and the workdir of a run of 2 steps; nobody may change it."""
+    directory = tmp_path_factory.mktemp("trained")
+    flags = small_run(directory)
+    result = main(*flags, "--config.batch.total_tokens=64", workdir=directory / "run")
+    assert result.returncode == 0, result.stderr
+    return flags, directory / "run"
+
+
+def test_a_profile_is_written_and_none_unsets_a_key(tmp_path):
+    flags = [*small_run(tmp_path), "--config.batch.total_tokens=None", "--config.batch.epochs=0.03"]
+    result = main(*flags, "--config.model.embed_dim=12", "--profile", workdir=tmp_path / "run")
     assert result.returncode == 0, result.stderr
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
-
-
-def test_none_unsets_a_key(tmp_path):
-    flags = [*small_run(tmp_path), "--config.batch.total_tokens=None", "--config.batch.epochs=0.01"]
-    result = main(*flags, workdir=tmp_path / "run")
-    assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "run" / "config.json").read_text())["batch"]["total_tokens"] is None
     assert_one_line(main(RUNLOCAL, "--config.seed=None", workdir=tmp_path / "other"), "seed=None is not of type int")
 
@@ -249,27 +254,24 @@ def test_a_run_is_described_then_trained_then_resumed_by_its_workdir_alone(tmp_p
     assert "in 3 steps" in resumed.stdout
 
 
-def test_a_full_disk_while_saving_loses_nothing(tmp_path):
-    def train(steps: int, limits: str = "") -> subprocess.CompletedProcess:
-        tokens = f"--config.batch.total_tokens={32 * steps}"
-        return main(*small_run(tmp_path), tokens, "--allow_config_changes", workdir=tmp_path / "run", limits=limits)
-
-    assert train(2).returncode == 0
-    full = train(4, limits="-f 1000")  # kB a file; a checkpoint's are larger
+def test_a_full_disk_while_saving_loses_nothing(trained, tmp_path):
+    flags = [*trained[0], "--allow_config_changes", f"--config.batch.total_tokens={32 * 4}"]
+    workdir = shutil.copytree(trained[1], tmp_path / "run")
+    full = main(*flags, workdir=workdir, limits="-f 1000")  # kB a file; a checkpoint's are larger
     assert full.returncode == 2, full.stderr
     last = full.stderr.strip().splitlines()[-1]
     assert last.startswith("error: cannot save in ")
     assert "File too large; the last good checkpoint is step 2" in last
-    again = train(4)
+    again = main(*flags, workdir=workdir)
     assert again.returncode == 0, again.stderr
     assert "in 4 steps" in again.stdout
 
 
-def test_a_disk_that_is_full_for_records_stops_the_run_with_one_line(tmp_path):
-    flags = [*small_run(tmp_path), "--config.logging.every_steps=1", "--allow_config_changes"]
-    assert main(*flags, "--config.batch.total_tokens=64", workdir=tmp_path / "run").returncode == 0
+def test_a_disk_that_is_full_for_records_stops_the_run_with_one_line(trained, tmp_path):
+    flags = [*trained[0], "--config.logging.every_steps=1", "--allow_config_changes"]
+    workdir = shutil.copytree(trained[1], tmp_path / "run")
     # 80 kB a file, of which TensorBoard's is the first to be too large.
-    full = main(*flags, "--config.batch.total_tokens=19200", workdir=tmp_path / "run", limits="-f 80")
+    full = main(*flags, "--config.batch.total_tokens=19200", workdir=workdir, limits="-f 80")
     assert full.returncode == 2, full.stderr
     last = full.stderr.strip().splitlines()[-1]
     assert last == "error: cannot write: File too large; free some space and run the same command again"

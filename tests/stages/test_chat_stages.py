@@ -125,7 +125,7 @@ def test_dpo_leaves_the_reference_and_saves_the_policy_alone(finished):
 def test_a_run_in_two_parts_is_the_same_run(finished, stage, tmp_path):
     """It stops after one step, in the middle of the steps that a record averages."""
     config, whole = finished[stage]
-    config = c.replace(config, {"logging": {"every_steps": 2}})
+    config = c.replace(config, {"logging": {"every_steps": 2}, "evaluation": {"sample_tokens": 0}})
     first = dataclasses.replace(config, batch=dataclasses.replace(config.batch, epochs=None, total_tokens=1))
     run(first, tmp_path)
     run(config, tmp_path, allow_config_changes=True)
@@ -144,7 +144,8 @@ def test_a_run_in_two_parts_is_the_same_run(finished, stage, tmp_path):
 
 def test_lora_with_a_reference_trains_its_matrices_alone(finished, tmp_path):
     start = finished["sft"][1]
-    run(dataclasses.replace(finished["dpo"][0], peft=c.PeftConfig(method="lora", rank=2)), tmp_path)
+    changes = {"peft": {"method": "lora", "rank": 2}, "evaluation": {"sample_tokens": 0}}
+    run(c.replace(finished["dpo"][0], changes), tmp_path)
     header = read_metrics(tmp_path)[0]
     assert header["trained_parameters"] < header["parameters"] / 20
     merged, given = (peft.flatten(weights_of(workdir).gpt) for workdir in (tmp_path, start))

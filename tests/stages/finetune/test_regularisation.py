@@ -212,7 +212,7 @@ def test_the_adversarial_perturbation_by_hand():
 
 
 def test_the_adversarial_loss_does_not_depend_on_the_cut_into_microbatches():
-    config, lengths = config_of(lm_weight=0.5, adversarial_epsilon=2.0), (1, 2, 3)
+    config, lengths = config_of(lm_weight=0.5, adversarial_epsilon=2.0), (1, 3)
     whole, weight, _ = loss_of(config, params(), BATCH, RNG)
     assert float(whole) > float(loss_of(config_of(lm_weight=0.5), params(), BATCH, RNG)[0]) * 1.01
     for length in lengths:
@@ -230,7 +230,8 @@ def test_the_adversarial_loss_to_first_order():
     plain = float(loss_of(config, params(), BATCH, RNG)[0])
     harder = float(loss_of(config_of(adversarial_epsilon=epsilon), params(), BATCH, RNG)[0])
     model, std_D = TaskModel(config), jnp.std(params()["token_embedding"]["embedding"], axis=0)
-    gradient = jax.grad(lambda r: model._task_loss(params(), BATCH, None, None, r)[0])(jnp.zeros((6, 32, 16)))
+    of_moves = jax.jit(jax.grad(lambda r: model._task_loss(params(), BATCH, None, None, r)[0]))
+    gradient = of_moves(jnp.zeros((6, 32, 16)))
     norms = np.linalg.norm((np.asarray(gradient) * np.asarray(std_D)).reshape(6, -1), axis=1)
     assert np.all(norms[:5] > 0)
     assert norms[5] == 0  # batch padding

@@ -3,7 +3,6 @@
 Longer than 400 lines because all tests share the runs of its fixtures, which take most of the time.
 """
 
-import dataclasses
 import json
 import shutil
 from itertools import islice
@@ -60,6 +59,50 @@ def finished(given):
         runs[stage] = c.replace(config, {"checkpoint": {"every_tokens": every}}), given / stage
         run(*runs[stage])
     return runs
+
+
+@pytest.fixture(scope="module")
+def interrupted(finished, tmp_path_factory):
+    """The same runs, stopped by a signal after step 3, in the middle of the second iteration."""
+    workdirs = {}
+    for stage, (config, _) in finished.items():
+        workdirs[stage] = tmp_path_factory.mktemp("interrupted") / stage
+        stop_after(3, config, workdirs[stage])
+    return workdirs
+
+
+def stop_after(steps: int, config: c.Config, workdir: Path) -> None:
+    taken = []
+    train_step = loop._Run.train_step
+
+    def step_and_count(run):
+        train_step(run)
+        taken.append(run.steps_here)
+
+    def check():
+        if len(taken) == steps:
+            raise PreemptedError("asked to stop")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop._Run, "train_step", step_and_count)
+        patch.setattr(preemption, "check", check)
+        with pytest.raises(PreemptedError, match=f"step {steps} is saved"):
+            run(config, workdir)
+
+
+def run_and_copy(config: c.Config, workdir: Path, copy: Path) -> None:
+    """Runs to the end; `copy` is the workdir of a process that died after it had saved for the first time."""
+    save = loop._Run.save
+
+    def save_and_copy(run, **kwargs):
+        save(run, **kwargs)
+        if not copy.exists():
+            run._checkpoints.wait()
+            shutil.copytree(workdir, copy, ignore=shutil.ignore_patterns("run.lock"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop._Run, "save", save_and_copy)
+        run(config, workdir)
 
 
 def records(workdir: Path, split: str) -> list[dict]:
@@ -178,24 +221,9 @@ def test_a_reward_model_rewards(given, tmp_path):
 
 @pytest.mark.parametrize("stage", RL_STAGES)
 @pytest.mark.parametrize("kept", [True, False])
-def test_a_run_that_stops_within_an_iteration_resumes_exactly(finished, stage, kept, tmp_path, monkeypatch):
+def test_a_run_that_stops_within_an_iteration_resumes_exactly(finished, interrupted, stage, kept, tmp_path):
     config, whole = finished[stage]
-    taken = []
-    train_step = loop._Run.train_step
-
-    def step_and_count(run):
-        train_step(run)
-        taken.append(run.steps_here)
-
-    def check():
-        if len(taken) == 3:
-            raise PreemptedError("asked to stop")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "train_step", step_and_count)
-        patch.setattr(preemption, "check", check)
-        with pytest.raises(PreemptedError, match="step 3 is saved"):
-            run(config, tmp_path)
+    shutil.copytree(interrupted[stage], tmp_path, dirs_exist_ok=True)
     assert sorted(path.name for path in (tmp_path / "rollouts").iterdir()) == ["00000001.npz"]
     if not kept:
         (tmp_path / "rollouts" / "00000001.npz").write_bytes(b"")
@@ -229,7 +257,8 @@ def test_a_reward_model_reads_a_completion_that_was_cut_off_without_an_end(given
     weights = weights_of(given / "reward")
     tokens = np.array([[256, *b"q" * (CONTEXT - 6), 257, *b"aaaa"]])
     assert tokens.shape == (1, CONTEXT)
-    x_D = hidden_states(GPT(weights.config.model), weights.gpt, tokens, deterministic=True)[0, -1]
+    hidden = jax.jit(lambda params: hidden_states(GPT(weights.config.model), params, tokens, deterministic=True))
+    x_D = hidden(weights.gpt)[0, -1]
     linear, mean = weights.head["linear"], json.loads((given / "reward" / "reward.json").read_text())["mean"]
     expected = float(x_D @ linear["kernel"][:, 0] + linear["bias"][0]) - mean
     assert float(cut[0]) == pytest.approx(expected, abs=1e-4)
@@ -260,9 +289,12 @@ def test_the_longest_prompt_and_a_completion_that_is_cut_off_have_room(given, tm
 @pytest.mark.parametrize("value_init", ["policy", "reward"])
 def test_ppo_with_lora_trains_low_rank_matrices_and_the_whole_value_function(given, tmp_path, value_init):
     config = rl_config("ppo", given, given / "sft", given / "reward" if value_init == "reward" else None)
-    changes = {"peft": {"method": "lora", "rank": 2, "targets": ("layers/.*/kernel",)}}
+    changes = {
+        "peft": {"method": "lora", "rank": 2, "targets": ("layers/.*/kernel",)},
+        "checkpoint": {"every_tokens": 3 * BATCH * ROW},  # in the middle of an iteration
+    }
     config = c.replace(config, changes)
-    run(config, tmp_path / "whole")
+    run_and_copy(config, tmp_path / "whole", tmp_path / "parts")
     mesh = make_mesh(c.MeshConfig())
     parts = []
     with jax.set_mesh(mesh):
@@ -272,9 +304,8 @@ def test_ppo_with_lora_trains_low_rank_matrices_and_the_whole_value_function(giv
     assert {path.removeprefix(f"{VALUE}/") for path in trained} > {"head/linear/kernel", "final_norm/scale"}
     assert records(tmp_path / "whole", "rollout")[0]["kl"] == pytest.approx(0, abs=1e-4)
     # Resumed in the middle of an iteration: the same run.
-    first = dataclasses.replace(config, batch=dataclasses.replace(config.batch, epochs=None, total_tokens=1))
-    run(first, tmp_path / "parts")
-    run(config, tmp_path / "parts", allow_config_changes=True)
+    assert [path.name for path in (tmp_path / "parts" / "checkpoints").iterdir()] == ["3"]
+    run(config, tmp_path / "parts")
     with jax.set_mesh(mesh):
         parts.append(load_parts(tmp_path / "parts", mesh))
     assert distance(*(part.trained for part in parts)) == 0

@@ -31,7 +31,8 @@ from typing import Any, Literal
 
 from absl import app, flags
 
-from gptjax.config import Config, read_config, replace
+from gptjax.config import Config, UserError, overridden, read_config, replace, resolve
+from gptjax.config.saved import to_tree
 
 PAIRS = flags.DEFINE_integer("pairs", 200, "Pairs of a change and a resume.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the changes.")
@@ -92,9 +93,16 @@ def values(hint: Any, value: Any) -> list[str]:
 
 
 def changes(config: Config, rng: random.Random) -> dict[str, str]:
-    """One to three fields of a config with new values."""
-    chosen = rng.sample(list(fields(config)), rng.choice((1, 1, 2, 3)))
-    return {key: rng.choice(values(hint, value)) for key, hint, value in chosen}
+    """One to three fields of a config with new values; most that are refused before anything is read are resampled."""
+    while True:
+        chosen = rng.sample(list(fields(config)), rng.choice((1, 1, 2, 3)))
+        changed = {key: rng.choice(values(hint, value)) for key, hint, value in chosen}
+        try:
+            resolve(overridden(to_tree(config), changed))
+        except UserError:
+            if rng.random() < 0.5:
+                continue
+        return changed
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -225,7 +233,10 @@ def problem_of(workdir: Path, changed: dict[str, str], allowed: bool, before: di
 
 def main(_: list[str]) -> None:
     begin = time.monotonic()
-    import gptjax.run  # noqa: F401 (once, for all forks)
+    # Once, for all forks.
+    import matplotlib.pyplot  # noqa: F401
+
+    import gptjax.run  # noqa: F401
 
     with tempfile.TemporaryDirectory(prefix="resume_pairs_") as name:
         directory = Path(DIRECTORY.value or name).absolute()
@@ -245,9 +256,10 @@ def main(_: list[str]) -> None:
             for allowed in (False, True):
                 ended, problem = problem_of(place / "run", changed, allowed, before)
                 outcomes[allowed][ended] += 1
+                print(f"pair {number}, {stage}, {changed}, allowed={allowed}: {ended}", flush=True)
                 if problem:
                     failures += 1
-                    print(f"pair {number}, {stage}, {changed}, allowed={allowed}: {ended}: {problem}", flush=True)
+                    print(f"FAILURE: {problem}", flush=True)
             shutil.rmtree(place)
     for allowed, counts in outcomes.items():
         print(f"{'with' if allowed else 'without'} --allow_config_changes: {dict(counts)}")

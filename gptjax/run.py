@@ -16,7 +16,7 @@ from gptjax.checkpoint.lock import locked
 from gptjax.checkpoint.manager import Checkpoints
 from gptjax.checkpoint.saved_trees import ConfigChanges
 from gptjax.checkpoint.state import abstract_state
-from gptjax.config import Config, UserError, changes, differences, read_config, to_json, with_absolute_paths
+from gptjax.config import Config, UserError, changes, differences, naming, read_config, to_json, with_absolute_paths
 from gptjax.data import tokenizers
 from gptjax.distributed import processes
 from gptjax.files import write_whole
@@ -96,8 +96,8 @@ def _checked(config: Config) -> tuple[Config, Mesh]:
     config = with_absolute_paths(config)
     mesh = make_mesh(config.mesh)
     if config.init_from is not None:
-        # Before the corpus is prepared.
-        registry.check_given(config, read_config(Path(config.init_from).expanduser()))
+        with naming("init_from"):  # before the corpus is prepared
+            registry.check_given(config, read_config(Path(config.init_from).expanduser()))
     return config, mesh
 
 

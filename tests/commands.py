@@ -219,6 +219,8 @@ def spare_collections() -> None:
 def serve() -> None:
     """Forks for every request on standard input; writes process identifiers and exit codes to standard output."""
     sys.path.insert(0, str(ROOT))
+    import sklearn.metrics  # noqa: F401
+
     import gptjax.evaluation.catalogue
     import gptjax.interop.adapters
     import gptjax.run  # noqa: F401

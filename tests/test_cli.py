@@ -101,17 +101,17 @@ def write_bad_data(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--config.data.source=text:{}/missing/*.txt"], ["missing/*.txt"]),
+        (["--config.data.source=text:{}/missing/*.txt"], ["data.source", "missing/*.txt"]),
         (["--config.data.source=text:{}/empty.txt"], ["empty.txt"]),
         (["--config.data.source=text:{}"], ["{}"]),
         (["--config.data.source=jsonl:{}/bad.jsonl"], ["bad.jsonl:2"]),
         (["--config.data.source=jsonl:{}/short.jsonl"], ["training tokens", "context of 128"]),
         (["--config.data.source=text:{}/latin.txt", "--config.data.invalid_utf8=error"], ["latin.txt"]),
         (["--config.data.source=text:{}/cut.txt.gz"], ["cut.txt.gz"]),
-        (["--config.data.source=sootu"], ["sootu"]),
-        (["--config.data.tokenizer=gpt3"], ["gpt3"]),
-        (["--config.mesh.fsdp=3"], ["fsdp=3", "1 device"]),
-        (["--config.init_from={}"], ["{}", "config.json"]),
+        (["--config.data.source=sootu"], ["data.source", "sootu"]),
+        (["--config.data.tokenizer=gpt3"], ["data.tokenizer", "gpt3"]),
+        (["--config.mesh.fsdp=3"], ["mesh.fsdp=3", "1 device"]),
+        (["--config.init_from={}"], ["init_from", "{}", "config.json"]),
     ],
 )
 def test_mistakes_in_data_and_devices(arguments, words, tmp_path):

@@ -8,7 +8,7 @@ field of `model.py` or `sections.py`, and a user error is one line on stderr wit
 from gptjax.config.arguments import choose, parse_arg
 from gptjax.config.checks import check, positive, require
 from gptjax.config.edited import check_key, config_dict, overridden, replace, resolve
-from gptjax.config.errors import UserError, nearest
+from gptjax.config.errors import UserError, naming, nearest
 from gptjax.config.loading import is_saved, load_config, split_argument
 from gptjax.config.model import GPTConfig
 from gptjax.config.saved import changes, config_hash, differences, read_config, to_json, with_absolute_paths
@@ -61,6 +61,7 @@ __all__ = [
     "differences",
     "is_saved",
     "load_config",
+    "naming",
     "nearest",
     "overridden",
     "parse_arg",

@@ -1,11 +1,21 @@
 """User errors, and suggestions for misspelt names."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
     """A user error: one line that names the culprit and the fix. Commands print it and exit with code 2."""
+
+
+@contextmanager
+def naming(field: str) -> Iterator[None]:
+    """Context manager that begins the messages of UserErrors with the config field whose value they are about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{field}: {error}") from None
 
 
 def nearest(name: str, known: Iterable[str], group: str = "") -> str:

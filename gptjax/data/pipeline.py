@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 from absl import logging
 
-from gptjax.config import DataConfig, UserError
+from gptjax.config import DataConfig, UserError, naming
 from gptjax.data import sources, tokenizers
 from gptjax.data.preparation import DamagedCorpusError, PreparedSplit, prepare, split_documents
 from gptjax.data.sources import Source
@@ -232,7 +232,8 @@ def open_corpus(data: DataConfig, *, context_length: int, seed: int, tokenizer: 
       UserError: a source or the tokenizer is not available, or a split is too short.
     """
     if tokenizer is None:
-        tokenizers.check_spec(data.tokenizer)  # before the corpus is read for its fingerprint
+        with naming("data.tokenizer"):
+            tokenizers.check_spec(data.tokenizer)  # before the corpus is read for its fingerprint
     train_source, validation_source = _open_sources(data)
     fraction = data.validation_fraction if validation_source is None else 0.0
     cache_dir = Path(data.cache_dir).expanduser()
@@ -274,12 +275,13 @@ def held_out_documents(data: DataConfig) -> Iterator[str]:
 
 
 def _open_sources(data: DataConfig) -> tuple[Source, Source | None]:
-    def open_(spec: str) -> Source:
-        return sources.open_source(
-            spec,
-            document_separator=data.document_separator,
-            invalid_utf8=data.invalid_utf8,
-            on_corrupt=data.on_corrupt,
-        )
+    def open_(field: str) -> Source:
+        with naming(f"data.{field}"):
+            return sources.open_source(
+                getattr(data, field),
+                document_separator=data.document_separator,
+                invalid_utf8=data.invalid_utf8,
+                on_corrupt=data.on_corrupt,
+            )
 
-    return open_(data.source), None if data.validation_source is None else open_(data.validation_source)
+    return open_("source"), None if data.validation_source is None else open_("validation_source")

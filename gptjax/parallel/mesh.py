@@ -64,14 +64,14 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     """
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
-    given = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "all axes 1"
+    given = " x ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size != 1) or "a mesh of size 1"
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise UserError(f"mesh {given}: sizes must be positive, and at most one can be -1 (all remaining devices)")
+        raise UserError(f"{given}: sizes must be positive, and at most one can be -1 (all remaining devices)")
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if len(devices) % fixed or (not free and fixed != len(devices)):
         raise UserError(
-            f"mesh {given} does not match {len(devices)} device(s): "
+            f"{given} does not match {len(devices)} device(s): "
             f"the sizes must multiply to {len(devices)} (mesh.data=-1 takes all remaining devices)"
         )
     for axis in free:
@@ -87,7 +87,7 @@ def _arrange(sizes: dict[str, int], devices: list[jax.Device]) -> npt.NDArray[np
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     if sizes["data"] % slices:
         raise UserError(
-            f"mesh data={sizes['data']} is not a multiple of the {slices} slices: only data can extend over slices"
+            f"mesh.data={sizes['data']} is not a multiple of the {slices} slices: only data can extend over slices"
         )
     within = (sizes["data"] // slices, *shape[1:])
     return mesh_utils.create_hybrid_device_mesh(

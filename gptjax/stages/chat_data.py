@@ -8,11 +8,12 @@ from typing import Any, Generic, TypeAlias, TypeVar
 from absl import logging
 from jax.sharding import Mesh
 
-from gptjax.config import Config, DataConfig, UserError
+from gptjax.config import Config, DataConfig, UserError, naming
 from gptjax.data import conversations
 from gptjax.data.chat_batches import PackedConversations, PackedRankings
 from gptjax.data.conversations import Conversation, Prompt, Ranking
 from gptjax.data.pipeline import PackedExamples, open_corpus
+from gptjax.data.sources import open_source
 from gptjax.data.templates import ChatFormat, TooLongError, chat_format
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.distributed import processes
@@ -57,8 +58,10 @@ def open_chat(
     refuse_settings_of_pretraining(config, mesh, "conversation")
     check_backend(config.model, mesh.devices.flat[0].platform, has_segments=True)
     low_precision.check_device(config.model, mesh.devices.flat[0].platform)
-    for spec in filter(None, (config.data.source, config.data.validation_source)):
-        conversations.check_spec(spec)
+    for field in ("source", "validation_source"):
+        if (spec := getattr(config.data, field)) is not None:
+            with naming(f"data.{field}"):
+                conversations.check_spec(spec)
     train, validation = processes.first_then_others(lambda: read(config))
     if tokenizer is None:
         tokenizer = find_tokenizer(config, [text for item in train for text in _texts(item)])
@@ -141,6 +144,8 @@ def pretraining_text(data: ChatData[Any]) -> PackedExamples | None:
     config = data.config
     if config.chat.pretraining_source is None:
         return None
+    with naming("chat.pretraining_source"):
+        open_source(config.chat.pretraining_source)
     text = DataConfig(source=config.chat.pretraining_source, cache_dir=config.data.cache_dir)
     return processes.first_then_others(
         lambda: open_corpus(

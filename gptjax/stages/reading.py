@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from gptjax.config import Config, UserError
+from gptjax.config import Config, UserError, naming
 from gptjax.data import tokenizers
 from gptjax.data.pipeline import ExampleSource, Microbatch, batches
 from gptjax.data.tokenizers import Tokenizer
@@ -35,6 +35,8 @@ def find_tokenizer(config: Config, texts: list[str]) -> Tokenizer:
     """Returns the tokenizer of `init_from`; if that is unset, the one that data.tokenizer names, trained on `texts`."""
     if config.init_from is not None:
         return tokenizers.load(Path(config.init_from).expanduser() / "tokenizer")
+    with naming("data.tokenizer"):
+        tokenizers.check_spec(config.data.tokenizer)
     return tokenizers.get_tokenizer(
         config.data.tokenizer,
         train_documents=lambda: iter(texts),

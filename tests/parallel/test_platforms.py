@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from gptjax.config import MeshConfig
+from gptjax.config import MeshConfig, UserError
 from gptjax.parallel.mesh import make_mesh, use_mesh
 from gptjax.parallel.platforms import PLATFORM_DEFAULTS, override_defaults, platform_defaults
 
@@ -26,3 +26,15 @@ def test_an_override_ends_with_its_block():
 def test_a_default_that_does_not_exist_cannot_be_overridden():
     with pytest.raises(TypeError, match="loss_chunk"), override_defaults("cpu", loss_chunk=7):
         pass
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"context": 3}, r"mesh\.data=-1 x mesh\.context=3 does not match \d+ device"),
+        ({"tensor": 0}, r"mesh\.data=-1 x mesh\.tensor=0: sizes must be positive"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_named_by_its_fields(axes, message):
+    with pytest.raises(UserError, match=message):
+        make_mesh(MeshConfig(**axes))

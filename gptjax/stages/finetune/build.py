@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gptjax.config import Config, UserError
+from gptjax.config import Config, UserError, naming
 from gptjax.data import task_inputs
 from gptjax.data.augmentation import with_copies
 from gptjax.data.buckets import Buckets
@@ -98,9 +98,11 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None, define: Calla
 def read(config: Config) -> RowSplits:
     """Reads the rows that `config` names; raises as `read_rows`."""
     data, task = config.data, config.task
-    specs = (data.source, data.validation_source, task.test_source)
-    for spec in filter(None, specs):
-        check_spec(spec)
+    sources = {"data.source": data.source, "data.validation_source": data.validation_source}
+    for field, source in (sources | {"task.test_source": task.test_source}).items():
+        if source is not None:
+            with naming(field):
+                check_spec(source)
 
     def rows(spec: str) -> list[Row]:
         return read_rows(spec, task.kind, dict(task.columns), invalid_utf8=data.invalid_utf8)

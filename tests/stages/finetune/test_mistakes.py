@@ -90,7 +90,9 @@ def test_configs(changes, words, pretrained, tmp_path):
 
 def test_weights_that_are_not_there(pretrained, tmp_path):
     config = run_config(tmp_path, "classification", pretrained)
-    refused(dataclasses.replace(config, init_from=str(tmp_path)), tmp_path, str(tmp_path), "is not a workdir")
+    refused(
+        dataclasses.replace(config, init_from=str(tmp_path)), tmp_path, f"init_from: {tmp_path}", "is not a workdir"
+    )
     assert not (tmp_path / "run").exists()
 
 

@@ -173,6 +173,27 @@ def test_rows_have_whole_split_documents_in_their_places(split, rate):
     assert 0.2 < spm / count < 0.8
 
 
+def test_rows_of_short_documents_keep_their_order(tmp_path):
+    """Where several documents do not fit any more, none comes after the one that is cut."""
+    spec = write_jsonl(tmp_path / "text.jsonl", ["x" * (1 + i % 9) + str(i) for i in range(200)])
+    short = prepare(open_source(spec), BytesTokenizer(), tmp_path, validation_fraction=0.0)[0]
+    form, packed = InfillingFormat(TOKENIZERS["bytes"]), PackedExamples(short, 40, seed=0)
+    cut = 0
+    for i in range(packed.examples_per_epoch):
+        arrays, before = rows(short, "concatenate", length=40, rate=0.5)[i], packed[i]
+        row = np.append(arrays["tokens"][:1], arrays["targets"][: int(arrays["weights"].sum())])
+        texts = []
+        for document in np.split(row, np.flatnonzero(row == 256) + 1):
+            is_split = len(document) > 0 and document[0] == form.prefix
+            of = [token for part in parts(form, document.tolist()) for token in part] if is_split else document
+            texts.append(bytes(int(token) for token in of if token < 256))
+        original = bytes((np.append(before["tokens"][:1], before["targets"]) % 256).tolist())  # end-of-text is 0
+        written = b"\0".join(texts).rstrip(b"\0")
+        assert original.startswith(written)
+        cut += b"\0" in original[len(written) + 1 :]
+    assert cut > 0  # rows that lose a whole document
+
+
 def test_only_the_middles_are_targets(split):
     for i in range(20):
         arrays, whole = rows(split, rate=1.0, only_middle=True)[i], rows(split, rate=1.0)[i]

@@ -15,7 +15,7 @@ from flax import struct
 from gptjax.config import GPTConfig
 from gptjax.models import low_precision
 from gptjax.models.attention_backends import attention, score_scale, softmax
-from gptjax.models.elementwise import Norm
+from gptjax.models.elementwise import Norm, Vector
 from gptjax.models.layer_inputs import LayerInputs
 from gptjax.models.positions import rotate
 from gptjax.parallel.mesh import constrain, partitioned, platform, scattered
@@ -154,8 +154,8 @@ class SelfAttention(nn.Module):
             q_BTHK, k_BTHK = rotate(q_BTHK, inputs.rotation), rotate(k_BTHK, inputs.rotation)
         sinks_H = None
         if config.attention_sinks:
-            init = partitioned(nn.initializers.zeros, "heads")
-            sinks_H = nn.unbox(self.param("sinks", init, (config.num_heads,), config.param_dtype)).astype(jnp.float32)
+            sinks = Vector(config, "bias", (config.num_heads,), ("heads",), nn.initializers.zeros, name="sinks")
+            sinks_H = sinks().astype(jnp.float32)
         key_values = KeyValues(k_BTHK.swapaxes(1, 2), v_BTHK.swapaxes(1, 2))
         if cache is not None:
             assert inputs.positions_B is not None, "decoding needs the position of each row's token"

@@ -53,7 +53,7 @@ def attention(
         query heads.
       segments_BT: int, documents packed into a row; attention stays within one. None: the row is one document.
       dropout_rng: key of the attention dropout; None: no dropout.
-      ring: positions are in the order of `gptjax.parallel.balanced_order`. Then ring attention is used, without dropout.
+      ring: positions are in the order of `parallel.balanced_order`. Then ring attention is used, without dropout.
       sinks_H: float32, a logit for each query head that takes part in its softmax, without a value. None: no sinks.
 
     Returns:
@@ -117,6 +117,7 @@ def divisible_heads(x_BTHK: jax.Array, query_heads: int) -> jax.Array:
     shards, heads = axis_size("tensor"), x_BTHK.shape[2]
     if heads % shards == 0 or query_heads % shards:
         return x_BTHK
+    x_BTHK = constrain(x_BTHK, "batch", "length", "kv_heads", None)
     repeated = math.lcm(heads, shards)
     repeated = repeated if query_heads % repeated == 0 else query_heads
     return constrain(repeat_heads(x_BTHK, repeated), "batch", "length", "heads", None)

@@ -103,6 +103,21 @@ class Norm(nn.Module):
         return normalise(x_BTD, scale_D, bias_D, config.norm_eps).astype(config.dtype)
 
 
+class Vector(nn.Module):
+    """A learned vector or scalar under its module's name, such as "sinks/bias"; weight decay rules read the leaf."""
+
+    config: GPTConfig
+    leaf: str  # "scale" or "bias"
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        value = self.param(self.leaf, partitioned(self.init, *self.axes), self.shape, self.config.param_dtype)
+        return jnp.asarray(nn.unbox(value))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def normalise(x_BTD: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: float) -> jax.Array:
     """(x - mean) / sqrt(var + eps) * scale + bias over the last axis, float32."""

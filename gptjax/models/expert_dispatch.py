@@ -95,20 +95,19 @@ def apply_experts(
         return _local(config, feed_forward, x_XD, routes, layers).reshape(x_BTD.shape)
     rows = fitting_spec(x_BTD.shape[:2], "batch", "length")
     out = fitting_spec(x_BTD.shape[:2], "batch", "sequence")
+    scatters = axis_size("tensor") > 1 and out[1] is not None
 
     def on_device(x_BTD: jax.Array, routes: Routes, layers: Layers) -> jax.Array:
         x_XD, routes = x_BTD.reshape(-1, x_BTD.shape[-1]), jax.tree.map(_flat, routes)
         out_XD = _on_device(config, feed_forward, x_XD, routes, _gathered(layers), exchanged=rows[0] is not None)
         out_BTD = out_XD.reshape(x_BTD.shape)
-        if axis_size("tensor") == 1:
-            return out_BTD
-        if out[1] == rows[1]:
-            return jax.lax.psum(out_BTD, "tensor")
-        return jax.lax.psum_scatter(out_BTD, "tensor", scatter_dimension=1, tiled=True)
+        if scatters:
+            return jax.lax.psum_scatter(out_BTD, "tensor", scatter_dimension=1, tiled=True)
+        return out_BTD if axis_size("tensor") == 1 else jax.lax.psum(out_BTD, "tensor")
 
-    return jax.shard_map(on_device, in_specs=(rows, rows, _layer_specs(layers)), out_specs=out, check_vma=False)(
-        x_BTD, routes, layers
-    )
+    return jax.shard_map(
+        on_device, in_specs=(rows, rows, _layer_specs(layers)), out_specs=out if scatters else rows, check_vma=False
+    )(x_BTD, routes, layers)
 
 
 def _flat(x_BTU: jax.Array) -> jax.Array:

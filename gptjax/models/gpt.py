@@ -21,7 +21,7 @@ from gptjax.config import GPTConfig
 from gptjax.models.attention import KeyValues, SelfAttention
 from gptjax.models.attention_backends import is_cudnn_forward
 from gptjax.models.axis_roles import ParameterAxes, tree_axes
-from gptjax.models.elementwise import Norm
+from gptjax.models.elementwise import Norm, Vector
 from gptjax.models.embedding import embed, stacked_values, value_embeddings, value_layers
 from gptjax.models.experts import ROUTER, MixtureOfExperts, RouterMeasures
 from gptjax.models.feed_forward import MLP, Adapter
@@ -102,11 +102,9 @@ class Block(nn.Module):
 
     def _scaled(self, x_BTD: jax.Array, inputs: LayerInputs) -> jax.Array:
         """a x + b x0 with learned scalars, at first a = 1 and b = 0."""
-        a, b = (
-            nn.unbox(self.param(name, partitioned(init), (), self.config.param_dtype)).astype(x_BTD.dtype)
-            for name, init in (("residual_scale", nn.initializers.ones), ("input_scale", nn.initializers.zeros))
-        )
-        return a * x_BTD + b * inputs.first_BTD
+        a = Vector(self.config, "scale", (), (), nn.initializers.ones, name="residual")()
+        b = Vector(self.config, "scale", (), (), nn.initializers.zeros, name="input")()
+        return a.astype(x_BTD.dtype) * x_BTD + b.astype(x_BTD.dtype) * inputs.first_BTD
 
 
 class Period(nn.Module):

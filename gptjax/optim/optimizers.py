@@ -212,8 +212,9 @@ def decay_factors(config: OptimizerConfig, params: Any, whole: bool = True) -> A
         raise UserError(f"optimizer.decay_rules: no rule matches the parameter {name}: add ('.*', 1.0) at the end")
 
     factors = jax.tree_util.tree_map_with_path(factor, params)
+    default = {pattern for pattern, _ in OptimizerConfig().decay_rules}  # a model may have no biases
     for pattern, _, _ in rules:
-        if whole and pattern not in used:
+        if whole and pattern not in used | default:
             raise UserError(
                 f"optimizer.decay_rules: {pattern!r} is the first match of no parameter: remove or correct it"
             )

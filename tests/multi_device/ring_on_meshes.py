@@ -104,7 +104,9 @@ def order(mesh: str) -> dict[str, Any]:
             "gradient": (
                 x_BTD,
                 run(
-                    lambda x, g: jax.vjp(balanced_order.balance, x)[1](g)[0], place(x_BTD), place(x_BTD[:, positions_T])
+                    lambda x, g: jax.vjp(balanced_order.balance, x)[1](g)[0],
+                    place(x_BTD),
+                    place(x_BTD[:, positions_T]),
                 ),
             ),
         }

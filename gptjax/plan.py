@@ -135,7 +135,7 @@ def plan_by_formula(config: Config) -> None:
     for plan in plan_topologies(config, cast(Any, WEIGHTS.value), training=not DECODE.value):
         plans.append(plan)
         found = [name for name, part in (("training", plan.training), ("generation", plan.decoding)) if part]
-        say(f"{plan.topology.name}: {' and '.join(found) or 'nothing'} fits")
+        say(f"{plan.topology.name}: {'layout for ' + ' and '.join(found) if found else 'nothing fits'}")
     if all(plan.training is None and plan.decoding is None for plan in plans):
         raise UserError("nothing fits any of the slices tried: plan larger ones by --topology=CHIP:SHAPE --search")
     output(formula_table(config, plans), formula_json(config, plans))

@@ -6,7 +6,7 @@ python -m gptjax.plan --config=configs/gpt3.py:size=175b --topology=v5p:8x8x16 -
     --config.mesh.data=1 --config.mesh.fsdp=64 --config.mesh.tensor=16 --config.batch.microbatch_size=64 \
     --config.batch.ramp_start_tokens=131072 --config.model.remat=full
 
-Without --topology, layouts for slices of several sizes are found by formula, within a minute or two. With it, the
+Without --topology, layouts for slices of several sizes are found by formula, in seconds. With it, the
 training step is compiled ahead of time, and memory, collectives and time are reported. That needs libtpu, which
 contains the TPU compiler (pip install 'gptjax[tpu]'). `--topology=cpu:8` compiles for simulated CPU devices.
 """

@@ -6,7 +6,7 @@ python -m gptjax.plan --config=configs/gpt3.py:size=175b --topology=v5p:8x8x16 -
     --config.mesh.data=1 --config.mesh.fsdp=64 --config.mesh.tensor=16 --config.batch.microbatch_size=64 \
     --config.batch.ramp_start_tokens=131072 --config.model.remat=full
 
-Without --topology, layouts for slices of several sizes are found by formula, within a minute or two. With it, the
+Without --topology, layouts for slices of several sizes are found by formula, in seconds. With it, the
 training step is compiled ahead of time, and memory, collectives and time are reported. That needs libtpu, which
 contains the TPU compiler (pip install 'gptjax[tpu]'). `--topology=cpu:8` compiles for simulated CPU devices.
 """
@@ -135,7 +135,7 @@ def plan_by_formula(config: Config) -> None:
     for plan in plan_topologies(config, cast(Any, WEIGHTS.value), training=not DECODE.value):
         plans.append(plan)
         found = [name for name, part in (("training", plan.training), ("generation", plan.decoding)) if part]
-        say(f"{plan.topology.name}: {' and '.join(found) or 'nothing'} fits")
+        say(f"{plan.topology.name}: {'layout for ' + ' and '.join(found) if found else 'nothing fits'}")
     if all(plan.training is None and plan.decoding is None for plan in plans):
         raise UserError("nothing fits any of the slices tried: plan larger ones by --topology=CHIP:SHAPE --search")
     output(formula_table(config, plans), formula_json(config, plans))

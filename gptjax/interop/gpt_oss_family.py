@@ -15,7 +15,7 @@ from gptjax.interop.rotary_keys import (
 
 _NAMES: Names = {
     **COMMON_NAMES,
-    "layers/attention/sinks": ("layers.{i}.self_attn.sinks",),
+    "layers/attention/sinks/bias": ("layers.{i}.self_attn.sinks",),
     "layers/mlp/router/kernel": ("layers.{i}.mlp.router.weight",),
     "layers/mlp/router/bias": ("layers.{i}.mlp.router.bias",),
     # Stacked over experts and (inputs, outputs); columns of the gate and of the other projection alternate.

@@ -77,6 +77,8 @@ def _read_parameters(key: str, given: Any, theirs: Json, context_length: int, th
         return default if value is None else as_float(f"{key}: {name}", value)
 
     fields: dict[str, Any] = {"rope_theta": number("rope_theta", theta)}
+    if fields["rope_theta"] <= 1:
+        raise UserError(f"{key}: rope_theta={fields['rope_theta']} is not above 1")
     if kind == "default":
         return fields
     original = theirs.get("original_max_position_embeddings", given.get("original_max_position_embeddings"))

@@ -132,7 +132,7 @@ def tensors(config: Json) -> dict[str, np.ndarray]:
     std = {"embed_tokens.weight": 1.0, "sinks": 1.0, "router.bias": 0.6}
 
     def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        scale = next((value for end, value in std.items() if name.endswith(end)), 0.35)
+        scale = next((value for end, value in std.items() if name.endswith(end)), 0.25)
         return (rng.normal(0, scale, shape) + name.endswith("norm.weight")).astype(np.float32)
 
     return {name: draw(name, shape) for name, shape in shapes(config).items()}

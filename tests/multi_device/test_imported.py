@@ -12,7 +12,7 @@ MESHES = {
     "context=4,fsdp=2": 1 / 2,
     "expert=2,tensor=2,context=2": 1 / 4,
 }
-TOLERANCE = 5e-5  # of logits up to 10: sums are split differently
+TOLERANCE = 1e-4  # of logits up to 10, in float32: sums are split differently
 
 
 @pytest.fixture(scope="module")

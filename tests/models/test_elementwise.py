@@ -17,6 +17,7 @@ PLAIN = {
     "gelu_tanh": nn.gelu,
     "gelu_exact": lambda x: nn.gelu(x, approximate=False),
     "relu": nn.relu,
+    "relu_squared": lambda x: jnp.square(nn.relu(x)),
     "silu": nn.silu,
 }
 

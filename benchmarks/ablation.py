@@ -47,7 +47,7 @@ def main(_: list[str]) -> None:
     for name in NAMES.value:
         c.choose(VARIANTS, name, "variants")
     # Seeds in the outer loop: an interrupted benchmark has compared all variants with the first seeds.
-    curves = {name: [] for name in NAMES.value}
+    curves: dict[str, list[dict[str, list[float]]]] = {name: [] for name in NAMES.value}
     for seed, name in itertools.product(range(SEEDS.value), NAMES.value):
         curves[name].append(train(name, seed))
     budget = min(curve["seconds"][-1] for seeds in curves.values() for curve in seeds)

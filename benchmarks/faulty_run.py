@@ -32,7 +32,7 @@ def fail_reads(fault: str) -> None:
         return original(stored)
 
     read_errors.RETRY_DELAYS = (0.05, 0.05)  # type: ignore[assignment]
-    StoredCheckpoint.manifest = manifest  # type: ignore[method-assign]
+    StoredCheckpoint.manifest = manifest  # type: ignore[method-assign,assignment]
 
 
 def cut_message(count: int) -> None:

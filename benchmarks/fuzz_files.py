@@ -172,8 +172,9 @@ def tokenizer_readers() -> dict[str, Callable[[Path], None]]:
     from gptjax.interop import tokenizer_files
 
     def use(found: tokenizers.Tokenizer | None) -> None:
-        for text in TEXTS if found is not None else ():
-            found.decode(found.encode(text))
+        if found is not None:
+            for text in TEXTS:
+                found.decode(found.encode(text))
 
     def imported(workdir: Path) -> None:
         found = tokenizer_files.read_tokenizer(workdir)

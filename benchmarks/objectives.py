@@ -81,8 +81,8 @@ def pretrain(files: dict[str, Path], root: Path, objective: str, seed: int) -> P
     workdir = root / f"{objective.replace(' ', '_')}-{seed}"
     config = c.resolve(runpy.run_path("configs/gpt2.py")["get_config"]("runlocal"))
     heads = None if WIDTH.value is None else WIDTH.value // 32
-    sizes = {"num_layers": LAYERS.value, "embed_dim": WIDTH.value, "num_heads": heads, "context_length": CONTEXT.value}
-    sizes = {name: value for name, value in sizes.items() if value is not None}
+    given = {"num_layers": LAYERS.value, "embed_dim": WIDTH.value, "num_heads": heads, "context_length": CONTEXT.value}
+    sizes = {name: value for name, value in given.items() if value is not None}
     config = c.replace(config, {"model": sizes, "batch": {"tokens_per_batch": 16 * sizes.get("context_length", 128)}})
     sections: dict[str, dict[str, Any]] = {
         "data": {"source": f"jsonl:{files['texts']}", "packing": "segment"} | OBJECTIVES[objective],

@@ -85,8 +85,11 @@ def values(hint: Any, value: Any) -> list[str]:
     elif kind is str:
         found += ["", "/proc/does/not/exist", f"{value}x"]
     else:
-        text = {"tuple[str, ...]": [("nonsense",), ("(",)], "tuple[float, ...]": [(1.0,), (-1.0, 2.0)]}
-        pairs = [(("nothing", 1),), (("(", 1.0),), ((".*", -1.0),), (("text", "text"),)]
+        text: dict[str, list[Any]] = {
+            "tuple[str, ...]": [("nonsense",), ("(",)],
+            "tuple[float, ...]": [(1.0,), (-1.0, 2.0)],
+        }
+        pairs: list[Any] = [(("nothing", 1),), (("(", 1.0),), ((".*", -1.0),), (("text", "text"),)]
         found += [(), *text.get(str(kind), pairs)]
     now = {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else str(value)
     return [text for text in map(str, found) if text != now]

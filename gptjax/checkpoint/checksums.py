@@ -43,7 +43,7 @@ def _bits(leaf: Any) -> Any:
     """
     if jax.default_backend() != "cpu" or (isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1):
         return leaf
-    return jax.device_put(np.asarray(leaf).view(f"u{leaf.dtype.itemsize}"), may_alias=True)
+    return np.asarray(leaf).view(f"u{leaf.dtype.itemsize}")
 
 
 # Compiled once per shape, dtype and sharding: leaves of the same shape, such as moments, share a program.

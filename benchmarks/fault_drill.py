@@ -298,7 +298,10 @@ def disturb(run: Run, faults: list[str], corruptions: int, rng: random.Random) -
         if kind in (CHANGED, EIO, EMFILE, READER, HALF_LINE) and not run.checkpoints():
             waiting.append(kind)
             kind = "SIGTERM"  # which saves one
-        if left and DAMAGED not in undecided and len(run.checkpoints()) >= 2 and rng.random() < 0.7:
+        if kind == READER and DAMAGED in undecided:  # a reader reports the damage
+            waiting.append(kind)
+            kind = "SIGTERM"
+        if left and kind != READER and DAMAGED not in undecided and len(run.checkpoints()) >= 2 and rng.random() < 0.7:
             print(f"  damage: {damage(run, rng)}", flush=True)
             outcomes[DAMAGED].injected += 1
             undecided.append(DAMAGED)

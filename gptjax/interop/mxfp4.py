@@ -82,8 +82,8 @@ def joined(tensors: dict[str, Tensor]) -> dict[str, Tensor | PackedTensor]:
 def decode(blocks: npt.NDArray[np.uint8], scales: npt.NDArray[np.uint8]) -> npt.NDArray[np.generic]:
     """Decodes (..., G, 16) bytes with the scales (..., G) to bfloat16 (..., 32 G).
 
-    All numbers are exact. The scale 255 is NaN in the format; like transformers, this reads it as 2^128, with which all
-    magnitudes above 0.5 are infinite.
+    All numbers are exact, except that those of 2^128 or more are infinite. The scale 255 is NaN in the format; as in
+    transformers, it is read as 2^128.
     """
     out = np.empty(blocks.shape, np.uint32)  # two numbers each
     flat, bytes_X16, scale_X = out.reshape(-1, _BLOCK_BYTES), blocks.reshape(-1, _BLOCK_BYTES), scales.reshape(-1)

@@ -45,12 +45,16 @@ def frequencies(config: GPTConfig) -> npt.NDArray[np.float32]:
 
     YaRN keeps frequencies that rotate more than beta_fast times within the original context, divides by `yarn_factor`
     those that rotate less than beta_slow times, and interpolates linearly in i between both.
+
+    All is rounded to float32, as in the programs that published models were trained with: at position 10^5, other
+    roundings of a frequency change its angle by 0.03.
     """
     width = config.head_dim
-    exponent = np.arange(0, width, 2, dtype=np.float64) / width
-    kept = config.rope_theta**-exponent
+    exponent = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
+    wavelength = np.float32(config.rope_theta) ** exponent  # divided by 2 pi
+    kept: npt.NDArray[np.float32] = np.reciprocal(wavelength)
     if config.yarn_factor is None:
-        return kept.astype(np.float32)
+        return kept
 
     def pair_rotating(times: float) -> float:
         """The index i, a real number, of the pair that rotates so many times within the original context."""
@@ -61,9 +65,11 @@ def frequencies(config: GPTConfig) -> npt.NDArray[np.float32]:
     if config.yarn_truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, width - 1)
-    high = high if high > low else low + 0.001
-    interpolated_share = np.clip((np.arange(width // 2) - low) / (high - low), 0, 1)
-    return (interpolated_share * kept / config.yarn_factor + (1 - interpolated_share) * kept).astype(np.float32)
+    high = low + 0.001 if high == low else high
+    index = np.arange(width // 2, dtype=np.float32)
+    kept_share = 1 - np.clip((index - np.float32(low)) / np.float32(high - low), 0, 1)
+    interpolated = 1 / (np.float32(config.yarn_factor) * wavelength)
+    return interpolated * (1 - kept_share) + kept * kept_share
 
 
 def attention_factor(config: GPTConfig) -> float:

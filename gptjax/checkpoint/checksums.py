@@ -29,7 +29,7 @@ def checksums(tree: Any) -> dict[str, int]:
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     in_host = {name: leaf for name, (_, leaf) in zip(names, leaves, strict=True) if _is_in_host(leaf)}
     on_device = {name: leaf for name, (_, leaf) in zip(names, leaves, strict=True) if name not in in_host}
-    sums = dict(zip(on_device, np.asarray(_sums(list(on_device.values()))).tolist(), strict=True)) if on_device else {}
+    sums = dict(zip(on_device, _sums_on_device(list(on_device.values())), strict=True))
     # One array at a time: a device whose optimizer state is offloaded has no room for all of it.
     sums |= {
         name: int(_sum_from_host(leaf, leaf.sharding.with_memory_kind("device"))) for name, leaf in in_host.items()
@@ -39,6 +39,20 @@ def checksums(tree: Any) -> dict[str, int]:
 
 def _is_in_host(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and leaf.sharding.memory_kind == "pinned_host"
+
+
+def _sums_on_device(leaves: list[jax.Array]) -> list[int]:
+    if jax.default_backend() != "cpu":
+        return np.asarray(_sums(leaves)).tolist() if leaves else []
+    # One array at a time: a CPU's program for all of them would hold the bits of all, a second copy of the tree.
+    return [int(_sums([_bits(leaf)])[0]) for leaf in leaves]
+
+
+def _bits(leaf: jax.Array) -> jax.Array:
+    """The same bits as unsigned integers, which are not copied if the array is on one CPU; else the array itself."""
+    if isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1:
+        return leaf
+    return jax.device_put(np.asarray(leaf).view(f"u{leaf.dtype.itemsize}"), may_alias=True)
 
 
 @jax.jit

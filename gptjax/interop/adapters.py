@@ -21,7 +21,7 @@ from gptjax.config import (
 )
 from gptjax.data.templates import chat_format
 from gptjax.interop import families, task_heads
-from gptjax.interop.families import Family
+from gptjax.interop.family import HEAD, Family, placements
 from gptjax.interop.huggingface import check_new, new_directory
 from gptjax.interop.peft_files import load_lora, save_lora
 from gptjax.interop.tokenizer_files import write_tokenizer
@@ -31,7 +31,7 @@ from gptjax.stages import registry
 from gptjax.stages.registry import completed_config
 from gptjax.stages.saved_weights import given_base, load_given, load_parts
 
-_EMBEDDING = "token_embedding/embedding"
+_EMBEDDINGS = {"token_embedding/embedding", "head_embedding/embedding"}
 
 
 def export_adapter(workdir: Path, directory: Path, *, best: bool = False, step: int | None = None) -> None:
@@ -62,11 +62,13 @@ def export_adapter(workdir: Path, directory: Path, *, best: bool = False, step: 
     if is_task:
         head, leaves = task_heads.split_head(family, config, tokenizer, params)
     modules: dict[str, dict[str, np.ndarray]] = {}
-    if _EMBEDDING in peft.flatten(parts.trained):
-        table = {"weight": np.asarray(leaves[_EMBEDDING])}
-        modules[families.PREFIX + family.names[_EMBEDDING][0].removesuffix(".weight")] = table
-        if head is None:
-            modules[families.HEAD.removesuffix(".weight")] = table  # tied weights, which PEFT's copy unties
+    for path in _EMBEDDINGS & peft.flatten(parts.trained).keys():
+        (name,) = family.names[path]
+        assert isinstance(name, str)
+        table = {"weight": np.asarray(leaves[path])}
+        modules[family.full_name(name.removesuffix(".weight"))] = table
+        if head is None and config.model.tied_head:
+            modules[HEAD.removesuffix(".weight")] = table  # tied weights, which PEFT's copy unties
     if head is not None:
         modules[head.module] = head.tensors
         if head.is_folded:
@@ -99,9 +101,9 @@ def _last_norm(family: Family, model: GPTConfig, leaves: dict[str, Any]) -> dict
     found: dict[str, dict[str, np.ndarray]] = {}
     for name in ("scale", "bias"):
         leaf = np.asarray(leaves[f"{path}/{name}"])
-        places = list(families.placements(family, len(model.attention_pattern), f"{path}/{name}", leaf.shape))
+        places = list(placements(family, len(model.attention_pattern), f"{path}/{name}", leaf.shape))
         module, _, theirs = places[row or 0].name.rpartition(".")
-        found.setdefault(families.PREFIX + module, {})[theirs] = leaf if row is None else leaf[row]
+        found.setdefault(family.full_name(module), {})[theirs] = leaf if row is None else leaf[row]
     return found
 
 

@@ -6,8 +6,8 @@ and a directory is written under a temporary name and renamed when it is complet
 
 import contextlib
 import dataclasses
+import itertools
 import json
-import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -24,8 +24,9 @@ from gptjax.data import tokenizers
 from gptjax.data.templates import ChatFormat, chat_format
 from gptjax.files import unfinished_path
 from gptjax.interop import families, safetensors_files, task_heads
-from gptjax.interop.families import Family, Placement, placements
-from gptjax.interop.safetensors_files import DTYPES, Declared, Tensor
+from gptjax.interop.family import Family, Placement, placements
+from gptjax.interop.pretrained_weights import read_parameters
+from gptjax.interop.safetensors_files import DTYPES, Declared
 from gptjax.interop.task_heads import Head
 from gptjax.interop.tokenizer_files import ends_of, read_tokenizer, write_tokenizer
 from gptjax.models.gpt import GPT, abstract_params
@@ -67,11 +68,7 @@ def load_pretrained(
     mesh = make_mesh(_spread(config)) if mesh is None else mesh
     abstract = abstract_params(GPT(config), mesh)
     leaves = _by_path(abstract)
-    tensors = _without_prefix(directory, safetensors_files.read_headers(directory))
-    table = _match(directory, family, config, leaves, tensors)
-    # The largest first, so that the peak memory, which includes the buffer of the tensor being read, is low.
-    order = sorted(leaves, key=lambda path: -math.prod(leaves[path].shape))
-    arrays = {path: _read_parameter(leaves[path], config.param_dtype, table[path], tensors) for path in order}
+    arrays = read_parameters(directory, family, config, leaves)
     return GPT(config), jax.tree.unflatten(jax.tree.structure(abstract), [arrays[path] for path in leaves])
 
 
@@ -123,25 +120,64 @@ def _save(
     if head is not None:
         layer = {f"{head.module}.{name}": array for name, array in head.tensors.items()}
         theirs |= head.settings | {"architectures": [head.architecture]}
-    period = len(config.attention_pattern)
-    places = {path: list(placements(family, period, path, leaf.shape)) for path, leaf in abstract.items()}
-    declared = [
-        Declared(families.PREFIX + place.name, _CONTAINER_DTYPE[str(leaf.dtype)], place.shape)
-        for path, leaf in abstract.items()
-        for place in places[path]
-    ] + [Declared(name, _CONTAINER_DTYPE[str(array.dtype)], array.shape) for name, array in layer.items()]
-
-    def arrays() -> Iterator[np.ndarray]:
-        for path, leaf in zip(abstract, leaves, strict=True):
-            for place in places[path]:
-                yield place.to_theirs(np.asarray(leaf if place.row is None else leaf[place.row]))
-        yield from layer.values()
+    tensors = _TensorPieces(family, config, abstract)
+    declared = tensors.declared + [
+        Declared(name, _CONTAINER_DTYPE[str(array.dtype)], array.shape) for name, array in layer.items()
+    ]
+    arrays = itertools.chain(tensors.values(leaves), layer.values())
 
     with new_directory(directory) as unfinished:
         (unfinished / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
-        safetensors_files.write(unfinished, declared, arrays(), max_file_bytes)
+        safetensors_files.write(unfinished, declared, arrays, max_file_bytes)
         if tokenizer is not None:
             write_tokenizer(tokenizer, unfinished, config.context_length, chat, is_task=head is not None)
+
+
+class _TensorPieces:
+    """The tensors of transformers that parameters become, in the order in which the parameters are complete.
+
+    A tensor may have the columns of two parameters; the first of them is held until the second is there.
+    """
+
+    def __init__(self, family: Family, config: GPTConfig, abstract: dict[str, Any]) -> None:
+        """`abstract`: shapes and dtypes of the parameters, by path, in the order of their values."""
+        self._paths = list(abstract)
+        self._pieces: dict[str, list[Placement]] = {}
+        for path, leaf in abstract.items():
+            for place in placements(family, len(config.attention_pattern), path, leaf.shape):
+                self._pieces.setdefault(place.name, []).append(place)
+        # Tensors by the last parameter that they need.
+        self._names: dict[str, list[str]] = {path: [] for path in abstract}
+        self.declared: list[Declared] = []
+        for name, pieces in self._pieces.items():
+            self._names[pieces[-1].path].append(name)
+        for path, names in self._names.items():
+            dtype = _CONTAINER_DTYPE[str(abstract[path].dtype)]
+            self.declared += [Declared(family.full_name(name), dtype, self._pieces[name][-1].shape) for name in names]
+
+    def values(self, leaves: Iterator[Any]) -> Iterator[np.ndarray]:
+        """Yields the tensors in the order of `declared`; `leaves`: values of the parameters."""
+        held: dict[str, Any] = {}
+        for path, leaf in zip(self._paths, leaves, strict=True):
+            held[path] = leaf
+            for name in self._names[path]:
+                yield self._joined(self._pieces[name], held)
+            for complete in {place.path for name in self._names[path] for place in self._pieces[name]}:
+                del held[complete]
+
+    @staticmethod
+    def _joined(pieces: list[Placement], held: dict[str, Any]) -> np.ndarray:
+        parts = [place.to_theirs(np.asarray(_layer(held[place.path], place.row))) for place in pieces]
+        if pieces[0].first is None:
+            return parts[0]
+        tensor = np.empty(pieces[0].shape, parts[0].dtype)
+        for place, part in zip(pieces, parts, strict=True):
+            tensor[..., place.first :: 2] = part
+        return tensor
+
+
+def _layer(leaf: Any, row: int | None) -> Any:
+    return leaf if row is None else leaf[row]
 
 
 def import_workdir(
@@ -298,102 +334,3 @@ def _by_path(tree: Any) -> dict[str, Any]:
     """Returns the leaves of a tree, by paths such as layers/block_0/mlp/up/kernel, in the tree's order."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def _without_prefix(directory: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the weights by their names in the tables: without PREFIX, and without buffers."""
-    weights: dict[str, Tensor] = {}
-    for full_name, tensor in tensors.items():
-        name = full_name.removeprefix(families.PREFIX)
-        if families.BUFFERS.fullmatch(name):
-            continue
-        if name in weights:
-            raise UserError(f"{directory} has the tensor {name} twice, with and without {families.PREFIX!r}")
-        weights[name] = tensor
-    return weights
-
-
-def _match(
-    directory: Path, family: Family, config: GPTConfig, leaves: dict[str, Any], tensors: dict[str, Tensor]
-) -> dict[str, list[Placement]]:
-    """Returns the placements of each parameter, having checked that all tensors are used and have the right shapes.
-
-    The tied head is removed from `tensors`, or replaces the token embedding if that is missing.
-    """
-    embedding = family.names["token_embedding/embedding"][0]
-    head = tensors.pop(families.HEAD, None)
-    if head is not None and embedding not in tensors:
-        tensors[embedding] = head
-    unused = dict(tensors)
-    table: dict[str, list[Placement]] = {}
-    for path, leaf in leaves.items():
-        table[path] = []
-        for place in placements(family, len(config.attention_pattern), path, leaf.shape):
-            tensor = unused.pop(place.name, None)
-            if tensor is None:
-                raise UserError(
-                    f"{directory} lacks the tensor {place.name} {list(place.shape)}, which its config.json "
-                    f"({family.model_type}, {config.num_layers} layers) requires"
-                )
-            if tensor.shape != place.shape:
-                raise UserError(
-                    f"{tensor.file}: the tensor {place.name} has shape {list(tensor.shape)}, but config.json requires "
-                    f"{list(place.shape)}: one of the two is another model's"
-                )
-            if tensor.dtype not in DTYPES:
-                raise UserError(
-                    f"{tensor.file}: the tensor {place.name} is of dtype {tensor.dtype}: save it as one of "
-                    f"{', '.join(DTYPES)}"
-                )
-            table[path].append(place)
-    if unused:
-        name, tensor = next(iter(unused.items()))
-        raise UserError(
-            f"{tensor.file} has the tensor {name} {list(tensor.shape)}, which has no place in a {family.model_type} of "
-            f"{config.num_layers} layers with a language-modelling head"
-        )
-    if head is not None and not safetensors_files.same_bytes(head, tensors[embedding]):
-        raise UserError(
-            f"{head.file}: {families.HEAD} {list(head.shape)} is not the same as {embedding} "
-            f"{list(tensors[embedding].shape)}: a head that is not tied to the embedding is not supported"
-        )
-    return table
-
-
-def _read_parameter(
-    leaf: jax.ShapeDtypeStruct, dtype: str, places: list[Placement], tensors: dict[str, Tensor]
-) -> jax.Array:
-    """Reads a parameter with the sharding of `leaf`: each tensor is read once, and each device gets its shard."""
-
-    def bounds(index: tuple[slice, ...] | None) -> tuple[slice, ...]:
-        assert index is not None
-        return tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, leaf.shape, strict=True))
-
-    assert leaf.sharding is not None
-    shards = [bounds(index) for index in leaf.sharding.addressable_devices_indices_map(leaf.shape).values()]
-    buffers = {
-        str(shard): (shard, _aligned([part.stop - part.start for part in shard], jax.numpy.dtype(dtype)))
-        for shard in shards
-    }
-    for place in places:
-        tensor = tensors[place.name]
-        values = place.to_ours(safetensors_files.read(tensor))
-        if not np.isfinite(values).all():
-            raise UserError(f"{tensor.file}: the tensor {place.name} has values that are not finite numbers")
-        for shard, buffer in buffers.values():
-            # The axes of layers and of queries, keys and values are never sharded: a shard has all rows and parts.
-            inner = shard if place.row is None else shard[1:]
-            target = buffer if place.row is None else buffer[place.row]
-            if place.part is not None:
-                inner, target = inner[:1] + inner[2:], target[:, place.part]
-            target[...] = values[inner]
-        del values  # before the next is read
-    return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: buffers[str(bounds(index))][1])
-
-
-def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
-    """Returns an uninitialised array aligned to 64 bytes, which JAX uses on a CPU without copying."""
-    num_bytes = math.prod(shape) * dtype.itemsize
-    memory = np.empty(num_bytes + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + num_bytes].view(dtype).reshape(shape)

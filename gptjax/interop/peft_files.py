@@ -1,7 +1,7 @@
 """Reading and writing of LoRA matrices in Hugging Face PEFT's format: adapter_config.json, adapter_model.safetensors.
 
 PEFT stores (r, inputs) and (outputs, r) for each layer, gptjax (layers, inputs, r) and (layers, r, outputs). Where a
-family has separate matrices for queries, keys and values (`families.Placement.part`), they share lora_a in gptjax, and
+family has separate matrices for queries, keys and values (`family.Placement.part`), they share lora_a in gptjax, and
 each has a third of lora_b.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from gptjax.config import GPTConfig, PeftConfig, UserError
 from gptjax.interop import families, safetensors_files
-from gptjax.interop.families import Placement, placements
+from gptjax.interop.family import Family, Placement, placements
 from gptjax.interop.huggingface import new_directory
 from gptjax.interop.safetensors_files import DTYPES, Declared, Tensor
 from gptjax.models import peft
@@ -29,6 +29,7 @@ from gptjax.models.gpt import GPT, model_axes
 CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."
 _NAME = re.compile(r"(.+)\.lora_([AB])\.weight")
+_WITHOUT_LORA = re.compile(r"/mlp/(experts|router)/")
 Pair = tuple[np.ndarray, np.ndarray]  # (inputs, r) and (r, outputs), float32
 _CONTAINER_DTYPE = {str(dtype): name for name, dtype in DTYPES.items()}
 
@@ -74,6 +75,11 @@ def save_lora(
     arrays = peft.flatten(leaves)
     if others := [path for path in arrays if not path.startswith("layers/") or not path.endswith(peft.LORA)]:
         raise UserError(f"{others[0]} is not a LoRA matrix of a layer, and PEFT's format cannot express it")
+    if others := [path for path in arrays if _WITHOUT_LORA.search(path)]:
+        raise UserError(
+            f"{others[0]} adapts a mixture of experts, whose kernels are no linear layers in transformers, and PEFT's "
+            "format cannot express it: export the whole model with --to_hf"
+        )
     declared: list[Declared] = []
     values: list[np.ndarray] = []
     targets: list[str] = []
@@ -90,7 +96,7 @@ def save_lora(
             module = where.name.removesuffix(".weight")
             targets.append(module)
             for name, theirs in zip("AB", _to_theirs(where, np.asarray(a), np.asarray(b)), strict=True):
-                full_name = f"{_PREFIX}{families.PREFIX}{module}.lora_{name}.weight"
+                full_name = f"{_PREFIX}{family.full_name(module)}.lora_{name}.weight"
                 declared.append(Declared(full_name, _CONTAINER_DTYPE[str(theirs.dtype)], theirs.shape))
                 values.append(theirs)
     if arrays or not declared:
@@ -107,7 +113,7 @@ def save_lora(
         "r": config.rank,
         "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
         "lora_dropout": config.dropout,
-        "target_modules": _target_modules(targets, model.num_layers),
+        "target_modules": _target_modules(family, targets, model.num_layers),
         "fan_in_fan_out": not family.transposed,
         "bias": "none",
     }
@@ -136,7 +142,7 @@ def load_lora(directory: str | Path, model: GPTConfig) -> tuple[PeftConfig, dict
     directory = Path(directory).expanduser()
     config = _read_config(directory / CONFIG_FILE)
     family = families.family_of(model)
-    tensors = _read_headers(directory)
+    tensors = _read_headers(directory, family)
     kernels: list[_Kernel] = []
     for path, shape in _kernel_shapes(model).items():
         pairs: dict[tuple[int, int], Pair] = {}
@@ -158,7 +164,9 @@ def load_lora(directory: str | Path, model: GPTConfig) -> tuple[PeftConfig, dict
             kernels.append(_Kernel(path, shape, inputs, len(places) // shape[0], config.rank, pairs))
     if tensors:
         module, name = next(iter(tensors))
-        raise UserError(f"{directory / WEIGHTS_FILE} has {module}.lora_{name}, but the model has no such kernel")
+        raise UserError(
+            f"{directory / WEIGHTS_FILE} has {module}.lora_{name}, but the model has no such kernel that LoRA can adapt"
+        )
     if not kernels:
         raise UserError(f"{directory / WEIGHTS_FILE} has no tensors")
     width = max(kernel.width for kernel in kernels)
@@ -172,10 +180,11 @@ def load_lora(directory: str | Path, model: GPTConfig) -> tuple[PeftConfig, dict
 
 
 def _kernel_shapes(model: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of the layers' kernels, by path."""
+    """Returns the shapes of the layers' kernels that PEFT can adapt, by path."""
     abstract = jax.eval_shape(lambda: nn.unbox(GPT(model).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))))
     leaves = peft.flatten(abstract["params"]["layers"])
-    return {f"layers/{path}": leaf.shape for path, leaf in leaves.items() if path.endswith("/kernel")}
+    kernels = {f"layers/{path}": leaf.shape for path, leaf in leaves.items() if path.endswith("/kernel")}
+    return {path: shape for path, shape in kernels.items() if not _WITHOUT_LORA.search(path)}
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -188,14 +197,14 @@ def _to_theirs(where: Placement, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarr
     return a[where.row].reshape(-1, rank).T, part.reshape(rank, -1).T
 
 
-def _target_modules(modules: list[str], num_layers: int) -> list[str]:
+def _target_modules(family: Family, modules: list[str], num_layers: int) -> list[str]:
     """Returns PEFT's target_modules: names without the layer if all layers have the module."""
     kinds: dict[str, list[str]] = {}
     for module in modules:
-        kinds.setdefault(re.sub(r"^h\.\d+\.", "", module), []).append(module)
+        kinds.setdefault(re.sub(r"^(h|layers)\.\d+\.", "", module), []).append(module)
     names: list[str] = []
     for kind, same in kinds.items():
-        names += [kind] if len(same) == num_layers else [families.PREFIX + module for module in same]
+        names += [kind] if len(same) == num_layers else [family.full_name(module) for module in same]
     return names
 
 
@@ -229,7 +238,7 @@ def _read_config(path: Path) -> PeftConfig:
     return PeftConfig(method="lora", rank=rank, alpha=float(alpha), dropout=float(dropout))
 
 
-def _read_headers(directory: Path) -> dict[tuple[str, str], Tensor]:
+def _read_headers(directory: Path, family: Family) -> dict[tuple[str, str], Tensor]:
     """Reads the headers of a directory's tensors, by module without prefixes, and "A" or "B"."""
     path = directory / WEIGHTS_FILE
     if not path.is_file():
@@ -245,9 +254,9 @@ def _read_headers(directory: Path) -> dict[tuple[str, str], Tensor]:
             raise UserError(
                 f"{path} has the tensor {name}, which is not LoRA on a kernel: other PEFT methods are not supported"
             )
-        key = (match[1].removeprefix(_PREFIX).removeprefix(families.PREFIX), match[2])
+        key = (match[1].removeprefix(_PREFIX).removeprefix(family.prefix), match[2])
         if key in tensors:
-            raise UserError(f"{path} has {match[1]} twice, with and without {families.PREFIX!r}")
+            raise UserError(f"{path} has {match[1]} twice, with and without {family.prefix!r}")
         if tensor.dtype not in DTYPES:
             raise UserError(
                 f"{path}: the tensor {name} is of dtype {tensor.dtype}: save it as one of {', '.join(DTYPES)}"

@@ -118,13 +118,14 @@ def _tensor(path: Path, size: int, data_start: int, name: str, entry: Any) -> Te
     return Tensor(path, dtype, shape, data_start + start, end - start)
 
 
-def read(tensor: Tensor) -> np.ndarray:
-    """The values of a tensor of one of DTYPES, in an array of its own."""
-    array = np.empty(tensor.shape, DTYPES[tensor.dtype])
+def read(tensor: Tensor, row: int | None = None) -> np.ndarray:
+    """The values of a tensor of one of DTYPES or U8, in an array of its own; `row`: of this row of its first axis."""
+    shape, start = (tensor.shape, 0) if row is None else (tensor.shape[1:], row * tensor.num_bytes // tensor.shape[0])
+    array = np.empty(shape, DTYPES.get(tensor.dtype, np.dtype(np.uint8)))
     with tensor.file.open("rb") as file:
-        file.seek(tensor.start)
+        file.seek(tensor.start + start)
         count = file.readinto(array.reshape(-1).view(np.uint8).data)
-    if count != tensor.num_bytes:
+    if count != array.nbytes:
         raise UserError(f"{tensor.file} became shorter while it was read")
     return array
 
@@ -188,7 +189,7 @@ def write(
             for tensor in tensors:
                 array = np.ascontiguousarray(next(values))
                 assert array.shape == tensor.shape
-                assert array.dtype == DTYPES[tensor.dtype]
+                assert array.dtype == DTYPES.get(tensor.dtype, np.uint8)
                 out.write(array.reshape(-1).view(np.uint8).data)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from gptjax.config import Config, GPTConfig, UserError
 from gptjax.data.task_inputs import special_tokens
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.interop.families import Family
+from gptjax.interop.family import Family
 from gptjax.models import peft
 from gptjax.stages import registry
 
@@ -69,6 +69,11 @@ def check(workdir: Path, family: Family, config: Config) -> None:
         )
     if head is None:
         return
+    if family.model_type not in _PREFIXES:
+        raise UserError(
+            f"{workdir}: the head of a task over a {family.model_type} cannot be exported, only over "
+            f"{', '.join(_PREFIXES)}: use gptjax.predict"
+        )
     if config.task.bidirectional:
         raise UserError(
             f"{workdir} attends in both directions (task.bidirectional=true), which no {family.model_type} class of "

@@ -26,12 +26,6 @@ def checksums(tree: Any) -> dict[str, int]:
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-<<<<<<< HEAD
-=======
-    in_host = {name: leaf for name, (_, leaf) in zip(names, leaves, strict=True) if _is_in_host(leaf)}
-    on_device = {name: leaf for name, (_, leaf) in zip(names, leaves, strict=True) if name not in in_host}
-    sums = dict(zip(on_device, _sums_on_device(list(on_device.values())), strict=True))
->>>>>>> h19io
     # One array at a time: a device whose optimizer state is offloaded has no room for all of it.
     return {name: int(_sum(_bits(_on_device(leaf)))) for name, (_, leaf) in zip(names, leaves, strict=True)}
 
@@ -42,7 +36,6 @@ def _on_device(leaf: Any) -> Any:
     return leaf
 
 
-<<<<<<< HEAD
 def _bits(leaf: Any) -> Any:
     """The bits as unsigned integers, an array that shares the memory of `leaf` if it is on one CPU; else `leaf`.
 
@@ -54,22 +47,6 @@ def _bits(leaf: Any) -> Any:
 
 
 # Compiled once per shape, dtype and sharding: leaves of the same shape, such as moments, share a program.
-=======
-def _sums_on_device(leaves: list[jax.Array]) -> list[int]:
-    if jax.default_backend() != "cpu":
-        return np.asarray(_sums(leaves)).tolist() if leaves else []
-    # One array at a time: a CPU's program for all of them would hold the bits of all, a second copy of the tree.
-    return [int(_sums([_bits(leaf)])[0]) for leaf in leaves]
-
-
-def _bits(leaf: jax.Array) -> jax.Array:
-    """The same bits as unsigned integers, which are not copied if the array is on one CPU; else the array itself."""
-    if isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1:
-        return leaf
-    return jax.device_put(np.asarray(leaf).view(f"u{leaf.dtype.itemsize}"), may_alias=True)
-
-
->>>>>>> h19io
 @jax.jit
 def _sum(array: jax.Array) -> jax.Array:
     """Sums a hash of each element's bits and index, uint32 ()."""

@@ -27,11 +27,7 @@ from gptjax.interop import families, safetensors_files, task_heads
 from gptjax.interop.family import Family, Placement, placements
 from gptjax.interop.pretrained_weights import read_parameters
 from gptjax.interop.safetensors_files import DTYPES, Declared
-<<<<<<< HEAD
 from gptjax.interop.task_heads import ExportedHead
-=======
-from gptjax.interop.task_heads import Head
->>>>>>> h19io
 from gptjax.interop.tokenizer_files import ends_of, read_tokenizer, write_tokenizer
 from gptjax.models.gpt import GPT, abstract_params
 from gptjax.parallel.mesh import make_mesh

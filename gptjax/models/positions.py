@@ -52,11 +52,7 @@ def frequencies(config: GPTConfig) -> npt.NDArray[np.float32]:
     width = config.head_dim
     exponent = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
     wavelength = np.float32(config.rope_theta) ** exponent  # divided by 2 pi
-<<<<<<< HEAD
-    kept: npt.NDArray[np.float32] = (1 / wavelength).astype(np.float32)
-=======
     kept: npt.NDArray[np.float32] = np.reciprocal(wavelength)
->>>>>>> h19io
     if config.yarn_factor is None:
         return kept
 

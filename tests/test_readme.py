@@ -143,4 +143,4 @@ def test_both_languages_have_the_same_commands_and_tables(pair: tuple[str, str])
 
 
 def test_the_axis_letters_are_declared() -> None:
-    assert declared_letters() == set("BTSDHKFVLMENCPGJROAX")
+    assert declared_letters() == set("BTSDHKFVLMENCPGJROAXQU")

@@ -58,47 +58,52 @@ TOGETHER = {
 }
 
 
-def with_noise(params):
-    """All leaves moved from their initial values, so that none is neutral."""
-    leaves, tree = jax.tree.flatten(nn.unbox(params))
-    moved = [x + 0.3 * jax.random.normal(jax.random.key(i), x.shape) for i, x in enumerate(leaves)]
-    return jax.tree.unflatten(tree, moved)
+def with_noise(shapes):
+    """Random parameters, of which none is neutral."""
+    leaves, tree = jax.tree.flatten(shapes)
+    rng = np.random.default_rng(0)
+    return jax.tree.unflatten(tree, [0.3 * rng.standard_normal(x.shape, np.float32) for x in leaves])
+
+
+def shapes_of(model):
+    return jax.eval_shape(lambda: nn.unbox(init_params(model, jax.random.key(0))))
 
 
 def model_of(changes):
     model = GPT(dataclasses.replace(PLAIN, **changes))
-    return model, with_noise(jax.jit(lambda: init_params(model, jax.random.key(0)))())
+    return model, with_noise(shapes_of(model))
 
 
 TOKENS_BT = np.random.default_rng(0).integers(0, 61, (2, 20))
+ONE_LAYER = GPT(dataclasses.replace(PLAIN, num_layers=1))
+plain_logits = jax.jit(ONE_LAYER.apply)
 
 
-@pytest.mark.parametrize("changes", [*INGREDIENTS.values(), TOGETHER], ids=[*INGREDIENTS, "together"])
+@pytest.mark.parametrize(
+    "changes", [*({"num_layers": 1} | changes for changes in INGREDIENTS.values()), TOGETHER], ids=[*INGREDIENTS, "all"]
+)
 def test_each_ingredient_changes_the_logits_and_decodes_as_it_trains(changes):
     model, params = model_of(changes)
-    whole_BTV = jax.jit(model.apply)({"params": params}, TOKENS_BT)
-    assert np.isfinite(whole_BTV).all()
-    plain = GPT(PLAIN)
-    without = jax.eval_shape(lambda: nn.unbox(init_params(plain, jax.random.key(0))))
-    if jax.tree.map(jnp.shape, without) == jax.tree.map(jnp.shape, params):
-        assert np.abs(whole_BTV - jax.jit(plain.apply)({"params": params}, TOKENS_BT)).max() > 1e-3
-    layers = decoding.unstack(model.config, params)
     lengths_B = np.array([3, 7])  # rows of different lengths: each token has a position of its own
 
     @jax.jit
-    def decoded(params):
-        x_BD, cache = decoding.prefill(model, params, TOKENS_BT[:, :7], lengths_B, 20)
+    def logits_and_decoded(params):
+        whole_BTV, layers = model.apply({"params": params}, TOKENS_BT), decoding.unstack(model.config, params)
+        x_BD, cache = decoding.prefill(model, layers, TOKENS_BT[:, :7], lengths_B, 20)
 
         def step(carry, i):
             x_BD, cache = carry
             token_B = jnp.take_along_axis(jnp.asarray(TOKENS_BT), (lengths_B + i)[:, None], axis=1)[:, 0]
-            x_BD, cache = decoding.decode(model, params, cache, token_B, lengths_B + i)
-            return (x_BD, cache), decoding.logits(model, params, x_BD)
+            x_BD, cache = decoding.decode(model, layers, cache, token_B, lengths_B + i)
+            return (x_BD, cache), decoding.logits(model, layers, x_BD)
 
-        first_BV = decoding.logits(model, params, x_BD)
-        return first_BV, jax.lax.scan(step, (x_BD, cache), jnp.arange(12))[1]
+        first_BV = decoding.logits(model, layers, x_BD)
+        return whole_BTV, first_BV, jax.lax.scan(step, (x_BD, cache), jnp.arange(12))[1]
 
-    first_BV, rest_NBV = decoded(layers)
+    whole_BTV, first_BV, rest_NBV = logits_and_decoded(params)
+    assert np.isfinite(whole_BTV).all()
+    if shapes_of(ONE_LAYER) == shapes_of(model):
+        assert np.abs(whole_BTV - plain_logits({"params": params}, TOKENS_BT)).max() > 1e-3
     for row, length in enumerate(lengths_B):
         np.testing.assert_allclose(first_BV[row], whole_BTV[row, length - 1], rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(rest_NBV[:, row], whole_BTV[row, length : length + 12], rtol=1e-4, atol=1e-4)

@@ -79,8 +79,14 @@ def read_arrays(file: Path | IO[bytes], max_bytes: int = MAX_ARRAYS_BYTES) -> di
     try:
         with zipfile.ZipFile(file) as archive:  # decompresses no member beyond the size stated in the archive
             size = sum(member.file_size for member in archive.infolist())
-        if size > max_bytes:
-            raise ValueError(f"its arrays have {size:,} bytes, more than {max_bytes:,}")
+            if size > max_bytes:
+                raise ValueError(f"its arrays have {size:,} bytes, more than {max_bytes:,}")
+            # numpy stops reading at the end of an array, before a checksum is compared where a damaged archive says
+            # that more follows.
+            if (damaged := archive.testzip()) is not None:
+                raise ValueError(f"its array {damaged.removesuffix('.npy')} does not match its checksum")
+        if not isinstance(file, Path):
+            file.seek(0)
         with np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
     except (OSError, ValueError):

@@ -135,6 +135,22 @@ def test_a_failed_write_leaves_the_file_as_it_was(rollouts, run, monkeypatch):
     assert not list(file_of(run).parent.glob("*.part"))
 
 
+def test_a_damaged_size_does_not_hide_damaged_data(tmp_path):
+    """numpy compares no checksum of a member that is said to go on after its array."""
+    path = tmp_path / "00000000.npz"
+    tokens = np.arange(24_000, dtype=np.int32).reshape(20, 30, 40)
+    write_arrays(path, {"tokens": tokens, "weights": tokens})
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        size, directory = archive.getinfo("tokens.npy").file_size, archive.start_dir
+    place = content.index(size.to_bytes(4, "little") * 2, directory)  # of the compressed and the uncompressed size
+    content[place : place + 8] = (size + 50_000).to_bytes(4, "little") * 2
+    content[content.index(np.int32(23_000).tobytes())] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="is damaged"):
+        read_arrays(path, (20, 30, 40))
+
+
 def test_what_is_read_is_a_file_that_may_be_anybodys(tmp_path):
     np.savez(tmp_path / "a.npz", names=np.array(["tokens"]), tokens=np.array([object()] * 48).reshape(SHAPE))
     with pytest.raises(ValueError, match="damaged"):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from gptjax import config as c
 from tests.tiny_tasks import CONTEXT, MODEL, save_pretrained
@@ -75,7 +76,7 @@ def rl_config(stage: str, directory: Path, sft: Path, reward: Path | None = None
     )
 
 
-def config_of(stage: str, directory: Path, pretrained: Path | None) -> c.Config:
+def config_of(stage: Any, directory: Path, pretrained: Path | None) -> c.Config:
     write = write_conversations if stage == "sft" else write_rankings
     return c.Config(
         stage=stage,

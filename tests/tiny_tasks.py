@@ -5,6 +5,7 @@ import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -32,6 +33,8 @@ LABELS = ("bad", "fair", "good")
 def config_module(name: str) -> ModuleType:
     """Imports a file of configs/."""
     spec = importlib.util.spec_from_file_location(f"{name}_config", ROOT / "configs" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -48,7 +51,7 @@ def write_config(path: Path, config: c.Config) -> Path:
 
 def records(kind: str, count: int) -> list[dict]:
     """Returns records of a kind of task; all fit into the context."""
-    made = []
+    made = list[Any]()
     for i in range(count):
         label, word = LABELS[i % 3], f"{i:02}" * (1 + i % 4)
         made.append(
@@ -83,7 +86,7 @@ def write_rows(directory: Path, kind: str, count: int, name: str = "rows") -> st
     return f"jsonl:{path}"
 
 
-def run_config(directory: Path, kind: str, pretrained: Path | None) -> c.Config:
+def run_config(directory: Path, kind: Any, pretrained: Path | None) -> c.Config:
     """Writes rows to `directory`; returns a config of two steps of one microbatch, pretrained or from scratch."""
     return c.Config(
         stage="finetune",
@@ -135,5 +138,5 @@ def save_classifier(workdir: Path, config: c.Config) -> Path:
     return workdir
 
 
-def with_method(config: c.Config, method: str) -> c.Config:
+def with_method(config: c.Config, method: Any) -> c.Config:
     return dataclasses.replace(config, peft=dataclasses.replace(config.peft, method=method))

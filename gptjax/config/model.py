@@ -197,6 +197,10 @@ class GPTConfig(Execution, Initialisation, Architecture):
     def feed_forward_dim(self) -> int:
         return 4 * self.embed_dim if self.ffw_dim is None else self.ffw_dim
 
+    def with_attention(self, kind: str) -> "GPTConfig":
+        """The config with one kind of attention in every layer; the parameters stay those of the same layers."""
+        return dataclasses.replace(self, attention_pattern=(kind,) * len(self.attention_pattern))
+
     def with_vocabulary(self, size: int) -> "GPTConfig":
         """The config for a tokenizer of `size` tokens: sets vocab_size if it is None.
 

@@ -232,14 +232,12 @@ def layer_inputs(
     first_BTD: jax.Array,
     positions_BT: jax.Array,
     segments_BT: jax.Array | None = None,
-    positions_B: jax.Array | None = None,
 ) -> LayerInputs:
     """The arrays that the layers of this config read; `first_BTD` is the input of the first one."""
     return LayerInputs(
         segments_BT,
         rotation(config, positions_BT),
         first_BTD=first_BTD if config.residual_scalars else None,
-        positions_B=positions_B,
     )
 
 

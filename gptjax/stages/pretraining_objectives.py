@@ -3,7 +3,6 @@
 All have the loss of `pretrain.next_token_loss`: the weighted cross entropy of the targets in a batch.
 """
 
-import dataclasses
 from pathlib import Path
 
 from gptjax.config import Config, GPTConfig, UserError
@@ -28,10 +27,8 @@ HELD_OUT_SEED = 0  # of what is sampled for held-out examples: the same in every
 
 def attending(config: Config) -> GPTConfig:
     """Returns the model of `config` with the attention of its objective."""
-    if config.data.objective not in ATTENTION:
-        return config.model
-    kinds = (ATTENTION[config.data.objective],) * len(config.model.attention_pattern)
-    return dataclasses.replace(config.model, attention_pattern=kinds)
+    kind = ATTENTION.get(config.data.objective)
+    return config.model if kind is None else config.model.with_attention(kind)
 
 
 def check(config: Config) -> None:

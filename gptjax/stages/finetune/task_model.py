@@ -49,7 +49,7 @@ class TaskModel:
     def gpt(self) -> GPT:
         model = self.config.model
         if self.config.task.bidirectional:
-            model = dataclasses.replace(model, attention_pattern=("full",) * len(model.attention_pattern))
+            model = model.with_attention("full")
         return GPT(model)
 
     @property

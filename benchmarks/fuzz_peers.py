@@ -22,7 +22,7 @@ from typing import IO
 from absl import app, flags
 
 from gptjax.config import UserError
-from gptjax.distributed.meeting import accept, connect, free_port, join, line_of, proof_of
+from gptjax.distributed.meeting import accept, connect, join, line_of, proof_of
 from gptjax.distributed.peers import FAILED, INTERRUPTED, PREEMPTED, STOPPED, Peers
 
 SECONDS = flags.DEFINE_float("seconds", 120, "Time to run.")
@@ -116,9 +116,14 @@ def _talk(sock: socket.socket, sent: bytes) -> None:
         reader.join(LIMIT)
 
 
+def _free_port() -> int:
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
+
+
 def run_case(draw: random.Random) -> tuple[int | None, str, bytes]:
     """Runs one case; returns the exit code (None: it hung), stderr, and the input sent."""
-    port, process, sent = free_port(), draw.randrange(2), random_input(draw)
+    port, process, sent = _free_port(), draw.randrange(2), random_input(draw)
     with tempfile.TemporaryFile() as errors:
         pid = _child(port, process, errors)
         if process == 0:

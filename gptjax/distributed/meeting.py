@@ -281,7 +281,13 @@ def _read_message(sock: socket.socket, deadline: float) -> dict[str, Any]:
     return message
 
 
-def free_port() -> int:
-    """Returns a port that is currently unused."""
-    with socket.create_server(("", 0)) as server:
-        return server.getsockname()[1]
+def reserve_port() -> socket.socket:
+    """Returns a socket bound to an unused port, which it keeps from other programs until it is closed.
+
+    A gRPC server of this user can listen on the port nevertheless: both set `SO_REUSEPORT`. The socket itself never
+    listens, so that it takes no connections.
+    """
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    sock.bind(("", 0))
+    return sock

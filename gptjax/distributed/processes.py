@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from gptjax.config import UserError
-from gptjax.distributed.meeting import TOKEN, free_port
+from gptjax.distributed.meeting import TOKEN, reserve_port
 from gptjax.distributed.peers import Boundaries, Peers, relay
 
 START_TIMEOUT = 300  # seconds, as in jax.distributed: the machines of a job start minutes apart
@@ -164,18 +164,19 @@ def start(place: Place | None, same: Mapping[str, Any]) -> None:
     # Otherwise gRPC would connect to this machine through the cluster's web proxy.
     os.environ["no_grpc_proxy"] = "127.0.0.1"  # noqa: SIM112
     jax.config.update("jax_check_proxy_envs", False)
-    # Port of JAX's coordination service, chosen just before its use, as another program may take a free port.
-    port = of_first(free_port)
-    if place.process_id != 0:
-        port = relay(place.host, port)
-    jax.distributed.initialize(
-        f"127.0.0.1:{port}",
-        place.num_processes,
-        place.process_id,
-        place.local_device_ids,
-        cluster_detection_method="deactivate",
-        initialization_timeout=START_TIMEOUT,
-    )
+    # Port of JAX's coordination service. JAX ends with a segmentation fault if another program has taken it.
+    with reserve_port() as reserved:
+        port = of_first(lambda: reserved.getsockname()[1])
+        if place.process_id != 0:
+            port = relay(place.host, port)
+        jax.distributed.initialize(
+            f"127.0.0.1:{port}",
+            place.num_processes,
+            place.process_id,
+            place.local_device_ids,
+            cluster_detection_method="deactivate",
+            initialization_timeout=START_TIMEOUT,
+        )
 
 
 def _redirect_stdout(process_id: int) -> None:

@@ -127,6 +127,18 @@ def test_a_port_that_is_taken():
         peers.Peers("127.0.0.1", server.getsockname()[1], 0, 2, timeout=0.5)
 
 
+def test_a_reserved_port_is_taken_for_all_but_grpc():
+    with meeting.reserve_port() as reserved:
+        port = reserved.getsockname()[1]
+        with pytest.raises(OSError, match="in use"):
+            socket.create_server(("", port))
+        with socket.socket() as shared:  # as gRPC opens its own
+            shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            shared.bind(("", port))
+            shared.listen()
+            socket.create_connection(("127.0.0.1", port)).close()
+
+
 @pytest.mark.parametrize(
     ("hellos", "words"),
     [

@@ -29,7 +29,7 @@ from gptjax import cli
 from gptjax import config as c
 from gptjax.checkpoint.state import create_state, state_shardings
 from gptjax.config import UserError
-from gptjax.inference.programs import DecodingProgram, SamplingInputs, decode_tokens, prefill_prompts
+from gptjax.inference.programs import DecodingSettings, SamplingInputs, decode_tokens, prefill_prompts
 from gptjax.inference.sampling import Sampling
 from gptjax.inference.weights import prepare
 from gptjax.models import attention_backends
@@ -90,7 +90,7 @@ def compile_token(size: str, rows: int) -> jax.stages.Compiled:
     layers, width, heads = DECODED_SIZES[size]
     model = GPT(c.GPTConfig(vocab_size=VOCABULARY, num_layers=layers, embed_dim=width, num_heads=heads))
     greedy = Sampling(temperature=0.0)
-    program = DecodingProgram(model, greedy.static, slots=128)
+    program = DecodingSettings(model, greedy.static, slots=128)
     draw = SamplingInputs(np.zeros(rows, np.uint32), np.int32(0), greedy.values, np.full(4, -1, np.int32))
 
     def start() -> tuple[Any, Any]:

@@ -111,11 +111,12 @@ def main() -> None:
     max_new_tokens = check_lengths(prompts, engine.model.config.context_length)
     as_text = len(records) * NUM_SAMPLES.value == 1 and output is None and not LOGPROBS.value and PROMPTS.value is None
     if as_text:
-        unshown = [records[0]["prompt"]]  # shown with the first text, after compilation
+        before = records[0]["prompt"]  # printed with the first text, after compilation
 
         def show(text: str) -> None:
-            print(*unshown, text, sep="", end="", flush=True)
-            unshown.clear()
+            nonlocal before
+            print(before, text, sep="", end="", flush=True)
+            before = ""
 
         for _ in complete(engine, prompts, max_new_tokens, show):
             show(f"{SUFFIX.value or ''}\n")

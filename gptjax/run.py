@@ -69,6 +69,8 @@ def run(
     with locked(workdir) if processes.is_first() else nullcontext():
         try:
             changed = processes.of_first(lambda: _check_workdir(config, workdir, allow_config_changes, start_over))
+            if changed is None:
+                registry.check_sections(config)
             return _run_alone(config, workdir, mesh, profile, allow_config_changes, changed, callbacks)
         except (OSError, UserError):
             if workdir.is_dir():
@@ -82,10 +84,12 @@ def run(
 def dry_run(config: Config, workdir: Path, *, allow_config_changes: bool = False) -> str:
     """Describes the run that `run` would start or resume: config, data, parameters, FLOPs and memory.
 
-    It prepares the data, which is kept in data.cache_dir, and writes nothing in `workdir`; errors as of `run`.
+    It prepares the data, which is kept in data.cache_dir, and writes nothing in `workdir`; raises the errors of `run`.
     """
     config, mesh = _checked(config)
     changed = _check_workdir(config, workdir, allow_config_changes, start_over=False)
+    if changed is None:
+        registry.check_sections(config)
     return _summary(config, _build(config, workdir, mesh, resumes=changed is not None), mesh)
 
 
@@ -153,7 +157,7 @@ def train_stage(
       callbacks: each is called with every record of metrics.jsonl, by process 0.
 
     Raises:
-      UserError: as of `start_state` and `loop.train`.
+      UserError: as in `start_state` and `loop.train`.
     """
     with jax.set_mesh(mesh), Checkpoints(workdir, stage.config.checkpoint) as checkpoints:
         state, position = start_state(stage.objective.parameters, mesh, checkpoints, changes)

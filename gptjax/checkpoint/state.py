@@ -120,7 +120,7 @@ class ParameterSpec:
             elif axes.is_embedding and not path.startswith("head_embedding"):
                 lowest = 0
             size = leaf.size
-            if "expert" in axes.roles and model.num_experts is not None:  # a token meets its experts only
+            if "expert" in axes.roles and model.num_experts is not None:  # a token is computed by its own experts only
                 size = size // model.num_experts * model.experts_per_token
             if "rank" in axes.roles:
                 low_rank += size if axes.having("input", "output") else 0

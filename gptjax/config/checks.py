@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 from gptjax.config.errors import UserError
-from gptjax.config.model import GPTConfig
+from gptjax.config.model import GATE_CHANNELS, GPTConfig
 from gptjax.config.sections import ChatConfig, Config, OptimizerConfig
 
 
@@ -123,8 +123,9 @@ def _check_blocks(model: GPTConfig) -> None:
         "model.value_embeddings=alternate needs a model.attention_pattern of even length, such as ('dense', 'dense')",
     )
     require(
-        model.value_embeddings == "none" or model.embed_dim >= 12,
-        f"model.value_embeddings reads 12 channels of the hidden state: model.embed_dim={model.embed_dim} is too small",
+        model.value_embeddings == "none" or model.embed_dim >= GATE_CHANNELS,
+        f"model.value_embeddings reads {GATE_CHANNELS} channels of the hidden state: model.embed_dim="
+        f"{model.embed_dim} is too small",
     )
 
 
@@ -174,11 +175,6 @@ def _check_data(config: Config) -> None:
     for name in ("label_smoothing", "word_dropout", "token_replacement", "drop_turns", "shuffle_turns"):
         value = getattr(regularisation, name)
         require(0 <= value <= 1, f"regularisation.{name}={value} must be in [0, 1]")
-    require(
-        regularisation.label_smoothing == 0 or task.kind not in ("regression", "question_answering"),
-        f"regularisation.label_smoothing={regularisation.label_smoothing} does not apply to task.kind={task.kind}, "
-        "which has no label probabilities: set it to 0",
-    )
     positive(regularisation, "regularisation", "mixup_alpha", "adversarial_epsilon")
     copies = regularisation.augmented_copies
     require(copies >= 0, f"regularisation.augmented_copies={copies} must not be negative")

@@ -1,8 +1,8 @@
-"""Configuration of the model in groups: what is computed, how it is initialised and regularised, how it runs.
+"""Configuration of the model in groups: architecture, initialisation and regularisation, execution.
 
 The groups are base classes, so that all fields are keys of one section: `model.num_layers`, `model.remat`. The defaults
-are GPT-2's. Fields of what is computed determine the shapes of the parameters or the function of the model, and each
-can be combined with any other, so that every difference between GPT-2 and gpt-oss is an ablation.
+are GPT-2's. Each field of the architecture can be combined with any other, so that every difference between GPT-2 and
+gpt-oss is an ablation.
 """
 
 import dataclasses
@@ -10,7 +10,9 @@ from typing import Literal
 
 from gptjax.config.errors import UserError
 
-# --- what is computed -------------------------------------------------------------------------------------------------
+# --- architecture -----------------------------------------------------------------------------------------------------
+
+GATE_CHANNELS = 12  # first channels of the hidden state, the inputs of the gates of value embeddings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class Positions:
-    """How the model knows where a token stands."""
+    """Position encoding."""
 
     # learned: an embedding for each position, added to the token's (GPT-1 to GPT-3); rotary: queries and keys are
     # rotated by angles proportional to their position (RoPE, Su et al. 2021, section 3.2)
@@ -73,8 +75,8 @@ class Attention:
     # position attends to the last band_width positions, including itself.
     attention_pattern: tuple[str, ...] = ("dense",)
     band_width: int = 256
-    # Layers whose values are added a gated embedding of their token (value embeddings: Zhou et al. 2024, as gated in
-    # karpathy/nanochat): alternate: every second one, the last included
+    # Layers that add a gated embedding of the token to its value (value embeddings: Zhou et al. 2024, as gated in
+    # karpathy/nanochat). alternate: every second layer, including the last
     value_embeddings: Literal["none", "alternate", "all"] = "none"
 
 
@@ -123,15 +125,15 @@ class Output:
 
 @dataclasses.dataclass(frozen=True)
 class Architecture(Output, Experts, FeedForward, Attention, Normalisation, Positions, Sizes):
-    """What is computed: fields that determine the shapes of the parameters, or the function that they parameterise."""
+    """The architecture: fields that determine the shapes of the parameters or the function that they parameterise."""
 
 
-# --- how it is trained and run ----------------------------------------------------------------------------------------
+# --- training and execution -------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Initialisation:
-    """How parameters are initialised and regularised: fields that matter in training only."""
+    """Initialisation, regularisation and auxiliary losses: fields that matter in training only."""
 
     embedding_dropout: float = 0.0
     attention_dropout: float = 0.0
@@ -153,7 +155,7 @@ class Initialisation:
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """How it is computed: fields that change speed, memory and rounding, but not the model."""
+    """Execution: fields that change speed, memory and rounding, but not the model."""
 
     # scan: compile time independent of depth; unroll: often faster steps; auto: the platform's default
     # (`parallel/platforms.py`)
@@ -196,6 +198,13 @@ class GPTConfig(Execution, Initialisation, Architecture):
     @property
     def feed_forward_dim(self) -> int:
         return 4 * self.embed_dim if self.ffw_dim is None else self.ffw_dim
+
+    @property
+    def value_embedding_layers(self) -> range:
+        """The numbers of the layers with value embeddings."""
+        step = 2 if self.value_embeddings == "alternate" else 1
+        first = self.num_layers if self.value_embeddings == "none" else (self.num_layers - 1) % step
+        return range(first, self.num_layers, step)
 
     def with_attention(self, kind: str) -> "GPTConfig":
         """The config with one kind of attention in every layer; the parameters stay those of the same layers."""

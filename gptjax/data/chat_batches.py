@@ -44,13 +44,13 @@ def lay_out(sequences: Sequence[EncodedConversation], rows: int, length: int, *,
     arrays["weights"] = np.zeros((rows, length), np.float32)
     arrays["ends"] = np.zeros(len(sequences), np.int32)
     for number, (row, first) in enumerate(_places([len(s) for s in sequences], length, pack)):
-        tokens, learned = sequences[number].tokens, sequences[number].learned
+        tokens, loss_mask = sequences[number].tokens, sequences[number].loss_mask
         if row >= rows or first + len(tokens) > length:
             raise ValueError(f"sequence {number} of {len(tokens)} tokens has no room in {rows} rows of {length}")
         here, last = slice(first, first + len(tokens)), first + len(tokens) - 1
         arrays["tokens"][row, here] = tokens
         arrays["targets"][row, first:last] = tokens[1:]
-        arrays["weights"][row, first:last] = learned[1:]
+        arrays["weights"][row, first:last] = loss_mask[1:]
         arrays["segments"][row, here] = number + 1
         arrays["positions"][row, here] = np.arange(len(tokens))
         arrays["ends"][number] = row * length + last
@@ -188,11 +188,11 @@ class RankedSequences(NamedTuple):
 
     Attributes:
       sequences: the prompt followed by each completion.
-      levels: rank of each completion, 1 for the best; completions of equal rank are not compared.
+      ranks: rank of each completion, 1 for the best; completions of equal rank are not compared.
     """
 
     sequences: Sequence[EncodedConversation]
-    levels: Sequence[int]
+    ranks: Sequence[int]
 
 
 class PackedRankings(Epochs):
@@ -202,7 +202,7 @@ class PackedRankings(Epochs):
     sequence, R the maximum number of rows of a prompt. Remaining space is shared with other prompts. In addition to the
     arrays above an element has, with at most P prompts of an element and G completions of a prompt:
       ends: int32 (P, G), index of the last token of each completion in the R x T positions.
-      levels: int32 (P, G), rank, 1 for the best; 0 where there is no completion.
+      ranks: int32 (P, G), rank, 1 for the best; 0 where there is no completion.
 
     Args:
       prompts: the completions of each prompt.
@@ -227,12 +227,12 @@ class PackedRankings(Epochs):
         prompts = self._elements[self.place(index)]
         sequences = [sequence for prompt in prompts for sequence in prompt.sequences]
         arrays = lay_out(sequences, self._num_rows, self._length, pack=self._pack)
-        ends, levels = iter(arrays["ends"]), np.zeros(self._shape, np.int32)
+        ends, ranks = iter(arrays["ends"]), np.zeros(self._shape, np.int32)
         arrays["ends"] = np.zeros(self._shape, np.int32)
         for number, prompt in enumerate(prompts):
-            levels[number, : len(prompt.levels)] = prompt.levels
-            arrays["ends"][number, : len(prompt.levels)] = list(itertools.islice(ends, len(prompt.levels)))
-        return arrays | {"levels": levels}
+            ranks[number, : len(prompt.ranks)] = prompt.ranks
+            arrays["ends"][number, : len(prompt.ranks)] = list(itertools.islice(ends, len(prompt.ranks)))
+        return arrays | {"ranks": ranks}
 
 
 def _shared(prompts: Sequence[RankedSequences], rows: int, length: int) -> list[list[RankedSequences]]:

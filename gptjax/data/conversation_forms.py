@@ -28,7 +28,7 @@ _HH_TURN = re.compile(r"\n\n(Human|Assistant):")  # Bai et al. 2022, "Training a
 
 @dataclasses.dataclass(frozen=True)
 class RequestOptions:
-    """What a request to OpenAI's API has apart from its messages; only the harmony format writes it.
+    """Fields of a request to OpenAI's API other than its messages; only the harmony format writes them.
 
     Attributes:
       tools: JSON list of functions, each with name, description and parameters; empty: no functions.

@@ -82,7 +82,7 @@ class Ranking:
     ordered: bool = True
 
     @property
-    def levels(self) -> tuple[int, ...]:
+    def ranks(self) -> tuple[int, ...]:
         """Rank of each completion, 1 for the best; completions of equal rank are not compared."""
         return tuple(i + 1 if self.ordered else min(i + 1, 2) for i in range(len(self.completions)))
 

@@ -115,12 +115,12 @@ class HarmonyFormat(ChatFormat):
         for i, message in enumerate(shown):
             is_last = i == len(shown) - 1
             part = self._encoded(message, "<|return|>" if is_last and message.is_final else None)
-            learned = [i > asked and message.role == "assistant"] * sum(map(len, part))
+            loss_mask = [i > asked and message.role == "assistant"] * sum(map(len, part))
             if i > asked and self.config.loss_mask == "final":
-                learned = [False] * (len(part[0]) + len(part[1])) + [message.is_final] * len(part[2])
+                loss_mask = [False] * (len(part[0]) + len(part[1])) + [message.is_final] * len(part[2])
             elif not _continues(shown[i - 1]):
-                learned[: len(part[0])] = [False] * len(part[0])
-            parts.append(([token for tokens in part for token in tokens], learned))
+                loss_mask[: len(part[0])] = [False] * len(part[0])
+            parts.append(([token for tokens in part for token in tokens], loss_mask))
         return self._fitted(shown, parts, max_tokens, place)
 
     def encode_prompt(

@@ -43,7 +43,7 @@ def parse_record(
       parse: parses the rest of the record, as `conversation_forms.conversation_messages` does.
 
     Raises:
-      UserError: as of `parse`, or a field is malformed.
+      UserError: as in `parse`, or a field is malformed.
     """
     if record.get("builtin_tools"):
         raise UserError(f"{place} has builtin_tools, but only tools, a list of functions, are supported: remove it")

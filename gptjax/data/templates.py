@@ -59,11 +59,11 @@ class EncodedConversation:
 
     Attributes:
       tokens: int32 (T,).
-      learned: bool (T,), loss mask: True for the tokens of completions, including the token that ends the turn.
+      loss_mask: bool (T,): True for the tokens of completions, including the token that ends the turn.
     """
 
     tokens: npt.NDArray[np.int32]
-    learned: npt.NDArray[np.bool_]
+    loss_mask: npt.NDArray[np.bool_]
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -134,9 +134,9 @@ class ChatFormat:
         """
         parts = [self._message(message) for message in messages]
         if messages and messages[-1].role == "assistant":
-            tokens, learned = parts[-1]
+            tokens, loss_mask = parts[-1]
             stop = len(tokens) - len(self._around["assistant"][1]) + 1
-            parts[-1] = (tokens[:stop], learned[:stop])
+            parts[-1] = (tokens[:stop], loss_mask[:stop])
         return self._joined(messages, parts, max_tokens, place)
 
     def encode_prompt(
@@ -172,8 +172,8 @@ class ChatFormat:
         before, after = self._around[message.role]
         content = self._tokenizer.encode(message.content).tolist()
         is_answer = message.role == "assistant"
-        learned = [False] * len(before) + [is_answer] * (len(content) + 1) + [False] * (len(after) - 1)
-        return before + content + after, learned[: len(before) + len(content) + len(after)]
+        loss_mask = [False] * len(before) + [is_answer] * (len(content) + 1) + [False] * (len(after) - 1)
+        return before + content + after, loss_mask[: len(before) + len(content) + len(after)]
 
     def _joined(
         self,
@@ -191,8 +191,8 @@ class ChatFormat:
             need -= sum(len(tokens) for tokens, _ in turns[:2])
             turns = turns[2:]
         tokens = [*self._start, *(token for part, _ in (*head, *turns) for token in part)]
-        learned = [*[False] * len(self._start), *(flag for _, part in (*head, *turns) for flag in part)]
-        return EncodedConversation(np.array(tokens, np.int32), np.array(learned, bool))
+        loss_mask = [*[False] * len(self._start), *(flag for _, part in (*head, *turns) for flag in part)]
+        return EncodedConversation(np.array(tokens, np.int32), np.array(loss_mask, bool))
 
 
 def chat_format(chat: ChatConfig, tokenizer: Tokenizer) -> ChatFormat:

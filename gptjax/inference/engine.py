@@ -19,7 +19,7 @@ from gptjax.data.tokenizers import Tokenizer
 from gptjax.inference.programs import (
     MOST_TOKENS,
     DecodingCache,
-    DecodingProgram,
+    DecodingSettings,
     SampledTokens,
     SamplingInputs,
     decode_tokens,
@@ -227,7 +227,7 @@ class Engine:
         at_once: int,
     ) -> Iterator[list["_Call"]]:
         """Dispatches the calls of the compiled programs, one after the other."""
-        program = DecodingProgram(self.model, sampling.static, self.slots(windows, max_new_tokens, overflow))
+        program = DecodingSettings(self.model, sampling.static, self.slots(windows, max_new_tokens, overflow))
         context, rows = self.model.config.context_length, self.rows(len(windows))
         seen_BV: Any = self._seen(windows, rows) if sampling.repetition_penalty is not None else None
         ends_N = np.full(max(MIN_ENDS, power_of_two(len(ends))), -1, np.int32)
@@ -259,7 +259,7 @@ class Engine:
             yield since[-1:]
 
     def _first_call(
-        self, program: DecodingProgram, rows: int, reads_prompts: bool, longest: int
+        self, program: DecodingSettings, rows: int, reads_prompts: bool, longest: int
     ) -> AbstractContextManager[None]:
         """Announces what may be a compilation: the first call with these shapes."""
         shapes = (program, rows, bucket(longest) if reads_prompts else None)

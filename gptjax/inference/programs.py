@@ -21,7 +21,7 @@ from gptjax.parallel.mesh import constrain
 MOST_TOKENS = 32
 
 
-class DecodingProgram(NamedTuple):
+class DecodingSettings(NamedTuple):
     """Static arguments of the compiled programs.
 
     Attributes:
@@ -76,7 +76,7 @@ class SampledTokens(NamedTuple):
 
 @partial(jax.jit, static_argnums=0)
 def prefill_prompts(
-    program: DecodingProgram,
+    program: DecodingSettings,
     params: Any,
     tokens_BT: jax.Array,
     lengths_B: jax.Array,
@@ -93,7 +93,7 @@ def prefill_prompts(
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def decode_tokens(
-    program: DecodingProgram,
+    program: DecodingSettings,
     params: Any,
     memory: DecodingCache,
     position_B: jax.Array,
@@ -133,7 +133,7 @@ def decode_tokens(
 
 
 def _sample(
-    program: DecodingProgram,
+    program: DecodingSettings,
     params: Any,
     x_BD: jax.Array,
     cache: Cache,

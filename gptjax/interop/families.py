@@ -75,7 +75,7 @@ def quantisation_of(family: Family, theirs: dict[str, Any]) -> str | None:
     """The quant_method of a config.json; None if the weights are not quantised.
 
     Raises:
-      UserError: it is none that can be decoded.
+      UserError: weights of this quant_method cannot be decoded.
     """
     if (settings := theirs.get("quantization_config")) is None:
         return None

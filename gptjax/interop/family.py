@@ -1,4 +1,4 @@
-"""What describes a model family of Hugging Face transformers: its config.json and the names of its tensors."""
+"""A model family of Hugging Face transformers: its config.json and the names of its tensors."""
 
 import dataclasses
 import json
@@ -35,12 +35,12 @@ Json = dict[str, Any]
 
 
 def nothing_read(theirs: Json, fields: dict[str, Any]) -> dict[str, Any]:
-    """The default of `Family.read`."""
+    """`Family.read` of a family whose config has no fields beyond its table."""
     return {}
 
 
 def nothing_written(model: GPTConfig) -> Json:
-    """The default of `Family.write`."""
+    """`Family.write` of a family whose config has no fields beyond its table."""
     return {}
 
 

@@ -35,7 +35,7 @@ def kl_k3(logprobs: jax.Array, reference: jax.Array) -> jax.Array:
 
         k3 = pi_ref / pi - 1 - log(pi_ref / pi)
 
-    Unbiased, never negative, and of lower variance than k1. Arguments as of `kl_k1`.
+    Unbiased, never negative, and of lower variance than k1. Arguments are those of `kl_k1`.
     """
     log_ratio = _float32(reference) - _float32(logprobs)
     return jnp.expm1(log_ratio) - log_ratio

@@ -10,21 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def ranked_pairs(levels_BG: jax.Array) -> tuple[np.ndarray, np.ndarray, jax.Array]:
+def ranked_pairs(ranks_BG: jax.Array) -> tuple[np.ndarray, np.ndarray, jax.Array]:
     """Returns all pairs of a prompt's ranked completions, and which of them have a strict order.
 
     Args:
-      levels_BG: int ranks, 1 the best, ascending along G; 0 marks an absent completion.
+      ranks_BG: int ranks, 1 the best, ascending along G; 0 marks an absent completion.
 
     Returns:
       better (J,) and worse (J,): indices along G of all J = G (G - 1) / 2 pairs. valid_BJ: bool, whether both
       completions are present and of different ranks; ties form no pair.
     """
-    better, worse = np.triu_indices(levels_BG.shape[-1], 1)
-    return better, worse, (levels_BG[..., better] > 0) & (levels_BG[..., better] < levels_BG[..., worse])
+    better, worse = np.triu_indices(ranks_BG.shape[-1], 1)
+    return better, worse, (ranks_BG[..., better] > 0) & (ranks_BG[..., better] < ranks_BG[..., worse])
 
 
-def ranking_loss(scores_BG: jax.Array, levels_BG: jax.Array) -> tuple[jax.Array, jax.Array]:
+def ranking_loss(scores_BG: jax.Array, ranks_BG: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Pairwise ranking loss of a reward model (Bradley-Terry; Ouyang et al. 2022, equation 1).
 
         loss = -1 / J  sum over pairs (better, worse) of  log sigmoid(score_better - score_worse)
@@ -33,14 +33,14 @@ def ranking_loss(scores_BG: jax.Array, levels_BG: jax.Array) -> tuple[jax.Array,
 
     Args:
       scores_BG: the reward model's scores.
-      levels_BG: as in `ranked_pairs`.
+      ranks_BG: as in `ranked_pairs`.
 
     Returns:
       losses_B in nats, and accuracies_B, the fraction of pairs whose better completion has the higher score. Both are
       means over a prompt's valid pairs, 0 for a prompt without any.
     """
     scores_BG = _float32(scores_BG)
-    better, worse, valid_BJ = ranked_pairs(levels_BG)
+    better, worse, valid_BJ = ranked_pairs(ranks_BG)
     margins_BJ = scores_BG[..., better] - scores_BG[..., worse]
     return mean_where(-jax.nn.log_sigmoid(margins_BJ), valid_BJ), mean_where(margins_BJ > 0, valid_BJ)
 

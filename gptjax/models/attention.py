@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from gptjax.config import GPTConfig
+from gptjax.config.model import GATE_CHANNELS
 from gptjax.models import low_precision
 from gptjax.models.attention_backends import attention, score_scale
 from gptjax.models.dot_product import softmax
@@ -21,7 +22,6 @@ from gptjax.models.layer_inputs import LayerInputs
 from gptjax.models.positions import rotate
 from gptjax.parallel.mesh import constrain, partitioned, platform, scattered
 
-GATE_CHANNELS = 12  # first channels of the hidden state, which gate value embeddings
 MAX_GATE = 3.0  # of value embeddings
 
 

@@ -15,9 +15,9 @@ from flax import traverse_util
 from gptjax.parallel.mesh import LogicalAxes
 
 # layer: stacked layers. input, output: of a kernel. part: independent matrices within a kernel, such as queries, keys
-# and values. expert: independent matrices, each read by some of the tokens. balance: a bias that the load of experts
-# moves, not the loss. vocabulary, position: rows of an embedding table, whose columns are outputs. rank: of a low-rank
-# matrix.
+# and values. expert: independent matrices, each read by some of the tokens. balance: a bias that is updated by the load
+# of experts, not by the loss. vocabulary, position: rows of an embedding table, whose columns are outputs. rank: of a
+# low-rank matrix.
 AxisRole = Literal["layer", "input", "output", "part", "expert", "balance", "vocabulary", "position", "rank"]
 
 # Logical axes with the same role in every parameter. All others are inputs or outputs, by `LogicalAxes.inputs`.

@@ -118,7 +118,7 @@ def _apply(
 def _embed(
     model: GPT, params: Any, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None = None
 ) -> tuple[jax.Array, list[LayerInputs]]:
-    """The input of the first layer, and what each layer reads besides."""
+    """The input of the first layer, and the further inputs of each layer."""
     config = model.config
     names = [name for name in ("token", "position", "value") if f"{name}_embedding" in params]
     tables = {name: params[f"{name}_embedding"]["embedding"] for name in names}

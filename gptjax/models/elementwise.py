@@ -104,7 +104,7 @@ class Norm(nn.Module):
 
 
 class Vector(nn.Module):
-    """A learned vector or scalar under its module's name, such as "sinks/bias"; weight decay rules read the leaf."""
+    """A learned vector or scalar named after its module, such as "sinks/bias"; the leaf's name decides weight decay."""
 
     config: GPTConfig
     leaf: str  # "scale" or "bias"

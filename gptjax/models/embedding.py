@@ -46,24 +46,16 @@ def add_positions(config: GPTConfig, token_BTD: jax.Array, position_TD: Any, pos
     return token_BTD.astype(sum_dtype) + position_BTD.astype(sum_dtype)
 
 
-def value_layers(config: GPTConfig) -> list[int]:
-    """The numbers of the layers with value embeddings: all, none, or every second one with the last."""
-    if config.value_embeddings == "none":
-        return []
-    step = 2 if config.value_embeddings == "alternate" else 1
-    return list(range((config.num_layers - 1) % step, config.num_layers, step))
-
-
 def value_embeddings(config: GPTConfig, table_VX: Any, tokens_BT: jax.Array) -> dict[int, jax.Array]:
     """The value embeddings of the tokens by layer, (B, T, H, K) of the config's dtype; H counts key-value heads.
 
     Args:
-      table_VX: a row for each token with the embeddings of all `value_layers`; None: there are none.
+      table_VX: a row for each token with the embeddings of all layers that have them; None: there are none.
     """
     if table_VX is None:
         return {}
     rows_BTX = nn.unbox(jax.tree.map(lambda leaf: take_rows(leaf, tokens_BT), table_VX)).astype(config.dtype)
-    layers = value_layers(config)
+    layers = config.value_embedding_layers
     rows = rows_BTX.reshape(*tokens_BT.shape, len(layers), config.kv_heads, config.head_dim)
     return {layer: rows[:, :, i] for i, layer in enumerate(layers)}
 

@@ -88,7 +88,7 @@ def choose(config: GPTConfig, logits_BTE: jax.Array, bias_E: jax.Array | None) -
 
 
 def measure(logits_BTE: jax.Array, experts_BTU: jax.Array) -> RouterMeasures:
-    """What a router's choice is measured by; differentiable in the logits."""
+    """Computes the balance loss, the z-loss and the load of a router's choice; differentiable in the logits."""
     num_experts = logits_BTE.shape[-1]
     load_E = jnp.mean(jax.nn.one_hot(experts_BTU, num_experts, dtype=jnp.float32), axis=(0, 1, 2))
     mean_E = jnp.mean(nn.softmax(logits_BTE, axis=-1), axis=(0, 1))

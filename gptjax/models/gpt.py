@@ -22,12 +22,12 @@ from gptjax.models.attention import KeyValues, SelfAttention
 from gptjax.models.attention_backends import is_cudnn_forward
 from gptjax.models.axis_roles import ParameterAxes, tree_axes
 from gptjax.models.elementwise import Norm, Vector
-from gptjax.models.embedding import embed, stacked_values, value_embeddings, value_layers
+from gptjax.models.embedding import embed, stacked_values, value_embeddings
 from gptjax.models.experts import ROUTER, MixtureOfExperts, RouterMeasures
 from gptjax.models.feed_forward import MLP, Adapter
 from gptjax.models.layer_inputs import LayerInputs
 from gptjax.models.positions import rotation
-from gptjax.parallel.balanced_order import balance, balanced_positions, restore
+from gptjax.parallel.balanced_order import balanced_positions, from_balanced_order, to_balanced_order
 from gptjax.parallel.mesh import (
     abstract_arrays,
     axis_size,
@@ -154,7 +154,7 @@ class GPT(nn.Module):
             position_init = partitioned(nn.initializers.normal(config.position_init_std), "position", "embed")
             self.position_embedding = table(config.context_length, config.embed_dim, embedding_init=position_init)
         if config.value_embeddings != "none":
-            width = len(value_layers(config)) * config.kv_heads * config.head_dim
+            width = len(config.value_embedding_layers) * config.kv_heads * config.head_dim
             self.value_embedding = table(config.vocab_size, width, embedding_init=token_init)
         if not config.tied_head:
             head_init = partitioned(nn.initializers.normal(config.head_init_std), "vocab", "embed")
@@ -193,7 +193,7 @@ class GPT(nn.Module):
         ring = context > 1 and length % (2 * context) == 0 and rows_divide
         if ring:
             tokens_BT, segments_BT, positions_BT, perturbation_BTD = jax.tree.map(
-                balance, (tokens_BT, segments_BT, positions_BT, perturbation_BTD)
+                to_balanced_order, (tokens_BT, segments_BT, positions_BT, perturbation_BTD)
             )
         if positions_BT is None:
             positions_BT = jnp.asarray(balanced_positions(length, context) if ring else np.arange(length))[None]
@@ -219,7 +219,7 @@ class GPT(nn.Module):
         values = stacked_values(config, value_embeddings(config, value_table_VX, tokens_BT))
         x_BTD, _ = layers(x_BTD, layer_inputs(config, x_BTD, positions_BT, segments_BT), values)
         x_BTD = gathered(self.normalise(x_BTD))
-        return restore(x_BTD) if ring else x_BTD
+        return from_balanced_order(x_BTD) if ring else x_BTD
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         """Next-token logits, float32 (B, T, V); the arguments are those of `hidden`."""

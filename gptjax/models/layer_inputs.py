@@ -1,4 +1,4 @@
-"""What every layer reads besides the hidden states."""
+"""Inputs of a layer in addition to the hidden states: segments, rotary angles, value embeddings."""
 
 import flax.struct
 import jax

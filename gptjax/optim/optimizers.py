@@ -109,7 +109,7 @@ def _balance_rule(rate: float) -> optax.GradientTransformation:
 
 
 def _label_balance(params: Any, axes: Mapping[str, ParameterAxes]) -> Any:
-    """ "balance" for the parameters that the load of experts moves, "rule" for all others."""
+    """Labels the balance biases of experts "balance", and all other parameters "rule"."""
 
     def label(path: tuple[Any, ...], _: Any) -> str:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -119,7 +119,7 @@ def _label_balance(params: Any, axes: Mapping[str, ParameterAxes]) -> Any:
 
 
 def gradient_norm(gradients: Any, axes: Mapping[str, ParameterAxes]) -> jax.Array:
-    """Global norm of the loss's gradient; what moves the biases of experts is not part of it."""
+    """Global norm of the gradient, except that of experts' balance biases, which is no gradient of the loss."""
     leaves = jax.tree_util.tree_leaves_with_path(gradients)
     names = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
     return optax.tree.norm([leaf for name, leaf in names.items() if "balance" not in axes[name].roles])

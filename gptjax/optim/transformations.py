@@ -30,12 +30,18 @@ def scale_by_rule(config: OptimizerConfig, axes: Axes) -> optax.GradientTransfor
     Args:
       axes: of all parameters.
     """
-    first = _first_moment_dtype(config)
-    adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps, mu_dtype=first)
-    if config.name == "adamw":
-        return adam
-    if config.name == "adafactor":
-        return _adafactor(config, axes)
+    adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps, mu_dtype=_first_moment_dtype(config))
+    match config.name:
+        case "adamw":
+            return adam
+        case "adafactor":
+            return _adafactor(config, axes)
+        case "muon":
+            return _muon(config, axes, adam)
+
+
+def _muon(config: OptimizerConfig, axes: Axes, adam: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Muon for the kernels of layers, `adam` for all other parameters."""
 
     def dimensions(path: str, _: Any) -> MuonDimensionNumbers | None:
         return _matrix(axes[path])
@@ -43,6 +49,7 @@ def scale_by_rule(config: OptimizerConfig, axes: Axes) -> optax.GradientTransfor
     def label(path: str, _: Any) -> str:
         return "adam" if _matrix(axes[path]) is None else "muon"
 
+    first = _first_moment_dtype(config)
     muon = scale_by_muon(beta=config.muon_momentum, mu_dtype=first, weight_dimension_numbers=_map_paths(dimensions))
     return optax.partition({"muon": optax.chain(muon, _scale_to_adam(axes)), "adam": adam}, _map_paths(label))
 

@@ -27,7 +27,7 @@ def balanced_positions(length: int, shards: int) -> npt.NDArray[np.int32]:
     return np.arange(length, dtype=np.int32).reshape(2 * shards, -1)[order].reshape(-1)
 
 
-def balance(x_BT: jax.Array) -> jax.Array:
+def to_balanced_order(x_BT: jax.Array) -> jax.Array:
     """Permutes axis 1 from natural to balanced order, with two collective permutes.
 
     Args:
@@ -40,8 +40,8 @@ def balance(x_BT: jax.Array) -> jax.Array:
     return _reorder(x_BT, _balance_shard)
 
 
-def restore(x_BT: jax.Array) -> jax.Array:
-    """Permutes axis 1 from balanced to natural order, the inverse of `balance`."""
+def from_balanced_order(x_BT: jax.Array) -> jax.Array:
+    """Permutes axis 1 from balanced to natural order, the inverse of `to_balanced_order`."""
     return _reorder(x_BT, _restore_shard)
 
 

@@ -148,8 +148,8 @@ def abstract_weights(model: GPTConfig, mesh: Mesh, weights: WeightFormat) -> tup
     )
 
 
-def _program(model: GPT) -> programs.DecodingProgram:
-    return programs.DecodingProgram(model, Sampling().static, model.config.context_length)
+def _program(model: GPT) -> programs.DecodingSettings:
+    return programs.DecodingSettings(model, Sampling().static, model.config.context_length)
 
 
 def _prompts(model: GPT, rows: int) -> tuple[Any, ...]:

@@ -44,7 +44,7 @@ class DecodingLayout:
 
     @property
     def memory(self) -> int:
-        """Bytes of a device."""
+        """Bytes needed on a device."""
         rows = self.batch // _shards(dataclasses.asdict(self.config.mesh))
         return self.weight_bytes + rows * self.cache_bytes + self.working_bytes
 

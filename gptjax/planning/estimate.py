@@ -114,7 +114,7 @@ def estimate_step(
 def recomputed_flops_per_token(model: GPTConfig) -> int:
     """Computes the FLOPs per token that the backward pass recomputes under `model.remat`, counted as for MFU.
 
-    Grouped products of experts are none of the products that "cheap" and "dots" keep.
+    "cheap" and "dots" also recompute the grouped products of experts.
     """
     layers = forward_flops_per_token(model) - head_flops(model)
     attention = sum(attention_flops(model, n) for n in range(model.num_layers))  # its two products with scores

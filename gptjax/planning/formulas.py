@@ -128,7 +128,7 @@ def expected_collectives(config: Config, mesh: Mapping[str, int]) -> list[Collec
 
 
 def _ring_hops(model: GPTConfig, layer: int, shards: int) -> int:
-    """How often a layer passes its keys on: all round, or in a banded layer as far as its band reaches."""
+    """Number of times that a layer sends its keys to the next device: round the ring, or as far as its band reaches."""
     chunk = model.context_length // (2 * shards)
     band = seen_positions(model, layer)
     reach = shards if band == model.context_length else -(-(band - 1) // chunk)
@@ -141,7 +141,7 @@ def _passes(model: GPTConfig) -> int:
 
 
 def _expert_passes(model: GPTConfig) -> int:
-    """The same of experts, whose products only remat="none" keeps."""
+    """Passes over the experts of a layer, whose products are recomputed unless remat is "none"."""
     return 2 if model.remat == "none" else 3
 
 

@@ -154,14 +154,13 @@ def _time_rows(step: StepPlan, estimate: StepEstimate) -> Rows:
     ]
     if step.topology.num_slices > 1:
         rows.append(("network", f"{estimate.dcn:.3f} s", "the same between slices"))
-    names = {"overlapped": "overlapped", "serial": "serial"}
     remarks = {
         "overlapped": "the slowest of these (links: the busiest axes)",
         "serial": "communication overlaps with nothing",
     }
     for name, seconds in bounds(estimate).items():
         rate = f"MFU {estimate.mfu(seconds):.1%}, {estimate.tokens / seconds:,.0f} tokens/s; {remarks[name]}"
-        rows.append((names[name], f"{seconds:.3f} s", rate))
+        rows.append((name, f"{seconds:.3f} s", rate))
     runs = [estimate_training(step.config, estimate, seconds) for seconds in bounds(estimate).values()]
     if (first := runs[0]) is not None and (last := runs[1]) is not None:
         days = (
@@ -242,7 +241,7 @@ def columns(rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def mesh_text(sizes: Mapping[str, int]) -> str:
-    """Such as "fsdp=64,tensor=16"."""
+    """Formats the sizes of mesh axes above 1, such as "fsdp=64,tensor=16"."""
     return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "one device"
 
 

@@ -59,7 +59,7 @@ def expert_bytes(model: GPTConfig, mesh: Mapping[str, int], tokens: float) -> fl
 def saved_bytes(model: GPTConfig, mesh: Mapping[str, int], tokens: float) -> float:
     """Bytes of the activations of a layer that `model.remat` keeps for the backward pass.
 
-    Grouped products of experts are none of the products that the policies keep.
+    No policy but "none" keeps the grouped products of experts.
     """
     if model.remat == "none":
         return layer_bytes(model, mesh, tokens)

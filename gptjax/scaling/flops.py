@@ -69,7 +69,7 @@ class TrainedPart:
 
     Attributes:
       weights: trained entries of matrices that one token is multiplied by: kernels of layers, and the head, which is
-        the token embedding if it is tied. Of a kernel of experts, those of the token's experts.
+        the token embedding if it is tied. Kernels of experts count with those of the token's experts only.
       low_rank: the same of low-rank matrices next to kernels.
       lowest_layer: the number, from 0, of the lowest layer with trained parameters; the backward pass ends there.
     """

@@ -65,15 +65,20 @@ def memory_summary(
 def moment_counts(model: GPTConfig, optimizer: OptimizerConfig) -> tuple[int, int]:
     """Number of entries of the first and of the second moments when all of `model` is trained."""
     every = sum(part.size for part in parameters(model) if part.kind != "balance")
-    if optimizer.name == "adamw":
-        return every, every
-    if optimizer.name == "muon":  # has no second moments of kernels
-        layers = (part for n in range(model.num_layers) for part in layer_parameters(model, n))
-        return every, every - sum(part.size for part in layers if part.kind == "kernel")
-    saved = 0
-    for part in parameters(model):
-        *_, columns, rows = (0, 0, *sorted(part.shape))
-        if columns >= optimizer.min_factored_dim:
-            size = math.prod(part.shape)
-            saved += size - size // rows - size // columns
-    return (every if optimizer.beta1 > 0 else 0), every - saved
+    match optimizer.name:
+        case "adamw":
+            return every, every
+        case "muon":  # has no second moments of kernels
+            layers = (part for n in range(model.num_layers) for part in layer_parameters(model, n))
+            return every, every - sum(part.size for part in layers if part.kind == "kernel")
+        case "adafactor":
+            saved = sum(_saved_by_factoring(part.shape, optimizer.min_factored_dim) for part in parameters(model))
+            return (every if optimizer.beta1 > 0 else 0), every - saved
+
+
+def _saved_by_factoring(shape: tuple[int, ...], min_dim: int) -> int:
+    """Entries by which factors of the two largest axes are fewer than the second moments of an array."""
+    if len(shape) < 2:
+        return 0
+    size, (columns, rows) = math.prod(shape), sorted(shape)[-2:]
+    return size - size // rows - size // columns if columns >= min_dim else 0

@@ -8,8 +8,7 @@ import math
 from typing import Literal, NamedTuple
 
 from gptjax.config import GPTConfig
-
-GATE_CHANNELS = 12  # inputs of the gates of value embeddings, as in `models.attention`
+from gptjax.config.model import GATE_CHANNELS
 
 
 class Parameter(NamedTuple):
@@ -86,7 +85,7 @@ def _outer_parameters(model: GPTConfig) -> list[Parameter]:
     found = [Parameter(table, "head" if model.tied_head else "table")]
     if not model.tied_head:
         found.append(Parameter(table, "head"))
-    if (layers := sum(has_value_embedding(model, layer) for layer in range(model.num_layers))) > 0:
+    if (layers := len(model.value_embedding_layers)) > 0:
         found.append(Parameter((table[0], layers * model.kv_heads * model.head_dim), "table"))
     if model.positions == "learned":
         found.append(Parameter((model.context_length, model.embed_dim), "table"))
@@ -118,16 +117,9 @@ def _attention(model: GPTConfig, layer: int) -> list[Parameter]:
         found += [Parameter((H,), "vector")]
     if model.qk_norm and model.qk_norm_gain:
         found += 2 * [Parameter((K,), "vector")]
-    if has_value_embedding(model, layer):
+    if layer in model.value_embedding_layers:
         found += [Parameter((GATE_CHANNELS, kv), "kernel")]
     return found
-
-
-def has_value_embedding(model: GPTConfig, layer: int) -> bool:
-    """Whether a layer has value embeddings; "alternate": every second layer, the last included."""
-    if model.value_embeddings == "alternate":
-        return (model.num_layers - 1 - layer) % 2 == 0
-    return model.value_embeddings == "all"
 
 
 def _feed_forward(model: GPTConfig) -> list[Parameter]:

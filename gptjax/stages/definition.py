@@ -22,6 +22,7 @@ class Definition:
       loss: complete config -> the pure loss.
       complete: config, tokenizer, workdir -> the config with the fields that data decides: vocabulary size, labels.
       check: raises UserError when the config has settings that this stage does not support.
+      sections: names of the config's sections that this stage reads and not every stage does.
       conversational: whether it reads conversations through a chat template.
       chats: whether its model is a chat model.
       adds_tokens: whether its vocabulary may extend that of the weights it starts from.
@@ -35,6 +36,7 @@ class Definition:
     loss: Callable[[Config], Loss]
     complete: Callable[[Config, Tokenizer, Path], Config]
     check: Callable[[Config], None] = lambda config: None
+    sections: tuple[str, ...] = ()
     conversational: bool = False
     chats: bool = False
     adds_tokens: bool = True

@@ -84,7 +84,7 @@ def check_computed_as_reference(config: Config) -> None:
     )
 
 
-def read_elements(gpt: GPT, params: Any, batch: Batch, rng: jax.Array | None) -> jax.Array:
+def element_hidden_states(gpt: GPT, params: Any, batch: Batch, rng: jax.Array | None) -> jax.Array:
     """Final hidden states of all positions, (B, R, T, D).
 
     Args:
@@ -99,7 +99,7 @@ def read_elements(gpt: GPT, params: Any, batch: Batch, rng: jax.Array | None) ->
 
 def token_logprobs(gpt: GPT, params: Any, batch: Batch, rng: jax.Array | None) -> jax.Array:
     """Log-probability of the target at each position, float32 (B, R, T)."""
-    return logprobs_of_states(gpt, params, batch, read_elements(gpt, params, batch, rng))
+    return logprobs_of_states(gpt, params, batch, element_hidden_states(gpt, params, batch, rng))
 
 
 def logprobs_of_states(gpt: GPT, params: Any, batch: Batch, x_BRTD: jax.Array) -> jax.Array:

@@ -154,7 +154,7 @@ def _evaluate(
     middles where every document is split.
 
     Args:
-      means: examples -> all parameters -> {"loss": ...}, as of `held_out_means`.
+      means: examples -> all parameters -> {"loss": ...}, see `held_out_means`.
     """
     split, name = corpus.validation.split, config.data.objective
     measure = means(objectives.examples(config, corpus.validation, tokenizer, objectives.HELD_OUT_SEED))

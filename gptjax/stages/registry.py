@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 
 from gptjax.checkpoint.state import ParameterSpec
-from gptjax.config import Config, UserError, read_config
+from gptjax.config import Config, UserError, changes, read_config
 from gptjax.data import tokenizers
 from gptjax.models import peft
 from gptjax.models.gpt import GPT, init_params
@@ -44,8 +44,23 @@ def check(config: Config) -> None:
     definition(config).check(config)
 
 
+def check_sections(config: Config) -> None:
+    """Raises UserError when `config` sets a section that other stages read and its own does not."""
+    readers: dict[str, list[str]] = {}
+    for stage, stage_definition in DEFINITIONS.items():
+        for section in stage_definition.sections:
+            readers.setdefault(section, []).append(stage)
+    for section, stages in readers.items():
+        changed = changes(getattr(Config(), section), getattr(config, section), f"{section}.")
+        if config.stage not in stages and changed:
+            name, (_, value) = next(iter(changed.items()))
+            raise UserError(
+                f"{name}={value!r} has no effect: stage {config.stage} does not read it, only {', '.join(stages)}"
+            )
+
+
 def check_given(config: Config, given: Config) -> None:
-    """Raises UserError when the weights of a run with config `given` are none that the stage can start from."""
+    """Raises UserError when the weights of a run with config `given` are of no model that the stage can start from."""
     if given.data.objective == "masked" and definition(config).conversational:
         raise UserError(
             f"init_from={config.init_from} is a masked language model (data.objective=masked), and stage "
@@ -65,7 +80,7 @@ def completed_config(workdir: Path) -> tuple[Config, tokenizers.Tokenizer]:
 
 
 def objective(config: Config) -> Objective:
-    """The parameters and the loss of a config's stage; arguments and errors as of `parameters`."""
+    """The parameters and the loss of a config's stage; arguments and errors are those of `parameters`."""
     return Objective(parameters(config), definition(config).loss(config))
 
 

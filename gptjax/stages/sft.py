@@ -40,6 +40,7 @@ DEFINITION = Definition(
     loss=next_token_loss,
     complete=policy.complete,
     check=check,
+    sections=("chat",),
     conversational=True,
     chats=True,
 )
@@ -53,7 +54,7 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None, define: Calla
       define: complete config -> parameters and loss.
 
     Raises:
-      UserError: as of `open_chat`; a conversation whose last exchange is longer than the context.
+      UserError: as in `open_chat`; a conversation whose last exchange is longer than the context.
     """
     data = open_chat(config, mesh, tokenizer, conversations_of)
     train = _rows(data, data.train, data.config.seed, pretraining_text(data))

@@ -79,20 +79,20 @@ def given_params(parameters: ParameterSpec, mesh: Mesh) -> tuple[Any, Any]:
     given = load_given(parameters, mesh)
     base, abstract = whole_base(parameters, given, mesh), abstract_state(parameters, mesh)
 
-    def trained(given: Any, longer: Any) -> Any:
-        return parameters.split(_graft(nn.unbox(fresh_params(parameters)), peft.join(given, longer)))[1]
+    def trained(donated: Any, kept: Any) -> Any:
+        return parameters.split(_graft(nn.unbox(fresh_params(parameters)), peft.join(donated, kept)))[1]
 
     placement = jax.tree.map(lambda leaf: leaf.sharding, abstract.params)
     if parameters.given is not None:
         return base, jax.jit(trained, out_shardings=placement)(given, {})
     # XLA can reuse a donated buffer only for an output of the same shape and dtype.
     wanted, leaves = peft.flatten(abstract.params), peft.flatten(given)
-    whole = {
+    fitting = {
         path for path, leaf in leaves.items() if (leaf.shape, leaf.dtype) == (wanted[path].shape, wanted[path].dtype)
     }
-    same, longer = ({p: leaf for p, leaf in leaves.items() if (p in whole) == kept} for kept in (True, False))
+    donated, kept = ({p: leaf for p, leaf in leaves.items() if (p in fitting) == fits} for fits in (True, False))
     make = jax.jit(trained, donate_argnums=0, out_shardings=placement)
-    return base, make(peft.unflatten(same), peft.unflatten(longer))
+    return base, make(peft.unflatten(donated), peft.unflatten(kept))
 
 
 def _started(parameters: ParameterSpec, name: str, params: Any, mesh: Mesh) -> Any:

@@ -28,7 +28,7 @@ from gptjax.training.stage import Stage
 from gptjax.training.step import Stepper
 
 PROFILED_STEPS = range(5, 8)  # counted from the start of the process: the first ones compile and fill queues
-# Of the validation metrics.
+# Validation metrics whose best value is the smallest.
 LOWER_IS_BETTER = (
     *("loss", "perplexity", "bits_per_byte", "mean_squared_error"),
     *("left_to_right_loss", "middle_loss"),

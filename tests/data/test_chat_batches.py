@@ -148,11 +148,11 @@ def ranked(*lengths: tuple[int, ...], first: int = 1) -> list[RankedSequences]:
 
 
 def answers_of(arrays: dict[str, np.ndarray]) -> list[list[tuple[int, int]]]:
-    """The last tokens and the levels of the completions of each prompt of an element."""
+    """The last tokens and the ranks of the completions of each prompt of an element."""
     tokens = arrays["tokens"].reshape(-1)
     pairs = [
         [(int(tokens[end]), int(level)) for end, level in zip(*prompt, strict=True) if level > 0]
-        for prompt in zip(arrays["ends"], arrays["levels"], strict=True)
+        for prompt in zip(arrays["ends"], arrays["ranks"], strict=True)
     ]
     return [prompt for prompt in pairs if prompt]
 
@@ -164,9 +164,9 @@ def test_rankings_by_hand():
     read = [ranked_answers[i] for i in range(len(ranked_answers))]
     assert [array["tokens"].shape for array in read] == [(2, 32)] * 2
     assert read[0]["ends"].tolist() == [[15, 23, 0], [40, 49, 0], [63, 0, 0]]
-    assert read[0]["levels"].tolist() == [[1, 2, 0], [1, 2, 0], [1, 0, 0]]
+    assert read[0]["ranks"].tolist() == [[1, 2, 0], [1, 2, 0], [1, 0, 0]]
     assert read[1]["ends"].tolist() == [[29, 51, 63], [0, 0, 0], [0, 0, 0]]
-    assert read[1]["levels"].tolist() == [[1, 2, 3], [0, 0, 0], [0, 0, 0]]
+    assert read[1]["ranks"].tolist() == [[1, 2, 3], [0, 0, 0], [0, 0, 0]]
     assert answers_of(read[1]) == [[(54, 1), (74, 2), (86, 3)]]
 
 

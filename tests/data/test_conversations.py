@@ -346,7 +346,7 @@ def test_random_answers_are_never_true_ones():
     assert rankings != random_rankings(conversations, 2, seed=1)
     with pytest.raises(UserError, match=r"line 0: the other conversations have fewer than chat\.random_answers=3"):
         random_rankings(conversations, 3, seed=0)
-    assert {ranking.levels for ranking in rankings} == {(1, 2, 2)}, "of random answers none is better than another"
+    assert {ranking.ranks for ranking in rankings} == {(1, 2, 2)}, "of random answers none is better than another"
 
 
 def test_each_draw_has_all_answers_and_other_random_ones():

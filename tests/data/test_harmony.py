@@ -81,7 +81,7 @@ def test_tokens_and_loss_are_those_of_the_package(name, make_format, jsonl):
         encoded = [form.encode(messages) for messages in form.training_conversations(conversation.messages)]
         wanted = [turn for turn in golden["turns"] if turn[mask]]
         assert [one.tokens.tolist() for one in encoded] == [turn["tokens"] for turn in wanted]
-        assert [spans(one.learned) for one in encoded] == [turn[mask] for turn in wanted]
+        assert [spans(one.loss_mask) for one in encoded] == [turn[mask] for turn in wanted]
 
 
 def test_special_tokens_and_what_ends_a_completion(make_format):

@@ -25,13 +25,13 @@ def test_chatml_byte_for_byte():
         *[256, START, *text("user\nHi"), END, *text("\n")],
         *[START, *text("assistant\nYo"), END],
     ]
-    assert encoded.learned.dtype == bool
+    assert encoded.loss_mask.dtype == bool
     assert CHATML.encode([ASK, SAY, ASK]).tokens.tolist() == [
         *[*encoded.tokens.tolist(), *text("\n")],
         *[START, *text("user\nHi"), END, *text("\n")],
     ]
     assert CHATML.vocab_size == 259
-    assert encoded.tokens[encoded.learned].tolist() == [*text("Yo"), END]
+    assert encoded.tokens[encoded.loss_mask].tolist() == [*text("Yo"), END]
 
 
 def test_plain_has_no_new_tokens_and_ends_a_turn_with_end_of_text():
@@ -39,7 +39,7 @@ def test_plain_has_no_new_tokens_and_ends_a_turn_with_end_of_text():
     assert TOKENIZER.decode(encoded.tokens[1:]) == "Rules.\n\nUser:\nHi\n\nAssistant:\nYo<|endoftext|>"
     assert PLAIN.vocab_size == TOKENIZER.vocab_size
     assert PLAIN.end_of_turn == TOKENIZER.end_of_text
-    assert encoded.tokens[encoded.learned].tolist() == [*b"Yo", 256]
+    assert encoded.tokens[encoded.loss_mask].tolist() == [*b"Yo", 256]
 
 
 @pytest.mark.parametrize("form", [CHATML, PLAIN])
@@ -54,8 +54,8 @@ def test_prompt_and_answer_are_the_conversation(form, question, answer, earlier)
     parts = np.concatenate([form.encode_prompt(asked), form.encode_completion(answer)])
     assert whole.tokens.tolist() == parts.tolist()
     said = [*(message.content for message in earlier if message.role == "assistant"), answer]
-    assert whole.tokens[whole.learned].tolist() == [token for text in said for token in form.encode_completion(text)]
-    assert whole.learned[-1]
+    assert whole.tokens[whole.loss_mask].tolist() == [token for text in said for token in form.encode_completion(text)]
+    assert whole.loss_mask[-1]
     assert form.decode(form.encode_completion(answer)) == answer.encode("utf-8", "replace").decode()
 
 

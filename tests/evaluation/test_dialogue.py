@@ -198,7 +198,7 @@ def test_an_evaluation_end_to_end(sft, reward_model, tmp_path, capsys):
         tokens_1T = np.pad(whole.tokens, (0, CONTEXT - len(whole)))[None]  # what is behind changes nothing
         logits_TV = np.asarray(apply({"params": trained.params}, tokens_1T)[0])
         logprobs_TV = logits_TV - np.log(np.exp(logits_TV).sum(-1, keepdims=True))
-        targets = np.flatnonzero(whole.learned)
+        targets = np.flatnonzero(whole.loss_mask)
         nats -= float(logprobs_TV[targets - 1, whole.tokens[targets]].sum())
         tokens += len(targets)
     assert any(record["ended"] for record in records)

@@ -145,7 +145,7 @@ def test_the_peak_memory_is_little_more_than_the_checkpoint(tmp_path):
     config, packed, _ = packed_model()
     small = write(tmp_path / "source_small", config, packed)
     config, packed, _ = packed_model(
-        hidden_size=512, intermediate_size=512, num_hidden_layers=8, num_local_experts=16, max_position_embeddings=128
+        hidden_size=512, intermediate_size=512, num_hidden_layers=4, num_local_experts=12, max_position_embeddings=128
     )
     source = write(tmp_path / "source", config, packed, max_file_bytes=20_000_000)
     del packed
@@ -160,5 +160,5 @@ def test_the_peak_memory_is_little_more_than_the_checkpoint(tmp_path):
         assert result.returncode == 0, result.stderr
         ratio, size = map(float, result.stdout.split())
         print(direction, "peak memory by size:", ratio)
-        assert size > 4e8
+        assert size > 1e8
         assert 0.2 < ratio < 1.3

@@ -275,7 +275,7 @@ def test_reward_loss():
         rewards_rejected=rewards[1],
     )
     found["loss"].backward()
-    levels = jnp.tile(jnp.array([[1, 2]]), (N, 1))
-    loss, gradient = jax.value_and_grad(lambda s: preference.ranking_loss(s.T, levels)[0].mean())(jnp.asarray(scores))
+    ranks = jnp.tile(jnp.array([[1, 2]]), (N, 1))
+    loss, gradient = jax.value_and_grad(lambda s: preference.ranking_loss(s.T, ranks)[0].mean())(jnp.asarray(scores))
     close(loss, found["loss"])
     close(gradient, rewards.grad)

@@ -307,29 +307,29 @@ class TestDPOLoss:
 
 class TestRankingLoss:
     def test_of_one_pair_is_log_sigmoid(self):
-        levels = jnp.array([[1, 2], [1, 2]])
-        losses, accuracies = preference.ranking_loss(jnp.array([[2.0, -1], [0, 0.5]]), levels)
+        ranks = jnp.array([[1, 2], [1, 2]])
+        losses, accuracies = preference.ranking_loss(jnp.array([[2.0, -1], [0, 0.5]]), ranks)
         close(losses, [-log_sigmoid(3), -log_sigmoid(-0.5)])
         close(accuracies, [1.0, 0.0])
 
     def test_is_the_mean_over_valid_pairs(self):
         scores = jnp.array([[1.0, 3, 0, 99], [1, 3, 0, 2], [1, 3, 0, 2], [1, 3, 0, 2]])
-        levels = jnp.array([[1, 2, 3, 0], [1, 0, 0, 2], [1, 0, 0, 0], [0, 0, 0, 0]])
-        losses, accuracies = preference.ranking_loss(scores, levels)
+        ranks = jnp.array([[1, 2, 3, 0], [1, 0, 0, 2], [1, 0, 0, 0], [0, 0, 0, 0]])
+        losses, accuracies = preference.ranking_loss(scores, ranks)
         # Differences of the pairs: 1 - 3, 1 - 0 and 3 - 0; 1 - 2; none; none.
         close(losses, [-(log_sigmoid(-2) + log_sigmoid(1) + log_sigmoid(3)) / 3, -log_sigmoid(-1), 0, 0])
         close(accuracies, [2 / 3, 0, 0, 0])
 
     def test_ties_form_no_pair(self):
-        scores, levels = jnp.array([[[1.0, 3, 0, 2]], [[1.0, 3, 0, 2]]]), jnp.array([[[1, 2, 2, 2]], [[1, 1, 2, 0]]])
-        losses, accuracies = preference.ranking_loss(scores, levels)
+        scores, ranks = jnp.array([[[1.0, 3, 0, 2]], [[1.0, 3, 0, 2]]]), jnp.array([[[1, 2, 2, 2]], [[1, 1, 2, 0]]])
+        losses, accuracies = preference.ranking_loss(scores, ranks)
         close(losses[0], [-(log_sigmoid(-2) + log_sigmoid(1) + log_sigmoid(-1)) / 3])
         close(losses[1], [-(log_sigmoid(1) + log_sigmoid(3)) / 2])
         close(accuracies, [[1 / 3], [1]])
 
     def test_gradients_of_absent_completions_are_0(self):
-        levels = jnp.array([[1, 2, 0]])
-        gradient = jax.grad(lambda s: preference.ranking_loss(s, levels)[0][0])(jnp.array([[0.0, 0.0, 5.0]]))
+        ranks = jnp.array([[1, 2, 0]])
+        gradient = jax.grad(lambda s: preference.ranking_loss(s, ranks)[0][0])(jnp.array([[0.0, 0.0, 5.0]]))
         close(gradient, [[-0.5, 0.5, 0.0]])
 
     def test_equal_scores_count_as_misranked(self):

@@ -88,7 +88,7 @@ def compare(case: str) -> dict[str, Any]:
 
 
 def order(mesh: str) -> dict[str, Any]:
-    """Whether `balance`, `restore` and the gradient of `balance` are correct, and their collectives."""
+    """Whether both permutations and the gradient of the first are correct, and their collectives."""
     mesh_in_use = mesh_of(mesh)
     positions_T = balanced_order.balanced_positions(LENGTH, mesh_in_use.shape["context"])
     with jax.set_mesh(mesh_in_use):
@@ -99,12 +99,12 @@ def order(mesh: str) -> dict[str, Any]:
         tokens_BT = np.arange(2 * LENGTH, dtype=np.int32).reshape(2, LENGTH)
         x_BTD = np.random.default_rng(0).normal(size=(2, LENGTH, 3)).astype(np.float32)
         tried = {
-            "balance": (tokens_BT[:, positions_T], run(balanced_order.balance, place(tokens_BT))),
-            "restore": (x_BTD, run(balanced_order.restore, place(x_BTD[:, positions_T]))),
+            "balance": (tokens_BT[:, positions_T], run(balanced_order.to_balanced_order, place(tokens_BT))),
+            "restore": (x_BTD, run(balanced_order.from_balanced_order, place(x_BTD[:, positions_T]))),
             "gradient": (
                 x_BTD,
                 run(
-                    lambda x, g: jax.vjp(balanced_order.balance, x)[1](g)[0],
+                    lambda x, g: jax.vjp(balanced_order.to_balanced_order, x)[1](g)[0],
                     place(x_BTD),
                     place(x_BTD[:, positions_T]),
                 ),

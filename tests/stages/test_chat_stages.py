@@ -201,7 +201,7 @@ def test_random_completions_that_are_too_long_are_left_out_before_the_prompt_is(
     changes = {"data": {"source": f"jsonl:{path}", "validation_source": f"jsonl:{path}"}}
     config = c.replace(finished["dpo"][0], changes | {"chat": {"random_answers": 4, "on_too_long": "skip"}})
     arrays = next(build(config, make_mesh(c.MeshConfig()), None).batches(0, None)).arrays
-    counts = (arrays["levels"] > 0).sum(axis=-1).reshape(-1)  # completions of each prompt, 0 where there is no prompt
+    counts = (arrays["ranks"] > 0).sum(axis=-1).reshape(-1)  # completions of each prompt, 0 where there is no prompt
     assert set(counts[counts > 0].tolist()) == {4, 5}
     with pytest.raises(UserError, match="its last exchange has"):
         build(c.replace(config, {"chat": {"on_too_long": "error"}}), make_mesh(c.MeshConfig()), None)
@@ -230,6 +230,8 @@ def test_bytes_that_are_no_text_are_replaced_or_refused(finished, tmp_path):
         ("dpo", {"model": {"residual_dropout": 0.1}}, r"model\.residual_dropout=0.1: stage dpo .* set it to 0"),
         ("dpo", {"peft": {"method": "lora", "dropout": 0.1}}, r"peft\.dropout=0.1: stage dpo .* set it to 0"),
         ("dpo", {"model": {"matmul_dtype": "int8"}}, r"model\.matmul_dtype=int8 is not supported by stage dpo"),
+        ("sft", {"dpo": {"beta": 0.2}}, r"dpo\.beta=0\.2 has no effect: stage sft does not read it, only dpo"),
+        ("dpo", {"regularisation": {"label_smoothing": 0.1}}, r"label_smoothing=0\.1 has no effect: .* only finetune"),
     ],
 )
 def test_user_errors_are_one_line(finished, tmp_path, stage, changes, message):

@@ -75,7 +75,7 @@ def test_each_token_of_the_assistant_is_in_the_loss_once(tmp_path):
         for messages in form.training_conversations(conversation.messages)
     ]
     assert len(encoded) == 12
-    assert learned == 2 * sum(int(one.learned.sum()) for one in encoded)
+    assert learned == 2 * sum(int(one.loss_mask.sum()) for one in encoded)
     targets = np.concatenate([arrays["targets"][arrays["weights"] > 0] for arrays in counted])
     assert np.bincount(targets, minlength=form.vocab_size)[form.end_tokens[0]] == 2 * 12
     assert np.bincount(targets, minlength=form.vocab_size)[form.end_tokens[1]] == 2 * 6

@@ -55,7 +55,7 @@ def load_predictor(
     Args:
       mesh: in use (`jax.set_mesh`) here and when the function is called.
       batch_size: rows per batch, rounded up to a multiple of the number of batch shards.
-      best, step, given: as of `load_parts`; by default the best checkpoint.
+      best, step, given: as in `load_parts`; by default the best checkpoint.
 
     Raises:
       UserError: as `load_parts`, or the run is of another stage.

@@ -82,7 +82,7 @@ class TaskModel:
         task_loss = partial(self._task_loss, params, batch, rng, mixup)
         total, weights_B, x_NTD = task_loss(None)
         if rng is not None and settings.adversarial_epsilon is not None:
-            table_VD, size = nn.unbox(head_embedding(params)), len(weights_B)
+            table_VD, size = nn.unbox(params["token_embedding"]["embedding"]), len(weights_B)
             perturbation_NTD = adversarial_perturbation(
                 lambda r_NTD: task_loss(r_NTD)[0], x_NTD.shape, size, table_VD, settings.adversarial_epsilon
             )
@@ -294,6 +294,7 @@ DEFINITION = Definition(
     loss=lambda config: regularised(config, TaskModel(config).loss),
     complete=_complete,
     check=_check,
+    sections=("task", "regularisation"),
     reinitialises_special_tokens=True,
     head="task",
     uses_best_checkpoint=True,

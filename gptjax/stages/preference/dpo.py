@@ -12,5 +12,5 @@ from gptjax.training.stage import Stage
 
 
 def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None, define: Callable[[Config], Objective]) -> Stage:
-    """Builds the stage on `mesh`; arguments and errors as of `build_ranked`."""
+    """Builds the stage on `mesh`; arguments and errors are those of `build_ranked`."""
     return build_ranked(config, mesh, tokenizer, define)

@@ -41,7 +41,7 @@ def dpo_loss(config: Config) -> Loss:
         # Both get the dropout key, so that both are the same computation; `check` refuses dropout.
         policy_BPG = completion_logprobs(gpt, params, batch, rng)
         reference_BPG = jax.lax.stop_gradient(completion_logprobs(gpt, params[REFERENCE], batch, rng))
-        better, worse, there_BPJ = preference.ranked_pairs(batch["levels"])
+        better, worse, valid_BPJ = preference.ranked_pairs(batch["ranks"])
         losses_BPJ, margins_BPJ = preference.dpo_loss(
             policy_BPG[..., better],
             policy_BPG[..., worse],
@@ -52,10 +52,10 @@ def dpo_loss(config: Config) -> Loss:
         )
 
         def total(values_BPJ: jax.Array) -> jax.Array:
-            return jnp.sum(preference.mean_where(values_BPJ, there_BPJ))
+            return jnp.sum(preference.mean_where(values_BPJ, valid_BPJ))
 
         measures = {"accuracy": total(margins_BPJ > 0), "margin": total(margins_BPJ)}
-        return total(losses_BPJ), jnp.sum(jnp.any(there_BPJ, axis=-1), dtype=jnp.float32), measures
+        return total(losses_BPJ), jnp.sum(jnp.any(valid_BPJ, axis=-1), dtype=jnp.float32), measures
 
     return loss
 
@@ -72,6 +72,7 @@ DEFINITION = Definition(
     loss=dpo_loss,
     complete=policy.complete,
     check=check,
+    sections=("chat", "dpo"),
     conversational=True,
     chats=True,
 )

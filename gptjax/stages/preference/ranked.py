@@ -1,4 +1,4 @@
-"""What stages "reward" and "dpo" share: training on ranked completions."""
+"""Training on ranked completions: the part that stages "reward" and "dpo" share."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,7 +38,7 @@ def build_ranked(
         at the end of training.
 
     Raises:
-      UserError: as of `open_chat`; a completion that is longer than the context.
+      UserError: as in `open_chat`; a completion that is longer than the context.
     """
     data = open_chat(config, mesh, tokenizer, rankings_of)
     context, pack = data.config.model.context_length, data.config.chat.pack
@@ -74,11 +74,11 @@ def _encode(data: ChatData[Ranking], rankings: list[Ranking]) -> list[RankedSequ
     form, context = data.chat_format, data.config.model.context_length
 
     def sequences(item: Ranking) -> RankedSequences:
-        completions, levels = [form.encode_completion(text) for text in item.completions], item.levels
+        completions, ranks = [form.encode_completion(text) for text in item.completions], item.ranks
         if not item.ordered and data.config.chat.on_too_long == "skip":  # random completions can be left out
             room = context - len(form.encode_prompt(item.prompt[-1:]))
             kept = [i for i, completion in enumerate(completions) if i == 0 or len(completion) <= room]
-            completions, levels = [completions[i] for i in kept], tuple(levels[i] for i in kept)
+            completions, ranks = [completions[i] for i in kept], tuple(ranks[i] for i in kept)
             if len(completions) < 2:
                 raise TooLongError(f"{item.place}: no random completion fits behind its prompt")
         longest = max(map(len, completions))
@@ -90,6 +90,6 @@ def _encode(data: ChatData[Ranking], rankings: list[Ranking]) -> list[RankedSequ
         # The same tokens of the prompt for all completions, whatever their lengths: log-probabilities and scores of
         # different prompts are not comparable.
         prompt = form.encode_prompt(item.prompt, context - longest, place=item.place)
-        return RankedSequences([with_completion(prompt, completion) for completion in completions], levels)
+        return RankedSequences([with_completion(prompt, completion) for completion in completions], ranks)
 
     return fitting(data.config, rankings, sequences)

@@ -22,7 +22,7 @@ from gptjax.training.stage import Stage
 
 
 def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None, define: Callable[[Config], Objective]) -> Stage:
-    """The stage on `mesh`; arguments and errors as of `build_ranked`."""
+    """The stage on `mesh`; arguments and errors are those of `build_ranked`."""
     return build_ranked(config, mesh, tokenizer, define, _conclude)
 
 
@@ -32,8 +32,8 @@ def _conclude(config: Config, read: Callable[[], Iterator[Microbatch]], mesh: Me
 
     def best_scores(params: Any, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array, Measures]:
         with peft.applied(config.peft, deterministic=True):
-            scores_BP, there_BP = model.scores(params, batch, rng)[..., 0], batch["levels"][..., 0] > 0
-        return jnp.sum(jnp.where(there_BP, scores_BP, 0)), jnp.sum(there_BP), {}
+            scores_BP, valid_BP = model.scores(params, batch, rng)[..., 0], batch["ranks"][..., 0] > 0
+        return jnp.sum(jnp.where(valid_BP, scores_BP, 0)), jnp.sum(valid_BP), {}
 
     measure = held_out_means(best_scores, read, config.sequences_per_microbatch, mesh)
 

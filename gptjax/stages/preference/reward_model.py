@@ -17,7 +17,7 @@ from gptjax.models.gpt import GPT
 from gptjax.models.heads import Head, init_with_head
 from gptjax.stages import policy
 from gptjax.stages.definition import Definition
-from gptjax.stages.policy import read_elements
+from gptjax.stages.policy import element_hidden_states
 from gptjax.training.objective import Batch, Measures
 
 SCALE_FILE = "reward.json"  # in the workdir of a run of stage "reward": the mean score of the best completions
@@ -49,7 +49,7 @@ class RewardModel:
 
     def values(self, params: Any, batch: Batch, rng: jax.Array | None) -> jax.Array:
         """The head's output at every position, float32 (B, R, T)."""
-        x_BRTD = read_elements(self.gpt, params, batch, rng)
+        x_BRTD = element_hidden_states(self.gpt, params, batch, rng)
         return cast(jax.Array, self.head.apply({"params": params["head"]}, x_BRTD, deterministic=True))[..., 0]
 
     def scores(self, params: Any, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
@@ -62,10 +62,10 @@ class RewardModel:
         Returns:
           The loss, the number of prompts, and `accuracy`: the share of a prompt's pairs that are ranked correctly.
         """
-        levels_BPG = batch["levels"]
-        losses_BP, accuracies_BP = preference.ranking_loss(self.scores(params, batch, rng), levels_BPG)
+        ranks_BPG = batch["ranks"]
+        losses_BP, accuracies_BP = preference.ranking_loss(self.scores(params, batch, rng), ranks_BPG)
         # An element may have fewer prompts than others, or be padding of the batch.
-        count = jnp.sum(jnp.any(levels_BPG > 0, axis=-1), dtype=jnp.float32)
+        count = jnp.sum(jnp.any(ranks_BPG > 0, axis=-1), dtype=jnp.float32)
         return jnp.sum(losses_BP), count, {"accuracy": jnp.sum(accuracies_BP)}
 
 
@@ -80,6 +80,7 @@ DEFINITION = Definition(
     loss=lambda config: RewardModel(config).loss,
     complete=policy.complete,
     check=policy.check_no_pretraining_text,
+    sections=("chat",),
     conversational=True,
     head="reward",
 )

@@ -16,7 +16,7 @@ from gptjax.training.stage import Stage
 
 
 def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None, define: Callable[[Config], Objective]) -> Stage:
-    """Builds the stage on `mesh`; arguments and errors as of `build_rl`."""
+    """Builds the stage on `mesh`; arguments and errors are those of `build_rl`."""
     return build_rl(config, mesh, tokenizer, define, loss_arrays)
 
 

@@ -1,4 +1,4 @@
-"""What stages "ppo" and "grpo" share: a policy is trained on completions that it sampled, and on their rewards."""
+"""Training of a policy on the rewards of completions that it sampled: the part that stages "ppo" and "grpo" share."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -38,11 +38,11 @@ def build_rl(
     Args:
       tokenizer: of the run that resumes; None: that of the weights to start from.
       define: complete config -> parameters and loss.
-      loss_arrays: complete config, completions -> as of `Rollouts`.
-      text: data -> as of `Rollouts`.
+      loss_arrays: from the complete config and completions to the arrays and metrics that `Rollouts` takes.
+      text: from the data to the function that reads rows of pretraining text, see `Rollouts`.
 
     Raises:
-      UserError: as of `open_chat` and `open_reward`; a prompt that leaves no room for a completion.
+      UserError: as in `open_chat` and `open_reward`; a prompt that leaves no room for a completion.
     """
     data = open_chat(config, mesh, tokenizer, prompts_of)
     train, validation = (_encode(data, prompts) for prompts in (data.train, data.validation))
@@ -114,4 +114,5 @@ def _evaluate(
 
 
 def _conclude(params: Any, step: int, workdir: Path) -> str:
+    """Plots the reward against the KL divergence when training ends; returns the line to print."""
     return f"reward against KL: {plot_reward(workdir)}" if jax.process_index() == 0 else ""

@@ -26,10 +26,10 @@ from gptjax.training.stage import Stage
 def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None, define: Callable[[Config], Objective]) -> Stage:
     """Builds the stage on `mesh`.
 
-    Arguments as of `build_rl`.
+    Arguments are those of `build_rl`.
 
     Raises:
-      UserError: as of `build_rl`; or the value function starts from a reward model of another tokenizer or template.
+      UserError: as in `build_rl`; or the value function starts from a reward model of another tokenizer or template.
     """
     if config.ppo.value_init == "reward":
         _check_same_tokens(config, Path(config.rl.reward.partition(":")[2]).expanduser())

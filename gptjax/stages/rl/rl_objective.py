@@ -21,7 +21,7 @@ from gptjax.models.gpt import GPT, head_embedding
 from gptjax.models.heads import VALUE
 from gptjax.stages import policy
 from gptjax.stages.definition import Definition
-from gptjax.stages.policy import REFERENCE, logprobs_of_states, read_elements, token_logprobs
+from gptjax.stages.policy import REFERENCE, element_hidden_states, logprobs_of_states, token_logprobs
 from gptjax.stages.preference.reward_model import RewardModel
 from gptjax.stages.pretrain import next_token_loss
 from gptjax.training.objective import Batch, Loss, Measures
@@ -111,7 +111,7 @@ def completion_measurer(config: Config) -> Callable[[Any, Batch], dict[str, jax.
 
     def measure(params: Any, batch: Batch) -> dict[str, jax.Array]:
         with peft.applied(config.peft, deterministic=True):
-            x_BRTD = read_elements(gpt, params, batch, None)
+            x_BRTD = element_hidden_states(gpt, params, batch, None)
         logprobs_BRT = logprobs_of_states(gpt, params, batch, x_BRTD)
         rows_NTD = x_BRTD.reshape(-1, *x_BRTD.shape[2:])
         entropy_NT = entropies(rows_NTD, head_embedding(params), gpt.config.precision, gpt.config.logit_soft_cap)
@@ -207,5 +207,21 @@ def check_grpo(config: Config) -> None:
     )
 
 
-PPO = Definition(_ppo_parameters, ppo_loss, policy.complete, check_ppo, conversational=True, chats=True)
-GRPO = Definition(_policy_parameters, grpo_loss, policy.complete, check_grpo, conversational=True, chats=True)
+PPO = Definition(
+    parameters=_ppo_parameters,
+    loss=ppo_loss,
+    complete=policy.complete,
+    check=check_ppo,
+    sections=("chat", "rl", "ppo"),
+    conversational=True,
+    chats=True,
+)
+GRPO = Definition(
+    parameters=_policy_parameters,
+    loss=grpo_loss,
+    complete=policy.complete,
+    check=check_grpo,
+    sections=("chat", "rl", "grpo"),
+    conversational=True,
+    chats=True,
+)

@@ -238,6 +238,17 @@ def test_the_adversarial_loss_to_first_order():
     assert harder - plain == pytest.approx(epsilon * norms.sum() / 2, rel=0.05)
 
 
+def test_the_scale_of_perturbations_is_that_of_the_token_embeddings_not_of_an_untied_head():
+    config = replace(config_of(adversarial_epsilon=2.0), {"model": {"tied_head": False}})
+    init = TaskModel(config).init
+    untied = {**nn.unbox(jax.jit(init)(RNG)), **params()}
+    losses = []
+    for factor in (1.0, 100.0):
+        untied["head_embedding"] = jax.tree.map(lambda leaf: leaf * factor, untied["head_embedding"])  # noqa: B023
+        losses.append(float(loss_of(config, untied, BATCH, RNG)[0]))
+    assert losses[0] == losses[1]
+
+
 def test_the_language_model_loss_is_not_attacked():
     of_language = [
         float(loss_of(config_of(0.5, **settings), params(), BATCH, RNG)[0])

@@ -35,7 +35,7 @@ def completions(*lengths: int) -> list[EncodedConversation]:
     return made
 
 
-# The completions of each prompt, and their levels.
+# The completions of each prompt, and their ranks.
 PROMPTS = [
     (completions(5, 2, 7), (1, 2, 3)),
     (completions(4, 9), (1, 2)),
@@ -56,8 +56,8 @@ def batch(
     return {name: jnp.asarray(np.stack([arrays[name] for arrays in laid])) for name in laid[0]}
 
 
-def right_pairs(levels: tuple[int, ...]) -> list[tuple[int, int]]:
-    return [(i, j) for i, j in itertools.combinations(range(len(levels)), 2) if levels[i] < levels[j]]
+def right_pairs(ranks: tuple[int, ...]) -> list[tuple[int, int]]:
+    return [(i, j) for i, j in itertools.combinations(range(len(ranks)), 2) if ranks[i] < ranks[j]]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def alone(params, sequence: EncodedConversation) -> tuple[float, float]:
     )
     logprobs_TV = jax.nn.log_softmax(x_1TD[0] @ head_embedding(params).T, axis=-1)
     picked = logprobs_TV[np.arange(len(sequence) - 1), sequence.tokens[1:]]
-    return float(np.ravel(score)[0]), float(jnp.sum(picked * sequence.learned[1:]))
+    return float(np.ravel(score)[0]), float(jnp.sum(picked * sequence.loss_mask[1:]))
 
 
 def test_target_logprobs_sum_up_to_the_cross_entropy():
@@ -107,7 +107,7 @@ def test_scores_and_logprobs_are_those_of_each_sequence_alone(params, pack):
     assert whole["ends"].shape == ((6, 4, 3) if pack else (6, 1, 3))
     scores = jax.jit(RewardModel(CONFIG).scores)(params, whole)
     logprobs = jax.jit(lambda p, b: completion_logprobs(GPT(CONFIG.model), p, b, None))(params, whole)
-    there = whole["levels"] > 0
+    there = whole["ranks"] > 0
     found = [tuple(map(float, pair)) for pair in zip(scores[there], logprobs[there], strict=True)]
     for sequence, pair in zip((s for sequences, _ in prompts for s in sequences), found, strict=True):
         assert pair == pytest.approx(alone(params, sequence), rel=1e-4, abs=1e-4)
@@ -134,9 +134,9 @@ def test_the_reward_loss_is_the_mean_over_a_prompts_pairs(params):
     whole = batch(PROMPTS, pack=True, full=5)
     loss, weight, measures = jax.jit(lambda p, b: RewardModel(CONFIG).loss(p, b, None))(params, whole)
     losses, accuracies = [], []
-    for element, levels in PROMPTS:
+    for element, ranks in PROMPTS:
         scores = [alone(params, sequence)[0] for sequence in element]
-        margins = [scores[better] - scores[worse] for better, worse in right_pairs(levels)]
+        margins = [scores[better] - scores[worse] for better, worse in right_pairs(ranks)]
         losses.append(np.mean([math.log(1 + math.exp(-margin)) for margin in margins]))
         accuracies.append(np.mean([margin > 0 for margin in margins]))
     assert float(loss) == pytest.approx(sum(losses), rel=1e-4)
@@ -149,9 +149,9 @@ def test_the_dpo_loss_by_hand(params):
     whole = batch(PROMPTS, pack=True, full=4)
     loss, weight, measures = jax.jit(lambda p, b: dpo_loss(config)(p, b, None))(params, whole)
     losses, all_margins = [], []
-    for element, levels in PROMPTS:
+    for element, ranks in PROMPTS:
         ratios = [alone(params, sequence)[1] - alone(params[REFERENCE], sequence)[1] for sequence in element]
-        margins = [0.5 * (ratios[better] - ratios[worse]) for better, worse in right_pairs(levels)]
+        margins = [0.5 * (ratios[better] - ratios[worse]) for better, worse in right_pairs(ranks)]
         all_margins.append(np.mean(margins))
         losses.append(np.mean([0.9 * math.log(1 + math.exp(-m)) + 0.1 * math.log(1 + math.exp(m)) for m in margins]))
     assert float(loss) == pytest.approx(sum(losses), rel=1e-3)

@@ -143,6 +143,7 @@ def test_what_a_run_compiles_is_kept(tmp_path, monkeypatch):
     assert list((tmp_path / "cache" / "compiled").glob("*/jit_step-*-cache"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", ["gpt1", "gpt2", "gpt3"])
 def test_every_config_runs_two_steps_locally(config, tmp_path):
     batch = 8 * 128
@@ -254,6 +255,7 @@ def test_a_run_is_described_then_trained_then_resumed_by_its_workdir_alone(tmp_p
     assert "in 3 steps" in resumed.stdout
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_saving_loses_nothing(trained, tmp_path):
     flags = [*trained[0], "--allow_config_changes", f"--config.batch.total_tokens={32 * 4}"]
     workdir = shutil.copytree(trained[1], tmp_path / "run")
@@ -267,6 +269,7 @@ def test_a_full_disk_while_saving_loses_nothing(trained, tmp_path):
     assert "in 4 steps" in again.stdout
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_for_records_stops_the_run_with_one_line(trained, tmp_path):
     flags = [*trained[0], "--config.logging.every_steps=1", "--allow_config_changes"]
     workdir = shutil.copytree(trained[1], tmp_path / "run")

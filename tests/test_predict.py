@@ -188,6 +188,7 @@ def test_labels_that_cannot_be_scored(command, workdir_of, tmp_path, caplog):
     assert not (tmp_path / "report.json").exists()
 
 
+@pytest.mark.slow
 def test_the_checkpoint_is_chosen(command, pretrained, tmp_path):
     config = replace(run_config(tmp_path, "classification", pretrained), {"optimizer": {"peak_lr": 0.3}})
     config = replace(config, {"checkpoint": {"every_tokens": 1}, "evaluation": {"every_tokens": 1}})

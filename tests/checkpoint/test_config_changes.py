@@ -135,11 +135,13 @@ def check_resumes_or_names(original: tuple[Config, Path], workdir: Path, seed: i
     return ended
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_a_random_change_resumes_or_is_named(pretraining, tmp_path, seed):
     check_resumes_or_names(pretraining, tmp_path / "run", seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [4, 5, 6])
 def test_a_random_change_of_finetuning_resumes_or_is_named(finetuning, tmp_path, seed):
     check_resumes_or_names(finetuning, tmp_path / "run", seed)

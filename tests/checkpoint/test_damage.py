@@ -53,6 +53,7 @@ def damage(path: Path, kind: str, rng: random.Random) -> None:
         path.write_bytes(data)
 
 
+@pytest.mark.slow
 def test_whatever_is_damaged_the_state_is_whole(trained, tmp_path):
     config, workdir = trained
     newest = workdir / "checkpoints" / str(NEWEST)

@@ -20,6 +20,7 @@ def drawn(engine: Engine, prompts, number: int, sampling: Sampling, **kwargs) ->
     return np.array([tokens for tokens, _ in pairs]), np.array([logprobs for _, logprobs in pairs])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dense", "banded"])
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize(

@@ -283,6 +283,7 @@ def test_mistakes_in_flags(flags, words):
     assert words in convert(*flags)
 
 
+@pytest.mark.slow
 def test_a_full_disk(source):
     """Neither direction leaves a part of what it was to write."""
     run, out = source.parent / "run", source.parent / "out"

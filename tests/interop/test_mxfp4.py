@@ -139,13 +139,14 @@ print((memory("VmHWM") - before) / size, size)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak memory from Linux")
 def test_the_peak_memory_is_little_more_than_the_checkpoint(tmp_path):
     """In float32, of which MXFP4 is an eighth: all weights once, and no second copy of a large part."""
     config, packed, _ = packed_model()
     small = write(tmp_path / "source_small", config, packed)
     config, packed, _ = packed_model(
-        hidden_size=512, intermediate_size=512, num_hidden_layers=4, num_local_experts=12, max_position_embeddings=128
+        hidden_size=512, intermediate_size=512, num_hidden_layers=8, num_local_experts=16, max_position_embeddings=128
     )
     source = write(tmp_path / "source", config, packed, max_file_bytes=20_000_000)
     del packed
@@ -160,5 +161,5 @@ def test_the_peak_memory_is_little_more_than_the_checkpoint(tmp_path):
         assert result.returncode == 0, result.stderr
         ratio, size = map(float, result.stdout.split())
         print(direction, "peak memory by size:", ratio)
-        assert size > 1e8
+        assert size > 4e8
         assert 0.2 < ratio < 1.3

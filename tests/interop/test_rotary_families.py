@@ -236,6 +236,7 @@ NO_BIAS = {"qkv_bias": False, "attention_out_bias": False, "ffw_bias": False}
 EXPERTS = {"num_experts": 3, "router_bias": True, "attention_sinks": True, "up_offset": 1.0, "gate_limit": 7.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "model_type"),
     [

@@ -54,6 +54,7 @@ def size(path):
     return int.from_bytes(header[16:20], "big"), int.from_bytes(header[20:24], "big")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 2, 40, 120])
 def test_a_picture_of_any_number_of_labels(tmp_path, n):
     path = tmp_path / "figures" / "confusion.png"

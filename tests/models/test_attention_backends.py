@@ -97,6 +97,7 @@ def test_cudnn_gets_its_forward_and_its_backward_pass(band_width, window, monkey
     assert settings == {"mask_type": ["CAUSAL"] * 2, "sliding_window_length": [window] * 2}
 
 
+@pytest.mark.slow
 def test_a_gpt_on_splash_is_the_gpt_on_xla(monkeypatch):
     config = dataclasses.replace(CONFIG, dtype="float32", remat="attention")
     tokens_BT = jax.random.randint(jax.random.key(1), (2, 256), 0, 61)

@@ -7,6 +7,8 @@ import pytest
 
 from tests.tiny_chats import STAGES_OF_CHAT
 
+pytestmark = pytest.mark.slow
+
 MESH = "data=2,fsdp=2,tensor=2"
 
 

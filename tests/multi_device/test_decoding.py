@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.slow
+
 MESHES = ["data=8", "fsdp=2,tensor=4", "context=2,fsdp=2,tensor=2"]
 
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 MESHES = ["data=8", "fsdp=4,data=2", "tensor=4,data=2", "context=2,data=4"]
 
 

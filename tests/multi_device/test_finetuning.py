@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 MESHES = ["fsdp=4", "fsdp=2,tensor=2"]
 
 

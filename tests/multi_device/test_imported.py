@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 MESHES = {
     "fsdp=8": 1 / 8,
     "fsdp=2,tensor=4": 1 / 8,

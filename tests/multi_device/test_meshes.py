@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import pytest
 
+pytestmark = pytest.mark.slow
+
 # What a step of two microbatches says, by the XLA of a version of JAX. To record another's, run the script with it.
 COUNTS = json.loads(Path(__file__).with_name("collectives.json").read_text())
 MESHES = [

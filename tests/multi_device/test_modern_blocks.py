@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 MESHES = {  # the share of the experts' kernels that a device holds
     "data=2,tensor=4": 1 / 4,  # more shards than key-value heads
     "expert=2,fsdp=2,tensor=2": 1 / 8,

@@ -9,6 +9,8 @@ from gptjax.training.metrics_file import read_metrics
 from tests.tiny_chats import DIVISIBLE, rl_config, save_divisible
 from tests.tiny_tasks import write_config
 
+pytestmark = pytest.mark.slow
+
 
 def rollouts(records: list[dict[str, Any]]) -> list[tuple[float, float]]:
     """Mean reward and length of the answers of each iteration."""

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 RESUME = Path(__file__).with_name("train_and_resume.py")
 STEP = 2 * 4 * 16  # tokens
 # Each process holds half the rows of a batch in the first, and all rows in the second.

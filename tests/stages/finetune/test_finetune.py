@@ -245,6 +245,7 @@ def test_the_given_workdir_is_only_read(trained, pretrained, tmp_path_factory):
         np.testing.assert_array_equal(leaf, fresh[path])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_resumed_run_ends_as_an_uninterrupted_one(trained, config_of, tmp_path, method):
     whole = trained(KIND_OF[method])

@@ -148,6 +148,7 @@ def test_the_records_of_a_run(finished, stage):
     assert (workdir / "reward.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", RL_STAGES)
 def test_the_reward_rises(given, tmp_path, stage):
     config = rl_config(stage, given, given / "sft")
@@ -163,6 +164,7 @@ def test_the_reward_rises(given, tmp_path, stage):
     assert final["reward"] > first["reward"] + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", RL_STAGES)
 def test_a_large_kl_weight_holds_the_policy(finished, given, tmp_path, stage):
     """Adam takes steps of one size whatever the gradient, so the policy oscillates around the reference."""
@@ -219,6 +221,7 @@ def test_a_reward_model_rewards(given, tmp_path):
     assert set(policy_of(tmp_path / "run")) == set(policy_of(given / "sft"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", RL_STAGES)
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_run_that_stops_within_an_iteration_resumes_exactly(finished, interrupted, stage, kept, tmp_path):
@@ -238,6 +241,7 @@ def test_a_run_that_stops_within_an_iteration_resumes_exactly(finished, interrup
         assert distance(policy_of(whole), policy_of(tmp_path)) == 0
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_other_sizes(finished, tmp_path):
     """In the middle of an iteration, which then has twice the prompts and twice the batch."""
     config, whole = finished["grpo"]
@@ -286,6 +290,7 @@ def test_the_longest_prompt_and_a_completion_that_is_cut_off_have_room(given, tm
         build(config, make_mesh(c.MeshConfig()), None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value_init", ["policy", "reward"])
 def test_ppo_with_lora_trains_low_rank_matrices_and_the_whole_value_function(given, tmp_path, value_init):
     config = rl_config("ppo", given, given / "sft", given / "reward" if value_init == "reward" else None)

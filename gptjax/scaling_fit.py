@@ -104,7 +104,7 @@ def read_runs() -> RunTable:
 
 def pairs(flag: str) -> dict[str, str]:
     """The value of a flag KEY=VALUE,...."""
-    text = flags.FLAGS[flag].value
+    text = str(flags.FLAGS[flag].value)
     found = [part.partition("=") for part in text.split(",") if part]
     if not all(key and value for key, _, value in found):
         raise UserError(f"--{flag}={text} is not of the form KEY=VALUE,...")

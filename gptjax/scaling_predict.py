@@ -38,12 +38,12 @@ def main() -> None:
     law = load_law(LAW.value)
     config = CONFIG.load()
     inputs, config = inputs_of_flags() if config is None else inputs_of_config(config, law)
-    loss, interval = law.predict(inputs)
+    value, interval = law.predict(inputs)
     from gptjax.training.loss_predictions import config_tree, write_prediction
     from gptjax.training.provenance import git_commit
 
     fields: dict[str, Any] = {
-        "loss": loss,
+        law.measured: value,
         "interval": interval,
         "level": LEVEL,
         **inputs,
@@ -56,7 +56,10 @@ def main() -> None:
     bounds = (
         "no interval: the law has no bootstrap samples" if interval is None else "{:.4f} to {:.4f}".format(*interval)
     )
-    print(f"expected held-out loss {loss:.4f} nats per token ({bounds})")
+    if law.measured == "loss":
+        print(f"expected held-out loss {value:.4f} nats per token ({bounds})")
+    else:
+        print(f"expected mean of -log(pass rate) {value:.4f} ({bounds})")
     print(f"wrote {output}\nsha256 {written['sha256']}")
 
 
@@ -77,7 +80,8 @@ def inputs_of_config(config: Config, law: FittedLaw) -> tuple[dict[str, float | 
     """Parameters, tokens and FLOPs of a config, and the config with its vocabulary."""
     if any(value is not None for value in (PARAMETERS.value, TOKENS.value, FLOPS.value)):
         raise UserError("--config gives parameters, tokens and FLOPs: leave out --parameters, --tokens and --flops")
-    if config.batch.total_tokens is None:
+    total, batch = config.batch.total_tokens, config.batch.tokens_per_batch
+    if total is None:
         raise UserError(
             "the config sets epochs: set its tokens by --config.batch.epochs=None --config.batch.total_tokens=N"
         )
@@ -87,8 +91,7 @@ def inputs_of_config(config: Config, law: FittedLaw) -> tuple[dict[str, float | 
     model = config.model.with_vocabulary(vocab_size(config.data.tokenizer))
     config = replace(config, {"model": {"vocab_size": model.vocab_size}})
     # The last batch is a whole one.
-    batches = math.ceil(config.batch.total_tokens / config.batch.tokens_per_batch)
-    tokens = config.batch.total_tokens if config.batch.ramp_tokens else batches * config.batch.tokens_per_batch
+    tokens = total if config.batch.ramp_tokens else math.ceil(total / batch) * batch
     flops = float(flops_per_token(model) * tokens)
     return {"parameters": COUNTS[law.count](model), "tokens": tokens, "flops": flops}, config
 

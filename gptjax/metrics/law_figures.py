@@ -12,6 +12,7 @@ from gptjax.scaling.laws import SYMBOLS
 from gptjax.scaling.run_table import RunTable
 
 DPI = 150
+NAMED = 8  # budgets in a legend, at most
 EXTRAPOLATED = 10  # the fitted line ends at so many times the largest input
 
 
@@ -87,12 +88,14 @@ def _residual_figure(fit: Fit, runs: RunTable) -> Any:
 def _draw_parabolas(axes: Any, fit: Allocation, runs: RunTable) -> None:
     from matplotlib import colormaps
 
+    every = -(-len(fit.parabolas) // NAMED)
     for number, each in enumerate(fit.parabolas):
         color = colormaps["viridis"](number / max(1, len(fit.parabolas) - 1) * 0.9)
         sizes = runs.columns["parameters"][each.rows]
         line = np.geomspace(sizes.min(), sizes.max(), 100)
         axes.plot(line, each.value(line), color=color, linewidth=1.2)
-        axes.scatter(sizes, runs.columns["loss"][each.rows], s=16, color=color, label=f"{each.flops:.1e} FLOPs")
+        name = None if number % every else f"{each.flops:.1e} FLOPs"
+        axes.scatter(sizes, runs.columns["loss"][each.rows], s=16, color=color, label=name)
         axes.scatter([each.size], [each.loss], s=60, color=VALIDATION_COLOR, marker="x", zorder=3)
     axes.set(xscale="log", xlabel=_label("parameters"), ylabel=_measured("loss"))
     axes.set_title("isoFLOP profiles and their minima", fontsize=11, loc="left")

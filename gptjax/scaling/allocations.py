@@ -57,7 +57,7 @@ class Parabola:
         return float(constant - slope**2 / (4 * square))
 
     def value(self, sizes: Floats) -> Floats:
-        return np.polyval(self.coefficients, np.log(sizes) - self.centre)
+        return np.asarray(np.polyval(self.coefficients, np.log(sizes) - self.centre), np.float64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,10 +156,9 @@ def fit_isoflop(runs: RunTable, samples: int = SAMPLES, seed: int = 0) -> Alloca
             if len(kept) >= BUDGETS:
                 refits.append(list(_power_laws(_points(kept)).values()))
     frontier = _frontier(runs, points, samples, seed)
-    return Allocation(
-        *("isoflop", _power_laws(points), np.array(refits).reshape(-1, len(NAMES))),
-        *(points, frontier, tuple(left_out), tuple(parabolas)),
-    )
+    refitted = np.array(refits).reshape(-1, len(NAMES))
+    optima = (_power_laws(points), refitted, points, frontier)
+    return Allocation("isoflop", *optima, left_out=tuple(left_out), parabolas=tuple(parabolas))
 
 
 def budgets(flops: Floats) -> list[Floats]:
@@ -241,9 +240,8 @@ def fit_envelope(curves: RunTable, samples: int = SAMPLES, seed: int = 0) -> All
         if len(np.unique(again[:, 1])) >= BUDGETS:
             refits.append(list(_power_laws(again).values()))
     frontier = _frontier(curves, points[:: max(1, len(points) // 50)], samples, seed)
-    return Allocation(
-        *("envelope", _power_laws(points), np.array(refits).reshape(-1, len(NAMES)), points, frontier),
-    )
+    refitted = np.array(refits).reshape(-1, len(NAMES))
+    return Allocation("envelope", _power_laws(points), refitted, points, frontier)
 
 
 def _envelope(curves: RunTable, rows: list[Floats]) -> Floats:

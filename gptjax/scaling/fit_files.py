@@ -13,6 +13,7 @@ from gptjax.scaling.laws import LAWS, PUBLISHED
 from gptjax.scaling.model_sizes import COUNTS
 
 FIT_FORMAT = 1
+OPTIMAL_WITHIN = 2.0  # factor of the optimal size, within which the loss hardly depends on it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +40,13 @@ class FittedLaw:
         """What a loss is predicted from."""
         return self.fit.law.columns if isinstance(self.fit, Fit) else ("flops",)
 
+    @property
+    def measured(self) -> str:
+        """What it predicts: "loss", or "surprise" (mean of -log pass rate)."""
+        return self.fit.law.measured if isinstance(self.fit, Fit) else "loss"
+
     def predict(self, inputs: Mapping[str, float | None]) -> tuple[float, list[float] | None]:
-        """Returns the expected loss, and the interval of a new run; None: the law has no bootstrap samples.
+        """Returns the expected `measured`, and the interval of a new run; None: the law has no bootstrap samples.
 
         Raises:
           UserError: an input of the law is missing, or it has no law of the loss.
@@ -51,6 +57,13 @@ class FittedLaw:
         given = {name: inputs.get(name) for name in self.columns}
         if missing := [name for name, value in given.items() if value is None]:
             raise UserError(f"the law {self.law} of {self.name} needs {' and '.join(missing)}")
+        if isinstance(self.fit, Allocation) and (size := inputs.get("parameters")) is not None:
+            ratio = size / self.fit.optimum(given["flops"] or 0.0)[0]
+            if not 1 / OPTIMAL_WITHIN < ratio < OPTIMAL_WITHIN:
+                raise UserError(
+                    f"the law {self.law} predicts the loss of models of optimal size, and this one has {ratio:.2g} "
+                    "times the parameters: fit chinchilla"
+                )
         return fit.predict({name: float(value) for name, value in given.items() if value is not None})
 
     def optimum(self, flops: float) -> tuple[float, float]:
@@ -65,9 +78,8 @@ def load_law(name: str) -> FittedLaw:
       UserError: there is no such file or name, or the file is damaged.
     """
     if name in PUBLISHED and not expand(name).exists():
-        fit = published(name)
-        count = "non_embedding" if fit.law.name.startswith("kaplan") else "total"
-        return FittedLaw(name, fit, count)
+        count = "non_embedding" if name.startswith("kaplan") else "total"
+        return FittedLaw(name, published(name), count)
     path = expand(name)
     try:
         tree = read_json(path)
@@ -79,7 +91,7 @@ def load_law(name: str) -> FittedLaw:
     try:
         if tree["format"] != FIT_FORMAT or tree["count"] not in COUNTS:
             raise ValueError("it has another format")
-        fit = allocation_of_tree(tree) if tree["law"] in APPROACHES else fit_of_tree(tree)
+        fit: Fit | Allocation = allocation_of_tree(tree) if tree["law"] in APPROACHES else fit_of_tree(tree)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"--law={name} is not a fit.json of python -m gptjax.scaling fit: {error}") from None
     return FittedLaw(str(path), fit, tree["count"], digest)

@@ -96,7 +96,7 @@ class Fit:
             "level": LEVEL,
             "objective": None if math.isnan(self.objective) else self.objective,
             "huber_delta": HUBER_DELTA,
-            "samples": [self.law.decode(sample) for sample in self.samples],
+            "samples": self.samples.tolist(),
             "residuals": self.residuals.tolist(),
         }
 
@@ -110,7 +110,7 @@ def interval(values: Floats) -> list[float]:
 def fit_of_tree(tree: Mapping[str, Any]) -> Fit:
     """Reads what `Fit.tree` returns; raises KeyError, TypeError or ValueError if it is something else."""
     law = LAWS[tree["law"]]
-    samples = np.array([law.encode(sample) for sample in tree["samples"]], np.float64).reshape(-1, len(law.names))
+    samples = np.array(tree["samples"], np.float64).reshape(-1, len(law.names))
     residuals = np.array(tree["residuals"], np.float64)
     objective = math.nan if tree["objective"] is None else float(tree["objective"])
     theta = law.encode(tree["parameters"])

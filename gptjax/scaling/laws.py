@@ -131,7 +131,8 @@ def _kaplan(name: str, column: str, exponent: str, scale: str, section: str) -> 
 
 
 def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
+    """The exponential, at most 1e300: JSON has no infinity."""
+    return math.exp(min(value, 690.0))
 
 
 def _joint_kaplan() -> Law:

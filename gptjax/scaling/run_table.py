@@ -152,7 +152,8 @@ def _number(path: Path, line: int, column: str, text: str, name: str) -> float:
     except ValueError:
         value = math.nan
     if not (math.isfinite(value) and value > 0):
-        raise UserError(f"{path}:{line}: {column}={text} is not a positive number")
+        never = ": leave out problems that a model never solves, for all models" if name == "pass_rate" else ""
+        raise UserError(f"{path}:{line}: {column}={text} is not a positive number{never}")
     if name == "pass_rate" and value > 1:
         raise UserError(f"{path}:{line}: {column}={text} is above 1, and a pass rate is a share")
     return value

@@ -69,8 +69,11 @@ def compare(prediction: dict[str, Any], run: MeasuredRun, path: Path) -> dict[st
       interval), and the config keys that differ.
 
     Raises:
-      UserError: the run started before the prediction was written, or has other parameters or tokens.
+      UserError: the run started before the prediction was written, or has other parameters or tokens; or it is a
+        prediction of pass rates.
     """
+    if "loss" not in prediction:
+        raise UserError(f"{path} predicts pass rates, which a training run does not measure")
     try:
         written = datetime.datetime.fromisoformat(prediction["written"])
         started = datetime.datetime.fromisoformat(run.started)
@@ -93,13 +96,13 @@ def compare(prediction: dict[str, Any], run: MeasuredRun, path: Path) -> dict[st
         changed = [
             line for line in differences(resolve(prediction["config"]), run.config) if not line.startswith(IRRELEVANT)
         ]
-    predicted, measured, bounds = prediction["loss"], run.losses[-1], prediction["interval"]
+    predicted, loss, bounds = prediction["loss"], run.losses[-1], prediction["interval"]
     return {
         "predicted": predicted,
         "interval": bounds,
-        "measured": measured,
-        "relative_error": predicted / measured - 1,
-        "within_interval": None if bounds is None else bounds[0] <= measured <= bounds[1],
+        "measured": loss,
+        "relative_error": predicted / loss - 1,
+        "within_interval": None if bounds is None else bounds[0] <= loss <= bounds[1],
         "differences": changed,
         "written": prediction["written"],
         "started": run.started,

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from gptjax.config import UserError
+from gptjax.metrics.law_figures import draw_allocation
 from gptjax.scaling.allocations import allocation_of_tree, budgets, fit_envelope, fit_isoflop
+from gptjax.scaling.fit_files import FittedLaw
 from gptjax.scaling.law_fits import published
 from gptjax.scaling.run_table import RunTable
 
@@ -28,8 +30,11 @@ def profiles(noise: float = 0.0) -> RunTable:
     return table(sizes, flops * np.tile(np.linspace(1, 1.05, 9), 6) / (6 * sizes), noise)
 
 
-def test_isoflop_profiles_find_the_exponents_and_the_losses_of_the_optima():
-    fit = fit_isoflop(profiles(0.001), samples=50)
+def test_isoflop_profiles_find_the_exponents_and_the_losses_of_the_optima(tmp_path):
+    runs = profiles(0.001)
+    fit = fit_isoflop(runs, samples=50)
+    (picture,) = draw_allocation(fit, runs, tmp_path)
+    assert picture.stat().st_size > 10_000
     assert len(fit.parabolas) == 6
     assert fit.parameters["a"] == pytest.approx(A, abs=0.02)
     assert fit.parameters["a"] + fit.parameters["b"] == pytest.approx(1, abs=1e-6)
@@ -44,6 +49,10 @@ def test_isoflop_profiles_find_the_exponents_and_the_losses_of_the_optima():
     again = allocation_of_tree(fit.tree())
     assert again.optimum(1e23) == pytest.approx((size, tokens))
     assert again.intervals == fit.intervals
+    law = FittedLaw("fit.json", again, "total")
+    assert law.predict({"flops": 1e23, "parameters": size})[0] == fit.frontier.predict({"flops": 1e23})[0]
+    with pytest.raises(UserError, match="predicts the loss of models of optimal size, and this one has 3 times"):
+        law.predict({"flops": 1e23, "parameters": 3 * size})
 
 
 def test_a_budget_without_a_minimum_is_left_out_and_named():
@@ -68,7 +77,7 @@ def test_budgets_do_not_chain():
     assert len(groups) == 5
 
 
-def test_the_envelope_of_training_curves_finds_the_exponents():
+def test_the_envelope_of_training_curves_finds_the_exponents(tmp_path):
     sizes = np.geomspace(1e8, 1e10, 9)
     tokens = np.geomspace(3e8, 3e12, 60)
     names = np.repeat([f"run{i}" for i in range(9)], 60)
@@ -78,7 +87,9 @@ def test_the_envelope_of_training_curves_finds_the_exponents():
     assert fit.parameters["b"] == pytest.approx(1 - A, abs=0.04)
     # At the ends the best model is only the smallest or the largest one.
     assert set(fit.points[:, 1]) == set(sizes[1:-1])
-    assert fit.frontier is not None
+    (picture,) = draw_allocation(fit, curves, tmp_path)
+    assert picture.name == "envelope.png"
+    assert picture.stat().st_size > 10_000
     with pytest.raises(UserError, match="run0 has one measured loss"):
         fit_envelope(curves.take(range(0, 540, 60)))
     with pytest.raises(UserError, match="fewer than 3 model sizes"):

@@ -67,5 +67,9 @@ def test_pass_rates_are_averaged_as_logs(tmp_path):
     np.testing.assert_allclose(runs.columns["surprise"], [-np.log([0.1, 0.4]).mean(), -np.log([0.5, 0.8]).mean()])
     with pytest.raises(UserError, match="has 1 problems for one amount of compute and 2 for another"):
         mean_surprise(read(tmp_path, text.replace("1e20,0.1\n", ""), needed=("flops", "pass_rate")))
+    with pytest.raises(
+        UserError, match=r"runs.csv:5: pass_rate=0 is not .*: leave out problems that a model never solves"
+    ):
+        read(tmp_path, text.replace("0.8", "0"), needed=("flops", "pass_rate"))
     with pytest.raises(UserError, match="is above 1"):
         read(tmp_path, text.replace("0.8", "1.2"), needed=("flops", "pass_rate"))

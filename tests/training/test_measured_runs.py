@@ -103,6 +103,9 @@ def test_a_changed_prediction_is_refused_and_none_is_replaced(tmp_path, runs):
     path.write_text(path.read_text().replace('"loss": ', '"loss": 1'))
     with pytest.raises(UserError, match="does not match its hash"):
         read_prediction(path)
+    rates = write_prediction(tmp_path / "rates.json", {"surprise": 1.0})
+    with pytest.raises(UserError, match="predicts pass rates"):
+        compare(rates, measured_run(runs[0]), tmp_path / "rates.json")
     path.write_text("{}")
     with pytest.raises(UserError, match="is not a prediction"):
         read_prediction(path)

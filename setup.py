@@ -49,6 +49,7 @@ setup(
         "seqeval>=1.2.2",
         "tensorboardX>=2.6.5",
         "tensorflow-datasets>=4.9.10",
+        "threadpoolctl>=3.5",
         "tiktoken>=0.14",
         "tokenizers>=0.23",
         "tqdm>=4.70",

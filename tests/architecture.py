@@ -29,8 +29,10 @@ def module_name(path: Path) -> str:
 
 
 def package(module: str) -> str:
-    """The entry of ORDER that a module of the library belongs to."""
+    """The entry of ORDER that a module of the library belongs to; the __main__ of a package is a command."""
     name = module.partition(".")[2].partition(".")[0]
+    if module.endswith(".__main__"):
+        return "commands"
     return name if name in ORDER else "commands"
 
 

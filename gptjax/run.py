@@ -307,6 +307,8 @@ def _report(report: RunReport, workdir: Path) -> str:
         f"trained on {report.tokens:,} tokens in {report.step:,} steps and {_duration(report.seconds)}",
         values,
     ]
+    if report.epochs:
+        parts.append("epochs: " + ", ".join(f"{name} {number:.3g}" for name, number in report.epochs.items()))
     if report.best is not None:
         step, metric, value = report.best
         parts.append(f"best step {step:,}: {metric.replace('_', ' ')} {value:.4f}")

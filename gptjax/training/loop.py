@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
@@ -45,6 +45,7 @@ class RunReport:
       conclusion: the stage's own report; None: it has none.
       seconds: wall-clock time since the start of the run, downtime excluded; 0 except on process 0.
       best: step, name and value of the best `evaluation.metric` of the checkpoints that are kept; None: unknown.
+      epochs: how many times each source of a mixture has been read, by name; empty: there is one source.
     """
 
     step: int
@@ -54,6 +55,7 @@ class RunReport:
     conclusion: str | None
     seconds: float = 0.0
     best: tuple[int, str, float] | None = None
+    epochs: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def train(
@@ -152,9 +154,8 @@ class _Run:
             header = describe_run(stage.config, mesh, self._stepper.abstract_state)
             writer = MetricsWriter(workdir, header, stage.config.logging, self._saved, callbacks)
             self._writer = stack.enter_context(writer)
-        self._progress = stack.enter_context(
-            Progress(stage.objective.parameters, self._writer, self.tokens, stage.total_tokens, position.progress)
-        )
+        place = (self.tokens, stage.total_tokens, position.progress)
+        self._progress = stack.enter_context(Progress(stage.objective.parameters, self._writer, *place, self._epochs))
 
     def _start_at(self, state: TrainState, position: Position) -> None:
         batches = self.stage.batches(position.examples + self._skipped_examples, self)
@@ -184,6 +185,10 @@ class _Run:
         """All parameters; the trained ones as their moving average where the run keeps one."""
         state = self._stepper.state
         return self._join(state.params if state.ema is None else state.ema)
+
+    def _epochs(self, examples: int) -> dict[str, float]:
+        """Returns the epochs of each source of a mixture after `examples` training examples."""
+        return {} if self.stage.epochs is None else self.stage.epochs(examples + self._skipped_examples)
 
     def _join(self, trained: Any) -> Any:
         return self.stage.objective.parameters.join(self._stepper.state.base, trained)
@@ -277,7 +282,7 @@ class _Run:
         value = self._validation[name]
         if not math.isfinite(value):
             return None
-        return -value if name in LOWER_IS_BETTER else value
+        return -value if name.partition("/")[0] in LOWER_IS_BETTER else value  # loss/NAME: of a source of a mixture
 
     def save(self, *, evaluate: bool = True) -> None:
         """Saves this step, once, with its held-out loss, which selects the best checkpoint that is kept.
@@ -370,8 +375,9 @@ class _Run:
         if conclude is not None:
             conclusion = conclude(*self._best_params(), self.workdir)
         seconds = 0.0 if self._writer is None else self._writer.seconds
-        validation, sample = self._validation, self._sample
-        return RunReport(self._stepper.step, self.tokens, validation, sample, conclusion, seconds, self._best_value())
+        validation, sample, best = self._validation, self._sample, self._best_value()
+        epochs = self._epochs(self._stepper.examples)
+        return RunReport(self._stepper.step, self.tokens, validation, sample, conclusion, seconds, best, epochs)
 
     def _best_value(self) -> tuple[int, str, float] | None:
         """Step, name and value of the metric of the best checkpoint, from its validation record; process 0 only."""

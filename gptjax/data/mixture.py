@@ -125,7 +125,7 @@ class Mixture:
         }
 
     def repeated_in(self, start: int, stop: int) -> list[str]:
-        """Returns the names of the sources that are read for a second time for the first time in rows [start, stop)."""
+        """Returns the names of the sources whose second epoch begins in rows [start, stop)."""
         before, after = self.epochs(start), self.epochs(stop)
         return [name for name in before if before[name] <= 1 < after[name]]
 
@@ -135,7 +135,7 @@ def open_mixture(data: DataConfig, *, context_length: int, seed: int, tokenizer:
 
     Args:
       context_length: T, tokens of a row.
-      seed: seed of the order of the rows of each source; of the sources to each other it is always the same.
+      seed: seed of the order of the rows of each source; the interleaving of the sources does not depend on it.
       tokenizer: used instead of data.tokenizer, for example when a run is resumed.
 
     Raises:

@@ -166,7 +166,7 @@ def _check_held_out(options: Options, config: Config) -> None:
     """
     if options.source is not None:
         return
-    sources = [part.data.validation_source or part.data.source for part in parts(config.data)]
+    sources = _held_out_sources(config)
     definition = registry.definition(config)
     if PERPLEXITY in options.tasks and (definition.conversational or definition.head is not None):
         raise UserError(f"--tasks=perplexity needs --source=text:FILE: stage {config.stage} trains on no plain text")
@@ -177,6 +177,10 @@ def _check_held_out(options: Options, config: Config) -> None:
                 f"--tasks={task} needs --source={form}:FILE, or --held_out to read what the run held out of "
                 f"{', '.join(sources)}"
             )
+
+
+def _held_out_sources(config: Config) -> list[str]:
+    return [part.data.validation_source or part.data.source for part in parts(config.data)]
 
 
 def _prepare(
@@ -248,8 +252,7 @@ def _short(name: str, options: Options) -> str:
 def _source(name: str, options: Options, config: Config) -> str | None:
     """The source of a task's examples, for the report."""
     if name == PERPLEXITY and options.source is None:
-        sources = [part.data.validation_source or part.data.source for part in parts(config.data)]
-        return f"held out of {', '.join(sources)}"
+        return f"held out of {', '.join(_held_out_sources(config))}"
     return options.source if name in (PERPLEXITY, DIALOGUE) else name
 
 

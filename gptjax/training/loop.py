@@ -20,7 +20,7 @@ from gptjax.distributed import preemption
 from gptjax.distributed.preemption import PreemptedError
 from gptjax.training.debug_bundles import save_bundle
 from gptjax.training.loss_monitor import LossSpike, NotFinite
-from gptjax.training.metrics_file import MetricsWriter, read_metrics
+from gptjax.training.metrics_file import MetricsWriter, read_metrics, shown_name
 from gptjax.training.plots import plot_loss
 from gptjax.training.progress import Progress
 from gptjax.training.provenance import describe_run
@@ -154,6 +154,8 @@ class _Run:
             header = describe_run(stage.config, mesh, self._stepper.abstract_state)
             writer = MetricsWriter(workdir, header, stage.config.logging, self._saved, callbacks)
             self._writer = stack.enter_context(writer)
+        # Epochs of each source of a mixture after so many training examples.
+        self._epochs = lambda n: {} if stage.epochs is None else stage.epochs(n + self._skipped_examples)
         place = (self.tokens, stage.total_tokens, position.progress)
         self._progress = stack.enter_context(Progress(stage.objective.parameters, self._writer, *place, self._epochs))
 
@@ -185,10 +187,6 @@ class _Run:
         """All parameters; the trained ones as their moving average where the run keeps one."""
         state = self._stepper.state
         return self._join(state.params if state.ema is None else state.ema)
-
-    def _epochs(self, examples: int) -> dict[str, float]:
-        """Returns the epochs of each source of a mixture after `examples` training examples."""
-        return {} if self.stage.epochs is None else self.stage.epochs(examples + self._skipped_examples)
 
     def _join(self, trained: Any) -> Any:
         return self.stage.objective.parameters.join(self._stepper.state.base, trained)
@@ -264,7 +262,7 @@ class _Run:
             self._best = self._best.after(score)
         if self._writer is not None and not self._writer.has(step, "validation"):  # a resumed run may have one
             self._writer.write(step, self.tokens, "validation", **self._validation)
-            values = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in self._validation.items())
+            values = ", ".join(f"{shown_name(name)} {value:.3f}" for name, value in self._validation.items())
             self.say(f"step {step}: validation {values}")
             if self._sample is not None:
                 self._show("sample", self._sample)

@@ -15,7 +15,7 @@ FIBONACCI = (1, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89)  # the deepest tree
 def some_weights() -> list[tuple[float, ...]]:
     numbers = random.Random(0)
     drawn = [tuple(numbers.random() ** 4 + 1e-6 for _ in range(numbers.randint(2, 12))) for _ in range(20)]
-    return [(1.0,), (1, 1), (0.1, 0.2, 0.7), (1e-9, 1.0), (1,) * 7, FIBONACCI, GPT3, *drawn]
+    return [(1.0,), (1, 1), (0.1, 0.2, 0.7), (1e-9, 1.0), (1,) * 50, FIBONACCI, GPT3, *drawn]
 
 
 @pytest.mark.parametrize("weights", some_weights())

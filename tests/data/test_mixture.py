@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptjax.config import DataConfig, UserError
+from gptjax.config import DataConfig, UserError, load_config
 from gptjax.data import tokenizers
 from gptjax.data.mixture import Mixture, open_mixture, parts, short_names
 from gptjax.data.pipeline import batches, open_corpus
@@ -17,6 +17,7 @@ from tests.data.test_pipeline import validation_text, write_jsonl
 
 WEIGHTS = {"news": 60.0, "wiki": 22.0, "books": 8.0, "mails": 8.0, "code": 3.0}
 CONTEXT = 16
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +136,17 @@ def test_sources_that_cannot_be_mixed(data: DataConfig, tmp_path: Path) -> None:
     }.items():
         with pytest.raises(UserError, match=re.escape(message)):
             opened(data, mixture=((spec, 1.0), (source, 1.0)))
+
+
+def test_gpt3s_mixture_reads_small_files(tmp_path: Path) -> None:
+    for file in ("common_crawl-0", "common_crawl-1", "webtext2", "books1", "books2", "wikipedia"):
+        write_jsonl(tmp_path / f"{file}.jsonl", [f"document {i} of {file}" for i in range(5)])
+    overrides = {"data.tokenizer": "bytes", "data.cache_dir": f"{tmp_path}/cache"}
+    config = load_config(f"{ROOT}/configs/gpt3.py:data=mixture,folder={tmp_path},runlocal", overrides)
+    found = open_mixture(config.data, context_length=CONTEXT, seed=0)
+    assert [part.name for part in found.parts] == ["common_crawl", "webtext2", "books1", "books2", "wikipedia"]
+    assert [corpus.train.split.num_documents for corpus in found.corpora] == [9, 4, 4, 4, 4]
+    assert [round(101 * part.weight, 9) for part in found.parts] == [60, 22, 8, 8, 3]
 
 
 @pytest.mark.parametrize(

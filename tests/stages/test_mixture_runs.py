@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from gptjax.config import Config, UserError, replace, to_json
+from gptjax.data.mixture import open_mixture
 from gptjax.evaluation.run_tasks import Options, evaluate
 from gptjax.parallel.mesh import make_mesh
 from gptjax.run import dry_run, run
@@ -63,12 +64,18 @@ def test_five_kills_change_nothing(whole, tmp_path, monkeypatch):
 
 
 def test_the_held_out_loss_is_the_mean_of_those_of_the_sources(whole):
+    corpora = open_mixture(whole.config.data, context_length=16, seed=0).corpora
+    splits = [corpus.validation.split for corpus in corpora]
+    bytes_per_token = [split.text_bytes / split.num_tokens for split in splits]
+    assert bytes_per_token[0] != bytes_per_token[1]
+    of_mixture = sum(share * of for share, of in zip(SHARES.values(), bytes_per_token, strict=True))
     for record in records(whole.workdir, "validation"):
         losses = {name: record[f"loss/{name}"] for name in SHARES}
         assert losses["text"] != losses["small"]
         mean = sum(SHARES[name] * loss for name, loss in losses.items())
         assert record["loss"] == pytest.approx(mean, rel=1e-12)
         assert record["perplexity"] == pytest.approx(math.exp(mean), rel=1e-12)
+        assert record["bits_per_byte"] == pytest.approx(mean / math.log(2) / of_mixture, rel=1e-12)
     best = min(records(whole.workdir, "validation")[1:], key=lambda record: record["loss/small"])
     assert whole.report.best == (best["step"], "loss/small", best["loss/small"])
 
@@ -123,6 +130,9 @@ def test_perplexity_of_what_was_held_out_of_each_source(copied):
     mean = sum(share * values[f"nats_per_token/{name}"] for name, share in SHARES.items())
     assert values["nats_per_token"] == pytest.approx(mean)
     assert values["perplexity"] == pytest.approx(math.exp(mean))
+    of_sources = {name: values[f"nats_per_token/{name}"] / values[f"bits_per_byte/{name}"] for name in SHARES}
+    of_mixture = sum(share * of_sources[name] for name, share in SHARES.items())
+    assert values["bits_per_byte"] == pytest.approx(mean / of_mixture)
     assert entry["weights"] == pytest.approx(SHARES)
     assert entry["documents"] == 4 + 1
     source, _ = config.data.mixture[0]

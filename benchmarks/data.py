@@ -4,14 +4,16 @@
         [--batches=400] [--steps=20] [--run_steps=100] [--output=data.json]
 
 Tokenisation is measured on the config's source: with one thread, and with all cores from documents to a prepared corpus
-on disk, in a new directory. The pipeline reads a prepared corpus as a run does, with either packing; its rounds
-alternate with training steps on tokens that are in memory, and the ratio is the median over rounds. The waiting time is
-measured in a run of --run_steps steps of the training loop: the share of its time, without the first two steps, in
-which it waits for the next microbatch.
+on disk, in a new directory. The pipeline reads a prepared corpus as a run does, with either packing, and a mixture of
+five files that the documents are divided among, with GPT-3's weights; its rounds alternate with training steps on
+tokens that are in memory, and the ratio is the median over rounds. The waiting time is measured in a run of --run_steps
+steps of the training loop: the share of its time, without the first two steps, in which it waits for the next
+microbatch.
 """
 
 import dataclasses
 import itertools
+import json
 import statistics
 import tempfile
 import time
@@ -28,13 +30,15 @@ from benchmarks.measuring import alternate, measured_on, ratio, seconds, write_j
 from gptjax import cli
 from gptjax import config as c
 from gptjax.data import sources, tokenizers
-from gptjax.data.pipeline import Corpus, Microbatch, batches, open_corpus
+from gptjax.data.mixture import open_mixture
+from gptjax.data.pipeline import ExampleSource, Microbatch, batches, open_corpus
 from gptjax.data.preparation import prepare
 from gptjax.parallel.mesh import make_mesh
 from gptjax.run import train_stage
 from gptjax.stages.builders import build
 from gptjax.training.stage import Run
 
+WEIGHTS = (60.0, 22.0, 8.0, 8.0, 3.0)  # Brown et al. 2020, table 2.2
 PACKINGS: tuple[Literal["concatenate", "segment"], ...] = ("concatenate", "segment")
 
 
@@ -69,14 +73,24 @@ def tokenising(spec: str, data: c.DataConfig, directory: Path, rounds: int) -> d
     )
 
 
-def pipeline_seconds(corpus: Corpus, rows: int, count: int, prefetch: int) -> float:
-    """Measures the seconds to read `count` microbatches of the training split."""
-    read = batches(corpus.train, start=0, batch_size=rows, prefetch=prefetch)
+def five_sources(data: c.DataConfig, directory: Path) -> c.DataConfig:
+    """Divides the documents of the source among five files; returns the config of their mixture."""
+    documents = list(sources.open_source(data.source, document_separator=data.document_separator).documents())
+    paths = [directory / f"source{i}.jsonl" for i in range(len(WEIGHTS))]
+    for i, path in enumerate(paths):
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents[i :: len(paths)]))
+    mixture = tuple((f"jsonl:{path}", weight) for path, weight in zip(paths, WEIGHTS, strict=True))
+    return dataclasses.replace(data, source=c.DataConfig.source, validation_source=None, mixture=mixture)
+
+
+def pipeline_seconds(examples: ExampleSource, rows: int, count: int, prefetch: int) -> float:
+    """Measures the seconds to read `count` microbatches of training examples."""
+    read = batches(examples, start=0, batch_size=rows, prefetch=prefetch)
     return seconds(lambda: [next(read) for _ in range(count)])
 
 
-def pipeline_and_step(config: c.Config, rounds: int, count: int, steps: int) -> list[dict[str, Any]]:
-    """Measures tokens per second of the pipeline with each packing, and of the training step."""
+def pipeline_and_step(config: c.Config, directory: Path, rounds: int, count: int, steps: int) -> list[dict[str, Any]]:
+    """Measures tokens per second of the pipeline with each packing, of a mixture, and of the training step."""
     rows, context = config.sequences_per_microbatch, config.model.context_length
     sides: dict[str, Callable[[], float]] = {}
     tokens: dict[str, int] = {}
@@ -84,7 +98,12 @@ def pipeline_and_step(config: c.Config, rounds: int, count: int, steps: int) -> 
         data = dataclasses.replace(config.data, packing=packing)
         corpus = open_corpus(data, context_length=context, seed=config.seed)
         tokens[packing] = count * rows * context
-        sides[packing] = partial(pipeline_seconds, corpus, rows, count, data.prefetch_batches)
+        sides[packing] = partial(pipeline_seconds, corpus.train, rows, count, data.prefetch_batches)
+    mixture = open_mixture(
+        five_sources(config.data, directory), context_length=context, seed=config.seed, tokenizer=corpus.tokenizer
+    )
+    tokens["mixture"] = count * rows * context
+    sides["mixture"] = partial(pipeline_seconds, mixture.train, rows, count, config.data.prefetch_batches)
     with jax.set_mesh(make_mesh(config.mesh)):
         trainer = Trainer(config.completed(corpus.tokenizer.vocab_size))
         tokens["step"] = steps * trainer.tokens_per_step
@@ -137,6 +156,8 @@ def waiting(config: c.Config, steps: int) -> dict[str, float]:
 
 def main() -> None:
     config = loaded_config()
+    if config.data.mixture:
+        raise c.UserError("needs a config with one source: the benchmark makes a mixture of its documents itself")
     result: dict[str, Any] = {**measured_on(), "config": config.data.source, "tokenising": []}
     print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, {result['versions']}, {config.data.source}\n")
     print(f"{'tokenising':14} {'MB':>8} {'MB/s, 1 core':>12} {'to disk':>12} {'training s':>12}")
@@ -144,8 +165,9 @@ def main() -> None:
         for spec in flags.FLAGS.tokenizers:
             result["tokenising"].append(tokenising(spec, config.data, Path(directory), flags.FLAGS.rounds))
             write_json(flags.FLAGS.output, result)
-    print(f"\n{'':14} {'tokens/s':>12} {'spread':>24} {'of step':>10}")
-    result["pipeline"] = pipeline_and_step(config, flags.FLAGS.rounds, flags.FLAGS.batches, flags.FLAGS.steps)
+        print(f"\n{'':14} {'tokens/s':>12} {'spread':>24} {'of step':>10}")
+        counts = (flags.FLAGS.rounds, flags.FLAGS.batches, flags.FLAGS.steps)
+        result["pipeline"] = pipeline_and_step(config, Path(directory), *counts)
     write_json(flags.FLAGS.output, result)
     found = result["waiting"] = waiting(config, flags.FLAGS.run_steps)
     write_json(flags.FLAGS.output, result)

@@ -3,6 +3,7 @@
 Scores the held-out text of the workdir's corpus with the code that generation uses, for each weight format.
 """
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from absl import flags
 
 from gptjax import cli
 from gptjax.config import UserError
-from gptjax.data.pipeline import batches, open_corpus
+from gptjax.data.mixture import open_mixture
+from gptjax.data.pipeline import batches
 from gptjax.inference.weights import prepare
 from gptjax.models.decoding import forward, logits
 from gptjax.models.gpt import GPT
@@ -37,9 +39,10 @@ def main() -> None:
         raise UserError("needs --workdir=DIR, such as --workdir=runs/demo")
     trained = load_model(Path(WORKDIR.value))
     config, context = trained.config, trained.model.config.context_length
-    corpus = open_corpus(config.data, context_length=context, seed=config.seed, tokenizer=trained.tokenizer)
-    read = batches(corpus.validation, start=0, batch_size=BATCH_SIZE, prefetch=2)
-    held_out = [batch.arrays for _, batch in zip(range(BATCHES.value), read, strict=False)]
+    mixture = open_mixture(config.data, context_length=context, seed=config.seed, tokenizer=trained.tokenizer)
+    splits = [batches(corpus.validation, start=0, batch_size=BATCH_SIZE, prefetch=2) for corpus in mixture.corpora]
+    each = -(-BATCHES.value // len(splits))
+    held_out = [batch.arrays for read in splits for batch in itertools.islice(read, each)]
     targets = sum(float(batch["weights"].sum()) for batch in held_out)
     print(f"{targets:,.0f} held-out tokens\n{'weights':10} {'bytes':>12} {'nats/token':>11} {'same top token':>15}")
     top_BT: list[np.ndarray] = []

@@ -2,9 +2,12 @@
 
     python -m gptjax.main --config=configs/gpt3.py:runlocal --workdir=runs/gpt3_small
     python -m gptjax.main --config=configs/gpt3.py:size=xl,data=tfds:lm1b --workdir=runs/gpt3_xl
+    python -m gptjax.main --config=configs/gpt3.py:size=xl,data=mixture,folder=/data/gpt3 --workdir=runs/gpt3_mixture
 
 Arguments: size (small, medium, large, xl, 2.7b, 6.7b, 13b, 175b), data (`DataConfig.source` in
-gptjax/config/sections.py), runlocal (a small model for two CPU cores).
+gptjax/config/sections.py, or mixture: the five sources of the paper's table 2.2), folder (of mixture: the directory of
+JSON lines with a field "text", in one file or more of each source, optionally compressed: common_crawl*.jsonl*,
+webtext2*.jsonl*, books1*.jsonl*, books2*.jsonl* and wikipedia*.jsonl*), runlocal (a small model for two CPU cores).
 """
 
 import ml_collections
@@ -23,11 +26,15 @@ SIZES = {
     "13b": (40, 5120, 40, 1024, 1e-4),
     "175b": (96, 12288, 96, 1600, 6e-5),  # 3.2M
 }
+# Table 2.2: weight in the training mix, in percent; rounded, they sum to 101. The table's epochs in 300B tokens are
+# 0.44, 2.9, 1.9, 0.43 and 3.4, where its weights and quantities (410B, 19B, 12B, 55B and 3B tokens) give 0.43, 3.4,
+# 2.0, 0.43 and 3.0.
+MIXTURE = {"common_crawl": 60, "webtext2": 22, "books1": 8, "books2": 8, "wikipedia": 3}
 SPREAD_SIZES = ("xl", "2.7b", "6.7b", "13b")
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    args = c.parse_arg(arg, size="small", data="sotu", runlocal=False)
+    args = c.parse_arg(arg, size="small", data="sotu", folder="", runlocal=False)
     num_layers, embed_dim, num_heads, sequences, peak_lr = c.choose(SIZES, args["size"], "size")
     config = c.Config(
         model=c.GPTConfig(
@@ -38,7 +45,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             attention_pattern=("dense", "banded"),  # section 2.1
             band_width=256,  # not published; as in GPT-Neo, an open model with the same alternation
         ),
-        data=c.DataConfig(source=args["data"], tokenizer="gpt2"),
+        data=sources(args["data"], args["folder"]),
         # Appendix B. The ramp starts at 32k tokens, a microbatch of 16 sequences, and ends between 4B and 12B tokens
         # "depending on the model size"; the values per size are not published, these are our choice.
         batch=c.BatchConfig(
@@ -70,6 +77,15 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     elif args["size"] in SPREAD_SIZES:
         config = spread(config)
     return c.config_dict(config)
+
+
+def sources(data: str, folder: str) -> c.DataConfig:
+    """Returns the data section: one source, or those of table 2.2 in `folder`."""
+    c.require((data == "mixture") == (folder != ""), "data=mixture and folder=DIRECTORY need each other: give both")
+    if data != "mixture":
+        return c.DataConfig(source=data, tokenizer="gpt2")
+    mixture = tuple((f"jsonl:{folder}/{name}*.jsonl*", float(weight)) for name, weight in MIXTURE.items())
+    return c.DataConfig(mixture=mixture, tokenizer="gpt2")
 
 
 def spread(config: c.Config) -> c.Config:

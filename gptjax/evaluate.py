@@ -10,9 +10,9 @@ python -m gptjax.evaluate --workdir=runs/sft --tasks=dialogue --held_out --rewar
 A task is a benchmark of `gptjax/evaluation/catalogue.py` (read through tensorflow-datasets, downloaded on first use), a
 file of JSON lines (formats: `gptjax/evaluation/tasks.py`), `perplexity` of the text named by --source in any form of
 `data.source`, or `dialogue`: completions by a chat model of the conversations named by --source. With --held_out both
-read what the run held out of its own data (metrics of dialogues: `gptjax/evaluation/dialogue.py`). The metrics are
-printed and, with all settings, written to --output, and completions to a file next to it. A stopped evaluation resumes
-when the same command is run again.
+read what the run held out of its own data (metrics of dialogues: `gptjax/evaluation/dialogue.py`); of a mixture, the
+perplexity of each source is measured too. The metrics are printed and, with all settings, written to --output, and
+completions to a file next to it. A stopped evaluation resumes when the same command is run again.
 """
 
 from typing import Any, cast

@@ -28,7 +28,7 @@ from gptjax.stages import builders, registry
 from gptjax.stages.preference.reward_model import SCALE_FILE
 from gptjax.stages.start import start_state
 from gptjax.training.loop import RunReport, train
-from gptjax.training.metrics_file import METRICS_FILE, read_metrics
+from gptjax.training.metrics_file import METRICS_FILE, read_metrics, shown_name
 from gptjax.training.stage import Stage
 
 # Files that a run adds to its workdir, except its config and its tokenizer.
@@ -305,15 +305,17 @@ def _summary(config: Config, stage: Stage, mesh: Mesh) -> str:
 
 
 def _report(report: RunReport, workdir: Path) -> str:
-    values = "\n".join(f"{name.replace('_', ' '):<19} {value:.4f}" for name, value in report.validation.items())
+    values = "\n".join(f"{shown_name(name):<19} {value:.4f}" for name, value in report.validation.items())
     parts = [
         "",
         f"trained on {report.tokens:,} tokens in {report.step:,} steps and {_duration(report.seconds)}",
         values,
     ]
+    if report.epochs:
+        parts.append("epochs: " + ", ".join(f"{name} {number:.3g}" for name, number in report.epochs.items()))
     if report.best is not None:
         step, metric, value = report.best
-        parts.append(f"best step {step:,}: {metric.replace('_', ' ')} {value:.4f}")
+        parts.append(f"best step {step:,}: {shown_name(metric)} {value:.4f}")
     parts.append("")
     if report.sample is not None:
         parts += ["--- sample ---", report.sample, "--------------", ""]

@@ -6,9 +6,9 @@ field of `model.py` or `sections.py`, and a user error is one line on stderr wit
 """
 
 from gptjax.config.arguments import choose, parse_arg
-from gptjax.config.checks import check, positive, require
+from gptjax.config.checks import check, positive
 from gptjax.config.edited import check_key, config_dict, overridden, replace, resolve
-from gptjax.config.errors import UserError, naming, nearest
+from gptjax.config.errors import UserError, naming, nearest, require
 from gptjax.config.loading import is_saved, load_config, split_argument
 from gptjax.config.model import GPTConfig
 from gptjax.config.saved import changes, config_hash, differences, read_config, to_json, with_absolute_paths

@@ -7,7 +7,8 @@ import dataclasses
 import math
 from typing import Any
 
-from gptjax.config.errors import UserError
+from gptjax.config.errors import require
+from gptjax.config.mixture_checks import check_mixture
 from gptjax.config.model import GATE_CHANNELS, GPTConfig
 from gptjax.config.sections import ChatConfig, Config, OptimizerConfig
 
@@ -17,6 +18,7 @@ def check(config: Config) -> None:
     _check_finite(config, "")
     _check_model(config.model)
     _check_data(config)
+    check_mixture(config)
     _check_chat(config)
     _check_rl(config)
     _check_peft(config)
@@ -24,12 +26,6 @@ def check(config: Config) -> None:
     _check_optimizer(config.optimizer)
     _check_intervals(config)
     require(-(2**63) <= config.seed < 2**63, f"seed={config.seed} must be a 64-bit integer, below 2**63")
-
-
-def require(condition: bool, message: str) -> None:
-    """Raises UserError with `message` unless `condition` holds."""
-    if not condition:
-        raise UserError(message)
 
 
 def positive(section: Any, prefix: str, *names: str) -> None:

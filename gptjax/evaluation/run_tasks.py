@@ -5,7 +5,7 @@ import importlib.metadata
 import json
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ import jax
 
 from gptjax.config import Config, UserError, read_config
 from gptjax.data import conversations
+from gptjax.data.mixture import parts
 from gptjax.data.pipeline import held_out_documents
 from gptjax.data.sources import is_packaged, open_source
 from gptjax.data.templates import chat_format
@@ -21,7 +22,7 @@ from gptjax.evaluation.catalogue import BENCHMARKS, check_name, read_benchmark
 from gptjax.evaluation.detokenizers import get_detokenizer
 from gptjax.evaluation.dialogue import DialogueTask, RewardScore, dialogue_task, evaluate_dialogue, read_prompts
 from gptjax.evaluation.example_records import file_name, score_resumably
-from gptjax.evaluation.perplexity import PerplexityTask, perplexity_task
+from gptjax.evaluation.perplexity import MixedPerplexityTask, PerplexityTask, perplexity_task
 from gptjax.evaluation.scoring import Scorer
 from gptjax.evaluation.tasks import Examples, ExampleTask, example_task, read_examples
 from gptjax.files import expand, write_whole
@@ -165,30 +166,28 @@ def _check_held_out(options: Options, config: Config) -> None:
     """
     if options.source is not None:
         return
-    named = config.data.validation_source or config.data.source
+    sources = _held_out_sources(config)
     definition = registry.definition(config)
     if PERPLEXITY in options.tasks and (definition.conversational or definition.head is not None):
         raise UserError(f"--tasks=perplexity needs --source=text:FILE: stage {config.stage} trains on no plain text")
     for task, form in ((PERPLEXITY, "text"), (DIALOGUE, "jsonl")):
-        allowed = options.held_out or (task == PERPLEXITY and is_packaged(named))
+        allowed = options.held_out or (task == PERPLEXITY and all(map(is_packaged, sources)))
         if task in options.tasks and not allowed:
             raise UserError(
-                f"--tasks={task} needs --source={form}:FILE, or --held_out to read what the run held out of {named}"
+                f"--tasks={task} needs --source={form}:FILE, or --held_out to read what the run held out of "
+                f"{', '.join(sources)}"
             )
 
 
-def _prepare(name: str, options: Options, trained: TrainedModel) -> ExampleTask | PerplexityTask | DialogueTask:
+def _held_out_sources(config: Config) -> list[str]:
+    return [part.data.validation_source or part.data.source for part in parts(config.data)]
+
+
+def _prepare(
+    name: str, options: Options, trained: TrainedModel
+) -> ExampleTask | PerplexityTask | MixedPerplexityTask | DialogueTask:
     if name == PERPLEXITY:
-        data = trained.config.data
-        return perplexity_task(
-            held_out_documents(data) if options.source is None else open_source(options.source).documents(),
-            trained.tokenizer,
-            trained.model.config.context_length,
-            limit=options.limit,
-            stride=options.stride,
-            detokenizer=options.detokenizer,
-            concatenate=options.concatenate,
-        )
+        return _prepare_perplexity(options, trained)
     if name == DIALOGUE:
         return dialogue_task(
             read_prompts(options.source, trained.config),
@@ -212,6 +211,28 @@ def _prepare(name: str, options: Options, trained: TrainedModel) -> ExampleTask 
     )
 
 
+def _prepare_perplexity(options: Options, trained: TrainedModel) -> PerplexityTask | MixedPerplexityTask:
+    def task(documents: Iterable[str]) -> PerplexityTask:
+        return perplexity_task(
+            documents,
+            trained.tokenizer,
+            trained.model.config.context_length,
+            limit=options.limit,
+            stride=options.stride,
+            detokenizer=options.detokenizer,
+            concatenate=options.concatenate,
+        )
+
+    data = trained.config.data
+    if options.source is not None:
+        return task(open_source(options.source).documents())
+    if not data.mixture:
+        return task(held_out_documents(data))
+    sources = parts(data)
+    tasks = {source.name: task(held_out_documents(source.data)) for source in sources}
+    return MixedPerplexityTask(tasks, [source.weight for source in sources])
+
+
 def _reward_score(options: Options, trained: TrainedModel) -> RewardScore | None:
     """Returns the reward function of --reward_model; None without one."""
     if options.reward_model is None:
@@ -231,7 +252,7 @@ def _short(name: str, options: Options) -> str:
 def _source(name: str, options: Options, config: Config) -> str | None:
     """The source of a task's examples, for the report."""
     if name == PERPLEXITY and options.source is None:
-        return f"held out of {config.data.validation_source or config.data.source}"
+        return f"held out of {', '.join(_held_out_sources(config))}"
     return options.source if name in (PERPLEXITY, DIALOGUE) else name
 
 

@@ -43,6 +43,15 @@ def exponential(log: Measurement) -> Measurement:
     return log._replace(value=value, stderr=None if log.stderr is None else value * log.stderr)
 
 
+def weighted_mean(measured: Sequence[Measurement], weights: Sequence[float]) -> Measurement:
+    """Computes the mean of independent measurements by weights that sum to 1; n is the number of all their examples."""
+    value = math.fsum(w * m.value for w, m in zip(weights, measured, strict=True))
+    errors = [m.stderr for m in measured if m.stderr is not None]
+    known = len(errors) == len(measured)
+    stderr = math.hypot(*(w * e for w, e in zip(weights, errors, strict=True))) if known else None
+    return Measurement(value, stderr, sum(m.n for m in measured))
+
+
 def scaled(measured: Measurement, factor: float) -> Measurement:
     """Multiplies a measurement by a constant, such as a change of unit."""
     stderr = None if measured.stderr is None else measured.stderr * factor

@@ -1,7 +1,7 @@
 """Stage "pretrain": next-token prediction on packed documents, GPT-1 to GPT-3, or another value of data.objective."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 from gptjax.checkpoint.state import ParameterSpec
 from gptjax.config import Config
-from gptjax.data.pipeline import Corpus, ExampleSource, open_corpus
+from gptjax.data.mixture import Mixture, open_mixture
+from gptjax.data.pipeline import ExampleSource, Microbatch
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.distributed import processes
 from gptjax.inference.engine import Engine
@@ -23,11 +24,12 @@ from gptjax.models.gpt import GPT, head_embedding, hidden_states_and_routers, in
 from gptjax.parallel.mesh import check_fit, platform
 from gptjax.stages import pretraining_objectives as objectives
 from gptjax.stages.definition import Definition
+from gptjax.stages.mixed_data import announcing_repeats, describe
 from gptjax.stages.reading import reader
 from gptjax.training.held_out import held_out_means, perplexity
 from gptjax.training.intervals import in_tokens
 from gptjax.training.objective import Batch, Loss, Measures, Objective
-from gptjax.training.stage import Stage, describe_data
+from gptjax.training.stage import Run, Stage
 
 
 def next_token_loss(config: Config) -> Loss:
@@ -100,76 +102,90 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None, define: Calla
     check_backend(config.model, mesh.devices.flat[0].platform, has_segments=config.data.packing == "segment")
     low_precision.check_device(config.model, mesh.devices.flat[0].platform)
     context = config.model.context_length
-    corpus = processes.first_then_others(
-        lambda: open_corpus(config.data, context_length=context, seed=config.seed, tokenizer=tokenizer)
+    mixture = processes.first_then_others(
+        lambda: open_mixture(config.data, context_length=context, seed=config.seed, tokenizer=tokenizer)
     )
-    tokenizer = objectives.extended(config, corpus.tokenizer, resumes=tokenizer is not None)
-    prepared = {
-        "tokenizer": tokenizer.fingerprint,
-        "data.source": corpus.train.split.content,
-        "data.validation_source": corpus.validation.split.content,
-    }
+    tokenizer = objectives.extended(config, mixture.tokenizer, resumes=tokenizer is not None)
+    prepared = {"tokenizer": tokenizer.fingerprint}
+    for part, corpus in zip(mixture.parts, mixture.corpora, strict=True):
+        prepared[f"data.source {part.data.source}"] = corpus.train.split.content
+        prepared[f"held out of {part.data.source}"] = corpus.validation.split.content
     processes.check_same(prepared, "the names are hashes of the content; give all processes the same files")
-    config = in_tokens(config.completed(tokenizer.vocab_size), corpus.train.split.num_tokens)
+    config = in_tokens(config.completed(tokenizer.vocab_size), mixture.num_tokens)
     check_fit(config, mesh)
-    training_examples = objectives.examples(config, corpus.train, tokenizer, config.seed)
+    training_examples = objectives.examples(config, mixture.train, tokenizer, config.seed)
 
     objective, microbatch, read = define(config), config.sequences_per_microbatch, reader(config, mesh)
     if config.batch.total_tokens is not None:
         total_tokens = config.batch.total_tokens
     else:
         assert config.batch.epochs is not None  # config.check
-        total_tokens = math.ceil(config.batch.epochs * corpus.train.split.num_tokens)
-    train, held_out = corpus.train.split, corpus.validation.split.num_documents
+        total_tokens = math.ceil(config.batch.epochs * mixture.num_tokens)
     max_tokens = config.evaluation.max_tokens
-    max_batches = None if max_tokens is None else math.ceil(max_tokens / (microbatch * context))
+
+    def batches(start: int, run: Run | None) -> Iterator[Microbatch]:
+        found = read(training_examples, start)
+        if run is None or not config.data.mixture:
+            return found
+        return announcing_repeats(found, mixture, start, microbatch, run)
+
+    each = None if max_tokens is None else math.ceil(max_tokens / len(mixture.parts) / (microbatch * context))
     return Stage(
         objective=objective,
         tokenizer=tokenizer,
         total_tokens=total_tokens,
-        batches=lambda start, run: read(training_examples, start),
+        batches=batches,
         evaluate=_evaluate(
             config,
-            corpus,
+            mixture,
             tokenizer,
-            lambda examples: held_out_means(objective.loss, lambda: read(examples, 0), microbatch, mesh, max_batches),
+            lambda examples: held_out_means(objective.loss, lambda: read(examples, 0), microbatch, mesh, each),
         ),
         sample=_sample(objective.parameters, tokenizer, mesh) if _has_samples(config) else None,
-        description={
-            **objectives.describe(config, tokenizer),
-            **describe_data("documents", train.num_documents, held_out, train.num_tokens, total_tokens),
-        },
+        description={**objectives.describe(config, tokenizer), **describe(mixture, total_tokens, context)},
+        epochs=mixture.epochs if config.data.mixture else None,
     )
 
 
 def _evaluate(
     config: Config,
-    corpus: Corpus,
+    mixture: Mixture,
     tokenizer: Tokenizer,
     means: Callable[[ExampleSource], Callable[[Any], dict[str, float]]],
 ) -> Callable[[Any], dict[str, float]]:
     """The held-out loss of the objective (nats a target) and its perplexity, and what else the objective measures.
 
     causal: bits per byte. fill_in_the_middle: the loss and bits per byte of the text in its order, and the loss of
-    middles where every document is split.
+    middles where every document is split. Of a mixture, all are those of text with the weights of data.mixture, and the
+    loss of each source is added.
 
     Args:
       means: examples -> all parameters -> {"loss": ...}, see `held_out_means`.
     """
-    split, name = corpus.validation.split, config.data.objective
-    measure = means(objectives.examples(config, corpus.validation, tokenizer, objectives.HELD_OUT_SEED))
-    left_to_right = measure if name == "causal" else means(corpus.validation)
-    middle = means(objectives.middles(config, corpus.validation, tokenizer)) if name == "fill_in_the_middle" else None
+    name = config.data.objective
+
+    def measures(held_out: ExampleSource) -> dict[str, Callable[[Any], dict[str, float]]]:
+        found = {"loss": means(objectives.examples(config, held_out, tokenizer, objectives.HELD_OUT_SEED))}
+        if name == "fill_in_the_middle":
+            found["left_to_right_loss"] = means(held_out)
+            found["middle_loss"] = means(objectives.middles(config, held_out, tokenizer))
+        return found
+
+    measures_of_sources = [measures(corpus.validation) for corpus in mixture.corpora]
+    # Those of the whole splits: exact if all of them is evaluated, approximate otherwise.
+    splits = [corpus.validation.split for corpus in mixture.corpora]
+    bytes_per_token = mixture.mean([split.text_bytes / split.num_tokens for split in splits])
 
     def evaluate(params: Any) -> dict[str, float]:
-        nats = measure(params)["loss"]
-        found = {"loss": nats, "perplexity": perplexity(nats)}
-        if middle is not None:
-            nats = left_to_right(params)["loss"]
-            found |= {"left_to_right_loss": nats, "middle_loss": middle(params)["loss"]}
+        of_sources = [{key: of(params)["loss"] for key, of in each.items()} for each in measures_of_sources]
+        mixed = {key: mixture.mean([each[key] for each in of_sources]) for key in of_sources[0]}
+        found = {"loss": mixed["loss"], "perplexity": perplexity(mixed["loss"]), **mixed}
         if name in ("causal", "fill_in_the_middle"):
-            # Tokens per byte are those of the whole split: exact if all of it is evaluated, approximate otherwise.
-            found["bits_per_byte"] = nats / math.log(2) * split.num_tokens / split.text_bytes
+            nats = mixed.get("left_to_right_loss", mixed["loss"])
+            found["bits_per_byte"] = nats / math.log(2) / bytes_per_token
+        if config.data.mixture:
+            losses = (each["loss"] for each in of_sources)
+            found |= {f"loss/{part.name}": loss for part, loss in zip(mixture.parts, losses, strict=True)}
         return found
 
     return evaluate

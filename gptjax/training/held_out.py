@@ -1,5 +1,6 @@
 """Evaluates a loss on held-out batches."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -32,7 +33,7 @@ def held_out_means(
       max_batches: evaluate only so many; None: all.
     """
     rows = process_rows(mesh, batch_size)
-    sums_of = jax.jit(lambda params, batch: loss(params, batch, None))
+    sums_of = _sums(loss)
 
     def evaluate(params: Any) -> dict[str, float]:
         sums = []
@@ -46,3 +47,9 @@ def held_out_means(
         return {"loss": total / weight, **{name: value / weight for name, value in measures.items()}}
 
     return evaluate
+
+
+@functools.lru_cache(maxsize=2)
+def _sums(loss: Loss) -> jax.stages.Wrapped:
+    """Returns the jitted loss without dropout: one program for all data that a stage evaluates it on."""
+    return jax.jit(lambda params, batch: loss(params, batch, None))

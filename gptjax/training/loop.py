@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,7 +20,7 @@ from gptjax.distributed import preemption
 from gptjax.distributed.preemption import PreemptedError
 from gptjax.training.debug_bundles import save_bundle
 from gptjax.training.loss_monitor import LossSpike, NotFinite
-from gptjax.training.metrics_file import MetricsWriter, read_metrics
+from gptjax.training.metrics_file import MetricsWriter, read_metrics, shown_name
 from gptjax.training.plots import plot_loss
 from gptjax.training.progress import Progress
 from gptjax.training.provenance import describe_run
@@ -45,6 +45,7 @@ class RunReport:
       conclusion: the stage's own report; None: it has none.
       seconds: wall-clock time since the start of the run, downtime excluded; 0 except on process 0.
       best: step, name and value of the best `evaluation.metric` of the checkpoints that are kept; None: unknown.
+      epochs: how many times each source of a mixture has been read, by name; empty: there is one source.
     """
 
     step: int
@@ -54,6 +55,7 @@ class RunReport:
     conclusion: str | None
     seconds: float = 0.0
     best: tuple[int, str, float] | None = None
+    epochs: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def train(
@@ -152,9 +154,10 @@ class _Run:
             header = describe_run(stage.config, mesh, self._stepper.abstract_state)
             writer = MetricsWriter(workdir, header, stage.config.logging, self._saved, callbacks)
             self._writer = stack.enter_context(writer)
-        self._progress = stack.enter_context(
-            Progress(stage.objective.parameters, self._writer, self.tokens, stage.total_tokens, position.progress)
-        )
+        # Epochs of each source of a mixture after so many training examples.
+        self._epochs = lambda n: {} if stage.epochs is None else stage.epochs(n + self._skipped_examples)
+        place = (self.tokens, stage.total_tokens, position.progress)
+        self._progress = stack.enter_context(Progress(stage.objective.parameters, self._writer, *place, self._epochs))
 
     def _start_at(self, state: TrainState, position: Position) -> None:
         batches = self.stage.batches(position.examples + self._skipped_examples, self)
@@ -259,7 +262,7 @@ class _Run:
             self._best = self._best.after(score)
         if self._writer is not None and not self._writer.has(step, "validation"):  # a resumed run may have one
             self._writer.write(step, self.tokens, "validation", **self._validation)
-            values = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in self._validation.items())
+            values = ", ".join(f"{shown_name(name)} {value:.3f}" for name, value in self._validation.items())
             self.say(f"step {step}: validation {values}")
             if self._sample is not None:
                 self._show("sample", self._sample)
@@ -277,7 +280,7 @@ class _Run:
         value = self._validation[name]
         if not math.isfinite(value):
             return None
-        return -value if name in LOWER_IS_BETTER else value
+        return -value if name.partition("/")[0] in LOWER_IS_BETTER else value  # loss/NAME: of a source of a mixture
 
     def save(self, *, evaluate: bool = True) -> None:
         """Saves this step, once, with its held-out loss, which selects the best checkpoint that is kept.
@@ -370,8 +373,9 @@ class _Run:
         if conclude is not None:
             conclusion = conclude(*self._best_params(), self.workdir)
         seconds = 0.0 if self._writer is None else self._writer.seconds
-        validation, sample = self._validation, self._sample
-        return RunReport(self._stepper.step, self.tokens, validation, sample, conclusion, seconds, self._best_value())
+        validation, sample, best = self._validation, self._sample, self._best_value()
+        epochs = self._epochs(self._stepper.examples)
+        return RunReport(self._stepper.step, self.tokens, validation, sample, conclusion, seconds, best, epochs)
 
     def _best_value(self) -> tuple[int, str, float] | None:
         """Step, name and value of the metric of the best checkpoint, from its validation record; process 0 only."""

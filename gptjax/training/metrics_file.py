@@ -164,6 +164,12 @@ def read_metrics(workdir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return _read(path)
 
 
+def shown_name(metric: str) -> str:
+    """Returns the name of a metric for people; the name of a source in it, after a slash, stays as it is."""
+    name, slash, source = metric.partition("/")
+    return name.replace("_", " ") + slash + source
+
+
 def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Header and records; both empty without a file. A last line without its end was cut off by a kill: ignored."""
     if not path.exists():

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -23,8 +24,9 @@ class Progress:
     Every `logging.every_steps` steps it writes a training record: `loss` (nats per token) and the stage's other
     measures, averaged over the steps since the last record whose updates were not skipped; `grad_norm` and
     `learning_rate` of the step; `skipped_updates` of the run so far; `tokens_per_second` and `mfu` (model FLOPs
-    utilisation) since the last record, without the time of compilation, evaluations and saves. A loss spike is a
-    record of its own, with split "spike". Log lines of libraries are written above the bar while it is shown.
+    utilisation) since the last record, without the time of compilation, evaluations and saves; `epochs/NAME` of each
+    source of a mixture. A loss spike is a record of its own, with split "spike". Log lines of libraries are written
+    above the bar while it is shown.
     """
 
     def __init__(
@@ -34,10 +36,16 @@ class Progress:
         tokens: int,
         total_tokens: int,
         state: dict[str, Any],
+        epochs: Callable[[int], dict[str, float]] = lambda examples: {},
     ):
-        """Args: state: the result of `state()` before a run stopped; empty: a new run."""
+        """Sets the place in training.
+
+        Args:
+          state: the result of `state()` before a run stopped; empty: a new run.
+          epochs: number of training examples of the run -> the number of epochs of each source of a mixture.
+        """
         config = parameters.config
-        self._writer = writer
+        self._writer, self._epochs = writer, epochs
         self._stability = config.stability
         self._every = config.logging.every_steps
         self._flops_per_token = parameters.flops_per_token
@@ -122,7 +130,7 @@ class Progress:
                 self._writer.write(step, tokens, "spike", loss=loss, usual=found.usual)
         if step % self._every == 0:
             if self._writer is not None:
-                self._write(self._writer, step, tokens, result.lr, grad_norm)
+                self._write(self._writer, result, grad_norm)
             self._losses, self._measured = [], {}
             self.restart_clock()
 
@@ -135,19 +143,20 @@ class Progress:
         """Moves the bar to `tokens`; the last batch may reach past the total, where tqdm would drop the percentage."""
         self._bar.update(min(tokens, self._bar.total) - self._bar.n)
 
-    def _write(self, writer: MetricsWriter, step: int, tokens: int, lr: float, grad_norm: float) -> None:
-        speed = (tokens - self._clock_tokens) / (time.perf_counter() - self._clock)
+    def _write(self, writer: MetricsWriter, result: StepResult, grad_norm: float) -> None:
+        speed = (result.tokens - self._clock_tokens) / (time.perf_counter() - self._clock)
         writer.write(
-            step,
-            tokens,
+            result.step,
+            result.tokens,
             "train",
             loss=sum(self._losses) / len(self._losses) if self._losses else None,
             **{name: sum(of) / len(of) for name, of in self._measured.items()},
             grad_norm=grad_norm,
-            learning_rate=lr,
+            learning_rate=result.lr,
             skipped_updates=self._monitor.skipped,
             tokens_per_second=speed,
             mfu=None if self._peak_flops is None else speed * self._flops_per_token / self._peak_flops,
+            **{f"epochs/{source}": number for source, number in self._epochs(result.examples).items()},
         )
 
     def say(self, text: str) -> None:

@@ -42,6 +42,8 @@ class Stage:
         processes.
       files: name -> content of further files of the workdir: values that were determined from the data.
       description: name -> text about the data, such as the numbers of documents and tokens, printed at the start.
+      epochs: training examples read so far -> the number of epochs of each source of a mixture, by name, for training
+        records and the report at the end; None: there is one source.
     """
 
     objective: Objective
@@ -53,6 +55,7 @@ class Stage:
     conclude: Callable[[Any, int, Path], str] | None = None
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     description: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    epochs: Callable[[int], dict[str, float]] | None = None
 
     @property
     def config(self) -> Config:

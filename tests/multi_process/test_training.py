@@ -22,8 +22,9 @@ CLOSE = 1e-6
 
 def flags(directory: Path) -> list[str]:
     """The config of a run of 6 steps of 2 microbatches, stopped after 3."""
-    text = directory / "text.jsonl"
+    text, more = directory / "text.jsonl", directory / "more.jsonl"
     text.write_text("".join(json.dumps({"text": f"line {i} of the text, {i * i}"}) + "\n" for i in range(300)))
+    more.write_text("".join(json.dumps({"text": f"{i} more lines"}) + "\n" for i in range(60)))
     settings = {
         "model.context_length": 16,
         "model.num_layers": 1,
@@ -32,7 +33,7 @@ def flags(directory: Path) -> list[str]:
         "model.vocab_size": 260,
         "model.dtype": "float32",
         "model.residual_dropout": 0.1,
-        "data.source": f"jsonl:{text}",
+        "data.mixture": f"('jsonl:{text}', 2), ('jsonl:{more}', 1)",
         "data.tokenizer": "bytes",
         "data.cache_dir": directory / "cache",
         "batch.tokens_per_batch": STEP,

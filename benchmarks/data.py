@@ -6,23 +6,31 @@
 Tokenisation is measured on the config's source: with one thread, and with all cores from documents to a prepared corpus
 on disk, in a new directory. The pipeline reads a prepared corpus as a run does, with either packing, and a mixture of
 five files that the documents are divided among, with GPT-3's weights; its rounds alternate with training steps on
-tokens that are in memory, and the ratio is the median over rounds. The waiting time is measured in a run of --run_steps
-steps of the training loop: the share of its time, without the first two steps, in which it waits for the next
-microbatch.
+tokens that are in memory, and the ratio is the median over rounds. So do rounds in which shards of the same text are
+read and prepared from a server in this process, through every kind of file over HTTP and, where s3fs is installed, over
+S3; "read" is without tokenising. The waiting time is measured in a run of --run_steps steps of the training loop: the
+share of its time, without the first two steps, in which it waits for the next microbatch.
 """
 
 import dataclasses
+import gzip
+import importlib.util
+import io
 import itertools
 import json
+import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from absl import flags
 
 from benchmarks.checkpoint import Trainer, loaded_config
@@ -33,13 +41,16 @@ from gptjax.data import sources, tokenizers
 from gptjax.data.mixture import open_mixture
 from gptjax.data.pipeline import ExampleSource, Microbatch, batches, open_corpus
 from gptjax.data.preparation import prepare
+from gptjax.data.tokenizers import Tokenizer
 from gptjax.parallel.mesh import make_mesh
 from gptjax.run import train_stage
 from gptjax.stages.builders import build
 from gptjax.training.stage import Run
+from tests.file_servers import FileServer, serving
 
 WEIGHTS = (60.0, 22.0, 8.0, 8.0, 3.0)  # Brown et al. 2020, table 2.2
 PACKINGS: tuple[Literal["concatenate", "segment"], ...] = ("concatenate", "segment")
+SEPARATOR = "----"  # of documents in a text file
 
 
 def tokenising(spec: str, data: c.DataConfig, directory: Path, rounds: int) -> dict[str, Any]:
@@ -89,8 +100,61 @@ def pipeline_seconds(examples: ExampleSource, rows: int, count: int, prefetch: i
     return seconds(lambda: [next(read) for _ in range(count)])
 
 
-def pipeline_and_step(config: c.Config, directory: Path, rounds: int, count: int, steps: int) -> list[dict[str, Any]]:
-    """Measures tokens per second of the pipeline with each packing, of a mixture, and of the training step."""
+def put_shards(documents: Sequence[str], tokenizer: Tokenizer, server: FileServer) -> dict[str, str]:
+    """Puts four shards of each kind of file on a server; returns their sources, with BASE for the URL of the folder."""
+    end = np.array([tokenizer.end_of_text], np.int32)
+    for i in range(4):
+        texts = documents[i::4]
+        table, ids = io.BytesIO(), [part for text in texts for part in (tokenizer.encode(text), end)]
+        pq.write_table(pa.table({"text": texts}), table, row_group_size=1000)
+        server.files[f"b/{i}.jsonl"] = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+        server.files[f"b/{i}.txt.gz"] = gzip.compress(f"\n{SEPARATOR}\n".join(texts).encode())
+        server.files[f"b/{i}.parquet"] = table.getvalue()
+        server.files[f"b/{i}.bin"] = np.concatenate(ids).astype("<u4").tobytes()
+    return {
+        "jsonl": "jsonl:BASE/*.jsonl",
+        "text.gz": "text:BASE/*.txt.gz",
+        "parquet": "parquet:BASE/*.parquet",
+        "tokens": "tokens:BASE/*.bin@uint32",
+    }
+
+
+def remote_sides(
+    config: c.Config, tokenizer: Tokenizer, server: FileServer, directory: Path
+) -> tuple[dict[str, Callable[[], float]], int]:
+    """Returns measurements of reading and of preparing each kind of remote file, and the tokens of the text."""
+    documents = list(sources.open_source(config.data.source).documents())
+    kinds = put_shards(documents, tokenizer, server)
+    bases = {"http": f"{server.url}/web/b"}
+    if importlib.util.find_spec("s3fs") is not None:
+        os.environ |= {
+            "AWS_ENDPOINT_URL": f"{server.url}/s3",
+            "AWS_ACCESS_KEY_ID": "id",
+            "AWS_SECRET_ACCESS_KEY": "key",
+        }
+        bases["s3"] = "s3://b"
+
+    def read(spec: str) -> float:
+        source = sources.open_source(spec, document_separator=SEPARATOR)
+        return seconds(lambda: [len(document) for document in source.documents_for(tokenizer)])
+
+    def prepared(spec: str) -> float:
+        with tempfile.TemporaryDirectory(dir=directory) as new:
+            source = sources.open_source(spec, document_separator=SEPARATOR)
+            return seconds(lambda: prepare(source, tokenizer, Path(new), validation_fraction=0.01))
+
+    sides: dict[str, Callable[[], float]] = {}
+    for protocol, base in bases.items():
+        for kind, spec in kinds.items():
+            named = spec.replace("BASE", base)
+            sides |= {f"{protocol} {kind} read": partial(read, named), f"{protocol} {kind}": partial(prepared, named)}
+    return sides, sum(len(tokenizer.encode(document)) + 1 for document in documents)
+
+
+def pipeline_and_step(
+    config: c.Config, directory: Path, rounds: int, count: int, steps: int, server: FileServer
+) -> list[dict[str, Any]]:
+    """Measures tokens per second of the pipeline with each packing, a mixture, remote shards, and the training step."""
     rows, context = config.sequences_per_microbatch, config.model.context_length
     sides: dict[str, Callable[[], float]] = {}
     tokens: dict[str, int] = {}
@@ -104,6 +168,9 @@ def pipeline_and_step(config: c.Config, directory: Path, rounds: int, count: int
     )
     tokens["mixture"] = count * rows * context
     sides["mixture"] = partial(pipeline_seconds, mixture.train, rows, count, config.data.prefetch_batches)
+    remote, num_tokens = remote_sides(config, corpus.tokenizer, server, directory)
+    sides |= remote
+    tokens |= dict.fromkeys(remote, num_tokens)
     with jax.set_mesh(make_mesh(config.mesh)):
         trainer = Trainer(config.completed(corpus.tokenizer.vocab_size))
         tokens["step"] = steps * trainer.tokens_per_step
@@ -116,7 +183,7 @@ def pipeline_and_step(config: c.Config, directory: Path, rounds: int, count: int
     for name, values in per_token.items():
         rate, of_step = 1 / statistics.median(values), ratio(values, per_token["step"])
         spread = f"{1 / max(values):,.0f}-{1 / min(values):,.0f}"
-        print(f"{name:14} {rate:12,.0f} {spread:>24} {of_step:10.1f}", flush=True)
+        print(f"{name:18} {rate:12,.0f} {spread:>24} {of_step:10.1f}", flush=True)
         found.append({"side": name, "tokens_per_second": rate, "ratio_to_step": of_step, "seconds": times[name]})
     return found
 
@@ -165,9 +232,10 @@ def main() -> None:
         for spec in flags.FLAGS.tokenizers:
             result["tokenising"].append(tokenising(spec, config.data, Path(directory), flags.FLAGS.rounds))
             write_json(flags.FLAGS.output, result)
-        print(f"\n{'':14} {'tokens/s':>12} {'spread':>24} {'of step':>10}")
+    print(f"\n{'':18} {'tokens/s':>12} {'spread':>24} {'of step':>10}")
+    with serving() as server, tempfile.TemporaryDirectory(dir=flags.FLAGS.directory) as directory:
         counts = (flags.FLAGS.rounds, flags.FLAGS.batches, flags.FLAGS.steps)
-        result["pipeline"] = pipeline_and_step(config, Path(directory), *counts)
+        result["pipeline"] = pipeline_and_step(config, Path(directory), *counts, server)
     write_json(flags.FLAGS.output, result)
     found = result["waiting"] = waiting(config, flags.FLAGS.run_steps)
     write_json(flags.FLAGS.output, result)

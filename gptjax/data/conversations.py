@@ -41,7 +41,11 @@ __all__ = [
     "read_rankings",
 ]
 
-_FORMS = "jsonl:GLOB, tfds:NAME[@SPLIT], chatterbot[:LANGUAGE+LANGUAGE]"
+_TABLES = ("jsonl", "parquet", "arrow", "hf", "tfds")  # of `records.read_records`
+_FORMS = (
+    "jsonl:GLOB, parquet:GLOB, arrow:DIR[@SPLIT], hf:OWNER/NAME[@CONFIG:SPLIT][?revision=COMMIT], tfds:NAME[@SPLIT], "
+    "chatterbot[:LANGUAGE+LANGUAGE]"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +114,7 @@ def check_spec(spec: str) -> None:
     scheme = spec.partition(":")[0]
     if scheme == "chatterbot":
         _language_folders(spec)
-    elif scheme in ("jsonl", "tfds"):
+    elif scheme in _TABLES:
         records.check_spec(spec)
     else:
         raise UserError(f"unknown source {spec!r} of conversations: known sources are {_FORMS}")
@@ -126,7 +130,8 @@ def read_conversations(spec: str, *, invalid_utf8: InvalidUtf8 = "error", harmon
           {"instruction": ..., "input": ..., "output": ...}, or TRL's {"prompt": ..., "completion": ...}, both texts or
           lists of messages. A field `system` or `system_prompt` is the system message. The content may be a list of
           parts {"type": "text", "text": ...}. The role developer is read as system;
-        tfds:NAME[@SPLIT] — a tensorflow-datasets dataset with such a feature;
+        parquet:GLOB, arrow:DIR[@SPLIT], hf:OWNER/NAME[@CONFIG:SPLIT][?revision=COMMIT], tfds:NAME[@SPLIT] — a dataset
+          with such columns, as in `labelled.read_rows`;
         chatterbot[:LANGUAGE+LANGUAGE] — dialogues of the PyPI package chatterbot-corpus, without duplicates; English by
           default.
       invalid_utf8: "replace" replaces bytes that are not UTF-8 by U+FFFD, and warns; "error" raises.
@@ -146,7 +151,7 @@ def read_conversations(spec: str, *, invalid_utf8: InvalidUtf8 = "error", harmon
         found = list(once.values())
     else:
         found = []
-        for record, place in records.read_records(spec, invalid_utf8):
+        for record, place in _records(spec, invalid_utf8):
             if harmony:
                 messages = harmony_forms.parse_record(record, place, conversation_messages)
                 harmony_forms.check_turns(messages, place)
@@ -163,10 +168,10 @@ def read_rankings(spec: str, *, invalid_utf8: InvalidUtf8 = "error") -> list[Ran
     """Reads all rankings of a source, in its order.
 
     Args:
-      spec: jsonl:GLOB or tfds:NAME[@SPLIT]. A record has its prompt as `messages` or `prompt`, a list of messages or a
-        user's message, optionally with `system`, and its completions as `ranking`, a list with the best first, or as
-        `chosen` and `rejected`. A completion is a text, a list of the assistant's message (TRL), or a whole
-        conversation, a list of messages (UltraFeedback) or a dialogue "\\n\\nHuman: ...\\n\\nAssistant: ..."
+      spec: as in `read_conversations`, but not chatterbot. A record has its prompt as `messages` or `prompt`, a list of
+        messages or a user's message, optionally with `system`, and its completions as `ranking`, a list with the best
+        first, or as `chosen` and `rejected`. A completion is a text, a list of the assistant's message (TRL), or a
+        whole conversation, a list of messages (UltraFeedback) or a dialogue "\\n\\nHuman: ...\\n\\nAssistant: ..."
         (Anthropic's HH); whole conversations differ only in the last message, and need no separate prompt.
       invalid_utf8: as in `read_conversations`.
 
@@ -176,7 +181,7 @@ def read_rankings(spec: str, *, invalid_utf8: InvalidUtf8 = "error") -> list[Ran
     check_spec(spec)
     if spec.partition(":")[0] == "chatterbot":
         raise UserError(f"{spec} has conversations, but no rankings: set chat.random_answers to make rankings of them")
-    found = [_ranking(record, place) for record, place in records.read_records(spec, invalid_utf8)]
+    found = [_ranking(record, place) for record, place in _records(spec, invalid_utf8)]
     if not found:
         raise UserError(f"{spec} has no rankings")
     return found
@@ -196,7 +201,7 @@ def read_prompts(spec: str, *, invalid_utf8: InvalidUtf8 = "error", harmony: boo
     if spec.partition(":")[0] == "chatterbot":
         return prompts(read_conversations(spec))
     found: list[Prompt] = []
-    for record, place in records.read_records(spec, invalid_utf8):
+    for record, place in _records(spec, invalid_utf8):
         if harmony:
             messages = harmony_forms.parse_record(record, place, prompt_messages)
             harmony_forms.check_turns(messages, place)
@@ -294,6 +299,19 @@ def _turns(conversation: Conversation) -> Iterator[tuple[tuple[Message, ...], st
             while messages[begin - 1].role == "assistant" and not messages[begin - 1].is_call:
                 begin -= 1
             yield messages[:begin], message.content, conversation.place
+
+
+def _records(spec: str, invalid_utf8: InvalidUtf8) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """Yields the records of a source; those of Arrow tables without nulls, which are fields that a message lacks."""
+    has_nulls = spec.startswith(("parquet:", "arrow:", "hf:"))
+    for record, place in records.read_records(spec, invalid_utf8):
+        yield (_without_nulls(record) if has_nulls else record), place
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------

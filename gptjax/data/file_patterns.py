@@ -1,4 +1,4 @@
-"""Expands paths and glob patterns to files."""
+"""Expands paths, URLs and glob patterns to files."""
 
 import glob
 import os
@@ -10,20 +10,36 @@ from absl import logging
 from gptjax.config import UserError
 from gptjax.data.compression import check_name, compression
 from gptjax.data.packages import require_package
+from gptjax.data.remote_files import DataFile, is_url, matching_urls
 
 _WILD = frozenset("*?")
 
 
-def matching_files(pattern: str) -> list[Path]:
-    """Returns the files that match a glob pattern, sorted.
+def matching_files(pattern: str, *, binary: bool = False) -> list[DataFile]:
+    """Returns the files that match a glob pattern, sorted; a pattern that begins as a URL as in `matching_urls`.
 
     `~` is the home directory. `**` descends into all folders except hidden ones, follows symbolic links, and visits
     each real folder once. Leading folders of the pattern, or all of it, are taken literally if they exist under that
     name, so that "runs[1]/a.txt" names that file; elsewhere "[[]" is a literal "[".
 
+    Args:
+      pattern: as above.
+      binary: the files are not text, and so are not decompressed.
+
     Raises:
       UserError: no file matches, all are empty, or one cannot be read or is in an unsupported archive format.
     """
+    files: list[DataFile] = [*(matching_urls(pattern) if is_url(pattern) else _matching_paths(pattern))]
+    for file in files if not binary else ():
+        check_name(file)
+        if compression(file) == "zstd":
+            require_package("zstandard", "pip install zstandard", str(file))
+    if all((file.stat().st_size if isinstance(file, Path) else file.size) == 0 for file in files):
+        raise UserError(f"{files[0]} is empty" + (", as are all other matching files" if len(files) > 1 else ""))
+    return files
+
+
+def _matching_paths(pattern: str) -> list[Path]:
     matches = [Path(match) for match in expand_pattern(pattern)]
     if not matches:
         raise UserError(f"no file matches {pattern!r}")
@@ -33,16 +49,14 @@ def matching_files(pattern: str) -> list[Path]:
     for path in paths:
         if not os.access(path, os.R_OK):
             raise UserError(f"cannot read {path}: it is a broken link, or its permissions forbid it")
-        check_name(path)
-        if compression(path) == "zstd":
-            require_package("zstandard", "pip install zstandard", str(path))
-    if all(path.stat().st_size == 0 for path in paths):
-        raise UserError(f"{paths[0]} is empty" + (", as are all other matching files" if len(paths) > 1 else ""))
     return paths
 
 
 def split_field(argument: str) -> tuple[str, str | None]:
     """Splits "GLOB#FIELD" at the last "#" that follows a matching pattern, as file names may contain "#"."""
+    if is_url(argument):
+        pattern, _, field = argument.partition("#")
+        return pattern, field or None
     ends = [len(argument), *(i for i in range(len(argument) - 1, -1, -1) if argument[i] == "#")]
     for end in ends:
         if end and expand_pattern(argument[:end]):

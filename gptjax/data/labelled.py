@@ -1,4 +1,4 @@
-"""Reads labelled rows from tables, tagged corpora, folders, tensorflow-datasets, or Python packages.
+"""Reads labelled rows from tables, tagged corpora, folders, datasets, or Python packages.
 
 `read_rows` maps the columns of each record to the fields of the task, whatever the columns are called. Errors in a
 record are reported in one line with file name and line number.
@@ -87,6 +87,8 @@ def read_rows(
           delimiter. A quotation mark within quotation marks is doubled;
         tsv:GLOB — the same with tabs; quotation marks are text;
         jsonl:GLOB — each line is a JSON object;
+        parquet:GLOB, arrow:DIR[@SPLIT], hf:OWNER/NAME[@CONFIG:SPLIT][?revision=COMMIT] — each row of a table, as in
+          `sources.open_source`; classes are read as the names that the dataset declares;
         conll:GLOB — one token per line, an empty line after each sentence. Columns are separated by blanks and tabs;
           no-break spaces belong to tokens. The token is in the first column and its tag in the last, unless `columns`
           has their numbers, from 0 (1 and 3 for CoNLL-U). Comments, -DOCSTART-, and multiword tokens and empty nodes of
@@ -126,7 +128,9 @@ def read_rows(
     if labelled and kind in ("classification", "entailment", "similarity"):
         _check_numerals(rows)
     labels = {row.fields["label"] for row in rows} if kind == "regression" and labelled else set()
-    if (unlabelled and not rows) or (labels == {-1.0} and spec.startswith("tfds:")):  # GLUE's secret test labels
+    if (unlabelled and not rows) or (
+        labels == {-1.0} and spec.startswith(("tfds:", "hf:"))
+    ):  # GLUE's secret test labels
         raise UserError(f"{spec} has no labels: all of its {unlabelled or len(rows)} have -1; choose another @SPLIT")
     if unlabelled:
         logging.warning("%s: skipped %d examples without a label.", spec, unlabelled)

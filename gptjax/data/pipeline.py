@@ -278,15 +278,18 @@ def open_corpora(
     return corpora
 
 
-def held_out_documents(data: DataConfig) -> Iterator[str]:
-    """Yields the documents of the validation split: those of `open_corpus`, without tokenising the others."""
+def held_out_documents(data: DataConfig, tokenizer: Tokenizer) -> Iterator[str]:
+    """Yields the documents of the validation split: those of `open_corpus`, without tokenising the others.
+
+    Args:
+      data: sources.
+      tokenizer: decodes the documents of a source of token ids.
+    """
     found = _open_sources(data)
-    if found.validation is not None:
-        yield from found.validation.documents()
-        return
-    for split, document in split_documents(found.train.documents(), found.fraction):
+    source, fraction = (found.train, found.fraction) if found.validation is None else (found.validation, 1.0)
+    for split, document in split_documents(source.documents_for(tokenizer), fraction):
         if split == "validation":
-            yield document
+            yield document if isinstance(document, str) else tokenizer.decode(document)
 
 
 class _OpenedSources(NamedTuple):

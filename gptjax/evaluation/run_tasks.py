@@ -227,9 +227,9 @@ def _prepare_perplexity(options: Options, trained: TrainedModel) -> PerplexityTa
     if options.source is not None:
         return task(open_source(options.source).documents())
     if not data.mixture:
-        return task(held_out_documents(data))
+        return task(held_out_documents(data, trained.tokenizer))
     sources = parts(data)
-    tasks = {source.name: task(held_out_documents(source.data)) for source in sources}
+    tasks = {source.name: task(held_out_documents(source.data, trained.tokenizer)) for source in sources}
     return MixedPerplexityTask(tasks, [source.weight for source in sources])
 
 

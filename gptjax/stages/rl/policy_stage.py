@@ -45,7 +45,7 @@ def build_rl(
       UserError: as in `open_chat` and `open_reward`; a prompt that leaves no room for a completion.
     """
     data = open_chat(config, mesh, tokenizer, prompts_of)
-    train, validation = (_encode(data, prompts) for prompts in (data.train, data.validation))
+    train, validation = (encoded_prompts(data, prompts) for prompts in (data.train, data.validation))
     reward = open_reward(data.config.rl.reward, mesh, [prompt.prompt for prompt in (*train, *validation)])
     sampler = CompletionSampler(data.config, mesh, data.tokenizer, reward, [*train, *validation], data.chat_format)
     rollouts = Rollouts(
@@ -76,7 +76,8 @@ def held_out_prompts(config: Config) -> list[Prompt]:
     return [prompt for prompt in prompts_of(config)[1] if prompt.reference is not None]
 
 
-def _encode(data: ChatData[Prompt], prompts: list[Prompt]) -> list[EncodedPrompt]:
+def encoded_prompts(data: ChatData[Prompt], prompts: list[Prompt]) -> list[EncodedPrompt]:
+    """Encodes prompts, each to leave room for a completion; raises UserError as `fitting`."""
     rl, room = data.config.rl, data.config.rl.prompt_tokens
     if room is None:
         room = data.config.model.context_length - rl.response_tokens

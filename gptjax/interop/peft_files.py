@@ -99,7 +99,8 @@ def save_lora(
         theirs_config["rank_pattern"] = dict.fromkeys(names, times * config.rank)
         theirs_config["alpha_pattern"] = dict.fromkeys(names, _as_int(times * config.alpha))
     if modules:
-        theirs_config |= {"modules_to_save": list(modules), "ensure_weight_tying": task_type == "CAUSAL_LM"}
+        is_tied = task_type == "CAUSAL_LM" and model.tied_head
+        theirs_config |= {"modules_to_save": list(modules), "ensure_weight_tying": is_tied}
     with new_directory(Path(directory).expanduser()) as unfinished:
         (unfinished / CONFIG_FILE).write_text(json.dumps(theirs_config, indent=2) + "\n")
         safetensors_files.write(

@@ -13,11 +13,13 @@
 
 Arguments: stage (sft, reward, ppo, dpo, grpo), data (a source of gptjax/data/conversations.py; default: the dialogues
 of chatterbot-corpus, whose completions reward and dpo rank above random ones of other dialogues), init_from (the
-workdir of the initial weights; default: train from scratch), reward (ppo and grpo: model:WORKDIR, bleu, rouge or
-python:MODULE.FUNCTION), text (ppo: pretraining text for PPO-ptx, a source of gptjax/data/sources.py), runlocal (for two
-CPU cores; without init_from a small model).
+workdir of the initial weights; default: train from scratch), template (chat.template, such as harmony for gpt-oss;
+default: that of init_from, else chatml), reward (ppo and grpo: model:WORKDIR, bleu, rouge or python:MODULE.FUNCTION),
+text (ppo: pretraining text for PPO-ptx, a source of gptjax/data/sources.py), runlocal (for two CPU cores; without
+init_from a small model).
 """
 
+import dataclasses
 from typing import Any
 
 import ml_collections
@@ -26,16 +28,24 @@ from gptjax import config as c
 from gptjax.files import expand
 
 NO_DROPOUT = {"embedding_dropout": 0.0, "attention_dropout": 0.0, "residual_dropout": 0.0}
+# Fields of `chat` that decide how a conversation is written, and that stages after the first one share with it.
+FORMAT = (
+    *("template", "system_format", "user_format", "assistant_format"),
+    *("reasoning_effort", "model_identity", "knowledge_cutoff", "current_date"),
+)
 AS_REFERENCE = {"matmul_dtype": "model"}  # policy and reference are computed in the same precision
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    args = c.parse_arg(arg, stage="sft", data="", init_from="", reward="", text="", runlocal=False)
+    args = c.parse_arg(arg, stage="sft", data="", init_from="", template="", reward="", text="", runlocal=False)
     stages = {"sft": sft, "reward": reward, "ppo": ppo, "dpo": dpo, "grpo": grpo}
     stage = c.choose(stages, args["stage"], "stage")
-    model = c.GPTConfig(context_length=2048)
+    model, chat = c.GPTConfig(context_length=2048), c.ChatConfig()
     if args["init_from"]:
-        model = c.read_config(expand(args["init_from"])).model
+        given = c.read_config(expand(args["init_from"]))
+        model = given.model
+        if given.stage in LOCAL and args["template"] in ("", given.chat.template):
+            chat = dataclasses.replace(chat, **{name: getattr(given.chat, name) for name in FORMAT})
     elif args["runlocal"]:
         model = c.GPTConfig(context_length=128, num_layers=4, embed_dim=192, num_heads=6, dtype="float32")
     config = c.Config(
@@ -43,7 +53,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         init_from=args["init_from"] or None,
         model=model,
         data=c.DataConfig(source=args["data"] or "chatterbot", tokenizer="gpt2", validation_fraction=0.05),
-        chat=c.ChatConfig(
+        chat=dataclasses.replace(
+            chat,
+            template=args["template"] or chat.template,
             # The package's dialogues come without rankings.
             random_answers=3 if stage in (reward, dpo) and not args["data"] else 0,
             pretraining_source=args["text"] or None,
@@ -199,12 +211,14 @@ def local_grpo(config: c.Config) -> c.Config:
 def _local_policy(config: c.Config) -> c.Config:
     """Settings that PPO and GRPO share."""
     context = config.model.context_length
+    lengths = {"prompt_tokens": 5 * context // 16, "response_tokens": 3 * context // 16}
+    if config.chat.template == "harmony":  # the system message alone has about 80 tokens
+        lengths = {"prompt_tokens": 3 * context // 4, "response_tokens": context // 4}
     changes = {
         "batch": _batch(config, 16, epochs=1.0),
         "rl": {
             "prompts_per_iteration": 64,
-            "prompt_tokens": 5 * context // 16,
-            "response_tokens": 3 * context // 16,
+            **lengths,
         },
         "optimizer": {"peak_lr": 3e-4, "schedule": "constant"},
         "logging": {"every_steps": 4},

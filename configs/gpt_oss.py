@@ -77,11 +77,11 @@ def runlocal(config: c.Config) -> c.Config:
         {
             "model": {
                 "vocab_size": None,
-                "context_length": 128,
+                "context_length": 256,  # room for the system message of the harmony format, about 80 tokens
                 "num_layers": 4,
                 "embed_dim": 128,
                 "yarn_factor": 4.0,
-                "yarn_original_context": 32,
+                "yarn_original_context": 64,
                 "num_heads": 8,
                 "num_kv_heads": 2,
                 "head_width": 32,
@@ -93,7 +93,7 @@ def runlocal(config: c.Config) -> c.Config:
                 "dtype": "float32",
             },
             "data": {"tokenizer": "bpe:4096"},
-            "batch": {"total_tokens": 700_000, "tokens_per_batch": 8 * 128, "microbatch_size": None},
+            "batch": {"total_tokens": 700_000, "tokens_per_batch": 4 * 256, "microbatch_size": None},
             "optimizer": {"peak_lr": 3e-3, "warmup_tokens": 50_000},
             "mesh": {"data": -1, "fsdp": 1},
             "evaluation": {"every_tokens": 150_000, "max_tokens": 40_000},

@@ -63,3 +63,15 @@ def test_instructgpts_numbers_of_ppo(module, pretrained):
     assert (ppo.ppo.value_init, ppo.ppo.pretraining_weight) == ("reward", 0.0)
     ptx = c.resolve(module.get_config(f"{argument},text=sotu"))
     assert (ptx.chat.pretraining_source, ptx.ppo.pretraining_weight, ptx.ppo.pretraining_rows) == ("sotu", 27.8, 8)
+
+
+def test_a_stage_writes_conversations_as_the_run_it_starts_from(module, pretrained, tmp_path):
+    sft = c.resolve(module.get_config(f"stage=sft,template=harmony,init_from={pretrained}"))
+    (tmp_path / "config.json").write_text(c.to_json(c.replace(sft, {"chat": {"current_date": "today"}})))
+    argument = f"stage=grpo,init_from={tmp_path},reward=bleu,runlocal"
+    grpo = c.resolve(module.get_config(argument))
+    assert (grpo.chat.template, grpo.chat.current_date) == ("harmony", "today")
+    assert grpo.rl.prompt_tokens == 3 * MODEL.context_length // 4  # the system message is in every prompt
+    assert c.resolve(module.get_config(f"{argument},template=plain")).chat.template == "plain"
+    with pytest.raises(UserError, match=r"chat\.template"):
+        c.resolve(module.get_config(f"{argument},template=harmny"))

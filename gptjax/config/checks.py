@@ -90,9 +90,21 @@ def _check_blocks(model: GPTConfig) -> None:
     """Positions, norms and feed-forward layers: values in range, and no field that would have no effect."""
     positive(model, "model", "rope_theta", "yarn_factor", "yarn_original_context", "yarn_beta_fast", "yarn_beta_slow")
     positive(model, "model", "yarn_attention_factor", "qk_norm_scale", "swish_beta", "gate_limit", "logit_soft_cap")
+    positive(model, "model", "llama3_factor", "llama3_original_context", "llama3_low_rotations")
+    for name in ("yarn_factor", "llama3_factor"):
+        require(
+            model.positions == "rotary" or getattr(model, name) is None,
+            f"model.{name}={getattr(model, name)} extends rotary positions: set model.positions=rotary, or unset it",
+        )
     require(
-        model.positions == "rotary" or model.yarn_factor is None,
-        f"model.yarn_factor={model.yarn_factor} extends rotary positions: set model.positions=rotary, or unset it",
+        model.yarn_factor is None or model.llama3_factor is None,
+        f"model.yarn_factor={model.yarn_factor} and model.llama3_factor={model.llama3_factor} both extend rotary "
+        "positions: unset one of them",
+    )
+    require(
+        model.llama3_high_rotations > model.llama3_low_rotations,
+        f"model.llama3_high_rotations={model.llama3_high_rotations} must be above model.llama3_low_rotations="
+        f"{model.llama3_low_rotations}",
     )
     require(
         model.positions == "learned" or model.head_dim % 2 == 0,

@@ -41,6 +41,12 @@ class Positions:
     yarn_beta_slow: float = 1.0  # rotations below which a frequency is divided by yarn_factor
     yarn_truncate: bool = True  # round the limits of the ramp between both to whole frequencies; gpt-oss does not
     yarn_attention_factor: float | None = None  # factor of cosines and sines; None: 0.1 ln(yarn_factor) + 1
+    # Llama 3.1's extension of rotary positions: frequencies that rotate less than llama3_low_rotations times within the
+    # original context are divided by this, those above llama3_high_rotations kept. None: no extension
+    llama3_factor: float | None = None
+    llama3_original_context: int = 8192  # positions of pretraining, before the extension
+    llama3_low_rotations: float = 1.0
+    llama3_high_rotations: float = 4.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -195,7 +195,7 @@ class PeftConfig:
     # parameters only (head and special tokens); top_layers: those and the last layers
     method: Literal["none", "lora", "adalora", "adapters", "head", "top_layers"] = "none"
     # lora, adalora: regular expressions over the paths of the kernels to adapt
-    targets: tuple[str, ...] = ("layers/.*/attention/(qkv|out)/kernel",)
+    targets: tuple[str, ...] = ("layers/.*/attention/(qkv|q|kv|out)/kernel",)
     rank: int = 8  # lora: rank of every target; adalora: average rank at the end
     alpha: float = 16.0  # the low-rank update is scaled by alpha / rank
     dropout: float = 0.0  # lora, adalora: on the input of the low-rank matrices

@@ -172,6 +172,7 @@ def _canonical(model: GPTConfig) -> GPTConfig:
         "band_width": "banded" not in model.attention_pattern,
         "rope_": model.positions != "rotary",
         "yarn_": model.positions != "rotary" or model.yarn_factor is None,
+        "llama3_": model.positions != "rotary" or model.llama3_factor is None,
         "qk_norm_": not model.qk_norm,
         "gate_limit": not model.gated,
         "up_offset": not model.gated,

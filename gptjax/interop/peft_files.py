@@ -2,7 +2,8 @@
 
 PEFT stores (r, inputs) and (outputs, r) for each layer, gptjax (layers, inputs, r) and (layers, r, outputs). Where a
 family has separate matrices for queries, keys and values (`family.Placement.part`), they share lora_a in gptjax, and
-each has a third of lora_b.
+each has a third of lora_b. LoRA on a mixture of experts is written as `interop.peft_parameters` describes, and cannot
+be read.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from gptjax.files import read_json
 from gptjax.interop import families, safetensors_files
 from gptjax.interop.family import Family, Placement, placements
 from gptjax.interop.huggingface import new_directory
+from gptjax.interop.peft_parameters import Piece, file_names, is_parameter, joined
 from gptjax.interop.safetensors_files import DTYPES, Declared, Tensor
 from gptjax.models import peft
 from gptjax.models.gpt import GPT, model_axes
@@ -30,7 +32,6 @@ from gptjax.models.gpt import GPT, model_axes
 CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."
 _NAME = re.compile(r"(.+)\.lora_([AB])\.weight")
-_WITHOUT_LORA = re.compile(r"/mlp/(experts|router)/")
 Pair = tuple[np.ndarray, np.ndarray]  # (inputs, r) and (r, outputs), float32
 _CONTAINER_DTYPE = {str(dtype): name for name, dtype in DTYPES.items()}
 
@@ -73,56 +74,38 @@ def save_lora(
       UserError: no family can express the model, `leaves` has other parameters, or `directory` is not empty.
     """
     family = families.family_of(model)
-    arrays = peft.flatten(leaves)
-    if others := [path for path in arrays if not path.startswith("layers/") or not path.endswith(peft.LORA)]:
-        raise UserError(f"{others[0]} is not a LoRA matrix of a layer, and PEFT's format cannot express it")
-    if others := [path for path in arrays if _WITHOUT_LORA.search(path)]:
-        raise UserError(
-            f"{others[0]} adapts a mixture of experts, whose kernels are no linear layers in transformers, and PEFT's "
-            "format cannot express it: export the whole model with --to_hf"
-        )
-    declared: list[Declared] = []
-    values: list[np.ndarray] = []
-    targets: list[str] = []
-    for path, shape in _kernel_shapes(model).items():
-        place = path.removesuffix("kernel")
-        a, b = (arrays.pop(place + name, None) for name in peft.LORA)
-        if a is None and b is None:
-            continue
-        assert a is not None
-        assert b is not None
-        assert (*a.shape[:-1], *b.shape[2:]) == shape
-        assert a.shape[-1] == b.shape[1] == config.rank
-        for where in placements(family, len(model.attention_pattern), path, shape):
-            module = where.name.removesuffix(".weight")
-            targets.append(module)
-            for name, theirs in zip("AB", _to_theirs(where, np.asarray(a), np.asarray(b)), strict=True):
-                full_name = f"{_PREFIX}{family.full_name(module)}.lora_{name}.weight"
-                declared.append(Declared(full_name, _CONTAINER_DTYPE[str(theirs.dtype)], theirs.shape))
-                values.append(theirs)
-    if arrays or not declared:
-        raise UserError(f"{next(iter(arrays), 'the empty tree')} is not a LoRA matrix of a kernel of the model")
-    for module, tensors in (modules or {}).items():
-        for name, array in tensors.items():
-            declared.append(Declared(f"{_PREFIX}{module}.{name}", _CONTAINER_DTYPE[str(array.dtype)], array.shape))
-            values.append(array)
-    theirs_config = {
+    tensors, targets, parameters = _written(family, config, model, peft.flatten(leaves))
+    for module, arrays in (modules or {}).items():
+        tensors |= {f"{module}.{name}": array for name, array in arrays.items()}
+    declared = [
+        Declared(_PREFIX + name, _CONTAINER_DTYPE[str(array.dtype)], array.shape) for name, array in tensors.items()
+    ]
+    theirs_config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": task_type,
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": config.rank,
-        "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
+        "lora_alpha": _as_int(config.alpha),
         "lora_dropout": config.dropout,
-        "target_modules": _target_modules(family, targets, model.num_layers),
+        "target_modules": _shortened(family, targets, model.num_layers),
         "fan_in_fan_out": not family.transposed,
         "bias": "none",
     }
+    if parameters:
+        theirs_config["target_parameters"] = _shortened(family, list(parameters), model.num_layers)
+    if fused := [name for name, rank in parameters.items() if rank != config.rank]:
+        names, times = _shortened(family, fused, model.num_layers), parameters[fused[0]] // config.rank
+        theirs_config["rank_pattern"] = dict.fromkeys(names, times * config.rank)
+        theirs_config["alpha_pattern"] = dict.fromkeys(names, _as_int(times * config.alpha))
     if modules:
-        theirs_config |= {"modules_to_save": list(modules), "ensure_weight_tying": task_type == "CAUSAL_LM"}
+        is_tied = task_type == "CAUSAL_LM" and model.tied_head
+        theirs_config |= {"modules_to_save": list(modules), "ensure_weight_tying": is_tied}
     with new_directory(Path(directory).expanduser()) as unfinished:
         (unfinished / CONFIG_FILE).write_text(json.dumps(theirs_config, indent=2) + "\n")
-        safetensors_files.write(unfinished, declared, values, max_file_bytes=sum(t.num_bytes for t in declared))
+        safetensors_files.write(
+            unfinished, declared, tensors.values(), max_file_bytes=sum(t.num_bytes for t in declared)
+        )
         (unfinished / safetensors_files.SINGLE_FILE).rename(unfinished / WEIGHTS_FILE)
         write_more(unfinished)
 
@@ -146,6 +129,8 @@ def load_lora(directory: str | Path, model: GPTConfig) -> tuple[PeftConfig, dict
     tensors = _read_headers(directory, family)
     kernels: list[_Kernel] = []
     for path, shape in _kernel_shapes(model).items():
+        if is_parameter(path):
+            continue
         pairs: dict[tuple[int, int], Pair] = {}
         missing: list[Placement] = []
         places = list(placements(family, len(model.attention_pattern), path, shape))
@@ -181,14 +166,63 @@ def load_lora(directory: str | Path, model: GPTConfig) -> tuple[PeftConfig, dict
 
 
 def _kernel_shapes(model: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of the layers' kernels that PEFT can adapt, by path."""
+    """Returns the shapes of the layers' kernels, by path."""
     abstract = jax.eval_shape(lambda: nn.unbox(GPT(model).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))))
     leaves = peft.flatten(abstract["params"]["layers"])
-    kernels = {f"layers/{path}": leaf.shape for path, leaf in leaves.items() if path.endswith("/kernel")}
-    return {path: shape for path, shape in kernels.items() if not _WITHOUT_LORA.search(path)}
+    return {f"layers/{path}": leaf.shape for path, leaf in leaves.items() if path.endswith("/kernel")}
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def _written(
+    family: Family, config: PeftConfig, model: GPTConfig, arrays: dict[str, Any]
+) -> tuple[dict[str, np.ndarray], list[str], dict[str, int]]:
+    """Returns the tensors by name, the modules that they adapt, and the rank of each parameter that they adapt.
+
+    Args:
+      arrays: lora_a and lora_b, by path.
+    """
+    if others := [path for path in arrays if not path.startswith("layers/") or not path.endswith(peft.LORA)]:
+        raise UserError(f"{others[0]} is not a LoRA matrix of a layer, and PEFT's format cannot express it")
+    if config.dropout > 0 and (others := [path for path in arrays if is_parameter(path)]):
+        raise UserError(
+            f"peft.dropout={config.dropout} applies to {others[0]}, a parameter of transformers that is no linear "
+            "layer, for which PEFT has no dropout: export the whole model with --to_hf"
+        )
+    tensors: dict[str, np.ndarray] = {}
+    modules: list[str] = []
+    pieces: dict[str, list[Piece]] = {}
+    for path, shape in _kernel_shapes(model).items():
+        a, b = (arrays.pop(path.removesuffix("kernel") + name, None) for name in peft.LORA)
+        if a is None and b is None:
+            continue
+        assert a is not None
+        assert b is not None
+        rank_axis = 2 if "/experts/" in path else 1
+        assert (*a.shape[:-1], *b.shape[rank_axis + 1 :]) == shape
+        assert a.shape[-1] == b.shape[rank_axis] == config.rank
+        a, b = np.asarray(a), np.asarray(b)
+        for where in placements(family, len(model.attention_pattern), path, shape):
+            if is_parameter(path):
+                pieces.setdefault(where.name, []).append(Piece(where, a[where.row], b[where.row]))
+                continue
+            modules.append(where.name.removesuffix(".weight"))
+            for name, theirs in zip("AB", _to_theirs(where, a, b), strict=True):
+                tensors[f"{family.full_name(modules[-1])}.lora_{name}.weight"] = theirs
+    names, parameters = file_names(list(pieces)), {}
+    for parameter in map(joined, pieces.values()):
+        parameters[parameter.name] = parameter.rank
+        for name, theirs in (("A", parameter.a), ("B", parameter.b)):
+            tensors[f"{family.full_name(names[parameter.name])}.lora_{name}.weight"] = theirs
+    if arrays or not tensors:
+        raise UserError(f"{next(iter(arrays), 'the empty tree')} is not a LoRA matrix of a kernel of the model")
+    return tensors, modules, parameters
+
+
+def _as_int(number: float) -> int | float:
+    """Returns an int if the number is whole."""
+    return int(number) if number == int(number) else number
 
 
 def _to_theirs(where: Placement, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -198,8 +232,8 @@ def _to_theirs(where: Placement, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarr
     return a[where.row].reshape(-1, rank).T, part.reshape(rank, -1).T
 
 
-def _target_modules(family: Family, modules: list[str], num_layers: int) -> list[str]:
-    """Returns PEFT's target_modules: names without the layer if all layers have the module."""
+def _shortened(family: Family, modules: list[str], num_layers: int) -> list[str]:
+    """Returns PEFT's names of modules or parameters: without the layer if all layers are among them."""
     kinds: dict[str, list[str]] = {}
     for module in modules:
         kinds.setdefault(re.sub(r"^(h|layers)\.\d+\.", "", module), []).append(module)

@@ -14,7 +14,8 @@ from gptjax.interop.family import Json, as_float, shortest_period
 ROTARY_FIELDS = frozenset(
     {
         *("rope_theta", "yarn_factor", "yarn_original_context", "yarn_beta_fast", "yarn_beta_slow", "yarn_truncate"),
-        "yarn_attention_factor",
+        *("yarn_attention_factor", "llama3_factor", "llama3_original_context"),
+        *("llama3_low_rotations", "llama3_high_rotations"),
     }
 )
 _EVERY_TYPE = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
@@ -26,7 +27,9 @@ _KNOWN = {
         *("mscale", "mscale_all_dim"),
         "finetuned",  # has no effect
     ),
+    "llama3": (*_EVERY_TYPE, "original_max_position_embeddings", "factor", "low_freq_factor", "high_freq_factor"),
 }
+_NEEDED = ("factor", "low_freq_factor", "high_freq_factor")  # with llama3; transformers has no defaults
 
 # --- rotary positions -------------------------------------------------------------------------------------------------
 
@@ -81,6 +84,8 @@ def _read_parameters(key: str, given: Any, theirs: Json, context_length: int, th
         raise UserError(f"{key}: rope_theta={fields['rope_theta']} is not above 1")
     if kind == "default":
         return fields
+    if kind == "llama3" and (absent := [name for name in _NEEDED if given.get(name) is None]):
+        raise UserError(f'{key} has no {absent[0]}, which rope_type="llama3" needs')
     original = theirs.get("original_max_position_embeddings", given.get("original_max_position_embeddings"))
     original = context_length if original is None else original
     truncate = given.get("truncate", True)
@@ -96,6 +101,13 @@ def _read_parameters(key: str, given: Any, theirs: Json, context_length: int, th
     assert factor is not None
     if factor < 1:
         raise UserError(f"{key}: factor={factor} is less than 1")
+    if kind == "llama3":
+        return fields | {
+            "llama3_factor": factor,
+            "llama3_original_context": original,
+            "llama3_low_rotations": number("low_freq_factor", None),
+            "llama3_high_rotations": number("high_freq_factor", None),
+        }
     attention_factor = number("attention_factor", None)
     scale, all_scale = number("mscale", None), number("mscale_all_dim", None)
     if attention_factor is None and scale and all_scale and factor > 1:
@@ -124,11 +136,19 @@ def write_rotary(model: GPTConfig) -> Json:
         }
         if model.yarn_attention_factor is not None:
             parameters["attention_factor"] = model.yarn_attention_factor
+    if model.llama3_factor is not None:
+        parameters |= {
+            "rope_type": "llama3",
+            "factor": model.llama3_factor,
+            "original_max_position_embeddings": model.llama3_original_context,
+            "low_freq_factor": model.llama3_low_rotations,
+            "high_freq_factor": model.llama3_high_rotations,
+        }
     scaling = {name: value for name, value in parameters.items() if name != "rope_theta"}
     return {
         "rope_parameters": parameters,
         "rope_theta": model.rope_theta,
-        "rope_scaling": None if model.yarn_factor is None else scaling,
+        "rope_scaling": None if parameters["rope_type"] == "default" else scaling,
     }
 
 

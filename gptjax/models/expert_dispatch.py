@@ -11,7 +11,6 @@ Shapes: X tokens of a device, E experts, U experts of a token, N rows that are c
 experts), D and F the widths of inputs and outputs.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -89,7 +88,6 @@ def apply_experts(
       feed_forward: (layout, rows, layers) -> rows: an expert's computation.
       layers: kernels sharded as the parameters are, along the logical axes experts, embed and ffw.
     """
-    routes = _within_capacity(config, routes)
     if jax.sharding.get_abstract_mesh().empty:
         x_XD, routes = x_BTD.reshape(-1, x_BTD.shape[-1]), jax.tree.map(_flat, routes)
         return _local(config, feed_forward, x_XD, routes, layers).reshape(x_BTD.shape)
@@ -162,15 +160,20 @@ def _local(config: GPTConfig, feed_forward: FeedForward, x_XD: jax.Array, routes
     return jnp.einsum("XUD,XU->XD", out_XUD, weights_XU.astype(out_XUD.dtype), precision=precision)
 
 
-def _within_capacity(config: GPTConfig, routes: Routes) -> Routes:
-    """Removes the assignments above `expert_capacity` times an expert's mean, the last ones in the batch first."""
+def within_capacity(config: GPTConfig, routes: Routes, is_token_BT: jax.Array | None = None) -> Routes:
+    """Removes the assignments above `expert_capacity` times an expert's mean, the last ones in the batch first.
+
+    Args:
+      is_token_BT: bool, False at padding, whose assignments are removed too. None: there is no padding.
+    """
     if config.expert_capacity is None:
         return routes
     assert config.num_experts is not None
-    expert_N = routes.experts_BTU.reshape(-1)
-    capacity = math.ceil(config.expert_capacity * len(expert_N) / config.num_experts)
-    place_BTU = _places(expert_N, config.num_experts).reshape(routes.experts_BTU.shape)
-    kept_BTU = place_BTU < capacity
+    is_token_BT = jnp.ones(routes.experts_BTU.shape[:2], bool) if is_token_BT is None else is_token_BT
+    experts_BTU = jnp.where(is_token_BT[..., None], routes.experts_BTU, config.num_experts)
+    mean = jnp.sum(is_token_BT) * config.experts_per_token / config.num_experts
+    place_BTU = _places(experts_BTU.reshape(-1), config.num_experts).reshape(experts_BTU.shape)
+    kept_BTU = is_token_BT[..., None] & (place_BTU < jnp.ceil(config.expert_capacity * mean))
     return Routes(
         jnp.where(kept_BTU, routes.experts_BTU, config.num_experts), jnp.where(kept_BTU, routes.weights_BTU, 0)
     )

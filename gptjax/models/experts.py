@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.config import GPTConfig
-from gptjax.models.expert_dispatch import Dense, Layout, Routes, apply_experts
+from gptjax.models.expert_dispatch import Dense, Layout, Routes, apply_experts, within_capacity
 from gptjax.models.feed_forward import activate
 from gptjax.parallel.mesh import constrain, partitioned, scattered
 
@@ -23,7 +23,7 @@ ROUTER = "router"  # Flax collection of what routers measure: one entry for each
 
 
 class RouterMeasures(NamedTuple):
-    """Measures of a router over the tokens of a batch, float32.
+    """Measures of a router over the tokens of a batch, without padding; float32.
 
     Attributes:
       balance: load-balance loss, num_experts * sum_e f_e p_e, with f_e the share of the assignments that expert e has,
@@ -45,7 +45,8 @@ class MixtureOfExperts(nn.Module):
     deterministic: bool = True
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, is_token_BT: jax.Array | None = None) -> jax.Array:
+        """Applies the layer; `is_token_BT`, bool, is False at padding, and None without padding."""
         config = self.config
         assert config.num_experts is not None
         logits_BTE = nn.Dense(
@@ -64,12 +65,12 @@ class MixtureOfExperts(nn.Module):
             init = partitioned(nn.initializers.zeros, "balance")
             bias_E = nn.unbox(self.param("balance_bias", init, (config.num_experts,), "float32"))
         routes = choose(config, logits_BTE, bias_E)
-        measures = measure(logits_BTE, routes.experts_BTU)
+        measures = measure(logits_BTE, routes.experts_BTU, is_token_BT)
         self.sow(ROUTER, "measures", measures, reduce_fn=lambda _, new: new)
         if bias_E is not None and not self.deterministic:
             routes = routes._replace(weights_BTU=with_load_gradient(routes.weights_BTU, bias_E, measures.load_E))
         experts = Experts(config, self.out_init, name="experts")
-        return scattered(experts(x_BTD, routes))
+        return scattered(experts(x_BTD, routes, is_token_BT))
 
 
 def choose(config: GPTConfig, logits_BTE: jax.Array, bias_E: jax.Array | None) -> Routes:
@@ -87,12 +88,18 @@ def choose(config: GPTConfig, logits_BTE: jax.Array, bias_E: jax.Array | None) -
     return Routes(experts_BTU, nn.softmax(chosen_BTU, axis=-1))
 
 
-def measure(logits_BTE: jax.Array, experts_BTU: jax.Array) -> RouterMeasures:
-    """Computes the balance loss, the z-loss and the load of a router's choice; differentiable in the logits."""
+def measure(logits_BTE: jax.Array, experts_BTU: jax.Array, is_token_BT: jax.Array | None = None) -> RouterMeasures:
+    """Computes the balance loss, the z-loss and the load of a router's choice; differentiable in the logits.
+
+    Args:
+      is_token_BT: bool, False at padding. None: there is no padding.
+    """
     num_experts = logits_BTE.shape[-1]
-    load_E = jnp.mean(jax.nn.one_hot(experts_BTU, num_experts, dtype=jnp.float32), axis=(0, 1, 2))
-    mean_E = jnp.mean(nn.softmax(logits_BTE, axis=-1), axis=(0, 1))
-    z = jnp.mean(jnp.square(jax.nn.logsumexp(logits_BTE, axis=-1)))
+    is_token_BT = jnp.ones(logits_BTE.shape[:2], bool) if is_token_BT is None else is_token_BT
+    share_BT1 = (is_token_BT / jnp.maximum(jnp.sum(is_token_BT), 1))[..., None]  # of a token in the means
+    load_BTE = jnp.mean(jax.nn.one_hot(experts_BTU, num_experts, dtype=jnp.float32), axis=2)
+    load_E, mean_E = (jnp.sum(share_BT1 * x, axis=(0, 1)) for x in (load_BTE, nn.softmax(logits_BTE, axis=-1)))
+    z = jnp.sum(share_BT1 * jnp.square(jax.nn.logsumexp(logits_BTE, axis=-1, keepdims=True)))
     return RouterMeasures(num_experts * jnp.sum(load_E * mean_E), z, load_E)
 
 
@@ -119,7 +126,7 @@ class Experts(nn.Module):
     out_init: nn.initializers.Initializer
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, routes: Routes) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, routes: Routes, is_token_BT: jax.Array | None = None) -> jax.Array:
         config = self.config
         width, ffw = config.embed_dim, config.feed_forward_dim
         init = nn.initializers.normal(config.kernel_init_std)
@@ -133,7 +140,7 @@ class Experts(nn.Module):
             gate = layout.product(x, layers["gate"]) if config.gated else None
             return layout.product(activate(config, up, gate), layers["down"])
 
-        return apply_experts(config, feed_forward, x_BTD, routes, layers)
+        return apply_experts(config, feed_forward, x_BTD, within_capacity(config, routes, is_token_BT), layers)
 
 
 class ExpertDense(nn.Module):

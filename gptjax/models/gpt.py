@@ -81,10 +81,13 @@ class Block(nn.Module):
             out_std /= math.sqrt(2 * config.num_layers)
         out_init = nn.initializers.zeros if config.zero_residual_init else nn.initializers.normal(out_std)
         attention = SelfAttention(config, self.attention, out_init, self.ring, name="attention")
-        feed_forward = MLP if config.num_experts is None else MixtureOfExperts
-        mlp = feed_forward(config, out_init, deterministic, name="mlp")
         attention_norm, mlp_norm = (Norm(config, config.norm_gain, name=f"{n}_norm") for n in ("attention", "mlp"))
         dropout = nn.Dropout(config.residual_dropout, deterministic=deterministic)
+
+        def feed_forward(h_BTD: jax.Array) -> jax.Array:
+            if config.num_experts is None:
+                return MLP(config, out_init, deterministic, name="mlp")(h_BTD)
+            return MixtureOfExperts(config, out_init, deterministic, name="mlp")(h_BTD, inputs.is_token_BT)
 
         def adapted(h_BTD: jax.Array, name: str) -> jax.Array:
             return h_BTD if config.adapter_dim is None else Adapter(config, name=name)(h_BTD)
@@ -96,7 +99,7 @@ class Block(nn.Module):
         h_BTD, key_values = attention(gathered(attention_norm(x_BTD) if pre else x_BTD), inputs, deterministic, cache)
         h_BTD = adapted(dropout(h_BTD), "attention_adapter")
         x_BTD = x_BTD + h_BTD if pre else attention_norm(x_BTD + h_BTD)
-        h_BTD = adapted(dropout(mlp(gathered(mlp_norm(x_BTD) if pre else x_BTD))), "mlp_adapter")
+        h_BTD = adapted(dropout(feed_forward(gathered(mlp_norm(x_BTD) if pre else x_BTD))), "mlp_adapter")
         x_BTD = x_BTD + h_BTD if pre else mlp_norm(x_BTD + h_BTD)
         return x_BTD, key_values
 
@@ -174,6 +177,7 @@ class GPT(nn.Module):
         positions_BT: jax.Array | None = None,
         deterministic: bool = True,
         perturbation_BTD: jax.Array | None = None,
+        is_token_BT: jax.Array | None = None,
     ) -> jax.Array:
         """Final hidden states: the input of the head.
 
@@ -183,6 +187,7 @@ class GPT(nn.Module):
           positions_BT: int. None: 0, 1, ..., T-1.
           deterministic: no dropout; otherwise a "dropout" rng is needed.
           perturbation_BTD: added to the token embeddings, for adversarial training. None: zero.
+          is_token_BT: bool, False at padding, which experts do not count. None: padding is where segments_BT is 0.
 
         Returns:
           (B, T, D), of the config's dtype.
@@ -191,9 +196,13 @@ class GPT(nn.Module):
         context = axis_size("context")
         rows_divide = fitting_spec(tokens_BT.shape, "batch", None)[0] is not None
         ring = context > 1 and length % (2 * context) == 0 and rows_divide
+        if config.num_experts is None:
+            is_token_BT = None
+        elif is_token_BT is None and segments_BT is not None:
+            is_token_BT = segments_BT != 0
         if ring:
-            tokens_BT, segments_BT, positions_BT, perturbation_BTD = jax.tree.map(
-                to_balanced_order, (tokens_BT, segments_BT, positions_BT, perturbation_BTD)
+            tokens_BT, segments_BT, positions_BT, perturbation_BTD, is_token_BT = jax.tree.map(
+                to_balanced_order, (tokens_BT, segments_BT, positions_BT, perturbation_BTD, is_token_BT)
             )
         if positions_BT is None:
             positions_BT = jnp.asarray(balanced_positions(length, context) if ring else np.arange(length))[None]
@@ -217,7 +226,7 @@ class GPT(nn.Module):
         )(config, deterministic, ring, name="layers")
         value_table_VX = self.value_embedding.embedding if config.value_embeddings != "none" else None
         values = stacked_values(config, value_embeddings(config, value_table_VX, tokens_BT))
-        x_BTD, _ = layers(x_BTD, layer_inputs(config, x_BTD, positions_BT, segments_BT), values)
+        x_BTD, _ = layers(x_BTD, layer_inputs(config, x_BTD, positions_BT, segments_BT, is_token_BT), values)
         x_BTD = gathered(self.normalise(x_BTD))
         return from_balanced_order(x_BTD) if ring else x_BTD
 
@@ -232,10 +241,12 @@ def layer_inputs(
     first_BTD: jax.Array,
     positions_BT: jax.Array,
     segments_BT: jax.Array | None = None,
+    is_token_BT: jax.Array | None = None,
 ) -> LayerInputs:
     """The arrays that the layers of this config read; `first_BTD` is the input of the first one."""
     return LayerInputs(
         segments_BT,
+        is_token_BT,
         rotation(config, positions_BT),
         first_BTD=first_BTD if config.residual_scalars else None,
     )

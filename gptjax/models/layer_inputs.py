@@ -11,6 +11,7 @@ class LayerInputs(flax.struct.PyTreeNode):
 
     Attributes:
       segments_BT: int, documents packed into a row; attention stays within one. None: the row is one document.
+      is_token_BT: bool, False at padding. None: there is no padding.
       rotation: of queries and keys, with rotary positions.
       value_BTHK: the layer's value embeddings of the tokens.
       first_BTD: the input of the first layer, with residual scalars.
@@ -18,6 +19,7 @@ class LayerInputs(flax.struct.PyTreeNode):
     """
 
     segments_BT: jax.Array | None = None
+    is_token_BT: jax.Array | None = None
     rotation: Rotation | None = None
     value_BTHK: jax.Array | None = None
     first_BTD: jax.Array | None = None

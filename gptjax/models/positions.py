@@ -1,8 +1,10 @@
-"""Positions: learned embeddings, or rotations of queries and keys (RoPE), extended by YaRN.
+"""Positions: learned embeddings, or rotations of queries and keys (RoPE), extended by YaRN or as in Llama 3.1.
 
 Learned absolute embeddings are added to those of tokens (Radford et al. 2018, section 4.1). Rotary positions (Su et al.
 2021, section 3.2) rotate each pair of channels of queries and keys by an angle proportional to the position, so that
-their products depend on distances only. YaRN (Peng et al. 2023, section 3.4) interpolates the low frequencies.
+their products depend on distances only. YaRN (Peng et al. 2023, section 3.4) interpolates the low frequencies, and so
+does Llama 3.1 (its released code; The Llama 3 Herd of Models, 2024, has no formula), by another ramp and without YaRN's
+attention factor.
 """
 
 import math
@@ -41,10 +43,11 @@ def rotate(x_BTHK: jax.Array, rotation: Rotation) -> jax.Array:
 
 
 def frequencies(config: GPTConfig) -> npt.NDArray[np.float32]:
-    """Angles per position of the K / 2 channel pairs, in radians: theta^(-2i / K), interpolated by YaRN.
+    """Angles per position of the K / 2 channel pairs, in radians: theta^(-2i / K), interpolated by an extension.
 
     YaRN keeps frequencies that rotate more than beta_fast times within the original context, divides by `yarn_factor`
-    those that rotate less than beta_slow times, and interpolates linearly in i between both.
+    those that rotate less than beta_slow times, and interpolates linearly in i between both. Llama 3.1 interpolates
+    linearly in the number of rotations.
 
     All is rounded to float32, as in the programs that published models were trained with: at position 10^5, other
     roundings of a frequency change its angle by 0.03.
@@ -53,6 +56,8 @@ def frequencies(config: GPTConfig) -> npt.NDArray[np.float32]:
     exponent = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
     wavelength = np.float32(config.rope_theta) ** exponent  # divided by 2 pi
     kept: npt.NDArray[np.float32] = np.reciprocal(wavelength)
+    if config.llama3_factor is not None:
+        return _llama3(config, kept)
     if config.yarn_factor is None:
         return kept
 
@@ -70,6 +75,14 @@ def frequencies(config: GPTConfig) -> npt.NDArray[np.float32]:
     kept_share = 1 - np.clip((index - np.float32(low)) / np.float32(high - low), 0, 1)
     interpolated = 1 / (np.float32(config.yarn_factor) * wavelength)
     return interpolated * (1 - kept_share) + kept * kept_share
+
+
+def _llama3(config: GPTConfig, kept: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """The frequencies of Llama 3.1, from those without an extension."""
+    low, high = np.float32(config.llama3_low_rotations), np.float32(config.llama3_high_rotations)
+    rotations = np.float32(config.llama3_original_context) / (np.float32(2 * math.pi) / kept)
+    kept_share = np.clip((rotations - low) / (high - low), 0, 1)
+    return (1 - kept_share) * kept / np.float32(config.llama3_factor) + kept_share * kept
 
 
 def attention_factor(config: GPTConfig) -> float:

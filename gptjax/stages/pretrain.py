@@ -41,6 +41,7 @@ def next_token_loss(config: Config) -> Loss:
     model, settings = GPT(objectives.attending(config)), config.model
 
     def loss(params: Any, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array, Measures]:
+        weights_BT, is_training = batch["weights"], rng is not None
         x_BTD, routers = hidden_states_and_routers(
             model,
             params,
@@ -48,9 +49,9 @@ def next_token_loss(config: Config) -> Loss:
             batch.get("segments"),
             batch.get("positions"),
             deterministic=rng is None,
+            is_token_BT=None if "segments" in batch else weights_BT > 0,  # without segments all tokens are targets
             rngs=None if rng is None else {"dropout": rng},
         )
-        weights_BT, is_training = batch["weights"], rng is not None
         nats = cross_entropy(
             x_BTD,
             head_embedding(params),

@@ -108,17 +108,18 @@ def _sample(parameters: ParameterSpec, data: ChatData[Conversation], mesh: Mesh)
     config = parameters.config
     settings, message = config.evaluation, Message("user", config.evaluation.sample_prompt)
     room = config.model.context_length - settings.sample_tokens
+    prompt = data.chat_format.encode_prompt((message,), room, place="evaluation.sample_prompt")
 
     def sample(params: Any) -> str:
         # Stacked: no second copy of the weights.
         engine = Engine(GPT(config.model), parameters.merge(params), data.tokenizer, mesh, weights="stacked")
         completion = engine.generate(
-            [data.chat_format.encode_prompt((message,), room)],
+            [prompt],
             settings.sample_tokens,
             Sampling(settings.sample_temperature, settings.sample_top_k),
             seeds=config.seed,
             end_tokens=data.chat_format.end_tokens,
         )
-        return f"user: {message.content}\nassistant: {completion[0].text}"
+        return f"user: {message.content}\nassistant: {data.chat_format.decode(completion[0].tokens)}"
 
     return sample

@@ -39,6 +39,12 @@ def yarn(factor: float, original: int, **keys: Any) -> Json:
     return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original, **keys}
 
 
+def llama3(factor: float, original: int, **keys: Any) -> Json:
+    """Of the 8 frequencies of 16 channels with theta=100, some are kept, some divided and some between."""
+    scaling = {"low_freq_factor": 0.25, "high_freq_factor": 1.0, **keys}
+    return {"rope_type": "llama3", "factor": factor, "original_max_position_embeddings": original, **scaling}
+
+
 OSS = {"num_local_experts": 5, "num_experts_per_tok": 2}
 WINDOWED = ["full_attention", "sliding_attention", "sliding_attention"]
 # Heads times head_dim is not the width, windows are shorter than the context, YaRN's original context too. Keys are
@@ -71,6 +77,7 @@ MODELS: dict[str, Json] = {
         tie_word_embeddings=True,
         rope_parameters=yarn(6.0, 8, rope_theta=100.0, mscale=0.7, mscale_all_dim=1.4),
     ),
+    "llama3": model("llama", 24, 2, 4, 2, 16, rope_parameters=llama3(8.0, 12, rope_theta=100.0)),
     "mistral": model("mistral", 20, 2, 5, 1, 6, sliding_window=7),
     "qwen2": model("qwen2", 24, 3, 4, 2, 10, use_sliding_window=True, sliding_window=6, max_window_layers=1),
     "qwen3": model(

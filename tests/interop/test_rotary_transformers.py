@@ -13,7 +13,7 @@ from gptjax.inference.engine import Engine
 from gptjax.inference.sampling import Sampling
 from gptjax.interop.huggingface import load_pretrained, save_pretrained
 from gptjax.interop.mxfp4 import decode
-from tests.interop.rotary_models import MODELS, OSS, Json, load_theirs, model, tensors, text_tokens, write, yarn
+from tests.interop.rotary_models import MODELS, OSS, Json, llama3, load_theirs, model, tensors, text_tokens, write, yarn
 from tests.interop.write_fixtures import logits
 
 torch = pytest.importorskip("torch")
@@ -44,6 +44,9 @@ CASES: dict[str, Json] = {
     ),
     "llama": model(
         "llama", 36, 3, 4, 2, 6, **LONG, hidden_act="relu2", rope_scaling=yarn(4.0, 64), attention_bias=True
+    ),
+    "llama3": model(
+        "llama", 30, 2, 3, 1, 16, **LONG, rope_theta=5e3, rope_scaling=llama3(8.0, 64, high_freq_factor=4.0)
     ),
     "llama_heads": model("llama", 30, 1, 3, 3, 8, **LONG, mlp_bias=True, tie_word_embeddings=True),
     "mistral": model("mistral", 20, 3, 5, 5, 6, **LONG, sliding_window=1),
@@ -153,7 +156,10 @@ def test_transformers_decodes_a_checkpoint_to_the_same_weights(tmp_path):
 
 ROPE = yarn(6.0, 16, rope_theta=100.0, beta_fast=2.0, beta_slow=0.3, mscale=0.7, mscale_all_dim=1.4)
 BASES = MODELS | {"llama_yarn": model("llama", 24, 3, 4, 4, 16, rope_parameters=ROPE)}
-CHANGES = [
+LLAMA3_CHANGES: list[Json] = [
+    *({"factor": 2.0}, {"low_freq_factor": 0.5}, {"high_freq_factor": 3.0}, {"original_max_position_embeddings": 30})
+]
+CHANGES: list[tuple[str, Json]] = [
     ("gpt_oss", {"rms_norm_eps": 1e-2}),
     ("gpt_oss", {"sliding_window": 6}),
     ("gpt_oss", {"num_experts_per_tok": 3}),
@@ -169,6 +175,7 @@ CHANGES = [
     ("llama_yarn", {"rope_parameters": ROPE | {"original_max_position_embeddings": 32}}),
     ("llama_yarn", {"rope_parameters": ROPE | {"attention_factor": 1.5}}),
     ("llama_yarn", {"rope_parameters": ROPE | {"mscale": 1.4}}),
+    *(("llama3", {"rope_parameters": MODELS["llama3"]["rope_parameters"] | change}) for change in LLAMA3_CHANGES),
     ("llama", {"hidden_act": "gelu_pytorch_tanh"}),
     ("qwen2", {"use_sliding_window": False}),
     ("qwen2", {"max_window_layers": 2}),

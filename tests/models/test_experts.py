@@ -197,6 +197,32 @@ def test_training_adds_the_routers_losses_and_evaluation_does_not():
     assert 0.9 < float(measures["router_balance"] / weight) < 4
 
 
+@pytest.mark.parametrize("named", ["segments", "weights"])
+def test_padding_changes_nothing(named):
+    """Neither the loss, nor what routers measure, nor a gradient, with experts that have too many tokens."""
+    model = dataclasses.replace(
+        CONFIG, router_balance_loss=0.1, router_z_loss=0.01, balance_bias=True, expert_capacity=0.8, num_layers=1
+    )
+    loss = next_token_loss(Config(model=model, batch=BatchConfig(epochs=1.0, tokens_per_batch=16)))
+    params = nn.unbox(jax.jit(lambda: init_params(GPT(model), jax.random.key(0)))())
+    tokens_BT = np.random.default_rng(0).integers(0, 31, (2, 12))
+    batch = {"tokens": tokens_BT, "targets": tokens_BT, "weights": np.ones((2, 12), np.float32)}
+    if named == "segments":
+        batch |= {"segments": np.ones((2, 12), int), "weights": (tokens_BT % 2).astype(np.float32)}
+
+    def computed(batch):
+        def scalar(params):
+            total, weight, measures = loss(params, batch, jax.random.key(1))
+            return total, (weight, measures)
+
+        return jax.jit(jax.value_and_grad(scalar, has_aux=True))(params)
+
+    padded = {name: np.pad(array_BT, ((0, 2), (0, 4))) for name, array_BT in batch.items()}
+    found, expected = computed(padded), computed(batch)
+    close(found, expected, 1e-5)
+    assert np.abs(expected[1]["layers"]["block_0"]["mlp"]["balance_bias"]).max() > 0.01
+
+
 def test_z_loss_and_soft_cap_have_the_gradients_of_their_definition():
     keys = jax.random.split(jax.random.key(0), 2)
     x, head = 3 * jax.random.normal(keys[0], (2, 5, 4)), jax.random.normal(keys[1], (7, 4))

@@ -168,6 +168,16 @@ def test_yarn_has_the_limits_and_the_factor_of_gpt_oss():
     np.testing.assert_allclose(share, np.clip((np.arange(32) - 8) / (18 - 8), 0, 1), atol=1e-4)
 
 
+def test_llama3_has_the_ramp_of_its_definition():
+    config = dataclasses.replace(PLAIN, positions="rotary", head_width=64, rope_theta=500_000.0, llama3_factor=8.0)
+    plain = 500_000.0 ** -(np.arange(32) / 32)
+    rotations = 8192 * plain / (2 * np.pi)
+    share = np.clip((rotations - 1) / (4 - 1), 0, 1)  # that is kept
+    assert 0 < np.sum((share > 0) & (share < 1)) < np.sum(share == 1) < 32
+    np.testing.assert_allclose(frequencies(config), plain * (share + (1 - share) / 8), rtol=1e-5)
+    assert attention_factor(config) == 1
+
+
 # --- attention --------------------------------------------------------------------------------------------------------
 
 
@@ -242,6 +252,8 @@ def test_soft_cap_limits_logits():
     ("changes", "named"),
     [
         ({"yarn_factor": 4.0}, "model.positions=rotary"),
+        ({"llama3_factor": 4.0}, "model.positions=rotary"),
+        ({"positions": "rotary", "llama3_factor": 4.0, "yarn_factor": 4.0}, "unset one of them"),
         ({"positions": "rotary", "head_width": 5}, "model.positions=rotary"),
         ({"num_kv_heads": 3}, "model.num_kv_heads=3"),
         ({"gate_limit": 7.0}, "model.gated=true"),

@@ -224,6 +224,7 @@ def test_bytes_that_are_no_text_are_replaced_or_refused(finished, tmp_path):
         ("sft", {"batch": {"ramp_start_tokens": 128, "ramp_tokens": 512, "microbatch_size": 1}}, "batch.ramp_start"),
         ("sft", {"chat": {"template": "chatml"}}, r"chat\.template=chatml ignores .* set chat\.template=custom"),
         ("sft", {"chat": {"pretraining_share": 0.1}}, r"chat\.pretraining_share=0.1: set both"),
+        ("sft", {"evaluation": {"sample_prompt": "x" * 40}}, r"evaluation\.sample_prompt: its last exchange has"),
         ("reward", {"data": {"source": "chatterbot"}}, r"set chat\.random_answers"),
         ("dpo", {"dpo": {"beta": 0.0}}, r"dpo\.beta=0.0 must be positive"),
         ("dpo", {"dpo": {"label_smoothing": 0.5}}, r"dpo\.label_smoothing=0.5 must be in"),

@@ -179,6 +179,17 @@ def test_the_compute_that_is_described_is_what_mfu_counts(pretrained, tmp_path):
     assert counted < 0.8 * flops_per_token(stage.config.model)
 
 
+def test_a_mixture_is_described_with_its_active_parameters(tiny, tmp_path):
+    """One expert of four in each of two layers, and no table of positions."""
+    described = dry_run(replace(tiny, {"model": {"num_experts": 4, "experts_per_token": 1}}), tmp_path / "run")
+    (found,) = re.findall(r"^parameters +([\d,]+) \(([\d,]+) active\)$", described, re.M)
+    total, active = (int(number.replace(",", "")) for number in found)
+    expert = 16 * 64 + 64 + 64 * 16 + 16
+    assert active == total - 2 * 3 * expert - 16 * 16
+    (dense,) = re.findall(r"^parameters +([\d,]+)$", dry_run(tiny, tmp_path / "run"), re.M)
+    assert total == int(dense.replace(",", "")) + 2 * (3 * expert + 16 * 4)
+
+
 def test_a_ramped_batch_uses_one_program(tiny, tmp_path):
     config = replace(tiny, {"batch": {"ramp_start_tokens": 64, "ramp_tokens": 256}})
     run(config, tmp_path / "run")

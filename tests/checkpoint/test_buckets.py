@@ -18,7 +18,7 @@ from gptjax.config.saved import to_json
 from gptjax.data import preparation
 from gptjax.data.sources import open_source
 from gptjax.data.tokenizers import BytesTokenizer, get_tokenizer
-from gptjax.files import expand
+from gptjax.files import expand, upload
 from gptjax.run import run
 from gptjax.training.metrics_file import read_metrics
 from tests import commands
@@ -130,6 +130,19 @@ def test_a_damaged_checkpoint_is_moved_away_and_the_one_before_is_used(
     assert {name.partition("/")[0] for name in moved} == {"6.0"}
     assert f"6.0/{largest}" in moved
     assert records_of(place) == records_of(local)
+
+
+def test_a_workdir_is_copied_between_a_disk_and_a_bucket(
+    workdir: Path, local: Path, config: Config, bucket: Emulator, tmp_path: Path
+) -> None:
+    upload(local, expand(f"gs://{BUCKET}/runs/uploaded"))
+    for name in bucket.names(f"{BUCKET}/runs/tiny/"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(bucket.read(f"{BUCKET}/runs/tiny/{name}"))
+    for place in (expand(f"gs://{BUCKET}/runs/uploaded"), tmp_path):
+        assert run(config, place).step == 6
+        assert sorted(path.name for path in (place / "checkpoints").iterdir()) == ["2", "4", "6"]
+        assert records_of(place) == records_of(local)
 
 
 def test_what_reads_a_workdir_reads_it_in_a_bucket(workdir: Path, local: Path, tmp_path: Path) -> None:

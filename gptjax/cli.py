@@ -14,11 +14,12 @@ from typing import Any, TextIO, cast
 
 from absl import app, flags, logging
 
+from gptjax.bucket_client import BucketError
 from gptjax.config import Config, DataConfig, UserError, check_key, is_saved, load_config, split_argument
 from gptjax.distributed import processes
 from gptjax.distributed.peers import FAILED, INTERRUPTED, PREEMPTED, STOPPED
 from gptjax.distributed.preemption import PreemptedError
-from gptjax.files import expand
+from gptjax.files import expand, followed
 
 # Log levels of libraries, which read them when they are imported: their lines would break the progress bar. Every
 # command imports this module before jax.
@@ -65,6 +66,8 @@ def run(main: Callable[[], None], *, joins: bool = False) -> None:
             raise UserError("this command runs as one process: start it once, with --num_processes=1")
         try:
             main()
+        except BucketError as error:
+            raise UserError(f"{error.filename}: {error.strerror}") from None
         except OSError as error:
             if error.errno not in FULL:
                 raise
@@ -180,7 +183,7 @@ def output_file(flag: str, path: str) -> Path:
     Raises:
       UserError: it is a directory.
     """
-    real = Path(os.path.realpath(expand(path)))
+    real = followed(expand(path))
     if real.is_dir():
         raise UserError(f"--{flag}={path} is a directory: name a file in it")
     return real

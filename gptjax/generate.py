@@ -24,7 +24,7 @@ from gptjax import cli
 from gptjax.config import UserError, read_config
 from gptjax.data import text_files
 from gptjax.distributed import processes
-from gptjax.files import expand
+from gptjax.files import expand, is_in_bucket
 from gptjax.parallel import program_cache
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def main() -> None:
     output = None if OUTPUT.value is None else cli.output_file("output", OUTPUT.value)
     if output is not None and not processes.is_first():
         output = Path(os.devnull)
-    if output is not None and not output.parent.is_dir():
+    if output is not None and not (is_in_bucket(output) or output.parent.is_dir()):
         raise UserError(f"--output={output}: there is no directory {output.parent}")
 
     from gptjax.data.infilling import InfillingFormat

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -16,10 +15,11 @@ from gptjax.checkpoint.lock import locked
 from gptjax.checkpoint.manager import Checkpoints
 from gptjax.checkpoint.saved_trees import ConfigChanges
 from gptjax.checkpoint.state import abstract_state
+from gptjax.checkpoint.stored_checkpoint import step_directories
 from gptjax.config import Config, UserError, changes, differences, naming, read_config, to_json, with_absolute_paths
 from gptjax.data import hub, tokenizers
 from gptjax.distributed import processes
-from gptjax.files import write_whole
+from gptjax.files import expand, write_whole
 from gptjax.models import peft
 from gptjax.parallel.mesh import make_mesh
 from gptjax.scaling import memory
@@ -103,7 +103,7 @@ def _checked(config: Config) -> tuple[Config, Mesh]:
     mesh = make_mesh(config.mesh)
     if config.init_from is not None:
         with naming("init_from"):  # before the corpus is prepared
-            registry.check_given(config, read_config(Path(config.init_from).expanduser()))
+            registry.check_given(config, read_config(expand(config.init_from)))
     return config, mesh
 
 
@@ -197,7 +197,7 @@ def _check_workdir(config: Config, workdir: Path, allow_changes: bool, start_ove
     """
     checkpoints = workdir / "checkpoints"
     try:
-        steps = [path for path in checkpoints.iterdir() if path.name.isdecimal()] if checkpoints.exists() else []
+        steps = step_directories(checkpoints)
     except OSError as error:
         raise UserError(f"cannot read {checkpoints}: {error.strerror}; run the same command again") from None
     if not steps:
@@ -252,7 +252,7 @@ def _set_aside(workdir: Path, lost: str, start_over: bool) -> None:
             if (workdir / name).exists():
                 (workdir / name).rename(place / name)
         if (workdir / "config.json").exists():
-            shutil.copy(workdir / "config.json", place)
+            (place / "config.json").write_bytes((workdir / "config.json").read_bytes())
     except OSError as error:
         raise UserError(f"cannot move the files of the earlier run in {workdir}: {error.strerror}") from None
     print(
@@ -265,7 +265,7 @@ def _check_tokenizer(config: Config, tokenizer: tokenizers.Tokenizer) -> None:
     """Raises UserError if `init_from` has another tokenizer: its embeddings are those of other tokens."""
     if config.init_from is None:
         return
-    directory = Path(config.init_from).expanduser() / "tokenizer"
+    directory = expand(config.init_from) / "tokenizer"
     given = tokenizers.load(directory)
     same_encoding = given.encoding_fingerprint == tokenizer.encoding_fingerprint
     if not same_encoding or given.added != tokenizer.added[: len(given.added)]:

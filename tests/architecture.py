@@ -14,10 +14,13 @@ ROOT = Path(__file__).parents[1]
 LIBRARY = sorted((ROOT / "gptjax").rglob("*.py"))
 ALL_FILES = sorted(path for folder in ("gptjax", "configs", "tests") for path in (ROOT / folder).rglob("*.py"))
 
+# Modules that no package holds, as all packages import them.
+MODULES = ("files", "object_store", "bucket_client", "user_error")
 # Packages, from the highest to the lowest: a module may import its own package, and those below.
 ORDER = (
     *("commands", "planning", "evaluation", "interop", "stages", "training", "checkpoint", "inference"),
-    *("optim", "losses", "models", "metrics", "data", "scaling", "parallel", "distributed", "config", "files"),
+    *("optim", "losses", "models", "metrics", "data", "scaling", "parallel", "distributed", "config"),
+    *MODULES,
 )
 # Files that may test a stage's name: the stages themselves.
 STAGE_FOLDER = ROOT / "gptjax" / "stages"

@@ -7,6 +7,9 @@ if no heartbeat is observed for `DEAD` seconds. Clocks of two machines are never
 
 A stale lock is removed only by the run that holds the lock's claim, a file of the same format whose name contains the
 id of the dead owner. So no run ever removes the lock of another run that took over the stale lock before it did.
+
+In a bucket the lock is an object with the same content. It is created, replaced and removed on condition of its
+generation, which the bucket checks, so that a stale lock needs no claim; a heartbeat writes a new generation.
 """
 
 import datetime
@@ -21,11 +24,13 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from gptjax.config import UserError
 from gptjax.distributed import processes
 from gptjax.distributed.peers import STOPPED
+from gptjax.files import is_in_bucket
+from gptjax.object_store import BucketPath
 
 LOCK_FILE = "run.lock"
 BEAT, DEAD = 10.0, 60.0  # seconds
@@ -39,13 +44,14 @@ def locked(workdir: Path) -> Iterator[None]:
       UserError: another run holds it, or it cannot be written.
     """
     path, own, is_new = workdir / LOCK_FILE, _describe(), not workdir.exists()
+    lock = _ObjectLock(cast(BucketPath, path)) if is_in_bucket(path) else _FileLock(path)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        _acquire(path, own)
+        _acquire(lock, own)
     except OSError as error:
         raise UserError(f"cannot write in --workdir={workdir}: {error.strerror}") from None
     ended = threading.Event()
-    beating = threading.Thread(target=_keep, args=(path, own, ended), daemon=True)
+    beating = threading.Thread(target=_keep, args=(lock, own, ended), daemon=True)
     beating.start()
     try:
         yield
@@ -53,8 +59,7 @@ def locked(workdir: Path) -> Iterator[None]:
         ended.set()
         beating.join()
         with suppress(OSError):
-            if _read(path)[0] == own:
-                path.unlink()
+            lock.release(own)
             if is_new:
                 workdir.rmdir()
 
@@ -111,56 +116,114 @@ def _is_alive(pid: int, started: Any) -> bool | None:
     return any(_stat(str(task))[:1] not in ([], ["Z"], ["X"]) for task in Path(f"/proc/{pid}/task").glob("*/stat"))
 
 
-def _acquire(path: Path, own: dict[str, Any]) -> None:
-    """Creates the lock `path`; raises UserError if another owner is alive.
+class _FileLock:
+    """A lock on a local or network file system."""
 
-    A file with the content X at `path` is removed only by its owner or, if that is dead, by the run that holds the
-    lock `claim` of X. Ids are unique, so a run that gets that claim later finds that X does not exist any more.
-    """
-    while not _create(path, own):
-        other, beat = _read(path)
-        if beat is None:
-            continue
-        _check_dead(path, other, beat)
-        name = other.get("id") or f"{path.name} {beat}"  # a damaged one has no id
-        claim = path.with_name(f"{LOCK_FILE}.{hashlib.sha256(str(name).encode()).hexdigest()[:16]}")
-        _acquire(claim, own)
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def create(self, own: dict[str, Any]) -> bool:
+        """Creates the lock; False if there is one."""
         try:
-            if _read(path) == (other, beat):
-                path.unlink(missing_ok=True)
+            descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            return False
+        try:
+            with open(descriptor, "w") as file:
+                file.write(json.dumps(own) + "\n")
+        except OSError:
+            self.path.unlink()
+            raise
+        return True
+
+    def read(self) -> tuple[dict[str, Any], int | None]:
+        """Returns the owner, empty if it cannot be read, and its last heartbeat in ns; None if there is no lock."""
+        try:
+            with self.path.open() as file:  # NFS revalidates attributes when a file is opened; stat alone may be cached
+                beat = os.fstat(file.fileno()).st_mtime_ns
+                owner = json.loads(file.read(10_000))
+        except FileNotFoundError:
+            return {}, None
+        except (ValueError, RecursionError):
+            return {}, beat
+        return owner if isinstance(owner, dict) else {}, beat
+
+    def beat(self, own: dict[str, Any]) -> None:
+        os.utime(self.path)
+
+    def take(self, own: dict[str, Any], other: dict[str, Any], beat: int) -> bool:
+        """Removes the lock of a dead owner, by its claim; returns False, as another run may create the next one.
+
+        A file with the content X at `path` is removed only by its owner or, if that is dead, by the run that holds the
+        lock `claim` of X. Ids are unique, so a run that gets that claim later finds that X does not exist any more.
+        """
+        name = other.get("id") or f"{self.path.name} {beat}"  # a damaged one has no id
+        claim = self.path.with_name(f"{LOCK_FILE}.{hashlib.sha256(str(name).encode()).hexdigest()[:16]}")
+        _acquire(_FileLock(claim), own)
+        try:
+            if self.read() == (other, beat):
+                self.path.unlink(missing_ok=True)
         finally:
             claim.unlink(missing_ok=True)
-
-
-def _create(path: Path, own: dict[str, Any]) -> bool:
-    try:
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-    except FileExistsError:
         return False
-    try:
-        with open(descriptor, "w") as file:
-            file.write(json.dumps(own) + "\n")
-    except OSError:
-        path.unlink()
-        raise
-    return True
+
+    def release(self, own: dict[str, Any]) -> None:
+        if self.read()[0] == own:
+            self.path.unlink()
 
 
-def _read(path: Path) -> tuple[dict[str, Any], int | None]:
-    """Returns the owner, empty if it cannot be read, and its last heartbeat in ns; None if there is no lock."""
-    try:
-        with path.open() as file:  # NFS revalidates attributes when a file is opened; stat alone may be cached
-            beat = os.fstat(file.fileno()).st_mtime_ns
-            owner = json.loads(file.read(10_000))
-    except FileNotFoundError:
-        return {}, None
-    except (ValueError, RecursionError):
-        return {}, beat
-    return owner if isinstance(owner, dict) else {}, beat
+class _ObjectLock:
+    """A lock in a bucket; the generation of the object is the heartbeat."""
+
+    def __init__(self, path: BucketPath) -> None:
+        self.path = path
+
+    def create(self, own: dict[str, Any]) -> bool:
+        return self.path.create(_content(own)) is not None
+
+    def read(self) -> tuple[dict[str, Any], int | None]:
+        content, generation = self.path.read_generation()
+        if generation == 0:
+            return {}, None
+        try:
+            owner = json.loads(content[:10_000])
+        except (ValueError, RecursionError):
+            owner = None
+        return owner if isinstance(owner, dict) else {}, generation
+
+    def beat(self, own: dict[str, Any]) -> None:
+        owner, generation = self.read()
+        if owner == own and generation is not None:
+            self.path.overwrite(_content(own), generation)
+
+    def take(self, own: dict[str, Any], other: dict[str, Any], beat: int) -> bool:
+        """Replaces the lock of a dead owner; False if it has changed."""
+        return self.path.overwrite(_content(own), beat) is not None
+
+    def release(self, own: dict[str, Any]) -> None:
+        owner, generation = self.read()
+        if owner == own and generation is not None:
+            self.path.unlink_generation(generation)
 
 
-def _check_dead(path: Path, owner: dict[str, Any], beat: int) -> None:
+def _content(own: dict[str, Any]) -> bytes:
+    return json.dumps(own).encode() + b"\n"
+
+
+def _acquire(lock: _FileLock | _ObjectLock, own: dict[str, Any]) -> None:
+    """Creates the lock, or takes it from a dead owner; raises UserError if another owner is alive."""
+    while not lock.create(own):
+        other, beat = lock.read()
+        if beat is None:
+            continue
+        _check_dead(lock, other, beat)
+        if lock.take(own, other, beat):
+            return
+
+
+def _check_dead(lock: _FileLock | _ObjectLock, owner: dict[str, Any], beat: int) -> None:
     """Raises UserError unless the owner is dead; waits `DEAD` seconds where the kernel cannot report it."""
+    path = lock.path
     name = f"process {owner.get('pid')} on {owner.get('host')}, since {owner.get('since')}"
     alive = None
     if owner.get("machine") is not None and owner.get("machine") == _machine() and type(owner.get("pid")) is int:
@@ -170,7 +233,7 @@ def _check_dead(path: Path, owner: dict[str, Any], beat: int) -> None:
         deadline, alive = time.monotonic() + DEAD, False
         while not alive and time.monotonic() < deadline:
             time.sleep(min(1.0, BEAT))
-            alive = _read(path) != (owner, beat)
+            alive = lock.read() != (owner, beat)
     if alive:
         raise UserError(
             f"{path.parent} is in use by another run, {name}: wait until it ends, stop it, or use another --workdir"
@@ -178,18 +241,18 @@ def _check_dead(path: Path, owner: dict[str, Any], beat: int) -> None:
     print(f"{path} was left by {name}, which is dead: this run takes over", file=sys.stderr)
 
 
-def _keep(path: Path, own: dict[str, Any], ended: threading.Event) -> None:
+def _keep(lock: _FileLock | _ObjectLock, own: dict[str, Any], ended: threading.Event) -> None:
     """Sends heartbeats; ends the process if another run has taken over the workdir, as two runs would corrupt it."""
     while not ended.wait(BEAT):
         with suppress(OSError):  # the file server may be unreachable for a while
-            owner, beat = _read(path)
+            owner, beat = lock.read()
             if beat is None:
-                _create(path, own)
+                lock.create(own)
             elif owner == own:
-                os.utime(path)
+                lock.beat(own)
             elif owner:
                 processes.end(
-                    f"error: {path.parent} was taken by process {owner.get('pid')} on {owner.get('host')}, since "
+                    f"error: {lock.path.parent} was taken by process {owner.get('pid')} on {owner.get('host')}, since "
                     f"{owner.get('since')}, because this run sent no heartbeat in time: this run stops, so that only "
                     "one of them writes",
                     STOPPED,

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import itertools
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,11 +28,13 @@ from gptjax.checkpoint.stored_checkpoint import (
     StoredCheckpoint,
     make_manifest,
     position_of,
+    step_directories,
     verify,
     weights_item,
 )
 from gptjax.config import CheckpointConfig, UserError
 from gptjax.distributed import processes
+from gptjax.files import free_bytes, is_in_bucket
 
 T = TypeVar("T")
 
@@ -151,12 +152,13 @@ class Checkpoints:
 
     def _check_room(self, arrays: Any) -> None:
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
-        if not self._directory.is_dir():
+        try:
+            free = free_bytes(self._directory)
+        except FileNotFoundError:
             raise UserError(
                 f"cannot save: {self._directory} was deleted during the run, and its checkpoints are lost; "
                 "the same command starts again"
-            )
-        free = shutil.disk_usage(self._directory).free
+            ) from None
         if 1.1 * size > free:  # leaves room for indices and metadata
             raise UserError(
                 f"no room for a checkpoint of {size / 1e9:.1f} GB in {self._directory} ({free / 1e9:.1f} GB free): "
@@ -300,16 +302,17 @@ class Checkpoints:
             yield
         except (OSError, ValueError) as error:  # tensorstore's are ValueErrors that name the file they fail to write
             lines = str(error).splitlines()
-            if isinstance(error, ValueError) and "writing" not in lines[0]:
+            if isinstance(error, ValueError) and "writing" not in lines[0] and read_errors.refusal(error) is None:
                 raise
-            reason = re.search(r": ([^:]+) \[os_error_code", lines[0])
+            reason = re.search(r": ([^:]+) \[(?:os_error|http_response|curl)_", lines[0])
+            fix = "" if is_in_bucket(self._directory) else "free or repair the disk, and "
             raise UserError(
                 f"cannot save in {self._directory}: {reason[1] if reason else lines[0]}; {self._last_good()}; "
-                "free or repair the disk, and run the same command again"
+                f"{fix}run the same command again"
             ) from None
 
     def _last_good(self) -> str:
-        steps = sorted(int(path.name) for path in self._directory.glob("*") if path.name.isdecimal())
+        steps = sorted(int(path.name) for path in step_directories(self._directory))
         return f"the last good checkpoint is step {steps[-1]}" if steps else "there is no checkpoint yet"
 
 

@@ -21,6 +21,8 @@ RETRY_DELAYS = (0.2, 1.0, 3.0)  # seconds before each further attempt
 _MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
 # Status codes of TensorStore that do not describe the content of a file.
 _STATUSES = "UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|ABORTED|CANCELLED|RESOURCE_EXHAUSTED"
+# In messages of TensorStore about a bucket: the connection failed, or the status is not that of a missing object.
+_REQUEST = re.compile(r"\[curl_code|\[http_response_code='(?!404|416)")
 # What Orbax, TensorStore and our own parsing raise for content of the wrong format.
 _FORMAT_ERRORS = (
     *(ValueError, LookupError, TypeError, AttributeError, EOFError, OverflowError, RecursionError),
@@ -105,6 +107,8 @@ def refusal(error: BaseException | None) -> str | None:
         codes = [int(code) for code in re.findall(r"os_error_code='?(\d+)", str(error))]
         if code := next((code for code in codes if code not in _MISSING), None):
             return os.strerror(code)
+        if _REQUEST.search(str(error)) is not None:
+            return "the bucket refuses the request or cannot be reached"
         if isinstance(error, ValueError) and (status := re.match(_STATUSES, str(error))) is not None:
             return status[0].lower().replace("_", " ")
         error = error.__cause__ or error.__context__

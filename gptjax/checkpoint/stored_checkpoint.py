@@ -17,7 +17,7 @@ from gptjax.checkpoint.position import Best, Position
 from gptjax.checkpoint.read_errors import DamageError, ReadError, VanishedError
 from gptjax.checkpoint.saved_trees import described, name_of, named_leaves, of_item
 from gptjax.config import UserError
-from gptjax.files import read_json
+from gptjax.files import is_whole, read_json
 
 T = TypeVar("T")
 
@@ -187,6 +187,17 @@ class StoredCheckpoint:
 
     def unreadable(self, error: ReadError) -> UserError:
         return UserError(f"cannot read {self}: {error}; it was left in place: run the same command again")
+
+
+def step_directories(directory: Path) -> list[Path]:
+    """Returns the directories of the complete checkpoints in `<workdir>/checkpoints/`; none if it does not exist.
+
+    Raises:
+      OSError: it cannot be read.
+    """
+    if not directory.exists():
+        return []
+    return [path for path in directory.iterdir() if path.name.isdecimal() and is_whole(path)]
 
 
 def make_manifest(position: Position, items: dict[str, Any], score: float | None = None) -> dict[str, Any]:

@@ -4,9 +4,7 @@ import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-
-class UserError(Exception):
-    """A user error: one line that names the culprit and the fix. Commands print it and exit with code 2."""
+from gptjax.user_error import UserError
 
 
 def require(condition: bool, message: str) -> None:

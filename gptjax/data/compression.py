@@ -12,7 +12,7 @@ import lzma
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from gptjax.config import UserError
 from gptjax.data.remote_files import DataFile, RemoteFile, open_binary
@@ -79,7 +79,7 @@ def opened(path: DataFile) -> Iterator[io.BufferedIOBase]:
                 case "bzip2":
                     yield LimitedReader(bz2.BZ2File(file))
                 case "xz":
-                    yield LimitedReader(lzma.LZMAFile(file))  # noqa: SIM115 (`file` is closed above)
+                    yield LimitedReader(lzma.LZMAFile(cast(IO[bytes], file)))  # noqa: SIM115 (`file` is closed above)
                 case _:
                     yield LimitedReader(file)
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -15,6 +14,7 @@ from gptjax.data import sources, tokenizers
 from gptjax.data.preparation import DamagedCorpusError, PreparedSplit, prepare, split_documents
 from gptjax.data.sources import Source
 from gptjax.data.tokenizers import Tokenizer
+from gptjax.files import expand
 
 ExampleArrays = dict[str, np.ndarray]  # the arrays of one training example, by name
 
@@ -250,7 +250,7 @@ def open_corpora(
         with naming("data.tokenizer"):
             tokenizers.check_spec(data.tokenizer)  # before the corpus is read for its fingerprint
     opened = [_open_sources(part, key) for part in parts]
-    cache_dir = Path(data.cache_dir).expanduser()
+    cache_dir = expand(data.cache_dir)
     if tokenizer is None:
         tokenizer = tokenizers.get_tokenizer(
             data.tokenizer,

@@ -28,10 +28,19 @@ from absl import logging
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from gptjax.config import UserError
-from gptjax.data.prepared_directories import locked, new_partial, publish, remove_stale, sync, writing
+from gptjax.data.prepared_directories import (
+    locked,
+    new_partial,
+    publish,
+    remove_stale,
+    share,
+    sync,
+    take_shared,
+    writing,
+)
 from gptjax.data.source import D, Document, Source
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.files import is_plain_name, read_json
+from gptjax.files import is_plain_name, local_directory, read_json
 
 PIECE_TOKENS = 8192
 SHARD_BYTES = 2**28  # the time of a read is proportional to the records of its shard: 2 ns each
@@ -129,9 +138,18 @@ def prepare(
         "validation_fraction": validation_fraction,
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
-    directory = cache_dir / "corpora" / key
-    if (splits := _open(directory)) is not None:
-        return splits
+    shared = cache_dir / "corpora" / key
+    directory = local_directory(cache_dir) / "corpora" / key
+    splits = _open(directory) or _prepare(source, tokenizer, directory, shared, identity)
+    with writing(shared):
+        share(directory, shared)
+    return splits
+
+
+def _prepare(
+    source: Source, tokenizer: Tokenizer, directory: Path, shared: Path, identity: dict[str, Any]
+) -> tuple[PreparedSplit, PreparedSplit]:
+    """Tokenises the corpus into `directory`, unless another process does, or `shared` has it; as `prepare`."""
     with writing(directory.parent):
         directory.parent.mkdir(parents=True, exist_ok=True)
     with locked(directory.with_suffix(".lock")) as held:
@@ -144,7 +162,9 @@ def prepare(
         try:
             with writing(partial):
                 partial.mkdir()
-            _write_corpus(source, tokenizer, partial, identity)
+                is_there = take_shared(shared, partial)
+            if not is_there:
+                _write_corpus(source, tokenizer, partial, identity)
             with writing(directory):
                 if _open(partial) is None:  # verified, as not every failed write raises
                     raise OSError("the written files cannot be read back")

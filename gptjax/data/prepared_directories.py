@@ -8,6 +8,7 @@ several processes may compute the same content, and the first to finish is used.
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import platform
 import shutil
@@ -18,8 +19,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from gptjax.config import UserError
-from gptjax.files import unfinished_path
+from gptjax.files import (
+    download_file,
+    is_in_bucket,
+    is_plain_name,
+    read_json,
+    remove_tree,
+    unfinished_path,
+    upload_file,
+    write_whole,
+)
 
+UPLOADED = "uploaded.json"  # the SHA-256 of every file of a directory in a bucket, written last
 STALE = 24 * 3600  # seconds without a write after which another machine's unfinished directory is removed
 
 
@@ -101,7 +112,47 @@ def save_whole(save: Callable[[Path], None], directory: Path) -> None:
         if not directory.exists():  # else another process was first
             raise
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        remove_tree(unfinished)
+
+
+def share(directory: Path, shared: Path) -> None:
+    """Uploads a complete local directory to the bucket that other machines take it from, unless it is there."""
+    if directory == shared or (shared / UPLOADED).exists():
+        return
+    digests = {}
+    for path in sorted(directory.iterdir()):
+        upload_file(path, shared / path.name)
+        digests[path.name] = _sha256(path)
+    write_whole(shared / UPLOADED, json.dumps(digests, indent=2) + "\n")
+
+
+def take_shared(shared: Path, directory: Path) -> bool:
+    """Downloads what `share` uploaded into an empty local directory; False if it is not there or is damaged."""
+    if not is_in_bucket(shared):
+        return False
+    try:
+        digests = read_json(shared / UPLOADED)
+        for name, digest in digests.items():
+            if not is_plain_name(name):
+                raise ValueError(f"{name!r} is not a file name")
+            download_file(shared / name, directory / name)
+            if _sha256(directory / name) != digest:
+                raise ValueError(f"{name} does not match its checksum")
+    except FileNotFoundError:
+        pass
+    except (ValueError, AttributeError) as error:
+        print(f"{shared} is damaged ({error}): preparing it again", file=sys.stderr)
+        (shared / UPLOADED).unlink(missing_ok=True)
+    else:
+        return True
+    for path in directory.iterdir():
+        path.unlink()
+    return False
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _machine() -> str:

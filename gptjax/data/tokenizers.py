@@ -25,7 +25,7 @@ from gptjax.data import tokenizer_check
 from gptjax.data.prepared_directories import save_whole
 from gptjax.data.tokenizer_check import LibraryErrors
 from gptjax.data.vocabularies import END_OF_TEXT, VOCABULARIES, openai_encoding, train_bpe, train_gpt1_bpe
-from gptjax.files import write_whole
+from gptjax.files import expand, local_directory, write_whole
 
 _FORMS = "gpt2, cl100k_base, o200k_base, o200k_harmony, bytes, bpe:SIZE, gpt1_bpe:SIZE, json:PATH"
 _ALIASES = {"cl100k": "cl100k_base"}
@@ -259,7 +259,7 @@ def check_spec(spec: str) -> None:
         if not argument.isdecimal() or int(argument) < _MIN_TRAINED_SIZE:
             raise UserError(f"tokenizer {spec!r}: SIZE must be a whole number of at least {_MIN_TRAINED_SIZE}")
     elif kind == "json":
-        if not Path(argument).expanduser().is_file():
+        if not expand(argument).is_file():
             raise UserError(f"tokenizer {spec!r}: there is no such file; PATH is that of a tokenizer.json")
     elif kind not in (*VOCABULARIES, "bytes") or argument:
         raise UserError(f"unknown tokenizer {spec!r}: known tokenizers are {_FORMS}")
@@ -270,7 +270,7 @@ def vocab_size(spec: str) -> int:
     check_spec(spec)
     kind, _, argument = _ALIASES.get(spec, spec).partition(":")
     if kind == "json":
-        return read_json(Path(argument).expanduser()).vocab_size
+        return read_json(expand(argument)).vocab_size
     return _VOCABULARY_SIZES[kind] if kind in _VOCABULARY_SIZES else int(argument)
 
 
@@ -296,7 +296,7 @@ def get_tokenizer(
     if kind == "bytes":
         return BytesTokenizer()
     if kind == "json":
-        tokenizer = read_json(path := Path(argument).expanduser())
+        tokenizer = read_json(path := expand(argument))
         if tokenizer.end_of_text is None:
             raise UserError(
                 f"cannot load the tokenizer {path}: the tokenizer has no end-of-text token: add one of "
@@ -304,9 +304,9 @@ def get_tokenizer(
             )
         return tokenizer
     if kind in VOCABULARIES:
-        return TiktokenTokenizer(openai_encoding(kind, cache_dir))
+        return TiktokenTokenizer(openai_encoding(kind, local_directory(cache_dir)))
     directory = cache_dir / "tokenizers" / _hash([spec, corpus_fingerprint])
-    if not directory.exists():
+    if not (directory / "spec.json").exists():
         print(f"training the tokenizer {spec}, to be cached in {directory}", file=sys.stderr)
         train = train_gpt1_bpe if kind == "gpt1_bpe" else train_bpe
         tokenizer = HuggingFaceTokenizer(train(train_documents(), int(argument)).to_str())
@@ -333,7 +333,7 @@ def load(directory: Path, cache_dir: Path | None = None) -> Tokenizer:
     if kind == "bytes":
         return (BytesTokenizer().with_ends(ends) if ends else BytesTokenizer()).with_added(added)
     if kind == "tiktoken" and name in VOCABULARIES:
-        found = TiktokenTokenizer(openai_encoding(name, cache_dir or Path(DataConfig.cache_dir).expanduser()))
+        found = TiktokenTokenizer(openai_encoding(name, local_directory(cache_dir or expand(DataConfig.cache_dir))))
         return (found.with_ends(ends) if ends else found).with_added(added)
     if kind == "huggingface":
         tokenizer = read_json(directory / "tokenizer.json", ends).with_added(added)

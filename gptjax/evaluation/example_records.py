@@ -16,9 +16,9 @@ import re
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -26,6 +26,7 @@ from tqdm import tqdm
 from gptjax.config import UserError
 from gptjax.distributed import processes
 from gptjax.evaluation.scoring import Scorer, ScoringRequest, ScoringResult
+from gptjax.files import append_to, is_in_bucket
 
 T = TypeVar("T", bound=tuple[Any, ...])
 
@@ -119,8 +120,13 @@ def _line(index: int, result: Any) -> str:
 
 
 @contextmanager
-def _own_file(path: Path) -> Iterator[IO[bytes]]:
-    """Opens a file that no other evaluation appends to: `path`, or else a new file of the same key."""
+def _own_file(path: Path) -> Iterator[Any]:
+    """Opens a file that no other evaluation appends bytes to: `path`, or else a new file of the same key."""
+    own = path.with_name(f"{path.stem}.{uuid.uuid4().hex[:8]}.jsonl")
+    if is_in_bucket(path):  # where a file that is appended to has one writer
+        with closing(append_to(own)) as appended:
+            yield appended
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
         try:
@@ -131,7 +137,6 @@ def _own_file(path: Path) -> Iterator[IO[bytes]]:
             file.truncate(len(_whole_lines(path)))  # drops an incomplete last line of a killed process
             yield file
             return
-    own = path.with_name(f"{path.stem}.{uuid.uuid4().hex[:8]}.jsonl")
     print(f"{path} is in use by another evaluation, or cannot be locked: results go to {own}", file=sys.stderr)
     with own.open("xb") as file:
         try:
@@ -150,7 +155,8 @@ def _whole_lines(path: Path) -> bytes:
 def _read(path: Path, kind: type[T]) -> dict[int, T]:
     """Reads the results recorded under the key of `path`, by index."""
     results = {}
-    for file in (path, *sorted(path.parent.glob(f"{glob.escape(path.stem)}.*.jsonl"))):
+    others = sorted(path.parent.glob(f"{glob.escape(path.stem)}.*.jsonl"))
+    for file in (path, *others) if path.exists() else others:
         for number, line in enumerate(_whole_lines(file).splitlines(), start=1):
             try:
                 record = json.loads(line)

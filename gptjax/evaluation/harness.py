@@ -7,6 +7,7 @@ lm_eval.simple_evaluate(model=harness_model("runs/gpt2"), tasks=["lambada_openai
 """
 
 import functools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 
 from gptjax.config import UserError
 from gptjax.evaluation.scoring import Scorer, encode_pair, start_of_text, windows
+from gptjax.files import expand
 from gptjax.inference.engine import Engine
 from gptjax.inference.sampling import Sampling
 from gptjax.stages.trained_model import TrainedModel, load_model, parse_mesh
@@ -93,4 +95,4 @@ def harness_model(workdir: Path | str, *, batch_size: int = 8, mesh: str = "") -
     except ImportError:
         raise UserError("lm-evaluation-harness is not installed: pip install 'gptjax[lm-eval]'") from None
     kind = type("GptjaxLM", (_HarnessMethods, LM), {})  # not a class statement: the harness is imported only here
-    return kind(load_model(Path(workdir), parse_mesh(mesh)), batch_size)
+    return kind(load_model(expand(os.fspath(workdir)), parse_mesh(mesh)), batch_size)

@@ -1,7 +1,6 @@
 """A chat session: the turns so far, and generation of the next completion."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from gptjax.data.conversations import Message, RequestOptions
 from gptjax.data.harmony import HarmonyFormat, final_text
 from gptjax.data.templates import ChatFormat, TooLongError
 from gptjax.data.text_files import Utf8, opened_text
-from gptjax.files import write_whole
+from gptjax.files import followed, write_whole
 from gptjax.inference import harmony_chat
 from gptjax.inference.engine import Engine
 from gptjax.inference.retrieval import Documents, Passage, with_passages
@@ -117,7 +116,7 @@ class ChatSession:
         if compression(path) is not None:
             raise UserError(f"cannot append to {path}, which is {compression(path)} by its name: name another file")
         try:
-            path = Path(os.path.realpath(path))
+            path = followed(path)
             before = ""
             if path.exists():
                 with opened_text(path) as text:

@@ -9,7 +9,6 @@ import dataclasses
 import itertools
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +21,7 @@ from gptjax.checkpoint.manager import Checkpoints
 from gptjax.config import BatchConfig, Config, DataConfig, GPTConfig, MeshConfig, UserError, to_json
 from gptjax.data import tokenizers
 from gptjax.data.templates import ChatFormat, chat_format
-from gptjax.files import unfinished_path
+from gptjax.files import expand, remove_tree, unfinished_path
 from gptjax.interop import families, safetensors_files, task_heads
 from gptjax.interop.family import Family, Placement, placements
 from gptjax.interop.pretrained_weights import read_parameters
@@ -283,7 +282,7 @@ def new_directory(directory: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"cannot write {directory}: {error.strerror}") from None
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        remove_tree(unfinished)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -319,10 +318,10 @@ def _tokenizer(directory: Path, spec: str | None) -> tokenizers.Tokenizer:
     tokenizers.check_spec(spec)
     kind, _, path = spec.partition(":")
     if kind == "json":
-        return tokenizers.read_json(Path(path).expanduser())
+        return tokenizers.read_json(expand(path))
     if path:
         raise UserError(f"--tokenizer={spec} is a tokenizer to train: name the one that the model was trained with")
-    cache_dir = Path(DataConfig.cache_dir).expanduser()
+    cache_dir = expand(DataConfig.cache_dir)
     return tokenizers.get_tokenizer(spec, train_documents=tuple, corpus_fingerprint="", cache_dir=cache_dir)
 
 

@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 from gptjax.distributed import processes
+from gptjax.files import local_directory
 
 MAX_BYTES = 4 * 2**30  # of the cache; the least recently used programs are evicted
 MIN_SECONDS = 0.1  # programs that compile faster are not cached
@@ -39,7 +40,7 @@ def use(cache_dir: Path) -> None:
     if processes.is_one_of_several() or jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     try:
-        cache_dir = cache_dir.expanduser()
+        cache_dir = local_directory(cache_dir.expanduser())
         cache_dir.mkdir(parents=True, exist_ok=True)
         directory = cache_dir.resolve(strict=True) / "compiled" / _processor()
         for path in (directory.parent, directory):

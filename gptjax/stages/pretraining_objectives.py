@@ -3,8 +3,6 @@
 All have the loss of `pretrain.next_token_loss`: the weighted cross entropy of the targets in a batch.
 """
 
-from pathlib import Path
-
 from gptjax.config import Config, GPTConfig, UserError
 from gptjax.data.infilling import InfillingExamples, InfillingFormat
 from gptjax.data.masked_text import MaskedExamples, PrefixExamples, WordStarts
@@ -19,6 +17,7 @@ from gptjax.data.special_tokens import (
     with_special_tokens,
 )
 from gptjax.data.tokenizers import Tokenizer, load
+from gptjax.files import expand
 
 ATTENTION = {"masked": "full", "prefix": "prefix"}  # kind of attention; others are causal
 SPECIAL_TOKENS = {"masked": (MASK,), "fill_in_the_middle": (FIM_PREFIX, FIM_SUFFIX, FIM_MIDDLE)}
@@ -63,7 +62,7 @@ def extended(config: Config, tokenizer: Tokenizer, *, resumes: bool) -> Tokenize
       UserError: the run that resumes was started with another objective.
     """
     if not resumes and config.init_from is not None:
-        given = load(Path(config.init_from).expanduser() / "tokenizer")
+        given = load(expand(config.init_from) / "tokenizer")
         tokenizer = tokenizer.with_added(given.added)
     found = with_special_tokens(tokenizer, SPECIAL_TOKENS.get(config.data.objective, ()))
     if resumes and found.added != tokenizer.added:

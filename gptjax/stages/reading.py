@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from jax.sharding import Mesh
 
@@ -10,6 +9,7 @@ from gptjax.config import Config, UserError, naming
 from gptjax.data import tokenizers
 from gptjax.data.pipeline import ExampleSource, Microbatch, batches
 from gptjax.data.tokenizers import Tokenizer
+from gptjax.files import expand
 from gptjax.parallel.rows import process_rows
 
 
@@ -36,14 +36,14 @@ def refuse_settings_of_pretraining(config: Config, mesh: Mesh, record: str) -> N
 def find_tokenizer(config: Config, texts: list[str]) -> Tokenizer:
     """Returns the tokenizer of `init_from`; if that is unset, the one that data.tokenizer names, trained on `texts`."""
     if config.init_from is not None:
-        return tokenizers.load(Path(config.init_from).expanduser() / "tokenizer")
+        return tokenizers.load(expand(config.init_from) / "tokenizer")
     with naming("data.tokenizer"):
         tokenizers.check_spec(config.data.tokenizer)
     return tokenizers.get_tokenizer(
         config.data.tokenizer,
         train_documents=lambda: iter(texts),
         corpus_fingerprint=hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16],
-        cache_dir=Path(config.data.cache_dir).expanduser(),
+        cache_dir=expand(config.data.cache_dir),
     )
 
 

@@ -14,6 +14,7 @@ import jax
 from gptjax.checkpoint.state import ParameterSpec
 from gptjax.config import Config, UserError, changes, read_config
 from gptjax.data import tokenizers
+from gptjax.files import expand
 from gptjax.models import peft
 from gptjax.models.gpt import GPT, init_params
 from gptjax.stages import pretrain, sft
@@ -118,7 +119,7 @@ def _with_low_rank(spec: ParameterSpec) -> ParameterSpec:
 def _given_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Shapes, by path, of the weights that `init_from` names."""
     assert config.init_from is not None  # checked with the config
-    given, tokenizer = completed_config(Path(config.init_from).expanduser())
+    given, tokenizer = completed_config(expand(config.init_from))
     shapes = nn.unbox(jax.eval_shape(lambda: init_params(GPT(given.model), jax.random.key(0))))
     found = {path: leaf.shape for path, leaf in peft.flatten(shapes).items()}
     if definition(config).reinitialises_special_tokens:

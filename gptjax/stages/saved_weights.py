@@ -13,7 +13,7 @@ from gptjax.config import Config, UserError, differences, read_config
 from gptjax.config.model import fields_independent_of_weights
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.distributed import processes
-from gptjax.files import read_json
+from gptjax.files import expand, read_json
 from gptjax.models.heads import VALUE
 from gptjax.parallel.mesh import check_model_fit
 from gptjax.stages import registry
@@ -80,7 +80,7 @@ def _check_bases(workdir: Path) -> None:
     while (config := read_config(place)).peft.method != "none":
         assert config.init_from is not None  # config.check
         seen.append(place)
-        place = Path(config.init_from).expanduser().resolve()
+        place = expand(config.init_from).resolve()
         if place in seen:
             raise UserError(
                 f"{workdir} has no base weights: init_from of {seen[-1]} leads back to {place}: correct init_from in "
@@ -159,7 +159,7 @@ def load_given(parameters: ParameterSpec, mesh: Mesh, loaded: dict[Path, Any] | 
     """
     loaded = {} if loaded is None else loaded
     assert parameters.config.init_from is not None
-    source = Path(parameters.config.init_from).expanduser().resolve()
+    source = expand(parameters.config.init_from).resolve()
     check_model(parameters.config, completed_config(source)[0], f"init_from={parameters.config.init_from}")
     if source not in loaded:
         loaded[source] = load_weights(source, mesh).gpt

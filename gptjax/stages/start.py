@@ -6,7 +6,6 @@ A run starts from the first of these that exists:
   3. a random initialisation from its seed.
 """
 
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -19,6 +18,7 @@ from gptjax.checkpoint.restore import resumed_state
 from gptjax.checkpoint.saved_trees import ConfigChanges
 from gptjax.checkpoint.state import ParameterSpec, TrainState, abstract_state, create_state, fresh_params
 from gptjax.distributed import processes
+from gptjax.files import expand
 from gptjax.models import peft
 from gptjax.stages.saved_weights import check_model, first_rows, given_base, load_given, load_reward_weights
 
@@ -102,7 +102,7 @@ def _started(parameters: ParameterSpec, name: str, params: Any, mesh: Mesh) -> A
         placement = jax.tree.map(lambda leaf: leaf.sharding, wanted)
         own = {key: part for key, part in params.items() if key in wanted}
         return jax.jit(lambda fresh, given: _graft(fresh, given), out_shardings=placement)(params[name], own)
-    weights = load_reward_weights(Path(workdir).expanduser(), mesh)
+    weights = load_reward_weights(expand(workdir), mesh)
     check_model(parameters.config, weights.config, f"the reward model {workdir}")
     return first_rows({**weights.gpt, "head": weights.head}, wanted)
 

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from gptjax.checkpoint.state import TrainState
 from gptjax.config import UserError
-from gptjax.files import read_arrays
+from gptjax.files import read_arrays, written_locally
 from gptjax.training.objective import Batch, Objective
 from gptjax.training.step import dropout_rng, loss_and_gradient
 
@@ -32,9 +32,9 @@ def save_bundle(workdir: Path, objective: Objective, state: TrainState, batch: B
     microbatches = {name: np.asarray(array_MBT)[:count] for name, array_MBT in whole.items()}
     report = diagnose(objective, state, microbatches)
     if jax.process_index() == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-        np.savez(directory / "batch.npz", **microbatches)  # type: ignore[arg-type]
-        (directory / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+        with written_locally(directory) as place:
+            np.savez(place / "batch.npz", **microbatches)  # type: ignore[arg-type]
+            (place / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     return directory
 
 

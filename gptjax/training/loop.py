@@ -18,6 +18,7 @@ from gptjax.checkpoint.state import TrainState
 from gptjax.config import UserError
 from gptjax.distributed import preemption
 from gptjax.distributed.preemption import PreemptedError
+from gptjax.files import written_locally
 from gptjax.training.debug_bundles import save_bundle
 from gptjax.training.loss_monitor import LossSpike, NotFinite
 from gptjax.training.metrics_file import MetricsWriter, read_metrics, shown_name
@@ -235,7 +236,7 @@ class _Run:
 
     def profile_steps(self) -> None:
         """Takes the steps of PROFILED_STEPS under the profiler."""
-        with jax.profiler.trace(self.workdir / "profile"):
+        with written_locally(self.workdir / "profile") as directory, jax.profiler.trace(directory):
             for _ in PROFILED_STEPS:
                 if self.tokens < self.stage.total_tokens:
                     self.train_step()
@@ -367,7 +368,8 @@ class _Run:
 
     def conclude(self) -> RunReport:
         """Plots the loss, and lets the stage report on the best checkpoint."""
-        if jax.process_index() == 0:
+        if self._writer is not None:
+            self._writer.sync()
             plot_loss(self.workdir)
         conclude, conclusion = self.stage.conclude, None
         if conclude is not None:

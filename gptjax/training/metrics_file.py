@@ -19,7 +19,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from gptjax.config import LoggingConfig, UserError
-from gptjax.files import write_whole
+from gptjax.files import append_to, expand, local_directory, write_whole
+from gptjax.object_store import EventFiles
 
 METRICS_FILE = "metrics.jsonl"
 # Size of the queue of TensorBoard's thread. With its default, 10, a thread that dies between `_tensorboard_lives` and
@@ -72,10 +73,12 @@ class MetricsWriter:
         kept = [record for record in records if record["step"] <= (resume_step or 0)]
         write_whole(path, "".join(_line(record) for record in [{"run": header or self._run}, *kept]))
         self._last = {record["split"]: record["step"] for record in kept}
-        self._file = path.open("a", encoding="utf-8")
+        self._file = append_to(path)
         if self._logging.tensorboard:
             from tensorboardX import SummaryWriter
+            from tensorboardX.record_writer import register_writer_factory
 
+            register_writer_factory("gs", EventFiles())
             purge_step = 0 if resume_step is None else resume_step + 1
             directory = str(self._workdir / "tensorboard")
             self._tensorboard = SummaryWriter(directory, purge_step=purge_step, max_queue=WAITING_EVENTS)
@@ -93,11 +96,11 @@ class MetricsWriter:
         return self._last.get(split) == step
 
     def sync(self) -> None:
-        """Flushes all records to the disk, so that they survive a power failure."""
-        os.fsync(self._file.fileno())
+        """Flushes all records to the disk or the bucket, so that they survive a power failure."""
+        self._file.sync()
 
     def write(self, step: int, tokens: int, split: str, **values: Any) -> None:
-        """Appends one record, on disk when this returns.
+        """Appends one record, on disk when this returns; in a bucket by the next `sync`, or half a minute later.
 
         Args:
           step, tokens: how far training is.
@@ -108,7 +111,6 @@ class MetricsWriter:
         self.seconds = round(time.monotonic() - self._started, 3)
         record = {"step": step, "tokens": tokens, "split": split, "seconds": self.seconds, **numbers}
         self._file.write(_line(record))
-        self._file.flush()
         self._last[split] = step
         known = {f"{split}/{name}": value for name, value in numbers.items() if value is not None}
         if self._tensorboard is not None and self._tensorboard_lives():
@@ -158,7 +160,7 @@ def read_metrics(workdir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     Raises:
       UserError: there is no metrics.jsonl, or a line of it, other than a cut-off last one, is not a record.
     """
-    path = Path(workdir) / METRICS_FILE
+    path = expand(os.fspath(workdir)) / METRICS_FILE
     if not path.exists():
         raise UserError(f"{path} does not exist: give the workdir of a run")
     return _read(path)
@@ -217,7 +219,9 @@ def _start_wandb(workdir: Path, project: str, run: dict[str, Any]) -> Any:
     run_id = id_file.read_bytes().decode(errors="replace")
     if not _WANDB_ID.fullmatch(run_id):
         raise UserError(f"{id_file} has no valid Weights & Biases run id: remove it to log to a new run")
-    started = wandb.init(project=project, name=workdir.name, id=run_id, resume="allow", dir=workdir, config=run)
+    directory = local_directory(workdir)
+    directory.mkdir(parents=True, exist_ok=True)
+    started = wandb.init(project=project, name=workdir.name, id=run_id, resume="allow", dir=directory, config=run)
     # W&B's own step may only increase; ours decreases when a killed run resumes from its last checkpoint.
     started.define_metric("*", step_metric="step")
     return started

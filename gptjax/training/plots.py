@@ -1,8 +1,11 @@
 """Figures of a run, drawn from its metrics.jsonl."""
 
+import io
+import os
 from pathlib import Path
 from typing import Any
 
+from gptjax.files import expand, write_whole
 from gptjax.metrics.figures import GRID_COLOR, TRAIN_COLOR, VALIDATION_COLOR, make_axes, make_panels
 from gptjax.training.metrics_file import read_metrics
 
@@ -34,7 +37,7 @@ def plot_loss(workdir: Path, log_tokens: bool = False) -> Path:
     """
     header, records = read_metrics(workdir)
     metric = _metric(header, records)
-    figure, panels = make_panels(_title(Path(workdir), header), 1 if metric is None else 2)
+    figure, panels = make_panels(_title(expand(os.fspath(workdir)), header), 1 if metric is None else 2)
     train, validation, label = _shared_quantity(records)
     _draw(panels[0], {"train": train, "validation": validation}, label, log_tokens)
     if (limits := limits_without_start(train + validation)) is not None:
@@ -43,9 +46,7 @@ def plot_loss(workdir: Path, log_tokens: bool = False) -> Path:
         curves = {split: _points(records, split, metric) for split in ("train", "validation")}
         _draw(panels[1], curves, metric.replace("_", " "), log_tokens)
     panels[-1].set_xlabel("tokens")
-    path = Path(workdir) / "loss.png"
-    figure.savefig(path, dpi=150)
-    return path
+    return _save(figure, expand(os.fspath(workdir)) / "loss.png")
 
 
 def _shared_quantity(records: list[dict[str, Any]]) -> tuple[Points, Points, str]:
@@ -130,7 +131,7 @@ def plot_reward(workdir: Path) -> Path:
       UserError: as `read_metrics`.
     """
     header, records = read_metrics(workdir)
-    axes = make_axes(_title(Path(workdir), header))
+    axes = make_axes(_title(expand(os.fspath(workdir)), header))
     points = [(record["kl"], record["reward"]) for record in records if record["split"] == "rollout"]
     if points:
         axes.plot(*zip(*points, strict=True), color=GRID_COLOR, linewidth=1, zorder=1)
@@ -138,8 +139,12 @@ def plot_reward(workdir: Path) -> Path:
         axes.scatter(*zip(*points, strict=True), color=VALIDATION_COLOR, alpha=shades, s=18, zorder=2)
     axes.set_xlabel("KL of policy and reference (nats per completion)")
     axes.set_ylabel("reward (mean over the completions of an iteration)")
-    path = Path(workdir) / "reward.png"
-    axes.figure.savefig(path, dpi=150)
+    return _save(axes.figure, expand(os.fspath(workdir)) / "reward.png")
+
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.savefig(image := io.BytesIO(), dpi=150, format="png")
+    write_whole(path, image.getvalue())
     return path
 
 

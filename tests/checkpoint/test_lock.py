@@ -139,7 +139,7 @@ def test_the_lock_of_another_machine_or_damaged_is_stale_when_it_is_not_touched(
 def test_the_lock_of_another_machine_that_is_touched_holds(tmp_path):
     left_by(tmp_path / "run", host="other", machine="another kernel")
     path, ended = tmp_path / "run" / LOCK_FILE, threading.Event()
-    beating = threading.Thread(target=lock._keep, args=(path, json.loads(path.read_text()), ended))
+    beating = threading.Thread(target=lock._keep, args=(lock._FileLock(path), json.loads(path.read_text()), ended))
     beating.start()
     try:
         with pytest.raises(UserError, match=r"in use by another run, process \d+ on other"), locked(tmp_path / "run"):
@@ -162,7 +162,7 @@ def test_one_that_is_late_does_not_touch_the_lock_of_one_that_was_faster(tmp_pat
     left_by(tmp_path / "run", started="1")
     path, check_dead, faster, touched = tmp_path / "run" / LOCK_FILE, lock._check_dead, [], []
 
-    def check_and_be_slow(checked: Path, *found: object) -> None:
+    def check_and_be_slow(checked: object, *found: object) -> None:
         check_dead(checked, *found)
         if not faster:
             faster.append(hold(tmp_path / "run"))

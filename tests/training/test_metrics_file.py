@@ -186,7 +186,7 @@ def test_the_plot_is_a_picture(tmp_path: Path, log_tokens: bool) -> None:
 def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, records: list[dict], run: dict) -> list[tuple]:
     """(y label, {curve: values}, y limits) of each panel of loss.png."""
     figures = []
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, dpi: figures.append(figure))
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))
     with MetricsWriter(tmp_path, run, QUIET) as metrics:
         for record in records:
             metrics.write(record["tokens"], **record)

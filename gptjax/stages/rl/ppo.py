@@ -15,6 +15,7 @@ from gptjax.data import tokenizers
 from gptjax.data.conversations import Prompt
 from gptjax.data.pipeline import ExampleArrays
 from gptjax.data.tokenizers import Tokenizer
+from gptjax.files import expand
 from gptjax.losses import policy_gradient
 from gptjax.stages.chat_data import ChatData, pretraining_text
 from gptjax.stages.rl.completions import Arrays, Completions
@@ -32,14 +33,14 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None, define: Calla
       UserError: as in `build_rl`; or the value function starts from a reward model of another tokenizer or template.
     """
     if config.ppo.value_init == "reward":
-        _check_same_tokens(config, Path(config.rl.reward.partition(":")[2]).expanduser())
+        _check_same_tokens(config, expand(config.rl.reward.partition(":")[2]))
     return build_rl(config, mesh, tokenizer, define, loss_arrays, _text)
 
 
 def _check_same_tokens(config: Config, reward: Path) -> None:
     """Raises UserError unless a reward model has the tokenizer and the chat template of the policy of `config`."""
     assert config.init_from is not None
-    policy = Path(config.init_from).expanduser()
+    policy = expand(config.init_from)
     given = read_config(reward)
     fields = ("template", "system_format", "user_format", "assistant_format")
     differ = [field for field in fields if getattr(given.chat, field) != getattr(config.chat, field)]

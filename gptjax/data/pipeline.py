@@ -13,6 +13,7 @@ from absl import logging
 from gptjax.config import DataConfig, UserError, naming
 from gptjax.data import sources, tokenizers
 from gptjax.data.preparation import DamagedCorpusError, PreparedSplit, prepare, split_documents
+from gptjax.data.prepared_corpora import PreparedCorpus, is_prepared
 from gptjax.data.sources import Source
 from gptjax.data.tokenizers import Tokenizer
 
@@ -234,21 +235,11 @@ def open_corpus(data: DataConfig, *, context_length: int, seed: int, tokenizer: 
     if tokenizer is None:
         with naming("data.tokenizer"):
             tokenizers.check_spec(data.tokenizer)  # before the corpus is read for its fingerprint
-    train_source, validation_source = _open_sources(data)
-    fraction = data.validation_fraction if validation_source is None else 0.0
     cache_dir = Path(data.cache_dir).expanduser()
-    if tokenizer is None:
-        tokenizer = tokenizers.get_tokenizer(
-            data.tokenizer,
-            train_documents=lambda: (
-                document for name, document in split_documents(train_source.documents(), fraction) if name == "train"
-            ),
-            corpus_fingerprint=f"{train_source.fingerprint()}-{fraction}",
-            cache_dir=cache_dir,
-        )
-    train, validation = prepare(train_source, tokenizer, cache_dir, validation_fraction=fraction)
-    if validation_source is not None:
-        _, validation = prepare(validation_source, tokenizer, cache_dir, validation_fraction=1.0)
+    if is_prepared(data.source):
+        tokenizer, train, validation = _open_prepared(data, tokenizer, cache_dir)
+    else:
+        tokenizer, train, validation = _prepare_splits(data, tokenizer, cache_dir)
     if train.num_tokens < context_length:
         raise UserError(
             f"data.source={data.source!r} has {train.num_tokens} training tokens, fewer than one context of "
@@ -263,25 +254,61 @@ def open_corpus(data: DataConfig, *, context_length: int, seed: int, tokenizer: 
     return Corpus(tokenizer, packed(train, seed), packed(validation, None))
 
 
+def _open_prepared(
+    data: DataConfig, tokenizer: Tokenizer | None, cache_dir: Path
+) -> tuple[Tokenizer, PreparedSplit, PreparedSplit]:
+    """Opens a corpus of `gptjax.prepare`, and validation text from another source if there is one."""
+    with naming("data.source"):
+        corpus = PreparedCorpus(data.source)
+    if tokenizer is None:
+        tokenizer = corpus.tokenizer(data.tokenizer, cache_dir)
+    else:
+        corpus.check_tokenizer(tokenizer, data.tokenizer)
+    if data.validation_source is None:
+        return tokenizer, corpus.train, corpus.validation
+    source = _open_source(data, "validation_source")
+    return tokenizer, corpus.train, prepare(source, tokenizer, cache_dir, validation_fraction=1.0)[1]
+
+
+def _prepare_splits(
+    data: DataConfig, tokenizer: Tokenizer | None, cache_dir: Path
+) -> tuple[Tokenizer, PreparedSplit, PreparedSplit]:
+    train_source = _open_source(data, "source")
+    validation_source = None if data.validation_source is None else _open_source(data, "validation_source")
+    fraction = data.validation_fraction if validation_source is None else 0.0
+    if tokenizer is None:
+        tokenizer = tokenizers.get_tokenizer(
+            data.tokenizer,
+            train_documents=lambda: (
+                document for name, document in split_documents(train_source.documents(), fraction) if name == "train"
+            ),
+            corpus_fingerprint=f"{train_source.fingerprint()}-{fraction}",
+            cache_dir=cache_dir,
+        )
+    train, validation = prepare(train_source, tokenizer, cache_dir, validation_fraction=fraction)
+    if validation_source is not None:
+        _, validation = prepare(validation_source, tokenizer, cache_dir, validation_fraction=1.0)
+    return tokenizer, train, validation
+
+
 def held_out_documents(data: DataConfig) -> Iterator[str]:
     """Yields the documents of the validation split: those of `open_corpus`, without tokenising the others."""
-    train_source, validation_source = _open_sources(data)
-    if validation_source is not None:
-        yield from validation_source.documents()
+    if data.validation_source is not None:
+        yield from _open_source(data, "validation_source").documents()
         return
-    for split, document in split_documents(train_source.documents(), data.validation_fraction):
+    if is_prepared(data.source):
+        yield from PreparedCorpus(data.source).held_out_documents(Path(data.cache_dir).expanduser())
+        return
+    for split, document in split_documents(_open_source(data, "source").documents(), data.validation_fraction):
         if split == "validation":
             yield document
 
 
-def _open_sources(data: DataConfig) -> tuple[Source, Source | None]:
-    def open_(field: str) -> Source:
-        with naming(f"data.{field}"):
-            return sources.open_source(
-                getattr(data, field),
-                document_separator=data.document_separator,
-                invalid_utf8=data.invalid_utf8,
-                on_corrupt=data.on_corrupt,
-            )
-
-    return open_("source"), None if data.validation_source is None else open_("validation_source")
+def _open_source(data: DataConfig, field: Literal["source", "validation_source"]) -> Source:
+    with naming(f"data.{field}"):
+        return sources.open_source(
+            getattr(data, field),
+            document_separator=data.document_separator,
+            invalid_utf8=data.invalid_utf8,
+            on_corrupt=data.on_corrupt,
+        )

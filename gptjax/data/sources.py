@@ -7,11 +7,13 @@ of the content, which names prepared corpora in the cache.
 import abc
 import concurrent.futures
 import contextlib
+import copy
 import difflib
 import functools
 import glob
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import re
@@ -86,7 +88,9 @@ def open_source(
 def _open(spec: str, document_separator: str | None, invalid_utf8: InvalidUtf8) -> "Source":
     scheme, has_argument, argument = spec.partition(":")
     if scheme in _PACKAGED and not has_argument:
-        return _TextFiles(spec, invalid_utf8, _package_files(scheme))
+        package, pattern, install = _PACKAGED[scheme]
+        folder = require_package(package, install, scheme)
+        return _TextFiles(spec, invalid_utf8, matching_files(f"{glob.escape(folder)}/{pattern}"))
     if scheme == "text" and argument:
         return _TextFiles(spec, invalid_utf8, matching_files(argument), document_separator)
     if scheme == "jsonl" and argument:
@@ -117,7 +121,7 @@ class Source(abc.ABC):
 
     size_bytes: int | None = None
     on_corrupt: OnCorrupt = "error"
-    skipped = 0
+    skipped, _may_be_empty = 0, False
 
     def __init__(self, spec: str, invalid_utf8: InvalidUtf8) -> None:
         self.spec = spec
@@ -169,11 +173,19 @@ class Source(abc.ABC):
             if text and not text.isspace():
                 empty = False
                 yield text
-        if "_fingerprint" in self.__dict__ and (changed := self._changed()) is not None:
-            raise UserError(f"{changed} was changed while it was read: run the same command again")
-        if empty:
+        self.check_unchanged()
+        if empty and not self._may_be_empty:
             damaged = f", and {self.skipped} were skipped as damaged" if self.skipped else ""
             raise UserError(f"source {self.spec} has no text: all its documents are empty{damaged}")
+
+    def check_unchanged(self) -> None:
+        """Raises UserError if the content has changed since `fingerprint` was computed, as far as that is known."""
+        if "_fingerprint" in self.__dict__ and (changed := self._changed()) is not None:
+            raise UserError(f"{changed} was changed while it was read: run the same command again")
+
+    def divide(self, size: int) -> "list[Source]":
+        """Returns sources of about `size` bytes of consecutive files, which may lack text; without files, this one."""
+        return [self]
 
     @abc.abstractmethod
     def _documents(self) -> Iterator[str]: ...
@@ -218,6 +230,17 @@ class _Files(Source):
             path for path, state, digest in self._found if file_state(path) != state and self._digest(path) != digest
         )
         return next(changed, None)
+
+    def divide(self, size: int) -> list[Source]:
+        starts = itertools.accumulate((path.stat().st_size for path in self._paths), initial=0)
+        groups = itertools.groupby(zip(starts, self._paths, strict=False), lambda pair: pair[0] // size)
+        return [self._only([path for _, path in group]) for _, group in groups]
+
+    def _only(self, paths: list[Path]) -> Source:
+        source = copy.copy(self)
+        source.__dict__.pop("_fingerprint", None)
+        source._paths, source._may_be_empty = paths, True
+        return source
 
     def _digest(self, path: Path) -> str:
         try:
@@ -303,12 +326,6 @@ class _JsonLines(_Files):
         return self._utf8.decode(text.encode(errors="surrogatepass"), place) if "\\u" in line else text
 
 
-def _package_files(source: str) -> list[Path]:
-    package, pattern, install = _PACKAGED[source]
-    folder = require_package(package, install, source)
-    return matching_files(f"{glob.escape(folder)}/{pattern}")
-
-
 def _hash(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
@@ -355,8 +372,7 @@ def open_tfds(name: str, split: str, spec: str) -> tuple[Any, Any]:
     """Opens a tensorflow-datasets dataset, downloading and preparing it if necessary.
 
     Args:
-      name: of the dataset.
-      split: of the dataset.
+      name, split: of the dataset.
       spec: name of the dataset in error messages.
 
     Returns:

@@ -79,7 +79,7 @@ def write_report(workspace: Workspace, splits: dict[str, Any]) -> None:
     steps: dict[str, dict[str, Any]] = {
         "read": {"documents": workspace.num_documents, "bytes": sum(totals.text_bytes.values()), **read}
     }
-    _figure(workspace, "read", "documents", lambda axes: _lengths(axes, sum(totals.lengths.values())))
+    _figure(workspace, "read", "documents", lambda axes: _lengths(axes, np.sum(list(totals.lengths.values()), 0)))
     if recipe.languages:
         steps["language"] = {"languages": dict(totals.languages.most_common()), **dropped(Reason.LANGUAGE)}
         _figure(workspace, "language", "documents", lambda axes: _languages(axes, totals.languages, recipe.languages))
@@ -176,6 +176,7 @@ def _size(count: int) -> str:
 
 def _figure(workspace: Workspace, step: str, label: str, draw: Callable[[Any], None]) -> Path:
     axes = make_axes(f"{workspace.recipe.source}: {step.replace('_', ' ')}")
+    axes.set_axisbelow(True)
     axes.set_ylabel(label)
     draw(axes)
     axes.figure.savefig(image := io.BytesIO(), dpi=150, format="png")

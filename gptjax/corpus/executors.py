@@ -131,6 +131,8 @@ def _call(run: Run, workspace: Workspace, item: int) -> str | None:
         run(workspace, item)
     except UserError as error:
         return str(error)
+    except FileNotFoundError:  # another machine may have finished, see `prepare_corpus`
+        raise
     except OSError as error:
         return f"cannot write {workspace.output}, fix this and run the same command again: {error}"
     return None

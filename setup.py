@@ -14,7 +14,9 @@ RETRIEVAL = ["bm25s>=0.3.9"]
 # Files on web servers and in buckets, through fsspec; TensorStore, which writes arrays to buckets, has its own client.
 WEB = ["aiohttp>=3.14"]
 REMOTE = [*WEB, "gcsfs>=2026.9", "s3fs>=2026.9"]
-TEST = [*DEMO, *WANDB, *RETRIEVAL, *WEB, "pytest>=9.0", "pytest-xdist>=3.8", "hypothesis>=6.170"]
+# Near copies and languages of documents; both packages are small and work offline.
+PREPARE = ["datasketch>=2.0", "py3langid>=0.4"]
+TEST = [*DEMO, *WANDB, *RETRIEVAL, *WEB, *PREPARE, "pytest>=9.0", "pytest-xdist>=3.8", "hypothesis>=6.170"]
 DOCS = ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
 LM_EVAL = ["lm-eval>=0.4.13,<0.5"]
 # References for tests of models and losses, which are skipped without them; the library never imports them. On Python
@@ -68,6 +70,8 @@ setup(
         "wandb": WANDB,
         "retrieval": RETRIEVAL,
         "remote": REMOTE,
+        "prepare": PREPARE,
+        "ray": [*PREPARE, "ray[data]>=2.50"],
         "interop": INTEROP,
         "lm-eval": LM_EVAL,
         "docs": DOCS,

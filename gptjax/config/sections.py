@@ -12,9 +12,9 @@ class DataConfig:
 
     # text:GLOB | jsonl:GLOB[#FIELD] | parquet:GLOB[#FIELD] | arrow:DIR[@SPLIT][#FIELD] |
     # hf:OWNER/NAME[@CONFIG:SPLIT][?revision=COMMIT][#FIELD] | tfds:NAME[@SPLIT][#FIELD] | tokens:GLOB@DTYPE |
-    # sotu | shakespeare. GLOB may be a URL: gs://, s3://, https://, hf://
+    # prepared:DIR, the --output of gptjax.prepare | sotu | shakespeare. GLOB may be a URL: gs://, s3://, https://, hf://
     source: str = "sotu"
-    validation_source: str | None = None  # same forms; None: every k-th document of `source` is held out
+    validation_source: str | None = None  # same forms but prepared:; None: every k-th document of `source` is held out
     # Fraction of the documents held out when validation_source is None; with a mixture, of each source
     validation_fraction: float = 0.01
     # (source, weight) pairs, in the place of `source`: the weights are shares of the training tokens, up to a common

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -12,6 +13,7 @@ from absl import logging
 from gptjax.config import DataConfig, UserError, naming
 from gptjax.data import sources, tokenizers
 from gptjax.data.preparation import DamagedCorpusError, PreparedSplit, prepare, split_documents
+from gptjax.data.prepared_corpora import PreparedCorpus, is_prepared
 from gptjax.data.sources import Source
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.files import expand
@@ -252,21 +254,14 @@ def open_corpora(
     opened = [_open_sources(part, key) for part in parts]
     cache_dir = expand(data.cache_dir)
     if tokenizer is None:
-        tokenizer = tokenizers.get_tokenizer(
-            data.tokenizer,
-            train_documents=lambda: (document for found in opened for document in found.train_documents()),
-            corpus_fingerprint="+".join(f"{found.train.fingerprint()}-{found.fraction}" for found in opened),
-            cache_dir=cache_dir,
-        )
+        tokenizer = _tokenizer_of(data, opened, cache_dir)
 
     def packed(split: PreparedSplit, seed: int | None) -> PackedExamples:
         return PackedExamples(split, context_length, packing=data.packing, seed=seed, on_corrupt=data.on_corrupt)
 
     corpora = []
     for part, found in zip(parts, opened, strict=True):
-        train, validation = prepare(found.train, tokenizer, cache_dir, validation_fraction=found.fraction)
-        if found.validation is not None:
-            _, validation = prepare(found.validation, tokenizer, cache_dir, validation_fraction=1.0)
+        train, validation = found.splits(data, tokenizer, cache_dir)
         if train.num_tokens < context_length:
             raise UserError(
                 f"{key}: source {part.source!r} has {train.num_tokens} training tokens, fewer than one context of "
@@ -286,7 +281,11 @@ def held_out_documents(data: DataConfig, tokenizer: Tokenizer) -> Iterator[str]:
       tokenizer: decodes the documents of a source of token ids.
     """
     found = _open_sources(data)
+    if found.validation is None and isinstance(found.train, PreparedCorpus):
+        yield from found.train.held_out_documents(expand(data.cache_dir))
+        return
     source, fraction = (found.train, found.fraction) if found.validation is None else (found.validation, 1.0)
+    assert isinstance(source, Source)
     for split, document in split_documents(source.documents_for(tokenizer), fraction):
         if split == "validation":
             yield document if isinstance(document, str) else tokenizer.decode(document)
@@ -295,12 +294,39 @@ def held_out_documents(data: DataConfig, tokenizer: Tokenizer) -> Iterator[str]:
 class _OpenedSources(NamedTuple):
     """The source of training documents, the fraction held out of it, and the source of held-out ones, if another."""
 
-    train: Source
+    train: Source | PreparedCorpus
     fraction: float
     validation: Source | None
 
-    def train_documents(self) -> Iterator[str]:
-        return (text for split, text in split_documents(self.train.documents(), self.fraction) if split == "train")
+    def splits(self, data: DataConfig, tokenizer: Tokenizer, cache_dir: Path) -> tuple[PreparedSplit, PreparedSplit]:
+        """Returns the training and the validation split; tokenises them if they are not in the cache."""
+        if isinstance(self.train, PreparedCorpus):
+            self.train.check_tokenizer(tokenizer, data.tokenizer)
+            train, validation = self.train.train, self.train.validation
+        else:
+            train, validation = prepare(self.train, tokenizer, cache_dir, validation_fraction=self.fraction)
+        if self.validation is not None:
+            _, validation = prepare(self.validation, tokenizer, cache_dir, validation_fraction=1.0)
+        return train, validation
+
+
+def _tokenizer_of(data: DataConfig, opened: Sequence[_OpenedSources], cache_dir: Path) -> Tokenizer:
+    """Opens the tokenizer; one that is trained is that of a prepared corpus, or trained on the training documents."""
+    raw = [(found.train, found.fraction) for found in opened if isinstance(found.train, Source)]
+    for found in opened:
+        if isinstance(found.train, PreparedCorpus):
+            return found.train.tokenizer(data.tokenizer, cache_dir)
+
+    def documents() -> Iterator[str]:
+        for source, fraction in raw:
+            yield from (text for split, text in split_documents(source.documents(), fraction) if split == "train")
+
+    return tokenizers.get_tokenizer(
+        data.tokenizer,
+        train_documents=documents,
+        corpus_fingerprint="+".join(f"{source.fingerprint()}-{fraction}" for source, fraction in raw),
+        cache_dir=cache_dir,
+    )
 
 
 def _open_sources(data: DataConfig, key: str = "data.source") -> _OpenedSources:
@@ -313,7 +339,12 @@ def _open_sources(data: DataConfig, key: str = "data.source") -> _OpenedSources:
                 on_corrupt=data.on_corrupt,
             )
 
-    train = open_(data.source, key)
+    train: Source | PreparedCorpus
+    if is_prepared(data.source):
+        with naming(key):
+            train = PreparedCorpus(data.source)
+    else:
+        train = open_(data.source, key)
     if data.validation_source is None:
         return _OpenedSources(train, data.validation_fraction, None)
     return _OpenedSources(train, 0.0, open_(data.validation_source, "data.validation_source"))

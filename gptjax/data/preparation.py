@@ -48,7 +48,7 @@ BATCH_CHARACTERS = 2**18  # characters of documents that a thread encodes at a t
 FORMAT_VERSION = 1  # of the files, including PIECE_TOKENS; part of the directory's key
 
 # With one record per chunk a random read reads only its record; compression would double the time of a read.
-_WRITER_OPTIONS = "group_size:1,uncompressed"
+WRITER_OPTIONS = "group_size:1,uncompressed"
 
 
 class DamagedCorpusError(UserError):
@@ -80,7 +80,7 @@ class PreparedSplit:
         self.num_documents = len(self.lengths)
         self.num_tokens = int(self.lengths.sum())
         self.text_bytes, self.end_of_text = int(counts["text_bytes"]), int(metadata["end_of_text"])
-        self.content = directory.name
+        self.content = str(metadata.get("content", directory.name))
         self._directory = directory
         self._dtype = np.dtype(metadata["dtype"])
         self._starts = np.cumsum(self.lengths) - self.lengths
@@ -192,7 +192,8 @@ def split_documents(documents: Iterable[D], validation_fraction: float) -> Itera
     if validation_fraction in (0, 1):
         yield from (("validation" if validation_fraction else "train", document) for document in documents)
         return
-    every = max(2, round(1 / validation_fraction))
+    every = held_out_interval(validation_fraction)
+    assert every is not None
     followed = itertools.pairwise(itertools.chain(documents, (None,)))
     for index, (document, following) in enumerate(followed):
         assert document is not None
@@ -204,6 +205,11 @@ def split_documents(documents: Iterable[D], validation_fraction: float) -> Itera
             yield "validation", document
         else:
             yield "train", document
+
+
+def held_out_interval(validation_fraction: float) -> int | None:
+    """Returns k, where every k-th document is held out; None for a fraction of 0."""
+    return None if validation_fraction == 0 else max(2, round(1 / validation_fraction))
 
 
 def _cut_tail(document: Document, fraction: float) -> tuple[Document, Document]:
@@ -296,7 +302,7 @@ class _SplitWriter:
     def _write(self, piece: bytes) -> None:
         if self._writer is None:
             self._shards.append(self._directory / f"{self._name}-{len(self._shards):05d}.array_record")
-            self._writer, self._shard_bytes = ArrayRecordWriter(str(self._shards[-1]), _WRITER_OPTIONS), 0
+            self._writer, self._shard_bytes = ArrayRecordWriter(str(self._shards[-1]), WRITER_OPTIONS), 0
         self._writer.write(piece)
         self._shard_bytes += len(piece)
         if self._shard_bytes >= SHARD_BYTES:

@@ -2,8 +2,10 @@
 
 import abc
 import concurrent.futures
+import copy
 import functools
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +44,7 @@ class Source(abc.ABC):
 
     size_bytes: int | None = None
     on_corrupt: OnCorrupt = "error"
-    skipped = 0
+    skipped, _may_be_empty = 0, False
 
     def __init__(self, spec: str, invalid_utf8: InvalidUtf8) -> None:
         self.spec = spec
@@ -105,11 +107,19 @@ class Source(abc.ABC):
             if len(document) and not (isinstance(document, str) and document.isspace()):
                 empty = False
                 yield document
-        if "_fingerprint" in self.__dict__ and (changed := self._changed()) is not None:
-            raise UserError(f"{changed} was changed while it was read: run the same command again")
-        if empty:
+        self.check_unchanged()
+        if empty and not self._may_be_empty:
             damaged = f", and {self.skipped} were skipped as damaged" if self.skipped else ""
             raise UserError(f"source {self.spec} has no text: all its documents are empty{damaged}")
+
+    def check_unchanged(self) -> None:
+        """Raises UserError if the content has changed since `fingerprint` was computed, as far as that is known."""
+        if "_fingerprint" in self.__dict__ and (changed := self._changed()) is not None:
+            raise UserError(f"{changed} was changed while it was read: run the same command again")
+
+    def divide(self, size: int) -> "list[Source]":
+        """Returns sources of about `size` bytes of consecutive files, which may lack text; without files, this one."""
+        return [self]
 
     @abc.abstractmethod
     def _documents(self) -> Iterator[str]: ...
@@ -138,7 +148,7 @@ class FileSource(Source):
     def __init__(self, spec: str, invalid_utf8: InvalidUtf8, find: Callable[[], Sequence[DataFile]]) -> None:
         super().__init__(spec, invalid_utf8)
         self._find, self._paths = find, find()
-        sizes = [path.size if isinstance(path, RemoteFile) else path.stat().st_size for path in self._paths]
+        sizes = [_size(path) for path in self._paths]
         known = [size for size in sizes if size is not None]
         if all(compression(path) is None for path in self._paths) and len(known) == len(sizes):
             self.size_bytes = sum(known)
@@ -165,6 +175,17 @@ class FileSource(Source):
         )
         return next(changed, None)
 
+    def divide(self, size: int) -> list[Source]:
+        starts = itertools.accumulate((_size(path) or 0 for path in self._paths), initial=0)
+        groups = itertools.groupby(zip(starts, self._paths, strict=False), lambda pair: pair[0] // size)
+        return [self._only([path for _, path in group]) for _, group in groups]
+
+    def _only(self, paths: list[DataFile]) -> Source:
+        source = copy.copy(self)
+        source.__dict__.pop("_fingerprint", None)
+        source._paths, source._may_be_empty = paths, True
+        return source
+
     def _digest(self, path: DataFile) -> str:
         try:
             return file_digest(path)
@@ -182,6 +203,10 @@ class FileSource(Source):
 
     @abc.abstractmethod
     def _file_documents(self, path: DataFile) -> Iterator[str]: ...
+
+
+def _size(path: DataFile) -> int | None:
+    return path.size if isinstance(path, RemoteFile) else path.stat().st_size
 
 
 def _hash(value: object) -> str:

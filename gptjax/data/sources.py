@@ -249,8 +249,7 @@ def open_tfds(name: str, split: str, spec: str) -> tuple[Any, Any]:
     """Opens a tensorflow-datasets dataset, downloading and preparing it if necessary.
 
     Args:
-      name: of the dataset.
-      split: of the dataset.
+      name, split: of the dataset.
       spec: name of the dataset in error messages.
 
     Returns:

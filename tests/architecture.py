@@ -16,8 +16,9 @@ ALL_FILES = sorted(path for folder in ("gptjax", "configs", "tests") for path in
 
 # Packages, from the highest to the lowest: a module may import its own package, and those below.
 ORDER = (
-    *("commands", "planning", "evaluation", "interop", "stages", "training", "checkpoint", "inference"),
-    *("optim", "losses", "models", "metrics", "data", "scaling", "parallel", "distributed", "config", "files"),
+    *("commands", "launch", "comparison", "planning", "evaluation", "interop", "stages", "training", "checkpoint"),
+    *("inference", "optim", "losses", "models", "metrics", "data", "scaling", "parallel", "distributed", "config"),
+    "files",
 )
 # Files that may test a stage's name: the stages themselves.
 STAGE_FOLDER = ROOT / "gptjax" / "stages"

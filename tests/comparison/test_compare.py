@@ -149,7 +149,9 @@ def test_the_directory_of_a_sweep_and_repeated_runs(workdirs, tmp_path):
     assert len(read_runs([tmp_path], said.append)) == 6
     assert said == [f"{tmp_path / 'waiting'} has no metrics yet, and is left out"]
     (tmp_path / "waiting").mkdir()
+    (tmp_path / "output").mkdir()
     assert len(read_runs(sorted(tmp_path.iterdir()), said.append)) == 6  # sweeps/x/*, with its files
+    assert said == said[:1] * 2
     write_run(tmp_path / "copy", 1.0, 0, [3.0])
     group_runs(read_runs([*workdirs, tmp_path / "copy"], notes), said.append)
     assert said[-1] == "copy has the config and the seed of lr1.0-0, and is left out"

@@ -33,11 +33,11 @@ interop: $(VENV)/.installed-test $(VENV)/.installed-interop ## compare with torc
 remote: $(VENV)/.installed-test $(VENV)/.installed-remote ## read from and train in emulated buckets, installing s3fs and gcsfs
 	$(BIN)/python -m pytest -n auto --dist loadfile tests/data/test_remote_files.py $$(grep -rl --include='*.py' 'importorskip("gcsfs")' tests)
 
-ray: $(VENV)/.installed-test $(VENV)/.installed-ray ## prepare a corpus by Ray Data, installing it
-	$(BIN)/python -m pytest $$(grep -rl --include='*.py' 'importorskip("ray")' tests)
-
 tpu: $(VENV)/.installed-test $(VENV)/.installed-tpu ## compile for TPUs that are not there, installing their compiler
 	$(BIN)/python -m pytest -n auto $$(grep -rl --include='*.py' 'importorskip("libtpu")' tests)
+
+ray: $(VENV)/.installed-test $(VENV)/.installed-ray ## sweep and prepare a corpus on a Ray cluster, installing Ray
+	$(BIN)/python -m pytest -n0 $$(grep -rl --include='*.py' 'importorskip("ray")' tests)
 
 lint: $(VENV)/.installed-dev ## check style and types
 	$(BIN)/ruff check .

@@ -16,7 +16,11 @@ WEB = ["aiohttp>=3.14"]
 REMOTE = [*WEB, "gcsfs>=2026.9", "s3fs>=2026.9"]
 # Near copies and languages of documents; both packages are small and work offline.
 PREPARE = ["datasketch>=2.0", "py3langid>=0.4"]
-TEST = [*DEMO, *WANDB, *RETRIEVAL, *WEB, *PREPARE, "pytest>=9.0", "pytest-xdist>=3.8", "hypothesis>=6.170"]
+SWEEP = ["optuna>=5.0", "plotly>=7.1", "submitit>=1.5.4"]
+TEST = [
+    *(*DEMO, *WANDB, *RETRIEVAL, *WEB, *PREPARE, *SWEEP),
+    *("pytest>=9.0", "pytest-xdist>=3.8", "hypothesis>=6.170"),
+]
 DOCS = ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
 LM_EVAL = ["lm-eval>=0.4.13,<0.5"]
 # References for tests of models and losses, which are skipped without them; the library never imports them. On Python
@@ -71,7 +75,8 @@ setup(
         "retrieval": RETRIEVAL,
         "remote": REMOTE,
         "prepare": PREPARE,
-        "ray": [*PREPARE, "ray[data]>=2.50"],
+        "sweep": SWEEP,
+        "ray": [*PREPARE, *SWEEP, "ray[data]>=2.60"],  # its tests are skipped without it
         "interop": INTEROP,
         "lm-eval": LM_EVAL,
         "docs": DOCS,

@@ -5,11 +5,14 @@
 
 Arguments: size (124m, 355m, 774m, 1558m), data (`DataConfig.source` in gptjax/config/sections.py), runlocal (a small
 model for two CPU cores).
+
+Sweeps: lr, seed, optimizer; `python -m gptjax.sweep --config=configs/gpt2.py:runlocal --sweep=lr,seed --workdir=DIR`.
 """
 
 import ml_collections
 
 from gptjax import config as c
+from gptjax.launch import grid
 
 # Section 2.3, table 2 (labelled 117M, 345M, 762M and 1542M there), and peak learning rates. The paper tuned learning
 # rates by hand and published none; these are our choice, after GPT-3's for similar sizes.
@@ -49,3 +52,23 @@ def runlocal(config: c.Config) -> c.Config:
             "checkpoint": {"every_tokens": 150_000},
         },
     )
+
+
+def sweep_lr() -> list[grid.Overrides]:
+    """Peak learning rates in steps of a factor of 2."""
+    return grid.values("optimizer.peak_lr", [7.5e-4, 1.5e-3, 3e-3, 6e-3])
+
+
+def sweep_seed() -> list[grid.Overrides]:
+    """Three seeds."""
+    return grid.values("seed", range(3))
+
+
+def sweep_optimizer() -> list[grid.Overrides]:
+    """The optimizers, at the same learning rate."""
+    return grid.values("optimizer.name", ["adamw", "muon", "adafactor"])
+
+
+def search() -> dict[str, grid.Distribution]:
+    """Space of a search by Optuna."""
+    return {"optimizer.peak_lr": grid.LogUniform(3e-4, 3e-2), "optimizer.weight_decay": grid.LogUniform(0.01, 1.0)}

@@ -47,7 +47,7 @@ _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _BAR_MOVES = re.compile("\r|(?:\x1b\\[A)+")
 
 
-def run(main: Callable[[], None], *, joins: bool = False) -> None:
+def run(main: Callable[[], None], *, joins: bool = False, takes_paths: bool = False) -> None:
     """Parses the flags and calls `main`; ends the process. Terminals get control characters escaped.
 
     Exit codes: 0 done, 2 a user error (`UserError`), 75 stopped on request with everything saved, 130 interrupted,
@@ -56,6 +56,7 @@ def run(main: Callable[[], None], *, joins: bool = False) -> None:
 
     Args:
       joins: `main` calls `join`, so that several processes can run the command as one.
+      takes_paths: the command has arguments other than flags, which `paths` returns.
     """
 
     protect_terminals()
@@ -78,7 +79,7 @@ def run(main: Callable[[], None], *, joins: bool = False) -> None:
         processes.finish()
 
     try:
-        app.run(lambda _: checked(), flags_parser=lambda argv: _parse(argv, main, joins))
+        app.run(lambda _: checked(), flags_parser=lambda argv: _parse(argv, main, joins, takes_paths))
     except UserError as error:
         message = escape_controls(str(error))  # a file too is likely to be shown in a terminal
         if processes.is_one_of_several():
@@ -240,6 +241,16 @@ class ConfigFlag:
             path = str(workdir)
         return None if path is None else load_config(path, _overrides)
 
+    @property
+    def path(self) -> str | None:
+        """The value of --config."""
+        return self._path.value
+
+    @property
+    def overrides(self) -> dict[str, str]:
+        """The values of --config.KEY=VALUE by key."""
+        return dict(_overrides)
+
     def compiled_programs_dir(self) -> Path:
         """The cache directory of compiled programs: a saved config, maybe someone else's, must not choose it."""
         path = self._path.value
@@ -248,20 +259,31 @@ class ConfigFlag:
         return expand(_overrides.get("data.cache_dir", DataConfig.cache_dir))
 
 
-def _parse(argv: list[str], main: Callable[[], None], joins: bool) -> list[str]:
+_paths: list[str] = []  # the arguments that are no flags
+
+
+def paths() -> list[str]:
+    """Returns the arguments of a command that `takes_paths`."""
+    return list(_paths)
+
+
+def _parse(argv: list[str], main: Callable[[], None], joins: bool, takes_paths: bool) -> list[str]:
     """Parses the flags; --help prints and exits with code 0."""
     for argument in argv[1:]:
         name, _, value = argument.partition("=")
         if name in ("--help", "-h", "-help", "--helpshort"):
             _print_help(main, joins, value or None, [other for other in argv if other is not argument])
             sys.exit(0)
+    flags.FLAGS.set_gnu_getopt(takes_paths)  # flags may follow paths
     try:
         rest = flags.FLAGS(_take_overrides(argv) if ConfigFlag.defined else argv)
     except UserError:
         raise
     except flags.Error as error:
         raise UserError(" ".join(str(error).split())) from None
-    if len(rest) > 1:
+    if takes_paths:
+        _paths[:] = rest[1:]
+    elif len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: flags are written --name=value")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # hides the info lines of libraries

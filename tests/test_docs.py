@@ -47,7 +47,9 @@ def test_flags_and_config_keys_exist(page: Path) -> None:
 def test_modules_and_paths_exist(page: Path) -> None:
     text = page.read_text()
     modules = re.findall(
-        r"\b(gptjax\.(?:main|evaluate|generate|convert|plan|predict|prepare|chat)|benchmarks\.(?!md\b)\w+)\b", text
+        r"\b(gptjax\.(?:main|sweep|compare|evaluate|generate|convert|plan|predict|prepare|chat)"
+        r"|benchmarks\.(?!md\b)\w+)\b",
+        text,
     )
     assert not [module for module in modules if importlib.util.find_spec(module) is None]
     links = {page.parent / link for link in re.findall(r"\]\((?!http|#)([^)#]+)", text)}

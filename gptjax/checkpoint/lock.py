@@ -43,8 +43,7 @@ def locked(workdir: Path) -> Iterator[None]:
     Raises:
       UserError: another run holds it, or it cannot be written.
     """
-    path, own, is_new = workdir / LOCK_FILE, _describe(), not workdir.exists()
-    lock = _ObjectLock(cast(BucketPath, path)) if is_in_bucket(path) else _FileLock(path)
+    lock, own, is_new = _lock_of(workdir), _describe(), not workdir.exists()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         _acquire(lock, own)
@@ -62,6 +61,31 @@ def locked(workdir: Path) -> Iterator[None]:
             lock.release(own)
             if is_new:
                 workdir.rmdir()
+
+
+def is_held_here(workdir: Path) -> bool:
+    """Whether a process of this machine that is alive holds the lock of a workdir."""
+    owner, _ = _lock_of(workdir).read()
+    return _is_here(owner) and _is_alive(owner["pid"], owner.get("started")) is True
+
+
+def _is_here(owner: dict[str, Any]) -> bool:
+    """Whether a lock names a process of this machine."""
+    return owner.get("machine") is not None and owner["machine"] == _machine() and type(owner.get("pid")) is int
+
+
+def wait_until_free(workdir: Path) -> None:
+    """Waits while a process of this machine holds the lock of a workdir; for one elsewhere, for at most `DEAD` seconds.
+
+    It is for processes that have been asked to save and end.
+    """
+    deadline = time.monotonic() + DEAD
+    while True:
+        owner, beat = _lock_of(workdir).read()
+        here = _is_here(owner)
+        if beat is None or (here and not is_held_here(workdir)) or (not here and time.monotonic() > deadline):
+            return
+        time.sleep(0.2)
 
 
 def _describe() -> dict[str, Any]:
@@ -206,6 +230,11 @@ class _ObjectLock:
             self.path.unlink_generation(generation)
 
 
+def _lock_of(workdir: Path) -> _FileLock | _ObjectLock:
+    path = workdir / LOCK_FILE
+    return _ObjectLock(cast(BucketPath, path)) if is_in_bucket(path) else _FileLock(path)
+
+
 def _content(own: dict[str, Any]) -> bytes:
     return json.dumps(own).encode() + b"\n"
 
@@ -226,7 +255,7 @@ def _check_dead(lock: _FileLock | _ObjectLock, owner: dict[str, Any], beat: int)
     path = lock.path
     name = f"process {owner.get('pid')} on {owner.get('host')}, since {owner.get('since')}"
     alive = None
-    if owner.get("machine") is not None and owner.get("machine") == _machine() and type(owner.get("pid")) is int:
+    if _is_here(owner):
         alive = _is_alive(owner["pid"], owner.get("started"))
     if alive is None:
         print(f"{path} names {name}: waiting {DEAD:g} s for a heartbeat", file=sys.stderr)

@@ -9,7 +9,7 @@ from gptjax.config.arguments import choose, parse_arg
 from gptjax.config.checks import check, positive
 from gptjax.config.edited import check_key, config_dict, overridden, replace, resolve
 from gptjax.config.errors import UserError, naming, nearest, require
-from gptjax.config.loading import is_saved, load_config, split_argument
+from gptjax.config.loading import is_saved, load_config, read_config_file, split_argument
 from gptjax.config.model import GPTConfig
 from gptjax.config.saved import changes, config_hash, differences, read_config, to_json, with_absolute_paths
 from gptjax.config.sections import (
@@ -67,6 +67,7 @@ __all__ = [
     "parse_arg",
     "positive",
     "read_config",
+    "read_config_file",
     "replace",
     "require",
     "resolve",

@@ -3,9 +3,10 @@
 import importlib.util
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeVar
 
 import ml_collections
 
@@ -14,6 +15,8 @@ from gptjax.config.errors import UserError
 from gptjax.config.saved import read_tree, to_tree
 from gptjax.config.sections import Config
 from gptjax.files import expand
+
+T = TypeVar("T")
 
 
 def load_config(path: str, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -66,8 +69,12 @@ def _refuse_code(config: Config, path: str, overrides: Mapping[str, Any]) -> Non
         )
 
 
-def _tree_of_file(path: str) -> dict[str, Any]:
-    """The nested dict of a config file's `get_config`; UserError names the file and the line of an exception in it."""
+def read_config_file(path: str, read: Callable[[ModuleType, str | None], T]) -> T:
+    """Executes the Python file that a --config names; returns `read(module, argument)`, `argument` as after the colon.
+
+    Raises:
+      UserError: no such file, or an exception in it, with its line.
+    """
     file, argument = split_argument(path)
     spec = importlib.util.spec_from_file_location("gptjax_config_file", file)
     if spec is None or spec.loader is None:
@@ -76,9 +83,7 @@ def _tree_of_file(path: str) -> dict[str, Any]:
     sys.modules[spec.name] = module  # dataclasses look their module up there
     try:
         spec.loader.exec_module(module)
-        if not hasattr(module, "get_config"):
-            raise UserError(f"{file} defines no function get_config")
-        found = module.get_config() if argument is None else module.get_config(argument)
+        return read(module, argument)
     except UserError:
         raise
     except SyntaxError as error:
@@ -86,6 +91,18 @@ def _tree_of_file(path: str) -> dict[str, Any]:
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
         raise UserError(f"{file}:{lines[-1] if lines else 1}: {_on_one_line(error)}") from None
+
+
+def _tree_of_file(path: str) -> dict[str, Any]:
+    """The nested dict of a config file's `get_config`."""
+    file, _ = split_argument(path)
+
+    def get_config(module: ModuleType, argument: str | None) -> Any:
+        if not hasattr(module, "get_config"):
+            raise UserError(f"{file} defines no function get_config")
+        return module.get_config() if argument is None else module.get_config(argument)
+
+    found = read_config_file(path, get_config)
     if isinstance(found, Config):
         return to_tree(found)
     if isinstance(found, ml_collections.ConfigDict):

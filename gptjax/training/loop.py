@@ -21,7 +21,7 @@ from gptjax.distributed.preemption import PreemptedError
 from gptjax.files import written_locally
 from gptjax.training.debug_bundles import save_bundle
 from gptjax.training.loss_monitor import LossSpike, NotFinite
-from gptjax.training.metrics_file import MetricsWriter, read_metrics, shown_name
+from gptjax.training.metrics_file import LOWER_IS_BETTER, MetricsWriter, read_metrics, shown_name
 from gptjax.training.plots import plot_loss
 from gptjax.training.progress import Progress
 from gptjax.training.provenance import describe_run
@@ -29,11 +29,6 @@ from gptjax.training.stage import Stage
 from gptjax.training.step import Stepper
 
 PROFILED_STEPS = range(5, 8)  # counted from the start of the process: the first ones compile and fill queues
-# Validation metrics whose best value is the smallest.
-LOWER_IS_BETTER = (
-    *("loss", "perplexity", "bits_per_byte", "mean_squared_error"),
-    *("left_to_right_loss", "middle_loss"),
-)
 MAX_REWINDS = 3  # to one checkpoint: after these, other data does not help
 
 
@@ -152,7 +147,8 @@ class _Run:
         self._start_at(state, position)
         self._writer: MetricsWriter | None = None  # of process 0 alone
         if jax.process_index() == 0:
-            header = describe_run(stage.config, mesh, self._stepper.abstract_state)
+            flops = stage.objective.parameters.flops_per_token
+            header = describe_run(stage.config, mesh, self._stepper.abstract_state, flops)
             writer = MetricsWriter(workdir, header, stage.config.logging, self._saved, callbacks)
             self._writer = stack.enter_context(writer)
         # Epochs of each source of a mixture after so many training examples.

@@ -23,6 +23,11 @@ from gptjax.files import append_to, expand, local_directory, write_whole
 from gptjax.object_store import EventFiles
 
 METRICS_FILE = "metrics.jsonl"
+# Of the validation metrics.
+LOWER_IS_BETTER = (
+    *("loss", "perplexity", "bits_per_byte", "mean_squared_error"),
+    *("left_to_right_loss", "middle_loss"),
+)
 # Size of the queue of TensorBoard's thread. With its default, 10, a thread that dies between `_tensorboard_lives` and
 # the values of a record leaves the run waiting forever for room in the queue.
 WAITING_EVENTS = 100_000

@@ -17,8 +17,12 @@ from gptjax.config import Config, config_hash
 from gptjax.models import peft
 
 
-def describe_run(config: Config, mesh: Mesh, state: TrainState) -> dict[str, Any]:
-    """Returns the header of metrics.jsonl, which describes the run and does not change; JSON-serialisable."""
+def describe_run(config: Config, mesh: Mesh, state: TrainState, flops_per_token: float) -> dict[str, Any]:
+    """Returns the header of metrics.jsonl, which describes the run and does not change; JSON-serialisable.
+
+    Args:
+      flops_per_token: of a training step.
+    """
     return {
         "command": command_line(),
         "stage": config.stage,
@@ -28,6 +32,7 @@ def describe_run(config: Config, mesh: Mesh, state: TrainState) -> dict[str, Any
         "config_hash": config_hash(config),
         "parameters": peft.count(state.base) + peft.count(state.params),
         "trained_parameters": peft.count(state.params),
+        "flops_per_token": flops_per_token,
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "processes": jax.process_count(),
         "mesh": dict(mesh.shape),

@@ -108,7 +108,7 @@ def matching_urls(pattern: str) -> list[RemoteFile]:
     return [RemoteFile(url, info.get("size"), _version(info)) for url, info in sorted(urls.items())]
 
 
-def open_binary(file: DataFile) -> io.BufferedIOBase:
+def open_binary(file: DataFile) -> io.BufferedReader:
     """Opens a local or remote file for reading, which raises OSError if it fails; UserError if a package is missing."""
     if isinstance(file, Path):
         return open(file, "rb")

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +104,12 @@ def table_of_runs(workdirs: Sequence[Path], count: str = "total", curves: bool =
     return RunTable(source, tuple(names), {name: np.array(of) for name, of in columns.items()}, digest.hexdigest())
 
 
-_HELD_OUT = ("data.source", "data.validation_source", "data.tokenizer", "data.objective")
+_HELD_OUT = (
+    *("data.source", "data.validation_source", "data.validation_fraction", "data.tokenizer", "data.objective"),
+    "evaluation.max_tokens",
+)
 
 
 def _same(run: MeasuredRun) -> tuple[Any, ...]:
-    """What must be the same in runs whose losses are compared."""
-    data = run.config.data
-    return run.config.stage, data.source, data.validation_source, data.tokenizer, data.objective
+    """What must be the same in runs whose losses are compared: the stage, and _HELD_OUT."""
+    return run.config.stage, *(attrgetter(key)(run.config) for key in _HELD_OUT)

@@ -1,8 +1,11 @@
 """Prepares a corpus: filters, removes copies and the text of evaluation tasks, tokenises, writes shards and a report.
 
+With --show it prepares nothing, and prints what the batches of a run hold: decoded, with segments and loss masks.
+
 python -m gptjax.prepare --source='jsonl:crawl/*.jsonl.zst' --tokenizer=gpt2 --output=corpora/crawl --processes=16 \\
     --languages=en --quality_reference='jsonl:webtext/*.jsonl' --tasks=lambada,hellaswag,mine.jsonl
 python -m gptjax.main --config=configs/gpt2.py --config.data.source=prepared:corpora/crawl --workdir=runs/gpt2
+python -m gptjax.prepare --show --config=configs/gpt2.py:runlocal
 
 The filters are those of GPT-3 (Brown et al. 2020, appendices A and C). A stopped preparation resumes when the same
 command is run again. The files of --output do not depend on --processes, --engine, --shard or how often it was stopped.
@@ -51,9 +54,15 @@ SHARD = flags.DEFINE_string(
     "shard", "0/1", "i/n: this is machine i of n, from 0, that run the same command with a shared --output."
 )
 CACHE_DIR = flags.DEFINE_string("cache_dir", DataConfig.cache_dir, "Directory of vocabularies and trained tokenizers.")
+SHOW = flags.DEFINE_bool("show", False, "Print the first rows of the batches of --config, and the lengths of documents.")
+ROWS = flags.DEFINE_integer("rows", 2, "Rows that --show prints.", lower_bound=1)
+CONFIG = cli.ConfigFlag()
 
 
 def main() -> None:
+    if SHOW.value:
+        show()
+        return
     if SOURCE.value is None or OUTPUT.value is None:
         raise UserError("needs --source=SOURCE and --output=DIR")
     shard = re.fullmatch(r"(\d+)/(\d+)", SHARD.value)
@@ -81,6 +90,16 @@ def main() -> None:
     )
     executor = Executor(PROCESSES.value, cast(Any, ENGINE.value), (int(shard[1]), int(shard[2])))
     print(prepare_corpus(recipe, expand(OUTPUT.value), expand(CACHE_DIR.value), executor), end="")
+
+
+def show() -> None:
+    """Prints what the batches of --config hold."""
+    config = CONFIG.load()
+    if config is None:
+        raise UserError("--show needs --config=FILE, such as --show --config=configs/gpt2.py:runlocal")
+    from gptjax.stages import batch_text
+
+    print(batch_text.show(config, ROWS.value))
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def open_mixture(data: DataConfig, *, context_length: int, seed: int, tokenizer:
       tokenizer: used instead of data.tokenizer, for example when a run is resumed.
 
     Raises:
-      UserError: as of `pipeline.open_corpus`; or two sources have the same documents.
+      UserError: as in `pipeline.open_corpus`; or two sources have the same documents.
     """
     found = parts(data)
     key = "data.mixture" if data.mixture else "data.source"

@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from gptjax.config import Config
 from gptjax.data import task_inputs
-from gptjax.data.pipeline import Microbatch, open_corpus
+from gptjax.data.mixture import open_mixture
+from gptjax.data.pipeline import Microbatch
 from gptjax.data.templates import chat_format
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.parallel.mesh import make_mesh
@@ -38,7 +39,7 @@ def show(config: Config, rows: int = 2) -> str:
       rows: number of rows, or of elements with several rows, at most those of a microbatch.
 
     Raises:
-      UserError: as of the stage's `build`.
+      UserError: as in the stage's `build`.
     """
     registry.check(config)
     mesh = make_mesh(config.mesh)
@@ -60,10 +61,14 @@ def show(config: Config, rows: int = 2) -> str:
         lengths = list(itertools.islice(_lengths(itertools.chain([first], batches)), MEASURED))
         measured = _histogram(lengths, "sequences, in the order of training")
     else:
-        corpus = open_corpus(
+        mixture = open_mixture(
             config.data, context_length=config.model.context_length, seed=config.seed, tokenizer=stage.tokenizer
         )
-        measured = _histogram(corpus.train.split.lengths, "training documents, with end-of-text")
+        of_sources = [f" of {part.name}" if len(mixture.parts) > 1 else "" for part in mixture.parts]
+        measured = "\n\n".join(
+            _histogram(corpus.train.split.lengths, f"training documents{of_source}, with end-of-text")
+            for of_source, corpus in zip(of_sources, mixture.corpora, strict=True)
+        )
     sizes = ", ".join(f"{name} {'x'.join(map(str, array.shape))}" for name, array in first.arrays.items())
     return "\n\n".join([f"microbatch: {sizes}", *shown, measured])
 
@@ -106,8 +111,8 @@ def _example(config: Config, batch: Microbatch, row: int, text: _Text) -> str:
     for i, part in enumerate(parts):
         lines.append(f"row {row}" if tokens.ndim == 1 else f"element {row}, row {i}")
         lines += _masked_lines(part, text) if config.data.objective == "masked" else _lines(part, text)
-    if "levels" in arrays:
-        lines.append(f"  ranks of the sequences, for each prompt: {arrays['levels'].tolist()} (0: none)")
+    if "ranks" in arrays:
+        lines.append(f"  ranks of the sequences, for each prompt: {arrays['ranks'].tolist()} (0: none)")
     return "\n".join(lines)
 
 

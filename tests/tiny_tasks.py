@@ -113,7 +113,9 @@ def save_pretrained(workdir: Path, seed: int = 0, settings: c.GPTConfig = MODEL)
     rng = np.random.default_rng(seed)
     params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype), abstract)
     config = c.Config(
-        model=settings, data=c.DataConfig(tokenizer="bytes"), batch=c.BatchConfig(epochs=1.0, tokens_per_batch=CONTEXT)
+        model=settings,
+        data=c.DataConfig(tokenizer="bytes"),
+        batch=c.BatchConfig(epochs=1.0, tokens_per_batch=settings.context_length),
     )
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "config.json").write_text(c.to_json(config))

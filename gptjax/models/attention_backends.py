@@ -23,7 +23,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SplashAttentionKernel
 
 from gptjax.config import GPTConfig, UserError
-from gptjax.models.dot_product import attention_mask, divisible_heads, dot_product_attention, repeat_heads
+from gptjax.models.dot_product import attention_mask, divisible_heads, dot_product_attention
 from gptjax.parallel.mesh import BATCH_AXES, axis_size, partition_spec, platform
 from gptjax.parallel.platforms import platform_defaults
 from gptjax.parallel.ring import ring_attention
@@ -70,7 +70,6 @@ def attention(
     if ring:
         assert kind in ("dense", "banded"), "the ring is causal"
         assert dropout_rng is None, "ring attention has no dropout; mesh.check_fit refuses it"
-        k_BTHK, v_BTHK = repeat_heads(k_BTHK, heads), repeat_heads(v_BTHK, heads)
         return ring_attention(
             q_BTHK,
             k_BTHK,

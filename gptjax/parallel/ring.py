@@ -3,7 +3,8 @@
 Keys and values are passed from device to device while each device keeps its queries (Liu et al. 2023, section 3), with
 an online softmax (Milakov and Gimelshein 2018, section 3). Positions are in the order of `parallel.balanced_order`.
 
-Each device splits its arrays into N tiles: q_NBHTK has tiles of T queries, k_NBHSK tiles of S keys.
+Each device splits its arrays into N tiles: q_NBHTK has tiles of T queries, k_NBHSK tiles of S keys. Heads of keys and
+values that several query heads share are sent once, and repeated for each tile.
 """
 
 from collections.abc import Callable
@@ -47,7 +48,8 @@ def ring_attention(
 
     Args:
       q_BTHK, k_BTHK, v_BTHK: of one dtype; T is divisible by 2n, with n devices along "context". The tile size is the
-        largest divisor of T / 2n up to MAX_TILE: fast when T is divisible by a high power of 2.
+        largest divisor of T / 2n up to MAX_TILE: fast when T is divisible by a high power of 2. Keys and values may
+        have fewer heads, each shared by consecutive query heads.
       segments_BT: int, the document of each position of a packed row; attention stays within documents. None: one.
       sinks_H: float32, logits of attention sinks, sharded as the heads. None: no sinks.
       band_width: number of positions that each position attends to, itself included. None: all earlier positions.
@@ -127,7 +129,7 @@ def _forward(
     """Computes the output, and the log-sum-exp of the scores, float32 (B, T, H)."""
 
     def block(query: Any, key: Any, mask_BHTS: jax.Array, state: Any) -> tuple[Any, tuple[()]]:
-        (q_BHTK,), (k_BHSK, v_BHSK) = query, key
+        (q_BHTK,), (k_BHSK, v_BHSK) = query, _repeated(key, query[0].shape[1])
         max_BHT, sum_BHT, out_BHTK = state
         scores_BHTS = _scores(q_BHTK, k_BHSK, mask_BHTS, rules)
         new_max_BHT = jnp.maximum(max_BHT, jnp.max(scores_BHTS, axis=-1))
@@ -159,21 +161,38 @@ def _backward(
     """Computes the gradients of queries, keys and values, of their dtype (Dao et al. 2022, algorithm 4)."""
 
     def block(query: Any, key: Any, mask_BHTS: jax.Array, dq_BHTK: jax.Array) -> tuple[jax.Array, Any]:
-        (q_BHTK, d_out_BHTK, logsumexp_BHT, mean_BHT), (k_BHSK, v_BHSK) = query, key
+        q_BHTK, d_out_BHTK, logsumexp_BHT, mean_BHT = query
+        k_BHSK, v_BHSK = _repeated(key, q_BHTK.shape[1])
         probs_BHTS = jnp.exp(_scores(q_BHTK, k_BHSK, mask_BHTS, rules) - logsumexp_BHT[..., None])
         d_probs_BHTS = _product("BHTK,BHSK->BHTS", d_out_BHTK, v_BHSK, rules)
         d_scores_BHTS = rules.scale * probs_BHTS * (d_probs_BHTS - mean_BHT[..., None])
         d_scores_BHTS = d_scores_BHTS.astype(q_BHTK.dtype)
         dk_BHSK = _product("BHTS,BHTK->BHSK", d_scores_BHTS, q_BHTK, rules)
         dv_BHSK = _product("BHTS,BHTK->BHSK", probs_BHTS.astype(v_BHSK.dtype), d_out_BHTK, rules)
-        return dq_BHTK + _product("BHTS,BHSK->BHTK", d_scores_BHTS, k_BHSK, rules), (dk_BHSK, dv_BHSK)
+        dq_BHTK += _product("BHTS,BHSK->BHTK", d_scores_BHTS, k_BHSK, rules)
+        return dq_BHTK, _summed((dk_BHSK, dv_BHSK), key[0].shape[1])
 
     queries, keys = _tiles(((q_BTHK, d_out_BTHK, logsumexp_BTH, mean_BTH), (k_BTHK, v_BTHK)))
-    zeros_NBHTK = jnp.zeros(queries[0].shape, jnp.float32)
+    dq_NBHTK, *no_shares = (jnp.zeros(x.shape, jnp.float32) for x in (queries[0], *keys))
     dq_NBHTK, shares = _go_round(
-        block, queries, keys, _tiles(segments_BT), zeros_NBHTK, (zeros_NBHTK, zeros_NBHTK), rules.band_width
+        block, queries, keys, _tiles(segments_BT), dq_NBHTK, tuple(no_shares), rules.band_width
     )
     return jax.tree.map(lambda x: x.astype(q_BTHK.dtype), _whole((dq_NBHTK, *shares)))
+
+
+def _repeated(keys: Any, heads: int) -> Any:
+    """Repeats the heads of tiles of keys and values, to `heads` in all."""
+    return jax.tree.map(lambda x_BHSK: jnp.repeat(x_BHSK, heads // x_BHSK.shape[1], axis=1), keys)
+
+
+def _summed(shares: Any, heads: int) -> Any:
+    """Sums contributions over the query heads that share a head; the transpose of `_repeated`."""
+
+    def summed(x_BHSK: jax.Array) -> jax.Array:
+        batch, _, *others = x_BHSK.shape
+        return jnp.sum(x_BHSK.reshape(batch, heads, -1, *others), axis=2)
+
+    return jax.tree.map(summed, shares)
 
 
 def _scores(q_BHTK: jax.Array, k_BHSK: jax.Array, mask_BHTS: jax.Array, rules: _Rules) -> jax.Array:

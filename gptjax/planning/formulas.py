@@ -82,8 +82,7 @@ def expected_collectives(config: Config, mesh: Mapping[str, int]) -> list[Collec
     Per microbatch: weights are all-gathered over fsdp in the forward and the backward pass; gradients are reduced over
     fsdp, and in float32 over data; each layer has two all-gathers and two reduce-scatters over tensor in the forward
     pass, the recomputation and twice in the backward pass (Korthikanti et al. 2022, section 4.2.2); keys and values go
-    round the ring of context, repeated to the heads of queries; a mixture sends the tokens of each layer to their
-    experts over expert, and back.
+    round the ring of context; a mixture sends the tokens of each layer to their experts over expert, and back.
     """
     model = config.model
     size = jnp.dtype(model.dtype).itemsize
@@ -120,7 +119,7 @@ def expected_collectives(config: Config, mesh: Mapping[str, int]) -> list[Collec
         found.append(Collective("all-to-all", rows, device_group(mesh, "expert"), times))
     if mesh["context"] > 1:
         hops = sum(_ring_hops(model, layer, mesh["context"]) for layer in range(model.num_layers)) * count
-        key_values = 2 * round(tokens * widths.attention_width(model)) * size // tensor
+        key_values = round(tokens * widths.key_value_width(model, tensor)) * size // tensor
         found.append(
             Collective("collective-permute", key_values, device_group(mesh, "context")[:2], hops * (passes + 1))
         )

@@ -1,5 +1,6 @@
 """Sizes of a layer's weights and activations on one device, by formula; memory and traffic are multiples of them."""
 
+import math
 from collections.abc import Mapping
 
 import jax.numpy as jnp
@@ -80,6 +81,15 @@ def saved_bytes(model: GPTConfig, mesh: Mapping[str, int], tokens: float) -> flo
 def qkv_width(model: GPTConfig) -> int:
     """Queries, keys and values of a position, in numbers."""
     return (model.num_heads + 2 * model.kv_heads) * model.head_dim
+
+
+def key_value_width(model: GPTConfig, shards: int) -> int:
+    """Keys and values of a position, in numbers, for `shards` devices along tensor.
+
+    Heads are repeated where there are too few for that many devices (`models.dot_product.divisible_heads`).
+    """
+    heads = math.lcm(model.kv_heads, shards)
+    return 2 * model.head_dim * (heads if model.num_heads % heads == 0 else model.num_heads)
 
 
 def attention_width(model: GPTConfig) -> int:

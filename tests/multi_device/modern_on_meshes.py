@@ -2,7 +2,7 @@
 
 Writes {mesh: {"loss": difference of the loss from that of one device, "gradient": largest difference of a gradient,
 "decoded": largest difference of a logit after prefill and decoding, "expert_share": share of the experts' kernels that
-a device holds, "exchanged": number of all-to-alls in the program}}.
+a device holds, "exchanged": number of all-to-alls in the program, "sent": bytes of its largest collective permute}}.
 """
 
 import json
@@ -19,6 +19,7 @@ from gptjax import config as c
 from gptjax.models.decoding import decode, logits, prefill, unstack
 from gptjax.models.gpt import GPT, abstract_params, init_params
 from gptjax.parallel.mesh import batch_sharding, make_mesh
+from gptjax.planning.program_text import collectives
 from gptjax.stages.pretrain import next_token_loss
 
 MODEL = c.GPTConfig(
@@ -65,8 +66,8 @@ def weights() -> Any:
 
 def batch() -> dict[str, np.ndarray]:
     tokens_BT = np.random.default_rng(0).integers(0, 64, (8, 32)).astype(np.int32)
-    segments_BT = np.repeat(np.arange(2, dtype=np.int32)[None], 16, axis=1).repeat(8, axis=0)
-    weights_BT = np.ones((8, 32), np.float32)
+    segments_BT = np.repeat(np.array([[1, 2, 0]], np.int32), [16, 11, 5], axis=1).repeat(8, axis=0)
+    weights_BT = (segments_BT > 0).astype(np.float32)
     return {"tokens": tokens_BT, "targets": np.roll(tokens_BT, -1, 1), "segments": segments_BT, "weights": weights_BT}
 
 
@@ -100,6 +101,7 @@ def on_mesh(sizes: str, expected: Any) -> dict[str, Any]:
         program = jax.jit(loss_and_gradient, out_shardings=(None, placement)).lower(params, rows).compile()
         loss, gradient = program(params, rows)
         logits_NBV = jax.jit(decoded)(params, batch()["tokens"][:3])
+    sent = collectives(program.as_text(), unknown_trip_count=1)
     kernel = params["layers"]["block_0"]["mlp"]["experts"]["up"]["kernel"]
     return {
         "loss": abs(float(loss) - float(expected[0])),
@@ -107,6 +109,7 @@ def on_mesh(sizes: str, expected: Any) -> dict[str, Any]:
         "decoded": largest(logits_NBV, expected[2]),
         "expert_share": kernel.addressable_shards[0].data.size / kernel.size,
         "exchanged": program.as_text().count(" all-to-all("),
+        "sent": max((found.payload for found in sent if found.kind == "collective-permute"), default=0),
     }
 
 

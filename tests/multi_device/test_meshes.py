@@ -48,11 +48,19 @@ def test_every_optimizer_gives_the_losses_of_one_device(results, name):
     assert one[-1] != pytest.approx(results["one"]["losses"][-1], rel=1e-3)
 
 
+@pytest.mark.parametrize("objective", ["masked", "prefix", "fill_in_the_middle"])
+def test_every_objective_gives_the_loss_and_the_gradient_of_one_device(results, objective):
+    result = results["objectives"][objective]
+    assert result["losses"][1] == pytest.approx(result["losses"][0], rel=1e-6)
+    assert result["difference"] < 1e-6
+    assert result["gradient"] > 1e-4
+
+
 def test_every_layout_of_the_state_is_saved_and_resumed(results):
     """Each layout once: some runs differ in other ways than how the devices hold the state."""
-    resumes = {mesh: result["resumes"] for mesh, result in results.items()}
+    resumes = {mesh: result["resumes"] for mesh, result in results.items() if mesh != "objectives"}
     seen = {"one+dropout+sample", "data=2,context=4", "data=2,fsdp=2,tensor=2+dropout+sample"}
-    assert resumes == {mesh: None if mesh in seen else True for mesh in results}
+    assert resumes == {mesh: None if mesh in seen else True for mesh in resumes}
 
 
 def test_the_runs_compared_learn_and_differ(results):

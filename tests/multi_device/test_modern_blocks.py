@@ -31,3 +31,8 @@ def test_loss_gradient_and_decoded_logits_are_those_of_one_device(results, mesh)
 def test_experts_are_divided_and_tokens_exchanged(results, mesh):
     assert results[mesh]["expert_share"] == MESHES[mesh]
     assert (results[mesh]["exchanged"] > 0) == ("expert" in mesh)
+
+
+def test_the_ring_sends_shared_heads_once(results):
+    """Keys of 2 rows, 16 positions and 2 heads of width 4, float32; the queries have 8 heads."""
+    assert 0 < results["expert=2,context=2,data=2"]["sent"] <= 2 * 16 * 2 * 4 * 4

@@ -3,13 +3,15 @@
 Writes {"one" or mesh: {"losses": [...], "share": of the feed-forward kernel that a device holds, "sample": text,
 "counts": how often a step does each kind of collective, "gathered": bytes of the largest array that devices gather,
 "resumes": whether a checkpoint of the state gives it back, laid out alike; null where an earlier run had that layout}}.
-A change may follow the mesh, as in `fsdp=8+offload`.
+A change may follow the mesh, as in `fsdp=8+offload`. Also {"objectives": {objective:
+result of `on_both_meshes`}}.
 """
 
 import json
 import sys
 import tempfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from gptjax.parallel.mesh import batch_sharding, make_mesh
 from gptjax.planning.program_text import collectives
 from gptjax.stages import registry
 from gptjax.stages.builders import build
-from gptjax.training.step import make_train_step
+from gptjax.training.step import loss_and_gradient, make_train_step
 
 ROWS, LENGTH, WIDTH = 16, 32, 32  # of a microbatch: more numbers than any parameter has
 
@@ -124,6 +126,34 @@ def train(config: c.Config, mesh: jax.sharding.Mesh, workdir: Path, checked: set
     }
 
 
+def on_both_meshes(config: c.Config) -> dict[str, Any]:
+    """{"losses": of a batch, in nats a target, on one device and on eight; "difference": the largest of a gradient;
+    "gradient": the largest value of a gradient, of the parameter where that is smallest}.
+    """
+    one, eight = make_mesh(c.MeshConfig(), jax.devices()[:1]), make_mesh(c.MeshConfig(data=2, fsdp=2, tensor=2))
+    stage = build(config, one, None)
+    objective, batch = stage.objective, next(stage.batches(0, None)).arrays
+    rng, key = np.random.default_rng(0), jax.random.key_data(jax.random.key(0))
+    shapes = abstract_state(objective.parameters, one).params
+    params = jax.tree.map(lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(leaf.dtype), shapes)
+    losses, gradients = [], []
+    for mesh in (one, eight):
+        placement = state_shardings(objective.parameters, mesh).params
+        with jax.set_mesh(mesh):
+            rows = jax.device_put(batch, batch_sharding(mesh))
+            program = jax.jit(partial(loss_and_gradient, objective, None), out_shardings=(None, placement))
+            (total, (weight, _)), gradient = program(jax.device_put(params, placement), rows, key)
+        losses.append(float(total / weight))
+        gradients.append(jax.tree.map(lambda g, w=weight: np.asarray(g / w), gradient))
+    differences = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), *gradients)
+    sizes = jax.tree.map(lambda g: float(np.abs(g).max()), gradients[0])
+    return {
+        "losses": losses,
+        "difference": max(jax.tree.leaves(differences)),
+        "gradient": min(jax.tree.leaves(sizes)),
+    }
+
+
 def main() -> None:
     out, *meshes = sys.argv[1:]
     with tempfile.TemporaryDirectory() as directory:
@@ -139,6 +169,11 @@ def main() -> None:
                 run = c.replace(run, {"mesh": sizes})
             mesh = make_mesh(run.mesh, jax.devices()[:1] if axes == "one" else None)
             results[name] = train(run, mesh, Path(directory) / name, checked)
+        causal = c.replace(base, {"model": {"num_layers": 1, "attention_pattern": ("dense",)}})
+        results["objectives"] = {
+            name: on_both_meshes(c.replace(causal, {"data": {"objective": name}}))
+            for name in ("masked", "prefix", "fill_in_the_middle")
+        }
     Path(out).write_text(json.dumps(results))
 
 

@@ -93,8 +93,13 @@ def test_a_banded_layer_passes_its_keys_to_neighbours_only() -> None:
         config = replace(CONFIG, {"model": {"attention_pattern": pattern, "band_width": 9}})
         (ring,) = (item for item in expected_collectives(config, shape) if item.kind == "collective-permute")
         hops[pattern] = ring.count
-        assert ring.payload == 2 * 2 * 64 * (64 * 128 // 8)  # keys and values, repeated to the heads of queries
+        assert ring.payload == 2 * 64 * (64 * 128 // 8)  # keys and values of two heads of width 16
     assert hops == {("dense",): 3 * 4 * 7, ("dense", "banded"): 3 * (2 * 7 + 2 * 2)}
+
+
+def test_heads_of_keys_are_repeated_where_tensor_needs_more() -> None:
+    assert [widths.key_value_width(MIXTURE, shards) for shards in (1, 2, 4)] == [2 * 2 * 16, 2 * 2 * 16, 2 * 4 * 16]
+    assert widths.key_value_width(GPT2, 3) == 2 * 4 * 16
 
 
 def test_experts_are_recomputed_by_all_policies_but_none() -> None:

@@ -118,9 +118,6 @@ def test_a_model_that_no_chat_stage_trained(sft, pretrained, tmp_path, o200k_har
         assert message in result.stderr
     model = dataclasses.replace(MODEL, context_length=256, vocab_size=201_088, embed_dim=4, num_layers=1)
     save_pretrained(tmp_path / "gpt_oss", settings=model)
-    config = json.loads((tmp_path / "gpt_oss" / "config.json").read_text())
-    config["batch"]["tokens_per_batch"] = model.context_length
-    (tmp_path / "gpt_oss" / "config.json").write_text(json.dumps(config))
     o200k_harmony.save(tmp_path / "gpt_oss" / "tokenizer")  # replaces its own
     result = run_command("gptjax.chat", f"--workdir={tmp_path / 'gpt_oss'}", "--template=harmony", stdin="q1\n")
     assert result.returncode == 0, result.stderr

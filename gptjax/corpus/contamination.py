@@ -27,8 +27,8 @@ _MAX_TABLE_BITS = 26  # of a table of the low bits of the grams' hashes, which e
 def collect_grams(workspace: Workspace, item: int) -> None:
     """Step `grams`: writes the 13-grams of all examples of the tasks.
 
-    Text of grams.npz: grams, uint64 (grams,), sorted hashes; owner_gram, owner_task and owner_example, int64 (owners,):
-    an example with a gram, by their indices.
+    Arrays of grams.npz: grams, uint64 (grams,), sorted hashes; owner_gram, owner_task and owner_example, int64
+    (owners,): an example with a gram, by their indices.
 
     Raises:
       UserError: a task cannot be read.

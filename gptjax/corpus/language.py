@@ -3,7 +3,7 @@
 import functools
 from typing import Any
 
-from gptjax.config import UserError, nearest
+from gptjax.config import UserError
 from gptjax.corpus.recipe import EXTRA
 from gptjax.data.packages import require_package
 
@@ -16,10 +16,7 @@ def check_languages(languages: tuple[str, ...]) -> None:
     known = sorted(map(str, _identifier().labels))
     for language in languages:
         if language not in known:
-            raise UserError(
-                f"--languages: unknown language {language!r}{nearest(language, known)}; "
-                f"known are the codes {', '.join(known)}"
-            )
+            raise UserError(f"--languages: unknown language {language!r}: known are the codes {', '.join(known)}")
 
 
 def language_of(text: str) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -83,17 +84,19 @@ def _prepare(workspace: Workspace, executor: Executor) -> None:
 
 
 def _remove_unfinished(output: Path) -> None:
-    """Removes what killed processes left, see `unfinished_path`."""
+    """Removes what killed processes left: files and directories named by `unfinished_path`."""
     for path in (*output.glob(".*"), *output.glob("work/*/.*")):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if re.fullmatch(r"\..+-[0-9a-f]{32}", path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _check_directory(workspace: Workspace) -> None:
     output = workspace.output
     if output.exists() and not output.is_dir():
         raise UserError(f"--output={output} is a file: name a directory")
-    begun = {RECIPE_FILE, "work"}  # another machine may have made only the second
-    if output.is_dir() and any(output.iterdir()) and not begun & {path.name for path in output.iterdir()}:
+    # Another machine may not have written more than its lock yet.
+    begun = (output / RECIPE_FILE).exists() or any(output.glob("work/shard-*.lock"))
+    if output.is_dir() and any(output.iterdir()) and not begun:
         raise UserError(f"--output={output} holds files that are not of a preparation: name another directory")
     try:
         output.mkdir(parents=True, exist_ok=True)

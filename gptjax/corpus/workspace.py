@@ -18,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
+from gptjax.config import UserError
 from gptjax.corpus.recipe import Recipe
 from gptjax.data.prepared_directories import sync
-from gptjax.files import read_json, unfinished_path
+from gptjax.files import read_arrays, read_json, unfinished_path
 
 
 class Part(NamedTuple):
@@ -109,9 +110,9 @@ def write_part(path: Path, texts: list[bytes]) -> None:
 
 def read_part(part: Part) -> Iterator[str]:
     """Yields the documents of a part."""
-    with np.load(part.path, allow_pickle=False) as arrays:
-        ends = np.cumsum(arrays["lengths"]).tolist()
-        text = zstandard.ZstdDecompressor().decompress(arrays["text"].tobytes())
+    arrays = load(part.path)
+    ends = np.cumsum(arrays["lengths"]).tolist()
+    text = zstandard.ZstdDecompressor().decompress(arrays["text"].tobytes())
     begin = 0
     for end in ends:
         yield text[begin:end].decode()
@@ -119,9 +120,11 @@ def read_part(part: Part) -> Iterator[str]:
 
 
 def load(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """Reads the arrays of an .npz file of the workspace."""
-    with np.load(path, allow_pickle=False) as arrays:
-        return dict(arrays)
+    """Reads the arrays of an .npz file of the workspace; raises UserError if it is damaged."""
+    try:
+        return read_arrays(path)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged, remove its directory and run the same command again: {error}") from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -20,6 +20,7 @@ from gptjax.data import pipeline, preparation
 from gptjax.data.pipeline import held_out_documents, open_corpus
 from gptjax.data.preparation import prepare
 from gptjax.data.tokenizers import BytesTokenizer
+from gptjax.files import unfinished_path
 from tests.commands import run_command
 
 
@@ -113,7 +114,7 @@ def test_a_killed_preparation_resumes(
         if ran and ran[-1] == ("killed", 0):
             ran.pop()
         elif len(ran) % 5 == 4:
-            torn = workspace.output / "work" / "read" / ".000000-torn"
+            torn = unfinished_path(workspace.output / "work" / "read" / "000000")
             torn.mkdir(exist_ok=True)
             (torn / "index.json").write_text("{")
             ran.append(("killed", 0))
@@ -143,7 +144,8 @@ def test_a_complete_corpus_stays_and_another_recipe_is_refused(recipe: Recipe, t
         prepare_corpus(dataclasses.replace(recipe, similarity=0.9), output, tmp_path, Executor())
     shutil.rmtree(output)
     output.mkdir()
-    (output / "mine.txt").write_text("")
+    (output / "work").mkdir()
+    (output / ".mine").write_text("")
     with pytest.raises(UserError, match="holds files that are not of a preparation"):
         prepare_corpus(recipe, output, tmp_path, Executor())
 
@@ -162,6 +164,22 @@ def test_a_damaged_line_is_named_by_a_worker(recipe: Recipe, tmp_path: Path) -> 
     path = Path(recipe.source.removeprefix("jsonl:"))
     path.write_text('{"text": "good"}\n{"text": 3}\n')
     with pytest.raises(UserError, match=r"corpus.jsonl:2: field 'text' is not a string"):
+        prepare_corpus(recipe, tmp_path / "out", tmp_path, Executor())
+
+
+def test_a_damaged_result_is_named(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise UserError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gptjax.corpus.run_preparation.select", stop)
+        with pytest.raises(UserError, match="stopped"):
+            prepare_corpus(recipe, tmp_path / "out", tmp_path, Executor())
+    damaged = tmp_path / "out" / "work" / "measure" / "000002" / "documents.npz"
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(UserError, match=r"000002/documents.npz is damaged"):
         prepare_corpus(recipe, tmp_path / "out", tmp_path, Executor())
 
 

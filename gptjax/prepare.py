@@ -54,7 +54,7 @@ SHARD = flags.DEFINE_string(
     "shard", "0/1", "i/n: this is machine i of n, from 0, that run the same command with a shared --output."
 )
 CACHE_DIR = flags.DEFINE_string("cache_dir", DataConfig.cache_dir, "Directory of vocabularies and trained tokenizers.")
-SHOW = flags.DEFINE_bool("show", False, "Print the first rows of the batches of --config, and the lengths of documents.")
+SHOW = flags.DEFINE_bool("show", False, "Print what the batches of --config hold, and the lengths of documents.")
 ROWS = flags.DEFINE_integer("rows", 2, "Rows that --show prints.", lower_bound=1)
 CONFIG = cli.ConfigFlag()
 

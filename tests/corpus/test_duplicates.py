@@ -124,6 +124,7 @@ def test_bands_find_pairs_of_the_threshold() -> None:
         bands = Bands(threshold)
         assert 1 - (1 - threshold**bands.rows) ** bands.bands >= 0.99
         assert bands.num_hashes <= 128
+        assert threshold - 0.1 <= bands.least_equal / bands.num_hashes <= threshold
 
 
 def test_a_signature_estimates_the_similarity() -> None:

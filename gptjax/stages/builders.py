@@ -9,7 +9,7 @@ from gptjax.data.conversations import Prompt
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.stages import pretrain, registry, sft
 from gptjax.stages.finetune import build as finetune
-from gptjax.stages.preference import dpo, ranked, reward
+from gptjax.stages.preference import ranked, reward
 from gptjax.stages.rl import grpo, policy_stage, ppo
 from gptjax.training.objective import Objective
 from gptjax.training.stage import Stage
@@ -19,7 +19,7 @@ BUILDERS: dict[str, Callable[[Config, Mesh, Tokenizer | None, Callable[[Config],
     "finetune": finetune.build,
     "sft": sft.build,
     "reward": reward.build,
-    "dpo": dpo.build,
+    "dpo": ranked.build_ranked,
     "ppo": ppo.build,
     "grpo": grpo.build,
 }

@@ -88,12 +88,14 @@ DEFINITION = Definition(
 )
 
 
-def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None, define: Callable[[Config], Objective]) -> Stage:
+def build(
+    config: Config, mesh: Mesh, tokenizer: Tokenizer | None, make_objective: Callable[[Config], Objective]
+) -> Stage:
     """The stage on `mesh`; prepares the corpus when it is not in the cache.
 
     Args:
       tokenizer: of the run that resumes; None: the one that the config names.
-      define: complete config -> parameters and loss.
+      make_objective: complete config -> parameters and loss.
 
     Raises:
       UserError: the corpus cannot be read or is too short, the model's vocabulary is smaller than the tokenizer's,
@@ -116,7 +118,7 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None, define: Calla
     check_fit(config, mesh)
     training_examples = objectives.examples(config, mixture.train, tokenizer, config.seed)
 
-    objective, microbatch, read = define(config), config.sequences_per_microbatch, reader(config, mesh)
+    objective, microbatch, read = make_objective(config), config.sequences_per_microbatch, reader(config, mesh)
     if config.batch.total_tokens is not None:
         total_tokens = config.batch.total_tokens
     else:

@@ -20,7 +20,7 @@ from gptjax.models.gpt import GPT, init_params
 from gptjax.stages import pretrain, sft
 from gptjax.stages.definition import Definition
 from gptjax.stages.finetune import task_model
-from gptjax.stages.preference import dpo_objective, reward_model
+from gptjax.stages.preference import dpo, reward_model
 from gptjax.stages.rl import rl_objective
 from gptjax.training.objective import Objective
 
@@ -29,7 +29,7 @@ DEFINITIONS: dict[str, Definition] = {
     "finetune": task_model.DEFINITION,
     "sft": sft.DEFINITION,
     "reward": reward_model.DEFINITION,
-    "dpo": dpo_objective.DEFINITION,
+    "dpo": dpo.DEFINITION,
     "ppo": rl_objective.PPO,
     "grpo": rl_objective.GRPO,
 }

@@ -46,12 +46,14 @@ DEFINITION = Definition(
 )
 
 
-def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None, define: Callable[[Config], Objective]) -> Stage:
+def build(
+    config: Config, mesh: Mesh, tokenizer: Tokenizer | None, make_objective: Callable[[Config], Objective]
+) -> Stage:
     """Builds the stage on `mesh`.
 
     Args:
       tokenizer: of the run that resumes; None: that of the weights to start from, or the one that the config names.
-      define: complete config -> parameters and loss.
+      make_objective: complete config -> parameters and loss.
 
     Raises:
       UserError: as in `open_chat`; a conversation whose last exchange is longer than the context.
@@ -61,7 +63,7 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None, define: Calla
     validation = _rows(data, data.validation, None, None)
     tokens_per_epoch, tokens = positions(data.config, train)
     config = in_tokens(data.config, tokens_per_epoch)
-    objective, size, read = define(config), config.sequences_per_microbatch, reader(config, mesh)
+    objective, size, read = make_objective(config), config.sequences_per_microbatch, reader(config, mesh)
     return Stage(
         objective=objective,
         tokenizer=data.tokenizer,

@@ -194,7 +194,7 @@ def test_a_run_reads_the_corpus(recipe: Recipe, tmp_path: Path, tiny: object) ->
     assert corpus.train[0]["tokens"].shape == (16,)
     split = corpus.validation.split
     texts = [corpus.tokenizer.decode(split.read(i, 0, int(n) - 1)) for i, n in enumerate(split.lengths)]
-    assert list(held_out_documents(data)) == texts
+    assert list(held_out_documents(data, corpus.tokenizer)) == texts
     again = open_corpus(data, context_length=16, seed=0, tokenizer=corpus.tokenizer)
     np.testing.assert_array_equal(again.train[3]["tokens"], corpus.train[3]["tokens"])
     for wrong in ("bytes", "bpe:400"):

@@ -43,12 +43,14 @@ class RowSplits:
     test: list[Row]  # for the final report
 
 
-def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None, define: Callable[[Config], Objective]) -> Stage:
+def build(
+    config: Config, mesh: Mesh, tokenizer: Tokenizer | None, make_objective: Callable[[Config], Objective]
+) -> Stage:
     """Builds the stage on `mesh`.
 
     Args:
       tokenizer: of the run to resume; None: that of the weights to start from, or the one that the config names.
-      define: complete config -> parameters and loss.
+      make_objective: complete config -> parameters and loss.
 
     Raises:
       UserError: rows that cannot be read or have no label, missing weights, sizes that do not divide over the mesh.
@@ -77,7 +79,7 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None, define: Calla
     )
     config = in_tokens(config, examples.tokens_per_epoch)
     check_fit(config, mesh)
-    objective = define(config)
+    objective = make_objective(config)
     predictor = Predictor(TaskModel(config), tokenizer, mesh, size, assemble=objective.parameters.merge)
     batch = config.batch
     epochs = 0.0 if batch.epochs is None else batch.epochs

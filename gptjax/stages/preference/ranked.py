@@ -26,14 +26,14 @@ def build_ranked(
     config: Config,
     mesh: Mesh,
     tokenizer: Tokenizer | None,
-    define: Callable[[Config], Objective],
+    make_objective: Callable[[Config], Objective],
     conclude: Callable[[Config, Callable[[], Iterator[Microbatch]], Mesh], Conclude] | None = None,
 ) -> Stage:
     """Builds the stage on `mesh`.
 
     Args:
       tokenizer: of the run that resumes; None: that of the weights to start from, or the one that the config names.
-      define: complete config -> parameters and loss.
+      make_objective: complete config -> parameters and loss.
       conclude: config, batches that have the best completion of each training prompt, and mesh -> what the stage does
         at the end of training.
 
@@ -50,7 +50,7 @@ def build_ranked(
     validation = PackedRankings(_encode(data, data.validation), context, pack=pack, seed=None)
     tokens_per_epoch, tokens = positions(data.config, train)
     config = in_tokens(data.config, tokens_per_epoch)
-    objective, size, read = define(config), config.sequences_per_microbatch, reader(config, mesh)
+    objective, size, read = make_objective(config), config.sequences_per_microbatch, reader(config, mesh)
     return Stage(
         objective=objective,
         tokenizer=data.tokenizer,

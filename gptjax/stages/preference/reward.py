@@ -21,9 +21,11 @@ from gptjax.training.objective import Batch, Measures, Objective
 from gptjax.training.stage import Stage
 
 
-def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None, define: Callable[[Config], Objective]) -> Stage:
+def build(
+    config: Config, mesh: Mesh, tokenizer: Tokenizer | None, make_objective: Callable[[Config], Objective]
+) -> Stage:
     """The stage on `mesh`; arguments and errors are those of `build_ranked`."""
-    return build_ranked(config, mesh, tokenizer, define, _conclude)
+    return build_ranked(config, mesh, tokenizer, make_objective, _conclude)
 
 
 def _conclude(config: Config, read: Callable[[], Iterator[Microbatch]], mesh: Mesh) -> Callable[[Any, int, Path], str]:

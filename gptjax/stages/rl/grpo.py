@@ -15,9 +15,11 @@ from gptjax.training.objective import Objective
 from gptjax.training.stage import Stage
 
 
-def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None, define: Callable[[Config], Objective]) -> Stage:
+def build(
+    config: Config, mesh: Mesh, tokenizer: Tokenizer | None, make_objective: Callable[[Config], Objective]
+) -> Stage:
     """Builds the stage on `mesh`; arguments and errors are those of `build_rl`."""
-    return build_rl(config, mesh, tokenizer, define, loss_arrays)
+    return build_rl(config, mesh, tokenizer, make_objective, loss_arrays)
 
 
 def loss_arrays(config: Config, completions: Completions) -> tuple[Arrays, dict[str, float]]:

@@ -29,7 +29,7 @@ def build_rl(
     config: Config,
     mesh: Mesh,
     tokenizer: Tokenizer | None,
-    define: Callable[[Config], Objective],
+    make_objective: Callable[[Config], Objective],
     loss_arrays: Callable[[Config, Completions], tuple[Arrays, dict[str, float]]],
     text: Callable[[ChatData[Prompt]], Callable[[int, int], ExampleArrays] | None] | None = None,
 ) -> Stage:
@@ -37,7 +37,7 @@ def build_rl(
 
     Args:
       tokenizer: of the run that resumes; None: that of the weights to start from.
-      define: complete config -> parameters and loss.
+      make_objective: complete config -> parameters and loss.
       loss_arrays: from the complete config and completions to the arrays and metrics that `Rollouts` takes.
       text: from the data to the function that reads rows of pretraining text, see `Rollouts`.
 
@@ -60,7 +60,7 @@ def build_rl(
     config = in_tokens(data.config, tokens_per_epoch)
     total_tokens = _total_tokens(config, len(train), rollouts.tokens_per_prompt)
     return Stage(
-        objective=define(config),
+        objective=make_objective(config),
         tokenizer=data.tokenizer,
         total_tokens=total_tokens,
         batches=rollouts.batches,

@@ -24,7 +24,9 @@ from gptjax.training.objective import Objective
 from gptjax.training.stage import Stage
 
 
-def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None, define: Callable[[Config], Objective]) -> Stage:
+def build(
+    config: Config, mesh: Mesh, tokenizer: Tokenizer | None, make_objective: Callable[[Config], Objective]
+) -> Stage:
     """Builds the stage on `mesh`.
 
     Arguments are those of `build_rl`.
@@ -34,7 +36,7 @@ def build(config: Config, mesh: Mesh, tokenizer: Tokenizer | None, define: Calla
     """
     if config.ppo.value_init == "reward":
         _check_same_tokens(config, expand(config.rl.reward.partition(":")[2]))
-    return build_rl(config, mesh, tokenizer, define, loss_arrays, _text)
+    return build_rl(config, mesh, tokenizer, make_objective, loss_arrays, _text)
 
 
 def _check_same_tokens(config: Config, reward: Path) -> None:

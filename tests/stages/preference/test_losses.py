@@ -16,7 +16,7 @@ from gptjax.data.templates import EncodedConversation
 from gptjax.losses.cross_entropy import cross_entropy, target_logprobs
 from gptjax.models.gpt import GPT, head_embedding, hidden_states
 from gptjax.stages.policy import REFERENCE
-from gptjax.stages.preference.dpo_objective import completion_logprobs, dpo_loss
+from gptjax.stages.preference.dpo import completion_logprobs, dpo_loss
 from gptjax.stages.preference.reward_model import RewardModel
 from tests.tiny_tasks import CONTEXT, MODEL
 

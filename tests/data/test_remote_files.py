@@ -176,7 +176,13 @@ def test_every_kind_of_file_gives_the_same_batches_after_an_interrupted_preparat
     }
 
     def examples(source: str, cache: str) -> list[np.ndarray]:
-        data = DataConfig(source, None, 0.1, "bytes", cache_dir=str(tmp_path / cache), document_separator="---")
+        data = DataConfig(
+            source=source,
+            validation_fraction=0.1,
+            tokenizer="bytes",
+            cache_dir=str(tmp_path / cache),
+            document_separator="---",
+        )
         corpus = open_corpus(data, context_length=32, seed=3)
         return [split[i]["tokens"] for split in (corpus.train, corpus.validation) for i in range(6)]
 

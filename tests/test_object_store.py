@@ -189,6 +189,6 @@ def test_other_stores_are_refused_in_one_line(url: str, why: str) -> None:
 def test_without_gcsfs_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     bucket_client.client.cache_clear()
     monkeypatch.setitem(sys.modules, "gcsfs.core", None)
-    with pytest.raises(UserError, match=r"pip install 'gptjax\[gcs\]'"):
+    with pytest.raises(UserError, match=r"pip install 'gptjax\[remote\]'"):
         expand("gs://bucket/run")
     bucket_client.client.cache_clear()

@@ -60,7 +60,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             random_answers=3 if stage in (reward, dpo) and not args["data"] else 0,
             pretraining_source=args["text"] or None,
         ),
-        rl=c.RLConfig(reward=args["reward"], response_tokens=model.context_length // 4),
+        rl=c.RLConfig(reward=args["reward"]),
         # Appendix C: Adam with 0.9 and 0.95, cosine to 10 % of the peak, no warm-up.
         optimizer=c.OptimizerConfig(beta2=0.95, weight_decay=0.0, floor_lr_fraction=0.1),
     )
@@ -97,6 +97,10 @@ def reward(config: c.Config) -> c.Config:
     )
 
 
+def response_tokens(config: c.Config) -> int:
+    return config.model.context_length // 4
+
+
 def ppo(config: c.Config) -> c.Config:
     """Appendix C.4: 256k completions of 31k prompts, 512 an iteration, in batches of 64.
 
@@ -107,7 +111,7 @@ def ppo(config: c.Config) -> c.Config:
         config,
         {
             "model": AS_REFERENCE,
-            "rl": {"prompts_per_iteration": 512, "kl_weight": 0.02},
+            "rl": {"response_tokens": response_tokens(config), "prompts_per_iteration": 512, "kl_weight": 0.02},
             "ppo": {
                 "value_init": "reward" if from_reward else "policy",
                 "pretraining_weight": 27.8 if config.chat.pretraining_source else 0.0,
@@ -132,7 +136,12 @@ def grpo(config: c.Config) -> c.Config:
         config,
         {
             "model": AS_REFERENCE,
-            "rl": {"prompts_per_iteration": 16, "responses_per_prompt": 64, "kl_weight": 0.04},
+            "rl": {
+                "response_tokens": response_tokens(config),
+                "prompts_per_iteration": 16,
+                "responses_per_prompt": 64,
+                "kl_weight": 0.04,
+            },
             "batch": {"epochs": 1.0, "tokens_per_batch": 16 * config.model.context_length},
             "optimizer": {"peak_lr": 1e-6, "schedule": "constant"},
             "evaluation": {"metric": "reward", "every_epochs": 0.25},

@@ -20,6 +20,7 @@ def test_every_stage_resolves(module, pretrained):
             end += ",reward=bleu" if stage in ("ppo", "grpo") else ""
             config = c.resolve(module.get_config(f"stage={stage},init_from={pretrained}{end}"))
             registry.check(config)
+            registry.check_sections(config)
             assert config.stage == stage
             assert (config.model.context_length, config.model.embed_dim) == (MODEL.context_length, MODEL.embed_dim)
             assert config.data.source == "chatterbot"

@@ -69,7 +69,9 @@ def rl_config(stage: str, directory: Path, sft: Path, reward: Path | None = None
             response_tokens=4,
             generate_batch=8,
         ),
-        ppo=c.PPOConfig(value_init="policy" if reward is None else "reward", value_lr=1e-2),
+        ppo=c.PPOConfig(value_init="policy" if reward is None else "reward", value_lr=1e-2)
+        if stage == "ppo"
+        else c.PPOConfig(),
         batch=c.BatchConfig(epochs=1.0, tokens_per_batch=BATCH * CONTEXT),
         optimizer=c.OptimizerConfig(peak_lr=1e-2, schedule="constant", weight_decay=0.0),
         evaluation=c.EvaluationConfig(metric="reward"),

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -125,13 +124,13 @@ def test_dropout_of_a_parameter_is_refused(exported):
     assert not (directory / "new").exists()
 
 
-@pytest.mark.skipif(None in map(find_spec, ("torch", "peft")), reason="needs torch and peft")
 # PEFT compares the patterns of ranks with modules only, and warns that it ignores those of parameters, which it reads.
 @pytest.mark.filterwarnings("ignore:.*_pattern keys did not match any targeted module:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("exported", CASES, ids="-".join, indirect=True)
 def test_peft_computes_the_same(exported):
-    import peft as peft_library
+    pytest.importorskip("torch")
+    peft_library = pytest.importorskip("peft")
     import transformers
 
     gpt, both, config, directory = exported

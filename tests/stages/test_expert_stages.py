@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -102,12 +101,10 @@ def test_the_export_is_the_model_with_its_matrices_folded_in(runs, tmp_path):
     assert all(path.endswith("/kernel") for path in changed)
 
 
-@pytest.mark.skipif(None in map(find_spec, ("torch", "peft")), reason="needs torch and peft")
 @pytest.mark.filterwarnings("ignore:.*_pattern keys did not match any targeted module:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_transformers_says_the_same(runs, tmp_path):
-    import peft as peft_library
-    import torch
+    torch, peft_library = pytest.importorskip("torch"), pytest.importorskip("peft")
     import transformers
 
     weights = weights_of(runs["grpo"])

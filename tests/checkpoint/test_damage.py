@@ -162,6 +162,7 @@ def test_without_a_whole_checkpoint_nothing_starts_over(trained):
 # --- runs that cannot be resumed are not restarted --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["damaged", "records", "damaged records"])
 def test_a_lost_run_is_begun_anew_only_on_demand(trained, kind, capsys):
     config, workdir = trained

@@ -274,6 +274,7 @@ def with_tokens(directory: Path, names: list[str], **files: dict) -> Path:
 GENERIC = ["<|endoftext|>", "</s>", "<a>", "stop"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("files", "ends"),
     [

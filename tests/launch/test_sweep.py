@@ -59,6 +59,7 @@ def checkpoints(workdir: Path) -> int:
     return len([path for path in workdir.glob("checkpoints/*") if path.name.isdecimal()])
 
 
+@pytest.mark.slow
 def test_a_sweep_whose_worker_and_driver_are_killed_has_the_same_table(config_file, tmp_path):
     from gptjax.run import run
 

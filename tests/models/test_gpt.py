@@ -136,6 +136,7 @@ def test_recomputation_saves_memory():
     assert full < 0.8 * dots < 0.8 * none
 
 
+@pytest.mark.slow
 def test_recomputing_activations_changes_no_number_and_saves_memory():
     """Softmax and activation, with dropout."""
     config = dataclasses.replace(TINY, residual_dropout=0.2, attention_dropout=0.2)

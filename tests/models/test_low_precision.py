@@ -115,6 +115,7 @@ def losses(matmul_dtype: str, steps: int = 12) -> list[float]:
     return measured
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("matmul_dtype", low_precision.DOT_GENERAL)
 def test_a_model_learns_as_much(emulated, matmul_dtype):
     ours, exact = losses(matmul_dtype), losses("model")

@@ -72,9 +72,9 @@ def test_routes_visit_every_needed_device_once_and_stop(shards):
 
 def test_without_a_context_axis_the_order_is_natural():
     x_BT = jnp.arange(12).reshape(2, 6)
-    assert balanced_order.balance(x_BT) is x_BT
+    assert balanced_order.to_balanced_order(x_BT) is x_BT
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
-        assert balanced_order.restore(x_BT) is x_BT
+        assert balanced_order.from_balanced_order(x_BT) is x_BT
 
 
 @pytest.mark.parametrize(("names", "rings"), [(["attention"], 2), ([], 3)])

@@ -13,6 +13,7 @@ def results(run_script) -> dict[str, Any]:
     return run_script(Path(__file__).with_name("count_on_cpus.py"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trips", [3, 9])
 def test_a_collective_in_a_loop_counts_once_per_iteration(results, trips):
     found = [item for item in results[f"loop of {trips}"]["collectives"] if item["kind"] == "all-reduce"]

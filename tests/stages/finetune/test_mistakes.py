@@ -99,10 +99,6 @@ def test_weights_that_are_not_there(pretrained, tmp_path):
 def test_what_is_about_places_is_not_mixed(tmp_path):
     from gptjax.config import check
 
-    for kind in ("regression", "question_answering"):
-        config = replace(run_config(tmp_path, kind, None), {"regularisation": {"label_smoothing": 0.1}})
-        with pytest.raises(UserError, match=rf"regularisation\.label_smoothing=0\.1 .* task\.kind={kind}"):
-            check(config)
     config = replace(run_config(tmp_path, "tagging", None), {"regularisation": {"mixup_alpha": 0.2}})
     with pytest.raises(UserError, match=r"regularisation\.mixup_alpha=0\.2 .* task\.kind=tagging"):
         check(config)

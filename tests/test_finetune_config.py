@@ -57,6 +57,7 @@ def test_full_attention_is_without_the_language_model_loss(module):
         registry.check(config)
 
 
+@pytest.mark.slow
 def test_runlocal_finds_the_entities_of_the_training_rows(module, tmp_path, monkeypatch):
     """The defaults find entities: a run with them, on few sentences that repeat, does not end at an F1 of 0."""
     sentences = labelled.read_rows("hironsan", "tagging")[:8]
@@ -87,6 +88,7 @@ def test_every_method_needs_and_takes_weights_to_start_from(module, pretrained):
         module.get_config(f"init_from={pretrained.parent}")
 
 
+@pytest.mark.slow
 def test_runlocal_trains_on_the_tweets(module, tmp_path, monkeypatch):
     """A few of them, and from scratch: with a vocabulary of their own."""
     tweets = labelled.read_rows("tweets", "classification")[::500][:71]  # 64 of them to train on

@@ -156,6 +156,7 @@ def test_rows_of_a_file_and_its_columns(command, workdir_of, tmp_path):
         command(f"--workdir={workdir}", source)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_labelled_rows_are_scored_as_in_the_run(command, workdir_of, tmp_path, capsys, kind):
     """The report of the validation rows, which is also the run's own."""

@@ -210,7 +210,7 @@ def test_metrics(tmp_path, data):
 @given(st.data())
 def test_locks(tmp_path, data):
     (tmp_path / "run.lock").write_bytes(changed(data.draw, lock._describe()))
-    owner, beat = lock._read(tmp_path / "run.lock")
+    owner, beat = lock._lock_of(tmp_path).read()
     assert isinstance(owner, dict)
     assert beat is not None
 

@@ -23,6 +23,8 @@ from gptjax.training.metrics_file import read_metrics
 from tests.tiny_chats import config_of, rl_config
 from tests.tiny_tasks import MODEL, save_pretrained
 
+pytestmark = pytest.mark.slow
+
 CONTEXT, NEW = 128, 100
 OSS = dataclasses.replace(
     MODEL,

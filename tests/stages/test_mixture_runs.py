@@ -51,6 +51,7 @@ def copied(whole, tmp_path) -> tuple[Config, Path]:
     return whole.config, shutil.copytree(whole.workdir, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_five_kills_change_nothing(whole, tmp_path, monkeypatch):
     for _ in range(5):  # each process saves a step, and dies in the next one
         train_and_die(whole.config, tmp_path / "killed", 3, monkeypatch)

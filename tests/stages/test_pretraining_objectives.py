@@ -137,6 +137,7 @@ def workdirs(configs, tmp_path_factory) -> dict[str, Path]:
     return {name: directory / name for name in configs}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_run_is_resumed_exactly(name, configs, workdirs, tmp_path, monkeypatch):
     train_and_die(configs[name], tmp_path / "resumed", 11, monkeypatch)  # in the middle of step 6

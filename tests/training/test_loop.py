@@ -225,8 +225,7 @@ def test_init_from_starts_at_the_other_runs_average(whole, tmp_path):
 
 def test_a_disk_without_room_stops_before_writing(finished, monkeypatch):
     before = saved(finished.workdir)
-    usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr("gptjax.checkpoint.manager.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("gptjax.checkpoint.manager.free_bytes", lambda directory: 1000)
     longer = replace(finished.config, {"batch": {"total_tokens": 9 * 128}})
     with pytest.raises(UserError, match=r"no room for a checkpoint .* the last good checkpoint is step 6"):
         run(longer, finished.workdir, allow_config_changes=True)

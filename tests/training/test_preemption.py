@@ -32,6 +32,7 @@ def stop_at(boundary: int, config: Config, workdir: Path, monkeypatch: pytest.Mo
     return str(request.value)
 
 
+@pytest.mark.slow
 def test_stopped_anywhere_it_goes_on_as_if_undisturbed(tiny, tmp_path, monkeypatch):
     # 4 batches an evaluation; before step 1 there are 4 boundaries, and one after every step.
     config = replace(tiny, {"batch": {"ramp_start_tokens": 64, "ramp_tokens": 256}, "logging": {"every_steps": 3}})

@@ -15,11 +15,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 from absl import app, flags, logging
 
 from benchmarks import fault_drill
-from benchmarks.fault_drill import DAMAGES, INTERVAL, KILLED, PATIENCE, STEPS, STOPPED, arrays, records, wait_until
+from benchmarks.fault_drill import DAMAGES, INTERVAL, KILLED, PATIENCE, STEPS, STOPPED, compare, wait_until
 from gptjax.files import expand
 from tests.gcs_emulator import Emulator, emulated
 
@@ -134,14 +133,10 @@ def main(argv: list[str]) -> None:
             print(f"  {kind}{text}: resumed from step {run.restored(logged)}", flush=True)
             if not ended_well:
                 raise SystemExit(f"{kind}: the run did not end as expected\n{run.log.read_text()[-3000:]}")
-        one, other = records(undisturbed.workdir), records(run.workdir)
-        first, second = arrays(undisturbed.workdir), arrays(run.workdir)
-    same_arrays = sum(name in second and np.array_equal(first[name], second[name]) for name in first)
-    print(f"\ndamages: {damaged}, of which noticed, as the damaged object is read: {noticed}")
-    print(f"records equal: {sum(a == b for a, b in zip(one, other, strict=False))} of {max(len(one), len(other))}")
-    print(f"arrays of the last checkpoint equal, bit for bit: {same_arrays} of {len(first)}")
+        print(f"\ndamages: {damaged}, of which noticed, as the damaged object is read: {noticed}")
+        equal = compare(undisturbed.workdir, run.workdir)
     print(f"took {(time.monotonic() - begin) / 60:.1f} minutes; {len(emulator.requests):,} requests")
-    if one != other or same_arrays != len(first) or first.keys() != second.keys():
+    if not equal:
         raise SystemExit("the disturbed run differs from the undisturbed one")
     if values.directory is None:
         shutil.rmtree(directory)

@@ -334,6 +334,16 @@ def write_text(directory: Path) -> None:
     (directory / "text.jsonl").write_text("\n".join(lines) + "\n")
 
 
+def compare(undisturbed: Path, disturbed: Path) -> bool:
+    """Prints how many records and arrays of the last checkpoint are equal in two workdirs; returns whether all are."""
+    one, other = records(undisturbed), records(disturbed)
+    first, second = arrays(undisturbed), arrays(disturbed)
+    same_arrays = sum(name in second and np.array_equal(first[name], second[name]) for name in first)
+    print(f"records equal: {sum(a == b for a, b in zip(one, other, strict=False))} of {max(len(one), len(other))}")
+    print(f"arrays of the last checkpoint equal, bit for bit: {same_arrays} of {len(first)}")
+    return one == other and same_arrays == len(first) and first.keys() == second.keys()
+
+
 def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     values = flags.FLAGS
@@ -352,17 +362,12 @@ def main(argv: list[str]) -> None:
         name = f"SIGKILL while {kind}" if kind in KILLS else kind
         counts = f"{outcome.injected:>8} {outcome.survived:>8}"
         print(f"{name:<24} {counts} {sum(outcome.redone):>12} {max(outcome.redone, default=0):>8}")
-    one, other = records(undisturbed.workdir), records(disturbed.workdir)
-    same_losses = sum(a == b for a, b in zip(one, other, strict=False))
-    first, second = arrays(undisturbed.workdir), arrays(disturbed.workdir)
-    same_arrays = sum(name in second and np.array_equal(first[name], second[name]) for name in first)
     print(
         f"\ndamages in files that are read, and so noticed: {outcomes[DAMAGED].noticed} of {outcomes[DAMAGED].injected}"
     )
-    print(f"records equal: {same_losses} of {max(len(one), len(other))}")
-    print(f"arrays of the last checkpoint equal, bit for bit: {same_arrays} of {len(first)}")
+    equal = compare(undisturbed.workdir, disturbed.workdir)
     print(f"took {(time.monotonic() - begin) / 60:.1f} minutes")
-    if one != other or same_arrays != len(first) or first.keys() != second.keys():
+    if not equal:
         raise SystemExit("the disturbed run differs from the undisturbed one")
     if values.directory is None:
         shutil.rmtree(directory)

@@ -104,8 +104,8 @@ def run_sweep(path: str, workdir: Path) -> dict[str, int]:
 def run_search(path: str, name: str, workdir: Path) -> dict[str, int]:
     """Runs the trials that Optuna samples from a config file's search space, as `run_sweep`."""
     from gptjax.config import load_config
+    from gptjax.launch.hyperparameter_search import Search, Settings
     from gptjax.launch.members import make_members, read_space
-    from gptjax.launch.search import Search, Settings
 
     if SWEEP.value or LIST.value:
         raise UserError("--search draws its runs while it runs: drop --sweep and --list")
@@ -156,7 +156,7 @@ def report(
     workdir: Path, members: "Sequence[Member]", failed: Mapping[str, int], last_steps: Mapping[str, int]
 ) -> None:
     """Prints the table of the runs that are done, and the names and logs of those that failed."""
-    from gptjax.launch.report import failures, write_tables
+    from gptjax.launch.sweep_report import failures, write_tables
 
     done = [member for member in members if member.name not in failed]
     if done:

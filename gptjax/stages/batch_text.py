@@ -43,7 +43,8 @@ def show(config: Config, rows: int = 2) -> str:
     """
     registry.check(config)
     mesh = make_mesh(config.mesh)
-    if config.stage in ("ppo", "grpo"):
+    definition = registry.definition(config)
+    if "rl" in definition.sections:
         data = open_chat(config, mesh, None, prompts_of)
         prompts = encoded_prompts(data, data.train)
         text = _Text(data.tokenizer, data.chat_format.special_tokens)
@@ -56,7 +57,6 @@ def show(config: Config, rows: int = 2) -> str:
     batches = stage.batches(0, None)
     first = next(batches)
     shown = [_example(stage.config, first, row, text) for row in range(min(rows, len(first.arrays["tokens"])))]
-    definition = registry.definition(config)
     if definition.conversational or definition.head is not None:
         lengths = list(itertools.islice(_lengths(itertools.chain([first], batches)), MEASURED))
         measured = _histogram(lengths, "sequences, in the order of training")

@@ -10,8 +10,8 @@ import pytest
 from gptjax import config as c
 from gptjax.config import UserError
 from gptjax.launch import grid
+from gptjax.launch.hyperparameter_search import PRUNERS, SAMPLERS, Search, Settings
 from gptjax.launch.members import make_members
-from gptjax.launch.search import PRUNERS, SAMPLERS, Search, Settings
 
 pytest.importorskip("optuna")
 

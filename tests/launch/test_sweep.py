@@ -12,7 +12,7 @@ from gptjax import config as c
 from gptjax.checkpoint.lock import is_held_here, wait_until_free
 from gptjax.launch import attempts
 from gptjax.launch.members import make_members, read_sweep
-from gptjax.launch.report import write_tables
+from gptjax.launch.sweep_report import write_tables
 from tests.commands import Command, run_command, start_command
 
 FILE = """

@@ -89,6 +89,15 @@ def defined_names(path: Path) -> set[str]:
     return names
 
 
+def test_no_docstring_has_a_cross_reference_of_markdown() -> None:
+    """`[A][B]` outside of backticks is a link to B for the documentation site, and an error where there is no B."""
+    for path in sorted((ROOT / "gptjax").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                prose = re.sub(r"`[^`]*`", "", ast.get_docstring(node) or "")
+                assert not re.findall(r"\]\[[^\]]*\]", prose), f"{path}:{node}"
+
+
 def test_contributing_names_the_place_of_every_new_thing() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
     rows = re.findall(r"^\| ([^|]+) \| [^|]*`(?:gptjax|docs|tests)/", text, flags=re.MULTILINE)

@@ -30,7 +30,7 @@ class ParquetFiles(FileSource):
 
 
 class SavedDataset(FileSource):
-    """A dataset saved by `datasets.save_to_disk`; `argument` is DIR[@SPLIT][#FIELD]."""
+    """A dataset saved by `datasets.save_to_disk`; `argument` is `DIR[@SPLIT][#FIELD]`."""
 
     def __init__(self, spec: str, invalid_utf8: InvalidUtf8, argument: str) -> None:
         directory, split, field = split_saved(argument)
@@ -68,7 +68,7 @@ class HubSource(Source):
 
 
 def split_saved(argument: str) -> tuple[Path, str | None, str | None]:
-    """Splits DIR[@SPLIT][#FIELD]; a directory whose name has these characters is found as it is."""
+    """Splits `DIR[@SPLIT][#FIELD]`; a directory whose name has these characters is found as it is."""
     whole = Path(argument).expanduser()
     if whole.is_dir():
         return whole, None, None

@@ -130,8 +130,8 @@ def read_conversations(spec: str, *, invalid_utf8: InvalidUtf8 = "error", harmon
           {"instruction": ..., "input": ..., "output": ...}, or TRL's {"prompt": ..., "completion": ...}, both texts or
           lists of messages. A field `system` or `system_prompt` is the system message. The content may be a list of
           parts {"type": "text", "text": ...}. The role developer is read as system;
-        parquet:GLOB, arrow:DIR[@SPLIT], hf:OWNER/NAME[@CONFIG:SPLIT][?revision=COMMIT], tfds:NAME[@SPLIT] — a dataset
-          with such columns, as in `labelled.read_rows`;
+        `parquet:GLOB`, `arrow:DIR[@SPLIT]`, `hf:OWNER/NAME[@CONFIG:SPLIT][?revision=COMMIT]`, `tfds:NAME[@SPLIT]` — a
+          dataset with such columns, as in `labelled.read_rows`;
         chatterbot[:LANGUAGE+LANGUAGE] — dialogues of the PyPI package chatterbot-corpus, without duplicates; English by
           default.
       invalid_utf8: "replace" replaces bytes that are not UTF-8 by U+FFFD, and warns; "error" raises.

@@ -87,8 +87,8 @@ def read_rows(
           delimiter. A quotation mark within quotation marks is doubled;
         tsv:GLOB — the same with tabs; quotation marks are text;
         jsonl:GLOB — each line is a JSON object;
-        parquet:GLOB, arrow:DIR[@SPLIT], hf:OWNER/NAME[@CONFIG:SPLIT][?revision=COMMIT] — each row of a table, as in
-          `sources.open_source`; classes are read as the names that the dataset declares;
+        `parquet:GLOB`, `arrow:DIR[@SPLIT]`, `hf:OWNER/NAME[@CONFIG:SPLIT][?revision=COMMIT]` — each row of a table, as
+          in `sources.open_source`; classes are read as the names that the dataset declares;
         conll:GLOB — one token per line, an empty line after each sentence. Columns are separated by blanks and tabs;
           no-break spaces belong to tokens. The token is in the first column and its tag in the last, unless `columns`
           has their numbers, from 0 (1 and 3 for CoNLL-U). Comments, -DOCSTART-, and multiword tokens and empty nodes of

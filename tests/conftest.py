@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests import commands
 
@@ -32,6 +33,10 @@ os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *QUICK]).st
 # A shell that starts the tests in the background lets them ignore SIGINT, and what they start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Compilation and a busy machine count as slowness.
+settings.register_profile("gptjax", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("gptjax")
 
 
 def spent() -> float:

@@ -38,7 +38,6 @@ FIXTURES = Path(__file__).parent / "fixtures" / "huggingface"
 
 fuzz = settings(
     max_examples=150,
-    deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],  # which a busy machine is
 )

@@ -63,7 +63,7 @@ def assert_equal(left: list[Microbatch], right: list[Microbatch]) -> None:
 # --- order ------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(number=st.integers(1, 70), parts=st.integers(1, 3), microbatch=st.integers(1, 5), seed=st.none() | st.integers())
 def test_every_example_once_an_epoch(number: int, parts: int, microbatch: int, seed: int | None) -> None:
     examples = random_texts(number)

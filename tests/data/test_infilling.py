@@ -40,7 +40,7 @@ def parts(form: InfillingFormat, tokens: list[int]) -> tuple[list[int], list[int
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     text=st.text(min_size=1) | st.just(TEXT),
     cuts=st.tuples(*[st.floats(0, 1, exclude_max=True)] * 2),

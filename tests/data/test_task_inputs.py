@@ -219,7 +219,7 @@ def test_words_have_the_pieces_of_the_running_text(spec: str, piece: str, get, t
             assert example.words[position] == word
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sentences=st.lists(
         st.lists(st.tuples(WORDS, st.sampled_from("XYZ")), min_size=1, max_size=25), min_size=1, max_size=4
@@ -300,7 +300,7 @@ def test_answers_in_real_text_come_back(spec: str, context_length: int, get, twe
     assert all(len(example.sequences[0]) <= context_length for example in examples)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     text=st.text(min_size=1),
     context_length=st.integers(8, 40),

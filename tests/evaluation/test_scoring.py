@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax.config import UserError
@@ -97,7 +97,6 @@ def test_the_fingerprint_is_that_of_the_weights(tiny):
 # --- windows ----------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(length=st.integers(0, 70), context=st.integers(1, 20), data=st.data())
 def test_every_token_is_scored_once_with_the_context_promised(length, context, data):
     stride = data.draw(st.integers(1, context))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -18,8 +18,6 @@ V = 9
 distinct_logits = st.lists(st.integers(-600, 600), min_size=V, max_size=V, unique=True).map(
     lambda hundredths: np.array(hundredths, np.float32) / 100
 )
-settings.register_profile("no deadline", deadline=None)  # compilation counts as slowness
-settings.load_profile("no deadline")
 
 
 def softmax(logits_V: np.ndarray) -> np.ndarray:

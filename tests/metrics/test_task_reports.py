@@ -130,7 +130,7 @@ def test_classification_by_hand():
 
 
 @given(pairs)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_classification_agrees_with_sklearn(examples):
     gold, predicted = split(examples)
     found = classification_report(gold, predicted, LABELS)
@@ -151,7 +151,7 @@ def test_classification_agrees_with_sklearn(examples):
 
 
 @given(pairs, st.permutations(range(3)))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_names_of_labels_do_not_matter(examples, order):
     gold, predicted = split(examples)
     found = classification_report(gold, predicted, LABELS)
@@ -206,7 +206,7 @@ def test_regression_by_hand():
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(-9, 9)), min_size=2, max_size=30), st.floats(1e-3, 1e3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_regression_agrees_with_scipy(examples, scale):
     gold, predicted = split([(x, y * scale) for x, y in examples])
     found = regression_report(gold, predicted)
@@ -264,7 +264,7 @@ def test_tagging_by_hand():
 
 
 @given(tagged)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_tagging_agrees_with_seqeval_and_sklearn(sentences):
     gold, predicted = split_sentences(sentences)
     found = tagging_report(gold, predicted, BIO)

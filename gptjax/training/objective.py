@@ -23,7 +23,8 @@ class Objective:
     """The parameters of a stage and the loss to minimise over them.
 
     Attributes:
-      stage_loss: the loss as the stage defines it, without low-rank matrices.
+      stage_loss: the loss as the stage defines it, without low-rank matrices; that of pretraining is
+        `next_token_loss` in gptjax/stages/pretrain.py.
     """
 
     parameters: ParameterSpec

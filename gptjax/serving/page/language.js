@@ -7,7 +7,7 @@ const TEXTS = {
     newHint: "New conversation (Alt+N)",
     language: "Language",
     theme: "Theme",
-    auto: "System theme",
+    auto: "System",
     light: "Light",
     dark: "Dark",
     model: "Model",

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo chat-demo test test-slow interop remote ray tpu lint docs clean
+.PHONY: help demo chat-demo test test-slow interop remote browser ray tpu lint docs clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +32,10 @@ interop: $(VENV)/.installed-test $(VENV)/.installed-interop ## compare with torc
 
 remote: $(VENV)/.installed-test $(VENV)/.installed-remote ## read from and train in emulated buckets, installing s3fs and gcsfs
 	$(BIN)/python -m pytest -n auto --dist loadfile tests/data/test_remote_files.py $$(grep -rl --include='*.py' 'importorskip("gcsfs")' tests)
+
+browser: $(VENV)/.installed-test $(VENV)/.installed-browser ## use the chat page in headless Chromium, installing it and Playwright
+	command -v chromium || { apt-get update && apt-get install --yes chromium; } || $(BIN)/python -m playwright install chromium
+	$(BIN)/python -m pytest -n0 tests/serving/test_page.py
 
 tpu: $(VENV)/.installed-test $(VENV)/.installed-tpu ## compile for TPUs that are not there, installing their compiler
 	$(BIN)/python -m pytest -n auto $$(grep -rl --include='*.py' 'importorskip("libtpu")' tests)

@@ -22,6 +22,7 @@ TEST = [
     *("pytest>=9.0", "pytest-xdist>=3.8", "hypothesis>=6.170"),
 ]
 DOCS = ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
+BROWSER = ["playwright>=1.60"]  # drives Debian's chromium, or one that `playwright install chromium` fetches
 LM_EVAL = ["lm-eval>=0.4.13,<0.5"]
 # References for tests of models and losses, which are skipped without them; the library never imports them. On Python
 # 3.11 this torch is the CPU build; elsewhere the package index has it with CUDA, several gigabytes. Later versions of
@@ -77,6 +78,7 @@ setup(
         "prepare": PREPARE,
         "sweep": SWEEP,
         "ray": [*PREPARE, *SWEEP, "ray[data]>=2.60"],  # its tests are skipped without it
+        "browser": BROWSER,
         "interop": INTEROP,
         "lm-eval": LM_EVAL,
         "docs": DOCS,

@@ -233,6 +233,7 @@ def generative_model(name: str, base: "BaseModel", adapter: str | None = None) -
         context_length=config.context_length,
         form=base.form,
         infills=base.infills,
+        conversational=base.conversational,
         adapter=adapter,
     )
 

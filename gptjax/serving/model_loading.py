@@ -31,6 +31,7 @@ class BaseModel:
       params: unboxed, sharded over `mesh`.
       form: chat format; None: the tokenizer has no token that could end a turn.
       infills: whether it is trained to fill in the middle.
+      conversational: whether it is trained on conversations, or used for them by choice of a template.
     """
 
     model: GPT
@@ -39,6 +40,7 @@ class BaseModel:
     mesh: Mesh
     form: ChatFormat | None
     infills: bool
+    conversational: bool
 
 
 def load_base(
@@ -67,7 +69,8 @@ def load_base(
     chat = trained.config.chat if trains_chat else ChatConfig(template=template or "plain")  # type: ignore[arg-type]
     form = _form(chat, trained.tokenizer, None if trains_chat else str(workdir))
     infills = trained.config.data.objective == "fill_in_the_middle"
-    return BaseModel(trained.model, trained.params, trained.tokenizer, trained.mesh, form, infills)
+    conversational = trains_chat or template is not None
+    return BaseModel(trained.model, trained.params, trained.tokenizer, trained.mesh, form, infills, conversational)
 
 
 def load_huggingface(
@@ -76,7 +79,8 @@ def load_huggingface(
     """Loads a Hugging Face directory. Arguments and errors as in `load_base` and `huggingface.read_model`."""
     model, params, tokenizer = huggingface.read_model(source, dtype or "float32", param_dtype=dtype or "float32")
     form = _form(ChatConfig(template=template or "plain"), tokenizer, source)  # type: ignore[arg-type]
-    return BaseModel(model, params, tokenizer, make_mesh(mesh), form, infills=False)
+    conversational = template is not None
+    return BaseModel(model, params, tokenizer, make_mesh(mesh), form, infills=False, conversational=conversational)
 
 
 def _form(chat: ChatConfig, tokenizer: Tokenizer, untrained: str | None) -> ChatFormat | None:

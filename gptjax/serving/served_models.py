@@ -25,6 +25,7 @@ class GenerativeModel:
       name: what requests call it.
       form: chat format; None: the model has no chat format, and serves completions only.
       infills: whether it is trained to fill in the middle.
+      conversational: whether it is meant for conversations; otherwise the chat page shows text that it continues.
       adapter: name of the LoRA adapter in the engine; None: the base model.
     """
 
@@ -37,11 +38,12 @@ class GenerativeModel:
         context_length: int,
         form: ChatFormat | None = None,
         infills: bool = False,
+        conversational: bool = True,
         adapter: str | None = None,
     ) -> None:
         self.name, self.tokenizer, self.adapter = name, tokenizer, adapter
         self.vocab_size, self.context_length = vocab_size, context_length
-        self.form = form
+        self.form, self.conversational = form, conversational
         self.infilling = InfillingFormat(tokenizer) if infills else None
         self.text_ends = tokenizer.ends
         self.chat_ends = () if form is None else tuple(dict.fromkeys([*form.end_tokens, *tokenizer.ends]))
@@ -101,7 +103,8 @@ class GenerativeModel:
     def card(self) -> dict[str, Any]:
         """Returns the model as /v1/models lists it."""
         parent = {} if self.adapter is None else {"parent": "base"}
-        return {**_card(self.name, self.created), "max_model_len": self.context_length, **parent}
+        sizes = {"max_model_len": self.context_length, "conversational": self.conversational}
+        return {**_card(self.name, self.created), **sizes, **parent}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 /** An answer other than 2xx, or an error in mid-stream; `status` is 0 if the server did not answer. */
 export class ApiError extends Error {
-  constructor(message, status) {
+  constructor(message, status, code) {
     super(message);
     this.status = status;
+    this.code = code;
   }
 }
 
@@ -27,14 +28,14 @@ async function request(path, options) {
   }
   if (response.ok) return response;
   const body = await response.json().catch(() => ({}));
-  throw new ApiError(body.error?.message ?? response.statusText, response.status);
+  throw new ApiError(body.error?.message ?? response.statusText, response.status, body.error?.code);
 }
 
-/** The models of the server: [{id, context_length, capabilities: {chat, images}}]; classifiers are left out. */
+/** The models of the server that generate text: [{id, max_model_len, conversational, images}]. */
 export async function listModels() {
   const response = await request("v1/models", {});
   const { data } = await response.json();
-  return data.filter((model) => !model.classify);
+  return data.filter((model) => model.task === undefined);
 }
 
 /** Yields the objects of a server-sent event stream until its [DONE]. */
@@ -61,14 +62,14 @@ async function* events(response) {
 /**
  * Streams the completion of a conversation, or of one text for a model that was not trained on conversations.
  *
- * Yields {content, reasoning, finishReason, usage}, each present only where the event has it.
+ * Yields {content, reasoning, finishReason, usage, sources}, each present only where the event has it.
  */
 export async function* complete(model, messages, settings, signal) {
-  const chat = model.capabilities.chat;
+  const chat = model.conversational;
   const { max_tokens, ...rest } = settings;
   const limit = chat
     ? { max_completion_tokens: max_tokens } // undefined is left out of JSON: as many as fit
-    : { max_tokens: max_tokens ?? Math.min(256, Math.ceil(model.context_length / 4)) };
+    : { max_tokens: max_tokens ?? Math.min(256, Math.ceil(model.max_model_len / 4)) };
   const turns = messages.filter((message) => message.role !== "system");
   const input = chat ? { messages } : { prompt: turns.map((message) => message.content).join("") };
   const body = { model: model.id, ...input, ...rest, ...limit, stream: true, stream_options: { include_usage: true } };
@@ -81,6 +82,7 @@ export async function* complete(model, messages, settings, signal) {
       reasoning: choice?.delta?.reasoning,
       finishReason: choice?.finish_reason,
       usage: event.usage,
+      sources: event.sources,
     };
   }
 }

@@ -2,6 +2,7 @@
 
 import { ApiError, complete, listModels, setKey } from "./api.js";
 import * as conversations from "./conversations.js";
+import { button, image, node } from "./elements.js";
 import { preferredLanguage, setLanguage, text } from "./language.js";
 import { render } from "./markdown.js";
 
@@ -15,29 +16,6 @@ const state = {
   attached: [], // images of the next message, as data URLs
   running: null, // {conversation, message, abort} of the completion that streams in
 };
-
-// Elements
-
-function node(name, className, ...children) {
-  const element = document.createElement(name);
-  element.className = className;
-  element.append(...children);
-  return element;
-}
-
-function button(label, onClick) {
-  const element = node("button", "small", text(label));
-  element.type = "button";
-  element.addEventListener("click", onClick);
-  return element;
-}
-
-function image(url, className = "") {
-  const element = node("img", className);
-  element.src = url;
-  element.alt = "";
-  return element;
-}
 
 function notify(message) {
   find("notice").textContent = message;
@@ -80,9 +58,9 @@ function show(conversation) {
 
 function showModel() {
   const model = currentModel();
-  find("attach").hidden = !model?.capabilities.images;
-  find("hint").textContent = model && !model.capabilities.chat ? text("continues") : text("hint");
-  if (model && !model.capabilities.images) attach([]);
+  find("attach").hidden = !model?.images;
+  find("hint").textContent = model && !model.conversational ? text("continues") : text("hint");
+  if (model && !model.images) attach([]);
 }
 
 function showMessages() {
@@ -94,7 +72,7 @@ function showMessages() {
 }
 
 function messageNode(message) {
-  const isContinuation = message.role === "assistant" && !currentModel()?.capabilities.chat;
+  const isContinuation = message.role === "assistant" && !currentModel()?.conversational;
   const kind = isContinuation ? "assistant continuation" : message.role;
   const element = node("article", `message ${kind}`, node("div", "role", text(message.role)));
   element.append(node("div", "reasoning"), node("div", "body"), node("div", "error"), node("div", "actions"));
@@ -115,6 +93,7 @@ function fillMessage(element, message, isContinuation) {
   const asMarkdown = message.role === "assistant" && !isContinuation;
   body.replaceChildren(...(asMarkdown ? render(message.content) : [message.content]));
   for (const url of message.images ?? []) body.append(image(url));
+  if (message.sources?.length) body.append(sourceList(message.sources));
   body.classList.toggle("waiting", isRunning && message.content === "");
   error.textContent = message.note ?? "";
   if (isRunning) return actions.replaceChildren();
@@ -124,6 +103,12 @@ function fillMessage(element, message, isContinuation) {
   if (message.role === "assistant" && message === messages.at(-1)) shown.push(button("regenerate", regenerate));
   if (message.usage) shown.push(node("span", "quiet", text("tokens")(message.usage)));
   actions.replaceChildren(...shown);
+}
+
+/** The passages that an answer is based on. */
+function sourceList(sources) {
+  const items = sources.map(({ number, place, text: passage }) => node("p", "", `[${number}] ${place}\n${passage}`));
+  return node("details", "sources", node("summary", "", text("sources")), ...items);
 }
 
 function showSettings(shown) {
@@ -215,9 +200,10 @@ async function answer() {
   store(conversation);
   showMessages();
   try {
-    for await (const piece of complete(model, input, conversation.settings, state.running.abort.signal)) {
+    for await (const piece of completeShortened(model, input, conversation.settings, state.running.abort.signal)) {
       message.content += piece.content ?? "";
       if (piece.reasoning) message.reasoning = (message.reasoning ?? "") + piece.reasoning;
+      if (piece.sources) message.sources = piece.sources;
       if (piece.usage) message.usage = piece.usage;
       if (piece.finishReason === "length") message.note = text("length");
       refresh(conversation, message, model);
@@ -236,6 +222,19 @@ async function answer() {
   else showRunning();
 }
 
+/** The pieces of `complete`; the oldest turns are left out where all of them exceed the context. */
+async function* completeShortened(model, messages, settings, signal) {
+  try {
+    yield* complete(model, messages, settings, signal);
+  } catch (error) {
+    const users = messages.flatMap((message, i) => (message.role === "user" ? [i] : []));
+    if (error.code !== "context_length_exceeded" || users.length < 2) throw error;
+    notify(text("shortened"));
+    const system = messages.filter((message) => message.role === "system");
+    yield* completeShortened(model, [...system, ...messages.slice(users[1])], settings, signal);
+  }
+}
+
 /** Shows the new text of a message once a frame; the view follows the text if it was at its end. */
 function refresh(conversation, message, model) {
   if (conversation !== state.current || state.running.frame) return;
@@ -244,7 +243,7 @@ function refresh(conversation, message, model) {
     state.running.frame = undefined;
     const box = find("messages");
     const isAtEnd = box.scrollHeight - box.scrollTop - box.clientHeight < 40;
-    fillMessage(box.lastElementChild, message, !model.capabilities.chat);
+    fillMessage(box.lastElementChild, message, !model.conversational);
     if (isAtEnd) box.scrollTop = box.scrollHeight;
   });
 }
@@ -273,7 +272,7 @@ function attach(urls) {
 }
 
 async function attachFiles(files) {
-  if (!currentModel()?.capabilities.images) return;
+  if (!currentModel()?.images) return;
   for (const file of files) {
     const reader = new FileReader();
     const url = await new Promise((resolve) => {

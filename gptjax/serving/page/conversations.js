@@ -1,7 +1,7 @@
 // The conversations, kept in the browser's local storage, one entry each.
 //
 // A conversation: {id, updated, model, system, settings: {name: number}, messages}; a message: {role, content,
-// images: [data URL], reasoning, note, usage}, where `content` is text and the last four may be missing.
+// images: [data URL], reasoning, sources, note, usage}, where `content` is text and what follows it may be missing.
 
 const PREFIX = "gptjax.conversation.";
 

@@ -2,15 +2,18 @@
 
 import dataclasses
 
+import flax.linen as nn
+import jax
 import numpy as np
 import pytest
 
-from gptjax.config import UserError
+from gptjax.config import PeftConfig, UserError
 from gptjax.inference.batching import BatchedEngine
 from gptjax.inference.engine import Engine
 from gptjax.inference.requests import GenerationRequest, SampledToken
 from gptjax.inference.sampling import Sampling
-from gptjax.models.gpt import GPT
+from gptjax.models.gpt import GPT, init_params
+from gptjax.models.peft import join, low_rank, merge
 from tests.inference.conftest import CONFIGS, END_OF_TEXT, params_of
 
 NEW = 12
@@ -98,3 +101,93 @@ def test_a_request_that_can_never_run_is_an_error(tokenizer, token):
         small.insert(request(range(10), max_new_tokens=12))
     assert engine.is_idle
     assert small.is_idle
+
+
+# --- determinism ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def varied(texts) -> list[GenerationRequest]:
+    """Requests of all kinds; some prompts begin with the same tokens."""
+    long = np.random.default_rng(1).integers(0, END_OF_TEXT, 19)
+    prompts = [*texts, long[:13], long[:9], long, np.append(long[:14], 3)]
+    requests = [
+        request(prompt, MIXED[i % len(MIXED)], seed=i, max_new_tokens=3 + i, top_logprobs=i % 3)
+        for i, prompt in enumerate(prompts)
+    ]
+    requests[3] = dataclasses.replace(requests[3], end_tokens=tuple(range(0, 60, 4)))
+    requests[6] = dataclasses.replace(requests[6], adapter="one")
+    requests[7] = dataclasses.replace(requests[7], adapter="two", prompt_logprobs=True)
+    penalties = Sampling(1.0, frequency_penalty=0.5, presence_penalty=-0.5, logit_bias=((3, 2.0), (4, -9.0)))
+    requests[8] = dataclasses.replace(requests[8], sampling=penalties)
+    return requests
+
+
+def check_schedules(name: str, tokenizer, requests: list[GenerationRequest], number: int) -> None:
+    """Runs requests in random orders, at random times, with others evicted: the events are those of each alone."""
+    pages = 12  # so few that requests wait for pages, and the prefix cache gives some away
+    cache_bytes = pages * batched(name, tokenizer).page_bytes
+    options = {"adapters": adapters_of(name), "rows": 3, "deterministic": True, "cache_bytes": cache_bytes}
+    alone = [run(batched(name, tokenizer, prefix_cache=False, **options), [one])[0] for one in requests]
+    rng = np.random.default_rng(7)
+    for schedule in range(number):
+        if schedule % 5 == 0:  # otherwise the prefix cache is that of the schedules before
+            engine = batched(name, tokenizer, **options)
+            engine.steps = int(rng.integers(1, 9))
+        due = list(rng.permutation(len(requests)))[: rng.integers(1, len(requests) + 1)]
+        numbers: dict[int, int] = {}
+        found: dict[int, list[SampledToken]] = {}
+        while due or not engine.is_idle:
+            while due and rng.random() < 0.5:
+                which = int(due.pop())
+                numbers[engine.insert(requests[which])] = which
+            for event in engine.step():
+                found.setdefault(event.request, []).append(dataclasses.replace(event, request=0))
+            if numbers and rng.random() < 0.1:
+                evicted = list(numbers)[rng.integers(len(numbers))]
+                engine.evict(evicted)
+                numbers.pop(evicted)
+        for number_, which in numbers.items():
+            assert found[number_] == alone[which], (schedule, which)
+        assert engine.stats.pages_in_use == 0
+
+
+def adapters_of(name: str) -> dict[str, tuple[PeftConfig, dict]]:
+    """Two random adapters of different ranks and targets."""
+    config, found = CONFIGS[name], {}
+    for seed, (adapter, targets) in enumerate((("one", ".*/attention/.*/kernel"), ("two", ".*/(out|up|down)/kernel"))):
+        if config.num_experts is not None:
+            targets = ".*/out/kernel"
+        settings = PeftConfig(method="lora", targets=(targets,), rank=1 + seed)
+        boxed = jax.eval_shape(lambda: init_params(GPT(config), jax.random.key(0)))
+        shapes = jax.eval_shape(lambda: low_rank(settings, boxed, jax.random.key(0)))  # noqa: B023
+        rng = np.random.default_rng(seed)
+        tree = jax.tree.map(lambda leaf: rng.normal(0, 0.5, leaf.shape).astype(np.float32), nn.unbox(shapes))  # noqa: B023
+        found[adapter] = settings, tree
+    return found
+
+
+def test_a_request_does_not_depend_on_other_requests(tokenizer, varied):
+    check_schedules("modern", tokenizer, varied, 40)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["banded", "modern", "experts", "prefix"])
+def test_requests_are_deterministic_under_many_schedules(name, tokenizer, varied):
+    check_schedules(name, tokenizer, varied, 500)
+
+
+def test_adapters_are_those_merged_into_the_weights(tokenizer, texts):
+    """In one batch with the base model and with each other."""
+    adapters = adapters_of("modern")
+    requests = [request(text, adapter=adapter) for text in texts[:3] for adapter in (None, "one", "two")]
+    found = run(batched("modern", tokenizer, rows=3, adapters=adapters), requests)
+    for adapter, (settings, tree) in {None: (None, None), **adapters}.items():
+        params = params_of("modern")
+        if settings is not None:
+            params = merge(settings, join(params, tree))
+        expected = Engine(GPT(CONFIGS["modern"]), params, tokenizer).generate(
+            texts[:3], NEW, GREEDY, ignore_end_of_text=True
+        )
+        events = [events for one, events in zip(requests, found, strict=True) if one.adapter == adapter]
+        assert [tokens_of(one) for one in events] == [completion.tokens.tolist() for completion in expected]

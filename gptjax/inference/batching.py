@@ -7,12 +7,13 @@ the order in which they came.
 
 Determinism. Chunks of a prompt begin at multiples of the chunk size and are read by programs of their shape, so what is
 in a whole page depends only on the tokens up to its end, whether it was computed for this request or found in the
-prefix cache; the shape of the last chunk depends on the length of the prompt. With `deterministic`, decoding has a fixed
-number of rows, too. A row's arithmetic is then the same whatever is in the other rows, as long as the device computes
-all rows of a matrix product alike, which `rows_agree` verifies.
+prefix cache; the shape of the last chunk depends on the length of the prompt. With `deterministic`, decoding has a
+fixed number of rows, too. A row's arithmetic is then the same whatever is in the other rows, as long as the device
+computes all rows of a matrix product alike. XLA's CPU backend does in float32, as the tests verify.
 
-`gptjax.inference.engine.Engine` remains the engine for a batch of prompts that start together. It decodes up to 32
-tokens in a call, into caches that are contiguous.
+`gptjax.inference.engine.Engine` remains the engine for a batch of prompts that start together, and for contexts that
+slide: it reads all prompts in one call and decodes up to 32 tokens of each in another, with sampling settings that are
+compiled in. `gptjax.inference.continuous` completes many prompts with this one.
 """
 
 import collections
@@ -203,12 +204,10 @@ class BatchedEngine:
             programs=len(self._shapes),
         )
 
-    def insert(self, request: GenerationRequest) -> int:
-        """Adds a request, which starts as soon as a row and its pages are free; returns its number.
+    def check(self, request: GenerationRequest) -> None:
+        """Raises UserError for a request that can never be completed.
 
-        Raises:
-          UserError: the request can never be completed: see `GenerationRequest.check`, or it needs more pages than
-            there are.
+        See `GenerationRequest.check`; also one of an unknown adapter, or that needs more pages than there are.
         """
         request.check(self.vocab_size, self.context)
         if request.adapter not in self._adapters:
@@ -219,6 +218,14 @@ class BatchedEngine:
                 f"a prompt of {len(request.tokens)} tokens and max_new_tokens={request.max_new_tokens} need {needed} "
                 f"pages of the cache, which has {self._pool.num_pages}: shorten one, or raise cache_bytes"
             )
+
+    def insert(self, request: GenerationRequest) -> int:
+        """Adds a request, which starts as soon as a row and its pages are free; returns its number.
+
+        Raises:
+          UserError: as `check`.
+        """
+        self.check(request)
         digests = []
         if self._keeps_prefixes:
             digests = page_digests(request.tokens[:-1], self.chunk, request.adapter)

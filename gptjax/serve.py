@@ -168,7 +168,7 @@ def load(options: "ServingOptions", classifiers: list[tuple[str, Path]]) -> "Ser
     from gptjax.stages.trained_model import parse_mesh
 
     place = WORKDIR.value or FROM_HF.value
-    name = NAME.value or Path(str(place)).resolve().name
+    name = NAME.value or expand(str(place)).resolve().name
     models: list[GenerativeModel | ClassificationModel] = []
     engine, embed = None, None
     if WORKDIR.value is not None and is_classifier(read_config(expand(WORKDIR.value))):

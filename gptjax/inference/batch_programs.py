@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gptjax.inference.row_sampling import MOST_TOP_LOGPROBS, History, RowSettings, sample_rows, top_logprobs
+from gptjax.models import row_adapters
 from gptjax.models.decoding import PagedCache, logits, read, unstack
 from gptjax.models.gpt import GPT
 from gptjax.models.paged_attention import Pages
@@ -39,6 +40,7 @@ class Rows(NamedTuple):
       left_B: tokens that the row may still sample; 0: it is unused.
       ends_BN: tokens that end a completion; -1 pads.
       top_B: bool, whether the most probable tokens are returned.
+      adapter_B: the adapter, 0 for the base model.
       settings: sampling settings.
     """
 
@@ -50,6 +52,7 @@ class Rows(NamedTuple):
     left_B: npt.NDArray[np.int32]
     ends_BN: npt.NDArray[np.int32]
     top_B: npt.NDArray[np.bool_]
+    adapter_B: npt.NDArray[np.int32]
     settings: RowSettings
 
 
@@ -90,6 +93,7 @@ def read_chunk(
     count: jax.Array,
     table_1N: jax.Array,
     prefix_1: jax.Array,
+    adapter_1: jax.Array,
 ) -> tuple[PagedCache, jax.Array]:
     """Reads the first `count` of T tokens of one row, which begin at position `start`.
 
@@ -98,7 +102,8 @@ def read_chunk(
     """
     index_1T = jnp.arange(tokens_1T.shape[1], dtype=jnp.int32)[None]
     pages = Pages(table_1N, start + index_1T, index_1T < count, prefix_1)
-    x_1TD, cache = read(model, unstack(model.config, params), cache, tokens_1T, pages)
+    with row_adapters.applied(adapter_1):
+        x_1TD, cache = read(model, unstack(model.config, params), cache, tokens_1T, pages)
     return cache, constrain(x_1TD, None, None, None)
 
 
@@ -106,7 +111,7 @@ def read_chunk(
 def score_chunk(
     model: GPT, params: Any, x_1TD: jax.Array, next_T: jax.Array, wants_top: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Log-probabilities (T,) of the tokens after those of a chunk, and of the most probable ones, (T, C), with those."""
+    """Log-probabilities (T,) of the tokens after those of a chunk, and the most probable tokens with theirs, (T, C)."""
     logits_TV = logits(model, params, x_1TD[0])
     chosen_T = jnp.take_along_axis(logits_TV, next_T[:, None], axis=-1)[:, 0]
     top = top_logprobs(logits_TV, wants_top[None])
@@ -142,7 +147,8 @@ def decode_rows(
         position_B1 = (rows.position_B + loop.steps_B)[:, None]
         prefix_B = jnp.zeros_like(loop.steps_B)  # what is read here attends to all before it
         pages = Pages(rows.table_BN, position_B1, loop.is_active_B[:, None], prefix_B)
-        x_B1D, cache = read(model, params, loop.state.cache, loop.token_B[:, None], pages)
+        with row_adapters.applied(rows.adapter_B):
+            x_B1D, cache = read(model, params, loop.state.cache, loop.token_B[:, None], pages)
         logits_BV = logits(model, params, x_B1D[:, 0])
         history, number_B = loop.state.history, rows.number_B + loop.steps_B
         token_B = sample_rows(logits_BV, history, rows.slot_B, allowed_BV, rows.settings, number_B)

@@ -5,17 +5,20 @@ so a long prompt does not stall the others. The key-value cache consists of page
 request gets all the pages that it can need before it starts, so that it never has to be interrupted; requests start in
 the order in which they came.
 
-Determinism. A chunk of a prompt begins at a multiple of the chunk size and is read by a program of fixed shape, so what
-is in a page depends on the tokens up to it only, whether it was computed for this request or found in the prefix cache.
-With `deterministic`, decoding has a fixed number of rows, too. A row's arithmetic is then the same whatever is in the
-other rows, as long as the device computes all rows of a matrix product alike, which `rows_agree` verifies.
+Determinism. Chunks of a prompt begin at multiples of the chunk size and are read by programs of their shape, so what is
+in a whole page depends only on the tokens up to its end, whether it was computed for this request or found in the
+prefix cache; the shape of the last chunk depends on the length of the prompt. With `deterministic`, decoding has a
+fixed number of rows, too. A row's arithmetic is then the same whatever is in the other rows, as long as the device
+computes all rows of a matrix product alike. XLA's CPU backend does in float32, as the tests verify.
 
-`gptjax.inference.engine.Engine` remains the engine for a batch of prompts that start together. It decodes up to 32
-tokens in a call, into caches that are contiguous.
+`gptjax.inference.engine.Engine` remains the engine for a batch of prompts that start together, and for contexts that
+slide: it reads all prompts in one call and decodes up to 32 tokens of each in another, with sampling settings that are
+compiled in. `gptjax.inference.continuous` completes many prompts with this one.
 """
 
 import collections
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -24,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh
 
-from gptjax.config import UserError
+from gptjax.config import PeftConfig, UserError
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.inference.batch_programs import (
     MOST_STEPS,
@@ -35,6 +38,7 @@ from gptjax.inference.batch_programs import (
     score_chunk,
     set_history,
 )
+from gptjax.inference.engine import bucket, power_of_two
 from gptjax.inference.page_pool import Digest, PagePool, page_digests
 from gptjax.inference.requests import (
     MOST_ENDS,
@@ -48,6 +52,7 @@ from gptjax.inference.requests import (
 from gptjax.inference.row_sampling import History, row_settings
 from gptjax.inference.sampling import Sampling
 from gptjax.inference.weights import WeightFormat, prepare
+from gptjax.models import row_adapters
 from gptjax.models.decoding import empty_pages
 from gptjax.models.gpt import GPT
 from gptjax.parallel.mesh import use_mesh
@@ -99,9 +104,11 @@ class BatchedEngine:
         requests, bit for bit. Otherwise a batch of few rows is decoded by a program of few rows.
       prefix_cache: pages of prompts are kept for later requests that begin with the same tokens.
       steps: the most tokens of a row that one `step` decodes, at most MOST_STEPS.
+      adapters: LoRA and AdaLoRA adapters by name, as `gptjax.models.row_adapters.with_adapters` takes them.
 
     Raises:
-      UserError: a number out of range, `cache_bytes` too small for one page, or unknown `weights`.
+      UserError: an adapter that does not fit the model, a number out of range, `cache_bytes` too small for one page,
+        or unknown `weights`.
     """
 
     def __init__(
@@ -118,6 +125,7 @@ class BatchedEngine:
         deterministic: bool = False,
         prefix_cache: bool = True,
         steps: int = 4,
+        adapters: Mapping[str, tuple[PeftConfig, Any]] | None = None,
     ) -> None:
         self.mesh, self.tokenizer = mesh, tokenizer
         config = dataclasses.replace(model.config, expert_capacity=None)
@@ -130,9 +138,12 @@ class BatchedEngine:
                 raise UserError(f"{name}={value} must be at least 1{'' if most is None else f' and at most {most}'}")
         with use_mesh(mesh):
             self.model, self.params = prepare(GPT(config), params, weights)
+            adapters = {} if adapters is None else adapters
+            self.params = row_adapters.with_adapters(config, self.params, list(adapters.values()))
             self._least_rows = platform_defaults().min_decode_rows if self.model.config.dtype == "bfloat16" else 1
         self.vocab_size, self.context = config.vocab_size, config.context_length
         self.deterministic, self.steps = deterministic, steps
+        self._adapters: dict[str | None, int] = {None: 0} | {name: i for i, name in enumerate(adapters, start=1)}
         self._has_prefix_layers = "prefix" in config.attention_pattern
         self._keeps_prefixes = prefix_cache and not self._has_prefix_layers
         self._pages_of_row = -(-self.context // self.chunk)
@@ -193,19 +204,28 @@ class BatchedEngine:
             programs=len(self._shapes),
         )
 
-    def insert(self, request: GenerationRequest) -> int:
-        """Adds a request, which starts as soon as a row and its pages are free; returns its number.
+    def check(self, request: GenerationRequest) -> None:
+        """Raises UserError for a request that can never be completed.
 
-        Raises:
-          UserError: the request can never be completed: see `GenerationRequest.check`, or it needs more pages than
-            there are.
+        See `GenerationRequest.check`; also one of an unknown adapter, or that needs more pages than there are.
         """
         request.check(self.vocab_size, self.context)
+        if request.adapter not in self._adapters:
+            known = ", ".join(name for name in self._adapters if name is not None) or "none"
+            raise UserError(f"there is no adapter {request.adapter!r}: the adapters are {known}")
         if (needed := self._pages_needed(request)) > self._pool.num_pages:
             raise UserError(
                 f"a prompt of {len(request.tokens)} tokens and max_new_tokens={request.max_new_tokens} need {needed} "
                 f"pages of the cache, which has {self._pool.num_pages}: shorten one, or raise cache_bytes"
             )
+
+    def insert(self, request: GenerationRequest) -> int:
+        """Adds a request, which starts as soon as a row and its pages are free; returns its number.
+
+        Raises:
+          UserError: as `check`.
+        """
+        self.check(request)
         digests = []
         if self._keeps_prefixes:
             digests = page_digests(request.tokens[:-1], self.chunk, request.adapter)
@@ -249,8 +269,7 @@ class BatchedEngine:
 
     def _prefix_length(self, tokens: int) -> int:
         """The positions of the program that reads a whole prompt: a power of two of pages."""
-        pages = 1 << (-(-tokens // self.chunk) - 1).bit_length()
-        return min(pages, self._pages_of_row) * self.chunk
+        return min(power_of_two(-(-tokens // self.chunk)), self._pages_of_row) * self.chunk
 
     def _admit(self) -> None:
         """Starts the requests that wait, in their order, while there are rows and pages."""
@@ -306,9 +325,11 @@ class BatchedEngine:
         """Reads the next chunk of a prompt, or all of it if its positions attend to later ones."""
         tokens = sequence.request.tokens
         if self._has_prefix_layers:
-            length, end, prefix = self._prefix_length(len(tokens)), len(tokens), len(tokens)
+            end = prefix = len(tokens)
+            length = self._prefix_length(end)
         else:
-            length, end, prefix = self.chunk, len(tokens) - 1, 0  # the last token is read when it is decoded
+            end, prefix = len(tokens) - 1, 0  # the last token is read when it is decoded
+            length = min(self.chunk, bucket(end - sequence.read))
         start = sequence.read
         count = min(length, end - start)
         tokens_1T = np.zeros((1, length), np.int32)
@@ -325,6 +346,7 @@ class BatchedEngine:
                 np.int32(count),
                 table_1N,
                 np.array([prefix], np.int32),
+                np.array([self._adapters[sequence.request.adapter]], np.int32),
             )
         self._state = self._state._replace(cache=cache)
         if sequence.request.prompt_logprobs:
@@ -354,7 +376,7 @@ class BatchedEngine:
         sequences = list(self._decoding)
         rows = self.rows
         if not self.deterministic:
-            rows = min(rows, max(self._least_rows, 1 << (len(sequences) - 1).bit_length()))
+            rows = min(rows, max(self._least_rows, power_of_two(len(sequences))))
         constrained = any(sequence.request.constraint is not None for sequence in sequences)
         # While requests wait for rows or prompts are read, rows that end must be noticed early.
         count = 1 if constrained or self._reading else min(self.steps, max(s.left for s in sequences))
@@ -415,6 +437,7 @@ class BatchedEngine:
             column([s.left for s in sequences]),
             ends_BN,
             column([s.request.top_logprobs for s in sequences]) > 0,
+            column([self._adapters[s.request.adapter] for s in sequences]),
             row_settings(settings + [UNUSED] * (rows - len(sequences))),
         )
 

@@ -1,4 +1,4 @@
-"""Allocation of the pages of the key-value cache, and the prefix cache: pages found by the hash of all tokens up to them.
+"""Allocation of the pages of the key-value cache, and the prefix cache: pages by the hash of all tokens up to them.
 
 Pages are counted by the requests that use them. A page with a hash that no request uses is kept, and the least recently
 used of those are given away when pages run out.

@@ -46,7 +46,7 @@ class GenerationRequest:
 
     tokens: tuple[int, ...]
     max_new_tokens: int
-    sampling: Sampling = Sampling()
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
     seed: int = 0
     end_tokens: tuple[int, ...] = ()
     top_logprobs: int = 0

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-POSITIONS_AT_ONCE = 256  # positions that an iteration of the loop over pages reads, at least one page
+POSITIONS_AT_ONCE = 64  # positions that an iteration of the loop over pages reads, at least one page
 
 
 class Pages(NamedTuple):

@@ -16,7 +16,8 @@ from gptjax.serving.completions_endpoint import create_completion
 from gptjax.serving.guard import Guard
 from gptjax.serving.openapi import documentation, openapi
 from gptjax.serving.responses_endpoint import create_response
-from gptjax.serving.vector_endpoints import classify, create_embeddings, tokenize
+from gptjax.serving.tokens_endpoint import detokenize, tokenize, tokenizer_info
+from gptjax.serving.vector_endpoints import classify, create_embeddings
 
 # The page loads nothing from elsewhere, and no other site may frame it.
 _PAGE_POLICY = (
@@ -36,6 +37,8 @@ def create_application(serving: Serving) -> ASGIApp:
         Route("/v1/embeddings", create_embeddings, methods=["POST"]),
         Route("/v1/classify", classify, methods=["POST"]),
         Route("/tokenize", tokenize, methods=["POST"]),
+        Route("/detokenize", detokenize, methods=["POST"]),
+        Route("/tokenizer_info", tokenizer_info),
         Route("/health", health),
         Route("/metrics", metrics),
         Route("/openapi.json", openapi_file),

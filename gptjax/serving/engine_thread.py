@@ -5,6 +5,7 @@ tokens of a round in one call.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import threading
@@ -333,7 +334,8 @@ class EngineThread:
         for generation, event in events:
             generation.ended = isinstance(event, Exception) or event.finish_reason is not None
         if events:
-            events[0][0].loop.call_soon_threadsafe(_put, events)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server was ended by force
+                events[0][0].loop.call_soon_threadsafe(_put, events)
 
 
 def _put(events: Sequence[tuple[Generation, SampledToken | Exception]]) -> None:

@@ -21,7 +21,7 @@ from gptjax.serving.api_errors import ApiError
 
 DRAIN_RETRY_SECONDS = 5
 # What needs no key, as it shows nothing of the models: liveness, documentation and the page.
-_PROTECTED = ("/v1/", "/tokenize", "/metrics")
+_PROTECTED = ("/v1/", "/tokenize", "/detokenize", "/metrics")
 
 
 class ApiKeys:

@@ -4,7 +4,6 @@ import html
 import json
 from typing import Any
 
-import gptjax
 from gptjax.serving import request_schemas as schemas
 
 _ERRORS = {
@@ -42,11 +41,13 @@ _POSTS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
         schemas.CLASSIFICATION_REQUEST,
         ("object", "data", "model", "task"),
     ),
+    "/detokenize": ("Decodes tokens.", schemas.DETOKENIZE_REQUEST, ("prompt",)),
     "/tokenize": ("Encodes a text or a conversation.", schemas.TOKENIZE_REQUEST, ("count", "max_model_len", "tokens")),
 }
 _GETS = {
     "/v1/models": ("Lists the models.", "application/json"),
     "/v1/models/{name}": ("Describes a model.", "application/json"),
+    "/tokenizer_info": ("Describes the tokenizer.", "application/json"),
     "/health": ("200 while the server takes requests.", "application/json"),
     "/metrics": ("Metrics in the format of Prometheus.", "text/plain"),
     "/openapi.json": ("This description.", "application/json"),
@@ -82,7 +83,7 @@ def openapi() -> dict[str, Any]:
         paths[path] = {"get": operation}
     return {
         "openapi": "3.1.0",
-        "info": {"title": "gptjax", "version": gptjax.__version__},
+        "info": {"title": "gptjax", "version": "1"},
         "paths": paths,
         "security": [{}, {"key": []}],
         "components": {

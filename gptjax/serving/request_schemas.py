@@ -76,6 +76,7 @@ def _described(schema: Schema, description: str) -> Schema:
 ANY_OBJECT: Schema = {"type": "object"}
 JSON_SCHEMA: Schema = {"type": "object", "description": "JSON schema."}
 NAME = text(minLength=1, maxLength=64)
+MODEL = text("Name of the model.", maxLength=256)
 TOKENS = array(whole(0, MAX_INTEGER), 1, 1 << 20)
 TEXT_PART = record(("type", "text"), type=constant("text"), text=text())
 CONTENT = one_of(text(), array(TEXT_PART, 1, MAX_MESSAGES), description="Text, or parts of type text.")
@@ -142,7 +143,7 @@ SAMPLING: dict[str, Schema] = {
 
 COMPLETION_REQUEST = record(
     ("model", "prompt"),
-    model=text(),
+    model=MODEL,
     prompt=one_of(
         text(),
         array(text(), 1, MAX_TEXTS),
@@ -198,9 +199,10 @@ TOOL_CHOICE = one_of(
     record(("type", "function"), type=constant("function"), function=record(("name",), name=NAME)),
     description="Whether the completion calls tools: auto by default if there are any.",
 )
+RETRIEVAL = flag("With --documents: inserts passages before the last user message.", default=True)
 CHAT_REQUEST = record(
     ("model", "messages"),
-    model=text(),
+    model=MODEL,
     messages=array(MESSAGE, 1, MAX_MESSAGES),
     max_completion_tokens=whole(1, MAX_INTEGER, "Maximum tokens of a completion; default: the rest of the context."),
     max_tokens=whole(1, MAX_INTEGER, "Older name of max_completion_tokens, which has precedence."),
@@ -211,7 +213,7 @@ CHAT_REQUEST = record(
     tool_choice=TOOL_CHOICE,
     parallel_tool_calls=flag("Whether a completion may call several tools.", default=True),
     reasoning_effort=choice("low", "medium", "high", description="For models of the harmony format."),
-    retrieval=flag("With --documents: inserts passages before the last user message.", default=True),
+    retrieval=RETRIEVAL,
     modalities=array(constant("text"), 1, 1),
     service_tier=choice("auto", "default"),
     store=constant(False, "Completions are not stored."),
@@ -271,7 +273,7 @@ TEXT_FORMAT = one_of(
 )
 RESPONSES_REQUEST = record(
     ("model", "input"),
-    model=text(),
+    model=MODEL,
     input=one_of(text(), array(INPUT_ITEM, 1, MAX_MESSAGES)),
     instructions=text("System message before the input."),
     max_output_tokens=whole(1, MAX_INTEGER, "Maximum tokens; default: the rest of the context."),
@@ -282,7 +284,7 @@ RESPONSES_REQUEST = record(
     text=record((), format=TEXT_FORMAT),
     reasoning=record((), effort=choice("low", "medium", "high")),
     truncation=choice("auto", "disabled", description="auto: the oldest turns are dropped from a long input."),
-    retrieval=CHAT_REQUEST["properties"]["retrieval"],
+    retrieval=RETRIEVAL,
     metadata={"type": "object", "additionalProperties": text(maxLength=512), "maxProperties": 16},
     stream=flag(),
     stream_options=record((), include_obfuscation=constant(False)),
@@ -299,7 +301,7 @@ RESPONSES_REQUEST = record(
 
 EMBEDDING_REQUEST = record(
     ("model", "input"),
-    model=text(),
+    model=MODEL,
     input=one_of(text(), array(text(), 1, MAX_TEXTS), TOKENS, array(TOKENS, 1, MAX_TEXTS)),
     encoding_format=choice("float", "base64", description="base64: little-endian float32."),
     dimensions=whole(1, MAX_INTEGER, "Only the model's own width is accepted."),
@@ -310,7 +312,7 @@ EMBEDDING_REQUEST = record(
 _EXAMPLE = one_of(text(), {"type": "object"})
 CLASSIFICATION_REQUEST = record(
     ("model", "input"),
-    model=text(),
+    model=MODEL,
     input=one_of(
         text(),
         {"type": "object"},
@@ -322,9 +324,11 @@ CLASSIFICATION_REQUEST = record(
 TOKENIZE_REQUEST = record(
     (),
     "Either prompt or messages.",
-    model=text(),
+    model=MODEL,
     prompt=text(),
     messages=array(MESSAGE, 1, MAX_MESSAGES),
     tools=array(TOOL, 0, MAX_TOOLS),
+    add_special_tokens=constant(False, "None are added to a prompt."),
     return_token_strs=flag("The text of each token too."),
 )
+DETOKENIZE_REQUEST = record(("tokens",), model=MODEL, tokens=array(whole(0, MAX_INTEGER), 0, 1 << 20))

@@ -33,9 +33,9 @@ def check(schema: Mapping[str, Any], value: Any, place: str = "") -> None:
     if "anyOf" in schema:
         _check_any(schema["anyOf"], value, place)
         return
-    if "const" in schema and (value != schema["const"] or isinstance(value, bool) != isinstance(schema["const"], bool)):
+    if "const" in schema and not _equals(value, schema["const"]):
         raise invalid(f"{_named(place)} must be {_shown(schema['const'])}, not {_shown(value)}", place or None)
-    if "enum" in schema and not any(value is choice or value == choice for choice in schema["enum"]):
+    if "enum" in schema and not any(_equals(value, choice) for choice in schema["enum"]):
         choices = ", ".join(_shown(choice) for choice in schema["enum"])
         raise invalid(f"{_named(place)} must be one of {choices}, not {_shown(value)}", place or None)
     kinds = _kinds(schema)
@@ -55,6 +55,11 @@ def check(schema: Mapping[str, Any], value: Any, place: str = "") -> None:
             check(schema["items"], item, f"{place}[{i}]")
     elif isinstance(value, dict):
         _check_object(schema, value, place)
+
+
+def _equals(value: Any, constant: Any) -> bool:
+    """Equality of JSON values, where false is not 0."""
+    return bool(value == constant) and isinstance(value, bool) == isinstance(constant, bool)
 
 
 def _kinds(schema: Mapping[str, Any]) -> list[str]:
@@ -88,9 +93,11 @@ def _check_any(choices: list[Mapping[str, Any]], value: Any, place: str) -> None
         raise errors[fitting[0]]
     if fitting and isinstance(value, dict):
         tags = {tag: str(value[tag])[:40] for tag in ("type", "role") if tag in value}
-        raise invalid(f"{_named(place)} has none of the known forms, with {tags or 'neither type nor role'}", place)
-    if fitting:
-        raise errors[fitting[0]]
+        raise invalid(
+            f"{_named(place)} has none of the known forms, with {tags or 'neither type nor role'}", place or None
+        )
+    if fitting:  # arrays: the choice of which most elements fit
+        raise max((errors[i] for i in fitting), key=lambda error: (len(error.param or ""), error.param or ""))
     names = list(dict.fromkeys(kind for choice in choices for kind in _kinds(choice)))
     raise invalid(f"{_named(place)} must be of type {' or '.join(names)}, not {_shown(value)}", place or None)
 
@@ -125,9 +132,6 @@ def _check_length(schema: Mapping[str, Any], of: str, length: int, unit: str, pl
 def _check_object(schema: Mapping[str, Any], value: Mapping[str, Any], place: str) -> None:
     properties, others = schema.get("properties", {}), schema.get("additionalProperties", True)
     inside = f"{place}." if place else ""
-    for name in schema.get("required", ()):
-        if name not in value:
-            raise invalid(f"{inside}{name} is missing", f"{inside}{name}", "missing_required_parameter")
     pattern = schema.get("propertyNames", {}).get("pattern")
     for name, item in value.items():
         if pattern is not None and re.fullmatch(pattern, name) is None:
@@ -135,10 +139,13 @@ def _check_object(schema: Mapping[str, Any], value: Mapping[str, Any], place: st
         if name in properties:
             check(properties[name], item, f"{inside}{name}")
         elif others is False:
-            shown = name[:80]
-            raise invalid(f"unknown parameter {inside}{shown!r}", f"{inside}{shown}", "unknown_parameter")
+            shown = f"{inside}{name[:80]}"
+            raise invalid(f"unknown parameter {shown!r}", shown, "unknown_parameter")
         elif isinstance(others, Mapping):
             check(others, item, f"{inside}{name[:80]}")
+    for name in schema.get("required", ()):
+        if name not in value:
+            raise invalid(f"{inside}{name} is missing", f"{inside}{name}", "missing_required_parameter")
     _check_length(schema, "Properties", len(value), "keys", place)
 
 

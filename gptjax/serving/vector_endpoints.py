@@ -1,4 +1,4 @@
-"""POST /v1/embeddings, /v1/classify and /tokenize."""
+"""POST /v1/embeddings and /v1/classify."""
 
 import asyncio
 import base64
@@ -14,10 +14,8 @@ from gptjax.data.labelled import ROLES, TARGETS, Row
 from gptjax.data.records import split_words
 from gptjax.serving.answering import Serving, log_record, unless_disconnected
 from gptjax.serving.api_errors import invalid
-from gptjax.serving.chat_prompts import conversation
-from gptjax.serving.completion_settings import tools_of
 from gptjax.serving.completions_endpoint import tokens_of
-from gptjax.serving.request_schemas import CLASSIFICATION_REQUEST, EMBEDDING_REQUEST, TOKENIZE_REQUEST
+from gptjax.serving.request_schemas import CLASSIFICATION_REQUEST, EMBEDDING_REQUEST
 from gptjax.serving.served_models import ClassificationModel, GenerativeModel
 
 
@@ -102,26 +100,3 @@ def _row(model: ClassificationModel, example: str | Mapping[str, Any], place: st
         if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
             raise invalid(f"{place}.{role} is missing or is not text: the task {kind} reads {', '.join(roles)}", place)
     return Row(dict(example), place)
-
-
-async def tokenize(request: Request) -> Response:
-    serving = Serving.of(request)
-    body = await serving.body(request, TOKENIZE_REQUEST)
-    models = serving.models
-    model = models.generative(body["model"]) if "model" in body else models.first_generative()
-    if ("prompt" in body) == ("messages" in body):
-        raise invalid("tokenize needs either prompt or messages", "prompt")
-    if "tools" in body and "messages" not in body:
-        raise invalid("tools needs messages", "tools")
-
-    def encode() -> list[int]:
-        if "prompt" in body:
-            return model.tokenizer.encode(body["prompt"]).tolist()
-        shown, _ = tools_of(body)
-        return model.chat_form.encode_prompt(conversation(model.chat_form, body["messages"], tools=shown)).tolist()
-
-    tokens = await asyncio.to_thread(encode)
-    found: dict[str, Any] = {"count": len(tokens), "max_model_len": model.context_length, "tokens": tokens}
-    if body.get("return_token_strs"):
-        found["token_strs"] = [model.piece(token).decode(errors="replace") for token in tokens]
-    return JSONResponse(found)

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo chat-demo test test-slow interop remote ray tpu lint docs clean
+.PHONY: help demo chat-demo serve test test-slow interop clients remote browser ray tpu lint docs clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -21,6 +21,9 @@ chat-demo: $(VENV)/.installed-demo ## pretrain, sft, reward model, PPO on packag
 	    --config=configs/chatgpt.py:stage=ppo,init_from=runs/sft,reward=model:runs/reward,runlocal
 	$(BIN)/python -m gptjax.chat --workdir=runs/chatgpt
 
+serve: $(VENV)/.installed-demo $(VENV)/.installed-serve ## serve the model of `make demo` at http://127.0.0.1:8000
+	$(BIN)/python -m gptjax.serve --workdir=runs/demo
+
 test: $(VENV)/.installed-test ## run the tests, except the slow ones
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow"
 
@@ -30,8 +33,15 @@ test-slow: $(VENV)/.installed-test ## run the slow tests: several devices and pr
 interop: $(VENV)/.installed-test $(VENV)/.installed-interop ## compare with torch, transformers, trl, lm-eval and openai-harmony, installing them
 	$(BIN)/python -m pytest -n auto $$(grep -rlE --include='*.py' 'importorskip\("(torch|trl|lm_eval|openai_harmony)"' tests)
 
+clients: $(VENV)/.installed-test $(VENV)/.installed-clients ## use the server by clients of OpenAI's API, installing them
+	$(BIN)/python -m pytest -n0 tests/serving/test_clients.py
+
 remote: $(VENV)/.installed-test $(VENV)/.installed-remote ## read from and train in emulated buckets, installing s3fs and gcsfs
 	$(BIN)/python -m pytest -n auto --dist loadfile tests/data/test_remote_files.py $$(grep -rl --include='*.py' 'importorskip("gcsfs")' tests)
+
+browser: $(VENV)/.installed-test $(VENV)/.installed-browser ## use the chat page in headless Chromium, installing it and Playwright
+	command -v chromium || { apt-get update && apt-get install --yes chromium; } || $(BIN)/python -m playwright install chromium
+	$(BIN)/python -m pytest -n0 tests/serving/test_page.py
 
 tpu: $(VENV)/.installed-test $(VENV)/.installed-tpu ## compile for TPUs that are not there, installing their compiler
 	$(BIN)/python -m pytest -n auto $$(grep -rl --include='*.py' 'importorskip("libtpu")' tests)

@@ -16,12 +16,17 @@ WEB = ["aiohttp>=3.14"]
 REMOTE = [*WEB, "gcsfs>=2026.9", "s3fs>=2026.9"]
 # Near copies and languages of documents; both packages are small and work offline.
 PREPARE = ["datasketch>=2.0", "py3langid>=0.4"]
+# All are small, and none has torch.
+SERVE = ["starlette>=1.10", "uvicorn>=0.54", "llguidance>=1.9", "prometheus-client>=0.26"]
 SWEEP = ["optuna>=5.0", "plotly>=7.1", "submitit>=1.5.4"]
 TEST = [
-    *(*DEMO, *WANDB, *RETRIEVAL, *WEB, *PREPARE, *SWEEP),
-    *("pytest>=9.0", "pytest-xdist>=3.8", "hypothesis>=6.170"),
+    *(*DEMO, *WANDB, *RETRIEVAL, *WEB, *PREPARE, *SERVE, *SWEEP),
+    *("pytest>=9.0", "pytest-xdist>=3.8", "hypothesis>=6.170", "httpx>=0.28", "jsonschema>=4.25", "openai>=3.0"),
 ]
 DOCS = ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
+# Clients of OpenAI's API, for tests of the server that are skipped without them.
+CLIENTS = ["langchain-openai>=1.7", "schemathesis>=4.32"]
+BROWSER = ["playwright>=1.60"]  # drives Debian's chromium, or one that `playwright install chromium` fetches
 LM_EVAL = ["lm-eval>=0.4.13,<0.5"]
 # References for tests of models and losses, which are skipped without them; the library never imports them. On Python
 # 3.11 this torch is the CPU build; elsewhere the package index has it with CUDA, several gigabytes. Later versions of
@@ -36,6 +41,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["gptjax", "gptjax.*"]),
+    package_data={"gptjax.serving": ["page/**"]},
     python_requires=">=3.11,<3.14",
     install_requires=[
         "absl-py>=2.5",
@@ -75,10 +81,13 @@ setup(
         "retrieval": RETRIEVAL,
         "remote": REMOTE,
         "prepare": PREPARE,
+        "serve": SERVE,
         "sweep": SWEEP,
         "ray": [*PREPARE, *SWEEP, "ray[data]>=2.60"],  # its tests are skipped without it
+        "browser": BROWSER,
         "interop": INTEROP,
         "lm-eval": LM_EVAL,
+        "clients": [*CLIENTS, "lm-eval[api]>=0.4.13,<0.5"],
         "docs": DOCS,
         "test": TEST,
         "dev": [*TEST, "mypy~=2.4.1", "ruff~=0.17.6"],

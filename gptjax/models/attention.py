@@ -19,6 +19,7 @@ from gptjax.models.attention_backends import attention, score_scale
 from gptjax.models.dot_product import softmax
 from gptjax.models.elementwise import Norm, Vector
 from gptjax.models.layer_inputs import LayerInputs
+from gptjax.models.paged_attention import PagedKeyValues, paged_attention
 from gptjax.models.positions import rotate
 from gptjax.parallel.mesh import constrain, partitioned, platform, scattered
 
@@ -57,6 +58,9 @@ class KeyValues:
 
         slot_B = positions_B % self.slots
         return jax.tree.map(lambda old_BHSK, new_BH1K: jax.vmap(write_row)(old_BHSK, new_BH1K, slot_B), self, new)
+
+
+LayerCache = KeyValues | PagedKeyValues
 
 
 def slot_positions(last_B: jax.Array, slots: int) -> jax.Array:
@@ -137,12 +141,14 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, inputs: LayerInputs, deterministic: bool, cache: KeyValues | None = None
-    ) -> tuple[jax.Array, KeyValues]:
-        """Attends among the T positions; with a `cache`, from one new position of each row (T = 1) to the cached ones.
+        self, x_BTD: jax.Array, inputs: LayerInputs, deterministic: bool, cache: LayerCache | None = None
+    ) -> tuple[jax.Array, LayerCache]:
+        """Attends among the T positions; with a `cache`, from the T new positions of each row to the cached ones.
+
+        T is 1 for a cache of slots, and any number for one of pages.
 
         Returns:
-          The output, and the keys and values of the T positions; or the cache with the new position written.
+          The output, and the keys and values of the T positions; or the cache with the new positions written.
         """
         config = self.config
         q_BTHK, k_BTHK, v_BTHK = project_qkv(config, x_BTD, deterministic)
@@ -157,10 +163,24 @@ class SelfAttention(nn.Module):
         if config.attention_sinks:
             sinks = Vector(config, "bias", (config.num_heads,), ("heads",), nn.initializers.zeros, name="sinks")
             sinks_H = sinks().astype(jnp.float32)
-        key_values = KeyValues(k_BTHK.swapaxes(1, 2), v_BTHK.swapaxes(1, 2))
-        if cache is not None:
+        key_values: LayerCache = KeyValues(k_BTHK.swapaxes(1, 2), v_BTHK.swapaxes(1, 2))
+        if isinstance(cache, PagedKeyValues):
+            assert inputs.pages is not None, "a cache of pages needs the places of the tokens"
+            key_values = cache.write(k_BTHK, v_BTHK, inputs.pages)
+            out_BTHK = paged_attention(
+                q_BTHK,
+                key_values,
+                inputs.pages,
+                self.kind,
+                config.band_width,
+                config.precision,
+                score_scale(config),
+                sinks_H,
+            )
+        elif cache is not None:
             assert inputs.positions_B is not None, "decoding needs the position of each row's token"
-            key_values, positions_B = cache.write(key_values, inputs.positions_B), inputs.positions_B
+            positions_B = inputs.positions_B
+            key_values = cache.write(key_values, positions_B)
             out_BTHK = cached_attention(q_BTHK, key_values, positions_B, config.precision, score_scale(config), sinks_H)
         else:
             dropout_rng = self.make_rng("dropout") if config.attention_dropout > 0 and not deterministic else None

@@ -1,5 +1,7 @@
 """Incremental decoding: prefill reads the prompts and fills a key-value cache, decode reads one more token a row.
 
+`read` does both with a cache in pages: it reads any number of tokens of each row, at any positions.
+
 It applies the `Block` of training layer by layer to unstacked parameters: a loop over stacked layers would copy each
 layer's weights out of the stack for every token.
 """
@@ -10,13 +12,15 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.config import GPTConfig
-from gptjax.models.attention import KeyValues
+from gptjax.models.attention import KeyValues, LayerCache
 from gptjax.models.embedding import embed, value_embeddings
 from gptjax.models.gpt import GPT, Block, head_logits, layer_inputs
 from gptjax.models.layer_inputs import LayerInputs
+from gptjax.models.paged_attention import PagedKeyValues, Pages
 from gptjax.parallel.mesh import constrain
 
 Cache = list[KeyValues]  # one for each layer
+PagedCache = list[PagedKeyValues]  # one for each layer
 
 
 def unstack(config: GPTConfig, params: Any) -> Any:
@@ -97,6 +101,35 @@ def decode(
     return x_B1D[:, 0], written
 
 
+def empty_pages(config: GPTConfig, num_pages: int, page_size: int) -> PagedCache:
+    """A cache of zeros with pages of `page_size` positions; page 0 is scratch space."""
+    shape = (num_pages, config.kv_heads, page_size, config.head_dim)
+    return [
+        PagedKeyValues(*(_constrain_pages(jnp.zeros(shape, config.dtype)) for _ in range(2)))
+        for _ in range(config.num_layers)
+    ]
+
+
+def read(
+    model: GPT, params: Any, cache: PagedCache, tokens_BT: jax.Array, pages: Pages
+) -> tuple[jax.Array, PagedCache]:
+    """Runs the model on T more tokens of each row.
+
+    Args:
+      params: unstacked.
+      tokens_BT: int, with any token at padding.
+
+    Returns:
+      The output of the last layer (B, T, D), and the cache with the tokens in it.
+    """
+    x_BTD, inputs = _embed(model, params, tokens_BT, pages.positions_BT)
+    written = []
+    for block, layer, given, pool in zip(_blocks(model.config), params["layers"], inputs, cache, strict=True):
+        x_BTD, pool = _apply(block, layer, x_BTD, given.replace(pages=pages), pool)
+        written.append(jax.tree.map(_constrain_pages, pool))
+    return x_BTD, written
+
+
 def logits(model: GPT, params: Any, x_BD: jax.Array) -> jax.Array:
     """Logits, float32 (..., V), from the output (..., D) of `forward`, `prefill` or `decode`."""
     x_BD = cast(jax.Array, model.apply({"params": params}, x_BD, method="normalise"))
@@ -109,8 +142,8 @@ def _blocks(config: GPTConfig) -> list[Block]:
 
 
 def _apply(
-    block: Block, layer: Any, x_BTD: jax.Array, inputs: LayerInputs, cache: KeyValues | None = None
-) -> tuple[jax.Array, KeyValues]:
+    block: Block, layer: Any, x_BTD: jax.Array, inputs: LayerInputs, cache: LayerCache | None = None
+) -> tuple[jax.Array, Any]:
     deterministic = True
     return cast(Any, block.apply({"params": layer}, x_BTD, inputs, deterministic, cache))
 
@@ -131,3 +164,8 @@ def _embed(
 def _constrain_cache(key_values: KeyValues) -> KeyValues:
     """Shards a cache over the mesh as the activations in it; slots are not sharded."""
     return jax.tree.map(lambda x_BHSK: constrain(x_BHSK, "batch", "kv_heads", None, None), key_values)
+
+
+def _constrain_pages(x_NHCK: jax.Array) -> jax.Array:
+    """Shards a pool of pages over its heads; any row may use any page."""
+    return constrain(x_NHCK, None, "kv_heads", None, None)

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from gptjax.config import GPTConfig
-from gptjax.models.attention import KeyValues, SelfAttention
+from gptjax.models.attention import LayerCache, SelfAttention
 from gptjax.models.attention_backends import is_cudnn_forward
 from gptjax.models.axis_roles import ParameterAxes, tree_axes
 from gptjax.models.elementwise import Norm, Vector
@@ -72,8 +72,8 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, inputs: LayerInputs, deterministic: bool, cache: KeyValues | None = None
-    ) -> tuple[jax.Array, KeyValues]:
+        self, x_BTD: jax.Array, inputs: LayerInputs, deterministic: bool, cache: LayerCache | None = None
+    ) -> tuple[jax.Array, LayerCache]:
         """Arguments and second result are those of `SelfAttention`."""
         config = self.config
         out_std = config.kernel_init_std

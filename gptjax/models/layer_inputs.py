@@ -3,6 +3,7 @@
 import flax.struct
 import jax
 
+from gptjax.models.paged_attention import Pages
 from gptjax.models.positions import Rotation
 
 
@@ -16,6 +17,7 @@ class LayerInputs(flax.struct.PyTreeNode):
       value_BTHK: the layer's value embeddings of the tokens.
       first_BTD: the input of the first layer, with residual scalars.
       positions_B: int, in decoding: the position of each row's one token.
+      pages: with a cache of pages, the places of the tokens in it.
     """
 
     segments_BT: jax.Array | None = None
@@ -24,3 +26,4 @@ class LayerInputs(flax.struct.PyTreeNode):
     value_BTHK: jax.Array | None = None
     first_BTD: jax.Array | None = None
     positions_B: jax.Array | None = None
+    pages: Pages | None = None

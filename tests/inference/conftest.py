@@ -32,6 +32,19 @@ CONFIGS = {
     "banded": BANDED,
     "post": dataclasses.replace(BANDED, norm_position="post"),
     "gpt_neo": dataclasses.replace(BANDED, scale_attention=False, qkv_bias=False),
+    "modern": dataclasses.replace(
+        BANDED,
+        positions="rotary",
+        norm="rms",
+        num_kv_heads=1,
+        attention_sinks=True,
+        qk_norm=True,
+        value_embeddings="alternate",
+        gated=True,
+        residual_scalars=True,
+    ),
+    "experts": dataclasses.replace(BANDED, num_experts=4, expert_capacity=1.0),
+    "prefix": dataclasses.replace(BANDED, attention_pattern=("prefix", "dense")),
     "smallest": dataclasses.replace(BANDED, attention_pattern=("dense",), num_layers=1, embed_dim=4),
 }
 

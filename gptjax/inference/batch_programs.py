@@ -1,0 +1,178 @@
+"""The compiled programs of continuous batching: reading a chunk of a prompt, and decoding tokens of all rows.
+
+Reading fills pages of the cache; the last token of a prompt is read by the decoding program, which samples. Every
+setting of a row is an argument, so nothing but the number of rows compiles again.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+
+from gptjax.inference.row_sampling import MOST_TOP_LOGPROBS, History, RowSettings, sample_rows, top_logprobs
+from gptjax.models import row_adapters
+from gptjax.models.decoding import PagedCache, logits, read, unstack
+from gptjax.models.gpt import GPT
+from gptjax.models.paged_attention import Pages
+from gptjax.parallel.mesh import constrain
+
+MOST_STEPS = 8  # maximum tokens of a row in one call of `decode_rows`
+
+
+class BatchState(NamedTuple):
+    """Arrays on the device that the programs update; donated."""
+
+    cache: PagedCache
+    history: History
+
+
+class Rows(NamedTuple):
+    """The rows of a call, B of them; int32 unless stated.
+
+    Attributes:
+      slot_B: the row of the history.
+      table_BN: the pages of the row.
+      token_B: the token that is read first, at `position_B`.
+      number_B: tokens sampled so far.
+      left_B: tokens that the row may still sample; 0: it is unused.
+      ends_BN: tokens that end a completion; -1 pads.
+      top_B: bool, whether the most probable tokens are returned.
+      adapter_B: the adapter, 0 for the base model.
+      settings: sampling settings.
+    """
+
+    slot_B: npt.NDArray[np.int32]
+    table_BN: npt.NDArray[np.int32]
+    token_B: npt.NDArray[np.int32]
+    position_B: npt.NDArray[np.int32]
+    number_B: npt.NDArray[np.int32]
+    left_B: npt.NDArray[np.int32]
+    ends_BN: npt.NDArray[np.int32]
+    top_B: npt.NDArray[np.bool_]
+    adapter_B: npt.NDArray[np.int32]
+    settings: RowSettings
+
+
+class Sampled(NamedTuple):
+    """What N steps sampled; replicated on all devices.
+
+    Attributes:
+      token_NB: int32.
+      logprob_NB: float32, log-probabilities under the model, before all sampling settings.
+      top_logprob_NBC: float32, those of the most probable tokens.
+      top_token_NBC: int32, the most probable tokens.
+    """
+
+    token_NB: jax.Array
+    logprob_NB: jax.Array
+    top_logprob_NBC: jax.Array
+    top_token_NBC: jax.Array
+
+
+class _Loop(NamedTuple):
+    """The state of the decoding loop."""
+
+    i: jax.Array
+    state: BatchState
+    token_B: jax.Array
+    steps_B: jax.Array  # tokens sampled in this call
+    is_active_B: jax.Array
+    sampled: Sampled
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def read_chunk(
+    model: GPT,
+    params: Any,
+    cache: PagedCache,
+    tokens_1T: jax.Array,
+    start: jax.Array,
+    count: jax.Array,
+    table_1N: jax.Array,
+    prefix_1: jax.Array,
+    adapter_1: jax.Array,
+) -> tuple[PagedCache, jax.Array]:
+    """Reads the first `count` of T tokens of one row, which begin at position `start`.
+
+    Returns:
+      The cache, and the output of the last layer (1, T, D).
+    """
+    index_1T = jnp.arange(tokens_1T.shape[1], dtype=jnp.int32)[None]
+    pages = Pages(table_1N, start + index_1T, index_1T < count, prefix_1)
+    with row_adapters.applied(adapter_1):
+        x_1TD, cache = read(model, unstack(model.config, params), cache, tokens_1T, pages)
+    return cache, constrain(x_1TD, None, None, None)
+
+
+@partial(jax.jit, static_argnums=0)
+def score_chunk(
+    model: GPT, params: Any, x_1TD: jax.Array, next_T: jax.Array, wants_top: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Log-probabilities (T,) of the tokens after those of a chunk, and the most probable tokens with theirs, (T, C)."""
+    logits_TV = logits(model, params, x_1TD[0])
+    chosen_T = jnp.take_along_axis(logits_TV, next_T[:, None], axis=-1)[:, 0]
+    top = top_logprobs(logits_TV, wants_top[None])
+    return chosen_T - jax.nn.logsumexp(logits_TV, axis=-1), *top
+
+
+@partial(jax.jit, donate_argnums=0)
+def set_history(history: History, slot: jax.Array, seen_V: jax.Array, bias_V: jax.Array) -> History:
+    """Sets a row of the history to that of a new request."""
+    return History(
+        history.seen_BV.at[slot].set(seen_V),
+        history.counts_BV.at[slot].set(0),
+        history.bias_BV.at[slot].set(bias_V),
+    )
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def decode_rows(
+    model: GPT, params: Any, state: BatchState, rows: Rows, allowed_BV: jax.Array, count: jax.Array
+) -> tuple[BatchState, Sampled]:
+    """Decodes `count` tokens of each row, or until every row has ended or sampled `left_B` tokens.
+
+    Args:
+      allowed_BV: bool, tokens that may be sampled.
+      count: at most MOST_STEPS, which is N; unused entries of the result are zeros.
+    """
+    params = unstack(model.config, params)
+
+    def more(loop: _Loop) -> jax.Array:
+        return (loop.i < count) & jnp.any(loop.is_active_B)
+
+    def one(loop: _Loop) -> _Loop:
+        position_B1 = (rows.position_B + loop.steps_B)[:, None]
+        prefix_B = jnp.zeros_like(loop.steps_B)  # what is read here attends to all before it
+        pages = Pages(rows.table_BN, position_B1, loop.is_active_B[:, None], prefix_B)
+        with row_adapters.applied(rows.adapter_B):
+            x_B1D, cache = read(model, params, loop.state.cache, loop.token_B[:, None], pages)
+        logits_BV = logits(model, params, x_B1D[:, 0])
+        history, number_B = loop.state.history, rows.number_B + loop.steps_B
+        token_B = sample_rows(logits_BV, history, rows.slot_B, allowed_BV, rows.settings, number_B)
+        token_B = constrain(token_B, None)
+        chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
+        logprob_B = chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
+        step = (token_B, logprob_B, *top_logprobs(logits_BV, rows.top_B))
+        counts_BV = history.counts_BV.at[rows.slot_B, token_B].add(loop.is_active_B.astype(jnp.int32))
+        steps_B = loop.steps_B + loop.is_active_B
+        has_ended_B = jnp.any(token_B[:, None] == rows.ends_BN, axis=-1) | (steps_B >= rows.left_B)
+        put = jax.lax.dynamic_update_index_in_dim
+        return _Loop(
+            loop.i + 1,
+            BatchState(cache, history._replace(counts_BV=counts_BV)),
+            token_B,
+            steps_B,
+            loop.is_active_B & ~has_ended_B,
+            Sampled(*(put(all_, this, loop.i, 0) for all_, this in zip(loop.sampled, step, strict=True))),
+        )
+
+    shape = (MOST_STEPS, len(rows.slot_B))
+    top = (*shape, min(MOST_TOP_LOGPROBS, allowed_BV.shape[-1]))
+    nothing = Sampled(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(top), jnp.zeros(top, jnp.int32))
+    start = jnp.int32(0)
+    loop = _Loop(start, state, rows.token_B, jnp.zeros_like(rows.left_B), rows.left_B > 0, nothing)
+    loop = jax.lax.while_loop(more, one, loop)
+    return loop.state, Sampled(*(constrain(x, *(None,) * x.ndim) for x in loop.sampled))

@@ -1,0 +1,458 @@
+"""Continuous batching: requests enter and leave a running batch, each with settings of its own.
+
+`BatchedEngine.step` reads a chunk of a prompt or of several, and decodes some tokens of every row whose prompt is read,
+so a long prompt does not stall the others. The key-value cache consists of pages (`gptjax.models.paged_attention`). A
+request gets all the pages that it can need before it starts, so that it never has to be interrupted; requests start in
+the order in which they came.
+
+Determinism. Chunks of a prompt begin at multiples of the chunk size and are read by programs of their shape, so what is
+in a whole page depends only on the tokens up to its end, whether it was computed for this request or found in the
+prefix cache; the shape of the last chunk depends on the length of the prompt. With `deterministic`, decoding has a
+fixed number of rows, too. A row's arithmetic is then the same whatever is in the other rows, as long as the device
+computes all rows of a matrix product alike. XLA's CPU backend does in float32, as the tests verify.
+
+`gptjax.inference.engine.Engine` remains the engine for a batch of prompts that start together, and for contexts that
+slide: it reads all prompts in one call and decodes up to 32 tokens of each in another, with sampling settings that are
+compiled in. `gptjax.inference.continuous` completes many prompts with this one.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from jax.sharding import Mesh
+
+from gptjax.config import PeftConfig, UserError
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.inference.batch_programs import (
+    MOST_STEPS,
+    BatchState,
+    Rows,
+    decode_rows,
+    read_chunk,
+    score_chunk,
+    set_history,
+)
+from gptjax.inference.engine import bucket, power_of_two
+from gptjax.inference.page_pool import Digest, PagePool, page_digests
+from gptjax.inference.requests import (
+    MOST_ENDS,
+    EndReason,
+    EngineStats,
+    GenerationRequest,
+    PromptLogprobs,
+    SampledToken,
+    TopLogprobs,
+)
+from gptjax.inference.row_sampling import History, row_settings
+from gptjax.inference.sampling import Sampling
+from gptjax.inference.weights import WeightFormat, prepare
+from gptjax.models import row_adapters
+from gptjax.models.decoding import empty_pages
+from gptjax.models.gpt import GPT
+from gptjax.parallel.mesh import use_mesh
+from gptjax.parallel.platforms import platform_defaults
+
+DEFAULT_CHUNK = 64  # positions of a page, and tokens of a prompt that are read in one call
+UNUSED = (Sampling(temperature=0), 0)
+
+
+@dataclasses.dataclass
+class _Sequence:
+    """A request in the engine."""
+
+    number: int
+    request: GenerationRequest
+    digests: list[Digest]  # of the whole pages of the prompt
+    slot: int = -1  # row of the history
+    pages: list[int] = dataclasses.field(default_factory=list)
+    read: int = 0  # tokens whose keys and values are in the cache
+    sampled: list[int] = dataclasses.field(default_factory=list)
+    prompt_logprobs: list[float] = dataclasses.field(default_factory=list)
+    prompt_top: list[TopLogprobs] = dataclasses.field(default_factory=list)
+
+    @property
+    def last_token(self) -> int:
+        return self.sampled[-1] if self.sampled else self.request.tokens[-1]
+
+    @property
+    def position(self) -> int:
+        """The position of the last token, which is read next."""
+        return len(self.request.tokens) + len(self.sampled) - 1
+
+    @property
+    def left(self) -> int:
+        return self.request.max_new_tokens - len(self.sampled)
+
+
+class BatchedEngine:
+    """Generates the completions of many requests at once. Not thread-safe.
+
+    Args:
+      params: parameters in the structure of `model.init`, unboxed; copied unless `weights` is "stacked".
+      mesh: mesh over which the parameters are sharded; None: one device.
+      weights: as in `gptjax.inference.weights.prepare`.
+      rows: the most requests that are in the batch at a time.
+      chunk: positions of a page, and tokens of a prompt that are read in one call.
+      cache_bytes: memory of the key-value cache; None: as many pages as `rows` texts of the whole context need.
+      deterministic: programs of fixed shapes: the tokens and log-probabilities of a request do not depend on other
+        requests, bit for bit. Otherwise a batch of few rows is decoded by a program of few rows.
+      prefix_cache: pages of prompts are kept for later requests that begin with the same tokens.
+      steps: the most tokens of a row that one `step` decodes, at most MOST_STEPS.
+      adapters: LoRA and AdaLoRA adapters by name, as `gptjax.models.row_adapters.with_adapters` takes them.
+
+    Raises:
+      UserError: an adapter that does not fit the model, a number out of range, `cache_bytes` too small for one page,
+        or unknown `weights`.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        params: Any,
+        tokenizer: Tokenizer,
+        mesh: Mesh | None = None,
+        weights: WeightFormat = "as_given",
+        *,
+        rows: int = 8,
+        chunk: int | None = None,
+        cache_bytes: int | None = None,
+        deterministic: bool = False,
+        prefix_cache: bool = True,
+        steps: int = 4,
+        adapters: Mapping[str, tuple[PeftConfig, Any]] | None = None,
+    ) -> None:
+        self.mesh, self.tokenizer = mesh, tokenizer
+        config = dataclasses.replace(model.config, expert_capacity=None)
+        assert config.vocab_size is not None, "resolve model.vocab_size from the tokenizer first"
+        if deterministic and config.num_experts is not None:
+            config = dataclasses.replace(config, expert_backend="dense")  # grouped rows depend on the other rows
+        self.rows, self.chunk = rows, min(DEFAULT_CHUNK if chunk is None else chunk, config.context_length)
+        for name, value, most in (("rows", rows, None), ("chunk", self.chunk, None), ("steps", steps, MOST_STEPS)):
+            if value < 1 or (most is not None and value > most):
+                raise UserError(f"{name}={value} must be at least 1{'' if most is None else f' and at most {most}'}")
+        with use_mesh(mesh):
+            self.model, self.params = prepare(GPT(config), params, weights)
+            adapters = {} if adapters is None else adapters
+            self.params = row_adapters.with_adapters(config, self.params, list(adapters.values()))
+            self._least_rows = platform_defaults().min_decode_rows if self.model.config.dtype == "bfloat16" else 1
+        self.vocab_size, self.context = config.vocab_size, config.context_length
+        self.deterministic, self.steps = deterministic, steps
+        self._adapters: dict[str | None, int] = {None: 0} | {name: i for i, name in enumerate(adapters, start=1)}
+        self._has_prefix_layers = "prefix" in config.attention_pattern
+        self._keeps_prefixes = prefix_cache and not self._has_prefix_layers
+        self._pages_of_row = -(-self.context // self.chunk)
+        self._pool = PagePool(self._num_pages(cache_bytes))
+        with use_mesh(mesh):
+            shape = (rows, self.vocab_size)
+            history = History(jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
+            cache = empty_pages(self.model.config, self._pool.num_pages + 1, self.chunk)
+            self._state = BatchState(cache, history)
+        self._all_allowed: dict[int, jax.Array] = {}
+        self._waiting: collections.deque[_Sequence] = collections.deque()
+        self._reading: collections.deque[_Sequence] = collections.deque()  # prompts, the next to be read first
+        self._decoding: list[_Sequence] = []
+        self._free_slots = list(range(rows))
+        self._prompt_logprobs: dict[int, PromptLogprobs] = {}
+        self._next_number = 0
+        self._stats = EngineStats(pages_total=self._pool.num_pages)
+        self._shapes: set[Any] = set()
+
+    @property
+    def page_bytes(self) -> int:
+        """Memory of a page, in all layers."""
+        config = self.model.config
+        values = 2 * config.num_layers * config.kv_heads * self.chunk * config.head_dim
+        return values * jnp.dtype(config.dtype).itemsize
+
+    def _num_pages(self, cache_bytes: int | None) -> int:
+        if cache_bytes is None:
+            return self.rows * self._pages_of_row
+        if cache_bytes < 2 * self.page_bytes:
+            raise UserError(
+                f"cache_bytes={cache_bytes} is too small: a page of {self.chunk} positions has {self.page_bytes} "
+                "bytes, and there must be two"
+            )
+        return cache_bytes // self.page_bytes - 1  # one is scratch space
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+
+    @property
+    def free_rows(self) -> int:
+        """Rows without a request, less the requests that wait for one."""
+        return max(0, len(self._free_slots) - len(self._waiting))
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is no request."""
+        return not (self._waiting or self._reading or self._decoding)
+
+    @property
+    def stats(self) -> EngineStats:
+        """The counters at this moment."""
+        return dataclasses.replace(
+            self._stats,
+            rows_in_use=len(self._reading) + len(self._decoding),
+            waiting=len(self._waiting),
+            pages_in_use=self._pool.in_use,
+            pages_cached=self._pool.cached,
+            programs=len(self._shapes),
+        )
+
+    def check(self, request: GenerationRequest) -> None:
+        """Raises UserError for a request that can never be completed.
+
+        See `GenerationRequest.check`; also one of an unknown adapter, or that needs more pages than there are.
+        """
+        request.check(self.vocab_size, self.context)
+        if request.adapter not in self._adapters:
+            known = ", ".join(name for name in self._adapters if name is not None) or "none"
+            raise UserError(f"there is no adapter {request.adapter!r}: the adapters are {known}")
+        if (needed := self._pages_needed(request)) > self._pool.num_pages:
+            raise UserError(
+                f"a prompt of {len(request.tokens)} tokens and max_new_tokens={request.max_new_tokens} need {needed} "
+                f"pages of the cache, which has {self._pool.num_pages}: shorten one, or raise cache_bytes"
+            )
+
+    def insert(self, request: GenerationRequest) -> int:
+        """Adds a request, which starts as soon as a row and its pages are free; returns its number.
+
+        Raises:
+          UserError: as `check`.
+        """
+        self.check(request)
+        digests = []
+        if self._keeps_prefixes:
+            digests = page_digests(request.tokens[:-1], self.chunk, request.adapter)
+        number, self._next_number = self._next_number, self._next_number + 1
+        self._waiting.append(_Sequence(number, request, digests))
+        return number
+
+    def evict(self, number: int) -> None:
+        """Removes a request, finished or not; its row and pages are free before the next step."""
+        self._prompt_logprobs.pop(number, None)
+        for group in (self._waiting, self._reading, self._decoding):
+            for sequence in group:
+                if sequence.number == number:
+                    group.remove(sequence)
+                    if group is not self._waiting:
+                        self._free(sequence)
+                    return
+
+    def prompt_logprobs(self, number: int) -> PromptLogprobs | None:
+        """Returns and forgets the log-probabilities of a prompt; None if it is not read yet, or they were not asked."""
+        return self._prompt_logprobs.pop(number, None)
+
+    def step(self) -> list[SampledToken]:
+        """Reads chunks of prompts and decodes tokens of the rows whose prompts are read.
+
+        Returns:
+          The sampled tokens; those of a request are in their order.
+        """
+        self._admit()
+        # One chunk for each row that decodes; while few rows decode, other prompts are more urgent.
+        for _ in range(max(1, len(self._reading) // max(1, len(self._decoding)))):
+            if self._reading:
+                self._read(self._reading.popleft())
+        return self._decode() if self._decoding else []
+
+    def _pages_needed(self, request: GenerationRequest) -> int:
+        positions = len(request.tokens) + request.max_new_tokens - 1  # the last token is not read
+        if self._has_prefix_layers:
+            positions = max(positions, self._prefix_length(len(request.tokens)))
+        return -(-positions // self.chunk)
+
+    def _prefix_length(self, tokens: int) -> int:
+        """The positions of the program that reads a whole prompt: a power of two of pages."""
+        return min(power_of_two(-(-tokens // self.chunk)), self._pages_of_row) * self.chunk
+
+    def _admit(self) -> None:
+        """Starts the requests that wait, in their order, while there are rows and pages."""
+        while self._waiting and self._free_slots:
+            sequence = self._waiting[0]
+            shared = [] if sequence.request.prompt_logprobs else self._pool.find(sequence.digests)
+            self._pool.share(shared)
+            needed = self._pages_needed(sequence.request) - len(shared)
+            if needed > self._pool.available:
+                self._pool.release(shared)
+                return
+            self._waiting.popleft()
+            self._stats.prefix_queries += len(sequence.digests)
+            self._stats.prefix_hits += len(shared)
+            sequence.pages = shared + self._pool.allocate(needed)
+            sequence.read = len(shared) * self.chunk
+            sequence.slot = self._free_slots.pop(0)
+            if sequence.request.sampling.has_history:
+                self._start_history(sequence)
+            self._reading.append(sequence)
+            if sequence.read == len(sequence.request.tokens) - 1 and not self._has_prefix_layers:
+                self._start_decoding(self._reading.pop())
+
+    def _start_history(self, sequence: _Sequence) -> None:
+        seen_V, bias_V = np.zeros(self.vocab_size, bool), np.zeros(self.vocab_size, np.float32)
+        seen_V[list(sequence.request.tokens)] = True
+        for token, bias in sequence.request.sampling.logit_bias:
+            bias_V[token] += bias
+        with use_mesh(self.mesh):
+            history = set_history(self._state.history, np.int32(sequence.slot), seen_V, bias_V)
+        self._state = self._state._replace(history=history)
+
+    def _start_decoding(self, sequence: _Sequence) -> None:
+        if sequence.request.prompt_logprobs:
+            logprobs = np.array(sequence.prompt_logprobs, np.float32)
+            self._prompt_logprobs[sequence.number] = PromptLogprobs(logprobs, tuple(sequence.prompt_top))
+        self._decoding.append(sequence)
+
+    def _free(self, sequence: _Sequence) -> None:
+        self._pool.release(sequence.pages)
+        self._free_slots.append(sequence.slot)
+        self._free_slots.sort()
+
+    # --- calls of the programs ----------------------------------------------------------------------------------------
+
+    def _table(self, sequences: list[_Sequence], rows: int) -> npt.NDArray[np.int32]:
+        table_BN = np.zeros((rows, self._pages_of_row), np.int32)
+        for row, sequence in enumerate(sequences):
+            table_BN[row, : len(sequence.pages)] = sequence.pages
+        return table_BN
+
+    def _read(self, sequence: _Sequence) -> None:
+        """Reads the next chunk of a prompt, or all of it if its positions attend to later ones."""
+        tokens = sequence.request.tokens
+        if self._has_prefix_layers:
+            end = prefix = len(tokens)
+            length = self._prefix_length(end)
+        else:
+            end, prefix = len(tokens) - 1, 0  # the last token is read when it is decoded
+            length = min(self.chunk, bucket(end - sequence.read))
+        start = sequence.read
+        count = min(length, end - start)
+        tokens_1T = np.zeros((1, length), np.int32)
+        tokens_1T[0, :count] = tokens[start : start + count]
+        table_1N = self._table([sequence], 1)
+        self._shapes.add(("read", length))
+        with use_mesh(self.mesh):
+            cache, x_1TD = read_chunk(
+                self.model,
+                self.params,
+                self._state.cache,
+                tokens_1T,
+                np.int32(start),
+                np.int32(count),
+                table_1N,
+                np.array([prefix], np.int32),
+                np.array([self._adapters[sequence.request.adapter]], np.int32),
+            )
+        self._state = self._state._replace(cache=cache)
+        if sequence.request.prompt_logprobs:
+            self._score(sequence, x_1TD, start, min(count, len(tokens) - 1 - start))
+        sequence.read += count
+        self._stats.tokens_prefilled += count
+        for page in range(start // self.chunk, min(sequence.read // self.chunk, len(sequence.digests))):
+            self._pool.publish(sequence.pages[page], sequence.digests[page])
+        if sequence.read == end:
+            self._start_decoding(sequence)
+        else:
+            self._reading.append(sequence)
+
+    def _score(self, sequence: _Sequence, x_1TD: jax.Array, start: int, count: int) -> None:
+        """Appends the log-probabilities of the tokens after those of a chunk."""
+        next_T = np.zeros(x_1TD.shape[1], np.int32)
+        next_T[:count] = sequence.request.tokens[start + 1 : start + 1 + count]
+        wanted = sequence.request.top_logprobs
+        self._shapes.add(("score", len(next_T)))
+        with use_mesh(self.mesh):
+            scores = score_chunk(self.model, self.params, x_1TD, next_T, np.bool_(wanted > 0))
+        logprob_T, top_logprob_TC, top_token_TC = jax.device_get(scores)
+        sequence.prompt_logprobs += logprob_T[:count].tolist()
+        sequence.prompt_top += [_top(top_token_TC[t], top_logprob_TC[t], wanted) for t in range(count)]
+
+    def _decode(self) -> list[SampledToken]:
+        sequences = list(self._decoding)
+        rows = self.rows
+        if not self.deterministic:
+            rows = min(rows, max(self._least_rows, power_of_two(len(sequences))))
+        constrained = any(sequence.request.constraint is not None for sequence in sequences)
+        # While requests wait for rows or prompts are read, rows that end must be noticed early.
+        count = 1 if constrained or self._reading else min(self.steps, max(s.left for s in sequences))
+        self._shapes.add(("decode", rows))
+        with use_mesh(self.mesh):
+            self._state, sampled = decode_rows(
+                self.model,
+                self.params,
+                self._state,
+                self._rows(sequences, rows),
+                self._allowed(sequences, rows, constrained),
+                np.int32(count),
+            )
+        token_NB, logprob_NB, top_logprob_NBC, top_token_NBC = jax.device_get(sampled)
+        events = []
+        for i in range(count):
+            for row, sequence in enumerate(sequences):
+                if sequence not in self._decoding:
+                    continue
+                token, wanted = int(token_NB[i, row]), sequence.request.top_logprobs
+                top = _top(top_token_NBC[i, row], top_logprob_NBC[i, row], wanted) if wanted else ()
+                reason = self._append(sequence, token)
+                events.append(SampledToken(sequence.number, token, float(logprob_NB[i, row]), top, reason))
+        self._stats.tokens_decoded += len(events)
+        return events
+
+    def _append(self, sequence: _Sequence, token: int) -> EndReason | None:
+        """Adds a sampled token to its sequence, which it may end."""
+        request, reason = sequence.request, None
+        sequence.sampled.append(token)
+        if token in request.end_tokens:
+            reason = "end_of_text" if token in self.tokenizer.ends else "end_of_turn"
+        elif sequence.left == 0:
+            reason = "length"
+        elif request.constraint is not None:
+            request.constraint.accept(token)
+        if reason is not None:
+            self._decoding.remove(sequence)
+            self._free(sequence)
+        return reason
+
+    def _rows(self, sequences: list[_Sequence], rows: int) -> Rows:
+        """The arguments of the decoding program; rows beyond the sequences are unused."""
+
+        def column(values: list[int]) -> npt.NDArray[np.int32]:
+            return np.array(values + [0] * (rows - len(values)), np.int32)
+
+        ends_BN = np.full((rows, MOST_ENDS), -1, np.int32)
+        for row, sequence in enumerate(sequences):
+            ends_BN[row, : len(sequence.request.end_tokens)] = sequence.request.end_tokens
+        settings = [(s.request.sampling, s.request.seed) for s in sequences]
+        return Rows(
+            column([s.slot for s in sequences]),
+            self._table(sequences, rows),
+            column([s.last_token for s in sequences]),
+            column([s.position for s in sequences]),
+            column([len(s.sampled) for s in sequences]),
+            column([s.left for s in sequences]),
+            ends_BN,
+            column([s.request.top_logprobs for s in sequences]) > 0,
+            column([self._adapters[s.request.adapter] for s in sequences]),
+            row_settings(settings + [UNUSED] * (rows - len(sequences))),
+        )
+
+    def _allowed(self, sequences: list[_Sequence], rows: int, constrained: bool) -> Any:
+        if not constrained:
+            if rows not in self._all_allowed:
+                self._all_allowed[rows] = jnp.ones((rows, self.vocab_size), bool)
+            return self._all_allowed[rows]
+        allowed_BV = np.ones((rows, self.vocab_size), bool)
+        for row, sequence in enumerate(sequences):
+            if sequence.request.constraint is not None:
+                allowed_BV[row] = sequence.request.constraint.allowed()
+        return allowed_BV
+
+
+def _top(tokens_C: npt.NDArray[np.int32], logprobs_C: npt.NDArray[np.float32], number: int) -> TopLogprobs:
+    """The first `number` of the most probable tokens."""
+    return tuple(zip(tokens_C[:number].tolist(), logprobs_C[:number].tolist(), strict=True))

@@ -1,0 +1,118 @@
+"""Loads what a server serves: the base model, and fine-tuned models that share its weights."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from jax.sharding import Mesh
+
+from gptjax.config import ChatConfig, Config, MeshConfig, UserError, read_config
+from gptjax.data.labelled import Row
+from gptjax.data.templates import ChatFormat, chat_format
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.interop import huggingface
+from gptjax.models.gpt import GPT
+from gptjax.parallel.mesh import make_mesh
+from gptjax.serving.served_models import ClassificationModel
+from gptjax.stages import registry
+from gptjax.stages.finetune.predictor import load_predictor
+from gptjax.stages.trained_model import load_model
+
+CLASSIFIED_TOGETHER = 8  # rows of a batch
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseModel:
+    """A model that generates text, with its weights.
+
+    Attributes:
+      params: unboxed, sharded over `mesh`.
+      form: chat format; None: the tokenizer has no token that could end a turn.
+      infills: whether it is trained to fill in the middle.
+      conversational: whether it is trained on conversations, or used for them by choice of a template.
+    """
+
+    model: GPT
+    params: Any
+    tokenizer: Tokenizer
+    mesh: Mesh
+    form: ChatFormat | None
+    infills: bool
+    conversational: bool
+
+
+def load_base(
+    workdir: Path,
+    mesh: MeshConfig,
+    dtype: Literal["float32", "bfloat16"] | None,
+    template: str | None,
+    *,
+    best: bool,
+    step: int | None,
+) -> BaseModel:
+    """Loads a workdir.
+
+    Args:
+      template: chat template of a model that no chat stage trained; None: plain.
+      dtype, best, step: as in `load_model`.
+
+    Raises:
+      UserError: as `load_model`, or `template` contradicts what the model is trained with.
+    """
+    saved = read_config(workdir)
+    trains_chat = registry.definition(saved).conversational
+    if template is not None and trains_chat:
+        raise UserError(f"{workdir} is trained with chat.template={saved.chat.template}: leave out --template")
+    trained = load_model(workdir, mesh, dtype, best=best, step=step)
+    chat = trained.config.chat if trains_chat else ChatConfig(template=template or "plain")  # type: ignore[arg-type]
+    form = _form(chat, trained.tokenizer, None if trains_chat else str(workdir))
+    infills = trained.config.data.objective == "fill_in_the_middle"
+    conversational = trains_chat or template is not None
+    return BaseModel(trained.model, trained.params, trained.tokenizer, trained.mesh, form, infills, conversational)
+
+
+def load_huggingface(
+    source: str, mesh: MeshConfig, dtype: Literal["float32", "bfloat16"] | None, template: str | None
+) -> BaseModel:
+    """Loads a Hugging Face directory. Arguments and errors as in `load_base` and `huggingface.read_model`."""
+    model, params, tokenizer = huggingface.read_model(source, dtype or "float32", param_dtype=dtype or "float32")
+    form = _form(ChatConfig(template=template or "plain"), tokenizer, source)  # type: ignore[arg-type]
+    conversational = template is not None
+    return BaseModel(model, params, tokenizer, make_mesh(mesh), form, infills=False, conversational=conversational)
+
+
+def _form(chat: ChatConfig, tokenizer: Tokenizer, untrained: str | None) -> ChatFormat | None:
+    """Returns the chat format; `untrained`: place of a model that has no tokens for it but the tokenizer's."""
+    if chat.template == "plain" and tokenizer.end_of_text is None:
+        return None
+    form = chat_format(chat, tokenizer)
+    if untrained is not None and form.special_tokens:
+        missing = next(iter(form.special_tokens))
+        raise UserError(f"the tokenizer of {untrained} lacks {missing} of --template={chat.template}")
+    return form
+
+
+def is_classifier(config: Config) -> bool:
+    """Whether a run has the head of a task instead of next-token logits."""
+    return registry.definition(config).head == "task"
+
+
+def load_classifier(name: str, workdir: Path, mesh: Mesh, given: dict[Path, Any]) -> ClassificationModel:
+    """Loads the best checkpoint of a fine-tuned run.
+
+    Args:
+      given: cache of base weights by workdir, which several runs share.
+
+    Raises:
+      UserError: as `load_predictor`.
+    """
+    with jax.set_mesh(mesh):
+        config, predict = load_predictor(workdir, mesh, CLASSIFIED_TOGETHER, given=given)
+
+    def predicted(rows: Sequence[Row]) -> Any:
+        with jax.set_mesh(mesh):
+            return predict(rows)
+
+    return ClassificationModel(name, config, predicted)

@@ -1,0 +1,34 @@
+"""The order in which waiting completions are served."""
+
+import asyncio
+
+from gptjax.inference.requests import GenerationRequest
+from gptjax.serving.engine_thread import FairQueue, Generation
+
+
+def queue_of(clients):
+    async def make():
+        queue = FairQueue()
+        for i, client in enumerate(clients):
+            queue.push(Generation(GenerationRequest((i,), 1), client, deadline=float(i)))
+        return queue
+
+    return asyncio.run(make())
+
+
+def test_clients_are_served_in_turns_and_each_in_order():
+    queue = queue_of("aaaabbc")
+    served = [queue.pop() for _ in range(7)]
+    assert "".join(generation.client for generation in served) == "abcabaa"
+    for client in "abc":
+        own = [generation.request.tokens for generation in served if generation.client == client]
+        assert own == sorted(own)
+    assert len(queue) == 0
+
+
+def test_what_is_cancelled_or_late_leaves_the_queue():
+    queue = queue_of("aabb")
+    removed = queue.remove(lambda generation: generation.deadline in (1.0, 2.0, 3.0))
+    assert [generation.client for generation in removed] == ["a", "b", "b"]
+    assert len(queue) == 1
+    assert queue.pop().client == "a"

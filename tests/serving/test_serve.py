@@ -1,0 +1,95 @@
+"""The command: serving a workdir as a process, load with clients that leave, and its end."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+from tests.commands import ROOT, run_command, start_command
+from tests.tiny_chats import save_sft
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("served")
+    return save_sft(directory / "sft", directory)
+
+
+def ask(url, path, body=None):
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def test_a_workdir_is_served_until_sigterm(workdir, tmp_path):
+    log = tmp_path / "log.jsonl"
+    command = start_command("gptjax.serve", f"--workdir={workdir}", "--port=0", "--rows=2", f"--request_log={log}")
+    try:
+        command.wait_for("serving sft at http://127.0.0.1:")
+        url = re.search(r"http://\S+", command._files["stdout"].read_text())[0]
+        body = {"model": "sft", "messages": [{"role": "user", "content": "q1"}], "max_tokens": 5}
+        status, answer = ask(url, "/v1/chat/completions", body)
+        assert status == 200
+        assert answer["usage"]["completion_tokens"] <= 5
+        assert ask(url, "/v1/chat/completions", {**body, "model": "x"})[0] == 404
+        command.send_signal(signal.SIGTERM)
+        result = command.result(30)
+    finally:
+        command.close()
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    assert [json.loads(line)["status"] for line in log.read_text().splitlines()] == [200, 404]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "needs --workdir=DIR or --from_hf=DIR"),
+        (("--from_hf=nothing", "--best"), "--from_hf is none"),
+        (("--workdir={}", "--template=plain"), "leave out --template"),
+        (("--workdir={}", "--classifiers=a"), "not of the form NAME=DIR"),
+        (("--workdir={}", "--port=1", "--host=192.0.2.1"), "cannot listen on --host=192.0.2.1"),
+        (("--workdir={}", "--api_keys_file=/dev/null"), "has no key"),
+    ],
+)
+def test_mistakes_in_flags(workdir, arguments, words):
+    result = run_command("gptjax.serve", *(argument.format(workdir) for argument in arguments))
+    assert result.returncode == 2, result.stderr
+    assert words in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_load_with_clients_that_leave(workdir, tmp_path):
+    """No errors but 429, nothing left in use, and SIGTERM under load: answers end, the exit code is 0."""
+    options = ("--port=0", "--rows=8", "--max_queue=64", "--request_log=")
+    command = start_command("gptjax.serve", f"--workdir={workdir}", *options)
+    try:
+        command.wait_for("serving sft at http://127.0.0.1:")
+        url = re.search(r"http://\S+", command._files["stdout"].read_text())[0]
+        arguments = [f"--url={url}", "--requests=300", "--max_tokens=4", "--prompt_words=1"]
+        load = [sys.executable, "-m", "benchmarks.serve", *arguments]
+        subprocess.run([*load, "--concurrency=100", "--disconnect=0.3"], cwd=ROOT, check=True)
+        with urllib.request.urlopen(f"{url}/metrics") as response:
+            metrics = response.read().decode()
+        for name in ("rows_in_use", "waiting", "pages_in_use"):
+            assert f"gptjax_engine_{name} 0.0" in metrics
+        under_load = subprocess.Popen([*load, "--concurrency=50"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        time.sleep(3)
+        command.send_signal(signal.SIGTERM)
+        assert command.wait(60) == 0
+        statuses = json.loads(under_load.communicate(timeout=60)[0].partition(": ")[2])["statuses"]
+        assert statuses.get("200", 0) > 0
+        assert not any("error" in status for status in statuses)
+    finally:
+        command.close()

@@ -17,7 +17,7 @@ from gptjax.inference.sampling import Sampling
 from gptjax.inference.weights import WeightFormat, prepare
 from gptjax.models.gpt import GPT, abstract_params
 from gptjax.parallel.mesh import BATCH_AXES, batch_shards, check_model_fit, partition_spec
-from gptjax.planning.compile import CompiledProgram, CompileResult, compile_lowered
+from gptjax.planning.compile import CompiledProgram, CompileResult, compile_lowered, read_refusal
 from gptjax.planning.topology import Topology
 from gptjax.scaling.flops import forward_flops_per_token, seen_positions
 from gptjax.scaling.parameters import expert_parameter_count, parameter_count
@@ -131,7 +131,11 @@ def plan_decoding(
 
 
 def abstract_weights(model: GPTConfig, mesh: Mesh, weights: WeightFormat) -> tuple[GPT, Any]:
-    """Returns the engine's model, and its weights as `jax.ShapeDtypeStruct`s with the engine's shardings."""
+    """Returns the engine's model, and its weights as `jax.ShapeDtypeStruct`s with the engine's shardings.
+
+    Raises:
+      UserError: the conversion of the weights does not fit the devices.
+    """
     converted: list[GPT] = []
 
     def convert(params: Any) -> Any:
@@ -142,7 +146,17 @@ def abstract_weights(model: GPTConfig, mesh: Mesh, weights: WeightFormat) -> tup
     with jax.set_mesh(mesh):
         given = abstract_params(GPT(model), mesh)
         shapes = jax.eval_shape(convert, given)
-        placement = jax.jit(convert).lower(given).compile().output_shardings
+        lowered = jax.jit(convert).lower(given)
+        try:
+            placement = lowered.compile().output_shardings
+        except jax.errors.JaxRuntimeError as error:
+            if (refusal := read_refusal(str(error))) is None:
+                raise
+            raise UserError(
+                f"converting the weights from {model.param_dtype} to {weights} needs {refusal.needed / 2**30:.2f} GiB "
+                f"of a device's {refusal.capacity / 2**30:.2f}: set --config.model.param_dtype=bfloat16, or shard them "
+                "with --config.mesh.tensor or --config.mesh.fsdp"
+            ) from None
     return converted[0], jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, placement
     )

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gptjax.config import Config, GPTConfig, UserError, load_config
+from gptjax.config import Config, GPTConfig, MeshConfig, UserError, load_config
 from gptjax.models import decoding
 from gptjax.models.gpt import GPT, init_params
-from gptjax.parallel.mesh import check_fit, check_model_fit
+from gptjax.parallel.mesh import check_fit, check_model_fit, make_mesh
 from gptjax.planning import formula_plan
-from gptjax.planning.decode_plan import cache_bytes, cache_shards, step_seconds
+from gptjax.planning.decode_plan import abstract_weights, cache_bytes, cache_shards, step_seconds
 from gptjax.planning.decode_search import DecodingLayout, decoding_layouts
 from gptjax.planning.formula_plan import FILLED, FormulaPlan, formula_json, formula_table, training_layout
 from gptjax.planning.topology import Topology, parse_topology, sketch
@@ -56,6 +56,17 @@ def test_the_cache_has_the_key_value_heads_and_the_bands_of_the_models() -> None
     assert cache_bytes(MODEL) == sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
     published = gpt_oss("120b").model
     assert cache_bytes(published) == 2 * 18 * (131_072 + 128) * 8 * 64 * 2
+
+
+def test_weights_that_cannot_be_converted_are_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_(lowered: object) -> None:
+        raise jax.errors.JaxRuntimeError("the total memory required (31.38G) exceeds available HBM (15.75G).")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compile_)
+    with pytest.raises(
+        UserError, match=r"needs 31.38 GiB of a device's 15.75: set --config.model.param"
+    ):
+        abstract_weights(MODEL, make_mesh(MeshConfig()), "bfloat16")
 
 
 def test_key_value_heads_are_whole_where_tensor_does_not_divide_them() -> None:

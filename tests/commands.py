@@ -219,6 +219,9 @@ def spare_collections() -> None:
 def serve() -> None:
     """Forks for every request on standard input; writes process identifiers and exit codes to standard output."""
     sys.path.insert(0, str(ROOT))
+    import grain.experimental  # noqa: F401
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # noqa: F401
     import sklearn.metrics  # noqa: F401
 
     import gptjax.evaluation.catalogue

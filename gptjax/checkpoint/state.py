@@ -18,17 +18,21 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from gptjax.config import Config
+from gptjax.config import Config, computation
 from gptjax.models import peft
 from gptjax.models.axis_roles import ParameterAxes, layer_numbers, tree_axes
 from gptjax.optim.optimizers import make_optimizer
 from gptjax.parallel.mesh import abstract_arrays, shardings
 from gptjax.scaling import flops
 
+SHARED_PROGRAMS = 4  # of each kind that a process keeps for the runs that follow
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class ParameterSpec:
     """The parameters of a run: how they are initialised, and which of them are trained.
+
+    Two are equal if the programs of their runs are: their configs may differ in what `computation` leaves out.
 
     Attributes:
       config: complete.
@@ -51,6 +55,18 @@ class ParameterSpec:
     sources: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     lr_factors: Mapping[str, float] = dataclasses.field(default_factory=dict)
     frozen_passes: float = 1.0
+
+    @functools.cached_property
+    def _identity(self) -> tuple[Any, ...]:
+        mappings = (self.given or {}, self.sources, self.lr_factors)
+        items = tuple(tuple(mapping.items()) for mapping in mappings)
+        return computation(self.config), self.init, self.given is None, self.frozen, self.frozen_passes, items
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ParameterSpec) and self._identity == other._identity
+
+    def __hash__(self) -> int:
+        return hash(self._identity)
 
     @property
     def has_base(self) -> bool:
@@ -78,13 +94,13 @@ class ParameterSpec:
 
     @functools.cached_property
     def boxed_params(self) -> Any:
-        """Shapes and dtypes of all parameters, boxed; cached, since tracing takes a moment."""
-        return jax.eval_shape(lambda: fresh_params(self))
+        """Shapes and dtypes of all parameters, boxed."""
+        return _boxed_params(self)
 
     @functools.cached_property
     def boxed_state(self) -> "TrainState":
         """Shapes and dtypes of a fresh state, boxed."""
-        return jax.eval_shape(functools.partial(_state_of, self), self.boxed_params)
+        return _boxed_state(self)
 
     @functools.cached_property
     def axes(self) -> dict[str, ParameterAxes]:
@@ -159,6 +175,16 @@ def _cast(tree: Any, dtype: str) -> Any:
     return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
 
 
+@functools.lru_cache(maxsize=SHARED_PROGRAMS)
+def _boxed_params(parameters: ParameterSpec) -> Any:
+    return jax.eval_shape(lambda: fresh_params(parameters))
+
+
+@functools.lru_cache(maxsize=SHARED_PROGRAMS)
+def _boxed_state(parameters: ParameterSpec) -> TrainState:
+    return jax.eval_shape(functools.partial(_state_of, parameters), parameters.boxed_params)
+
+
 def init_state(parameters: ParameterSpec) -> TrainState:
     """A fresh state; its leaves are boxed with their logical axes, as `init` returns them."""
     return _state_of(parameters, fresh_params(parameters))
@@ -213,13 +239,18 @@ def create_state(parameters: ParameterSpec, mesh: Mesh, *, without_params: bool 
     Args:
       without_params: leave `params`, `ema` and `base` None, for a run that starts from given weights.
     """
+    return _creation(parameters, mesh, without_params)()
+
+
+@functools.lru_cache(maxsize=SHARED_PROGRAMS)
+def _creation(parameters: ParameterSpec, mesh: Mesh, without_params: bool) -> jax.stages.Wrapped:
     placement = state_shardings(parameters, mesh)
     left_out = {"params": None, "ema": None, "base": None} if without_params else {}
 
     def init() -> TrainState:
         return nn.unbox(init_state(parameters)).replace(**left_out)
 
-    return jax.jit(init, out_shardings=placement.replace(**left_out))()
+    return jax.jit(init, out_shardings=placement.replace(**left_out))
 
 
 def fresh_optimizer_state(parameters: ParameterSpec, mesh: Mesh) -> optax.OptState:

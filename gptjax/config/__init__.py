@@ -7,6 +7,7 @@ field of `model.py` or `sections.py`, and a user error is one line on stderr wit
 
 from gptjax.config.arguments import choose, parse_arg
 from gptjax.config.checks import check, positive
+from gptjax.config.computation import computation
 from gptjax.config.edited import check_key, config_dict, overridden, replace, resolve
 from gptjax.config.errors import UserError, naming, nearest, require
 from gptjax.config.loading import is_saved, load_config, read_config_file, split_argument
@@ -56,6 +57,7 @@ __all__ = [
     "check",
     "check_key",
     "choose",
+    "computation",
     "config_dict",
     "config_hash",
     "differences",

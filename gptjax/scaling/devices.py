@@ -120,7 +120,7 @@ def peak_flops(device: jax.Device, dtype: str) -> float | None:
     """Peak FLOP/s of matrix products on one device: the denominator of model FLOPs utilisation (MFU).
 
     Args:
-      device: a CPU is measured, in float32 whatever the dtype (less than a second, once); others are looked up.
+      device: a CPU is measured, in float32 whatever the dtype (a tenth of a second, once); others are looked up.
       dtype: of the matrix products, "bfloat16" or "float32".
 
     Returns:
@@ -137,8 +137,11 @@ def peak_flops(device: jax.Device, dtype: str) -> float | None:
 
 
 @functools.cache
-def _measured_cpu_flops(size: int = 2048, repeats: int = 5) -> float:
-    """FLOP/s of the fastest of `repeats` float32 products of two (size, size) matrices over all cores."""
+def _measured_cpu_flops(size: int = 1024, repeats: int = 5) -> float:
+    """FLOP/s of the fastest of `repeats` float32 products of two (size, size) matrices over all cores.
+
+    Larger matrices are no faster, and would delay the start of every run.
+    """
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         x_XX = jnp.ones((size, size), jnp.float32)
         product = jax.jit(jnp.matmul)

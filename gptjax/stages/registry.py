@@ -5,14 +5,15 @@ a stage may use the weights of another: PPO's reward comes from a model that sta
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 
-from gptjax.checkpoint.state import ParameterSpec
-from gptjax.config import Config, UserError, changes, read_config
+from gptjax.checkpoint.state import SHARED_PROGRAMS, ParameterSpec
+from gptjax.config import Config, UserError, changes, computation, read_config
 from gptjax.data import tokenizers
 from gptjax.files import expand
 from gptjax.models import peft
@@ -22,7 +23,7 @@ from gptjax.stages.definition import Definition
 from gptjax.stages.finetune import task_model
 from gptjax.stages.preference import dpo, reward_model
 from gptjax.stages.rl import rl_objective
-from gptjax.training.objective import Objective
+from gptjax.training.objective import Loss, Objective
 
 DEFINITIONS: dict[str, Definition] = {
     "pretrain": pretrain.DEFINITION,
@@ -82,7 +83,13 @@ def completed_config(workdir: Path) -> tuple[Config, tokenizers.Tokenizer]:
 
 def objective(config: Config) -> Objective:
     """The parameters and the loss of a config's stage; arguments and errors are those of `parameters`."""
-    return Objective(parameters(config), definition(config).loss(config))
+    return Objective(parameters(config), _loss(computation(config)))
+
+
+@functools.lru_cache(maxsize=SHARED_PROGRAMS)
+def _loss(config: Config) -> Loss:
+    """The same function for all runs of a process that compute the same."""
+    return definition(config).loss(config)
 
 
 def parameters(config: Config) -> ParameterSpec:
@@ -94,12 +101,15 @@ def parameters(config: Config) -> ParameterSpec:
     Raises:
       UserError: `peft` needs weights that do not exist, or its targets match none of the model's matrices.
     """
+    given = None if config.peft.method == "none" else _given_shapes(config)
+    return dataclasses.replace(_parameters(computation(config)), config=config, given=given)
+
+
+@functools.lru_cache(maxsize=SHARED_PROGRAMS)
+def _parameters(config: Config) -> ParameterSpec:
+    """The parameters without shapes of given weights: their `init` is the same for all runs that compute the same."""
     spec = definition(config).parameters(config)
-    if config.peft.method in ("lora", "adalora"):
-        spec = _with_low_rank(spec)
-    if config.peft.method != "none":
-        spec = dataclasses.replace(spec, given=_given_shapes(config))
-    return spec
+    return _with_low_rank(spec) if config.peft.method in ("lora", "adalora") else spec
 
 
 def _with_low_rank(spec: ParameterSpec) -> ParameterSpec:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from gptjax.checkpoint.state import SHARED_PROGRAMS
 from gptjax.data.pipeline import Microbatch
 from gptjax.distributed import preemption
 from gptjax.parallel.rows import global_array, process_rows
@@ -49,7 +50,7 @@ def held_out_means(
     return evaluate
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=SHARED_PROGRAMS)
 def _sums(loss: Loss) -> jax.stages.Wrapped:
-    """Returns the jitted loss without dropout: one program for all data that a stage evaluates it on."""
+    """Returns the jitted loss without dropout: one program for all data, and all runs, that it is evaluated in."""
     return jax.jit(lambda params, batch: loss(params, batch, None))

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from gptjax.checkpoint.state import ParameterSpec
-from gptjax.config import Config
+from gptjax.config import Config, PeftConfig
 from gptjax.models import peft
 from gptjax.optim import adalora
 
@@ -34,16 +34,27 @@ class Objective:
     def config(self) -> Config:
         return self.parameters.config
 
-    def loss(self, params: Any, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array, Measures]:
-        """The stage's loss, computed with the low-rank matrices in `params`; arguments and results are those of `Loss`.
+    @property
+    def loss(self) -> Loss:
+        """The stage's loss, computed with the low-rank matrices in the parameters if `peft` asks for them.
 
-        In training AdaLoRA adds its orthogonality penalty (Zhang et al. 2023, equation 4).
+        Losses of equal objectives are equal, and so share the programs that are compiled from them.
         """
-        settings = self.config.peft
-        if settings.method not in ("lora", "adalora"):
-            return self.stage_loss(params, batch, rng)
-        with peft.applied(settings, deterministic=rng is None):
+        has_low_rank = self.config.peft.method in ("lora", "adalora")
+        return _LowRankLoss(self.config.peft, self.stage_loss) if has_low_rank else self.stage_loss
+
+
+@dataclasses.dataclass(frozen=True)
+class _LowRankLoss:
+    """A stage's loss with low-rank matrices."""
+
+    settings: PeftConfig
+    stage_loss: Loss
+
+    def __call__(self, params: Any, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array, Measures]:
+        """Computes the loss; in training AdaLoRA adds its orthogonality penalty (Zhang et al. 2023, equation 4)."""
+        with peft.applied(self.settings, deterministic=rng is None):
             total, weight, measures = self.stage_loss(params, batch, rng)
-        if settings.method == "adalora" and rng is not None:
-            total += weight * settings.orthogonality * adalora.penalty(params)
+        if self.settings.method == "adalora" and rng is not None:
+            total += weight * self.settings.orthogonality * adalora.penalty(params)
         return total, weight, measures

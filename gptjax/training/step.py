@@ -1,6 +1,7 @@
 """The pure training step (`make_train_step`), and the class that runs it on a stream of batches (`Stepper`)."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gptjax.checkpoint.state import TrainState, abstract_state, state_shardings
+from gptjax.checkpoint.state import SHARED_PROGRAMS, TrainState, abstract_state, state_shardings
 from gptjax.data.pipeline import Microbatch
 from gptjax.distributed import preemption, processes
 from gptjax.models import peft
@@ -103,6 +104,20 @@ def make_train_step(objective: Objective, placement: TrainState) -> jax.stages.W
 
 
 @dataclasses.dataclass(frozen=True)
+class StepPrograms:
+    """The jitted training step of an objective on a mesh, and its executables, by names and shapes of the batch."""
+
+    train_step: jax.stages.Wrapped
+    compiled: dict[Any, jax.stages.Compiled] = dataclasses.field(default_factory=dict)
+
+
+@functools.lru_cache(maxsize=SHARED_PROGRAMS)
+def step_programs(objective: Objective, mesh: Mesh) -> StepPrograms:
+    """Returns the same programs for all runs of a process with equal objectives, so that only the first compiles."""
+    return StepPrograms(make_train_step(objective, state_shardings(objective.parameters, mesh)))
+
+
+@dataclasses.dataclass(frozen=True)
 class StepResult:
     """A dispatched step. Its metrics are on the device, and reading them waits for the step.
 
@@ -147,8 +162,8 @@ class Stepper:
         # Microbatches of the largest batch; a batch ramp uses fewer.
         self._room = config.batch.tokens_per_batch // (self._microbatch * config.model.context_length)
         self._rows = process_rows(mesh, self._microbatch)
-        self._train_step = make_train_step(objective, state_shardings(objective.parameters, mesh))
-        self._compiled: dict[Any, jax.stages.Compiled] = {}  # by the shapes of the batch
+        self._programs = step_programs(objective, mesh)
+        self._prepared: set[Any] = set()  # the keys of the programs that this run has used
         self._matrices = peft.count_matrices(self.abstract_state.params)
 
     @property
@@ -171,24 +186,28 @@ class Stepper:
         self.step += 1
         values = schedule(config, self.step, self.tokens, self._total_tokens, self._matrices)
         arguments = (self.state, self.batch, np.int32(self.count), values)
-        shapes = tuple(array.shape for array in self.batch.values())
-        if shapes not in self._compiled:
-            self._compiled[shapes] = self._compile(arguments)
-        self.state, metrics = self._compiled[shapes](*arguments)
+        key = tuple((name, array.shape, array.dtype) for name, array in self.batch.items())
+        if key not in self._prepared:
+            self._prepare(key, arguments)
+        self.state, metrics = self._programs.compiled[key](*arguments)
         return StepResult(self.step, self.tokens, self.examples, float(values["lr"]), metrics)
 
-    def _compile(self, arguments: tuple[Any, ...]) -> jax.stages.Compiled:
+    def _prepare(self, key: Any, arguments: tuple[Any, ...]) -> None:
         """Compiles the step ahead of time: an executable never recompiles silently, and reports its memory."""
-        start = time.perf_counter()
-        with compiler.announced("the training step"):
-            compiled = compiler.compile(self._train_step.lower(*arguments), self._config.compiler_options)
-        if not self._compiled:
+        start, programs = time.perf_counter(), self._programs
+        is_new = key not in programs.compiled
+        if is_new:
+            with compiler.announced("the training step"):
+                lowered = programs.train_step.lower(*arguments)
+                programs.compiled[key] = compiler.compile(lowered, self._config.compiler_options)
+        if not self._prepared:
             preemption.defer()  # from now on a stop request saves first
+        self._prepared.add(key)
         processes.gather(None)  # Gloo times out if a process is 30 s late at the first collective
-        memory = compiled.memory_analysis()
+        memory = programs.compiled[key].memory_analysis()
         need = 0 if memory is None else memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        self._say(f"compiled the training step in {time.perf_counter() - start:.1f} s; {need / 1e9:.2f} GB per device")
-        return compiled
+        took = f"compiled the training step in {time.perf_counter() - start:.1f} s"
+        self._say(f"{took if is_new else 'reused the training step of an earlier run'}; {need / 1e9:.2f} GB per device")
 
     def _next_batch(self, count: int) -> tuple[Batch, int]:
         """The next `count` microbatches as (M, B, ...) global arrays, padded with zeros, and their number of tokens."""

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax.checkpoint import checksums as module
 from gptjax.checkpoint.checksums import checksums
 
 
@@ -42,6 +43,14 @@ def test_lost_and_exchanged_parts_are_noticed():
 def test_the_shape_and_the_library_do_not_count():
     array = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
     assert checksum(array) == checksum(jnp.asarray(array)) == checksum(array.reshape(6, 4)) == checksum(array.ravel())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"), [("uint8", (7,)), ("uint16", ()), ("uint16", (5, 9)), ("uint32", (3, 40, 5)), ("uint8", (0, 2))]
+)
+def test_small_arrays_have_the_checksum_of_the_compiled_program(dtype, shape):
+    bits = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, shape, dtype, endpoint=True)
+    assert checksum(bits) == int(module._sum_of_few(bits)) == int(module._sum(bits))
 
 
 def test_leaves_are_named_by_their_paths():

@@ -1,8 +1,8 @@
-"""Compares ring attention on 8 simulated devices with `dot_product_attention`: `ring_on_meshes.py OUT.json CASE...`.
+"""Compares ring attention on 8 simulated devices with `dot_product_attention`: `ring_on_meshes.py OUT.json NAME...`.
 
-A case is MESH:BAND:SEGMENTS:DTYPE, such as context=8:5:segments:float32; a BAND of 0 is dense. Writes
-{"cases": {case: {"differences": the largest of out, dq, dk, dv, "sent": collectives of the program}}, "order": ...,
-"poison": ...}.
+A name is "order", "poison" or a case. A case is MESH:BAND:SEGMENTS:DTYPE, such as context=8:5:segments:float32; a BAND
+of 0 is dense. Writes {"cases": {case: {"differences": the largest of out, dq, dk, dv, "sent":
+collectives of the program}}, "order": ..., "poison": ...}.
 """
 
 import functools
@@ -133,13 +133,14 @@ def poison(band_width: int | None, bad: slice) -> dict[str, list[int]]:
 
 
 def main() -> None:
-    out, *cases = sys.argv[1:]
+    out, *names = sys.argv[1:]
     ring.MAX_TILE = 4
-    results = {
-        "cases": {case: compare(case) for case in cases},
-        "order": {mesh: order(mesh) for mesh in ("context=2,tensor=2,fsdp=2", "context=3,data=2", "context=8")},
-        "poison": {"dense": poison(None, slice(48, None)), "banded": poison(6, slice(0, 24))},
-    }
+    results: dict[str, Any] = {"cases": {name: compare(name) for name in names if ":" in name}}
+    if "order" in names:
+        meshes = ("context=2,tensor=2,fsdp=2", "context=3,data=2", "context=8")
+        results["order"] = {mesh: order(mesh) for mesh in meshes}
+    if "poison" in names:
+        results["poison"] = {"dense": poison(None, slice(48, None)), "banded": poison(6, slice(0, 24))}
     Path(out).write_text(json.dumps(results))
 
 

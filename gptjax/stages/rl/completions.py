@@ -1,6 +1,7 @@
 """Samples completions of prompts from a policy, and measures them. Every process holds all of them."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh
 
-from gptjax.config import Config
+from gptjax.checkpoint.state import SHARED_PROGRAMS
+from gptjax.config import Config, computation
 from gptjax.data.chat_batches import lay_out
 from gptjax.data.conversations import Prompt
 from gptjax.data.templates import ChatFormat, EncodedConversation, with_completion
@@ -91,6 +93,19 @@ class Completions:
         return "\n\n".join(parts)
 
 
+@functools.lru_cache(maxsize=SHARED_PROGRAMS)
+def _measuring(config: Config) -> jax.stages.Wrapped:
+    """Returns the jitted `completion_measurer`, the same for all runs of a process that compute the same."""
+    measure = completion_measurer(config)
+
+    def measured(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        batch = {name: constrain(array, "batch", None, None) for name, array in batch.items()}
+        # Replicated, so that any process can read it.
+        return {name: constrain(array, None, None, None) for name, array in measure(params, batch).items()}
+
+    return jax.jit(measured)
+
+
 class CompletionSampler:
     """Samples completions from a policy, rewards and measures them.
 
@@ -113,14 +128,7 @@ class CompletionSampler:
         self._format = chat_format
         need = max(len(prompt.tokens) for prompt in prompts) + config.rl.response_tokens
         self.row_length = min(-(-need // ROW_MULTIPLE) * ROW_MULTIPLE, config.model.context_length)
-        measure = completion_measurer(config)
-
-        def measured(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-            batch = {name: constrain(array, "batch", None, None) for name, array in batch.items()}
-            # Replicated, so that any process can read it.
-            return {name: constrain(array, None, None, None) for name, array in measure(params, batch).items()}
-
-        self._measure = jax.jit(measured)
+        self._measure = _measuring(computation(config))
 
     def sample(self, params: Any, prompts: Sequence[EncodedPrompt], group: int, seeds: Sequence[int]) -> Completions:
         """Samples `group` completions of each prompt.

@@ -1,5 +1,6 @@
 """What a server refuses, and that it serves others meanwhile: bad bodies, keys, limits, slow and absent clients."""
 
+import dataclasses
 import json
 import socket
 import threading
@@ -157,8 +158,9 @@ def test_slow_headers_and_bodies_are_cut_off(serve_tiny, monkeypatch):
 
 def test_a_full_queue_is_429_and_a_late_request_504(serve_tiny):
     long = {**CHAT, "max_tokens": 900, "logit_bias": {str(end): -100 for end in (256, 258, 259)}}
-    with serve_tiny(rows=1, max_queue=1, request_seconds=1.5) as server:
-        server.chat()
+    with serve_tiny(rows=1, max_queue=1) as server:
+        server.chat()  # compiles
+        server.serving.options = dataclasses.replace(server.serving.options, request_seconds=1.0)
         answers = []
         threads = [threading.Thread(target=lambda: answers.append(server.post(PATH, **long))) for _ in range(2)]
         for thread in threads:

@@ -102,7 +102,8 @@ class BatchedEngine:
             adapters = {} if adapters is None else adapters
             self.params = row_adapters.with_adapters(config, self.params, list(adapters.values()))
             self._least_rows = platform_defaults().min_decode_rows if self.model.config.dtype == "bfloat16" else 1
-        self.vocab_size, self.context = config.vocab_size, config.context_length
+        self.vocab_size: int = config.vocab_size
+        self.context = config.context_length
         self.deterministic, self.steps = deterministic, steps
         self._adapters: dict[str | None, int] = {None: 0} | {name: i for i, name in enumerate(adapters, start=1)}
         self._has_prefix_layers = "prefix" in config.attention_pattern
@@ -360,7 +361,8 @@ class BatchedEngine:
 
     def _append(self, sequence: Sequence, token: int) -> EndReason | None:
         """Adds a sampled token to its sequence, which it may end."""
-        request, reason = sequence.request, None
+        request = sequence.request
+        reason: EndReason | None = None
         sequence.sampled.append(token)
         if token in request.end_tokens:
             reason = "end_of_text" if token in self.tokenizer.ends else "end_of_turn"

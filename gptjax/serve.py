@@ -167,11 +167,11 @@ def load(options: "ServingOptions", adapters: list[tuple[str, Path]], classifier
     """Loads the models of the flags."""
     from gptjax.parallel.mesh import make_mesh
     from gptjax.serving.answering import Serving
-    from gptjax.serving.embedding import embedder
     from gptjax.serving.engine_thread import EngineThread
     from gptjax.serving.model_loading import is_classifier, load_adapter, load_classifier
     from gptjax.serving.served_models import ServedModels
     from gptjax.serving.server_metrics import ServerMetrics
+    from gptjax.serving.text_embedding import embedder
     from gptjax.stages.trained_model import parse_mesh
 
     place = WORKDIR.value or FROM_HF.value

@@ -85,6 +85,7 @@ def save_lora(workdir, base):
     return workdir
 
 
+@pytest.mark.slow
 def test_adapters_and_classifiers_are_further_models(pretrained, tmp_path):
     lora = save_lora(tmp_path / "lora", pretrained)
     labels = save_classifier(tmp_path / "labels", run_config(tmp_path, "classification", None))

@@ -3,7 +3,7 @@
 python -m gptjax.serve --workdir=runs/demo --port=8000
 python -m gptjax.serve --from_hf=DIR --name=gpt2 --rows=32
 python -m gptjax.serve --workdir=runs/sft --documents=examples/customer_service
-python -m gptjax.serve --workdir=runs/gpt2 --classifiers=tweets=runs/tweets
+python -m gptjax.serve --workdir=runs/gpt2 --adapters=legal=runs/legal_lora --classifiers=tweets=runs/tweets
 GPTJAX_API_KEYS=KEY python -m gptjax.serve --workdir=runs/sft --host=0.0.0.0
 
 curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
@@ -30,9 +30,10 @@ from gptjax.inference import retrieval
 from gptjax.parallel import program_cache
 
 if TYPE_CHECKING:
+    from gptjax.data.templates import ChatFormat
     from gptjax.inference.batching import BatchedEngine
     from gptjax.serving.answering import Serving, ServingOptions
-    from gptjax.serving.model_loading import BaseModel
+    from gptjax.serving.model_loading import BaseModel, LoadedAdapter
     from gptjax.serving.served_models import ClassificationModel, GenerativeModel
 
 KEYS_VARIABLE = "GPTJAX_API_KEYS"
@@ -43,6 +44,9 @@ FROM_HF = flags.DEFINE_string(
     "from_hf", None, "Instead of --workdir: Hugging Face directory, or OWNER/NAME on its Hub."
 )
 NAME = flags.DEFINE_string("name", None, "Name of the model in requests; default: that of the directory.")
+ADAPTERS = flags.DEFINE_list(
+    "adapters", [], "LoRA runs that started from --workdir, served as further models, as NAME=DIR, comma-separated."
+)
 CLASSIFIERS = flags.DEFINE_list(
     "classifiers", [], "Fine-tuned runs for /v1/classify, as NAME=DIR, comma-separated; they share base weights."
 )
@@ -94,7 +98,10 @@ def main() -> None:
         raise UserError(f"serving needs the package {missing[0]}: pip install 'gptjax[serve]'")
     if FROM_HF.value is not None and (CHECKPOINT.best or CHECKPOINT.step is not None):
         raise UserError("--step and --best choose a checkpoint of a workdir, and --from_hf is none")
-    classifiers = [named_directory(entry) for entry in CLASSIFIERS.value]
+    classifiers = [named_directory("classifiers", entry) for entry in CLASSIFIERS.value]
+    adapters = [named_directory("adapters", entry) for entry in ADAPTERS.value]
+    if adapters and WORKDIR.value is None:
+        raise UserError("--adapters needs --workdir: adapters are runs that started from it")
     if DOCUMENTS.value is not None:
         retrieval.check(expand(DOCUMENTS.value))
     keys = api_keys()
@@ -116,7 +123,7 @@ def main() -> None:
         page=Path(__file__).parent / "serving" / "page",
     )
     program_cache.use(expand(CACHE_DIR.value))
-    serving = load(options, classifiers)
+    serving = load(options, adapters, classifiers)
     if HOST.value not in LOOPBACK and not keys:
         print(f"warning: --host={HOST.value} serves everyone who reaches it: set ${KEYS_VARIABLE}", file=sys.stderr)
     host, port = listening.getsockname()[:2]
@@ -125,11 +132,11 @@ def main() -> None:
     serve(create_application(serving), serving, listening, DRAIN_SECONDS.value)
 
 
-def named_directory(entry: str) -> tuple[str, Path]:
+def named_directory(flag: str, entry: str) -> tuple[str, Path]:
     """Parses NAME=DIR."""
     name, found, directory = entry.partition("=")
     if not (name and found and directory):
-        raise UserError(f"--classifiers has {entry!r}, which is not of the form NAME=DIR")
+        raise UserError(f"--{flag} has {entry!r}, which is not of the form NAME=DIR")
     return name, expand(directory)
 
 
@@ -156,15 +163,15 @@ def request_log() -> TextIO | None:
         raise UserError(f"cannot write --request_log={REQUEST_LOG.value}: {error.strerror}") from None
 
 
-def load(options: "ServingOptions", classifiers: list[tuple[str, Path]]) -> "Serving":
+def load(options: "ServingOptions", adapters: list[tuple[str, Path]], classifiers: list[tuple[str, Path]]) -> "Serving":
     """Loads the models of the flags."""
     from gptjax.parallel.mesh import make_mesh
     from gptjax.serving.answering import Serving
-    from gptjax.serving.embedding import embedder
     from gptjax.serving.engine_thread import EngineThread
-    from gptjax.serving.model_loading import is_classifier, load_classifier
+    from gptjax.serving.model_loading import is_classifier, load_adapter, load_classifier
     from gptjax.serving.served_models import ServedModels
     from gptjax.serving.server_metrics import ServerMetrics
+    from gptjax.serving.text_embedding import embedder
     from gptjax.stages.trained_model import parse_mesh
 
     place = WORKDIR.value or FROM_HF.value
@@ -172,16 +179,20 @@ def load(options: "ServingOptions", classifiers: list[tuple[str, Path]]) -> "Ser
     models: list[GenerativeModel | ClassificationModel] = []
     engine, embed = None, None
     if WORKDIR.value is not None and is_classifier(read_config(expand(WORKDIR.value))):
+        if adapters:
+            raise UserError(f"--adapters needs a model that generates text, and {WORKDIR.value} has the head of a task")
         classifiers = [(name, expand(WORKDIR.value)), *classifiers]
         mesh = make_mesh(parse_mesh(MESH.value))
     else:
         base = load_base_model()
         mesh = base.mesh
-        engine = create_engine(base)
+        loaded = {other: load_adapter(workdir, expand(str(WORKDIR.value)), base) for other, workdir in adapters}
+        engine = create_engine(base, loaded)
         embed = embedder(engine.model, engine.params, engine.mesh)
-        models.append(generative_model(name, base))
+        models.append(generative_model(name, base, base.form))
+        models += [generative_model(other, base, found.form or base.form, other) for other, found in loaded.items()]
     given: dict[Path, Any] = {}
-    models += [load_classifier(name, workdir, mesh, given) for name, workdir in classifiers]
+    models += [load_classifier(other, workdir, mesh, given) for other, workdir in classifiers]
     metrics = ServerMetrics()
     thread = EngineThread(engine, metrics, max_queue=MAX_QUEUE.value)
     documents = None if DOCUMENTS.value is None else retrieval.Documents(expand(DOCUMENTS.value))
@@ -200,7 +211,7 @@ def load_base_model() -> "BaseModel":
     return load_base(expand(WORKDIR.value), mesh, dtype, TEMPLATE.value, best=best, step=step)
 
 
-def create_engine(base: "BaseModel") -> "BatchedEngine":
+def create_engine(base: "BaseModel", adapters: "dict[str, LoadedAdapter]") -> "BatchedEngine":
     """Creates the engine, and compiles its programs by a first completion."""
     from gptjax.inference.batching import BatchedEngine
     from gptjax.inference.requests import GenerationRequest
@@ -214,6 +225,7 @@ def create_engine(base: "BaseModel") -> "BatchedEngine":
         rows=ROWS.value,
         cache_bytes=None if CACHE_GIB.value is None else int(CACHE_GIB.value * 2**30),
         deterministic=DETERMINISTIC.value,
+        adapters={name: (adapter.settings, adapter.params) for name, adapter in adapters.items()},
     )
     engine.insert(GenerationRequest(tokens=(0,), max_new_tokens=2))
     while not engine.is_idle:
@@ -221,7 +233,9 @@ def create_engine(base: "BaseModel") -> "BatchedEngine":
     return engine
 
 
-def generative_model(name: str, base: "BaseModel", adapter: str | None = None) -> "GenerativeModel":
+def generative_model(
+    name: str, base: "BaseModel", form: "ChatFormat | None", adapter: str | None = None
+) -> "GenerativeModel":
     from gptjax.serving.served_models import GenerativeModel
 
     config = base.model.config
@@ -231,7 +245,7 @@ def generative_model(name: str, base: "BaseModel", adapter: str | None = None) -
         base.tokenizer,
         vocab_size=config.vocab_size,
         context_length=config.context_length,
-        form=base.form,
+        form=form,
         infills=base.infills,
         conversational=base.conversational,
         adapter=adapter,

@@ -18,19 +18,20 @@ ALL_FILES = sorted(path for folder in ("gptjax", "configs", "tests") for path in
 MODULES = ("files", "object_store", "bucket_client", "user_error")
 # Packages, from the highest to the lowest: a module may import its own package, and those below.
 ORDER = (
+    *("commands", "serving", "launch", "comparison", "planning", "corpus", "evaluation", "interop", "stages"),
     *(
-        "commands",
-        "serving",
-        "launch",
-        "comparison",
-        "planning",
-        "corpus",
-        "evaluation",
-        "interop",
-        "stages",
         "training",
+        "checkpoint",
+        "inference",
+        "optim",
+        "losses",
+        "models",
+        "metrics",
+        "data",
+        "scaling",
+        "parallel",
+        "distributed",
     ),
-    *("checkpoint", "inference", "optim", "losses", "models", "metrics", "data", "scaling", "parallel", "distributed"),
     "config",
     *MODULES,
 )

@@ -129,6 +129,16 @@ def test_one_prompt_is_text_and_several_are_json_lines(workdir, tmp_path):
     assert {line["finish_reason"] for line in lines} == {"length"}
 
 
+def test_continuous_batching_writes_the_same_completions(workdir, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\nzwölf and more\nx\n")
+    arguments = (f"--prompts={prompts}", "--num_samples=2", "--max_new_tokens=8", "--batch_size=2", "--seed=3")
+    static, continuous = (generate(workdir, *arguments, f"--batching={kind}") for kind in ("static", "continuous"))
+    assert static.returncode == continuous.returncode == 0, continuous.stderr.decode()
+    assert len(static.stdout.splitlines()) == 6
+    assert continuous.stdout == static.stdout
+
+
 def test_beams(workdir):
     result = generate(workdir, "--prompt=x", "--num_beams=3", "--num_samples=2", "--max_new_tokens=6", "--logprobs")
     assert result.returncode == 0, result.stderr.decode()
@@ -147,6 +157,7 @@ def test_beams(workdir):
         (["--prompt=x", "--num_beams=2", "--top_k=5"], ["--top_k", "--num_beams"]),
         (["--prompt=x", "--num_beams=2", "--num_samples=3"], ["--num_samples=3", "--num_beams=2"]),
         (["--prompt=x", "--prompts=y"], ["--prompt", "exclude"]),
+        (["--prompt=x", "--batching=continuous", "--num_beams=2"], ["--batching=continuous", "--num_beams"]),
         (["--prompts=/nowhere"], ["/nowhere", "No such file"]),
         (["--prompt=x", "--mesh=tensr=2"], ["tensr", "did you mean 'tensor'"]),
         (["--prompt=x", "--output=/nowhere/out.jsonl"], ["/nowhere"]),

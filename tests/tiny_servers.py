@@ -23,11 +23,11 @@ from gptjax.inference.batching import BatchedEngine
 from gptjax.models.gpt import GPT, init_params
 from gptjax.serving.answering import Serving, ServingOptions
 from gptjax.serving.application import create_application
-from gptjax.serving.embedding import embedder
 from gptjax.serving.engine_thread import EngineThread
 from gptjax.serving.http_server import DrainingServer, TimedProtocol, bound_socket
 from gptjax.serving.served_models import GenerativeModel, ServedModels
 from gptjax.serving.server_metrics import ServerMetrics
+from gptjax.serving.text_embedding import embedder
 
 CONTEXT = 1024
 CONFIG = GPTConfig(

@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import numpy.typing as npt
 
 from gptjax.inference.row_sampling import MOST_TOP_LOGPROBS, History, RowSettings, sample_rows, top_logprobs
 from gptjax.models import row_adapters
@@ -30,7 +28,7 @@ class BatchState(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The rows of a call, B of them; int32 unless stated.
+    """The rows of a call, B of them, as numpy arrays of the host; int32 unless stated.
 
     Attributes:
       slot_B: the row of the history.
@@ -44,15 +42,15 @@ class Rows(NamedTuple):
       settings: sampling settings.
     """
 
-    slot_B: npt.NDArray[np.int32]
-    table_BN: npt.NDArray[np.int32]
-    token_B: npt.NDArray[np.int32]
-    position_B: npt.NDArray[np.int32]
-    number_B: npt.NDArray[np.int32]
-    left_B: npt.NDArray[np.int32]
-    ends_BN: npt.NDArray[np.int32]
-    top_B: npt.NDArray[np.bool_]
-    adapter_B: npt.NDArray[np.int32]
+    slot_B: Any
+    table_BN: Any
+    token_B: Any
+    position_B: Any
+    number_B: Any
+    left_B: Any
+    ends_BN: Any
+    top_B: Any
+    adapter_B: Any
     settings: RowSettings
 
 

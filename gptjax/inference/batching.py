@@ -24,7 +24,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy.typing as npt
 from jax.sharding import Mesh
 
 from gptjax.config import PeftConfig, UserError
@@ -32,25 +31,16 @@ from gptjax.data.tokenizers import Tokenizer
 from gptjax.inference.batch_programs import (
     MOST_STEPS,
     BatchState,
-    Rows,
     decode_rows,
     read_chunk,
     score_chunk,
     set_history,
 )
 from gptjax.inference.engine import bucket, power_of_two
-from gptjax.inference.page_pool import Digest, PagePool, page_digests
-from gptjax.inference.requests import (
-    MOST_ENDS,
-    EndReason,
-    EngineStats,
-    GenerationRequest,
-    PromptLogprobs,
-    SampledToken,
-    TopLogprobs,
-)
-from gptjax.inference.row_sampling import History, row_settings
-from gptjax.inference.sampling import Sampling
+from gptjax.inference.page_pool import PagePool, page_digests
+from gptjax.inference.requests import EndReason, EngineStats, GenerationRequest, PromptLogprobs, SampledToken
+from gptjax.inference.row_sampling import History
+from gptjax.inference.sequences import Sequence, allowed_tokens, page_table, row_arguments, top_tokens
 from gptjax.inference.weights import WeightFormat, prepare
 from gptjax.models import row_adapters
 from gptjax.models.decoding import empty_pages
@@ -59,35 +49,6 @@ from gptjax.parallel.mesh import use_mesh
 from gptjax.parallel.platforms import platform_defaults
 
 DEFAULT_CHUNK = 64  # positions of a page, and tokens of a prompt that are read in one call
-UNUSED = (Sampling(temperature=0), 0)
-
-
-@dataclasses.dataclass
-class _Sequence:
-    """A request in the engine."""
-
-    number: int
-    request: GenerationRequest
-    digests: list[Digest]  # of the whole pages of the prompt
-    slot: int = -1  # row of the history
-    pages: list[int] = dataclasses.field(default_factory=list)
-    read: int = 0  # tokens whose keys and values are in the cache
-    sampled: list[int] = dataclasses.field(default_factory=list)
-    prompt_logprobs: list[float] = dataclasses.field(default_factory=list)
-    prompt_top: list[TopLogprobs] = dataclasses.field(default_factory=list)
-
-    @property
-    def last_token(self) -> int:
-        return self.sampled[-1] if self.sampled else self.request.tokens[-1]
-
-    @property
-    def position(self) -> int:
-        """The position of the last token, which is read next."""
-        return len(self.request.tokens) + len(self.sampled) - 1
-
-    @property
-    def left(self) -> int:
-        return self.request.max_new_tokens - len(self.sampled)
 
 
 class BatchedEngine:
@@ -141,7 +102,8 @@ class BatchedEngine:
             adapters = {} if adapters is None else adapters
             self.params = row_adapters.with_adapters(config, self.params, list(adapters.values()))
             self._least_rows = platform_defaults().min_decode_rows if self.model.config.dtype == "bfloat16" else 1
-        self.vocab_size, self.context = config.vocab_size, config.context_length
+        self.vocab_size: int = config.vocab_size
+        self.context = config.context_length
         self.deterministic, self.steps = deterministic, steps
         self._adapters: dict[str | None, int] = {None: 0} | {name: i for i, name in enumerate(adapters, start=1)}
         self._has_prefix_layers = "prefix" in config.attention_pattern
@@ -154,9 +116,9 @@ class BatchedEngine:
             cache = empty_pages(self.model.config, self._pool.num_pages + 1, self.chunk)
             self._state = BatchState(cache, history)
         self._all_allowed: dict[int, jax.Array] = {}
-        self._waiting: collections.deque[_Sequence] = collections.deque()
-        self._reading: collections.deque[_Sequence] = collections.deque()  # prompts, the next to be read first
-        self._decoding: list[_Sequence] = []
+        self._waiting: collections.deque[Sequence] = collections.deque()
+        self._reading: collections.deque[Sequence] = collections.deque()  # prompts, the next to be read first
+        self._decoding: list[Sequence] = []
         self._free_slots = list(range(rows))
         self._prompt_logprobs: dict[int, PromptLogprobs] = {}
         self._next_number = 0
@@ -230,7 +192,7 @@ class BatchedEngine:
         if self._keeps_prefixes:
             digests = page_digests(request.tokens[:-1], self.chunk, request.adapter)
         number, self._next_number = self._next_number, self._next_number + 1
-        self._waiting.append(_Sequence(number, request, digests))
+        self._waiting.append(Sequence(number, request, digests))
         return number
 
     def evict(self, number: int) -> None:
@@ -293,7 +255,7 @@ class BatchedEngine:
             if sequence.read == len(sequence.request.tokens) - 1 and not self._has_prefix_layers:
                 self._start_decoding(self._reading.pop())
 
-    def _start_history(self, sequence: _Sequence) -> None:
+    def _start_history(self, sequence: Sequence) -> None:
         seen_V, bias_V = np.zeros(self.vocab_size, bool), np.zeros(self.vocab_size, np.float32)
         seen_V[list(sequence.request.tokens)] = True
         for token, bias in sequence.request.sampling.logit_bias:
@@ -302,26 +264,20 @@ class BatchedEngine:
             history = set_history(self._state.history, np.int32(sequence.slot), seen_V, bias_V)
         self._state = self._state._replace(history=history)
 
-    def _start_decoding(self, sequence: _Sequence) -> None:
+    def _start_decoding(self, sequence: Sequence) -> None:
         if sequence.request.prompt_logprobs:
             logprobs = np.array(sequence.prompt_logprobs, np.float32)
             self._prompt_logprobs[sequence.number] = PromptLogprobs(logprobs, tuple(sequence.prompt_top))
         self._decoding.append(sequence)
 
-    def _free(self, sequence: _Sequence) -> None:
+    def _free(self, sequence: Sequence) -> None:
         self._pool.release(sequence.pages)
         self._free_slots.append(sequence.slot)
         self._free_slots.sort()
 
     # --- calls of the programs ----------------------------------------------------------------------------------------
 
-    def _table(self, sequences: list[_Sequence], rows: int) -> npt.NDArray[np.int32]:
-        table_BN = np.zeros((rows, self._pages_of_row), np.int32)
-        for row, sequence in enumerate(sequences):
-            table_BN[row, : len(sequence.pages)] = sequence.pages
-        return table_BN
-
-    def _read(self, sequence: _Sequence) -> None:
+    def _read(self, sequence: Sequence) -> None:
         """Reads the next chunk of a prompt, or all of it if its positions attend to later ones."""
         tokens = sequence.request.tokens
         if self._has_prefix_layers:
@@ -334,7 +290,7 @@ class BatchedEngine:
         count = min(length, end - start)
         tokens_1T = np.zeros((1, length), np.int32)
         tokens_1T[0, :count] = tokens[start : start + count]
-        table_1N = self._table([sequence], 1)
+        table_1N = page_table([sequence], 1, self._pages_of_row)
         self._shapes.add(("read", length))
         with use_mesh(self.mesh):
             cache, x_1TD = read_chunk(
@@ -360,7 +316,7 @@ class BatchedEngine:
         else:
             self._reading.append(sequence)
 
-    def _score(self, sequence: _Sequence, x_1TD: jax.Array, start: int, count: int) -> None:
+    def _score(self, sequence: Sequence, x_1TD: jax.Array, start: int, count: int) -> None:
         """Appends the log-probabilities of the tokens after those of a chunk."""
         next_T = np.zeros(x_1TD.shape[1], np.int32)
         next_T[:count] = sequence.request.tokens[start + 1 : start + 1 + count]
@@ -370,7 +326,7 @@ class BatchedEngine:
             scores = score_chunk(self.model, self.params, x_1TD, next_T, np.bool_(wanted > 0))
         logprob_T, top_logprob_TC, top_token_TC = jax.device_get(scores)
         sequence.prompt_logprobs += logprob_T[:count].tolist()
-        sequence.prompt_top += [_top(top_token_TC[t], top_logprob_TC[t], wanted) for t in range(count)]
+        sequence.prompt_top += [top_tokens(top_token_TC[t], top_logprob_TC[t], wanted) for t in range(count)]
 
     def _decode(self) -> list[SampledToken]:
         sequences = list(self._decoding)
@@ -386,7 +342,7 @@ class BatchedEngine:
                 self.model,
                 self.params,
                 self._state,
-                self._rows(sequences, rows),
+                row_arguments(sequences, rows, self._pages_of_row, self._adapters),
                 self._allowed(sequences, rows, constrained),
                 np.int32(count),
             )
@@ -397,15 +353,16 @@ class BatchedEngine:
                 if sequence not in self._decoding:
                     continue
                 token, wanted = int(token_NB[i, row]), sequence.request.top_logprobs
-                top = _top(top_token_NBC[i, row], top_logprob_NBC[i, row], wanted) if wanted else ()
+                top = top_tokens(top_token_NBC[i, row], top_logprob_NBC[i, row], wanted) if wanted else ()
                 reason = self._append(sequence, token)
                 events.append(SampledToken(sequence.number, token, float(logprob_NB[i, row]), top, reason))
         self._stats.tokens_decoded += len(events)
         return events
 
-    def _append(self, sequence: _Sequence, token: int) -> EndReason | None:
+    def _append(self, sequence: Sequence, token: int) -> EndReason | None:
         """Adds a sampled token to its sequence, which it may end."""
-        request, reason = sequence.request, None
+        request = sequence.request
+        reason: EndReason | None = None
         sequence.sampled.append(token)
         if token in request.end_tokens:
             reason = "end_of_text" if token in self.tokenizer.ends else "end_of_turn"
@@ -418,41 +375,10 @@ class BatchedEngine:
             self._free(sequence)
         return reason
 
-    def _rows(self, sequences: list[_Sequence], rows: int) -> Rows:
-        """The arguments of the decoding program; rows beyond the sequences are unused."""
-
-        def column(values: list[int]) -> npt.NDArray[np.int32]:
-            return np.array(values + [0] * (rows - len(values)), np.int32)
-
-        ends_BN = np.full((rows, MOST_ENDS), -1, np.int32)
-        for row, sequence in enumerate(sequences):
-            ends_BN[row, : len(sequence.request.end_tokens)] = sequence.request.end_tokens
-        settings = [(s.request.sampling, s.request.seed) for s in sequences]
-        return Rows(
-            column([s.slot for s in sequences]),
-            self._table(sequences, rows),
-            column([s.last_token for s in sequences]),
-            column([s.position for s in sequences]),
-            column([len(s.sampled) for s in sequences]),
-            column([s.left for s in sequences]),
-            ends_BN,
-            column([s.request.top_logprobs for s in sequences]) > 0,
-            column([self._adapters[s.request.adapter] for s in sequences]),
-            row_settings(settings + [UNUSED] * (rows - len(sequences))),
-        )
-
-    def _allowed(self, sequences: list[_Sequence], rows: int, constrained: bool) -> Any:
-        if not constrained:
-            if rows not in self._all_allowed:
-                self._all_allowed[rows] = jnp.ones((rows, self.vocab_size), bool)
-            return self._all_allowed[rows]
-        allowed_BV = np.ones((rows, self.vocab_size), bool)
-        for row, sequence in enumerate(sequences):
-            if sequence.request.constraint is not None:
-                allowed_BV[row] = sequence.request.constraint.allowed()
-        return allowed_BV
-
-
-def _top(tokens_C: npt.NDArray[np.int32], logprobs_C: npt.NDArray[np.float32], number: int) -> TopLogprobs:
-    """The first `number` of the most probable tokens."""
-    return tuple(zip(tokens_C[:number].tolist(), logprobs_C[:number].tolist(), strict=True))
+    def _allowed(self, sequences: list[Sequence], rows: int, constrained: bool) -> Any:
+        """The tokens that each row may sample; without constraints, an array that stays on the device."""
+        if constrained:
+            return allowed_tokens(sequences, rows, self.vocab_size)
+        if rows not in self._all_allowed:
+            self._all_allowed[rows] = jnp.ones((rows, self.vocab_size), bool)
+        return self._all_allowed[rows]

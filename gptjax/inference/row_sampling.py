@@ -5,7 +5,7 @@ skipped at run time; a row's result does not depend on what the others use.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,21 +19,21 @@ MOST_TOP_LOGPROBS = 20
 
 
 class RowSettings(NamedTuple):
-    """Sampling settings of each row: float32, except `top_k` (int32), `seed` (uint32) and the bools.
+    """Sampling settings of each row, numpy arrays: float32, except `top_k` (int32), `seed` (uint32) and the bools.
 
     Disabled settings have the values for which they have no effect; `top_k` is 0.
     """
 
-    seed_B: npt.NDArray[np.uint32]
-    is_greedy_B: npt.NDArray[np.bool_]
-    temperature_B: npt.NDArray[np.float32]
-    top_k_B: npt.NDArray[np.int32]
-    top_p_B: npt.NDArray[np.float32]
-    min_p_B: npt.NDArray[np.float32]
-    has_history_B: npt.NDArray[np.bool_]
-    repetition_penalty_B: npt.NDArray[np.float32]
-    frequency_penalty_B: npt.NDArray[np.float32]
-    presence_penalty_B: npt.NDArray[np.float32]
+    seed_B: Any
+    is_greedy_B: Any
+    temperature_B: Any
+    top_k_B: Any
+    top_p_B: Any
+    min_p_B: Any
+    has_history_B: Any
+    repetition_penalty_B: Any
+    frequency_penalty_B: Any
+    presence_penalty_B: Any
 
 
 class History(NamedTuple):

@@ -183,7 +183,7 @@ def _layer(leaf: Any, row: int | None) -> Any:
 def read_model(
     source: str, dtype: DType = "float32", tokenizer: str | None = None, param_dtype: DType = "float32"
 ) -> tuple[GPT, Any, tokenizers.Tokenizer]:
-    """Reads the model, parameters and tokenizer of a Hugging Face directory. Arguments and errors as `import_workdir`."""
+    """Reads the model, its parameters and its tokenizer. Arguments and errors are those of `import_workdir`."""
     directory = _find(source)
     found = _tokenizer(directory, tokenizer)
     _, config = families.read_config(directory)

@@ -163,7 +163,8 @@ class SelfAttention(nn.Module):
         if config.attention_sinks:
             sinks = Vector(config, "bias", (config.num_heads,), ("heads",), nn.initializers.zeros, name="sinks")
             sinks_H = sinks().astype(jnp.float32)
-        key_values: LayerCache = KeyValues(k_BTHK.swapaxes(1, 2), v_BTHK.swapaxes(1, 2))
+        new = KeyValues(k_BTHK.swapaxes(1, 2), v_BTHK.swapaxes(1, 2))
+        key_values: LayerCache = new
         if isinstance(cache, PagedKeyValues):
             assert inputs.pages is not None, "a cache of pages needs the places of the tokens"
             key_values = cache.write(k_BTHK, v_BTHK, inputs.pages)
@@ -180,7 +181,7 @@ class SelfAttention(nn.Module):
         elif cache is not None:
             assert inputs.positions_B is not None, "decoding needs the position of each row's token"
             positions_B = inputs.positions_B
-            key_values = cache.write(key_values, positions_B)
+            key_values = cache.write(new, positions_B)
             out_BTHK = cached_attention(q_BTHK, key_values, positions_B, config.precision, score_scale(config), sinks_H)
         else:
             dropout_rng = self.make_rng("dropout") if config.attention_dropout > 0 and not deterministic else None

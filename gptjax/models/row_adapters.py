@@ -91,10 +91,9 @@ def applied(adapter_B: jax.Array) -> Iterator[None]:
             return y
         if not module.has_variable("params", STACKED_A):
             return y
-        a_BXA, b_BAX = (
-            module.get_variable("params", name)[adapter_B].astype(module.dtype) for name in (STACKED_A, STACKED_B)
-        )
-        rows, length, rank = *y.shape[:2], a_BXA.shape[-1]
+        a_BXA: jax.Array = module.get_variable("params", STACKED_A)[adapter_B].astype(module.dtype)
+        b_BAX: jax.Array = module.get_variable("params", STACKED_B)[adapter_B].astype(module.dtype)
+        (rows, length), rank = y.shape[:2], a_BXA.shape[-1]
         x_BTX = args[0].astype(module.dtype).reshape(rows, length, -1)
         h_BTA = jnp.einsum("BTX,BXA->BTA", x_BTX, a_BXA.reshape(rows, -1, rank), precision=module.precision)
         product = jnp.einsum("BTA,BAX->BTX", h_BTA, b_BAX.reshape(rows, rank, -1), precision=module.precision)

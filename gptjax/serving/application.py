@@ -6,7 +6,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
-from starlette.routing import Mount, Route
+from starlette.routing import Match, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
@@ -70,7 +70,11 @@ async def _raise(_: Request, error: Exception) -> Response:
     raise error
 
 
-async def no_such_path(_: Request) -> Response:
+async def no_such_path(request: Request) -> Response:
+    """Answers 405 where the path has other methods, and 404 where it has none."""
+    for route in request.app.routes:
+        if isinstance(route, Route) and route.matches(request.scope)[0] == Match.PARTIAL:
+            raise HTTPException(405, headers={"Allow": ", ".join(sorted(route.methods or ()))})
     raise HTTPException(404)
 
 

@@ -99,6 +99,8 @@ class CallTextReader(CompletionReader):
         deltas = self._read()
         if self._inside == "head":  # the completion ended before the arguments
             self._held = CALL_BEGINS + self._held
+        if self._inside == "arguments" and self._held.startswith(CALL_ENDS[:2]):  # in the middle of the end
+            self._held = ""
         if self._held and not (self.calls and self._inside == "text" and self._held.isspace()):
             rest = Delta("arguments", self._held, self.calls - 1)
             deltas.append(rest if self._inside == "arguments" else Delta("content", self._held))
@@ -164,7 +166,7 @@ class HarmonyReader(CompletionReader):
         if self.stopped:
             return []
         parser, deltas = self._parser, list[Delta]()
-        if parser.header is not self._header:
+        if parser.header is not self._header or (parser.header is None and len(parser.messages) > self._num_read):
             if self._header is not None:
                 deltas += self._pieces(self._stream.flush())
                 self._header = None

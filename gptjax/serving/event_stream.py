@@ -4,9 +4,9 @@ import json
 from collections.abc import AsyncGenerator
 from typing import Any, TypeVar
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from gptjax.serving.answering import log_record, unless_disconnected
 from gptjax.serving.api_errors import ApiError
@@ -16,7 +16,11 @@ HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the second
 
 
 class EventStream(StreamingResponse):
-    """Sends the texts of `events` as they come; closes them when the client does."""
+    """Sends the texts of `events` as they come; closes them when the client does.
+
+    Raises:
+      ClientDisconnect: the client closed the connection before the last event.
+    """
 
     media_type = "text/event-stream"
 
@@ -25,10 +29,19 @@ class EventStream(StreamingResponse):
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        complete = False
+
+        async def noted(message: Message) -> None:
+            nonlocal complete
+            await send(message)
+            complete = message["type"] == "http.response.body" and not message.get("more_body")
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, noted)
         finally:
             await self._events.aclose()
+        if not complete:
+            raise ClientDisconnect
 
 
 def event(content: dict[str, Any], name: str | None = None) -> str:

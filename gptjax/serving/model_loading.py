@@ -8,16 +8,18 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
-from gptjax.config import ChatConfig, Config, MeshConfig, UserError, read_config
+from gptjax.config import ChatConfig, Config, MeshConfig, PeftConfig, UserError, read_config
 from gptjax.data.labelled import Row
 from gptjax.data.templates import ChatFormat, chat_format
 from gptjax.data.tokenizers import Tokenizer
+from gptjax.files import expand
 from gptjax.interop import huggingface
 from gptjax.models.gpt import GPT
 from gptjax.parallel.mesh import make_mesh
 from gptjax.serving.served_models import ClassificationModel
 from gptjax.stages import registry
 from gptjax.stages.finetune.predictor import load_predictor
+from gptjax.stages.saved_weights import load_parts
 from gptjax.stages.trained_model import load_model
 
 CLASSIFIED_TOGETHER = 8  # rows of a batch
@@ -92,6 +94,41 @@ def _form(chat: ChatConfig, tokenizer: Tokenizer, untrained: str | None) -> Chat
         missing = next(iter(form.special_tokens))
         raise UserError(f"the tokenizer of {untrained} lacks {missing} of --template={chat.template}")
     return form
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedAdapter:
+    """Low-rank matrices over the base model, and the chat format that they were trained with.
+
+    Attributes:
+      settings, params: as the engine takes them.
+      form: None: that of the base model.
+    """
+
+    settings: PeftConfig
+    params: Any
+    form: ChatFormat | None
+
+
+def load_adapter(workdir: Path, base_workdir: Path, base: BaseModel) -> LoadedAdapter:
+    """Loads the low-rank matrices of a run of LoRA or AdaLoRA that started from the served base model.
+
+    Raises:
+      UserError: the run is of another method, has a head, or started from another workdir or other weights.
+    """
+    config = read_config(workdir)
+    if is_classifier(config):
+        raise UserError(f"{workdir} has the head of a task: serve it by --classifiers")
+    if config.peft.method not in ("lora", "adalora"):
+        raise UserError(f"{workdir} is of peft.method={config.peft.method}, but adapters are of lora or adalora")
+    source = expand(str(config.init_from)).resolve()
+    if source != base_workdir.resolve():
+        raise UserError(f"{workdir} is an adapter of {source}, not of the served {base_workdir}")
+    with jax.set_mesh(base.mesh):
+        parts = load_parts(workdir, base.mesh, given={source: base.params})
+    trained = registry.definition(config).conversational
+    form = chat_format(parts.parameters.config.chat, parts.tokenizer) if trained else None
+    return LoadedAdapter(parts.parameters.config.peft, parts.trained, form)
 
 
 def is_classifier(config: Config) -> bool:

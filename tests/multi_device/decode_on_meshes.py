@@ -2,7 +2,8 @@
 
 Writes {"one" or mesh: {"error": largest difference of a logit between decoding and the whole forward pass,
 "tokens": greedy, "logprobs": of them, "beams": tokens of each, "scores": of the beams, "sampled": tokens,
-"share": of the first layer's cache that a device holds}}.
+"batched": tokens, greedy, by continuous batching, "pages_share": of the first layer's pages that a device holds,
+"programs": decoding programs that it compiled, "share": of the first layer's cache that a device holds}}.
 """
 
 import json
@@ -16,7 +17,10 @@ import numpy as np
 
 from gptjax import config as c
 from gptjax.data.tokenizers import BytesTokenizer
+from gptjax.inference import batch_programs
+from gptjax.inference.batching import BatchedEngine
 from gptjax.inference.beam import beam_search
+from gptjax.inference.continuous import complete_prompts
 from gptjax.inference.engine import Engine
 from gptjax.inference.sampling import Sampling
 from gptjax.models.decoding import decode, logits, prefill, unstack
@@ -83,7 +87,14 @@ def run(mesh: jax.sharding.Mesh) -> dict[str, Any]:
     greedy = engine.generate(prompts, NEW, Sampling(temperature=0))
     sampled = engine.generate(prompts, NEW, Sampling(temperature=0.7, top_p=0.9), seeds=5)
     beams = [beam for found in beam_search(engine, prompts, NEW, num_beams=3, num_return=2) for beam in found]
+    batched = BatchedEngine(MODEL, params, BytesTokenizer(), mesh, rows=4, chunk=8, deterministic=True)
+    programs = batch_programs.decode_rows._cache_size()
+    completions = list(complete_prompts(batched, prompts, NEW, Sampling(temperature=0)))
+    keys = batched._state.cache[0].keys_NHCK
     return {
+        "batched": [completion.tokens.tolist() for completion in completions],
+        "pages_share": keys.addressable_shards[0].data.size / keys.size,
+        "programs": batch_programs.decode_rows._cache_size() - programs,
         "error": error,
         "share": share,
         "tokens": [completion.tokens.tolist() for completion in greedy],

@@ -31,6 +31,13 @@ def test_every_mesh_generates_what_one_device_does(results, mesh):
         np.testing.assert_allclose(np.hstack(spread[number]), np.hstack(one[number]), atol=1e-4)
 
 
+@pytest.mark.parametrize("mesh", ["one", *MESHES])
+def test_continuous_batching_generates_the_same(results, mesh):
+    """With one program: its results have the shardings of its arguments."""
+    assert results[mesh]["batched"] == results["one"]["tokens"]
+    assert results[mesh]["programs"] == 1
+
+
 def test_what_is_compared_differs_from_prompt_to_prompt_and_from_way_to_way(results):
     one = results["one"]
     texts = [*one["tokens"], *one["sampled"], *one["beams"]]
@@ -42,3 +49,4 @@ def test_what_is_compared_differs_from_prompt_to_prompt_and_from_way_to_way(resu
 def test_the_cache_is_spread(results):
     """The equality above would hold for a cache that every device keeps whole."""
     assert [results[mesh]["share"] for mesh in ["one", *MESHES]] == [1, 1 / 8, 1 / 8, 1 / 4]
+    assert [results[mesh]["pages_share"] for mesh in ["one", *MESHES]] == [1, 1, 1 / 4, 1 / 2]  # over "tensor" only

@@ -163,7 +163,7 @@ def test_harmony_json_is_in_the_final_channel(harmony_server):
     }
     form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
     for seed in range(6):
-        choice = harmony_server.chat(response_format=form, seed=seed, max_tokens=600)["choices"][0]
+        choice = harmony_server.chat(response_format=form, seed=seed, max_tokens=500)["choices"][0]
         if choice["finish_reason"] == "stop":
             jsonschema.validate(json.loads(choice["message"]["content"]), schema)
             break
@@ -174,12 +174,12 @@ def test_harmony_json_is_in_the_final_channel(harmony_server):
 def test_a_harmony_call_is_a_tool_call(harmony_server):
     body = {"tools": [WEATHER], "tool_choice": "required"}
     for seed in range(6):
-        choice = harmony_server.chat(**body, seed=seed, max_tokens=600)["choices"][0]
+        choice = harmony_server.chat(**body, seed=seed, max_tokens=500)["choices"][0]
         if choice["finish_reason"] == "tool_calls":
             (call,) = choice["message"]["tool_calls"]
             assert call["function"]["name"] == "weather"
             jsonschema.validate(json.loads(call["function"]["arguments"]), WEATHER["function"]["parameters"])
-            events = harmony_server.events("/v1/chat/completions", messages=MESSAGES, **body, seed=seed, max_tokens=600)
+            events = harmony_server.events("/v1/chat/completions", messages=MESSAGES, **body, seed=seed, max_tokens=500)
             deltas = [c["delta"] for event in events[:-1] for c in event["choices"]]
             assert "".join(d.get("reasoning", "") for d in deltas) == choice["message"].get("reasoning", "")
             break

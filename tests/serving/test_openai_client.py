@@ -33,8 +33,10 @@ def test_chat(client):
 
 
 def test_the_helper_for_streams_joins_the_chunks(client):
-    whole = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=12, seed=1)
-    with client.chat.completions.stream(model="tiny", messages=MESSAGES, max_tokens=12, seed=1) as stream:
+    settings = {"model": "tiny", "messages": MESSAGES, "seed": 1}
+    body = {"structured_outputs": {"regex": "[a-z]{4,12}"}}
+    whole = client.chat.completions.create(**settings, extra_body=body)
+    with client.chat.completions.stream(**settings, extra_body=body) as stream:
         for _ in stream:
             pass
         found = stream.get_final_completion()

@@ -1,5 +1,6 @@
 """The command: serving a workdir as a process, load with clients that leave, and its end."""
 
+import dataclasses
 import json
 import re
 import signal
@@ -9,10 +10,24 @@ import time
 import urllib.error
 import urllib.request
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+import gptjax
+from gptjax import config as c
+from gptjax.checkpoint.manager import Checkpoints
+from gptjax.checkpoint.state import abstract_state
+from gptjax.data.labelled import Row
+from gptjax.data.tokenizers import BytesTokenizer
+from gptjax.parallel.mesh import make_mesh
+from gptjax.stages import registry
+from gptjax.stages.finetune.predictor import load_predictor
+from gptjax.stages.saved_weights import given_base, load_given
 from tests.commands import ROOT, run_command, start_command
 from tests.tiny_chats import save_sft
+from tests.tiny_tasks import run_config, save_classifier
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +66,52 @@ def test_a_workdir_is_served_until_sigterm(workdir, tmp_path):
     assert [json.loads(line)["status"] for line in log.read_text().splitlines()] == [200, 404]
 
 
+def save_lora(workdir, base):
+    """Saves random matrices as those of a run of LoRA that started from `base`."""
+    settings = c.PeftConfig(method="lora", rank=2, alpha=8.0)
+    config = dataclasses.replace(c.read_config(base), init_from=str(base), peft=settings)
+    workdir.mkdir()
+    (workdir / "config.json").write_text(c.to_json(config))
+    BytesTokenizer().save(workdir / "tokenizer")
+    mesh = make_mesh(c.MeshConfig())
+    rng = np.random.default_rng(1)
+    with jax.set_mesh(mesh):
+        parameters = registry.parameters(registry.completed_config(workdir)[0])
+        wanted = abstract_state(parameters, mesh).params
+        params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.5, leaf.shape), leaf.dtype), wanted)
+        fixed = given_base(parameters, load_given(parameters, mesh), mesh)
+        with Checkpoints(workdir, config.checkpoint) as checkpoints:
+            checkpoints.save_params(params, fixed)
+    return workdir
+
+
+@pytest.mark.slow
+def test_adapters_and_classifiers_are_further_models(pretrained, tmp_path):
+    lora = save_lora(tmp_path / "lora", pretrained)
+    labels = save_classifier(tmp_path / "labels", run_config(tmp_path, "classification", None))
+    models = (f"--adapters=lora={lora}", f"--classifiers=labels={labels}")
+    command = start_command("gptjax.serve", f"--workdir={pretrained}", "--name=base", "--port=0", *models)
+    try:
+        command.wait_for("serving base, lora, labels at http://127.0.0.1:")
+        url = re.search(r"http://\S+", command._files["stdout"].read_text())[0]
+        for name, workdir in (("base", pretrained), ("lora", lora)):
+            body = {"model": name, "prompt": "abc", "max_tokens": 8, "temperature": 0}
+            found = ask(url, "/v1/completions", body)[1]["choices"][0]["text"]
+            assert found == gptjax.load(workdir).generate("abc", 8, temperature=0)
+        status, found = ask(url, "/v1/classify", {"model": "labels", "input": ["a text", {"text": "another"}]})
+        assert status == 200
+        mesh = make_mesh(c.MeshConfig())
+        with jax.set_mesh(mesh):
+            _, predict = load_predictor(labels, mesh, 8)
+            wanted = predict([Row({"text": text}, "") for text in ("a text", "another")]).details
+        assert [{name: entry[name] for name in wanted[0]} for entry in found["data"]] == wanted
+        assert ask(url, "/v1/classify", {"model": "labels", "input": {"texts": "a"}})[0] == 400
+        assert ask(url, "/v1/completions", {"model": "labels", "prompt": "a"})[0] == 400
+        assert ask(url, "/v1/embeddings", {"model": "lora", "input": "a"})[0] == 400
+    finally:
+        command.close()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -58,6 +119,7 @@ def test_a_workdir_is_served_until_sigterm(workdir, tmp_path):
         (("--from_hf=nothing", "--best"), "--from_hf is none"),
         (("--workdir={}", "--template=plain"), "leave out --template"),
         (("--workdir={}", "--classifiers=a"), "not of the form NAME=DIR"),
+        (("--from_hf={}", "--adapters=a=b"), "--adapters needs --workdir"),
         (("--workdir={}", "--port=1", "--host=192.0.2.1"), "cannot listen on --host=192.0.2.1"),
         (("--workdir={}", "--api_keys_file=/dev/null"), "has no key"),
     ],

@@ -19,19 +19,8 @@ MODULES = ("files", "object_store", "bucket_client", "user_error")
 # Packages, from the highest to the lowest: a module may import its own package, and those below.
 ORDER = (
     *("commands", "serving", "launch", "comparison", "planning", "corpus", "evaluation", "interop", "stages"),
-    *(
-        "training",
-        "checkpoint",
-        "inference",
-        "optim",
-        "losses",
-        "models",
-        "metrics",
-        "data",
-        "scaling",
-        "parallel",
-        "distributed",
-    ),
+    *("training", "checkpoint", "inference", "optim", "losses", "models", "metrics", "data", "scaling", "parallel"),
+    "distributed",
     "config",
     *MODULES,
 )

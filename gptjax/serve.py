@@ -212,7 +212,7 @@ def load_base_model() -> "BaseModel":
 
 
 def create_engine(base: "BaseModel", adapters: "dict[str, LoadedAdapter]") -> "BatchedEngine":
-    """Creates the engine, and compiles its programs by a first completion."""
+    """Creates the engine, and compiles its programs by first completions."""
     from gptjax.inference.batching import BatchedEngine
     from gptjax.inference.requests import GenerationRequest
 
@@ -227,9 +227,12 @@ def create_engine(base: "BaseModel", adapters: "dict[str, LoadedAdapter]") -> "B
         deterministic=DETERMINISTIC.value,
         adapters={name: (adapter.settings, adapter.params) for name, adapter in adapters.items()},
     )
-    engine.insert(GenerationRequest(tokens=(0,), max_new_tokens=2))
-    while not engine.is_idle:
-        engine.step()
+    sizes = {*(2**i for i in range(ROWS.value.bit_length())), ROWS.value}
+    for rows in sorted(sizes):  # there is a program for each size of a batch
+        for _ in range(rows):
+            engine.insert(GenerationRequest(tokens=(0,), max_new_tokens=2))
+        while not engine.is_idle:
+            engine.step()
     return engine
 
 

@@ -10,9 +10,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gptjax.inference.row_sampling import MOST_TOP_LOGPROBS, History, RowSettings, sample_rows, top_logprobs
+from gptjax.inference.row_sampling import (
+    MOST_TOP_LOGPROBS,
+    History,
+    RowSettings,
+    replicated,
+    sample_rows,
+    top_logprobs,
+)
 from gptjax.models import row_adapters
-from gptjax.models.decoding import PagedCache, logits, read, unstack
+from gptjax.models.decoding import PagedCache, constrain_pages, empty_pages, logits, read, unstack
 from gptjax.models.gpt import GPT
 from gptjax.models.paged_attention import Pages
 from gptjax.parallel.mesh import constrain
@@ -81,6 +88,14 @@ class _Loop(NamedTuple):
     sampled: Sampled
 
 
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def empty_state(model: GPT, rows: int, num_pages: int, page_size: int) -> BatchState:
+    """The state of an engine without requests, sharded as the other programs return it."""
+    shape = (rows, model.config.vocab_size)
+    history = History(*(jnp.zeros(shape, dtype) for dtype in (jnp.bool_, jnp.int32, jnp.float32)))
+    return BatchState(empty_pages(model.config, num_pages, page_size), replicated(history))
+
+
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def read_chunk(
     model: GPT,
@@ -119,11 +134,8 @@ def score_chunk(
 @partial(jax.jit, donate_argnums=0)
 def set_history(history: History, slot: jax.Array, seen_V: jax.Array, bias_V: jax.Array) -> History:
     """Sets a row of the history to that of a new request."""
-    return History(
-        history.seen_BV.at[slot].set(seen_V),
-        history.counts_BV.at[slot].set(0),
-        history.bias_BV.at[slot].set(bias_V),
-    )
+    seen_BV, counts_BV, bias_BV = history
+    return replicated(History(seen_BV.at[slot].set(seen_V), counts_BV.at[slot].set(0), bias_BV.at[slot].set(bias_V)))
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -173,4 +185,6 @@ def decode_rows(
     start = jnp.int32(0)
     loop = _Loop(start, state, rows.token_B, jnp.zeros_like(rows.left_B), rows.left_B > 0, nothing)
     loop = jax.lax.while_loop(more, one, loop)
-    return loop.state, Sampled(*(constrain(x, *(None,) * x.ndim) for x in loop.sampled))
+    # The state keeps its shardings, so that the next call compiles nothing.
+    state = BatchState(jax.tree.map(constrain_pages, loop.state.cache), replicated(loop.state.history))
+    return state, Sampled(*(constrain(x, *(None,) * x.ndim) for x in loop.sampled))

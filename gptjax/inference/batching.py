@@ -30,8 +30,8 @@ from gptjax.config import PeftConfig, UserError
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.inference.batch_programs import (
     MOST_STEPS,
-    BatchState,
     decode_rows,
+    empty_state,
     read_chunk,
     score_chunk,
     set_history,
@@ -39,11 +39,9 @@ from gptjax.inference.batch_programs import (
 from gptjax.inference.engine import bucket, power_of_two
 from gptjax.inference.page_pool import PagePool, page_digests
 from gptjax.inference.requests import EndReason, EngineStats, GenerationRequest, PromptLogprobs, SampledToken
-from gptjax.inference.row_sampling import History
 from gptjax.inference.sequences import Sequence, allowed_tokens, page_table, row_arguments, top_tokens
 from gptjax.inference.weights import WeightFormat, prepare
 from gptjax.models import row_adapters
-from gptjax.models.decoding import empty_pages
 from gptjax.models.gpt import GPT
 from gptjax.parallel.mesh import use_mesh
 from gptjax.parallel.platforms import platform_defaults
@@ -90,7 +88,6 @@ class BatchedEngine:
     ) -> None:
         self.mesh, self.tokenizer = mesh, tokenizer
         config = dataclasses.replace(model.config, expert_capacity=None)
-        assert config.vocab_size is not None, "resolve model.vocab_size from the tokenizer first"
         if deterministic and config.num_experts is not None:
             config = dataclasses.replace(config, expert_backend="dense")  # grouped rows depend on the other rows
         self.rows, self.chunk = rows, min(DEFAULT_CHUNK if chunk is None else chunk, config.context_length)
@@ -102,6 +99,7 @@ class BatchedEngine:
             adapters = {} if adapters is None else adapters
             self.params = row_adapters.with_adapters(config, self.params, list(adapters.values()))
             self._least_rows = platform_defaults().min_decode_rows if self.model.config.dtype == "bfloat16" else 1
+        assert config.vocab_size is not None, "resolve model.vocab_size from the tokenizer first"
         self.vocab_size: int = config.vocab_size
         self.context = config.context_length
         self.deterministic, self.steps = deterministic, steps
@@ -111,10 +109,7 @@ class BatchedEngine:
         self._pages_of_row = -(-self.context // self.chunk)
         self._pool = PagePool(self._num_pages(cache_bytes))
         with use_mesh(mesh):
-            shape = (rows, self.vocab_size)
-            history = History(jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
-            cache = empty_pages(self.model.config, self._pool.num_pages + 1, self.chunk)
-            self._state = BatchState(cache, history)
+            self._state = empty_state(self.model, rows, self._pool.num_pages + 1, self.chunk)
         self._all_allowed: dict[int, jax.Array] = {}
         self._waiting: collections.deque[Sequence] = collections.deque()
         self._reading: collections.deque[Sequence] = collections.deque()  # prompts, the next to be read first
@@ -175,6 +170,8 @@ class BatchedEngine:
         if request.adapter not in self._adapters:
             known = ", ".join(name for name in self._adapters if name is not None) or "none"
             raise UserError(f"there is no adapter {request.adapter!r}: the adapters are {known}")
+        if request.prompt_logprobs and self._has_prefix_layers:
+            raise UserError("prompt_logprobs: this model attends to a whole prompt in both directions, so it has none")
         if (needed := self._pages_needed(request)) > self._pool.num_pages:
             raise UserError(
                 f"a prompt of {len(request.tokens)} tokens and max_new_tokens={request.max_new_tokens} need {needed} "
@@ -251,9 +248,10 @@ class BatchedEngine:
             sequence.slot = self._free_slots.pop(0)
             if sequence.request.sampling.has_history:
                 self._start_history(sequence)
-            self._reading.append(sequence)
-            if sequence.read == len(sequence.request.tokens) - 1 and not self._has_prefix_layers:
-                self._start_decoding(self._reading.pop())
+            if sequence.read < len(sequence.request.tokens) - 1 or self._has_prefix_layers:
+                self._reading.append(sequence)
+            else:
+                self._start_decoding(sequence)
 
     def _start_history(self, sequence: Sequence) -> None:
         seen_V, bias_V = np.zeros(self.vocab_size, bool), np.zeros(self.vocab_size, np.float32)

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gptjax.inference.sampling import Sampling, likeliest, penalise, top_p_mask
+from gptjax.parallel.mesh import constrain
 
 FEW_CANDIDATES = 128  # the largest top_k that needs no sorting of the vocabulary
 MOST_TOP_LOGPROBS = 20
@@ -48,6 +49,11 @@ class History(NamedTuple):
     seen_BV: jax.Array
     counts_BV: jax.Array
     bias_BV: jax.Array
+
+
+def replicated(history: History) -> History:
+    """Replicates a history on all devices, so that programs return it as they take it."""
+    return History(*(constrain(x_BV, None, None) for x_BV in history))
 
 
 def row_settings(rows: Sequence[tuple[Sampling, int]]) -> RowSettings:

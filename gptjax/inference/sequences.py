@@ -15,7 +15,7 @@ from gptjax.inference.sampling import Sampling
 UNUSED = (Sampling(temperature=0), 0)  # sampling settings and seed of an unused row
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Sequence:
     """A request in the engine.
 

@@ -105,7 +105,7 @@ def empty_pages(config: GPTConfig, num_pages: int, page_size: int) -> PagedCache
     """A cache of zeros with pages of `page_size` positions; page 0 is scratch space."""
     shape = (num_pages, config.kv_heads, page_size, config.head_dim)
     return [
-        PagedKeyValues(*(_constrain_pages(jnp.zeros(shape, config.dtype)) for _ in range(2)))
+        PagedKeyValues(*(constrain_pages(jnp.zeros(shape, config.dtype)) for _ in range(2)))
         for _ in range(config.num_layers)
     ]
 
@@ -126,7 +126,7 @@ def read(
     written = []
     for block, layer, given, pool in zip(_blocks(model.config), params["layers"], inputs, cache, strict=True):
         x_BTD, pool = _apply(block, layer, x_BTD, given.replace(pages=pages), pool)
-        written.append(jax.tree.map(_constrain_pages, pool))
+        written.append(jax.tree.map(constrain_pages, pool))
     return x_BTD, written
 
 
@@ -166,6 +166,6 @@ def _constrain_cache(key_values: KeyValues) -> KeyValues:
     return jax.tree.map(lambda x_BHSK: constrain(x_BHSK, "batch", "kv_heads", None, None), key_values)
 
 
-def _constrain_pages(x_NHCK: jax.Array) -> jax.Array:
+def constrain_pages(x_NHCK: jax.Array) -> jax.Array:
     """Shards a pool of pages over its heads; any row may use any page."""
     return constrain(x_NHCK, None, "kv_heads", None, None)

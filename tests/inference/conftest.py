@@ -45,6 +45,9 @@ CONFIGS = {
     ),
     "experts": dataclasses.replace(BANDED, num_experts=4, expert_capacity=1.0),
     "prefix": dataclasses.replace(BANDED, attention_pattern=("prefix", "dense")),
+    # So wide that XLA's CPU backend computes one row by another program than several, with other rounding.
+    "wide": dataclasses.replace(BANDED, attention_pattern=("dense",), num_layers=1, embed_dim=128),
+    "bfloat16": dataclasses.replace(BANDED, positions="rotary", dtype="bfloat16"),
     "smallest": dataclasses.replace(BANDED, attention_pattern=("dense",), num_layers=1, embed_dim=4),
 }
 

@@ -276,3 +276,14 @@ def test_seeds_are_as_many_as_prompts(engine, prompts):
     given = engine.generate([prompts[0]] * 2, 4, Sampling(1.5), seeds=[5, 6], ignore_end_of_text=True)
     assert tokens_of(counted_up) == tokens_of(given)
     assert tokens_of(given)[0] != tokens_of(given)[1]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("frequency_penalty", 0.5), ("presence_penalty", 1.0), ("logit_bias", ((3, 1.0),))]
+)
+def test_a_setting_of_continuous_batching_is_refused(engine, prompts, setting, value):
+    with pytest.raises(UserError, match=f"{setting} is a setting of gptjax.inference.batching"):
+        engine.generate(prompts, 1, Sampling(**{setting: value}))
+    bad = ((3, float("inf")),) if setting == "logit_bias" else float("nan")
+    with pytest.raises(UserError, match=f"{setting}=.* must be finite"):
+        Sampling(**{setting: bad})

@@ -134,12 +134,12 @@ def test_mistakes_in_flags(workdir, arguments, words):
 @pytest.mark.slow
 def test_load_with_clients_that_leave(workdir, tmp_path):
     """No errors but 429, nothing left in use, and SIGTERM under load: answers end, the exit code is 0."""
-    options = ("--port=0", "--rows=8", "--max_queue=64", "--request_log=")
+    options = ("--port=0", "--rows=8", "--max_queue=128", "--request_log=")
     command = start_command("gptjax.serve", f"--workdir={workdir}", *options)
     try:
         command.wait_for("serving sft at http://127.0.0.1:")
         url = re.search(r"http://\S+", command._files["stdout"].read_text())[0]
-        arguments = [f"--url={url}", "--requests=300", "--max_tokens=4", "--prompt_words=1"]
+        arguments = [f"--url={url}", "--requests=600", "--max_tokens=4", "--prompt_words=1"]
         load = [sys.executable, "-m", "benchmarks.serve", *arguments]
         subprocess.run([*load, "--concurrency=100", "--disconnect=0.3"], cwd=ROOT, check=True)
         with urllib.request.urlopen(f"{url}/metrics") as response:

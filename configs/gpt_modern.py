@@ -2,18 +2,24 @@
 
 python -m gptjax.main --config=configs/gpt_modern.py:size=124m --workdir=runs/gpt_modern
 python -m gptjax.main --config=configs/gpt_modern.py:runlocal,without=rotary+muon --workdir=runs/ablation
+python -m gptjax.main --config=configs/gpt_modern.py:depth=20 --workdir=runs/d20
 
-Arguments: those of configs/gpt2.py (size, data, runlocal); without (ingredients to switch back to GPT-2's, joined by
-"+": see INGREDIENTS); experts (a mixture of so many experts, each half as wide as the feed-forward layer, two for each
+Arguments: those of configs/gpt2.py (size, data, runlocal); depth (in place of size: the number of layers, from which
+all other sizes and rates follow, see `dialled`); without (ingredients to switch back to GPT-2's, joined by "+": see
+INGREDIENTS); experts (a mixture of so many experts, each half as wide as the feed-forward layer, two for each
 token, so that as many parameters compute a token as in the dense model; 0: none).
 """
 
+import dataclasses
+import math
 import runpy
 from pathlib import Path
 
 import ml_collections
 
 from gptjax import config as c
+from gptjax.scaling.hyperparameters import step_law
+from gptjax.scaling.parameters import non_embedding_parameter_count
 
 GPT2 = runpy.run_path(str(Path(__file__).with_name("gpt2.py")))
 
@@ -36,8 +42,14 @@ INGREDIENTS: dict[str, dict[str, dict]] = {
 }
 
 
+# The model of the dial whose learning rate and weight decay are GPT-2's of configs/gpt2.py, our choice, and not tuned.
+BASE_DEPTH, WIDTH_PER_LAYER, HEAD_WIDTH, TOKENS_PER_PARAMETER, VOCABULARY = 12, 64, 64, 20, 50_257
+
+
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    args = c.parse_arg(arg, size="124m", data="sotu", runlocal=False, without="", experts=0)
+    args = c.parse_arg(arg, size="124m", data="sotu", runlocal=False, without="", experts=0, depth=0)
+    if args["depth"] and (args["runlocal"] or args["size"] != "124m"):
+        raise c.UserError(f"depth={args['depth']} sets all sizes: remove size and runlocal")
     gpt2 = GPT2["get_config"](f"size={args['size']},data={args['data']},runlocal={args['runlocal']}")
     config = c.resolve(gpt2)
     without = [name for name in args["without"].split("+") if name]
@@ -50,4 +62,68 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         half = config.model.feed_forward_dim // 2
         experts = {"num_experts": args["experts"], "experts_per_token": 2, "ffw_dim": half, "router_balance_loss": 0.01}
         config = c.replace(config, {"model": experts})
-    return c.config_dict(config)
+    return c.config_dict(dialled(config, args["depth"]) if args["depth"] else config)
+
+
+def dialled(config: c.Config, depth: int) -> c.Config:
+    """The config with all sizes and rates derived from the number of layers.
+
+    Width, heads: 64 for each layer, as in GPT-2's smallest model and karpathy/nanochat; heads of 64.
+    Tokens: 20 for each parameter without embeddings (Hoffmann et al. 2022, table 3, who count all parameters).
+    Batch: that of Step Law for so many tokens (Li et al. 2025, equation 1).
+    Learning rate: by CompleteP (Dey et al. 2025) it does not depend on width and depth; with the batch it changes as
+    its square root (Malladi et al. 2022, section 4).
+    Weight decay: so that the moving average of updates that the weights are has a time scale of the same share of
+    training (Wang and Aitchison 2024, equation 5): proportional to batch / (learning rate x tokens).
+
+    The rules are published ones, and were not measured together at these sizes.
+    """
+    period = len(config.model.attention_pattern)  # 2 with value embeddings, which every second layer has
+    if depth < period or depth % period:
+        raise c.UserError(f"depth={depth} must be a positive multiple of {period} layers")
+    tokens, batch = _length(config, depth)
+    base_tokens, base_batch = _length(config, BASE_DEPTH)
+    lr = config.optimizer.peak_lr * math.sqrt(batch / base_batch)
+    decay = config.optimizer.weight_decay * (batch / base_batch) * (config.optimizer.peak_lr / lr)
+    every = math.ceil(tokens / 40)
+    return c.replace(
+        config,
+        {
+            "model": _sizes(depth)
+            | {
+                "parametrization": "completep",
+                "base_width": WIDTH_PER_LAYER * BASE_DEPTH,
+                "base_depth": BASE_DEPTH,
+                "ffw_dim": _feed_forward(config, depth),
+            },
+            "batch": {"total_tokens": tokens, "tokens_per_batch": batch},
+            "optimizer": {
+                "peak_lr": float(f"{lr:.4g}"),
+                "weight_decay": float(f"{decay * base_tokens / tokens:.4g}"),
+                "warmup_tokens": 0,
+                "warmup_fraction": 0.0375,  # that of configs/gpt2.py
+            },
+            "evaluation": {"every_tokens": every},
+            "checkpoint": {"every_tokens": every},
+        },
+    )
+
+
+def _sizes(depth: int) -> dict[str, int]:
+    width = WIDTH_PER_LAYER * depth
+    return {"num_layers": depth, "embed_dim": width, "num_heads": width // HEAD_WIDTH}
+
+
+def _feed_forward(config: c.Config, depth: int) -> int | None:
+    """The feed-forward width; experts have half of the usual one."""
+    return None if config.model.ffw_dim is None else 2 * WIDTH_PER_LAYER * depth
+
+
+def _length(config: c.Config, depth: int) -> tuple[int, int]:
+    """Tokens of training, and of a batch: at least a microbatch."""
+    sizes = {**_sizes(depth), "ffw_dim": _feed_forward(config, depth), "vocab_size": VOCABULARY}
+    model = dataclasses.replace(config.model, **sizes)
+    tokens = TOKENS_PER_PARAMETER * non_embedding_parameter_count(model)
+    unit = (config.batch.microbatch_size or 1) * model.context_length
+    wanted = step_law(non_embedding_parameter_count(model), tokens, 0.0).tokens_per_batch
+    return tokens, unit * max(1, round(wanted / unit))

@@ -1,4 +1,4 @@
-"""`python -m gptjax.scaling fit | predict | plan | verify`, and the ladder of configs/ladder.py."""
+"""`python -m gptjax.scaling fit | predict | plan | verify | coordinates`, and the ladder of configs/ladder.py."""
 
 import json
 import subprocess
@@ -131,3 +131,26 @@ def test_the_ladder():
     assert spent["sweep_isoflop"] == pytest.approx(budgets, rel=1e-3)
     (target,) = spent["sweep_target"]
     assert target > 100 * max(spent["sweep_ladder"])
+
+
+def test_coordinates_of_two_widths(tmp_path):
+    arguments = ("coordinates", "--config=configs/ladder.py:rung=1x16", "--config.model.context_length=8")
+    sizes = ("--widths=16,64", "--steps=1", "--seeds=1", "--config.optimizer.peak_lr=0.01")
+    out = succeeded(scaling(*arguments, *sizes, "--parametrizations=mup", f"--output={tmp_path}/check"))
+    assert "logits" in out
+    assert "not flat: " in out
+    rows = json.loads((tmp_path / "check" / "coordinates.json").read_text())["coordinates"]
+    assert {row["kind"] for row in rows} == {"embedding", "attention", "feed_forward", "residual", "scores", "logits"}
+    assert all(row["is_flat"] for row in rows if row["kind"] != "scores")  # which vary with the seed
+    assert all(row["changes"]["16"][0] == 0 and len(row["sizes"]["64"]) == 2 for row in rows)
+    assert (tmp_path / "check" / "width.png").stat().st_size > 10_000
+    for wrong, culprit in (
+        ([], "--widths"),
+        (["--widths=16"], "--widths=16"),
+        (["--widths=16,20", f"--output={tmp_path}/no"], "no whole number"),
+        (["--widths=16,32", "--parametrizations=mupp"], "mupp"),
+        (["--widths=16,32"], "--output"),
+    ):
+        result = scaling(*arguments, *wrong)
+        assert (result.returncode, result.stderr.count("\n")) == (2, 1), wrong
+        assert culprit in result.stderr

@@ -63,6 +63,7 @@ def _check_model(model: GPTConfig) -> None:
     )
     _check_blocks(model)
     _check_experts(model)
+    _check_parametrization(model)
     require(
         len(model.attention_pattern) > 0,
         'model.attention_pattern is empty: set it to ("dense",) for dense attention in every layer',
@@ -154,6 +155,31 @@ def _check_experts(model: GPTConfig) -> None:
     require(
         model.matmul_dtype == "model",
         f"model.matmul_dtype={model.matmul_dtype} is not supported for experts: set it to model",
+    )
+
+
+def _check_parametrization(model: GPTConfig) -> None:
+    """The base model of muP and CompleteP: sizes that are needed, and none that would have no effect."""
+    positive(model, "model", "base_width", "base_depth", "base_head_width")
+    kind = model.parametrization
+    needed = {"standard": (), "mup": ("base_width",), "completep": ("base_width", "base_depth")}[kind]
+    for name in needed:
+        require(
+            getattr(model, name) is not None,
+            f"model.parametrization={kind} needs model.{name}: set it to that of the model whose hyperparameters "
+            "these are",
+        )
+    allowed = (*needed, "base_head_width") if needed else ()
+    for name in ("base_width", "base_depth", "base_head_width"):
+        require(
+            name in allowed or getattr(model, name) is None,
+            f"model.{name}={getattr(model, name)} has no effect with model.parametrization={kind}: unset it, or set "
+            f"model.parametrization={'completep' if name == 'base_depth' else 'mup'}",
+        )
+    require(
+        kind != "completep" or model.norm_position == "pre",
+        "model.parametrization=completep scales the branches of pre-LN layers: set model.norm_position=pre, or "
+        "model.parametrization=mup",
     )
 
 
@@ -262,6 +288,11 @@ def _check_peft(config: Config) -> None:
     require(
         peft.method == "none" or config.init_from is not None,
         f"peft.method={peft.method} adapts pretrained weights: set init_from to their workdir",
+    )
+    require(
+        peft.method != "adalora" or config.model.parametrization == "standard",
+        f"model.parametrization={config.model.parametrization} has no rules for the singular vectors of "
+        "peft.method=adalora: set peft.method=lora",
     )
     require(
         peft.method == "none" or config.optimizer.name != "muon",

@@ -130,7 +130,22 @@ class Output:
 
 
 @dataclasses.dataclass(frozen=True)
-class Architecture(Output, Experts, FeedForward, Attention, Normalisation, Positions, Sizes):
+class Parametrization:
+    """Hyperparameter transfer: the size of the base model whose learning rate, weight decay and init_std are given."""
+
+    # How initialisation, update sizes, attention scores, branches and logits depend on the size of the model, so that
+    # its hyperparameters are those of the base model. standard: they do not; mup: on the width (Yang et al. 2022);
+    # completep: on width and depth (Dey et al. 2025, alpha = 1). A model of the base size is the same in all three
+    # (`models/parametrization.py`)
+    parametrization: Literal["standard", "mup", "completep"] = "standard"
+    base_width: int | None = None  # mup, completep: embed_dim of the base model, whose other widths are in proportion
+    base_depth: int | None = None  # completep: num_layers of the base model
+    # mup, completep: width of the base model's heads. None: that of this model, which has more heads instead
+    base_head_width: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture(Parametrization, Output, Experts, FeedForward, Attention, Normalisation, Positions, Sizes):
     """The architecture: fields that determine the shapes of the parameters or the function that they parameterise."""
 
 
@@ -204,6 +219,16 @@ class GPTConfig(Execution, Initialisation, Architecture):
     @property
     def feed_forward_dim(self) -> int:
         return 4 * self.embed_dim if self.ffw_dim is None else self.ffw_dim
+
+    @property
+    def width_factor(self) -> float:
+        """The width as a multiple of the base model's; 1 with parametrization=standard."""
+        return 1.0 if self.base_width is None else self.embed_dim / self.base_width
+
+    @property
+    def depth_factor(self) -> float:
+        """The number of layers as a multiple of the base model's; 1 unless parametrization=completep."""
+        return 1.0 if self.base_depth is None else self.num_layers / self.base_depth
 
     @property
     def value_embedding_layers(self) -> range:

@@ -24,6 +24,8 @@ from gptjax.models.positions import rotate
 from gptjax.parallel.mesh import constrain, partitioned, platform, scattered
 
 MAX_GATE = 3.0  # of value embeddings
+# Flax collection and name of the queries as they are multiplied by keys; recorded only where the collection is mutable
+QUERIES = ("intermediates", "queries")
 
 
 @struct.dataclass
@@ -159,6 +161,7 @@ class SelfAttention(nn.Module):
             k_BTHK = self._normalise(k_BTHK, "k_norm")
         if inputs.rotation is not None:
             q_BTHK, k_BTHK = rotate(q_BTHK, inputs.rotation), rotate(k_BTHK, inputs.rotation)
+        self.sow(QUERIES[0], QUERIES[1], q_BTHK)
         sinks_H = None
         if config.attention_sinks:
             sinks = Vector(config, "bias", (config.num_heads,), ("heads",), nn.initializers.zeros, name="sinks")

@@ -103,8 +103,13 @@ def attention(
 
 
 def score_scale(config: GPTConfig) -> float:
-    """The factor of attention scores before the softmax."""
-    return config.head_dim**-0.5 if config.scale_attention else 1.0
+    """The factor of attention scores before the softmax.
+
+    Under muP it falls as 1 / head_dim from that of the base model, since queries and keys become correlated in training
+    (Yang et al. 2022, definition 4.1).
+    """
+    base = config.base_head_width or config.head_dim
+    return (base**-0.5 if config.scale_attention else 1.0) * (base / config.head_dim)
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------

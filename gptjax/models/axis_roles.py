@@ -32,16 +32,29 @@ AXIS_ROLES: dict[str | None, AxisRole] = {
     "rank": "rank",
 }
 
+# Logical axes whose size is proportional to the width of the model. Inputs and outputs along others, such as the
+# router's, have a size of their own.
+WIDTH_AXES = ("embed", "norm", "heads", "kv_heads", "head_dim", "ffw")
+
 
 @dataclasses.dataclass(frozen=True)
 class ParameterAxes:
-    """The roles of a parameter's axes, in their order."""
+    """The roles of a parameter's axes, in their order.
+
+    Attributes:
+      is_width: whether each axis grows with the width of the model; (): none does.
+    """
 
     roles: tuple[AxisRole, ...]
+    is_width: tuple[bool, ...] = ()
 
     def having(self, *roles: AxisRole) -> tuple[int, ...]:
         """The axes that have one of these roles, in ascending order."""
         return tuple(axis for axis, role in enumerate(self.roles) if role in roles)
+
+    def grows(self, role: AxisRole) -> bool:
+        """Whether an axis of this role grows with the width of the model."""
+        return any(own == role and grows for own, grows in zip(self.roles, self.is_width, strict=False))
 
     @property
     def is_stacked(self) -> bool:
@@ -69,7 +82,7 @@ def parameter_axes(leaf: LogicalAxes) -> ParameterAxes:
             role = "input" if num_inputs < leaf.inputs else "output"
             num_inputs += role == "input"
         roles.append(role)
-    return ParameterAxes(tuple(roles))
+    return ParameterAxes(tuple(roles), tuple(name in WIDTH_AXES for name in leaf.names))
 
 
 def tree_axes(params: Any) -> dict[str, ParameterAxes]:

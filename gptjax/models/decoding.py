@@ -48,9 +48,9 @@ def forward(
       tokens_BT: int, T at most `context_length`.
       segments_BT: as in `attention_mask`.
     """
-    x_BTD, inputs = _embed(model, params, tokens_BT, jnp.arange(tokens_BT.shape[1])[None], segments_BT)
+    x_BTD, inputs = embedded(model, params, tokens_BT, jnp.arange(tokens_BT.shape[1])[None], segments_BT)
     layers = []
-    for block, layer, given in zip(_blocks(model.config), params["layers"], inputs, strict=True):
+    for block, layer, given in zip(blocks(model.config), params["layers"], inputs, strict=True):
         x_BTD, key_values = _apply(block, layer, x_BTD, given)
         layers.append(key_values)
     return x_BTD, layers
@@ -74,7 +74,7 @@ def prefill(model: GPT, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array,
         segments_BT = jnp.where(jnp.arange(tokens_BT.shape[1])[None] < lengths_B[:, None], -1, 0)
     x_BTD, layers = forward(model, params, tokens_BT, segments_BT)
     cache = []
-    for block, key_values in zip(_blocks(model.config), layers, strict=True):
+    for block, key_values in zip(blocks(model.config), layers, strict=True):
         kept = min(slots, model.config.band_width) if block.attention == "banded" else slots
         cache.append(_constrain_cache(key_values.as_cache(lengths_B, kept)))
     last_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
@@ -93,9 +93,9 @@ def decode(
     Returns:
       The output of the last layer (B, D), and the cache with the token in it.
     """
-    x_B1D, inputs = _embed(model, params, token_B[:, None], positions_B[:, None])
+    x_B1D, inputs = embedded(model, params, token_B[:, None], positions_B[:, None])
     written = []
-    for block, layer, given, key_values in zip(_blocks(model.config), params["layers"], inputs, cache, strict=True):
+    for block, layer, given, key_values in zip(blocks(model.config), params["layers"], inputs, cache, strict=True):
         x_B1D, key_values = _apply(block, layer, x_B1D, given.replace(positions_B=positions_B), key_values)
         written.append(_constrain_cache(key_values))
     return x_B1D[:, 0], written
@@ -136,7 +136,8 @@ def logits(model: GPT, params: Any, x_BD: jax.Array) -> jax.Array:
     return head_logits(model.config, params, x_BD)
 
 
-def _blocks(config: GPTConfig) -> list[Block]:
+def blocks(config: GPTConfig) -> list[Block]:
+    """The layers, in their order."""
     pattern = config.attention_pattern
     return [Block(config, pattern[layer % len(pattern)]) for layer in range(config.num_layers)]
 
@@ -148,7 +149,7 @@ def _apply(
     return cast(Any, block.apply({"params": layer}, x_BTD, inputs, deterministic, cache))
 
 
-def _embed(
+def embedded(
     model: GPT, params: Any, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None = None
 ) -> tuple[jax.Array, list[LayerInputs]]:
     """The input of the first layer, and the further inputs of each layer."""

@@ -26,6 +26,7 @@ from gptjax.models.embedding import embed, stacked_values, value_embeddings
 from gptjax.models.experts import ROUTER, MixtureOfExperts, RouterMeasures
 from gptjax.models.feed_forward import MLP, Adapter
 from gptjax.models.layer_inputs import LayerInputs
+from gptjax.models.parametrization import scaled_initialisation
 from gptjax.models.positions import rotation
 from gptjax.parallel.balanced_order import balanced_positions, from_balanced_order, to_balanced_order
 from gptjax.parallel.mesh import (
@@ -78,7 +79,7 @@ class Block(nn.Module):
         config = self.config
         out_std = config.kernel_init_std
         if config.scale_residual_init:
-            out_std /= math.sqrt(2 * config.num_layers)
+            out_std /= math.sqrt(2 * (config.base_depth or config.num_layers))
         out_init = nn.initializers.zeros if config.zero_residual_init else nn.initializers.normal(out_std)
         attention = SelfAttention(config, self.attention, out_init, self.ring, name="attention")
         attention_norm, mlp_norm = (Norm(config, config.norm_gain, name=f"{n}_norm") for n in ("attention", "mlp"))
@@ -92,15 +93,18 @@ class Block(nn.Module):
         def adapted(h_BTD: jax.Array, name: str) -> jax.Array:
             return h_BTD if config.adapter_dim is None else Adapter(config, name=name)(h_BTD)
 
+        def branch(h_BTD: jax.Array) -> jax.Array:
+            return h_BTD if config.depth_factor == 1 else h_BTD * (1 / config.depth_factor)
+
         x_BTD = checkpoint_name(x_BTD, "block_input")
         if config.residual_scalars:
             x_BTD = self._scaled(x_BTD, inputs)
         pre = config.norm_position == "pre"
         h_BTD, key_values = attention(gathered(attention_norm(x_BTD) if pre else x_BTD), inputs, deterministic, cache)
         h_BTD = adapted(dropout(h_BTD), "attention_adapter")
-        x_BTD = x_BTD + h_BTD if pre else attention_norm(x_BTD + h_BTD)
+        x_BTD = x_BTD + branch(h_BTD) if pre else attention_norm(x_BTD + h_BTD)
         h_BTD = adapted(dropout(feed_forward(gathered(mlp_norm(x_BTD) if pre else x_BTD))), "mlp_adapter")
-        x_BTD = x_BTD + h_BTD if pre else mlp_norm(x_BTD + h_BTD)
+        x_BTD = x_BTD + branch(h_BTD) if pre else mlp_norm(x_BTD + h_BTD)
         return x_BTD, key_values
 
     def _scaled(self, x_BTD: jax.Array, inputs: LayerInputs) -> jax.Array:
@@ -166,8 +170,12 @@ class GPT(nn.Module):
             self.final_norm = Norm(config, config.norm_gain)
 
     def normalise(self, x_BTD: jax.Array) -> jax.Array:
-        """Applies the final normalisation (pre-LN models have one) to the output of the last layer."""
-        return self.final_norm(x_BTD) if self.config.norm_position == "pre" else x_BTD
+        """Applies the final normalisation (pre-LN models have one) to the output of the last layer.
+
+        The result is divided by the width factor, so that the head's logits are (`models/parametrization.py`).
+        """
+        x_BTD = self.final_norm(x_BTD) if self.config.norm_position == "pre" else x_BTD
+        return x_BTD if self.config.width_factor == 1 else x_BTD * (1 / self.config.width_factor)
 
     @nn.compact
     def hidden(
@@ -276,7 +284,7 @@ def init_params(model: GPT, rng: jax.Array) -> Any:
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)  # jitted for its cache: shapes and values are traced once
 def _init_params(config: GPTConfig, rng: jax.Array) -> Any:
-    return GPT(config).init(rng, jnp.zeros((1, 1), jnp.int32))["params"]
+    return scaled_initialisation(config, GPT(config).init(rng, jnp.zeros((1, 1), jnp.int32))["params"])
 
 
 @functools.lru_cache(maxsize=32)

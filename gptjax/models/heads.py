@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from gptjax.config import GPTConfig
 from gptjax.models.gpt import GPT, init_params
+from gptjax.models.parametrization import scaled_initialisation
 from gptjax.parallel.mesh import partitioned
 
 VALUE = "value"  # top-level key of the parameters of a value function: a separate GPT with a head
@@ -23,6 +24,8 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, x_D: jax.Array, deterministic: bool) -> jax.Array:
         config = self.config
+        if config.width_factor != 1:  # `GPT.normalise` divided by it, for the head of the vocabulary
+            x_D = x_D * config.width_factor
         return nn.Dense(
             self.outputs,
             dtype="float32",
@@ -39,4 +42,5 @@ def init_with_head(gpt: GPT, head: Head, rng: jax.Array) -> Any:
     gpt_rng, head_rng = jax.random.split(rng)
     params = init_params(gpt, gpt_rng)
     x_BD = jnp.zeros((1, gpt.config.embed_dim))
-    return {**params, "head": head.init(head_rng, x_BD, True)["params"]}
+    head_params = scaled_initialisation(gpt.config, head.init(head_rng, x_BD, True)["params"])
+    return {**params, "head": head_params}

@@ -16,8 +16,9 @@ import optax
 from gptjax.config import BatchConfig, Config, OptimizerConfig, UserError
 from gptjax.models.axis_roles import ParameterAxes, layer_numbers
 from gptjax.models.heads import VALUE
+from gptjax.models.parametrization import gradient_factor, is_base_size
 from gptjax.optim import adalora
-from gptjax.optim.transformations import scale_by_rule
+from gptjax.optim.transformations import scale_by_path, scale_by_rule
 from gptjax.parallel.mesh import LogicalAxes
 
 
@@ -78,14 +79,17 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Gradient clipping, the update rule, and decoupled weight decay.
 
-    The training step multiplies the updates by -learning_rate.
+    The training step multiplies the updates by -learning_rate. The factors of muP and CompleteP, where the model is not
+    of the base size, are those of `models.parametrization`.
 
     Args:
       axes: the roles of the axes of all parameters, by path.
       lr_factors: top-level keys of networks whose learning rate is a multiple of `peak_lr`, with the factor.
     """
     optimizer = config.optimizer
-    transforms = [scale_by_rule(optimizer, axes)]
+    transforms = [scale_by_rule(config, axes)]
+    if not is_base_size(config.model):
+        transforms.insert(0, scale_by_path(lambda path, shape: gradient_factor(config.model, axes[path])))
     if optimizer.clip_norm is not None:
         transforms.insert(0, _clip_by_network(optimizer.clip_norm))
     if config.peft.method == "adalora":
@@ -93,7 +97,7 @@ def make_optimizer(
     if optimizer.weight_decay > 0:
         transforms.append(_add_weight_decay(optimizer, whole=config.peft.method == "none"))
     if optimizer.layer_lr_decay < 1:
-        transforms.append(_scale_by_layer(config, axes))
+        transforms.append(scale_by_path(lambda path, shape: layer_factor(config, path, axes[path], shape)))
     if lr_factors:
         transforms.append(_scale_networks(lr_factors))
     rule = optax.chain(*transforms)
@@ -146,19 +150,6 @@ def _scale_networks(factors: Mapping[str, float]) -> optax.GradientTransformatio
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
         scaled = {name: jax.tree.map(lambda u, f=f: u * f, updates[name]) for name, f in factors.items()}
         return updates | scaled, state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
-
-
-def _scale_by_layer(config: Config, axes: Mapping[str, ParameterAxes]) -> optax.GradientTransformation:
-    """Multiplies each update by the factor of its layer (`optimizer.layer_lr_decay`)."""
-
-    def scaled(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return update * layer_factor(config, name, axes[name], update.shape)
-
-    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
-        return jax.tree_util.tree_map_with_path(scaled, updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 

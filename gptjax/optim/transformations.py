@@ -4,6 +4,7 @@ This module tells Optax which axes of our arrays form matrices: layers are stack
 attention have an axis of heads. It reads that from the roles of the axes (`models.axis_roles`).
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,8 +14,9 @@ import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-from gptjax.config import OptimizerConfig
+from gptjax.config import Config, GPTConfig, OptimizerConfig
 from gptjax.models.axis_roles import ParameterAxes
+from gptjax.models.parametrization import is_base_size, lr_factor, orthogonal_factor
 from gptjax.parallel.mesh import LogicalAxes
 
 Axes = Mapping[str, ParameterAxes]  # by parameter path
@@ -24,23 +26,35 @@ Axes = Mapping[str, ParameterAxes]  # by parameter path
 MUON_RMS = 0.2
 
 
-def scale_by_rule(config: OptimizerConfig, axes: Axes) -> optax.GradientTransformation:
-    """The update rule of `optimizer.name`. If the parameters are boxed with logical axes, so is the state.
+def scale_by_rule(config: Config, axes: Axes) -> optax.GradientTransformation:
+    """The update rule of `optimizer.name`, with the learning-rate factors of `model.parametrization`.
+
+    If the parameters are boxed with logical axes, so is the state.
 
     Args:
       axes: of all parameters.
     """
-    adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps, mu_dtype=_first_moment_dtype(config))
-    match config.name:
-        case "adamw":
-            return adam
-        case "adafactor":
-            return _adafactor(config, axes)
-        case "muon":
-            return _muon(config, axes, adam)
+    optimizer, model = config.optimizer, config.model
+    entrywise = optax.scale_by_adam(
+        optimizer.beta1, optimizer.beta2, optimizer.eps, mu_dtype=_first_moment_dtype(optimizer)
+    )
+    if optimizer.name == "adafactor":
+        entrywise = _adafactor(optimizer, axes)
+    if not is_base_size(model):
+        entrywise = optax.chain(entrywise, scale_by_path(lambda path, shape: lr_factor(model, axes[path])))
+    return _muon(config, axes, entrywise) if optimizer.name == "muon" else entrywise
 
 
-def _muon(config: OptimizerConfig, axes: Axes, adam: optax.GradientTransformation) -> optax.GradientTransformation:
+def scale_by_path(factor: Callable[[str, tuple[int, ...]], float | np.ndarray]) -> optax.GradientTransformation:
+    """Multiplies each update by the factor of its path and shape."""
+
+    def scaled(path: str, update: jax.Array) -> jax.Array:
+        return update * factor(path, update.shape)
+
+    return optax.stateless(lambda updates, params: _map_paths(scaled)(updates))
+
+
+def _muon(config: Config, axes: Axes, adam: optax.GradientTransformation) -> optax.GradientTransformation:
     """Muon for the kernels of layers, `adam` for all other parameters."""
 
     def dimensions(path: str, _: Any) -> MuonDimensionNumbers | None:
@@ -49,9 +63,10 @@ def _muon(config: OptimizerConfig, axes: Axes, adam: optax.GradientTransformatio
     def label(path: str, _: Any) -> str:
         return "adam" if _matrix(axes[path]) is None else "muon"
 
-    first = _first_moment_dtype(config)
-    muon = scale_by_muon(beta=config.muon_momentum, mu_dtype=first, weight_dimension_numbers=_map_paths(dimensions))
-    return optax.partition({"muon": optax.chain(muon, _scale_to_adam(axes)), "adam": adam}, _map_paths(label))
+    beta, first = config.optimizer.muon_momentum, _first_moment_dtype(config.optimizer)
+    muon = scale_by_muon(beta=beta, mu_dtype=first, weight_dimension_numbers=_map_paths(dimensions))
+    scale = scale_by_path(lambda path, shape: _scale_to_adam(config.model, axes[path], shape))
+    return optax.partition({"muon": optax.chain(muon, scale), "adam": adam}, _map_paths(label))
 
 
 def _first_moment_dtype(config: OptimizerConfig) -> str | None:
@@ -88,16 +103,17 @@ def _matrix(axes: ParameterAxes) -> MuonDimensionNumbers | None:
     return MuonDimensionNumbers(axes.having("input"), axes.having("output"))
 
 
-def _scale_to_adam(axes: Axes) -> optax.GradientTransformation:
-    """Multiplies orthogonal matrices of m inputs and n outputs by MUON_RMS sqrt(max(m, n)), so that RMS is MUON_RMS."""
+def _scale_to_adam(model: GPTConfig, axes: ParameterAxes, shape: tuple[int, ...]) -> float:
+    """The factor MUON_RMS sqrt(max(m, n)) of orthogonal matrices of m inputs and n outputs, so that RMS is MUON_RMS.
 
-    def scaled(path: str, update: jax.Array) -> jax.Array:
-        matrix = _matrix(axes[path])
-        assert matrix is not None, path
-        sizes = [np.prod([update.shape[axis] for axis in group]) for group in matrix]
-        return update * float(MUON_RMS * np.sqrt(max(sizes)))
-
-    return optax.stateless(lambda updates, params: _map_paths(scaled)(updates))
+    Times the factor of `model.parametrization`.
+    """
+    matrix = _matrix(axes)
+    assert matrix is not None, axes
+    inputs, outputs = (
+        math.prod(shape[axis] for axis in group) for group in (matrix.reduction_axis, matrix.output_axis)
+    )
+    return float(MUON_RMS * np.sqrt(max(inputs, outputs))) * orthogonal_factor(model, axes, inputs, outputs)
 
 
 # --- Adafactor (Shazeer & Stern 2018) ---------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 
-from gptjax.config import GPTConfig
+from gptjax.config import GPTConfig, UserError
 from gptjax.scaling.parameters import active_parameter_count, non_embedding_parameter_count, parameter_count
 
 # What N of a law counts. Hoffmann et al. 2022 count all parameters, Kaplan et al. 2020 all but embeddings.
@@ -15,6 +15,41 @@ COUNTS: dict[str, Callable[[GPTConfig], int]] = {
 }
 MAX_LAYERS = 200
 ASPECTS = (0.8, 1.0, 1.25)  # of width / layers, relative to the given model
+
+
+def resized(model: GPTConfig, *, width: int | None = None, layers: int | None = None) -> GPTConfig:
+    """Returns `model` with another width or number of layers, for transfer from a base model.
+
+    Heads keep their width and grow in number, and the feed-forward width is in proportion; with
+    `model.base_head_width` set, heads keep their number and grow in width instead.
+
+    Raises:
+      UserError: the heads or the feed-forward layers of that width are no whole numbers.
+    """
+    model = dataclasses.replace(model, num_layers=layers or model.num_layers)
+    if width is None:
+        return model
+    wider_heads = model.base_head_width is not None
+
+    def proportional(name: str, value: int) -> int:
+        if value * width % model.embed_dim:
+            raise UserError(
+                f"a width of {width} is {width / model.embed_dim:.4g} times model.embed_dim={model.embed_dim}, which "
+                f"makes model.{name}={value} no whole number: choose other widths"
+            )
+        return value * width // model.embed_dim
+
+    def head_count(name: str, value: int) -> int:
+        return value if wider_heads else proportional(name, value)
+
+    return dataclasses.replace(
+        model,
+        embed_dim=width,
+        num_heads=head_count("num_heads", model.num_heads),
+        num_kv_heads=None if model.num_kv_heads is None else head_count("num_kv_heads", model.num_kv_heads),
+        head_width=proportional("head_width", model.head_dim) if wider_heads else model.head_width,
+        ffw_dim=None if model.ffw_dim is None else proportional("ffw_dim", model.ffw_dim),
+    )
 
 
 def scaled_models(model: GPTConfig) -> Iterator[GPTConfig]:

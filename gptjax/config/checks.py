@@ -11,12 +11,14 @@ from gptjax.config.errors import require
 from gptjax.config.mixture_checks import check_mixture
 from gptjax.config.model import GATE_CHANNELS, GPTConfig
 from gptjax.config.sections import ChatConfig, Config, OptimizerConfig
+from gptjax.config.vision_checks import check_vision
 
 
 def check(config: Config) -> None:
     """Raises UserError if values of `config` are out of range or contradict each other, in any stage."""
     _check_finite(config, "")
     _check_model(config.model)
+    check_vision(config.model)
     _check_data(config)
     check_mixture(config)
     _check_chat(config)

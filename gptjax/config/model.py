@@ -130,8 +130,66 @@ class Output:
 
 
 @dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """Images as input, in the form of LLaVA (Liu et al. 2023, section 4.1).
+
+    The defaults are LLaVA-1.5's, whose encoder is CLIP's ViT-L/14 at 336 pixels.
+    """
+
+    # none: text alone; vit: a vision transformer (Dosovitskiy et al. 2021) encodes each image, and a projector maps its
+    # outputs to the width of the model; patches: a linear map of each patch, without an encoder
+    encoder: Literal["none", "vit", "patches"] = "none"
+    image_size: int = 336  # width and height of the image that the model reads, in pixels
+    patch_size: int = 14  # width and height of a patch, in pixels
+    # Conversion to a square. crop: the shorter edge to image_size, then the centre (CLIP); pad: to a square with the
+    # mean colour, then resized (LLaVA-1.5); stretch: resized regardless of its proportions (SigLIP)
+    resize: Literal["crop", "pad", "stretch"] = "crop"
+    # Mean and standard deviation of red, green and blue, of 1, by which pixels are normalised; the defaults are CLIP's
+    pixel_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    pixel_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    num_layers: int = 24  # of the vision transformer
+    num_heads: int = 16
+    embed_dim: int = 1024
+    ffw_dim: int | None = None  # None: 4 * embed_dim
+    activation: Literal["quick_gelu", "gelu_tanh", "gelu_exact"] = "quick_gelu"  # quick: x * sigmoid(1.702 x)
+    norm_eps: float = 1e-5
+    patch_bias: bool = False  # bias of the patch embedding; SigLIP has one
+    class_token: bool = True  # a learned vector before the patches; SigLIP has none
+    embedding_norm: bool = True  # layer norm before the first layer (CLIP)
+    read_layer: int = -2  # layer whose output is read, from the last one, -1
+    final_norm: bool = False  # layer norm of the outputs that are read
+    keep_class_token: bool = False  # the output of the class token is one of an image's tokens
+    projector: Literal["linear", "mlp"] = "mlp"  # mlp: linear, exact GELU, linear (LLaVA-1.5)
+    # Token of the vocabulary that stands where an image's tokens are; None: one is added by the chat format
+    image_token: int | None = None
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Positions of the text that an image takes."""
+        has_class_token = self.encoder == "vit" and self.class_token and self.keep_class_token
+        return self.num_patches + has_class_token
+
+    @property
+    def layers_read(self) -> int:
+        """Layers up to the one that is read; the others only exist to be exported."""
+        return self.num_layers + 1 + self.read_layer
+
+    @property
+    def values_per_image(self) -> int:
+        """Rows times columns times channels of an image."""
+        return 3 * self.image_size**2
+
+
+@dataclasses.dataclass(frozen=True)
 class Architecture(Output, Experts, FeedForward, Attention, Normalisation, Positions, Sizes):
     """The architecture: fields that determine the shapes of the parameters or the function that they parameterise."""
+
+    vision: VisionConfig = VisionConfig()
 
 
 # --- training and execution -------------------------------------------------------------------------------------------
@@ -204,6 +262,10 @@ class GPTConfig(Execution, Initialisation, Architecture):
     @property
     def feed_forward_dim(self) -> int:
         return 4 * self.embed_dim if self.ffw_dim is None else self.ffw_dim
+
+    @property
+    def reads_images(self) -> bool:
+        return self.vision.encoder != "none"
 
     @property
     def value_embedding_layers(self) -> range:

@@ -140,7 +140,7 @@ def open_session() -> "ChatSession":
     chat = trained.config.chat
     if TEMPLATE.value is not None:
         chat = dataclasses.replace(chat, template="harmony")
-    form = chat_format(chat, trained.tokenizer)
+    form = chat_format(chat, trained.tokenizer, trained.config.model.vision)
     if TEMPLATE.value is not None and form.special_tokens:
         raise UserError(
             f"the tokenizer of {WORKDIR.value} lacks {next(iter(form.special_tokens))} of --template={TEMPLATE.value}: "

@@ -191,7 +191,7 @@ def _prepare(
     if name == DIALOGUE:
         return dialogue_task(
             read_prompts(options.source, trained.config),
-            chat_format(trained.config.chat, trained.tokenizer),
+            chat_format(trained.config.chat, trained.tokenizer, trained.config.model.vision),
             trained.model.config.context_length,
             limit=options.limit,
             max_new_tokens=options.max_new_tokens,

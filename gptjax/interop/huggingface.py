@@ -252,7 +252,7 @@ def export_workdir(workdir: Path, directory: Path, *, best: bool = False, step: 
         if is_task:
             head, leaves = task_heads.split_head(family, config, tokenizer, weights.gpt | {"head": weights.head})
         arrays = (np.asarray(leaves[path]) for path in _by_path(abstract))
-        form = chat_format(config.chat, tokenizer) if definition.conversational else None
+        form = chat_format(config.chat, tokenizer, config.model.vision) if definition.conversational else None
         _save(config.model, _by_path(abstract), arrays, directory, tokenizer, chat=form, head=head)
         return
     with Checkpoints(workdir, config.checkpoint, read_only=True) as checkpoints:

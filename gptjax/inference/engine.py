@@ -36,6 +36,7 @@ from gptjax.parallel.platforms import platform_defaults
 TextOrTokens = str | npt.ArrayLike  # text, or token ids
 FinishReason = Literal["end_of_text", "end_of_turn", "stop", "length"]
 Overflow = Literal["error", "slide"]
+Images = Sequence[npt.NDArray[np.uint8]]  # of a prompt, each as `gptjax.data.images.square_images.square` makes it
 MIN_BUCKET = 16  # positions
 MIN_ENDS = 4  # length that the list of end tokens is padded to at least
 # Tokens per call when text is streamed or stop strings are checked: few are wasted after a stop string.
@@ -118,6 +119,7 @@ class Engine:
         separate_text: bool = False,
         overflow: Overflow = "error",
         on_text: Callable[[int, str], None] | None = None,
+        images: Sequence[Images] | None = None,
     ) -> list[Completion]:
         """Generates one completion for each prompt.
 
@@ -137,10 +139,12 @@ class Engine:
           overflow: "error": a prompt and completion longer than the context are an error, raised before anything runs;
             "slide": when the context is full, its last half is read again as a new context.
           on_text: called with the index of a prompt and the next piece of its text, as soon as it is final.
+          images: the images of each prompt, in the order of its image tokens; None: no prompt has images.
 
         Raises:
           UserError: the numbers of seeds and prompts differ; prompt and completion exceed the context; a prompt is
-            empty and the tokenizer has no end-of-text; a token is outside of the model's vocabulary.
+            empty and the tokenizer has no end-of-text; a token is outside of the model's vocabulary; the image tokens
+            of a prompt are not those of its images, or it has images and overflow is "slide".
         """
         ids = [self.ids(prompt) for prompt in prompts]
         seeds = [int(seeds) + i for i in range(len(ids))] if isinstance(seeds, int | np.integer) else seeds
@@ -166,6 +170,7 @@ class Engine:
             ends=list(reasons),
             overflow=overflow,
             at_once=STREAMED_TOKENS if as_it_comes else MOST_TOKENS,
+            images=images,
         )
         for tokens_B, logprobs_B in tokens:
             for i, row in enumerate(rows):
@@ -195,6 +200,7 @@ class Engine:
         ends: Sequence[int] = (),
         overflow: Overflow = "error",
         at_once: int = MOST_TOKENS,
+        images: Sequence[Images] | None = None,
     ) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]:
         """Yields the tokens and log-probabilities of all prompts, (B,) each, one position at a time.
 
@@ -209,7 +215,8 @@ class Engine:
         if not windows:
             return
         sampling = Sampling() if sampling is None else sampling
-        calls = self._calls(windows, max_new_tokens, sampling, seeds, ends, overflow, at_once)
+        self._check_images(windows, images, overflow)
+        calls = self._calls(windows, max_new_tokens, sampling, seeds, ends, overflow, at_once, images)
         last = next(calls, [])
         for call in calls:
             yield from self._read(last, len(windows))
@@ -225,6 +232,7 @@ class Engine:
         ends: Sequence[int],
         overflow: Overflow,
         at_once: int,
+        images: Sequence[Images] | None,
     ) -> Iterator[list["_Call"]]:
         """Dispatches the calls of the compiled programs, one after the other."""
         program = DecodingSettings(self.model, sampling.static, self.slots(windows, max_new_tokens, overflow))
@@ -234,6 +242,7 @@ class Engine:
         ends_N[: len(ends)] = ends
         seeds_B = np.resize(np.array([seed % 2**32 for seed in seeds], np.uint32), rows)
         inputs = SamplingInputs(seeds_B, np.int32(0), sampling.values, ends_N)
+        images_BNX = self._padded_images(images, rows)
         memory: DecodingCache | None = None
         ended_B: Any = np.zeros(rows, bool)
         since: list[_Call] = []  # since `windows` were read
@@ -248,7 +257,7 @@ class Engine:
                     tokens_BT, length_B = self.pad(windows, rows)
                     count = 1
                     memory, sampled = prefill_prompts(
-                        program, self.params, tokens_BT, length_B, ended_B, seen_BV, inputs
+                        program, self.params, tokens_BT, length_B, ended_B, seen_BV, inputs, images_BNX
                     )
                 else:
                     count = min(at_once, max_new_tokens - int(inputs.number), context - longest - read + 1)
@@ -257,6 +266,35 @@ class Engine:
             inputs = inputs._replace(number=inputs.number + np.int32(count))
             since.append(_Call(sampled, count))
             yield since[-1:]
+
+    def _check_images(
+        self, windows: list[npt.NDArray[np.int32]], images: Sequence[Images] | None, overflow: Overflow
+    ) -> None:
+        """Raises UserError unless the image tokens of each prompt are those of its images."""
+        vision = self.model.config.vision
+        given = [0] * len(windows) if images is None else list(map(len, images))
+        if any(given) and not self.model.config.reads_images:
+            raise UserError("there is an image, but this model reads text alone: train one with model.vision.encoder")
+        if any(given) and overflow == "slide":
+            raise UserError("a prompt with images cannot slide: leave out overflow=slide")
+        for window, count in zip(windows, given, strict=True) if self.model.config.reads_images else ():
+            tokens = int(np.sum(window == vision.image_token))
+            if tokens != count * vision.tokens_per_image:
+                raise UserError(
+                    f"a prompt has {tokens} image tokens for {count} images, which have {vision.tokens_per_image} each"
+                )
+
+    def _padded_images(self, images: Sequence[Images] | None, rows: int) -> npt.NDArray[np.uint8] | None:
+        """Pads the images of the prompts to (rows, N, X); None: there are none."""
+        most = 0 if images is None else max(map(len, images))
+        if images is None or most == 0:
+            return None
+        shape = (rows, power_of_two(most), self.model.config.vision.values_per_image)
+        images_BNX = np.zeros(shape, np.uint8)
+        for row in range(rows):
+            for number, image_X in enumerate(images[row % len(images)]):
+                images_BNX[row, number] = image_X
+        return images_BNX
 
     def _first_call(
         self, program: DecodingSettings, rows: int, reads_prompts: bool, longest: int

@@ -45,6 +45,12 @@ class ChatData(Generic[T]):
     validation: list[T]
     images: ImageFiles | None = None
 
+    def refuse_images(self) -> None:
+        """Raises UserError if an item has an image, in a stage that reads text alone."""
+        for item in (*self.train, *self.validation):
+            if images := _images(item):
+                raise UserError(f"{images[0].place}: stage {self.config.stage} reads no images: use stage sft")
+
 
 def open_chat(
     config: Config, mesh: Mesh, tokenizer: Tokenizer | None, read: Callable[[Config], Split[T]]

@@ -41,6 +41,7 @@ def build_ranked(
       UserError: as in `open_chat`; a completion that is longer than the context.
     """
     data = open_chat(config, mesh, tokenizer, rankings_of)
+    data.refuse_images()
     context, pack = data.config.model.context_length, data.config.chat.pack
     encoded = _encode(data, data.train)
     train = PackedRankings(encoded, context, pack=pack, seed=data.config.seed)

@@ -45,6 +45,7 @@ def build_rl(
       UserError: as in `open_chat` and `open_reward`; a prompt that leaves no room for a completion.
     """
     data = open_chat(config, mesh, tokenizer, prompts_of)
+    data.refuse_images()
     train, validation = (encoded_prompts(data, prompts) for prompts in (data.train, data.validation))
     reward = open_reward(data.config.rl.reward, mesh, [prompt.prompt for prompt in (*train, *validation)])
     sampler = CompletionSampler(data.config, mesh, data.tokenizer, reward, [*train, *validation], data.chat_format)

@@ -12,6 +12,7 @@ from gptjax.config.errors import UserError
 
 # --- architecture -----------------------------------------------------------------------------------------------------
 
+QUICK_GELU_BETA = 1.702  # x sigmoid(1.702 x) approximates the GELU (Hendrycks and Gimpel 2016, section 2)
 GATE_CHANNELS = 12  # first channels of the hidden state, the inputs of the gates of value embeddings
 
 
@@ -266,6 +267,27 @@ class GPTConfig(Execution, Initialisation, Architecture):
     @property
     def reads_images(self) -> bool:
         return self.vision.encoder != "none"
+
+    @property
+    def image_encoder(self) -> "GPTConfig":
+        """The layers of the vision transformer as those of a GPT, executed as those of this model."""
+        vision = self.vision
+        is_quick = vision.activation == "quick_gelu"
+        execution = {field.name: getattr(self, field.name) for field in dataclasses.fields(Execution)}
+        return GPTConfig(
+            **execution | {"attention_backend": "auto"},
+            vocab_size=1,
+            context_length=vision.num_patches + vision.class_token,
+            num_layers=vision.num_layers,
+            num_heads=vision.num_heads,
+            embed_dim=vision.embed_dim,
+            ffw_dim=vision.ffw_dim,
+            activation="silu" if is_quick else vision.activation,  # type: ignore[arg-type]
+            swish_beta=QUICK_GELU_BETA if is_quick else 1.0,
+            norm_eps=vision.norm_eps,
+            attention_pattern=("full",),
+            kernel_init_std=self.kernel_init_std,
+        )
 
     @property
     def value_embedding_layers(self) -> range:

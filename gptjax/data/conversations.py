@@ -45,7 +45,7 @@ __all__ = [
 _TABLES = ("jsonl", "csv", "tsv", "parquet", "arrow", "hf", "tfds")  # of `records.read_records`
 _FORMS = (
     "jsonl:GLOB, csv:GLOB, tsv:GLOB, parquet:GLOB, arrow:DIR[@SPLIT], hf:OWNER/NAME[@CONFIG:SPLIT][?revision=COMMIT], "
-    "tfds:NAME[@SPLIT], chatterbot[:LANGUAGE+LANGUAGE], digits:train, digits:test"
+    "tfds:NAME[@SPLIT], chatterbot[:LANGUAGE+LANGUAGE], digits:train[:text], digits:test[:text]"
 )
 _PACKAGED = ("chatterbot", "digits")
 
@@ -141,7 +141,8 @@ def read_conversations(spec: str, *, invalid_utf8: InvalidUtf8 = "error", harmon
           dataset with such columns, as in `labelled.read_rows`;
         chatterbot[:LANGUAGE+LANGUAGE] — dialogues of the PyPI package chatterbot-corpus, without duplicates; English by
           default;
-        digits:train, digits:test — scikit-learn's digits: questions about one image, and about two.
+        digits:train, digits:test — scikit-learn's digits: questions about one image, and about two; with :text behind
+          it, without the images.
       invalid_utf8: "replace" replaces bytes that are not UTF-8 by U+FFFD, and warns; "error" raises.
       harmony: reads reasoning, channels, tools and their calls, as `harmony_forms.parse_record` does; otherwise records
         that have them are refused.

@@ -8,6 +8,8 @@ conversation, whose first question counts. Metrics are means over the questions:
   anls               similarity by edit distance, of DocVQA and InfographicVQA
   relaxed_accuracy   within 5 % for numbers, of ChartQA
   choice_accuracy    of the questions with choices
+  exact_match_1, ..._2, ...
+                     exact_match of the questions with one image, two images, ..., where their numbers differ
   ended              share of answers that ended within max_new_tokens
 """
 
@@ -214,6 +216,11 @@ def _measured(
             }
         )
     metrics = {name: mean(values) for name, values in scores.items()}
+    counts = [len(question.images) for question in questions]
+    if len(set(counts)) > 1:
+        for number in sorted(set(counts)):
+            of_number = [score for score, count in zip(scores["exact_match"], counts, strict=True) if count == number]
+            metrics[f"exact_match_{number}"] = mean(of_number)
     if chosen:
         metrics["choice_accuracy"] = mean(chosen)
     return metrics | {"ended": mean([float(answer.ended) for answer in answers])}, found

@@ -177,7 +177,7 @@ class ChatSession:
     def _completion(self, asked: list[Message], on_text: Callable[[str], None]) -> list[Message]:
         room = self._engine.model.config.context_length - self._max_new_tokens
         last = max(i for i, message in enumerate(asked) if message.role == "user")
-        sources = self._passages(asked[last].content, room)
+        sources = self._passages(asked[last], room)
         question = dataclasses.replace(asked[last], content=with_passages(asked[last].content, sources))
         turns = self._all([*asked[:last], question, *asked[last + 1 :]])
         encoded = self._format.encode_prompt_with_images(turns, room)
@@ -215,12 +215,12 @@ class ChatSession:
         assert image_X is not None, "images are not skipped here"
         return image_X
 
-    def _passages(self, question: str, room: int) -> list[Passage]:
+    def _passages(self, question: Message, room: int) -> list[Passage]:
         """Returns the retrieved passages that fit before the question when all other turns are dropped."""
         kept: list[Passage] = []
-        for passage in [] if self._documents is None else self._documents.find(question):
+        for passage in [] if self._documents is None else self._documents.find(question.content):
             try:
-                message = Message("user", with_passages(question, [*kept, passage]))
+                message = dataclasses.replace(question, content=with_passages(question.content, [*kept, passage]))
                 self._format.encode_prompt(self._all([message]), room)
             except TooLongError:
                 continue

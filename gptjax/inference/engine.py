@@ -121,9 +121,9 @@ class Engine:
         on_text: Callable[[int, str], None] | None = None,
         images: Sequence[Images] | None = None,
     ) -> list[Completion]:
-        """Generates one completion for each prompt.
+        """Generates one completion for each prompt; it depends on that prompt and its seed only.
 
-        A completion depends only on its own prompt and seed, up to rounding errors, which depend on the batch shape.
+        Rounding errors depend on the shape of the batch.
 
         Args:
           prompts: texts or token ids, of any lengths; an empty one means the start of a document.
@@ -137,14 +137,13 @@ class Engine:
           separate_text: decodes the tokens of a completion on their own, as a turn of a conversation is encoded; by
             default a completion continues the text of its prompt.
           overflow: "error": a prompt and completion longer than the context are an error, raised before anything runs;
-            "slide": when the context is full, its last half is read again as a new context.
+            "slide": when the context is full, its last half is a new context.
           on_text: called with the index of a prompt and the next piece of its text, as soon as it is final.
-          images: the images of each prompt, in the order of its image tokens; None: no prompt has images.
+          images: of each prompt, in the order of its image tokens; None: no prompt has images.
 
         Raises:
           UserError: the numbers of seeds and prompts differ; prompt and completion exceed the context; a prompt is
-            empty and the tokenizer has no end-of-text; a token is outside of the model's vocabulary; the image tokens
-            of a prompt are not those of its images, or it has images and overflow is "slide".
+            empty and the tokenizer has no end-of-text; a token is outside of the model's vocabulary; or as in `stream`.
         """
         ids = [self.ids(prompt) for prompt in prompts]
         seeds = [int(seeds) + i for i in range(len(ids))] if isinstance(seeds, int | np.integer) else seeds
@@ -157,21 +156,14 @@ class Engine:
             reasons.setdefault(token, "end_of_text")
         rows = [_Row(TextStream(self.tokenizer, stop, () if separate_text else prompt)) for prompt in ids]
         as_it_comes = bool(stop) or on_text is not None  # otherwise the text is decoded once, at the end
+        at_once = STREAMED_TOKENS if as_it_comes else MOST_TOKENS
 
         def emit(i: int, text: str) -> None:
             if text and on_text is not None:
                 on_text(i, text)
 
-        tokens = self.stream(
-            ids,
-            max_new_tokens,
-            sampling,
-            seeds=seeds,
-            ends=list(reasons),
-            overflow=overflow,
-            at_once=STREAMED_TOKENS if as_it_comes else MOST_TOKENS,
-            images=images,
-        )
+        settings: dict[str, Any] = {"seeds": seeds, "ends": list(reasons), "overflow": overflow, "images": images}
+        tokens = self.stream(ids, max_new_tokens, sampling, **settings, at_once=at_once)
         for tokens_B, logprobs_B in tokens:
             for i, row in enumerate(rows):
                 if row.reason is not None:
@@ -210,6 +202,9 @@ class Engine:
         Args:
           ends: tokens that end a completion; tokens after them are meaningless.
           at_once: at most MOST_TOKENS.
+
+        Raises:
+          UserError: a prompt has other images than image tokens, or images with overflow="slide".
         """
         windows = [np.asarray(prompt, np.int32) for prompt in prompts]
         if not windows:

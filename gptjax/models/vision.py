@@ -6,7 +6,6 @@ Its settings give CLIP's (Radford et al. 2021, section 2.4) and SigLIP's (Zhai e
 places of the embeddings of image tokens; the GPT then attends to them causally, as to text.
 """
 
-import dataclasses
 from functools import partial
 
 import flax.linen as nn
@@ -14,35 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.config import GPTConfig
-from gptjax.config.model import Execution
 from gptjax.models.attention import product_settings
 from gptjax.models.elementwise import ACTIVATIONS, Norm, Vector
 from gptjax.models.gpt import Period, is_unrolled
 from gptjax.models.layer_inputs import LayerInputs
 from gptjax.parallel.mesh import constrain, gathered, partitioned
-
-QUICK_GELU_BETA = 1.702  # x sigmoid(1.702 x) approximates the GELU (Hendrycks and Gimpel 2016, section 2)
-
-
-def encoder_config(model: GPTConfig) -> GPTConfig:
-    """The layers of the vision transformer as those of a GPT, executed as those of `model`."""
-    vision = model.vision
-    is_quick = vision.activation == "quick_gelu"
-    execution = {field.name: getattr(model, field.name) for field in dataclasses.fields(Execution)}
-    return GPTConfig(
-        **execution | {"attention_backend": "auto"},
-        vocab_size=1,
-        context_length=vision.num_patches + vision.class_token,
-        num_layers=vision.num_layers,
-        num_heads=vision.num_heads,
-        embed_dim=vision.embed_dim,
-        ffw_dim=vision.ffw_dim,
-        activation="silu" if is_quick else vision.activation,  # type: ignore[arg-type]
-        swish_beta=QUICK_GELU_BETA if is_quick else 1.0,
-        norm_eps=vision.norm_eps,
-        attention_pattern=("full",),
-        kernel_init_std=model.kernel_init_std,
-    )
 
 
 class ImageEncoder(nn.Module):
@@ -90,7 +65,7 @@ class ImageEncoder(nn.Module):
 
     def _encoded(self, patches_NPX: jax.Array, deterministic: bool) -> jax.Array:
         """The outputs of the layer that is read, (N, P, width of the encoder)."""
-        vision, config = self.config.vision, encoder_config(self.config)
+        vision, config = self.config.vision, self.config.image_encoder
         x_NPD = self._embedded(config, patches_NPX, vision.patch_bias)
         if vision.embedding_norm:
             x_NPD = Norm(config, name="embedding_norm")(x_NPD)

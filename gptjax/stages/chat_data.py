@@ -45,12 +45,6 @@ class ChatData(Generic[T]):
     validation: list[T]
     images: ImageFiles | None = None
 
-    def refuse_images(self) -> None:
-        """Raises UserError if an item has an image, in a stage that reads text alone."""
-        for item in (*self.train, *self.validation):
-            if images := _images(item):
-                raise UserError(f"{images[0].place}: stage {self.config.stage} reads no images: use stage sft")
-
 
 def open_chat(
     config: Config, mesh: Mesh, tokenizer: Tokenizer | None, read: Callable[[Config], Split[T]]
@@ -83,6 +77,13 @@ def open_chat(
         images = ImageFiles(config.model.vision, config.data)
         images.check([image for item in (*train, *validation) for image in _images(item)])
     return ChatData(config, tokenizer, form, train, validation, images)
+
+
+def refuse_images(data: ChatData[Any]) -> None:
+    """Raises UserError if an item has an image, in a stage that reads text alone."""
+    for item in (*data.train, *data.validation):
+        if images := _images(item):
+            raise UserError(f"{images[0].place}: stage {data.config.stage} reads no images: use stage sft")
 
 
 def conversations_of(config: Config) -> Split[Conversation]:

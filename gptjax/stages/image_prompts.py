@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from gptjax.config import Config, DataConfig, UserError
+from gptjax.config import Config, DataConfig
 from gptjax.data.conversations import Message
 from gptjax.data.images.image_files import ImageFiles
 from gptjax.data.images.image_references import IMAGE, ImageReference
@@ -22,14 +22,9 @@ class ImagePrompts:
 
     Attributes:
       end_tokens: tokens that end a completion, in addition to end-of-text.
-
-    Raises:
-      UserError: the model reads no images.
     """
 
     def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
-        if not config.model.reads_images:
-            raise UserError("this model reads text alone, not images: train one with model.vision.encoder")
         self._vision, self._tokenizer = config.model.vision, tokenizer
         self._files = ImageFiles(self._vision, DataConfig())
         chats = registry.definition(config).chats
@@ -40,14 +35,17 @@ class ImagePrompts:
         """Encodes a prompt that has its images where it says `<image>`, or else before its text.
 
         Raises:
-          UserError: an `<image>` too many or too few.
+          UserError: an `<image>` too many or too few, or the model reads no images.
         """
-        if IMAGE not in prompt:
+        if IMAGE not in prompt and images:
             prompt = IMAGE * len(images) + f"\n{prompt}"
         message = Message("user", prompt, images=tuple(images))
         if self._format is not None:
             return self._format.encode_prompt_with_images([message], place=place)
         check_images([message], self._vision, place)
+        if not images:
+            plain = self._tokenizer.encode(prompt).astype(np.int32)
+            return EncodedConversation(plain, np.zeros(len(plain), bool))
         first, *others = (self._tokenizer.encode(text).tolist() for text in prompt.split(IMAGE))
         image = [self._vision.image_token] * self._vision.tokens_per_image
         tokens = [*first, *(token for text in others for token in (*image, *text))]

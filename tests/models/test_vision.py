@@ -13,6 +13,8 @@ from gptjax.config import GPTConfig, UserError, VisionConfig
 from gptjax.config.vision_checks import check_vision
 from gptjax.models import decoding
 from gptjax.models.gpt import GPT, hidden_states, init_params
+from gptjax.scaling.flops import image_flops
+from gptjax.scaling.parameters import parameter_count
 
 IMAGE = 60
 VISION = VisionConfig(
@@ -99,6 +101,35 @@ def test_a_text_without_images_is_computed_as_by_a_model_that_reads_none():
     tokens = np.arange(16, dtype=np.int32)[None]
     expected = hidden_states(GPT(text_model), shared, tokens)
     np.testing.assert_array_equal(hidden_states(GPT(TINY), params, tokens), expected)
+
+
+@pytest.mark.parametrize(
+    "vision",
+    [
+        VISION,
+        PATCHES.vision,
+        dataclasses.replace(VISION, num_layers=3, read_layer=-2),
+        dataclasses.replace(VISION, class_token=False, embedding_norm=False, patch_bias=True, projector="linear"),
+    ],
+)
+def test_the_formula_counts_the_parameters(vision):
+    config = dataclasses.replace(TINY, vision=vision)
+    shapes = jax.eval_shape(lambda: nn.unbox(init_params(GPT(config), jax.random.key(0))))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == parameter_count(config)
+
+
+@pytest.mark.parametrize("config", [TINY, PATCHES])
+def test_the_formula_counts_the_operations_of_an_image(config):
+    """Counted from the products in the traced program, which unrolls the layers."""
+    unrolled = dataclasses.replace(config, layer_loop="unroll")
+    params = jax.eval_shape(lambda: nn.unbox(init_params(GPT(config), jax.random.key(0))))
+    images = jax.ShapeDtypeStruct((1, 1, VISION.values_per_image), np.uint8)
+
+    def tokens(params, images_BNX):
+        return GPT(unrolled).apply({"params": params}, images_BNX, method="image_tokens")
+
+    counted = jax.jit(tokens).lower(params, images).cost_analysis()["flops"]
+    assert image_flops(config) < counted < 1.5 * image_flops(config)
 
 
 def test_prefill_of_a_prompt_with_images_is_the_full_forward_pass():

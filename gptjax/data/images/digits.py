@@ -18,36 +18,47 @@ COMPARE = f"{IMAGE}{IMAGE}\nWhich is larger?"
 _SEED = 0  # of the pairs: the same in every run
 
 
-def parse(spec: str) -> str:
-    """The split of a source "digits:train" or "digits:test"; raises UserError."""
-    split = spec.partition(":")[2]
-    if split not in SPLITS:
-        raise UserError(f"{spec} needs a split: digits:train or digits:test")
-    return split
+def parse(spec: str) -> tuple[str, bool]:
+    """The split of a source such as "digits:train", and whether it has no images, as in "digits:train:text".
+
+    Raises:
+      UserError: it is no such source.
+    """
+    split, _, form = spec.partition(":")[2].partition(":")
+    if split not in SPLITS or form not in ("", "text"):
+        raise UserError(f"{spec} needs a split: digits:train or digits:test, with :text behind it without the images")
+    return split, form == "text"
 
 
 def conversations(spec: str) -> Iterator[tuple[tuple[Message, ...], str]]:
     """Yields (messages, place): the digit of each image of the split, and which of two images has the larger digit.
 
-    No pair has two equal digits, nor an image of the other split.
+    No pair has two equal digits, nor an image of the other split. Without the images, the questions cannot be answered
+    but by chance: a baseline.
     """
-    split, (_, labels) = parse(spec), _digits()
+    (split, is_text), (_, labels) = parse(spec), _digits()
+    exchange = _without_images if is_text else _exchange
     numbers = [i for i in range(len(labels)) if (i % HELD_OUT == 0) == (split == "test")]
     generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([_SEED, SPLITS.index(split)])))
     for number in numbers:
-        yield _exchange(READ, str(labels[number]), number)
+        yield exchange(READ, str(labels[number]), number)
         for _ in range(PAIRS):
             other = number
             while labels[other] == labels[number]:
                 other = numbers[int(generator.integers(len(numbers)))]
             answer = "first" if labels[number] > labels[other] else "second"
-            yield _exchange(COMPARE, answer, number, other)
+            yield exchange(COMPARE, answer, number, other)
 
 
 def _exchange(question: str, answer: str, *numbers: int) -> tuple[tuple[Message, ...], str]:
     place = f"digits {', '.join(map(str, numbers))}"
     images = tuple(ImageReference(f"digits:{number}", place) for number in numbers)
     return (Message("user", question, images=images), Message("assistant", answer)), place
+
+
+def _without_images(question: str, answer: str, *numbers: int) -> tuple[tuple[Message, ...], str]:
+    (user, assistant), place = _exchange(question, answer, *numbers)
+    return (Message("user", user.content.replace(IMAGE, "").strip()), assistant), place
 
 
 def image(source: str) -> npt.NDArray[np.uint8]:

@@ -173,6 +173,13 @@ def test_digits_are_conversations_without_images_of_the_other_split():
     pairs = [item for item in test if len(item.messages[0].images) == 2]
     firsts = sum(item.messages[1].content == "first" for item in pairs)
     assert 0.45 < firsts / len(pairs) < 0.55
-    with pytest.raises(UserError, match="digits:train or digits:test"):
-        read_conversations("digits")
+    text = read_conversations("digits:test:text")
+    assert [item.messages[1] for item in text] == [item.messages[1] for item in test]
+    assert {(item.messages[0].content, item.messages[0].images) for item in text} == {
+        ("Which digit?", ()),
+        ("Which is larger?", ()),
+    }
+    for spec in ("digits", "digits:all", "digits:test:images"):
+        with pytest.raises(UserError, match="digits:train or digits:test"):
+            read_conversations(spec)
     assert ImageReference("digits:0", "digits 0") in test[0].messages[0].images

@@ -58,6 +58,7 @@ setup(
         "numpy>=2.4",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
+        "pillow>=12",
         "pyarrow>=22.0",
         "pyyaml>=6.0",
         "rouge-score>=0.1.2",

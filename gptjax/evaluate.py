@@ -6,12 +6,14 @@ python -m gptjax.evaluate --workdir=runs/gpt2 --tasks=perplexity --source=sotu -
 python -m gptjax.evaluate --workdir=runs/gpt2 --tasks=perplexity --held_out --best
 python -m gptjax.evaluate --workdir=runs/gpt2 --tasks=perplexity --source=text:wiki.test.tokens --detokenizer=wikitext
 python -m gptjax.evaluate --workdir=runs/sft --tasks=dialogue --held_out --reward_model=runs/reward
+python -m gptjax.evaluate --workdir=runs/digits --tasks=vqa --source=digits:test
 
 A task is a benchmark of `gptjax/evaluation/catalogue.py` (read through tensorflow-datasets, downloaded on first use), a
 file of JSON lines (formats: `gptjax/evaluation/tasks.py`), `perplexity` of the text named by --source in any form of
 `data.source`, or `dialogue`: completions by a chat model of the conversations named by --source. With --held_out both
 read what the run held out of its own data (metrics of dialogues: `gptjax/evaluation/dialogue.py`); of a mixture, the
-perplexity of each source is measured too. The metrics are printed and, with all settings, written to --output, and
+perplexity of each source is measured too. `vqa` are questions about the images of --source
+(`gptjax/evaluation/visual_questions.py`). The metrics are printed and, with all settings, written to --output, and
 completions to a file next to it. A stopped evaluation resumes when the same command is run again.
 """
 
@@ -26,7 +28,7 @@ from gptjax.parallel import program_cache
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run.")
 TASKS = flags.DEFINE_list(
-    "tasks", [], "What to evaluate, comma-separated: benchmarks, .jsonl files, perplexity, dialogue."
+    "tasks", [], "What to evaluate, comma-separated: benchmarks, .jsonl files, perplexity, dialogue, vqa."
 )
 NUM_FEWSHOT = flags.DEFINE_integer("num_fewshot", 0, "Few-shot examples before each example.", lower_bound=0)
 LIMIT = flags.DEFINE_integer(
@@ -38,7 +40,7 @@ SOURCE = flags.DEFINE_string(
     "source",
     None,
     "For perplexity: text:GLOB, jsonl:GLOB#FIELD, tfds:NAME, sotu, ...; for dialogue: jsonl:GLOB, tfds:NAME, "
-    "chatterbot.",
+    "chatterbot; for vqa: jsonl:GLOB, csv:GLOB, digits:test.",
 )
 HELD_OUT = flags.DEFINE_bool(
     "held_out",
@@ -53,7 +55,7 @@ CONCATENATE = flags.DEFINE_bool("concatenate", False, "For perplexity: all docum
 MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens",
     None,
-    "For dialogue: tokens of a completion; default: a fourth of the context.",
+    "For dialogue and vqa: tokens of a completion; default: a fourth of the context, for vqa 32 or fewer.",
     lower_bound=1,
 )
 REWARD_MODEL = flags.DEFINE_string(

@@ -4,10 +4,13 @@ python -m gptjax.generate --workdir=runs/demo --prompt="The Congress" --temperat
 python -m gptjax.generate --workdir=runs/demo --prompts=prompts.jsonl --num_samples=4 --output=completions.jsonl
 echo "The Congress" | python -m gptjax.generate --workdir=runs/demo --num_beams=4
 python -m gptjax.generate --workdir=runs/fim --prompt="The Congress" --suffix=" of the United States."
+python -m gptjax.generate --workdir=runs/digits --image=digits:7 --prompt="Which digit?"
 
 A single completion is streamed as text. Otherwise the output is JSON lines, one for each completion:
 {"prompt": .., "text": .., "finish_reason": "end_of_text" | "stop" | "length", "num_tokens": .., "seed": ..}, with the
 other fields of the prompt's line in a .jsonl file, and with --logprobs "tokens" and "logprobs". A beam has no seed.
+
+With --image the prompt is a user's message in the format of a chat model, and plain text for other models.
 """
 
 import json
@@ -16,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, cast
 
 from absl import flags
 
@@ -28,9 +31,17 @@ from gptjax.files import expand, is_in_bucket
 from gptjax.parallel import program_cache
 
 if TYPE_CHECKING:
-    from gptjax.inference.engine import Completion, Engine
+    from gptjax.inference.engine import Completion, Engine, Images
 
 DEFAULT_NEW_TOKENS = 128
+
+
+class PromptImages(NamedTuple):
+    """The images of all prompts, and the tokens that end their completions."""
+
+    images: "Images"
+    end_tokens: tuple[int, ...]
+
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run, or of imported weights.")
 PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; default: standard input.")
@@ -41,6 +52,9 @@ SUFFIX = flags.DEFINE_string(
     "suffix",
     None,
     "Text after the gap: completions fill the middle; for models of data.objective=fill_in_the_middle.",
+)
+IMAGE = flags.DEFINE_multi_string(
+    "image", [], "Image that the prompt has where it says <image>, or else at its start; repeatable."
 )
 START_DOCUMENT = flags.DEFINE_bool("start_document", False, "Put end-of-text before the prompt: it begins a document.")
 MAX_NEW_TOKENS = flags.DEFINE_integer(
@@ -89,6 +103,8 @@ def main() -> None:
         raise UserError("--prompt and --prompts exclude each other")
     if NUM_BEAMS.value is not None:
         check_beams(NUM_BEAMS.value)
+    if IMAGE.value and (NUM_BEAMS.value is not None or SUFFIX.value is not None or START_DOCUMENT.value):
+        raise UserError("--image excludes --num_beams, --suffix and --start_document")
     if SUFFIX.value is not None:
         check_suffix(WORKDIR.value)
     if BATCHING.value == "continuous" and (NUM_BEAMS.value is not None or OVERFLOW.value == "slide"):
@@ -101,16 +117,25 @@ def main() -> None:
     if output is not None and not (is_in_bucket(output) or output.parent.is_dir()):
         raise UserError(f"--output={output}: there is no directory {output.parent}")
 
+    from gptjax.data.images.image_references import ImageReference
     from gptjax.data.infilling import InfillingFormat
     from gptjax.inference.engine import Engine  # after the checks: it takes seconds to import
+    from gptjax.stages.image_prompts import ImagePrompts
     from gptjax.stages.trained_model import load_model, parse_mesh
 
     program_cache.use(expand(CACHE_DIR.value))
     mesh = parse_mesh(MESH.value)
     trained = load_model(expand(WORKDIR.value), mesh, best=CHECKPOINT.best, step=CHECKPOINT.step)
+    of_images = ImagePrompts(trained.config, trained.tokenizer) if IMAGE.value else None
     engine = Engine(trained.model, trained.params, trained.tokenizer, trained.mesh, cast(Any, WEIGHTS.value))
     del trained  # the engine has its own copy
-    if SUFFIX.value is None:
+    read: PromptImages | None = None
+    if of_images is not None:
+        images = [ImageReference(source) for source in IMAGE.value]
+        of_images.check(images)
+        prompts = [of_images.encode(record["prompt"], images).tokens.tolist() for record in records]
+        read = PromptImages(of_images.read(images), of_images.end_tokens)
+    elif SUFFIX.value is None:
         prompts = [encode(engine, record["prompt"]) for record in records]
     else:
         form = InfillingFormat(engine.tokenizer)
@@ -126,11 +151,11 @@ def main() -> None:
             print(before, text, sep="", end="", flush=True)
             before = ""
 
-        for _ in complete(engine, prompts, max_new_tokens, show):
+        for _ in complete(engine, prompts, max_new_tokens, show, read):
             show(f"{SUFFIX.value or ''}\n")
         return
     with nullcontext(sys.stdout) if output is None else opened_output(output) as file:
-        completions = complete(engine, prompts, max_new_tokens)
+        completions = complete(engine, prompts, max_new_tokens, images=read)
         for number, completion in enumerate(progress(completions, len(prompts) * NUM_SAMPLES.value)):
             line = describe(records[number // NUM_SAMPLES.value], completion, SEED.value + number)
             print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
@@ -216,7 +241,11 @@ def check_lengths(prompts: list[list[int]], context: int) -> int:
 
 
 def complete(
-    engine: "Engine", prompts: list[list[int]], max_new_tokens: int, show: Callable[[str], None] | None = None
+    engine: "Engine",
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    show: Callable[[str], None] | None = None,
+    images: PromptImages | None = None,
 ) -> Iterator["Completion"]:
     """Yields NUM_SAMPLES completions of each prompt in turn; `show` gets their text as it is generated."""
     from gptjax.inference.beam import beam_search
@@ -264,8 +293,10 @@ def complete(
             sampling,
             seeds=SEED.value + start,
             stop=STOP.value,
+            end_tokens=() if images is None else images.end_tokens,
+            images=None if images is None else [images.images] * len(repeated[start : start + BATCH_SIZE.value]),
             ignore_end_of_text=IGNORE_END_OF_TEXT.value,
-            separate_text=SUFFIX.value is not None,  # a middle is encoded on its own
+            separate_text=SUFFIX.value is not None or images is not None,  # a middle is encoded on its own
             overflow=cast(Any, OVERFLOW.value),
             on_text=None if show is None else (lambda _, text: show(text)),
         )

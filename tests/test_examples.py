@@ -21,6 +21,7 @@ from gptjax.data.pipeline import open_corpus
 from gptjax.data.tokenizers import BytesTokenizer
 from gptjax.parallel.mesh import make_mesh
 from gptjax.stages.finetune.task_model import TASK_FILE, TaskModel, completed
+from tests.commands import run_command
 from tests.tiny_runs import tiny_config
 
 LABELS = ("negative", "neutral", "positive")
@@ -353,3 +354,12 @@ def test_minimal_training_has_the_losses_of_a_run(tmp_path: Path) -> None:
     assert len(losses) == 6
     assert held_out < losses[0]
     assert len((Path(__file__).parents[1] / "examples" / "minimal_training.py").read_text().splitlines()) <= 150
+
+
+@pytest.mark.slow
+def test_reading_digits_trains_asks_and_draws(tmp_path):
+    flags = (f"--workdir={tmp_path}", "--epochs=0.01", "--questions=6")
+    result = run_command(Path(__file__).parents[1] / "examples" / "read_digits.py", *flags)
+    assert result.returncode == 0, result.stderr
+    assert "which digit?" in result.stdout
+    assert (tmp_path / "answers.png").stat().st_size > 5000

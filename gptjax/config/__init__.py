@@ -11,7 +11,7 @@ from gptjax.config.computation import computation
 from gptjax.config.edited import check_key, config_dict, overridden, replace, resolve
 from gptjax.config.errors import UserError, naming, nearest, require
 from gptjax.config.loading import is_saved, load_config, read_config_file, split_argument
-from gptjax.config.model import GPTConfig
+from gptjax.config.model import GPTConfig, VisionConfig
 from gptjax.config.saved import changes, config_hash, differences, read_config, to_json, with_absolute_paths
 from gptjax.config.sections import (
     BatchConfig,
@@ -53,6 +53,7 @@ __all__ = [
     "StabilityConfig",
     "TaskConfig",
     "UserError",
+    "VisionConfig",
     "changes",
     "check",
     "check_key",

@@ -11,12 +11,14 @@ from gptjax.config.errors import require
 from gptjax.config.mixture_checks import check_mixture
 from gptjax.config.model import GATE_CHANNELS, GPTConfig
 from gptjax.config.sections import ChatConfig, Config, OptimizerConfig
+from gptjax.config.vision_checks import check_vision
 
 
 def check(config: Config) -> None:
     """Raises UserError if values of `config` are out of range or contradict each other, in any stage."""
     _check_finite(config, "")
     _check_model(config.model)
+    check_vision(config.model)
     _check_data(config)
     check_mixture(config)
     _check_chat(config)
@@ -187,6 +189,7 @@ def _check_data(config: Config) -> None:
     data, task, regularisation = config.data, config.task, config.regularisation
     require(0 < data.validation_fraction < 1, f"data.validation_fraction={data.validation_fraction} must be in (0, 1)")
     positive(data, "data", "prefetch_batches")
+    require(0 <= data.image_shift < 1, f"data.image_shift={data.image_shift} must be in [0, 1)")
     require(0 < data.mask_rate < 1, f"data.mask_rate={data.mask_rate} must be in (0, 1)")
     for name in ("fim_rate", "fim_spm_rate"):
         require(0 <= getattr(data, name) <= 1, f"data.{name}={getattr(data, name)} must be in [0, 1]")
@@ -284,6 +287,10 @@ def _check_peft(config: Config) -> None:
     require(
         peft.method != "adalora" or config.optimizer.ema_decay is None,
         "peft.method=adalora prunes singular values, which a moving average would keep: unset optimizer.ema_decay",
+    )
+    require(
+        not peft.trained or peft.method in ("lora", "adalora", "adapters", "parts"),
+        f"peft.trained={peft.trained} has no effect with peft.method={peft.method}: set that to parts, or unset it",
     )
     require(
         peft.method == "none" or config.init_from is not None,

@@ -12,6 +12,7 @@ from gptjax.config.errors import UserError
 
 # --- architecture -----------------------------------------------------------------------------------------------------
 
+QUICK_GELU_BETA = 1.702  # x sigmoid(1.702 x) approximates the GELU (Hendrycks and Gimpel 2016, section 2)
 GATE_CHANNELS = 12  # first channels of the hidden state, the inputs of the gates of value embeddings
 
 
@@ -145,8 +146,66 @@ class Parametrization:
 
 
 @dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """Images as input, in the form of LLaVA (Liu et al. 2023, section 4.1).
+
+    The defaults are LLaVA-1.5's, whose encoder is CLIP's ViT-L/14 at 336 pixels.
+    """
+
+    # none: text alone; vit: a vision transformer (Dosovitskiy et al. 2021) encodes each image, and a projector maps its
+    # outputs to the width of the model; patches: a linear map of each patch, without an encoder
+    encoder: Literal["none", "vit", "patches"] = "none"
+    image_size: int = 336  # width and height of the image that the model reads, in pixels
+    patch_size: int = 14  # width and height of a patch, in pixels
+    # Conversion to a square. crop: the shorter edge to image_size, then the centre (CLIP); pad: to a square with the
+    # mean colour, then resized (LLaVA-1.5); stretch: resized regardless of its proportions (SigLIP)
+    resize: Literal["crop", "pad", "stretch"] = "crop"
+    # Mean and standard deviation of red, green and blue, of 1, by which pixels are normalised; the defaults are CLIP's
+    pixel_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    pixel_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    num_layers: int = 24  # of the vision transformer
+    num_heads: int = 16
+    embed_dim: int = 1024
+    ffw_dim: int | None = None  # None: 4 * embed_dim
+    activation: Literal["quick_gelu", "gelu_tanh", "gelu_exact"] = "quick_gelu"  # quick: x * sigmoid(1.702 x)
+    norm_eps: float = 1e-5
+    patch_bias: bool = False  # bias of the patch embedding; SigLIP has one
+    class_token: bool = True  # a learned vector before the patches; SigLIP has none
+    embedding_norm: bool = True  # layer norm before the first layer (CLIP)
+    read_layer: int = -2  # layer whose output is read, from the last one, -1
+    final_norm: bool = False  # layer norm of the outputs that are read
+    keep_class_token: bool = False  # the output of the class token is one of an image's tokens
+    projector: Literal["linear", "mlp"] = "mlp"  # mlp: linear, exact GELU, linear (LLaVA-1.5)
+    # Token of the vocabulary that stands where an image's tokens are; None: one is added by the chat format
+    image_token: int | None = None
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Positions of the text that an image takes."""
+        has_class_token = self.encoder == "vit" and self.class_token and self.keep_class_token
+        return self.num_patches + has_class_token
+
+    @property
+    def layers_read(self) -> int:
+        """Layers up to the one that is read; the others only exist to be exported."""
+        return self.num_layers + 1 + self.read_layer
+
+    @property
+    def values_per_image(self) -> int:
+        """Rows times columns times channels of an image."""
+        return 3 * self.image_size**2
+
+
+@dataclasses.dataclass(frozen=True)
 class Architecture(Parametrization, Output, Experts, FeedForward, Attention, Normalisation, Positions, Sizes):
     """The architecture: fields that determine the shapes of the parameters or the function that they parameterise."""
+
+    vision: VisionConfig = VisionConfig()
 
 
 # --- training and execution -------------------------------------------------------------------------------------------
@@ -229,6 +288,31 @@ class GPTConfig(Execution, Initialisation, Architecture):
     def depth_factor(self) -> float:
         """The number of layers as a multiple of the base model's; 1 unless parametrization=completep."""
         return 1.0 if self.base_depth is None else self.num_layers / self.base_depth
+
+    @property
+    def reads_images(self) -> bool:
+        return self.vision.encoder != "none"
+
+    @property
+    def image_encoder(self) -> "GPTConfig":
+        """The layers of the vision transformer as those of a GPT, executed as those of this model."""
+        vision = self.vision
+        is_quick = vision.activation == "quick_gelu"
+        execution = {field.name: getattr(self, field.name) for field in dataclasses.fields(Execution)}
+        return GPTConfig(
+            **execution | {"attention_backend": "auto"},
+            vocab_size=1,
+            context_length=vision.num_patches + vision.class_token,
+            num_layers=vision.num_layers,
+            num_heads=vision.num_heads,
+            embed_dim=vision.embed_dim,
+            ffw_dim=vision.ffw_dim,
+            activation="silu" if is_quick else vision.activation,  # type: ignore[arg-type]
+            swish_beta=QUICK_GELU_BETA if is_quick else 1.0,
+            norm_eps=vision.norm_eps,
+            attention_pattern=("full",),
+            kernel_init_std=self.kernel_init_std,
+        )
 
     @property
     def value_embedding_layers(self) -> range:

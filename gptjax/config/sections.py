@@ -44,6 +44,11 @@ class DataConfig:
     invalid_utf8: Literal["replace", "error"] = "replace"
     # Damaged or unreadable files, lines and records. error: stop the run; skip: leave them out, counted and reported
     on_corrupt: Literal["error", "skip"] = "error"
+    # Folder of images that are named by relative paths; None: that of the JSON lines or table that names them
+    image_dir: str | None = None
+    remote_images: bool = False  # read images from URLs that the data names; otherwise they are refused
+    # Augmentation: the most by which a training image is moved in each direction, as a fraction of its width
+    image_shift: float = 0.0
     cache_dir: str = "~/.cache/gptjax"  # directory of prepared corpora, trained tokenizers and compiled programs
     prefetch_batches: int = 8  # microbatches prefetched in host memory
 
@@ -192,8 +197,12 @@ class PeftConfig:
     """Parameter-efficient fine-tuning of the weights that `init_from` names."""
 
     # none: all weights; lora: Hu et al. 2021; adalora: Zhang et al. 2023; adapters: Houlsby et al. 2019; head: the new
-    # parameters only (head and special tokens); top_layers: those and the last layers
-    method: Literal["none", "lora", "adalora", "adapters", "head", "top_layers"] = "none"
+    # parameters only (head, special tokens, image encoder); top_layers: those and the last layers; parts: those and
+    # the parameters of `trained`
+    method: Literal["none", "lora", "adalora", "adapters", "head", "top_layers", "parts"] = "none"
+    # lora, adalora, adapters, parts: regular expressions over the paths of parameters that are trained whole, such as
+    # "vision/projector_.*" or "(layers|final_norm)/.*"
+    trained: tuple[str, ...] = ()
     # lora, adalora: regular expressions over the paths of the kernels to adapt
     targets: tuple[str, ...] = ("layers/.*/attention/(qkv|q|kv|out)/kernel",)
     rank: int = 8  # lora: rank of every target; adalora: average rank at the end
@@ -349,12 +358,15 @@ class Config:
     stability: StabilityConfig = StabilityConfig()
     logging: LoggingConfig = LoggingConfig()
 
-    def completed(self, vocab_size: int, *, extends_vocabulary: bool = False) -> "Config":
+    def completed(
+        self, vocab_size: int, *, extends_vocabulary: bool = False, image_token: int | None = None
+    ) -> "Config":
         """Returns the config with the fields that depend on the data filled in.
 
         Args:
           vocab_size: size of the tokenizer's vocabulary, special tokens added to it included.
           extends_vocabulary: whether a smaller model.vocab_size is raised to `vocab_size` instead of refused.
+          image_token: the value of model.vision.image_token; None: it stays.
 
         Raises:
           UserError: model.vocab_size is set and smaller than `vocab_size`.
@@ -362,6 +374,8 @@ class Config:
         model = self.model
         if extends_vocabulary:
             model = dataclasses.replace(model, vocab_size=max(vocab_size, model.vocab_size or 0))
+        if image_token is not None:
+            model = dataclasses.replace(model, vision=dataclasses.replace(model.vision, image_token=image_token))
         if self.peft.method == "adapters":
             model = dataclasses.replace(model, adapter_dim=self.peft.adapter_dim)
         return dataclasses.replace(self, model=model.with_vocabulary(vocab_size))

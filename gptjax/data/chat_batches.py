@@ -7,6 +7,7 @@ position is the next token. The arrays of R rows of T positions are
   weights: float32 (R, T), 1 where the target contributes to the loss.
   segments: int32 (R, T), the number of the sequence, from 1; 0 is padding.
   positions: int32 (R, T), from 0 in each sequence.
+  images: uint8 (R, N, X), where the model reads images: those of each row in the order of their tokens, then zeros.
 """
 
 import functools
@@ -17,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gptjax.data.images.image_files import ImageFiles
 from gptjax.data.pipeline import ExampleArrays, PackedExamples
 from gptjax.data.templates import EncodedConversation
 
@@ -136,6 +138,8 @@ class PackedConversations(Epochs):
       seed: seed of the order; None: one epoch, in order.
       pretraining: rows of text, mixed in evenly (Ouyang et al. 2022, appendix C.3).
       share: fraction of all rows that are text; at least one row.
+      images: reads the images of the conversations. A conversation with a damaged one, which may be skipped, is in no
+        loss. None: they have no images.
 
     Attributes:
       rows_per_epoch: number of rows, text included.
@@ -153,8 +157,9 @@ class PackedConversations(Epochs):
         seed: int | None,
         pretraining: PackedExamples | None = None,
         share: float = 0.0,
+        images: ImageFiles | None = None,
     ) -> None:
-        self._length, self._pretraining = length, pretraining
+        self._length, self._pretraining, self._images, self._shift_seed = length, pretraining, images, seed
         ordered = sorted(conversations, key=lambda c: -len(c)) if pack else list(conversations)
         self._rows: list[list[EncodedConversation]] = []
         for encoded, (row, _) in zip(ordered, _places([len(e) for e in ordered], length, pack), strict=True):
@@ -166,15 +171,36 @@ class PackedConversations(Epochs):
             total = max(total + 1, round(total / (1 - share)))
         # Number of text rows among the first n rows of an epoch.
         self._texts_before = np.arange(total + 1) * (total - len(self._rows)) // total
+        self._images_per_row = max(sum(len(e.images) for e in row) for row in self._rows)
         super().__init__(total, len(self._rows), seed)
 
     def __getitem__(self, index: int) -> ExampleArrays:
         epoch, number = self._epoch_and_row(index)
         texts = int(self._texts_before[number])
         if self._pretraining is not None and self._texts_before[number + 1] > texts:
-            return _as_row(self._pretraining[epoch * int(self._texts_before[-1]) + texts])
-        arrays = lay_out(self._rows[self._permuted(epoch, number - texts)], 1, self._length, pack=True)
-        return {name: array[0] for name, array in arrays.items() if name != "ends"}
+            text = _as_row(self._pretraining[epoch * int(self._texts_before[-1]) + texts])
+            return text | self._images_of([], index, {})
+        row = self._rows[self._permuted(epoch, number - texts)]
+        arrays = lay_out(row, 1, self._length, pack=True)
+        example = {name: array[0] for name, array in arrays.items() if name != "ends"}
+        return example | self._images_of(row, index, example)
+
+    def _images_of(self, row: Sequence[EncodedConversation], index: int, example: ExampleArrays) -> ExampleArrays:
+        """Reads the images of a row; removes a conversation with a damaged one from the loss of `example`."""
+        if self._images is None or self._images_per_row == 0:
+            return {}
+        images_NX = np.zeros((self._images_per_row, self._images.vision.values_per_image), np.uint8)
+        number = 0
+        for segment, encoded in enumerate(row, start=1):
+            for reference in encoded.images:
+                seed = None if self._shift_seed is None else (self._shift_seed % 2**64, index, number)
+                image_X = self._images.read(reference, seed)
+                if image_X is None:
+                    example["weights"][example["segments"] == segment] = 0
+                else:
+                    images_NX[number] = image_X
+                number += 1
+        return {"images": images_NX}
 
 
 def _as_row(text: ExampleArrays) -> ExampleArrays:

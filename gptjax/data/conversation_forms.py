@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from gptjax.config import UserError
+from gptjax.data.images.image_references import IMAGE, ImageReference, parse_parts, placed, record_images
 
 Role = Literal["system", "user", "assistant", "tool"]
 Channel = Literal["analysis", "commentary", "final"]
@@ -21,6 +22,7 @@ ROLES: dict[str, Role] = {
 }
 _TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
 _SYSTEM_FIELDS = ("system", "system_prompt")
+_IMAGE_FORMS = (("question", "answer"), ("caption",), ("text",))  # of records that name images
 _TOOL_FIELDS = ("tools", "functions", "tool_calls", "function_call")  # in records and messages
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")  # in messages
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")  # Bai et al. 2022, "Training a Helpful and Harmless Assistant"
@@ -55,6 +57,7 @@ class Message:
       content_type: type of a call's content, such as "<|constrain|>json".
       name: of the tool that wrote the message, such as "functions.add", or of the user.
       options: of a system message.
+      images: of a user's message, one for each `<image>` in the content.
     """
 
     role: Role
@@ -64,6 +67,7 @@ class Message:
     content_type: str | None = None
     name: str | None = None
     options: RequestOptions | None = None
+    images: tuple[ImageReference, ...] = ()
 
     @property
     def is_call(self) -> bool:
@@ -95,6 +99,8 @@ def conversation_messages(record: Mapping[str, Any], place: str) -> tuple[Messag
     found = [form for form in forms if all(_has(record, name) for name in form)] or [
         form for form in forms if all(record.get(name) is not None for name in form)
     ][:1]
+    if not found and record_images(record, place) is not None:
+        found = [form for form in _IMAGE_FORMS if all(_has(record, name) for name in form)]
     if len(found) > 1:
         names = " and ".join(form[0] for form in found)
         raise UserError(f"{place} has {names}, two forms of a conversation: keep one")
@@ -108,11 +114,18 @@ def conversation_messages(record: Mapping[str, Any], place: str) -> tuple[Messag
     match found[0]:
         case ("instruction", _):
             messages = _alpaca(record, place)
+        case ("question", _):
+            messages = (
+                *_prompt(_with_image(record["question"], record, place), place),
+                *_completion(record["answer"], place, "answer"),
+            )
+        case ("caption" | "text",) as form:
+            messages = (*_prompt(_with_image("", record, place), place), *_completion(record[form[0]], place, form[0]))
         case (name,):
             messages = _turns(record[name], place, name)
         case _:
             messages = _prompt(record["prompt"], place) + _completion(record["completion"], place, "completion")
-    return _with_system(record, messages, place)
+    return _with_images(record, _with_system(record, messages, place), place)
 
 
 def prompt_messages(record: Mapping[str, Any], place: str) -> tuple[Message, ...]:
@@ -125,7 +138,7 @@ def prompt_messages(record: Mapping[str, Any], place: str) -> tuple[Message, ...
         for name in ("messages", "conversations"):
             if _has(record, name) and messages[-1] not in _turns(record[name], place, name):
                 raise UserError(f"{place} has a prompt that is not in its {name}: keep one of the two")
-        return _with_system(record, messages, place)
+        return _with_images(record, _with_system(record, messages, place), place)
     return conversation_messages(record, place)
 
 
@@ -161,7 +174,14 @@ def ranked_texts(record: Mapping[str, Any], place: str) -> RankedTexts:
         ]
         if prompt is None:
             raise UserError(f"{place} has no prompt for its completions: it has {', '.join(record)}")
-    return RankedTexts(_with_system(record, prompt, place), tuple(texts))
+    return RankedTexts(_with_images(record, _with_system(record, prompt, place), place), tuple(texts))
+
+
+def _with_image(question: Any, record: Mapping[str, Any], place: str) -> Any:
+    """Puts the images of a record before a question, unless it says where they are."""
+    if not isinstance(question, str) or IMAGE in question:
+        return question
+    return IMAGE * len(record_images(record, place) or []) + (f"\n{question}" if question else "")
 
 
 # --- parts of records -------------------------------------------------------------------------------------------------
@@ -194,6 +214,19 @@ def _with_system(record: Mapping[str, Any], messages: tuple[Message, ...], place
         else:
             messages = (Message("system", text), *messages)
     return messages
+
+
+def _with_images(record: Mapping[str, Any], messages: tuple[Message, ...], place: str) -> tuple[Message, ...]:
+    """Gives the messages the images that a field of the record names, in the order of the `<image>`s of their texts.
+
+    Raises:
+      UserError: an `<image>` too many or too few, or an image in a message that is not a user's.
+    """
+    images = placed([m.content for m in messages], [m.images for m in messages], record_images(record, place), place)
+    for message, of_message in zip(messages, images, strict=True):
+        if of_message and message.role != "user":
+            raise UserError(f"{place} has an image in a message of role {message.role}: only a user's may have images")
+    return tuple(dataclasses.replace(m, images=found) for m, found in zip(messages, images, strict=True))
 
 
 def _turns(turns: Any, place: str, name: str) -> tuple[Message, ...]:
@@ -237,8 +270,9 @@ def parse_message(turn: Any, place: str) -> Message | None:
     role = ROLES[name]
     if role == "assistant" and turn.get("weight") not in (None, 1):
         raise UserError(f"{place} has weight {turn['weight']!r}, but completions are not weighted: remove the record")
-    content = parse_content(turn[content_key], place, may_be_empty=role == "system")
-    return Message(role, content) if content.strip() else None
+    value, images = parse_parts(turn[content_key], place)
+    content = parse_content(value, place, may_be_empty=role == "system")
+    return Message(role, content, images=images) if content.strip() else None
 
 
 def parse_content(value: Any, place: str, may_be_empty: bool = False) -> str:

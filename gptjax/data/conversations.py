@@ -20,6 +20,7 @@ from gptjax.data.conversation_forms import (
     prompt_messages,
     ranked_texts,
 )
+from gptjax.data.images import digits
 from gptjax.data.packages import require_package
 from gptjax.data.preparation import split_documents
 from gptjax.data.text_files import InvalidUtf8
@@ -41,11 +42,12 @@ __all__ = [
     "read_rankings",
 ]
 
-_TABLES = ("jsonl", "parquet", "arrow", "hf", "tfds")  # of `records.read_records`
+_TABLES = ("jsonl", "csv", "tsv", "parquet", "arrow", "hf", "tfds")  # of `records.read_records`
 _FORMS = (
-    "jsonl:GLOB, parquet:GLOB, arrow:DIR[@SPLIT], hf:OWNER/NAME[@CONFIG:SPLIT][?revision=COMMIT], tfds:NAME[@SPLIT], "
-    "chatterbot[:LANGUAGE+LANGUAGE]"
+    "jsonl:GLOB, csv:GLOB, tsv:GLOB, parquet:GLOB, arrow:DIR[@SPLIT], hf:OWNER/NAME[@CONFIG:SPLIT][?revision=COMMIT], "
+    "tfds:NAME[@SPLIT], chatterbot[:LANGUAGE+LANGUAGE], digits:train[:text], digits:test[:text]"
 )
+_PACKAGED = ("chatterbot", "digits")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +116,8 @@ def check_spec(spec: str) -> None:
     scheme = spec.partition(":")[0]
     if scheme == "chatterbot":
         _language_folders(spec)
+    elif scheme == "digits":
+        digits.parse(spec)
     elif scheme in _TABLES:
         records.check_spec(spec)
     else:
@@ -129,11 +133,16 @@ def read_conversations(spec: str, *, invalid_utf8: InvalidUtf8 = "error", harmon
           {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]}, Alpaca's
           {"instruction": ..., "input": ..., "output": ...}, or TRL's {"prompt": ..., "completion": ...}, both texts or
           lists of messages. A field `system` or `system_prompt` is the system message. The content may be a list of
-          parts {"type": "text", "text": ...}. The role developer is read as system;
+          parts {"type": "text", "text": ...}, in a user's message also {"type": "image_url", "image_url": {"url":
+          ...}}. The role developer is read as system. A record with `image`, `images` or `file_name` has them where its
+          texts have `<image>`; it may also be {"question": ..., "answer": ...}, {"caption": ...} or {"text": ...};
+        csv:GLOB, tsv:GLOB — tables with such columns;
         `parquet:GLOB`, `arrow:DIR[@SPLIT]`, `hf:OWNER/NAME[@CONFIG:SPLIT][?revision=COMMIT]`, `tfds:NAME[@SPLIT]` — a
           dataset with such columns, as in `labelled.read_rows`;
         chatterbot[:LANGUAGE+LANGUAGE] — dialogues of the PyPI package chatterbot-corpus, without duplicates; English by
-          default.
+          default;
+        digits:train, digits:test — scikit-learn's digits: questions about one image, and about two; with :text behind
+          it, without the images.
       invalid_utf8: "replace" replaces bytes that are not UTF-8 by U+FFFD, and warns; "error" raises.
       harmony: reads reasoning, channels, tools and their calls, as `harmony_forms.parse_record` does; otherwise records
         that have them are refused.
@@ -149,6 +158,8 @@ def read_conversations(spec: str, *, invalid_utf8: InvalidUtf8 = "error", harmon
         for conversation in _chatterbot(spec):
             once.setdefault(conversation.messages, conversation)
         found = list(once.values())
+    elif spec.startswith("digits:"):
+        found = [Conversation(messages, place) for messages, place in digits.conversations(spec)]
     else:
         found = []
         for record, place in _records(spec, invalid_utf8):
@@ -179,7 +190,7 @@ def read_rankings(spec: str, *, invalid_utf8: InvalidUtf8 = "error") -> list[Ran
       UserError: as in `read_conversations`; or there are fewer than two completions, or two equal ones.
     """
     check_spec(spec)
-    if spec.partition(":")[0] == "chatterbot":
+    if spec.partition(":")[0] in _PACKAGED:
         raise UserError(f"{spec} has conversations, but no rankings: set chat.random_answers to make rankings of them")
     found = [_ranking(record, place) for record, place in _records(spec, invalid_utf8)]
     if not found:
@@ -198,7 +209,7 @@ def read_prompts(spec: str, *, invalid_utf8: InvalidUtf8 = "error", harmony: boo
       UserError: as in `read_conversations`.
     """
     check_spec(spec)
-    if spec.partition(":")[0] == "chatterbot":
+    if spec.partition(":")[0] in _PACKAGED:
         return prompts(read_conversations(spec))
     found: list[Prompt] = []
     for record, place in _records(spec, invalid_utf8):
@@ -238,7 +249,8 @@ def hold_out(items: Sequence[T], fraction: float) -> tuple[list[T], list[T]]:
 
 def _first_question(item: Conversation | Ranking | Prompt) -> str:
     messages = item.prompt if isinstance(item, Ranking) else item.messages
-    return next(message.content for message in messages if message.role == "user")
+    first = next(message for message in messages if message.role == "user")
+    return first.content + "".join(image.source for image in first.images)
 
 
 def prompts(conversations: Sequence[Conversation]) -> list[Prompt]:

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from gptjax.config import ChatConfig, UserError
+from gptjax.config import ChatConfig, UserError, VisionConfig
 from gptjax.data.conversation_forms import Message, RequestOptions
 from gptjax.data.harmony_parser import CompletionParser
 from gptjax.data.harmony_schema import compact_json, declarations
-from gptjax.data.templates import ChatFormat, EncodedConversation, TooLongError
+from gptjax.data.templates import ChatFormat, EncodedConversation, TooLongError, check_images
 from gptjax.data.tokenizers import Tokenizer
 
 SPECIAL_TOKENS = ("<|return|>", "<|constrain|>", "<|channel|>", "<|start|>", "<|end|>", "<|message|>", "<|call|>")
@@ -74,7 +74,7 @@ class HarmonyFormat(ChatFormat):
     """
 
     def __init__(self, chat: ChatConfig, tokenizer: Tokenizer) -> None:
-        self.config, self._tokenizer = chat, tokenizer
+        self.config, self._tokenizer, self._vision, self.image_token = chat, tokenizer, VisionConfig(), None
         own = {name: token for name in SPECIAL_TOKENS if (token := tokenizer.id_of(name)) is not None}
         missing = [name for name in SPECIAL_TOKENS if name not in own]
         if own and missing:
@@ -109,6 +109,7 @@ class HarmonyFormat(ChatFormat):
 
         Args and Raises: as in `ChatFormat.encode`. Longer conversations lose their oldest turns.
         """
+        check_images(messages, self._vision, place)
         shown = shown_messages(messages)
         asked = max((i for i, message in enumerate(shown) if message.role == "user"), default=0)
         parts = []
@@ -127,10 +128,17 @@ class HarmonyFormat(ChatFormat):
         self, messages: Sequence[Message], max_tokens: int | None = None, *, place: str = ""
     ) -> npt.NDArray[np.int32]:
         """Encodes a prompt, int32 (T,), up to `<|start|>assistant`. Arguments and errors as in `encode`."""
+        return self.encode_prompt_with_images(messages, max_tokens, place=place).tokens
+
+    def encode_prompt_with_images(
+        self, messages: Sequence[Message], max_tokens: int | None = None, *, place: str = ""
+    ) -> EncodedConversation:
+        """`encode_prompt`; the format has no images, and messages with some are refused."""
+        check_images(messages, self._vision, place)
         shown = shown_messages(messages)
         parts = [[token for tokens in self._encoded(message) for token in tokens] for message in shown]
         parts[-1] += self._begin("assistant")
-        return self._fitted(shown, [(part, [False] * len(part)) for part in parts], max_tokens, place).tokens
+        return self._fitted(shown, [(part, [False] * len(part)) for part in parts], max_tokens, place)
 
     def encode_completion(self, text: str) -> npt.NDArray[np.int32]:
         """Encodes a completion without analysis, int32 (T,): the header of a final message, it, and `<|return|>`."""

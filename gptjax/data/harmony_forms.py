@@ -111,6 +111,8 @@ def written(messages: Sequence[Message]) -> dict[str, Any]:
         if options is not None:
             record |= {name: value for name, value in vars(options).items() if value}
             record |= {name: json.loads(record[name]) for name in ("tools", "response_format") if name in record}
+        if images := fields.pop("images"):
+            record["images"] = [*record.get("images", []), *(image.source for image in images)]
         if message.role != "system" or message.content:
             turns.append(fields)
     return {"messages": turns, **record}

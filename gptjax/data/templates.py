@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from gptjax.config import ChatConfig, UserError
+from gptjax.config import ChatConfig, UserError, VisionConfig
 from gptjax.data.conversations import Message
+from gptjax.data.images.image_references import IMAGE, ImageReference
 from gptjax.data.tokenizers import END_OF_TEXT, Tokenizer
 
+TEXT_ALONE = VisionConfig()
 _SPECIAL = re.compile(r"<\|[^|<>]+\|>")
 
 
@@ -60,19 +62,27 @@ class EncodedConversation:
     Attributes:
       tokens: int32 (T,).
       loss_mask: bool (T,): True for the tokens of completions, including the token that ends the turn.
+      images: in the order of their tokens.
     """
 
     tokens: npt.NDArray[np.int32]
     loss_mask: npt.NDArray[np.bool_]
+    images: tuple[ImageReference, ...] = ()
 
     def __len__(self) -> int:
         return len(self.tokens)
 
 
-def with_completion(prompt: npt.NDArray[np.int32], completion: npt.NDArray[np.int32]) -> EncodedConversation:
-    """Concatenates a prompt and its completion; all tokens of the completion contribute to the loss."""
+def with_completion(
+    prompt: npt.NDArray[np.int32], completion: npt.NDArray[np.int32], images: tuple[ImageReference, ...] = ()
+) -> EncodedConversation:
+    """Concatenates a prompt and its completion; all tokens of the completion contribute to the loss.
+
+    Args:
+      images: of the prompt.
+    """
     tokens = np.concatenate([prompt, completion])
-    return EncodedConversation(tokens, np.arange(len(tokens)) >= len(prompt))
+    return EncodedConversation(tokens, np.arange(len(tokens)) >= len(prompt), images)
 
 
 class TooLongError(UserError):
@@ -90,9 +100,15 @@ class TooLongError(UserError):
 class ChatFormat:
     """Encodes conversations with a template and a tokenizer.
 
+    Each `<image>` in a user's message becomes `vision.tokens_per_image` image tokens.
+
+    Args:
+      vision: the images that the model reads.
+
     Attributes:
       template: the template.
-      vocab_size: size of the tokenizer's vocabulary with the special tokens of the template.
+      vocab_size: size of the tokenizer's vocabulary with the special tokens of the template and the image token.
+      image_token: id of the image token; None: the model reads no images.
       special_tokens: ids of the special tokens appended to the vocabulary, by name.
       end_of_turn: id of the token that ends an assistant's turn.
       end_tokens: ids of all tokens that end a completion, `end_of_turn` first.
@@ -101,8 +117,8 @@ class ChatFormat:
       UserError: the template has <|endoftext|>, but the tokenizer has no such token.
     """
 
-    def __init__(self, template: Template, tokenizer: Tokenizer) -> None:
-        self.template, self._tokenizer = template, tokenizer
+    def __init__(self, template: Template, tokenizer: Tokenizer, vision: VisionConfig = TEXT_ALONE) -> None:
+        self.template, self._tokenizer, self._vision = template, tokenizer, vision
         self.special_tokens = {name: tokenizer.vocab_size + i for i, name in enumerate(template.special_tokens)}
         self._ids = dict(self.special_tokens)
         if tokenizer.end_of_text is not None:
@@ -111,7 +127,14 @@ class ChatFormat:
             raise UserError(
                 f"the chat template has {END_OF_TEXT}, but this tokenizer does not: choose another template"
             )
-        self.vocab_size = tokenizer.vocab_size + len(template.special_tokens)
+        self.image_token: int | None = None
+        if vision.encoder != "none":
+            self.image_token = vision.image_token
+            if self.image_token is None:
+                self.image_token = tokenizer.vocab_size + len(self.special_tokens)
+            if self.image_token >= tokenizer.vocab_size:
+                self.special_tokens[IMAGE] = self.image_token
+        self.vocab_size = max(tokenizer.vocab_size, *(token + 1 for token in self.special_tokens.values()), 0)
         formats = dataclasses.asdict(template).items()
         self._around = {role: [self._written(part) for part in text.split("{content}")] for role, text in formats}
         self._start = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]  # as documents begin
@@ -132,6 +155,7 @@ class ChatFormat:
         Raises:
           TooLongError: the last exchange alone is longer than `max_tokens`.
         """
+        check_images(messages, self._vision, place)
         parts = [self._message(message) for message in messages]
         if messages and messages[-1].role == "assistant":
             tokens, loss_mask = parts[-1]
@@ -143,10 +167,17 @@ class ChatFormat:
         self, messages: Sequence[Message], max_tokens: int | None = None, *, place: str = ""
     ) -> npt.NDArray[np.int32]:
         """Encodes a prompt, int32 (T,), up to where the completion begins. Arguments and errors as in `encode`."""
+        return self.encode_prompt_with_images(messages, max_tokens, place=place).tokens
+
+    def encode_prompt_with_images(
+        self, messages: Sequence[Message], max_tokens: int | None = None, *, place: str = ""
+    ) -> EncodedConversation:
+        """`encode_prompt`, with the images of the messages that are kept."""
+        check_images(messages, self._vision, place)
         before = self._around["assistant"][0]
         parts = [self._message(message) for message in messages]
         parts[-1] = (parts[-1][0] + before, [*parts[-1][1], *[False] * len(before)])
-        return self._joined(messages, parts, max_tokens, place).tokens
+        return self._joined(messages, parts, max_tokens, place)
 
     def encode_completion(self, text: str) -> npt.NDArray[np.int32]:
         """Encodes a completion, int32 (T,), including the token that ends the turn."""
@@ -170,10 +201,17 @@ class ChatFormat:
 
     def _message(self, message: Message) -> tuple[list[int], list[bool]]:
         before, after = self._around[message.role]
-        content = self._tokenizer.encode(message.content).tolist()
+        content = self._content(message)
         is_answer = message.role == "assistant"
         loss_mask = [False] * len(before) + [is_answer] * (len(content) + 1) + [False] * (len(after) - 1)
         return before + content + after, loss_mask[: len(before) + len(content) + len(after)]
+
+    def _content(self, message: Message) -> list[int]:
+        if self.image_token is None or not message.images:
+            return self._tokenizer.encode(message.content).tolist()
+        first, *others = (self._tokenizer.encode(text).tolist() for text in message.content.split(IMAGE))
+        image = [self.image_token] * self._vision.tokens_per_image
+        return [*first, *(token for text in others for token in (*image, *text))]
 
     def _joined(
         self,
@@ -184,20 +222,39 @@ class ChatFormat:
     ) -> EncodedConversation:
         kept = 1 if messages and messages[0].role == "system" else 0
         head, turns = parts[:kept], parts[kept:]
+        rest = list(messages[kept:])
         need = len(self._start) + sum(len(tokens) for tokens, _ in parts)
         while max_tokens is not None and need > max_tokens:
             if len(turns) <= 2:
                 raise TooLongError.of(need, max_tokens, place)
             need -= sum(len(tokens) for tokens, _ in turns[:2])
-            turns = turns[2:]
+            turns, rest = turns[2:], rest[2:]
         tokens = [*self._start, *(token for part, _ in (*head, *turns) for token in part)]
         loss_mask = [*[False] * len(self._start), *(flag for _, part in (*head, *turns) for flag in part)]
-        return EncodedConversation(np.array(tokens, np.int32), np.array(loss_mask, bool))
+        images = tuple(image for message in rest for image in message.images)
+        return EncodedConversation(np.array(tokens, np.int32), np.array(loss_mask, bool), images)
 
 
-def chat_format(chat: ChatConfig, tokenizer: Tokenizer) -> ChatFormat:
+def check_images(messages: Sequence[Message], vision: VisionConfig, place: str) -> None:
+    """Raises UserError for images that the model cannot read, and for an `<image>` without an image."""
+    before = f"{place}: " if place else ""
+    for message in messages:
+        if message.images and vision.encoder == "none":
+            raise UserError(
+                f"{before}there is an image, but this model reads text alone: train one with model.vision.encoder"
+            )
+        if vision.encoder != "none" and message.content.count(IMAGE) != len(message.images):
+            raise UserError(
+                f"{before}a message of role {message.role} has {message.content.count(IMAGE)} {IMAGE} for "
+                f"{len(message.images)} images: they must be equally many"
+            )
+
+
+def chat_format(chat: ChatConfig, tokenizer: Tokenizer, vision: VisionConfig = TEXT_ALONE) -> ChatFormat:
     """Returns the format that a config describes; raises UserError as `Template` and `ChatFormat` do."""
     if chat.template == "harmony":
+        if vision.encoder != "none":
+            raise UserError("chat.template=harmony has no images: choose another chat.template")
         from gptjax.data.harmony import HarmonyFormat  # imports this module
 
         return HarmonyFormat(chat, tokenizer)
@@ -205,4 +262,4 @@ def chat_format(chat: ChatConfig, tokenizer: Tokenizer) -> ChatFormat:
         template = Template(chat.system_format, chat.user_format, chat.assistant_format)
     else:
         template = TEMPLATES[chat.template]
-    return ChatFormat(template, tokenizer)
+    return ChatFormat(template, tokenizer, vision)

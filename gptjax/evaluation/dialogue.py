@@ -194,6 +194,8 @@ def dialogue_task(
     kept, inputs, requests, left_out = [], [], [], []
     for prompt in prompts[:limit]:
         assert prompt.reference is not None
+        if any(message.images for message in prompt.messages):
+            raise UserError(f"{prompt.place} has images, which --tasks=dialogue does not read: use --tasks=vqa")
         reference = chat_format.encode_completion(prompt.reference)
         try:
             before, asked = (

@@ -25,13 +25,20 @@ from gptjax.evaluation.example_records import file_name, score_resumably
 from gptjax.evaluation.perplexity import MixedPerplexityTask, PerplexityTask, perplexity_task
 from gptjax.evaluation.scoring import Scorer
 from gptjax.evaluation.tasks import Examples, ExampleTask, example_task, read_examples
+from gptjax.evaluation.visual_questions import (
+    VisualQuestionTask,
+    evaluate_visual_questions,
+    read_questions,
+    visual_question_task,
+)
 from gptjax.files import expand, write_whole
 from gptjax.metrics.measurement import Measurement
 from gptjax.metrics.report_files import write_predictions
 from gptjax.stages import registry
 from gptjax.stages.trained_model import TrainedModel, load_model, parse_mesh
 
-PERPLEXITY, DIALOGUE = "perplexity", "dialogue"
+PERPLEXITY, DIALOGUE, VISUAL = "perplexity", "dialogue", "vqa"
+SOURCED = (PERPLEXITY, DIALOGUE, VISUAL)  # tasks whose data --source names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +68,11 @@ def check(options: Options) -> None:
     """Raises UserError for invalid options, before anything is read."""
     if not options.tasks:
         raise UserError(
-            "needs --tasks=NAME,...: " + ", ".join([PERPLEXITY, DIALOGUE, *BENCHMARKS]) + ", or a path ending in .jsonl"
+            "needs --tasks=NAME,...: " + ", ".join([*SOURCED, *BENCHMARKS]) + ", or a path ending in .jsonl"
         )
     for name in options.tasks:
         if not name.endswith(".jsonl"):
-            check_name(name, (PERPLEXITY, DIALOGUE))
+            check_name(name, SOURCED)
         elif not expand(name).is_file():
             raise UserError(f"there is no task file {name}")
     names = [_short(name, options) for name in dict.fromkeys(options.tasks)]
@@ -73,18 +80,22 @@ def check(options: Options) -> None:
         raise UserError(f"--tasks={','.join(options.tasks)}: two files have the same name: evaluate them separately")
     if options.held_out and options.source is not None:
         raise UserError("--source and --held_out exclude each other: both say what perplexity and dialogue read")
-    if options.source is not None and not {PERPLEXITY, DIALOGUE} & set(options.tasks):
-        raise UserError("--source is for --tasks=perplexity and --tasks=dialogue")
+    if options.source is not None and not set(SOURCED) & set(options.tasks):
+        raise UserError("--source is for --tasks=perplexity, --tasks=dialogue and --tasks=vqa")
+    if options.source is None and VISUAL in options.tasks:
+        raise UserError("--tasks=vqa needs --source=jsonl:FILE, with images, questions and answers")
     if options.source is not None and PERPLEXITY in options.tasks:
         open_source(options.source)
-    if options.source is not None and DIALOGUE in options.tasks:
+    if options.source is not None and {DIALOGUE, VISUAL} & set(options.tasks):
         conversations.check_spec(options.source)
     if PERPLEXITY not in options.tasks and (options.stride or options.detokenizer or options.concatenate):
         raise UserError("--stride, --detokenizer and --concatenate are for --tasks=perplexity")
     if options.held_out and not {PERPLEXITY, DIALOGUE} & set(options.tasks):
         raise UserError("--held_out is for --tasks=perplexity and --tasks=dialogue")
-    if DIALOGUE not in options.tasks and (options.max_new_tokens or options.reward_model):
-        raise UserError("--max_new_tokens and --reward_model are for --tasks=dialogue")
+    if not {DIALOGUE, VISUAL} & set(options.tasks) and options.max_new_tokens:
+        raise UserError("--max_new_tokens is for --tasks=dialogue and --tasks=vqa")
+    if DIALOGUE not in options.tasks and options.reward_model:
+        raise UserError("--reward_model is for --tasks=dialogue")
     if options.detokenizer is not None:
         get_detokenizer(options.detokenizer)
 
@@ -117,6 +128,11 @@ def evaluate(workdir: Path, options: Options) -> dict[str, Any]:
             metrics, stated, completions = evaluate_dialogue(
                 task, trained, scorer, directory / "scores", short, options.batch_size, score
             )
+        elif isinstance(task, VisualQuestionTask):
+            metrics, completions = evaluate_visual_questions(
+                task, trained, scorer, directory / "scores", short, options.batch_size
+            )
+            stated = {}
         else:
             scores = score_resumably(directory / "scores", short, scorer, trained.step, task.requests)
             metrics, stated = task.metrics(scores), {}
@@ -143,7 +159,7 @@ def evaluate(workdir: Path, options: Options) -> dict[str, Any]:
         },
         "results": results,
     }
-    shots = "" if set(names) <= {PERPLEXITY, DIALOGUE} else f"-{options.num_fewshot}shot"
+    shots = "" if set(names) <= set(SOURCED) else f"-{options.num_fewshot}shot"
     default = directory / f"{'+'.join(map(file_name, results))}{shots}-step{trained.step}.json"
     output = default if options.output is None else options.output
     if processes.is_first():
@@ -185,13 +201,17 @@ def _held_out_sources(config: Config) -> list[str]:
 
 def _prepare(
     name: str, options: Options, trained: TrainedModel
-) -> ExampleTask | PerplexityTask | MixedPerplexityTask | DialogueTask:
+) -> ExampleTask | PerplexityTask | MixedPerplexityTask | DialogueTask | VisualQuestionTask:
+    if name == VISUAL:
+        assert options.source is not None, "check"
+        questions = read_questions(options.source, options.limit)
+        return visual_question_task(questions, trained, options.max_new_tokens)
     if name == PERPLEXITY:
         return _prepare_perplexity(options, trained)
     if name == DIALOGUE:
         return dialogue_task(
             read_prompts(options.source, trained.config),
-            chat_format(trained.config.chat, trained.tokenizer),
+            chat_format(trained.config.chat, trained.tokenizer, trained.config.model.vision),
             trained.model.config.context_length,
             limit=options.limit,
             max_new_tokens=options.max_new_tokens,

@@ -1,14 +1,21 @@
 """A chat session: the turns so far, and generation of the next completion."""
 
+import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
 
 from gptjax.config import UserError
 from gptjax.data import harmony_forms
 from gptjax.data.compression import compression
 from gptjax.data.conversations import Message, RequestOptions
 from gptjax.data.harmony import HarmonyFormat, final_text
+from gptjax.data.images.image_files import ImageFiles
+from gptjax.data.images.image_references import IMAGE, ImageReference
 from gptjax.data.templates import ChatFormat, TooLongError
 from gptjax.data.text_files import Utf8, opened_text
 from gptjax.files import followed, write_whole
@@ -29,6 +36,7 @@ class ChatSession:
         before the question, and older turns are dropped for them. They are part of the user's turn only while it is the
         last one: later completions need the room.
       options: tools and reasoning effort, for the harmony format.
+      images: reads the images that `attach` names; None: the model reads none.
       analysis: whether the channel analysis of the harmony format is shown: "hide", "show" or "dim".
 
     Attributes:
@@ -52,6 +60,7 @@ class ChatSession:
         documents: Documents | None = None,
         options: RequestOptions | None = None,
         analysis: str = "hide",
+        images: ImageFiles | None = None,
     ) -> None:
         context = engine.model.config.context_length
         if max_new_tokens >= context:
@@ -61,6 +70,7 @@ class ChatSession:
         self._engine, self._format, self._sampling = engine, chat_format, sampling
         self._options, self._analysis = options, analysis
         self._max_new_tokens, self._seed, self._documents = max_new_tokens, seed, documents
+        self._images, self._attached = images, list[ImageReference]()
         self.system = system
         self.turns: list[Message] = []
         self.sources: list[Passage] = []
@@ -76,7 +86,28 @@ class ChatSession:
         """
         if not text.strip():
             raise UserError("the message is empty: write some text")
-        return self._continue([*self.turns, Message("user", text)], on_text)
+        images = tuple(self._attached)
+        if images and IMAGE not in text:
+            text = IMAGE * len(images) + f"\n{text}"
+        reply = self._continue([*self.turns, Message("user", text, images=images)], on_text)
+        self._attached.clear()
+        return reply
+
+    def attach(self, source: str) -> None:
+        """Adds an image to the next message, which has it where its text says `<image>`, or else before the text.
+
+        Args:
+          source: path, data: URL, or digits:NUMBER.
+
+        Raises:
+          UserError: the model reads no images, or the image cannot be read.
+        """
+        if self._images is None:
+            raise UserError("this model reads text alone: train one with model.vision.encoder")
+        reference = ImageReference(source if ":" in source else os.path.abspath(os.path.expanduser(source)))
+        self._images.check([reference])
+        self._images.read(reference)
+        self._attached.append(reference)
 
     def regenerate(self, on_text: Callable[[str], None] = lambda _: None) -> str:
         """Replaces the last completion by another one; UserError if there is none yet."""
@@ -131,6 +162,7 @@ class ChatSession:
     def reset(self) -> None:
         """Deletes all turns; the system message is kept."""
         self.turns, self.sources = [], []
+        self._attached.clear()
 
     def _all(self, turns: list[Message]) -> list[Message]:
         found = turns if self.system is None else [Message("system", self.system), *turns]
@@ -145,9 +177,11 @@ class ChatSession:
     def _completion(self, asked: list[Message], on_text: Callable[[str], None]) -> list[Message]:
         room = self._engine.model.config.context_length - self._max_new_tokens
         last = max(i for i, message in enumerate(asked) if message.role == "user")
-        sources = self._passages(asked[last].content, room)
-        question = Message("user", with_passages(asked[last].content, sources))
-        prompt = self._format.encode_prompt(self._all([*asked[:last], question, *asked[last + 1 :]]), room)
+        sources = self._passages(asked[last], room)
+        question = dataclasses.replace(asked[last], content=with_passages(asked[last].content, sources))
+        turns = self._all([*asked[:last], question, *asked[last + 1 :]])
+        encoded = self._format.encode_prompt_with_images(turns, room)
+        prompt = encoded.tokens
         if isinstance(self._format, HarmonyFormat):
             written = harmony_chat.generate(
                 self._engine,
@@ -168,18 +202,25 @@ class ChatSession:
                 end_tokens=self._format.end_tokens,
                 separate_text=True,
                 on_text=lambda _, piece: on_text(piece),
+                images=[list(map(self._read, encoded.images))] if encoded.images else None,
             )[0]
             written = [Message("assistant", completion.text)]
         self._seed += 1
         self.sources = sources
         return written
 
-    def _passages(self, question: str, room: int) -> list[Passage]:
+    def _read(self, image: ImageReference) -> npt.NDArray[np.uint8]:
+        assert self._images is not None, "attach refuses images that the model does not read"
+        image_X = self._images.read(image)
+        assert image_X is not None, "images are not skipped here"
+        return image_X
+
+    def _passages(self, question: Message, room: int) -> list[Passage]:
         """Returns the retrieved passages that fit before the question when all other turns are dropped."""
         kept: list[Passage] = []
-        for passage in [] if self._documents is None else self._documents.find(question):
+        for passage in [] if self._documents is None else self._documents.find(question.content):
             try:
-                message = Message("user", with_passages(question, [*kept, passage]))
+                message = dataclasses.replace(question, content=with_passages(question.content, [*kept, passage]))
                 self._format.encode_prompt(self._all([message]), room)
             except TooLongError:
                 continue

@@ -36,6 +36,7 @@ from gptjax.parallel.platforms import platform_defaults
 TextOrTokens = str | npt.ArrayLike  # text, or token ids
 FinishReason = Literal["end_of_text", "end_of_turn", "stop", "length"]
 Overflow = Literal["error", "slide"]
+Images = Sequence[npt.NDArray[np.uint8]]  # of a prompt, each as `gptjax.data.images.square_images.square` makes it
 MIN_BUCKET = 16  # positions
 MIN_ENDS = 4  # length that the list of end tokens is padded to at least
 # Tokens per call when text is streamed or stop strings are checked: few are wasted after a stop string.
@@ -118,10 +119,11 @@ class Engine:
         separate_text: bool = False,
         overflow: Overflow = "error",
         on_text: Callable[[int, str], None] | None = None,
+        images: Sequence[Images] | None = None,
     ) -> list[Completion]:
-        """Generates one completion for each prompt.
+        """Generates one completion for each prompt; it depends on that prompt and its seed only.
 
-        A completion depends only on its own prompt and seed, up to rounding errors, which depend on the batch shape.
+        Rounding errors depend on the shape of the batch.
 
         Args:
           prompts: texts or token ids, of any lengths; an empty one means the start of a document.
@@ -135,12 +137,13 @@ class Engine:
           separate_text: decodes the tokens of a completion on their own, as a turn of a conversation is encoded; by
             default a completion continues the text of its prompt.
           overflow: "error": a prompt and completion longer than the context are an error, raised before anything runs;
-            "slide": when the context is full, its last half is read again as a new context.
+            "slide": when the context is full, its last half is a new context.
           on_text: called with the index of a prompt and the next piece of its text, as soon as it is final.
+          images: of each prompt, in the order of its image tokens; None: no prompt has images.
 
         Raises:
           UserError: the numbers of seeds and prompts differ; prompt and completion exceed the context; a prompt is
-            empty and the tokenizer has no end-of-text; a token is outside of the model's vocabulary.
+            empty and the tokenizer has no end-of-text; a token is outside of the model's vocabulary; or as in `stream`.
         """
         ids = [self.ids(prompt) for prompt in prompts]
         seeds = [int(seeds) + i for i in range(len(ids))] if isinstance(seeds, int | np.integer) else seeds
@@ -153,20 +156,14 @@ class Engine:
             reasons.setdefault(token, "end_of_text")
         rows = [_Row(TextStream(self.tokenizer, stop, () if separate_text else prompt)) for prompt in ids]
         as_it_comes = bool(stop) or on_text is not None  # otherwise the text is decoded once, at the end
+        at_once = STREAMED_TOKENS if as_it_comes else MOST_TOKENS
 
         def emit(i: int, text: str) -> None:
             if text and on_text is not None:
                 on_text(i, text)
 
-        tokens = self.stream(
-            ids,
-            max_new_tokens,
-            sampling,
-            seeds=seeds,
-            ends=list(reasons),
-            overflow=overflow,
-            at_once=STREAMED_TOKENS if as_it_comes else MOST_TOKENS,
-        )
+        settings: dict[str, Any] = {"seeds": seeds, "ends": list(reasons), "overflow": overflow, "images": images}
+        tokens = self.stream(ids, max_new_tokens, sampling, **settings, at_once=at_once)
         for tokens_B, logprobs_B in tokens:
             for i, row in enumerate(rows):
                 if row.reason is not None:
@@ -195,6 +192,7 @@ class Engine:
         ends: Sequence[int] = (),
         overflow: Overflow = "error",
         at_once: int = MOST_TOKENS,
+        images: Sequence[Images] | None = None,
     ) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]:
         """Yields the tokens and log-probabilities of all prompts, (B,) each, one position at a time.
 
@@ -204,6 +202,9 @@ class Engine:
         Args:
           ends: tokens that end a completion; tokens after them are meaningless.
           at_once: at most MOST_TOKENS.
+
+        Raises:
+          UserError: a prompt has other images than image tokens, or images with overflow="slide".
         """
         windows = [np.asarray(prompt, np.int32) for prompt in prompts]
         if not windows:
@@ -212,7 +213,8 @@ class Engine:
         for name in ("frequency_penalty", "presence_penalty", "logit_bias"):
             if getattr(sampling, name):
                 raise UserError(f"{name} is a setting of gptjax.inference.batching: this engine has no such penalty")
-        calls = self._calls(windows, max_new_tokens, sampling, seeds, ends, overflow, at_once)
+        self._check_images(windows, images, overflow)
+        calls = self._calls(windows, max_new_tokens, sampling, seeds, ends, overflow, at_once, images)
         last = next(calls, [])
         for call in calls:
             yield from self._read(last, len(windows))
@@ -228,6 +230,7 @@ class Engine:
         ends: Sequence[int],
         overflow: Overflow,
         at_once: int,
+        images: Sequence[Images] | None,
     ) -> Iterator[list["_Call"]]:
         """Dispatches the calls of the compiled programs, one after the other."""
         program = DecodingSettings(self.model, sampling.static, self.slots(windows, max_new_tokens, overflow))
@@ -237,6 +240,7 @@ class Engine:
         ends_N[: len(ends)] = ends
         seeds_B = np.resize(np.array([seed % 2**32 for seed in seeds], np.uint32), rows)
         inputs = SamplingInputs(seeds_B, np.int32(0), sampling.values, ends_N)
+        images_BNX = self._padded_images(images, rows)
         memory: DecodingCache | None = None
         ended_B: Any = np.zeros(rows, bool)
         since: list[_Call] = []  # since `windows` were read
@@ -251,7 +255,7 @@ class Engine:
                     tokens_BT, length_B = self.pad(windows, rows)
                     count = 1
                     memory, sampled = prefill_prompts(
-                        program, self.params, tokens_BT, length_B, ended_B, seen_BV, inputs
+                        program, self.params, tokens_BT, length_B, ended_B, seen_BV, inputs, images_BNX
                     )
                 else:
                     count = min(at_once, max_new_tokens - int(inputs.number), context - longest - read + 1)
@@ -260,6 +264,35 @@ class Engine:
             inputs = inputs._replace(number=inputs.number + np.int32(count))
             since.append(_Call(sampled, count))
             yield since[-1:]
+
+    def _check_images(
+        self, windows: list[npt.NDArray[np.int32]], images: Sequence[Images] | None, overflow: Overflow
+    ) -> None:
+        """Raises UserError unless the image tokens of each prompt are those of its images."""
+        vision = self.model.config.vision
+        given = [0] * len(windows) if images is None else list(map(len, images))
+        if any(given) and not self.model.config.reads_images:
+            raise UserError("there is an image, but this model reads text alone: train one with model.vision.encoder")
+        if any(given) and overflow == "slide":
+            raise UserError("a prompt with images cannot slide: leave out overflow=slide")
+        for window, count in zip(windows, given, strict=True) if self.model.config.reads_images else ():
+            tokens = int(np.sum(window == vision.image_token))
+            if tokens != count * vision.tokens_per_image:
+                raise UserError(
+                    f"a prompt has {tokens} image tokens for {count} images, which have {vision.tokens_per_image} each"
+                )
+
+    def _padded_images(self, images: Sequence[Images] | None, rows: int) -> npt.NDArray[np.uint8] | None:
+        """Pads the images of the prompts to (rows, N, X); None: there are none."""
+        most = 0 if images is None else max(map(len, images))
+        if images is None or most == 0:
+            return None
+        shape = (rows, power_of_two(most), self.model.config.vision.values_per_image)
+        images_BNX = np.zeros(shape, np.uint8)
+        for row in range(rows):
+            for number, image_X in enumerate(images[row % len(images)]):
+                images_BNX[row, number] = image_X
+        return images_BNX
 
     def _first_call(
         self, program: DecodingSettings, rows: int, reads_prompts: bool, longest: int

@@ -83,10 +83,16 @@ def prefill_prompts(
     ended_B: jax.Array,
     seen_BV: jax.Array | None,
     inputs: SamplingInputs,
+    images_BNX: jax.Array | None = None,
 ) -> tuple[DecodingCache, SampledTokens]:
-    """Prefills the prompts and samples the first token of each completion, N = 1."""
+    """Prefills the prompts and samples the first token of each completion, N = 1.
+
+    Args:
+      images_BNX: as in `GPT.hidden`; None: the prompts have no images.
+    """
     params = unstack(program.model.config, params)
-    x_BD, cache = prefill(program.model, params, constrain(tokens_BT, "batch", None), lengths_B, program.slots)
+    tokens_BT = constrain(tokens_BT, "batch", None)
+    x_BD, cache = prefill(program.model, params, tokens_BT, lengths_B, program.slots, images_BNX)
     memory, logprob_B = _sample(program, params, x_BD, cache, ended_B, seen_BV, inputs)
     return memory, SampledTokens(memory.token_B[None], logprob_B[None])
 

@@ -88,7 +88,7 @@ def _prepare(params: Any, config: GPTConfig, int8: bool) -> Any:
 
     def convert(path: str, layer_axes: int, leaf: jax.Array) -> jax.Array | Int8:
         summed = tuple(axis - layer_axes for axis in summed_axes(axes[path])) if path in axes else ()
-        if not summed:
+        if not summed or path.startswith("vision/"):  # read once for an image, not for every token
             return leaf
         return Int8.quantize(leaf, summed) if int8 else leaf.astype(config.dtype)
 

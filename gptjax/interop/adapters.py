@@ -75,7 +75,11 @@ def export_adapter(workdir: Path, directory: Path, *, best: bool = False, step: 
             modules |= _last_norm(family, config.model, leaves)
 
     def write_more(unfinished: Path) -> None:
-        form = chat_format(config.chat, tokenizer) if registry.definition(config).conversational else None
+        form = (
+            chat_format(config.chat, tokenizer, config.model.vision)
+            if registry.definition(config).conversational
+            else None
+        )
         if is_task or form is not None:
             write_tokenizer(tokenizer, unfinished, config.model.context_length, form, is_task=is_task)
         if head is not None:

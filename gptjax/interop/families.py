@@ -4,13 +4,15 @@ Each family has one table of keys of config.json and one of tensor names, used f
 `gpt_families.py`, `llama_families.py` and `gpt_oss_family.py`.
 """
 
+import dataclasses
 import json
 import re
 from pathlib import Path
 from typing import Any
 
-from gptjax.config import BatchConfig, Config, GPTConfig, UserError, check
+from gptjax.config import BatchConfig, Config, GPTConfig, UserError, VisionConfig, check
 from gptjax.files import read_json
+from gptjax.interop import llava_family
 from gptjax.interop.family import Family, inexpressible, read_keys, write_keys
 from gptjax.interop.gpt_families import GPT2, GPT_NEO, OPENAI_GPT
 from gptjax.interop.gpt_oss_family import GPT_OSS
@@ -38,7 +40,8 @@ def read_config(directory: Path) -> tuple[Family, GPTConfig]:
     Raises:
       UserError: the file is missing or damaged, or describes a model that GPTConfig cannot express.
     """
-    path, theirs = directory / "config.json", read_json_config(directory)
+    path, whole = directory / "config.json", read_json_config(directory)
+    theirs = text_config(whole)
     model_type = theirs.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(f"{path}: model_type={model_type!r} is not supported: one of {', '.join(FAMILIES)}")
@@ -51,10 +54,18 @@ def read_config(directory: Path) -> tuple[Family, GPTConfig]:
     try:
         quantisation_of(family, theirs)
         model = GPTConfig(**read_keys(family, theirs), dtype="float32", param_dtype="float32")
+        if theirs is not whole:
+            model = dataclasses.replace(model, vision=llava_family.vision_fields(whole))
         check(Config(model=model, batch=BatchConfig(epochs=1.0, tokens_per_batch=model.context_length)))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return family, model
+
+
+def text_config(theirs: dict[str, Any]) -> dict[str, Any]:
+    """The config of the text model: the config.json itself, or a part of a LLaVA's."""
+    text = theirs.get("text_config") if theirs.get("model_type") == llava_family.MODEL_TYPE else theirs
+    return text if isinstance(text, dict) else {}
 
 
 def read_json_config(directory: Path) -> dict[str, Any]:
@@ -97,7 +108,7 @@ def family_of(model: GPTConfig) -> Family:
     else:
         candidates = [GPT_NEO]
     family = min(candidates, key=lambda family: len(inexpressible(family, model)))
-    if wrong := inexpressible(family, model):
+    if wrong := inexpressible(family, dataclasses.replace(model, vision=VisionConfig())):
         raise UserError(
             f"no Hugging Face family has model.{', model.'.join(wrong)} with positions={model.positions!r}, "
             f"norm_position={model.norm_position!r} and attention_pattern={model.attention_pattern}: "
@@ -108,7 +119,7 @@ def family_of(model: GPTConfig) -> Family:
 
 def to_config_json(family: Family, model: GPTConfig, ends: tuple[int, ...]) -> dict[str, Any]:
     """Returns the config.json of a resolved `model`; `ends`: ids of the tokens that end a text, end-of-text first."""
-    return (
+    text = (
         {"architectures": [family.architecture], "model_type": family.model_type}
         | write_keys(family, model)
         | {
@@ -118,3 +129,4 @@ def to_config_json(family: Family, model: GPTConfig, ends: tuple[int, ...]) -> d
             "dtype": model.param_dtype,
         }
     )
+    return llava_family.vision_keys(model, text) if model.reads_images else text

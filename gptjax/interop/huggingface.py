@@ -22,7 +22,7 @@ from gptjax.config import BatchConfig, Config, DataConfig, GPTConfig, MeshConfig
 from gptjax.data import tokenizers
 from gptjax.data.templates import ChatFormat, chat_format
 from gptjax.files import expand, remove_tree, unfinished_path
-from gptjax.interop import families, safetensors_files, task_heads
+from gptjax.interop import families, llava_family, safetensors_files, task_heads
 from gptjax.interop.family import Family, Placement, placements
 from gptjax.interop.pretrained_weights import read_parameters
 from gptjax.interop.safetensors_files import DTYPES, Declared
@@ -111,6 +111,9 @@ def _save(
       head: head of a fine-tuned task, which replaces the language model's.
     """
     assert config.vocab_size is not None
+    of_images: dict[str, np.ndarray] = {}
+    if config.reads_images:
+        config, abstract, leaves, of_images = _split_images(config, abstract, leaves)
     family = families.family_of(config)
     theirs = families.to_config_json(family, config, () if tokenizer is None else tokenizer.ends)
     if chat is not None:
@@ -120,6 +123,7 @@ def _save(
     if head is not None:
         layer = {f"{head.module}.{name}": array for name, array in head.tensors.items()}
         theirs |= head.settings | {"architectures": [head.architecture]}
+    layer |= of_images
     tensors = _TensorPieces(family, config, abstract)
     declared = tensors.declared + [
         Declared(name, _CONTAINER_DTYPE[str(array.dtype)], array.shape) for name, array in layer.items()
@@ -131,6 +135,24 @@ def _save(
         safetensors_files.write(unfinished, declared, arrays, max_file_bytes)
         if tokenizer is not None:
             write_tokenizer(tokenizer, unfinished, config.context_length, chat, is_task=head is not None)
+
+
+def _split_images(
+    config: GPTConfig, abstract: dict[str, Any], leaves: Iterator[Any]
+) -> tuple[GPTConfig, dict[str, Any], Iterator[Any], dict[str, np.ndarray]]:
+    """Separates the tensors of a LLaVA's tower and projector from the parameters of its text model.
+
+    A tied head becomes one of its own with equal values, as transformers' LLaVA does not tie that of a GPT-2.
+    """
+    llava_family.vision_keys(config, {})  # raises for settings that a LLaVA lacks
+    values = dict(zip(abstract, leaves, strict=True))
+    of_images = dict(llava_family.to_theirs(config, values))
+    text = {path: leaf for path, leaf in abstract.items() if not path.startswith("vision/")}
+    if config.tied_head:
+        config = dataclasses.replace(config, tied_head=False)
+        text["head_embedding/embedding"] = text["token_embedding/embedding"]
+        values["head_embedding/embedding"] = values["token_embedding/embedding"]
+    return config, text, iter([values[path] for path in text]), of_images
 
 
 class _TensorPieces:
@@ -153,7 +175,8 @@ class _TensorPieces:
             self._names[pieces[-1].path].append(name)
         for path, names in self._names.items():
             dtype = _CONTAINER_DTYPE[str(abstract[path].dtype)]
-            self.declared += [Declared(family.full_name(name), dtype, self._pieces[name][-1].shape) for name in names]
+            full = llava_family.text_name if config.reads_images else family.full_name
+            self.declared += [Declared(full(name), dtype, self._pieces[name][-1].shape) for name in names]
 
     def values(self, leaves: Iterator[Any]) -> Iterator[np.ndarray]:
         """Yields the tensors in the order of `declared`; `leaves`: values of the parameters."""
@@ -260,7 +283,7 @@ def export_workdir(workdir: Path, directory: Path, *, best: bool = False, step: 
         if is_task:
             head, leaves = task_heads.split_head(family, config, tokenizer, weights.gpt | {"head": weights.head})
         arrays = (np.asarray(leaves[path]) for path in _by_path(abstract))
-        form = chat_format(config.chat, tokenizer) if definition.conversational else None
+        form = chat_format(config.chat, tokenizer, config.model.vision) if definition.conversational else None
         _save(config.model, _by_path(abstract), arrays, directory, tokenizer, chat=form, head=head)
         return
     with Checkpoints(workdir, config.checkpoint, read_only=True) as checkpoints:

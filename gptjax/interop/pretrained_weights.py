@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from gptjax.config import GPTConfig, UserError
-from gptjax.interop import families, mxfp4, safetensors_files
+from gptjax.interop import families, llava_family, mxfp4, safetensors_files
 from gptjax.interop.family import HEAD, Family, Placement, placements
 from gptjax.interop.mxfp4 import PackedTensor
 from gptjax.interop.safetensors_files import DTYPES, Tensor
@@ -28,7 +28,12 @@ def read_parameters(
     Raises:
       UserError: a tensor is missing, damaged, superfluous or of a wrong shape.
     """
-    tensors = _without_prefix(directory, family, safetensors_files.read_headers(directory))
+    headers = safetensors_files.read_headers(directory)
+    of_images: dict[str, jax.Array] = {}
+    if config.reads_images:
+        headers, of_images = _without_images(directory, config, leaves, headers)
+        leaves = {path: leaf for path, leaf in leaves.items() if path not in of_images}
+    tensors = _without_prefix(directory, family, headers)
     table = _match(directory, family, config, leaves, tensors)
     # Parameters that are read from the same tensors are read together.
     groups: dict[tuple[str, ...], list[str]] = {}
@@ -36,10 +41,39 @@ def read_parameters(
         groups.setdefault(tuple(place.name for place in places), []).append(path)
     # The largest first, so that the peak memory, which includes the buffer of the tensor being read, is low.
     order = sorted(groups.values(), key=lambda paths: -sum(math.prod(leaves[path].shape) for path in paths))
-    arrays: dict[str, jax.Array] = {}
+    arrays = of_images
     for paths in order:
         arrays |= _read_group({path: leaves[path] for path in paths}, [table[path] for path in paths], tensors)
     return arrays
+
+
+def _without_images(
+    directory: Path, config: GPTConfig, leaves: dict[str, jax.ShapeDtypeStruct], headers: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, jax.Array]]:
+    """Reads tower and projector of a LLaVA; returns the tensors of its text model, and these parameters by path."""
+    tensors = {llava_family.unified_name(name): tensor for name, tensor in headers.items()}
+    parameters = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in leaves.items() if path.startswith("vision/")}
+    for entry in llava_family.entries(config):
+        tensor, target = tensors.pop(entry.name, None), parameters[entry.path][entry.part]
+        if tensor is None:
+            raise UserError(f"{directory} lacks the tensor {entry.name}, which its config.json requires")
+        wanted = entry.to_theirs(target).shape
+        if tensor.shape != wanted or tensor.dtype not in DTYPES:
+            raise UserError(
+                f"{tensor.file}: the tensor {entry.name} is {tensor.dtype} {list(tensor.shape)}, but config.json "
+                f"requires {list(wanted)} of {', '.join(DTYPES)}: one of the two is another model's"
+            )
+        values = safetensors_files.read(tensor)
+        if not np.isfinite(values).all():
+            raise UserError(f"{tensor.file}: the tensor {entry.name} has values that are not finite numbers")
+        parameters[entry.path][entry.part] = entry.to_ours(values)
+    text: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name.endswith("position_ids") or name.startswith(f"{llava_family.TOWER}head."):  # a buffer, SigLIP's pooling
+            continue
+        prefix = next((prefix for prefix in llava_family.TEXT_PREFIXES if name.startswith(prefix)), "")
+        text[name.removeprefix(prefix)] = tensor
+    return text, {path: jax.device_put(array, leaves[path].sharding) for path, array in parameters.items()}
 
 
 # --- names and shapes -------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from gptjax.config import GPTConfig
 from gptjax.models.attention import KeyValues, LayerCache
-from gptjax.models.embedding import embed, value_embeddings
+from gptjax.models.embedding import embed, image_slots, value_embeddings
 from gptjax.models.gpt import GPT, Block, head_logits, layer_inputs
 from gptjax.models.layer_inputs import LayerInputs
 from gptjax.models.paged_attention import PagedKeyValues, Pages
@@ -39,7 +39,11 @@ def unstack(config: GPTConfig, params: Any) -> Any:
 
 
 def forward(
-    model: GPT, params: Any, tokens_BT: jax.Array, segments_BT: jax.Array | None = None
+    model: GPT,
+    params: Any,
+    tokens_BT: jax.Array,
+    segments_BT: jax.Array | None = None,
+    images_BNX: jax.Array | None = None,
 ) -> tuple[jax.Array, list[KeyValues]]:
     """The output of the last layer (B, T, D), and the keys and values of every layer.
 
@@ -47,8 +51,10 @@ def forward(
       params: unstacked.
       tokens_BT: int, T at most `context_length`.
       segments_BT: as in `attention_mask`.
+      images_BNX: as in `GPT.hidden`.
     """
-    x_BTD, inputs = embedded(model, params, tokens_BT, jnp.arange(tokens_BT.shape[1])[None], segments_BT)
+    positions_BT = jnp.arange(tokens_BT.shape[1])[None]
+    x_BTD, inputs = embedded(model, params, tokens_BT, positions_BT, segments_BT, images_BNX)
     layers = []
     for block, layer, given in zip(blocks(model.config), params["layers"], inputs, strict=True):
         x_BTD, key_values = _apply(block, layer, x_BTD, given)
@@ -56,7 +62,14 @@ def forward(
     return x_BTD, layers
 
 
-def prefill(model: GPT, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array, slots: int) -> tuple[jax.Array, Cache]:
+def prefill(
+    model: GPT,
+    params: Any,
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array,
+    slots: int,
+    images_BNX: jax.Array | None = None,
+) -> tuple[jax.Array, Cache]:
     """Runs the model on prompts, and fills the cache. A prompt is the prefix of a prefix language model.
 
     Args:
@@ -65,6 +78,7 @@ def prefill(model: GPT, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array,
       lengths_B: int, tokens in each row, at least 1.
       slots: size of the cache of a dense layer, at least the length of all text to decode; the cache of a banded
         layer is no larger than its band.
+      images_BNX: as in `GPT.hidden`.
 
     Returns:
       The output of the last layer at each row's last token (B, D), and the cache.
@@ -72,7 +86,7 @@ def prefill(model: GPT, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array,
     segments_BT = None
     if "prefix" in model.config.attention_pattern:
         segments_BT = jnp.where(jnp.arange(tokens_BT.shape[1])[None] < lengths_B[:, None], -1, 0)
-    x_BTD, layers = forward(model, params, tokens_BT, segments_BT)
+    x_BTD, layers = forward(model, params, tokens_BT, segments_BT, images_BNX)
     cache = []
     for block, key_values in zip(blocks(model.config), layers, strict=True):
         kept = min(slots, model.config.band_width) if block.attention == "banded" else slots
@@ -122,7 +136,7 @@ def read(
     Returns:
       The output of the last layer (B, T, D), and the cache with the tokens in it.
     """
-    x_BTD, inputs = _embed(model, params, tokens_BT, pages.positions_BT)
+    x_BTD, inputs = embedded(model, params, tokens_BT, pages.positions_BT)
     written = []
     for block, layer, given, pool in zip(_blocks(model.config), params["layers"], inputs, cache, strict=True):
         x_BTD, pool = _apply(block, layer, x_BTD, given.replace(pages=pages), pool)
@@ -150,13 +164,22 @@ def _apply(
 
 
 def embedded(
-    model: GPT, params: Any, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None = None
+    model: GPT,
+    params: Any,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    segments_BT: jax.Array | None = None,
+    images_BNX: jax.Array | None = None,
 ) -> tuple[jax.Array, list[LayerInputs]]:
     """The input of the first layer, and the further inputs of each layer."""
     config = model.config
     names = [name for name in ("token", "position", "value") if f"{name}_embedding" in params]
     tables = {name: params[f"{name}_embedding"]["embedding"] for name in names}
-    x_BTD = embed(config, tables["token"], tables.get("position"), tokens_BT, positions_BT)
+    images = None
+    if images_BNX is not None:
+        tokens_BND = cast(jax.Array, model.apply({"params": params}, images_BNX, method="image_tokens"))
+        images = tokens_BND, image_slots(config, tokens_BT)
+    x_BTD = embed(config, tables["token"], tables.get("position"), tokens_BT, positions_BT, images=images)
     values = value_embeddings(config, tables.get("value"), tokens_BT)
     inputs = layer_inputs(config, x_BTD, positions_BT, segments_BT)
     return x_BTD, [inputs.replace(value_BTHK=values.get(layer)) for layer in range(config.num_layers)]

@@ -18,6 +18,7 @@ def embed(
     tokens_BT: jax.Array,
     positions_BT: jax.Array,
     perturbation_BTD: jax.Array | None = None,
+    images: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """Input of the first layer, (B, T, D) of the config's dtype: token embeddings with their positions.
 
@@ -26,8 +27,13 @@ def embed(
 
     Args:
       position_TD: learned position embeddings; None: positions are rotary.
+      images: the tokens of each row's images (B, N, D), and `image_slots`. None: no images.
     """
     x_BTD = nn.unbox(jax.tree.map(lambda leaf: take_rows(leaf, tokens_BT), token_VD))
+    if images is not None:
+        tokens_BND, slot_BT = images
+        image_BTD = jnp.take_along_axis(tokens_BND, jnp.maximum(slot_BT, 0)[:, :, None], axis=1)
+        x_BTD = jnp.where(slot_BT[:, :, None] >= 0, image_BTD.astype(x_BTD.dtype), x_BTD)
     if position_TD is not None:
         x_BTD = add_positions(config, x_BTD, position_TD, positions_BT)
     if perturbation_BTD is not None:  # before the cast, which could round it away
@@ -35,6 +41,15 @@ def embed(
     if config.norm_embedding:
         x_BTD = Norm(config, has_gain=False, parent=None).apply({}, x_BTD)
     return constrain(x_BTD.astype(config.dtype), "batch", "sequence", None)
+
+
+def image_slots(config: GPTConfig, tokens_BT: jax.Array) -> jax.Array:
+    """Which of its row's image tokens each position holds, counted from 0, int32 (B, T); -1: a token of text.
+
+    Positions with `vision.image_token` hold the tokens of the row's images in their order.
+    """
+    is_image_BT = tokens_BT == config.vision.image_token
+    return jnp.where(is_image_BT, jnp.cumsum(is_image_BT, axis=1, dtype=jnp.int32) - 1, -1)
 
 
 def add_positions(config: GPTConfig, token_BTD: jax.Array, position_TD: Any, positions_BT: jax.Array) -> jax.Array:

@@ -22,7 +22,7 @@ from gptjax.models.attention import LayerCache, SelfAttention
 from gptjax.models.attention_backends import is_cudnn_forward
 from gptjax.models.axis_roles import ParameterAxes, tree_axes
 from gptjax.models.elementwise import Norm, Vector
-from gptjax.models.embedding import embed, stacked_values, value_embeddings
+from gptjax.models.embedding import embed, image_slots, stacked_values, value_embeddings
 from gptjax.models.experts import ROUTER, MixtureOfExperts, RouterMeasures
 from gptjax.models.feed_forward import MLP, Adapter
 from gptjax.models.layer_inputs import LayerInputs
@@ -168,6 +168,14 @@ class GPT(nn.Module):
             self.head_embedding = table(config.vocab_size, config.embed_dim, embedding_init=head_init)
         if config.norm_position == "pre":
             self.final_norm = Norm(config, config.norm_gain)
+        if config.reads_images:
+            from gptjax.models.vision import ImageEncoder  # imports this module
+
+            self.vision = ImageEncoder(config)
+
+    def image_tokens(self, images_BNX: jax.Array, deterministic: bool = True) -> jax.Array:
+        """The tokens of images, (B, N * tokens_per_image, D); see `gptjax.models.vision.ImageEncoder`."""
+        return self.vision(images_BNX, deterministic)
 
     def normalise(self, x_BTD: jax.Array) -> jax.Array:
         """Applies the final normalisation (pre-LN models have one) to the output of the last layer.
@@ -186,6 +194,7 @@ class GPT(nn.Module):
         deterministic: bool = True,
         perturbation_BTD: jax.Array | None = None,
         is_token_BT: jax.Array | None = None,
+        images_BNX: jax.Array | None = None,
     ) -> jax.Array:
         """Final hidden states: the input of the head.
 
@@ -196,6 +205,8 @@ class GPT(nn.Module):
           deterministic: no dropout; otherwise a "dropout" rng is needed.
           perturbation_BTD: added to the token embeddings, for adversarial training. None: zero.
           is_token_BT: bool, False at padding, which experts do not count. None: padding is where segments_BT is 0.
+          images_BNX: uint8, the images of each row in the order of its image tokens, N of them or fewer, then padding.
+            None: image tokens, if any, have embeddings as all others.
 
         Returns:
           (B, T, D), of the config's dtype.
@@ -208,14 +219,21 @@ class GPT(nn.Module):
             is_token_BT = None
         elif is_token_BT is None and segments_BT is not None:
             is_token_BT = segments_BT != 0
+        images = None
+        if config.reads_images and self.is_initializing():
+            images_BNX = jnp.zeros((len(tokens_BT), 1, config.vision.values_per_image), jnp.uint8)
+        if images_BNX is not None:
+            images = self.image_tokens(images_BNX, deterministic), image_slots(config, tokens_BT)
         if ring:
             tokens_BT, segments_BT, positions_BT, perturbation_BTD, is_token_BT = jax.tree.map(
                 to_balanced_order, (tokens_BT, segments_BT, positions_BT, perturbation_BTD, is_token_BT)
             )
+            images = None if images is None else (images[0], to_balanced_order(images[1]))
         if positions_BT is None:
             positions_BT = jnp.asarray(balanced_positions(length, context) if ring else np.arange(length))[None]
         position_TD = self.position_embedding.embedding if config.positions == "learned" else None
-        x_BTD = embed(config, self.token_embedding.embedding, position_TD, tokens_BT, positions_BT, perturbation_BTD)
+        token_VD = self.token_embedding.embedding
+        x_BTD = embed(config, token_VD, position_TD, tokens_BT, positions_BT, perturbation_BTD, images)
         x_BTD = nn.Dropout(config.embedding_dropout, deterministic=deterministic)(x_BTD)
 
         if self.is_initializing() and not config.tied_head:

@@ -214,7 +214,8 @@ def split(
 
     Parameters that `given` lacks are trained: a head, adapters, low-rank leaves. If a leaf is longer than in `given`,
     its additional rows are trained: new tokens. Also trained are, for adapters, the layer norms (Houlsby et al. 2019,
-    section 2.1); for top_layers, the last `num_layers` layers and the final norm; for none, all parameters.
+    section 2.1); for top_layers, the last `num_layers` layers and the final norm; for none, all parameters; and those
+    whose paths match a regex of `trained`.
 
     A partly trained leaf is in both trees at the same path: its first rows are frozen, its last rows trained.
 
@@ -222,8 +223,11 @@ def split(
       given: shapes of the pretrained weights, by path.
 
     Raises:
-      UserError: a leaf that does not fit that of `given`, or top_layers exceeds the number of layers.
+      UserError: a leaf that does not fit that of `given`, a regex of `trained` that matches no parameter, or top_layers
+        exceeds the number of layers.
     """
+    for pattern_of_paths in config.trained:
+        _check_matches(pattern_of_paths, params)
     pattern = len(params.get("layers", {}))
     base: dict[str, Any] = {}
     trained: dict[str, Any] = {}
@@ -239,6 +243,17 @@ def split(
     return unflatten(base), unflatten(trained)
 
 
+def _check_matches(pattern: str, params: Any) -> None:
+    """Raises UserError unless a regex of `trained` matches a parameter."""
+    paths = list(flatten(params))
+    try:
+        matches = any(re.fullmatch(pattern, path) for path in paths)
+    except re.error as error:
+        raise UserError(f"peft.trained: {pattern!r} is not a regular expression: {error}") from None
+    if not matches:
+        raise UserError(f"peft.trained: {pattern!r} matches no parameter: they are {', '.join(paths)}")
+
+
 def _frozen_rows(
     config: PeftConfig, path: str, shape: tuple[int, ...], given: tuple[int, ...] | None, pattern: int
 ) -> int:
@@ -248,6 +263,8 @@ def _frozen_rows(
     if given[1:] != shape[1:] or given[0] > shape[0]:
         raise UserError(f"init_from has {path} of shape {list(given)}, which does not fit the model's {list(shape)}")
     if config.method == "none" or (config.method == "adapters" and re.search(r"norm/(scale|bias)$", path)):
+        return 0
+    if any(re.fullmatch(trained, path) for trained in config.trained):
         return 0
     if config.method == "top_layers":
         if path.startswith("final_norm/"):

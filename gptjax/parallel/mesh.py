@@ -47,6 +47,7 @@ LOGICAL_AXES: dict[str | None, tuple[str, ...] | str | None] = {
     "vocab_part": None,  # rows of a table stored in two parts, whose sizes need not be divisible
     "outputs": None,
     "position": None,
+    "patch": None,
     "router": None,
     "balance": None,
     "gate_inputs": None,
@@ -123,6 +124,12 @@ def check_model_fit(model: GPTConfig, mesh: Mesh) -> None:
         ("model.num_experts", model.num_experts or 0, "expert", mesh.shape["expert"]),
         ("model.vocab_size", model.vocab_size or 0, "tensor", tensor),
     )
+    if (vision := model.vision).encoder == "vit":
+        _check_division(
+            ("model.vision.embed_dim", vision.embed_dim, "fsdp", fsdp),
+            ("model.vision.num_heads", vision.num_heads, "tensor", tensor),
+            ("model.vision.ffw_dim", vision.ffw_dim or 4 * vision.embed_dim, "tensor", tensor),
+        )
 
 
 def _check_division(*needs: tuple[str, int, str, int]) -> None:

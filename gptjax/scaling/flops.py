@@ -49,6 +49,22 @@ def seen_positions(model: GPTConfig, layer: int) -> int:
     return model.context_length if kind == "dense" else min(model.band_width, model.context_length)
 
 
+def image_flops(model: GPTConfig) -> int:
+    """Forward pass of the image encoder and the projector per image; its tokens then cost what tokens of text do."""
+    vision = model.vision
+    if vision.encoder == "none":
+        return 0
+    patch = 3 * vision.patch_size**2
+    if vision.encoder == "patches":
+        return 2 * vision.num_patches * patch * model.embed_dim
+    encoder, W, D = model.image_encoder, vision.embed_dim, model.embed_dim
+    length = encoder.context_length
+    layer = kernel_flops(encoder, 0) + 4 * length * W  # scores, and weighted sums of values
+    projector = 2 * (W * D + (vision.projector == "mlp") * D * D)
+    patches = 2 * vision.num_patches * patch * W
+    return patches + vision.layers_read * length * layer + vision.tokens_per_image * projector
+
+
 def head_flops(model: GPTConfig) -> int:
     """Forward pass of the head per token."""
     return 2 * model.embed_dim * vocab_size(model)

@@ -18,12 +18,13 @@ class Parameter(NamedTuple):
       shape: experts on the first axis, if there are several.
       kind: kernel: multiplied in a layer; table: rows are looked up; head: the head's matrix, which is also the table
         of tokens if it is tied; vector: biases, gains and other parameters without a matrix product; balance: a bias
-        that the load of experts moves, without moments in the optimizer.
+        that the load of experts moves, without moments in the optimizer; image: any array of the image encoder and the
+        projector, which no token of text reads.
       of_experts: whether each token reads only the entries of its experts.
     """
 
     shape: tuple[int, ...]
-    kind: Literal["kernel", "table", "head", "vector", "balance"]
+    kind: Literal["kernel", "table", "head", "vector", "balance", "image"]
     of_experts: bool = False
 
     @property
@@ -49,7 +50,7 @@ def active_parameter_count(model: GPTConfig) -> int:
 
     The head counts, embeddings that are looked up do not.
     """
-    return sum(active_size(model, part) for part in parameters(model) if part.kind != "table")
+    return sum(active_size(model, part) for part in parameters(model) if part.kind not in ("table", "image"))
 
 
 @functools.lru_cache(maxsize=256)
@@ -70,7 +71,27 @@ def active_size(model: GPTConfig, part: Parameter) -> int:
 def parameters(model: GPTConfig) -> tuple[Parameter, ...]:
     """All arrays, each layer's separately."""
     layers = (part for layer in range(model.num_layers) for part in layer_parameters(model, layer))
-    return (*_outer_parameters(model), *layers)
+    return (*_outer_parameters(model), *layers, *image_parameters(model))
+
+
+@functools.lru_cache(maxsize=256)
+def image_parameters(model: GPTConfig) -> tuple[Parameter, ...]:
+    """All arrays of the image encoder and the projector; none if the model reads no images."""
+    vision = model.vision
+    if vision.encoder == "none":
+        return ()
+    patch = 3 * vision.patch_size**2
+    if vision.encoder == "patches":
+        D = model.embed_dim
+        shapes: list[tuple[int, ...]] = [(patch, D), (D,), (vision.num_patches, D)]
+    else:
+        encoder = model.image_encoder
+        W, D = vision.embed_dim, model.embed_dim
+        shapes = [(patch, W), (encoder.context_length, W), (W,), (W,)]  # the last two: the final norm
+        shapes += vision.patch_bias * [(W,)] + vision.class_token * [(W,)] + vision.embedding_norm * [(W,), (W,)]
+        shapes += [part.shape for n in range(vision.num_layers) for part in layer_parameters(encoder, n)]
+        shapes += [(W, D), (D,)] + (vision.projector == "mlp") * [(D, D), (D,)]
+    return tuple(Parameter(shape, "image") for shape in shapes)
 
 
 def vocab_size(model: GPTConfig) -> int:

@@ -77,7 +77,7 @@ def _special_tokens(stage: Stage) -> dict[str, int]:
     """Returns the ids of the special tokens that the stage appends to the tokenizer's vocabulary, by name."""
     definition = registry.definition(stage.config)
     if definition.conversational:
-        return chat_format(stage.config.chat, stage.tokenizer).special_tokens
+        return chat_format(stage.config.chat, stage.tokenizer, stage.config.model.vision).special_tokens
     if definition.head is not None:
         return {f"<{name}>": token for name, token in task_inputs.special_tokens(stage.tokenizer)._asdict().items()}
     return {}

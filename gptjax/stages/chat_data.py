@@ -12,6 +12,8 @@ from gptjax.config import Config, DataConfig, UserError, naming
 from gptjax.data import conversations
 from gptjax.data.chat_batches import PackedConversations, PackedRankings
 from gptjax.data.conversations import Conversation, Prompt, Ranking
+from gptjax.data.images.image_files import ImageFiles
+from gptjax.data.images.image_references import IMAGE, ImageReference
 from gptjax.data.pipeline import PackedExamples, open_corpus
 from gptjax.data.sources import open_source
 from gptjax.data.templates import ChatFormat, TooLongError, chat_format
@@ -33,6 +35,7 @@ class ChatData(Generic[T]):
 
     Attributes:
       config: complete.
+      images: reads the images of the items; None: the model reads none.
     """
 
     config: Config
@@ -40,6 +43,7 @@ class ChatData(Generic[T]):
     chat_format: ChatFormat
     train: list[T]
     validation: list[T]
+    images: ImageFiles | None = None
 
 
 def open_chat(
@@ -65,10 +69,21 @@ def open_chat(
     train, validation = processes.first_then_others(lambda: read(config))
     if tokenizer is None:
         tokenizer = find_tokenizer(config, [text for item in train for text in _texts(item)])
-    form = chat_format(config.chat, tokenizer)
-    config = config.completed(form.vocab_size)
+    form = chat_format(config.chat, tokenizer, config.model.vision)
+    config = config.completed(form.vocab_size, image_token=form.image_token)
     check_fit(config, mesh)
-    return ChatData(config, tokenizer, form, train, validation)
+    images = None
+    if config.model.reads_images:
+        images = ImageFiles(config.model.vision, config.data)
+        images.check([image for item in (*train, *validation) for image in _images(item)])
+    return ChatData(config, tokenizer, form, train, validation, images)
+
+
+def refuse_images(data: ChatData[Any]) -> None:
+    """Raises UserError if an item has an image, in a stage that reads text alone."""
+    for item in (*data.train, *data.validation):
+        if images := _images(item):
+            raise UserError(f"{images[0].place}: stage {data.config.stage} reads no images: use stage sft")
 
 
 def conversations_of(config: Config) -> Split[Conversation]:
@@ -110,10 +125,16 @@ def _split(config: Config, read: Callable[[str], list[T]]) -> Split[T]:
 
 
 def _texts(item: Conversation | Ranking | Prompt) -> list[str]:
-    """Returns all texts of an item."""
-    if not isinstance(item, Ranking):
-        return [message.content for message in item.messages]
-    return [*(message.content for message in item.prompt), *item.completions]
+    """Returns all texts of an item, without the places of images."""
+    messages = item.prompt if isinstance(item, Ranking) else item.messages
+    texts = [m.content.replace(IMAGE, "") if m.images else m.content for m in messages]
+    return [*texts, *item.completions] if isinstance(item, Ranking) else texts
+
+
+def _images(item: Conversation | Ranking | Prompt) -> list[ImageReference]:
+    """Returns all images of an item."""
+    messages = item.prompt if isinstance(item, Ranking) else item.messages
+    return [image for message in messages for image in message.images]
 
 
 def fitting(config: Config, items: Sequence[T], encode: Callable[[T], E]) -> list[E]:

@@ -24,7 +24,8 @@ DROPOUTS = ("embedding_dropout", "attention_dropout", "residual_dropout")  # fie
 
 def complete(config: Config, tokenizer: Tokenizer, workdir: Path) -> Config:
     """The complete config of a stage that reads conversations: the chat template may add tokens to the vocabulary."""
-    return config.completed(chat_format(config.chat, tokenizer).vocab_size, extends_vocabulary=True)
+    form = chat_format(config.chat, tokenizer, config.model.vision)
+    return config.completed(form.vocab_size, extends_vocabulary=True, image_token=form.image_token)
 
 
 def policy_parameters(config: Config) -> ParameterSpec:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gptjax.checkpoint.state import ParameterSpec
-from gptjax.config import Config
+from gptjax.config import Config, require
 from gptjax.data.mixture import Mixture, open_mixture
 from gptjax.data.pipeline import ExampleSource, Microbatch
 from gptjax.data.tokenizers import Tokenizer
@@ -50,6 +50,7 @@ def next_token_loss(config: Config) -> Loss:
             batch.get("positions"),
             deterministic=rng is None,
             is_token_BT=None if "segments" in batch else weights_BT > 0,  # without segments all tokens are targets
+            images_BNX=batch.get("images"),
             rngs=None if rng is None else {"dropout": rng},
         )
         nats = cross_entropy(
@@ -79,11 +80,21 @@ def next_token_loss(config: Config) -> Loss:
     return loss
 
 
+def check(config: Config) -> None:
+    """Raises UserError when the config has settings that pretraining does not support."""
+    objectives.check(config)
+    require(
+        config.model.vision.encoder == "none" or config.model.vision.image_token is not None,
+        f"model.vision.encoder={config.model.vision.encoder}: stage pretrain reads text alone, stage sft also images, "
+        "with and without init_from: set stage=sft",
+    )
+
+
 DEFINITION = Definition(
     parameters=lambda config: ParameterSpec(config, lambda rng: init_params(GPT(config.model), rng)),
     loss=next_token_loss,
     complete=lambda config, tokenizer, workdir: config.completed(tokenizer.vocab_size),
-    check=objectives.check,
+    check=check,
     adds_tokens=False,
 )
 

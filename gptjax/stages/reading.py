@@ -25,7 +25,7 @@ def refuse_settings_of_pretraining(config: Config, mesh: Mesh, record: str) -> N
         raise UserError(f"data.objective={config.data.objective} is for stage pretrain: set it to causal")
     if config.data.mixture:
         raise UserError(f"data.mixture is for stage pretrain: unset it, and name the {record}s by data.source")
-    if config.data.on_corrupt == "skip":
+    if config.data.on_corrupt == "skip" and not config.model.reads_images:  # damaged images can be skipped
         raise UserError(
             f"data.on_corrupt=skip is for stage pretrain: set it to error, and correct any damaged {record}"
         )

@@ -180,6 +180,8 @@ def given_base(parameters: ParameterSpec, given: Any, mesh: Mesh) -> Any:
 def check_model(config: Config, given: Config, name: str) -> None:
     """Raises UserError if the weights of a run with config `given`, called `name`, do not fit the model of `config`."""
     free: dict[str, Any] = {name: getattr(config.model, name) for name in fields_independent_of_weights()}
+    if not given.model.reads_images:  # the encoder is new
+        free["vision"] = config.model.vision
     if given.model.adapter_dim is None:
         free["adapter_dim"] = config.model.adapter_dim
     adds_tokens = registry.definition(config).adds_tokens or config.data.objective != "causal"

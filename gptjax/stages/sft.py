@@ -92,7 +92,9 @@ def _rows(
     ]
     encoded = fitting(data.config, turns, lambda i: form.encode(i.messages, context, place=i.place))
     share = chat.pretraining_share if pretraining is not None else 0.0
-    return PackedConversations(encoded, context, pack=chat.pack, seed=seed, pretraining=pretraining, share=share)
+    return PackedConversations(
+        encoded, context, pack=chat.pack, seed=seed, pretraining=pretraining, share=share, images=data.images
+    )
 
 
 def _evaluate(measure: Callable[[Any], dict[str, float]]) -> Callable[[Any], dict[str, float]]:

@@ -179,7 +179,7 @@ def test_a_dataset_as_tensorflow_datasets_reads_it(tmp_path, monkeypatch):
         ([OPENAI[1], {"role": "assistant", "content": None, "tool_calls": [{}]}], r"messages\[1\] has tool_calls"),
         ([OPENAI[1], OPENAI[2] | {"reasoning_content": "hm"}], r"messages\[1\] has reasoning_content"),
         ([OPENAI[1], OPENAI[2] | {"weight": 0}], r"messages\[1\] has weight 0"),
-        ([{"role": "user", "content": [{"type": "image_url"}]}], r"the content has a part of type 'image_url'"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], r"an image is 'None'"),
         ([*OPENAI, OPENAI[2]], r"chats.jsonl:2: message 3 has role assistant after one with role assistant"),
         ([OPENAI[1], OPENAI[1]], r"chats.jsonl:2: message 1 has role user after one with role user"),
         ([OPENAI[1], OPENAI[0]], r"chats.jsonl:2: message 1 has role system"),

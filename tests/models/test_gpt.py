@@ -209,10 +209,10 @@ CHANGES = {
     "param_dtype": "bfloat16",
 }
 # These change shapes of parameters or of inputs, or only how the same numbers are computed (tested above), or need
-# another field and are tested in test_modern_blocks.py, test_experts.py and test_cross_entropy.py.
+# another field and are tested in test_modern_blocks.py, test_experts.py, test_cross_entropy.py and test_vision.py.
 OTHER_FIELDS = {"vocab_size", "context_length", "embed_dim", "qkv_bias", "layer_loop", "remat", "attention_backend"}
 OTHER_FIELDS |= {"logits_dtype", "matmul_dtype", "expert_backend", "head_init_std", "z_loss", "balance_bias_rate"}
-OTHER_FIELDS |= {"router_balance_loss", "router_z_loss", "rope_theta"}
+OTHER_FIELDS |= {"router_balance_loss", "router_z_loss", "rope_theta", "vision"}
 OTHER_FIELDS |= {
     field.name
     for group in (Positions, Normalisation, Attention, FeedForward, Experts, Output)

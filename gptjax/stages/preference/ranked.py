@@ -12,7 +12,7 @@ from gptjax.data.conversations import Prompt, Ranking
 from gptjax.data.pipeline import Microbatch
 from gptjax.data.templates import TooLongError, with_completion
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.stages.chat_data import ChatData, fitting, open_chat, positions, rankings_of
+from gptjax.stages.chat_data import ChatData, fitting, open_chat, positions, rankings_of, refuse_images
 from gptjax.stages.reading import reader
 from gptjax.training.held_out import held_out_means
 from gptjax.training.intervals import in_tokens
@@ -41,6 +41,7 @@ def build_ranked(
       UserError: as in `open_chat`; a completion that is longer than the context.
     """
     data = open_chat(config, mesh, tokenizer, rankings_of)
+    refuse_images(data)
     context, pack = data.config.model.context_length, data.config.chat.pack
     encoded = _encode(data, data.train)
     train = PackedRankings(encoded, context, pack=pack, seed=data.config.seed)

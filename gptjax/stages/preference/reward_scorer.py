@@ -104,12 +104,14 @@ def load_reward_model(workdir: Path, mesh: Mesh, batch_size: int = 8) -> RewardS
         weights = load_reward_weights(workdir, mesh)
     config = predicting(weights.config)
     params = {**weights.gpt, "head": weights.head}
-    return RewardScorer(RewardModel(config), params, chat_format(config.chat, weights.tokenizer), mesh, batch_size)
+    return RewardScorer(
+        RewardModel(config), params, chat_format(config.chat, weights.tokenizer, config.model.vision), mesh, batch_size
+    )
 
 
 def check_prompts_fit(workdir: Path, prompts: Sequence[Prompt]) -> None:
     """Raises UserError when the last message of a prompt alone exceeds the context of a workdir's reward model."""
     config, tokenizer = completed_config(workdir)
-    form = chat_format(config.chat, tokenizer)
+    form = chat_format(config.chat, tokenizer, config.model.vision)
     for prompt in prompts:
         form.encode_prompt(prompt.messages, config.model.context_length - 1, place=f"{workdir}: {prompt.place}")

@@ -13,7 +13,7 @@ from gptjax.config import Config
 from gptjax.data.conversations import Prompt
 from gptjax.data.pipeline import ExampleArrays
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.stages.chat_data import ChatData, fitting, open_chat, prompts_of
+from gptjax.stages.chat_data import ChatData, fitting, open_chat, prompts_of, refuse_images
 from gptjax.stages.rl.completions import Arrays, Completions, CompletionSampler, EncodedPrompt
 from gptjax.stages.rl.reward_functions import open_reward
 from gptjax.stages.rl.rollouts import Rollouts
@@ -45,6 +45,7 @@ def build_rl(
       UserError: as in `open_chat` and `open_reward`; a prompt that leaves no room for a completion.
     """
     data = open_chat(config, mesh, tokenizer, prompts_of)
+    refuse_images(data)
     train, validation = (encoded_prompts(data, prompts) for prompts in (data.train, data.validation))
     reward = open_reward(data.config.rl.reward, mesh, [prompt.prompt for prompt in (*train, *validation)])
     sampler = CompletionSampler(data.config, mesh, data.tokenizer, reward, [*train, *validation], data.chat_format)

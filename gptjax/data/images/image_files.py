@@ -1,0 +1,145 @@
+"""Reads and decodes the images that conversations name."""
+
+import base64
+import binascii
+import io
+import os
+import re
+import threading
+import urllib.parse
+import warnings
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from absl import logging
+
+from gptjax.config import DataConfig, UserError, VisionConfig
+from gptjax.data.images import digits
+from gptjax.data.images.image_references import ImageReference
+from gptjax.data.images.square_images import MAX_PIXELS, largest_shift, shifted, square
+from gptjax.data.remote_files import is_url
+
+# Formats whose decoders read nothing but the file: EPS, for example, would start another program.
+FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
+_LINE = re.compile(r"(.*):\d+(?::|$)")  # the file of a place such as "chats.jsonl:17: messages[0]"
+
+
+class ImageFiles:
+    """The images of a run, as a vision encoder reads them. Thread-safe.
+
+    Args:
+      vision: size and form of the images.
+      data: where they are, and what happens to damaged ones.
+
+    Attributes:
+      skipped: number of images that could not be read so far with data.on_corrupt=skip.
+    """
+
+    def __init__(self, vision: VisionConfig, data: DataConfig) -> None:
+        self.vision, self._data, self.skipped = vision, data, 0
+        self._lock = threading.Lock()
+
+    def check(self, images: list[ImageReference]) -> None:
+        """Raises UserError if an image is remote and may not be, or a file does not exist; decodes none."""
+        for image in images:
+            if self._is_remote(image) and not self._data.remote_images:
+                raise UserError(
+                    f"{image.place}: the image {_short(image.source)} is remote: set data.remote_images=true to read "
+                    "such images, or download it"
+                )
+            path = self._path(image)
+            if path is not None and self._data.on_corrupt == "error" and not path.is_file():
+                raise UserError(f"{_before(image)}there is no image {path}")
+
+    def read(self, image: ImageReference, seed: tuple[int, ...] | None = None) -> npt.NDArray[np.uint8] | None:
+        """Decodes an image; returns uint8 (X,) as `square` does. None: it is damaged, and data.on_corrupt=skip.
+
+        Args:
+          seed: of the random shift by data.image_shift; None: the image is not shifted.
+
+        Raises:
+          UserError: the image does not exist, is damaged or too large, or is of none of FORMATS.
+        """
+        try:
+            image_X, most = self._decoded(image), largest_shift(self.vision, self._data.image_shift)
+        except UserError as error:
+            if self._data.on_corrupt == "error":
+                raise UserError(f"{_before(image)}{error}") from None
+            with self._lock:
+                self.skipped += 1
+                if self.skipped == 1:
+                    logging.warning("skipped a damaged image, and will skip others: %s%s", _before(image), error)
+            return None
+        if seed is None or most == 0:
+            return image_X
+        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
+        dx, dy = generator.integers(-most, most, size=2, endpoint=True).tolist()
+        return shifted(image_X, self.vision.image_size, dx, dy)
+
+    def _decoded(self, image: ImageReference) -> npt.NDArray[np.uint8]:
+        from PIL import Image, ImageOps, UnidentifiedImageError
+
+        if image.source.startswith("digits:"):
+            return square(Image.fromarray(digits.image(image.source)), self.vision)
+        content, name = self._bytes(image), _short(image.source)
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is that of Pillow's error
+        try:
+            with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
+                if opened.width * opened.height > MAX_PIXELS:
+                    raise UserError(f"the image {name} has {opened.width} x {opened.height} pixels: too many to decode")
+                turned = ImageOps.exif_transpose(opened)
+                return square(turned.convert("RGB"), self.vision)
+        except UserError:
+            raise
+        except UnidentifiedImageError:
+            raise UserError(f"{name} is not an image: {', '.join(FORMATS)} are read") from None
+        except Image.DecompressionBombError:
+            raise UserError(f"the image {name} has too many pixels to decode") from None
+        except Exception as error:  # on arbitrary bytes, decoders raise exceptions of many types
+            raise UserError(f"the image {name} is damaged: {type(error).__name__}") from None
+
+    def _bytes(self, image: ImageReference) -> bytes:
+        source = image.source
+        if source.startswith("data:"):
+            header, comma, text = source.partition(",")
+            try:
+                if comma and header.endswith(";base64"):
+                    return base64.b64decode("".join(text.split()), validate=True)
+                raise ValueError
+            except (ValueError, binascii.Error):
+                raise UserError(f"the image {_short(source)} is not a data: URL in base64") from None
+        path = self._path(image)
+        try:
+            if path is not None:
+                return path.read_bytes()
+            import fsspec
+
+            with fsspec.open(source, "rb") as file:
+                return bytes(file.read())
+        except FileNotFoundError:
+            raise UserError(f"there is no image {path or source}") from None
+        except Exception as error:  # of a file system or a client
+            raise UserError(f"cannot read the image {path or source}: {error}") from None
+
+    def _is_remote(self, image: ImageReference) -> bool:
+        return not image.source.startswith(("data:", "digits:", "file:")) and is_url(image.source)
+
+    def _path(self, image: ImageReference) -> Path | None:
+        """The file of an image, relative to data.image_dir or else to the file that names it; None: it is no file."""
+        source = image.source
+        if source.startswith(("data:", "digits:")) or self._is_remote(image):
+            return None
+        if source.startswith("file:"):
+            source = urllib.parse.unquote(urllib.parse.urlparse(source).path)
+        named_in = _LINE.match(image.place)
+        folder = self._data.image_dir or (os.path.dirname(named_in[1]) if named_in else "")
+        return Path(os.path.expanduser(folder), os.path.expanduser(source))
+
+
+def _before(image: ImageReference) -> str:
+    return f"{image.place}: " if image.place else ""
+
+
+def _short(source: str) -> str:
+    return source if len(source) <= 120 else f"{source[:40]}..."

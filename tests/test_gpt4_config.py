@@ -1,0 +1,56 @@
+"""configs/gpt4.py: LLaVA's two steps and training from scratch, for a laptop and as published."""
+
+import dataclasses
+import re
+
+import pytest
+
+from gptjax import config as c
+from gptjax.config import UserError
+from gptjax.stages import registry
+from tests.tiny_images import VISION
+from tests.tiny_tasks import MODEL, config_module, save_pretrained
+
+
+@pytest.fixture(scope="module")
+def module():
+    return config_module("gpt4")
+
+
+def resolved(module, argument: str) -> c.Config:
+    config = c.resolve(module.get_config(argument))
+    registry.check(config)
+    registry.check_sections(config)
+    return config
+
+
+def test_scratch_reads_the_packaged_digits(module):
+    local = resolved(module, "runlocal")
+    assert (local.data.source, local.data.validation_source) == ("digits:train", "digits:test")
+    assert (local.stage, local.peft.method, local.model.vision.image_size) == ("sft", "none", 8)
+    whole = resolved(module, "data=jsonl:x.jsonl")
+    assert whole.model.vision == dataclasses.replace(c.VisionConfig(), encoder="vit")
+    assert whole.model.vision.tokens_per_image == 576  # LLaVA-1.5's
+    assert (whole.data.source, whole.data.validation_source, whole.data.image_shift) == ("jsonl:x.jsonl", None, 0.0)
+    patches = resolved(module, "runlocal,encoder=patches")
+    assert patches.model.vision.encoder == "patches"
+    for wrong in ("stage=rlhf", "encoder=cnn"):
+        with pytest.raises(UserError, match=f"unknown {wrong.partition('=')[0]}"):
+            module.get_config(wrong)
+
+
+def test_the_steps_of_llava_train_their_parts(module, pretrained, tmp_path):
+    align = resolved(module, f"stage=align,init_from={pretrained},runlocal")
+    assert (align.model.embed_dim, align.peft.method) == (MODEL.embed_dim, "parts")
+    assert align.model.reads_images
+    vision = dataclasses.replace(VISION, image_token=257)
+    given = save_pretrained(tmp_path / "llava", settings=dataclasses.replace(MODEL, vocab_size=258, vision=vision))
+    for stage, lr, rows in (("align", 1e-3, 256), ("instruct", 2e-5, 128)):
+        config = resolved(module, f"stage={stage},init_from={given},data=jsonl:x.jsonl")
+        assert config.model.vision == vision  # those of init_from
+        assert (config.optimizer.peak_lr, config.batch.tokens_per_batch) == (lr, rows * MODEL.context_length)
+        assert (config.optimizer.weight_decay, config.optimizer.warmup_fraction) == (0.0, 0.03)
+    patterns = config.peft.trained
+    assert any(re.fullmatch(pattern, "layers/block_0/mlp/up/kernel") for pattern in patterns)
+    assert any(re.fullmatch(pattern, "vision/projector_1/kernel") for pattern in patterns)
+    assert not any(re.fullmatch(pattern, "vision/encoder/block_0/mlp/up/kernel") for pattern in patterns)

@@ -138,7 +138,7 @@ def read(
     """
     x_BTD, inputs = embedded(model, params, tokens_BT, pages.positions_BT)
     written = []
-    for block, layer, given, pool in zip(_blocks(model.config), params["layers"], inputs, cache, strict=True):
+    for block, layer, given, pool in zip(blocks(model.config), params["layers"], inputs, cache, strict=True):
         x_BTD, pool = _apply(block, layer, x_BTD, given.replace(pages=pages), pool)
         written.append(jax.tree.map(constrain_pages, pool))
     return x_BTD, written

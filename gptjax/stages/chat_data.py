@@ -75,7 +75,7 @@ def open_chat(
     images = None
     if config.model.reads_images:
         images = ImageFiles(config.model.vision, config.data)
-        images.check([image for item in (*train, *validation) for image in _images(item)])
+        images.check([image for split in (train, validation) for item in split for image in _images(item)])
     return ChatData(config, tokenizer, form, train, validation, images)
 
 

@@ -63,9 +63,7 @@ def test_weights_that_cannot_be_converted_are_a_user_error(monkeypatch: pytest.M
         raise jax.errors.JaxRuntimeError("the total memory required (31.38G) exceeds available HBM (15.75G).")
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", compile_)
-    with pytest.raises(
-        UserError, match=r"needs 31.38 GiB of a device's 15.75: set --config.model.param"
-    ):
+    with pytest.raises(UserError, match=r"needs 31.38 GiB of a device's 15.75: set --config.model.param"):
         abstract_weights(MODEL, make_mesh(MeshConfig()), "bfloat16")
 
 

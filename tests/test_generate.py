@@ -129,6 +129,7 @@ def test_one_prompt_is_text_and_several_are_json_lines(workdir, tmp_path):
     assert {line["finish_reason"] for line in lines} == {"length"}
 
 
+@pytest.mark.slow
 def test_continuous_batching_writes_the_same_completions(workdir, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one\nzwölf and more\nx\n")

@@ -1,9 +1,12 @@
 """What the endpoints answer: whole and streamed completions, log-probabilities, embeddings, models."""
 
 import base64
+from pathlib import Path
 
 import numpy as np
 import pytest
+
+from gptjax.inference.retrieval import Documents
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 
@@ -192,3 +195,16 @@ def test_the_request_log_has_no_prompt(server):
     assert line["user"] == "someone"
     assert line["status"] == 200
     assert line["completion_tokens"] == 8
+
+
+def test_retrieved_passages_are_cited(serve_tiny):
+    question = "How do I return an item?"
+    body = {"messages": [{"role": "user", "content": question}], "max_tokens": 2}
+    with serve_tiny(documents=Documents(Path(__file__).parents[2] / "examples" / "customer_service")) as server:
+        sources = server.chat(**body)["sources"]
+        assert sources[0]["place"].startswith("returns.md:")
+        streamed = [event for event in server.events("/v1/chat/completions", **body) if "sources" in event]
+        assert streamed[0]["sources"] == sources
+        response = server.post("/v1/responses", input=question, max_output_tokens=2).json()
+        assert response["output"][0]["content"][0]["annotations"][0]["filename"] == "returns.md"
+        assert "sources" not in server.chat(**body, retrieval=False)

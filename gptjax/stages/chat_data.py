@@ -66,7 +66,8 @@ def open_chat(
         if (spec := getattr(config.data, field)) is not None:
             with naming(f"data.{field}"):
                 conversations.check_spec(spec)
-    train, validation = processes.first_then_others(lambda: read(config))
+    split: Split[T] = processes.first_then_others(lambda: read(config))
+    train, validation = split
     if tokenizer is None:
         tokenizer = find_tokenizer(config, [text for item in train for text in _texts(item)])
     form = chat_format(config.chat, tokenizer, config.model.vision)
@@ -75,7 +76,8 @@ def open_chat(
     images = None
     if config.model.reads_images:
         images = ImageFiles(config.model.vision, config.data)
-        images.check([image for item in (*train, *validation) for image in _images(item)])
+        for items in (train, validation):
+            images.check([image for item in items for image in _images(item)])
     return ChatData(config, tokenizer, form, train, validation, images)
 
 

@@ -120,10 +120,10 @@ def runlocal(config: c.Config) -> c.Config:
             "data": {"tokenizer": "bpe:400"},
             # Larger than for wide models: 1 / sqrt(width) is 0.09.
             "model": {"kernel_init_std": 0.06},
-            "batch": _batch(config, 8, epochs=24.0),
+            "batch": _batch(config, 8, epochs=48.0),
             "optimizer": {"peak_lr": 1.5e-3, "beta2": 0.99, "warmup_fraction": 0.05},
-            "evaluation": {"every_epochs": 4.0},
-            "checkpoint": {"every_epochs": 4.0},
+            "evaluation": {"every_epochs": 8.0},
+            "checkpoint": {"every_epochs": 8.0},
             "chat": {} if config.init_from else LOCAL_FORMAT,
         },
     )

@@ -66,7 +66,8 @@ def open_chat(
         if (spec := getattr(config.data, field)) is not None:
             with naming(f"data.{field}"):
                 conversations.check_spec(spec)
-    train, validation = processes.first_then_others(lambda: read(config))
+    split: Split[T] = processes.first_then_others(lambda: read(config))
+    train, validation = split
     if tokenizer is None:
         tokenizer = find_tokenizer(config, [text for item in train for text in _texts(item)])
     form = chat_format(config.chat, tokenizer, config.model.vision)

@@ -171,6 +171,7 @@ def test_every_field_is_tested():
     assert CHANGES.keys() | OTHER_FIELDS == {field.name for field in dataclasses.fields(VisionConfig)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", CHANGES)
 def test_every_field_changes_the_tokens_of_an_image(field):
     @partial(jax.jit, static_argnums=0)

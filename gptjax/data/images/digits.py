@@ -11,11 +11,11 @@ from gptjax.data.conversation_forms import Message
 from gptjax.data.images.image_references import IMAGE, ImageReference
 
 SPLITS = ("train", "test")
-HELD_OUT = 5  # every fifth image is one of the test split
+HELD_OUT = 360  # images of the test split, chosen at random: in their order, the digits repeat
 PAIRS = 2  # questions about an image and a random other one, for each question about one image
 READ = f"{IMAGE}\nWhich digit?"
 COMPARE = f"{IMAGE}{IMAGE}\nWhich is larger?"
-_SEED = 0  # of the pairs: the same in every run
+_SEED = 0  # of the splits and pairs: the same in every run
 
 
 def parse(spec: str) -> tuple[str, bool]:
@@ -38,8 +38,9 @@ def conversations(spec: str) -> Iterator[tuple[tuple[Message, ...], str]]:
     """
     (split, is_text), (_, labels) = parse(spec), _digits()
     exchange = _without_images if is_text else _exchange
-    numbers = [i for i in range(len(labels)) if (i % HELD_OUT == 0) == (split == "test")]
-    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([_SEED, SPLITS.index(split)])))
+    order = _generator(len(SPLITS)).permutation(len(labels)).tolist()
+    numbers = sorted(order[:HELD_OUT] if split == "test" else order[HELD_OUT:])
+    generator = _generator(SPLITS.index(split))
     for number in numbers:
         yield exchange(READ, str(labels[number]), number)
         for _ in range(PAIRS):
@@ -48,6 +49,10 @@ def conversations(spec: str) -> Iterator[tuple[tuple[Message, ...], str]]:
                 other = numbers[int(generator.integers(len(numbers)))]
             answer = "first" if labels[number] > labels[other] else "second"
             yield exchange(COMPARE, answer, number, other)
+
+
+def _generator(number: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([_SEED, number])))
 
 
 def _exchange(question: str, answer: str, *numbers: int) -> tuple[tuple[Message, ...], str]:

@@ -182,4 +182,5 @@ def test_digits_are_conversations_without_images_of_the_other_split():
     for spec in ("digits", "digits:all", "digits:test:images"):
         with pytest.raises(UserError, match="digits:train or digits:test"):
             read_conversations(spec)
-    assert ImageReference("digits:0", "digits 0") in test[0].messages[0].images
+    image = test[0].messages[0].images[0]
+    assert image == ImageReference(image.source, test[0].place)

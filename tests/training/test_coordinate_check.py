@@ -45,7 +45,9 @@ def test_width(optimizer, tied):
     flat = found({**MUP, "tied_head": tied}, widths, optimizer)
     assert all(slope.is_flat for slope in flat.values()), flat
     standard = found({"tied_head": tied}, widths, optimizer)
-    assert max(standard[kind].change for kind in ("attention", "feed_forward", "residual")) > 0.7, standard
+    # By the theory: orthogonal updates grow as the square root of the width, entrywise ones as the width.
+    least = 0.4 if optimizer == "muon" else 0.7
+    assert max(standard[kind].change for kind in ("attention", "feed_forward", "residual")) > least, standard
 
 
 @pytest.mark.slow

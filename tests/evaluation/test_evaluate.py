@@ -141,7 +141,10 @@ def test_numbers_that_json_cannot_hold():
         (["--workdir={workdir}", "--tasks=lambada", "--num_fewshot=-1"], ["num_fewshot"]),
         (["--workdir={workdir}", "--tasks=perplexity", "--step=7"], ["no checkpoint 7"]),
         (["--workdir={workdir}", "--tasks=perplexity", "--step=7", "--best"], ["--step=7 and --best exclude"]),
-        (["--workdir={workdir}", "--tasks=lambada", "--source=sotu"], ["--source is for --tasks=perplexity and"]),
+        (
+            ["--workdir={workdir}", "--tasks=lambada", "--source=sotu"],
+            ["--source is for --tasks=perplexity, --tasks=dialogue and"],
+        ),
         (["--workdir={workdir}", "--tasks=lambada", "--reward_model=x"], ["--reward_model", "--tasks=dialogue"]),
         (["--workdir={workdir}", "--tasks=dialogue"], ["is of stage pretrain: --tasks=dialogue is for stages sft"]),
         (["--workdir={workdir}", "--tasks=dialogue", "--source=sotu"], ["unknown source 'sotu' of conversations"]),

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 from absl import app, flags
-from scipy import stats
 
+from benchmarks.measuring import interval
 from gptjax import config as c
 from gptjax.run import run
 from gptjax.training.metrics_file import read_metrics
@@ -94,15 +94,6 @@ def summary(
         modern_timed = [float(np.interp(budget, curve["seconds"], curve["loss"])) for curve in modern]
         row["time_difference"] = interval([a - b for a, b in zip(timed, modern_timed, strict=True)])
     return row
-
-
-def interval(differences: list[float]) -> list[float]:
-    """Mean of paired differences, and half the width of its 95 % interval (infinite with one seed)."""
-    count = len(differences)
-    if count == 1:
-        return [differences[0], math.inf]
-    error = float(np.std(differences, ddof=1)) / math.sqrt(count)
-    return [float(np.mean(differences)), float(stats.t.ppf(0.975, count - 1)) * error]
 
 
 def print_table(table: dict[str, dict[str, Any]], budget: float) -> None:

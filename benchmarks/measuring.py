@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
@@ -14,6 +15,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from scipy import stats
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers")
 
@@ -36,6 +39,15 @@ def alternate(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str
 def ratio(times: Sequence[float], base: Sequence[float]) -> float:
     """Computes the speed relative to `base`: the median of the ratios of the rounds."""
     return statistics.median(b / t for t, b in zip(times, base, strict=True))
+
+
+def interval(values: Sequence[float]) -> list[float]:
+    """Mean of values, such as paired differences, and half the width of its 95 % interval (infinite with one seed)."""
+    count = len(values)
+    if count == 1:
+        return [values[0], math.inf]
+    error = float(np.std(values, ddof=1)) / math.sqrt(count)
+    return [float(np.mean(values)), float(stats.t.ppf(0.975, count - 1)) * error]
 
 
 def product_flops(size: int, dtype: str, repeats: int = 5) -> float:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from gptjax.config import GPTConfig, resolve
-from gptjax.config.model import Attention, Experts, FeedForward, Normalisation, Output, Positions
+from gptjax.config.model import Attention, Experts, FeedForward, Normalisation, Output, Parametrization, Positions
 from gptjax.models import gpt
 from gptjax.models.dot_product import attention_mask, dot_product_attention
 from gptjax.models.gpt import GPT, head_embedding, hidden_states, unembed
@@ -209,13 +209,14 @@ CHANGES = {
     "param_dtype": "bfloat16",
 }
 # These change shapes of parameters or of inputs, or only how the same numbers are computed (tested above), or need
-# another field and are tested in test_modern_blocks.py, test_experts.py, test_cross_entropy.py and test_vision.py.
+# another field and are tested in test_modern_blocks.py, test_experts.py, test_cross_entropy.py, test_vision.py and
+# test_parametrization.py.
 OTHER_FIELDS = {"vocab_size", "context_length", "embed_dim", "qkv_bias", "layer_loop", "remat", "attention_backend"}
 OTHER_FIELDS |= {"logits_dtype", "matmul_dtype", "expert_backend", "head_init_std", "z_loss", "balance_bias_rate"}
 OTHER_FIELDS |= {"router_balance_loss", "router_z_loss", "rope_theta", "vision"}
 OTHER_FIELDS |= {
     field.name
-    for group in (Positions, Normalisation, Attention, FeedForward, Experts, Output)
+    for group in (Positions, Normalisation, Attention, FeedForward, Experts, Output, Parametrization)
     for field in dataclasses.fields(group)
     if field.name not in CHANGES
 }

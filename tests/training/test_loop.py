@@ -69,7 +69,9 @@ def train_and_die(config: Config, workdir: Path, microbatches: int, monkeypatch)
     [
         {},
         {"name": "muon", "first_moment_dtype": "bfloat16"},
-        {"name": "adafactor", "min_factored_dim": 8, "first_moment_dtype": "bfloat16"},
+        pytest.param(
+            {"name": "adafactor", "min_factored_dim": 8, "first_moment_dtype": "bfloat16"}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_stop_restore_train_on_equals_uninterrupted(optimizer, tiny, tmp_path, monkeypatch):

@@ -30,8 +30,8 @@ QUICK = [
 if version("jaxlib").startswith("0.10."):  # later ones have the slower emitters only, and end the process at the flag
     QUICK += ["--xla_cpu_use_fusion_emitters=false"]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *QUICK]).strip()
-# A shell that starts the tests in the background lets them ignore SIGINT, and nohup SIGHUP; what they start would inherit
-# that.
+# A shell that starts the tests in the background lets them ignore SIGINT, and nohup lets them ignore SIGHUP; what they
+# start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:

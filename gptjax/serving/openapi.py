@@ -55,6 +55,12 @@ _GETS = {
 }
 _STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 _ERROR = {"$ref": "#/components/schemas/Error"}
+# One event of a stream; OpenAPI 3.1 has no keyword of its own for the items of a stream.
+_EVENT = {
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["data"],
+}
 
 
 def openapi() -> dict[str, Any]:
@@ -63,7 +69,7 @@ def openapi() -> dict[str, Any]:
     for path, (summary, request, required) in _POSTS.items():
         content: dict[str, Any] = {"application/json": {"schema": {"type": "object", "required": list(required)}}}
         if path in _STREAMED:
-            content["text/event-stream"] = {"schema": {"type": "string"}}
+            content["text/event-stream"] = {"schema": _EVENT}
         paths[path] = {
             "post": {
                 "summary": summary,

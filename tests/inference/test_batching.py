@@ -196,6 +196,8 @@ def test_a_request_does_not_depend_on_other_requests(tokenizer, varied):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["wide", "banded", "modern", "experts", "prefix", "bfloat16"])
 def test_requests_are_deterministic_under_many_schedules(name, tokenizer, varied):
+    if name == "prefix":  # a prompt that is read in both directions has no log-probabilities
+        varied = [dataclasses.replace(one, prompt_logprobs=False) for one in varied]
     assert differing(name, tokenizer, varied, 500) == []
 
 

@@ -17,6 +17,7 @@ import json
 import math
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import matplotlib.figure
 import numpy as np
@@ -99,16 +100,17 @@ def export(config: c.Config, path: Path) -> Path:
     rows = complete.sequences_per_microbatch * complete.model.context_length
     limit = None if config.evaluation.max_tokens is None else math.ceil(config.evaluation.max_tokens / rows)
     held_out = list(itertools.islice(reader(complete, mesh)(mixture.corpora[0].validation, 0), limit))
-    arrays = {
+    arrays: dict[str, Any] = {
         name: np.concatenate([batch.arrays[name] for batch in found]).reshape(steps, -1, complete.model.context_length)
         for name in ("tokens", "targets")
     }
     full = [batch for batch in held_out if np.all(batch.arrays["weights"] == 1)]
     for name in ("tokens", "targets"):
         arrays[f"held_out_{name}"] = np.stack([batch.arrays[name] for batch in full])
-    sizes = {name: np.int64(getattr(complete.model, name)) for name in SIZES}
+    arrays |= {name: np.int64(getattr(complete.model, name)) for name in SIZES}
     assert config.evaluation.every_tokens is not None
-    np.savez(path, **arrays, **sizes, every=np.int64(config.evaluation.every_tokens // tokens_per_step))
+    arrays["every"] = np.int64(config.evaluation.every_tokens // tokens_per_step)
+    np.savez(path, **arrays)
     return path
 
 

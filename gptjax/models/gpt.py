@@ -142,6 +142,27 @@ class Period(nn.Module):
         return x_BTD, None
 
 
+def scanned_layers(
+    config: GPTConfig, periods: int, deterministic: bool, is_initializing: bool, ring: bool, name: str
+) -> Period:
+    """The scan over so many repetitions of the attention pattern, to be called like `Period`.
+
+    Its values, the last argument, are stacked like the parameters.
+    """
+    scan: type[Period] = nn.scan(
+        Period,
+        variable_axes={"params": 0, ROUTER: 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(nn.broadcast, 0),
+        length=periods,
+        unroll=periods if is_unrolled(config, deterministic) else 1,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+        # The check traces the body once more, and advances its random streams: a seed gives other values without.
+        check_constancy_invariants=is_initializing or not deterministic,
+    )
+    return scan(config, deterministic, ring, name=name)
+
+
 class GPT(nn.Module):
     """Decoder-only transformer: tokens to logits.
 
@@ -239,17 +260,7 @@ class GPT(nn.Module):
         if self.is_initializing() and not config.tied_head:
             _ = self.head_embedding.embedding  # created where it is first read
         periods = config.num_layers // len(config.attention_pattern)
-        layers = nn.scan(
-            Period,
-            variable_axes={"params": 0, ROUTER: 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, 0),
-            length=periods,
-            unroll=periods if is_unrolled(config, deterministic) else 1,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-            # The check traces the body once more, and advances its random streams: a seed gives other values without.
-            check_constancy_invariants=self.is_initializing() or not deterministic,
-        )(config, deterministic, ring, name="layers")
+        layers = scanned_layers(config, periods, deterministic, self.is_initializing(), ring, name="layers")
         value_table_VX = self.value_embedding.embedding if config.value_embeddings != "none" else None
         values = stacked_values(config, value_embeddings(config, value_table_VX, tokens_BT))
         x_BTD, _ = layers(x_BTD, layer_inputs(config, x_BTD, positions_BT, segments_BT, is_token_BT), values)

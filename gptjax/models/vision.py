@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from gptjax.config import GPTConfig
 from gptjax.models.attention import product_settings
 from gptjax.models.elementwise import ACTIVATIONS, Norm, Vector
-from gptjax.models.gpt import Period, is_unrolled
+from gptjax.models.gpt import scanned_layers
 from gptjax.models.layer_inputs import LayerInputs
 from gptjax.parallel.mesh import constrain, gathered, partitioned
 
@@ -72,17 +72,8 @@ class ImageEncoder(nn.Module):
         x_NPD = constrain(x_NPD, "batch", "sequence", None)
 
         def layers(length: int, name: str, x_NPD: jax.Array) -> jax.Array:
-            stack = nn.scan(
-                Period,
-                variable_axes={"params": 0},
-                split_rngs={"params": True, "dropout": True},
-                in_axes=(nn.broadcast, 0),
-                length=length,
-                unroll=length if is_unrolled(config, deterministic) else 1,
-                metadata_params={nn.PARTITION_NAME: "layers"},
-                check_constancy_invariants=self.is_initializing() or not deterministic,
-            )(config, deterministic, False, name=name)
-            return stack(x_NPD, LayerInputs(), {})[0]
+            scan = scanned_layers(config, length, deterministic, self.is_initializing(), ring=False, name=name)
+            return scan(x_NPD, LayerInputs(), {})[0]
 
         read = vision.layers_read
         x_NPD = layers(read, "encoder", x_NPD)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from gptjax.inference.sampling import Sampling, likeliest, penalise, top_p_mask
+from gptjax.inference.sampling import Sampling, draw, likeliest, penalise, top_p_mask
 from gptjax.parallel.mesh import constrain
 
 FEW_CANDIDATES = 128  # the largest top_k that needs no sorting of the vocabulary
@@ -108,8 +108,8 @@ def sample_rows(
 
     def sampled(uses_B: jax.Array, candidates: int | None) -> jax.Array:
         uses_B &= ~rows.is_greedy_B
-        draw = lambda: _draw(scaled_BV, keys_B, top_k_B, candidates, uses_B, rows)  # noqa: E731
-        return jax.lax.cond(jnp.any(uses_B), draw, lambda: jnp.zeros_like(greedy_B))
+        drawn = lambda: _draw(scaled_BV, keys_B, top_k_B, candidates, uses_B, rows)  # noqa: E731
+        return jax.lax.cond(jnp.any(uses_B), drawn, lambda: jnp.zeros_like(greedy_B))
 
     token_B = jnp.where(has_all_B, sampled(has_all_B, None), sampled(has_few_B, few))
     if few < vocabulary:
@@ -148,9 +148,7 @@ def _draw(
     scaled_BC = jax.lax.cond(jnp.any(uses_top_p_B), within_top_p, lambda: scaled_BC)
     least_B1 = jnp.max(scaled_BC, axis=-1, keepdims=True) + jnp.log(rows.min_p_B)[:, None]
     scaled_BC = jnp.where(scaled_BC < least_B1, -jnp.inf, scaled_BC)
-    gumbel_BC = jax.vmap(lambda key: jax.random.gumbel(key, scaled_BC.shape[1:], scaled_BC.dtype))(keys_B)
-    chosen_B = likeliest(scaled_BC + gumbel_BC)
-    return chosen_B if token_BC is None else jnp.take_along_axis(token_BC, chosen_B[:, None], axis=1)[:, 0]
+    return draw(scaled_BC, token_BC, keys_B)
 
 
 def top_logprobs(logits_BV: jax.Array, wanted_B: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -106,7 +106,11 @@ def sample(
         logits_BV = penalise(logits_BV, seen_BV, values.repetition_penalty)
     if static.greedy:
         return likeliest(logits_BV)
-    logits_BC, token_BC = candidates(logits_BV, static, values)
+    return draw(*candidates(logits_BV, static, values), keys_B)
+
+
+def draw(logits_BC: jax.Array, token_BC: jax.Array | None, keys_B: jax.Array) -> jax.Array:
+    """Samples a candidate of each row, int32 (B,). Their tokens are `token_BC`; None: they are the whole vocabulary."""
     # The Gumbel-max trick of `jax.random.categorical`, with a faster argmax.
     gumbel_BC = jax.vmap(lambda key: jax.random.gumbel(key, logits_BC.shape[1:], logits_BC.dtype))(keys_B)
     chosen_B = likeliest(logits_BC + gumbel_BC)

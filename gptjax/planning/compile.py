@@ -66,16 +66,14 @@ def compile_lowered(trace: Any, mesh: Mesh, unknown_trip_count: int = 1) -> Comp
       unknown_trip_count: as in `collectives`.
     """
     start = time.perf_counter()
-    try:
-        with jax.set_mesh(mesh):
-            compiled = trace().compile()
-    except jax.errors.JaxRuntimeError as error:
-        if (too_big := read_refusal(str(error))) is None:
-            raise
-        return too_big
+    with jax.set_mesh(mesh):
+        compiled = compile_or_refuse(trace())
+    if isinstance(compiled, OutOfMemory):
+        return compiled
     seconds = time.perf_counter() - start
-    analysis = compiled.memory_analysis()
+    analysis, text = compiled.memory_analysis(), compiled.as_text()
     assert analysis is not None, "XLA reports memory on CPUs, GPUs and TPUs"
+    assert text is not None, "and the compiled program"
     arguments = analysis.argument_size_in_bytes
     host = analysis.host_temp_size_in_bytes + analysis.host_argument_size_in_bytes
     if mesh.devices.flat[0].platform == "tpu" and host == 0:  # with offloading, the peak includes host memory
@@ -84,7 +82,17 @@ def compile_lowered(trace: Any, mesh: Mesh, unknown_trip_count: int = 1) -> Comp
         temporaries = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     total = arguments + temporaries + analysis.generated_code_size_in_bytes
     memory = DeviceMemory(arguments, temporaries, total, host)
-    return CompiledProgram(memory, collectives(compiled.as_text(), unknown_trip_count), seconds)
+    return CompiledProgram(memory, collectives(text, unknown_trip_count), seconds)
+
+
+def compile_or_refuse(lowered: jax.stages.Lowered) -> jax.stages.Compiled | OutOfMemory:
+    """Compiles a program, or returns what the compiler says of the memory that it lacks."""
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if (too_big := read_refusal(str(error))) is None:
+            raise
+        return too_big
 
 
 def read_refusal(message: str) -> OutOfMemory | None:

@@ -17,7 +17,7 @@ from gptjax.inference.sampling import Sampling
 from gptjax.inference.weights import WeightFormat, prepare
 from gptjax.models.gpt import GPT, abstract_params
 from gptjax.parallel.mesh import BATCH_AXES, batch_shards, check_model_fit, partition_spec
-from gptjax.planning.compile import CompiledProgram, CompileResult, compile_lowered, read_refusal
+from gptjax.planning.compile import CompiledProgram, CompileResult, OutOfMemory, compile_lowered, compile_or_refuse
 from gptjax.planning.topology import Topology
 from gptjax.scaling.flops import forward_flops_per_token, seen_positions
 from gptjax.scaling.parameters import expert_parameter_count, parameter_count
@@ -146,19 +146,17 @@ def abstract_weights(model: GPTConfig, mesh: Mesh, weights: WeightFormat) -> tup
     with jax.set_mesh(mesh):
         given = abstract_params(GPT(model), mesh)
         shapes = jax.eval_shape(convert, given)
-        lowered = jax.jit(convert).lower(given)
-        try:
-            placement = lowered.compile().output_shardings
-        except jax.errors.JaxRuntimeError as error:
-            if (refusal := read_refusal(str(error))) is None:
-                raise
-            raise UserError(
-                f"converting the weights from {model.param_dtype} to {weights} needs {refusal.needed / 2**30:.2f} GiB "
-                f"of a device's {refusal.capacity / 2**30:.2f}: set --config.model.param_dtype=bfloat16, or shard them "
-                "with --config.mesh.tensor or --config.mesh.fsdp"
-            ) from None
+        compiled = compile_or_refuse(jax.jit(convert).lower(given))
+    if isinstance(compiled, OutOfMemory):
+        raise UserError(
+            f"converting the weights from {model.param_dtype} to {weights} needs {compiled.needed / 2**30:.2f} GiB "
+            f"of a device's {compiled.capacity / 2**30:.2f}: set --config.model.param_dtype=bfloat16, or shard them "
+            "with --config.mesh.tensor or --config.mesh.fsdp"
+        )
     return converted[0], jax.tree.map(
-        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, placement
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+        shapes,
+        compiled.output_shardings,
     )
 
 

@@ -22,10 +22,9 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from benchmarks.measuring import interval
+from benchmarks.measuring import held_out_curve, interval
 from gptjax import config as c
 from gptjax.run import run
-from gptjax.training.metrics_file import read_metrics
 
 MODERN = "configs/gpt_modern.py"
 INGREDIENTS = list(runpy.run_path(MODERN)["INGREDIENTS"])
@@ -67,15 +66,7 @@ def train(name: str, seed: int) -> dict[str, list[float]]:
         changes["evaluation"] |= {"every_tokens": every}
     workdir = Path(WORKDIR.value) / f"{name.replace(' ', '_')}-{seed}"
     run(c.replace(dataclasses.replace(config, seed=seed), changes), workdir)
-    _, records = read_metrics(workdir)
-    held_out = [record for record in records if record["split"] == "validation"]
-    rate = np.median([record["tokens_per_second"] for record in records if "tokens_per_second" in record])
-    # Time of training alone, at the median rate: compilation and evaluation are not the variant's cost per token.
-    return {
-        "tokens": [record["tokens"] for record in held_out],
-        "seconds": [float(record["tokens"] / rate) for record in held_out],
-        "loss": [record["loss"] for record in held_out],
-    }
+    return held_out_curve(workdir)
 
 
 def summary(

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
+from gptjax.training.metrics_file import read_metrics
+
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers")
 
 
@@ -48,6 +50,18 @@ def interval(values: Sequence[float]) -> list[float]:
         return [values[0], math.inf]
     error = float(np.std(values, ddof=1)) / math.sqrt(count)
     return [float(np.mean(values)), float(stats.t.ppf(0.975, count - 1)) * error]
+
+
+def held_out_curve(workdir: Path) -> dict[str, list[float]]:
+    """The held-out losses of a run, with the tokens and the seconds of training before them.
+
+    Seconds are at the median rate: compilation and evaluation are not a model's cost per token.
+    """
+    _, records = read_metrics(workdir)
+    held_out = [record for record in records if record["split"] == "validation"]
+    rate = float(np.median([record["tokens_per_second"] for record in records if "tokens_per_second" in record]))
+    tokens = [record["tokens"] for record in held_out]
+    return {"tokens": tokens, "seconds": [n / rate for n in tokens], "loss": [record["loss"] for record in held_out]}
 
 
 def product_flops(size: int, dtype: str, repeats: int = 5) -> float:

@@ -24,6 +24,7 @@ from typing import Any
 from absl import app, flags
 
 from benchmarks.finetuning import every, text_of
+from benchmarks.measuring import interval
 from gptjax import config as c
 from gptjax.data.labelled import Row, read_rows, split_rows
 from gptjax.metrics.report_files import write_predictions
@@ -132,14 +133,10 @@ def finetune(files: dict[str, Path], root: Path, name: str, pretrained: Path, at
     return float(json.loads((workdir / "report.json").read_text())[MAIN_METRIC[KIND]])
 
 
-def interval(scores: list[float]) -> str:
-    """The mean with the half-width of its 95 % confidence interval by Student's t."""
-    if len(scores) < 2:
-        return f"{scores[0]:.4f}"
-    from scipy import stats
-
-    error = statistics.stdev(scores) / len(scores) ** 0.5
-    return f"{statistics.mean(scores):.4f} ± {float(stats.t.ppf(0.975, len(scores) - 1)) * error:.4f}"
+def shown(scores: list[float]) -> str:
+    """The mean with the half-width of its 95 % confidence interval, which one score does not have."""
+    mean, half = interval(scores)
+    return f"{mean:.4f}" if len(scores) < 2 else f"{mean:.4f} ± {half:.4f}"
 
 
 def print_table(results: dict[str, dict[str, Any]]) -> None:
@@ -149,7 +146,7 @@ def print_table(results: dict[str, dict[str, Any]]) -> None:
     print("|---|---|---|---|")
     for name, found in results.items():
         loss = f"{statistics.mean(found['held_out_loss']):.3f}" if found["held_out_loss"] else ""
-        print(f"| {name} | {loss} | {interval(found['causal'])} | {interval(found['bidirectional'])} |")
+        print(f"| {name} | {loss} | {shown(found['causal'])} | {shown(found['bidirectional'])} |")
 
 
 if __name__ == "__main__":

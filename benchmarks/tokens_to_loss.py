@@ -23,7 +23,7 @@ import matplotlib.figure
 import numpy as np
 from absl import flags
 
-from benchmarks.measuring import interval
+from benchmarks.measuring import held_out_curve, interval
 from benchmarks.peer_training import PEERS, SIZES
 from gptjax import cli
 from gptjax import config as c
@@ -32,7 +32,6 @@ from gptjax.parallel.mesh import make_mesh
 from gptjax.run import run
 from gptjax.stages import builders
 from gptjax.stages.reading import reader
-from gptjax.training.metrics_file import read_metrics
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the batches, the runs and the table.", required=True)
 CONFIGS = flags.DEFINE_multi_string(
@@ -127,11 +126,7 @@ def check_equal(path: Path, first: Path, spec: str) -> None:
 def train(config: c.Config, workdir: Path) -> Curve:
     """Trains a config unless that is done."""
     run(config, workdir)
-    _, records = read_metrics(workdir)
-    held_out = [record for record in records if record["split"] == "validation"]
-    rate = float(np.median([record["tokens_per_second"] for record in records if "tokens_per_second" in record]))
-    tokens = [record["tokens"] for record in held_out]
-    return {"tokens": tokens, "seconds": [n / rate for n in tokens], "loss": [record["loss"] for record in held_out]}
+    return held_out_curve(workdir)
 
 
 def train_peer(name: str, checkout: str, batches: Path, output: Path, seed: int) -> Curve:

@@ -27,7 +27,7 @@ DOCS = ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
 # Clients of OpenAI's API, for tests of the server that are skipped without them.
 CLIENTS = ["langchain-openai>=1.7", "schemathesis>=4.32"]
 BROWSER = ["playwright>=1.60"]  # drives Debian's chromium, or one that `playwright install chromium` fetches
-LM_EVAL = ["lm-eval>=0.4.13,<0.5"]
+LM_EVAL = ["lm-eval[api]>=0.4.13,<0.5"]  # [api]: it asks our server as well
 # References for tests of models and losses, which are skipped without them; the library never imports them. On Python
 # 3.11 this torch is the CPU build; elsewhere the package index has it with CUDA, several gigabytes. Later versions of
 # trl have no PPO.
@@ -88,7 +88,7 @@ setup(
         "browser": BROWSER,
         "interop": INTEROP,
         "lm-eval": LM_EVAL,
-        "clients": [*CLIENTS, "lm-eval[api]>=0.4.13,<0.5"],
+        "clients": [*CLIENTS, *LM_EVAL],
         "docs": DOCS,
         "test": TEST,
         "dev": [*TEST, "mypy~=2.4.1", "ruff~=0.17.6"],

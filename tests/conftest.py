@@ -37,8 +37,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-# Compilation and a busy machine count as slowness.
-settings.register_profile("gptjax", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# Compilation and a busy machine count as slowness. A change is tested on the same examples here and in CI;
+# `pytest --hypothesis-profile=search` draws new ones.
+settings.register_profile("search", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("gptjax", settings.get_profile("search"), derandomize=True)
 settings.load_profile("gptjax")
 
 

@@ -129,6 +129,7 @@ def test_an_unwritable_workdir(tmp_path):
     assert_one_line(main(RUNLOCAL, workdir=tmp_path / "file" / "run"), "--workdir", "run")
 
 
+@pytest.mark.slow
 def test_what_a_run_compiles_is_kept(tmp_path, monkeypatch):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")  # as users have it
     result = main(

@@ -231,6 +231,7 @@ def test_a_checkpoint_without_shapes_in_its_manifest_opens(pretraining, tmp_path
         resumed(deeper, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_offloaded_state_is_saved_and_resumed(pretraining, tmp_path):
     config, _ = pretraining
     offloaded = replace(config, {"optimizer": {"offload": True}})

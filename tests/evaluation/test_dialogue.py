@@ -171,6 +171,7 @@ def test_rewards_of_completions_and_references_are_kept_apart():
 # --- the whole --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_evaluation_end_to_end(sft, reward_model, tmp_path, capsys):
     output = tmp_path / "report.json"
     report = evaluate(

@@ -18,6 +18,8 @@ from tests.interop.rotary_models import MODELS, tensors, text_tokens, write
 from tests.interop.test_peft_files import draw, our_logits
 from tests.interop.write_fixtures import logits
 
+pytestmark = pytest.mark.slow  # a model of every family
+
 LORA = PeftConfig(method="lora", targets=("layers/.*/kernel",), rank=3, alpha=6.0)
 ATTENTION = "layers/.*/attention/.*/kernel"
 # What is adapted: all kernels; one of two that share a parameter; one block of the pattern, so that layers are named.

@@ -86,6 +86,7 @@ def read(directory: Path) -> tuple[dict, dict, dict[str, np.ndarray]]:
     return config, settings, {name: safetensors_files.read(tensor) for name, tensor in headers.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["classification", "tagging"])
 def test_an_export_has_head_labels_and_special_tokens(kind, trained, tmp_path):
     workdir = trained(kind)
@@ -190,6 +191,7 @@ def test_outputs_that_are_linearly_dependent_are_refused():
     )
 
 
+@pytest.mark.slow
 def test_the_files_of_a_peft_export(trained, tmp_path):
     workdir = trained("classification", method="lora")
     export_adapter(workdir, tmp_path / "out")

@@ -195,7 +195,8 @@ def program(model: c.GPTConfig, name: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("name", "tied"), [("adamw", True), ("muon", False), pytest.param("adafactor", False, marks=pytest.mark.slow)]
+    ("name", "tied"),
+    [("adamw", True), *(pytest.param(name, False, marks=pytest.mark.slow) for name in ("muon", "adafactor"))],
 )
 def test_models_of_the_base_size_are_the_standard_ones(name, tied):
     """The same parameters bit for bit, and the same program: updates and losses are the same too."""

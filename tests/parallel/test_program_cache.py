@@ -54,6 +54,7 @@ def test_a_program_is_kept_and_found_again(tmp_path):
     assert kept(tmp_path / "compiled") == programs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["generate", "chat", "evaluate", "predict"])
 def test_the_config_of_a_workdir_does_not_choose_the_cache(command, tmp_path):
     """Each command ends with an error behind the point where it opens the cache, as the workdir has no checkpoint."""

@@ -22,6 +22,8 @@ from tests.commands import run_command
 from tests.tiny_chats import config_of, rl_config
 from tests.tiny_tasks import MODEL, save_pretrained
 
+pytestmark = pytest.mark.slow  # whole runs of the chat stages
+
 CHAT = c.ChatConfig(template="harmony", model_identity="M", knowledge_cutoff="K")
 CONTEXT = 512
 

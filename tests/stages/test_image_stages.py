@@ -42,6 +42,7 @@ def leaves_of(workdir: Path) -> dict[str, np.ndarray]:
         return {path: np.asarray(leaf) for path, leaf in peft.flatten(load_weights(workdir, mesh).gpt).items()}
 
 
+@pytest.mark.slow
 def test_a_run_reads_the_images(scratch):
     config, workdir = scratch
     first, final = (record["loss"] for record in read_metrics(workdir)[1] if record["split"] == "validation")
@@ -90,6 +91,7 @@ def test_align_then_instruct_train_their_parts(pretrained, tmp_path):
     assert {"vision/projector_1/kernel", "layers/block_0/mlp/up/kernel", "token_embedding/embedding"} <= changed
 
 
+@pytest.mark.slow
 def test_lora_adapts_the_text_model_and_trains_the_projector(scratch, tmp_path):
     config, start = scratch
     lora = c.PeftConfig(method="lora", rank=2, trained=("vision/projector_.*",))

@@ -23,6 +23,8 @@ from gptjax.stages.pretraining_objectives import attending
 from tests.commands import run_command
 from tests.training.test_loop import records, saved, train_and_die
 
+pytestmark = pytest.mark.slow  # whole runs of each objective
+
 LENGTH = 12
 MODEL = c.GPTConfig(
     vocab_size=61, context_length=LENGTH, num_layers=1, num_heads=2, embed_dim=16, kernel_init_std=0.3, dtype="float32"
@@ -137,7 +139,6 @@ def workdirs(configs, tmp_path_factory) -> dict[str, Path]:
     return {name: directory / name for name in configs}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_run_is_resumed_exactly(name, configs, workdirs, tmp_path, monkeypatch):
     train_and_die(configs[name], tmp_path / "resumed", 11, monkeypatch)  # in the middle of step 6

@@ -68,7 +68,7 @@ def train_and_die(config: Config, workdir: Path, microbatches: int, monkeypatch)
     "optimizer",
     [
         {},
-        {"name": "muon", "first_moment_dtype": "bfloat16"},
+        pytest.param({"name": "muon", "first_moment_dtype": "bfloat16"}, marks=pytest.mark.slow),
         pytest.param(
             {"name": "adafactor", "min_factored_dim": 8, "first_moment_dtype": "bfloat16"}, marks=pytest.mark.slow
         ),

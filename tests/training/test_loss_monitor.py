@@ -134,6 +134,7 @@ def test_an_update_that_is_not_finite_changes_the_step_alone(tiny, bad):
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_skipped_update_is_counted_and_the_run_goes_on(tiny, tmp_path, monkeypatch, capsys):
     with_bad_examples(monkeypatch, 16, 24, np.nan)  # the third of six steps
     run(replace(tiny, {"logging": {"every_steps": 2}}), tmp_path / "run")
@@ -143,6 +144,7 @@ def test_a_skipped_update_is_counted_and_the_run_goes_on(tiny, tmp_path, monkeyp
     assert "step 3: loss nan, gradient norm nan: the update was skipped" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_many_skipped_updates_stop_the_run_with_a_bundle_that_replays(tiny, tmp_path, monkeypatch):
     config = replace(tiny, {"stability": {"max_skipped_updates": 2}})
     with monkeypatch.context() as patch:
@@ -164,6 +166,7 @@ def test_many_skipped_updates_stop_the_run_with_a_bundle_that_replays(tiny, tmp_
     assert [r["skipped_updates"] for r in records(tmp_path / "run", "train")] == [0, 0, 1, 2, 2]
 
 
+@pytest.mark.slow
 def test_a_run_goes_back_before_a_spike_and_passes_over_its_data(tiny, tmp_path, monkeypatch, capsys):
     settings = {"spike_deviations": 6.0, "spike_window": 8, "on_spike": "rewind", "rewind_batches": 1}
     sections = {
@@ -199,6 +202,7 @@ def test_a_run_goes_back_before_a_spike_and_passes_over_its_data(tiny, tmp_path,
     ]
 
 
+@pytest.mark.slow
 def test_spikes_that_come_again_stop_the_run(tiny, tmp_path, monkeypatch):
     settings = {"spike_deviations": 6.0, "spike_window": 8, "on_spike": "rewind", "rewind_batches": 0}
     with_bad_examples(monkeypatch, 80, 10**6, 100.0)

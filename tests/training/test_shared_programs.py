@@ -26,6 +26,7 @@ def losses(workdir) -> list[float]:
     return [record["loss"] for record in read_metrics(workdir)[1]]
 
 
+@pytest.mark.slow
 def test_a_second_run_compiles_nothing_and_is_as_if_it_were_the_first(tmp_path, capsys):
     for name in "ab":
         (tmp_path / name).mkdir()

@@ -118,7 +118,7 @@ SAID = {  # of each row, in predictions.jsonl
 METRIC = {"regression": "pearson", "tagging": "entity_f1", "question_answering": "exact_match"}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
 def test_each_kind_of_task_writes_its_report(trained, kind):
     workdir = trained(kind)
     report = json.loads((workdir / finetune.METRICS_FILE).read_text())
@@ -263,6 +263,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(trained, config_of, tmp_path
     assert [r["loss"] for r in read_metrics(resumed)[1]] == [r["loss"] for r in read_metrics(whole)[1]]
 
 
+@pytest.mark.slow
 def test_a_run_that_dies_in_a_step_resumes(trained, config_of, tmp_path, monkeypatch):
     def broken_build(*args):
         stage = finetune.build(*args)
@@ -340,6 +341,7 @@ def test_a_changed_base_is_refused(trained, config_of, tmp_path):
 # --- stopping early ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_stops_out_of_patience_and_reports_the_best(config_of, tmp_path):
     every = {"every_epochs": 0.5}
     settings = {"evaluation": every | {"patience": 2}, "checkpoint": every, "batch": {"epochs": 20.0}}

@@ -125,7 +125,7 @@ def distance(first, second) -> float:
     return max(float(np.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (first, second)), strict=True))
 
 
-@pytest.mark.parametrize("stage", RL_STAGES)
+@pytest.mark.parametrize("stage", ["grpo", pytest.param("ppo", marks=pytest.mark.slow)])
 def test_the_records_of_a_run(finished, stage):
     _, workdir = finished[stage]
     rollouts, steps = records(workdir, "rollout"), records(workdir, "train")
@@ -203,6 +203,7 @@ def test_the_value_function_starts_as_the_reward_model(given):
     assert distance(policy, policy_of(given / "sft")) == 0
 
 
+@pytest.mark.slow
 def test_a_reward_model_rewards(given, tmp_path):
     """A whole run whose value function starts from the reward model, with pretraining text: PPO-ptx."""
     config = rl_config("ppo", given, given / "sft", given / "reward")

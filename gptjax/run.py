@@ -212,6 +212,11 @@ def _check_workdir(config: Config, workdir: Path, allow_changes: bool, start_ove
     old = with_absolute_paths(read_config(workdir))
     if changed := differences(old.model, config.model, "model."):
         raise UserError(f"{workdir} holds a run of another model ({'; '.join(changed)}): use another --workdir")
+    if old.data.tokenizer != config.data.tokenizer:
+        raise UserError(
+            f"{workdir} holds a run with data.tokenizer={old.data.tokenizer}, whose vocabulary its model has learned, "
+            f"not {config.data.tokenizer}: use another --workdir"
+        )
     changed = differences(old, config)
     if changed and not allow_changes:
         raise UserError(

@@ -208,6 +208,9 @@ def test_another_config_is_refused_or_allowed(finished):
     deeper = replace(finished.config, {"model": {"num_layers": 4}})
     with pytest.raises(UserError, match=r"model\.num_layers: 2 -> 4"):
         run(deeper, finished.workdir, allow_config_changes=True)
+    retokenised = replace(finished.config, {"data": {"tokenizer": "bpe:300"}})
+    with pytest.raises(UserError, match=r"data\.tokenizer=bytes.* not bpe:300"):
+        run(retokenised, finished.workdir, allow_config_changes=True)
 
 
 def test_init_from_starts_at_the_other_runs_average(whole, tmp_path):

@@ -102,7 +102,7 @@ def test_lr_rules_scale_the_whole_update():
 @pytest.mark.parametrize(("pattern", "culprit"), [("typo/.*", "typo"), ("(", "not a regular expression")])
 def test_lr_rules_must_be_used(pattern, culprit):
     optimizer = make_optimizer(Config(optimizer=OptimizerConfig(lr_rules=((pattern, 2.0),))), {})
-    with pytest.raises(UserError, match="optimizer.lr_rules") as error:
+    with pytest.raises(UserError, match=r"optimizer\.lr_rules") as error:
         optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS)
     assert culprit in str(error.value)
 

@@ -346,6 +346,19 @@ def _check_optimizer(optimizer: OptimizerConfig) -> None:
         all(factor >= 0 for _, factor in optimizer.decay_rules),
         f"optimizer.decay_rules={optimizer.decay_rules} has a negative factor: use 0 for no weight decay",
     )
+    require(
+        all(factor > 0 for _, factor in optimizer.lr_rules),
+        f"optimizer.lr_rules={optimizer.lr_rules} has a factor that is not positive: peft.method=parts trains some "
+        "parameters only",
+    )
+    variance = optimizer.muon_variance_decay
+    require(variance is None or 0 <= variance < 1, f"optimizer.muon_variance_decay={variance} must be in [0, 1)")
+    plain = variance is None and optimizer.muon_iteration == "newton_schulz"
+    require(
+        plain or optimizer.name == "muon",
+        f"optimizer.muon_variance_decay={variance} and optimizer.muon_iteration={optimizer.muon_iteration} need "
+        f"optimizer.name=muon, not {optimizer.name}",
+    )
     require(optimizer.warmup_tokens >= 0, f"optimizer.warmup_tokens={optimizer.warmup_tokens} must not be negative")
     start = optimizer.warmup_start_fraction
     require(0 <= start <= 1, f"optimizer.warmup_start_fraction={start} must be in [0, 1]")

@@ -255,12 +255,21 @@ class OptimizerConfig:
     beta2: float = 0.95  # decay rate of the second moment; with adafactor, its upper limit
     eps: float = 1e-8  # denominator offset of Adam; not used by adafactor
     muon_momentum: float = 0.95
+    # newton_schulz: five equal steps (Jordan et al. 2024); polar_express: five steps that are each optimal for the
+    # singular values that the steps before leave (Amsel et al. 2025)
+    muon_iteration: Literal["newton_schulz", "polar_express"] = "newton_schulz"
+    # NorMuon: decay rate of the mean square of the updates of each neuron, by whose root they are divided (Li et al.
+    # 2025); None: plain Muon
+    muon_variance_decay: float | None = None
     # Storage dtype of the first moment (and of muon's momentum); param_dtype: that of trained parameters, float32
     first_moment_dtype: Literal["param_dtype", "float32", "bfloat16"] = "param_dtype"
     min_factored_dim: int = 32  # adafactor does not factor the second moments of arrays with a shorter axis
     weight_decay: float = 0.1  # decoupled; multiplied by the learning rate
     # (regex over parameter paths, factor of weight_decay); the first full match applies, every parameter needs one
     decay_rules: tuple[tuple[str, float], ...] = ((".*/(bias|scale)", 0.0), (".*", 1.0))
+    cautious_decay: bool = False  # decay only those entries that the update alone reduces too (Chen et al. 2025)
+    # (regex over parameter paths, factor of the learning rate and so of weight decay); the first full match applies
+    lr_rules: tuple[tuple[str, float], ...] = ()
     clip_norm: float | None = 1.0  # maximum global norm of the gradient; None: no clipping
     # Decay rate per step of an exponential moving average of the parameters, which evaluation and sampling then use
     ema_decay: float | None = None

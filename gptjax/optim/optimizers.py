@@ -94,8 +94,11 @@ def make_optimizer(
         transforms.insert(0, _clip_by_network(optimizer.clip_norm))
     if config.peft.method == "adalora":
         transforms.insert(0, adalora.track(config.peft))  # sees the raw gradients
+    whole = config.peft.method == "none"
     if optimizer.weight_decay > 0:
-        transforms.append(_add_weight_decay(optimizer, whole=config.peft.method == "none"))
+        transforms.append(_add_weight_decay(optimizer, whole))
+    if optimizer.lr_rules:
+        transforms.append(_scale_by_rules(optimizer, whole))
     if optimizer.layer_lr_decay < 1:
         transforms.append(scale_by_path(lambda path, shape: layer_factor(config, path, axes[path], shape)))
     if lr_factors:
@@ -169,12 +172,17 @@ def layer_factor(config: Config, path: str, axes: ParameterAxes, shape: tuple[in
 
 
 def _add_weight_decay(config: OptimizerConfig, whole: bool) -> optax.GradientTransformation:
-    """Adds weight_decay x the factor of `decay_rules` x the parameter to each update."""
+    """Adds weight_decay x the factor of `decay_rules` x the parameter to each update.
+
+    With `cautious_decay`, to entries that the update alone would reduce (Chen et al. 2025, algorithm 1).
+    """
+
+    def decayed(update: jax.Array, param: jax.Array, factor: float) -> jax.Array:
+        decay = config.weight_decay * factor * param
+        return update + (jnp.where(update * param > 0, decay, 0) if config.cautious_decay else decay)
 
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
-        factors = decay_factors(config, params, whole)
-        decayed = jax.tree.map(lambda u, p, factor: u + config.weight_decay * factor * p, updates, params, factors)
-        return decayed, state
+        return jax.tree.map(decayed, updates, params, decay_factors(config, params, whole)), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
@@ -188,25 +196,45 @@ def decay_factors(config: OptimizerConfig, params: Any, whole: bool = True) -> A
     Raises:
       UserError: no rule matches a parameter, a rule matches nothing, or a regex does not parse.
     """
+    default = {pattern for pattern, _ in OptimizerConfig().decay_rules}  # a model may have no biases
+    return _rule_factors("optimizer.decay_rules", config.decay_rules, params, whole, may_match_nothing=default)
+
+
+def _scale_by_rules(config: OptimizerConfig, whole: bool) -> optax.GradientTransformation:
+    """Multiplies each update by the factor of `lr_rules`."""
+
+    def update(updates: Any, params: Any) -> Any:
+        rules = (*config.lr_rules, (".*", 1.0))
+        factors = _rule_factors("optimizer.lr_rules", rules, updates, whole, may_match_nothing={".*"})
+        return jax.tree.map(lambda u, factor: u * factor, updates, factors)
+
+    return optax.stateless(update)
+
+
+def _rule_factors(
+    setting: str, rules: tuple[tuple[str, float], ...], params: Any, whole: bool, may_match_nothing: set[str]
+) -> Any:
+    """The factor of the first rule whose regex matches the path of a parameter, for every parameter.
+
+    Raises:
+      UserError: as `decay_factors`.
+    """
     try:
-        rules = [(pattern, re.compile(pattern), factor) for pattern, factor in config.decay_rules]
+        compiled = [(pattern, re.compile(pattern), factor) for pattern, factor in rules]
     except re.error as error:
-        raise UserError(f"optimizer.decay_rules: {error.pattern!r} is not a regular expression: {error}") from None
+        raise UserError(f"{setting}: {error.pattern!r} is not a regular expression: {error}") from None
     used = set()
 
     def factor(path: tuple[Any, ...], _: Any) -> float:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        for pattern, regex, value in rules:
+        for pattern, regex, value in compiled:
             if regex.fullmatch(name):
                 used.add(pattern)
                 return value
-        raise UserError(f"optimizer.decay_rules: no rule matches the parameter {name}: add ('.*', 1.0) at the end")
+        raise UserError(f"{setting}: no rule matches the parameter {name}: add ('.*', 1.0) at the end")
 
     factors = jax.tree_util.tree_map_with_path(factor, params)
-    default = {pattern for pattern, _ in OptimizerConfig().decay_rules}  # a model may have no biases
-    for pattern, _, _ in rules:
-        if whole and pattern not in used | default:
-            raise UserError(
-                f"optimizer.decay_rules: {pattern!r} is the first match of no parameter: remove or correct it"
-            )
+    for pattern, _ in rules:
+        if whole and pattern not in used | may_match_nothing:
+            raise UserError(f"{setting}: {pattern!r} is the first match of no parameter: remove or correct it")
     return factors

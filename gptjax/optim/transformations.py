@@ -24,6 +24,14 @@ Axes = Mapping[str, ParameterAxes]  # by parameter path
 # Root mean square of Muon's updates. It is that of AdamW's, so that one learning rate serves both (Liu et al. 2025,
 # "Muon is scalable for LLM training", section 2.2).
 MUON_RMS = 0.2
+# Coefficients of the quintic steps, those of Amsel et al. 2025 for five steps in low precision.
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
 
 
 def scale_by_rule(config: Config, axes: Axes) -> optax.GradientTransformation:
@@ -63,10 +71,20 @@ def _muon(config: Config, axes: Axes, adam: optax.GradientTransformation) -> opt
     def label(path: str, _: Any) -> str:
         return "adam" if _matrix(axes[path]) is None else "muon"
 
-    beta, first = config.optimizer.muon_momentum, _first_moment_dtype(config.optimizer)
-    muon = scale_by_muon(beta=beta, mu_dtype=first, weight_dimension_numbers=_map_paths(dimensions))
-    scale = scale_by_path(lambda path, shape: _scale_to_adam(config.model, axes[path], shape))
-    return optax.partition({"muon": optax.chain(muon, scale), "adam": adam}, _map_paths(label))
+    optimizer = config.optimizer
+    steps = {"ns_coeffs": POLAR_EXPRESS} if optimizer.muon_iteration == "polar_express" else {}
+    muon: list[optax.GradientTransformation] = [
+        scale_by_muon(
+            beta=optimizer.muon_momentum,
+            mu_dtype=_first_moment_dtype(optimizer),
+            weight_dimension_numbers=_map_paths(dimensions),
+            **steps,
+        )
+    ]
+    if optimizer.muon_variance_decay is not None:
+        muon.append(_normalise_neurons(optimizer.muon_variance_decay, axes))
+    muon.append(scale_by_path(lambda path, shape: _scale_to_adam(config.model, axes[path], shape)))
+    return optax.partition({"muon": optax.chain(*muon), "adam": adam}, _map_paths(label))
 
 
 def _first_moment_dtype(config: OptimizerConfig) -> str | None:
@@ -114,6 +132,39 @@ def _scale_to_adam(model: GPTConfig, axes: ParameterAxes, shape: tuple[int, ...]
         math.prod(shape[axis] for axis in group) for group in (matrix.reduction_axis, matrix.output_axis)
     )
     return float(MUON_RMS * np.sqrt(max(inputs, outputs))) * orthogonal_factor(model, axes, inputs, outputs)
+
+
+def _normalise_neurons(decay: float, axes: Axes) -> optax.GradientTransformation:
+    """Divides the update of each output neuron by its root mean square over time (Li et al. 2025, "NorMuon").
+
+    The Frobenius norm of each matrix stays as it is. The moving average starts at 0 without bias correction, which
+    would multiply all neurons of a matrix by the same factor.
+    """
+
+    def init(path: str, param: Any) -> Any:
+        value = param.value if _is_box(param) else param
+        inputs = axes[path].having("input")
+        square = jnp.zeros([size for axis, size in enumerate(value.shape) if axis not in inputs], jnp.float32)
+        names = (name for axis, name in enumerate(param.names) if axis not in inputs) if _is_box(param) else ()
+        return LogicalAxes(square, tuple(names)) if _is_box(param) else square
+
+    def update(path: str, update: jax.Array, average: jax.Array) -> tuple[jax.Array, jax.Array]:
+        matrix = _matrix(axes[path])
+        assert matrix is not None, path
+        inputs, both = matrix.reduction_axis, (*matrix.reduction_axis, *matrix.output_axis)
+        average = decay * average + (1 - decay) * jnp.mean(jnp.square(update), axis=inputs)
+        scaled = update * jax.lax.rsqrt(jnp.expand_dims(average, inputs) + 1e-20)
+        norms = (jnp.sqrt(jnp.sum(jnp.square(x), axis=both, keepdims=True)) for x in (update, scaled))
+        before, after = norms
+        return scaled * (before / jnp.maximum(after, 1e-20)), average
+
+    def update_all(updates: Any, averages: Any, params: Any = None) -> tuple[Any, Any]:
+        paths = _map_paths(lambda path, _: path)(updates)
+        pairs = jax.tree.map(update, paths, updates, averages)
+        new_updates, new_averages = (jax.tree.map(lambda _, pair, i=i: pair[i], paths, pairs) for i in (0, 1))
+        return new_updates, new_averages
+
+    return optax.GradientTransformation(_map_paths(init), update_all)
 
 
 # --- Adafactor (Shazeer & Stern 2018) ---------------------------------------------------------------------------------

@@ -63,7 +63,10 @@ def memory_summary(
 
 @functools.lru_cache(maxsize=256)
 def moment_counts(model: GPTConfig, optimizer: OptimizerConfig) -> tuple[int, int]:
-    """Number of entries of the first and of the second moments when all of `model` is trained."""
+    """Number of entries of the first and of the second moments when all of `model` is trained.
+
+    The averages of `muon_variance_decay`, one number for each neuron, are not counted.
+    """
     every = sum(part.size for part in parameters(model) if part.kind != "balance")
     match optimizer.name:
         case "adamw":

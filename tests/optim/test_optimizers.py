@@ -85,6 +85,28 @@ def test_decay_rules_must_cover_every_parameter_and_be_used(rules, culprit):
     assert culprit in str(error.value)
 
 
+def test_lr_rules_scale_the_whole_update():
+    """Weight decay included, as a learning rate of its own would."""
+    config = OptimizerConfig(weight_decay=0.3, lr_rules=(("dense/.*", 4.0), (".*/bias", 0.5)))
+    gradients = jax.tree.map(jnp.sin, PARAMS)
+
+    def update(config: OptimizerConfig) -> dict:
+        optimizer = make_optimizer(Config(optimizer=config), {})
+        return optimizer.update(gradients, optimizer.init(PARAMS), PARAMS)[0]
+
+    plain, found = update(dataclasses.replace(config, lr_rules=())), update(config)
+    factors = {"dense": {"kernel": 4.0, "bias": 4.0}, "norm": {"scale": 1.0, "bias": 0.5}}
+    jax.tree.map(lambda u, f, factor: np.testing.assert_allclose(f, factor * u, rtol=1e-6), plain, found, factors)
+
+
+@pytest.mark.parametrize(("pattern", "culprit"), [("typo/.*", "typo"), ("(", "not a regular expression")])
+def test_lr_rules_must_be_used(pattern, culprit):
+    optimizer = make_optimizer(Config(optimizer=OptimizerConfig(lr_rules=((pattern, 2.0),))), {})
+    with pytest.raises(UserError, match=r"optimizer\.lr_rules") as error:
+        optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS)
+    assert culprit in str(error.value)
+
+
 @pytest.mark.parametrize("clip_norm", [None, 0.1])
 def test_equals_optax_adamw(clip_norm):
     config = OptimizerConfig(clip_norm=clip_norm, weight_decay=0.3, beta2=0.98)

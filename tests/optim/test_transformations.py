@@ -106,6 +106,47 @@ def test_muon_orthogonalises_each_matrix_of_each_layer_alone(inside):
             np.testing.assert_allclose(leaf, of_adam, rtol=1e-6, err_msg=str(path))
 
 
+def test_polar_express_is_nearer_to_orthogonal():
+    """The mean distance of singular values from 1, of matrices with some values near 0."""
+    errors = {}
+    for iteration in ("newton_schulz", "polar_express"):
+        config = dataclasses.replace(PLAIN, name="muon", muon_iteration=iteration)
+        found = matrices(updates(optimizer_of(config, PARAMS), PARAMS, [gradients(0)]))
+        values = [jnp.linalg.svdvals(m / (0.2 * max(m.shape) ** 0.5)) for m in found.values()]
+        errors[iteration] = float(jnp.mean(jnp.abs(jnp.concatenate(values) - 1)))
+    assert errors["polar_express"] < 0.1 < errors["newton_schulz"]
+
+
+def test_normuon_is_the_papers_update_of_each_matrix():
+    """Li et al. 2025, algorithm 1, in NumPy on the updates of plain Muon; the norm of each matrix is kept."""
+    config = dataclasses.replace(PLAIN, name="muon")
+    normuon = optimizer_of(dataclasses.replace(config, muon_variance_decay=0.9), PARAMS)
+    averages: dict[str, np.ndarray] = {}
+    for step in range(1, 4):
+        steps = [gradients(number) for number in range(step)]
+        plain, found = (
+            matrices(updates(optimizer, PARAMS, steps)) for optimizer in (optimizer_of(config, PARAMS), normuon)
+        )
+        for name, update in plain.items():
+            square = np.mean(np.square(update), axis=0)  # of each output, over its inputs
+            averages[name] = 0.9 * averages.get(name, 0.0) + 0.1 * square
+            scaled = np.asarray(update) / np.sqrt(averages[name])
+            expected = scaled * np.linalg.norm(update) / np.linalg.norm(scaled)
+            np.testing.assert_allclose(found[name], expected, rtol=1e-4, atol=1e-6, err_msg=f"{name}, step {step}")
+
+
+def test_cautious_decay_spares_what_grows():
+    config = dataclasses.replace(PLAIN, weight_decay=0.5, cautious_decay=True)
+    plain = dataclasses.replace(PLAIN, weight_decay=0.0)
+    with_decay, without = (updates(optimizer_of(each, PARAMS), PARAMS, [gradients(0)]) for each in (config, plain))
+    kernel, update, decayed = (
+        tree["layers"]["block_0"]["mlp"]["up"]["kernel"] for tree in (PARAMS, without, with_decay)
+    )
+    shrinks = update * kernel > 0
+    assert 0.2 < jnp.mean(shrinks) < 0.8
+    np.testing.assert_allclose(decayed - update, jnp.where(shrinks, 0.5 * kernel, 0), atol=1e-6)
+
+
 def test_adafactor_factors_each_layer_alone():
     """Kernels of attention over the model's width and a head's: what is kept of (D, H, K) is (D, H) and (H, K)."""
     config = dataclasses.replace(PLAIN, name="adafactor", beta1=0.0)
@@ -149,6 +190,10 @@ def test_the_first_moment_alone_is_kept_in_bfloat16(name):
     [
         ({"optimizer": {"name": "muon"}, "peft": {"method": "lora"}}, "optimizer.name=muon"),
         ({"optimizer": {"muon_momentum": 1.0}}, "optimizer.muon_momentum=1.0"),
+        ({"optimizer": {"muon_variance_decay": 0.9}}, "optimizer.muon_variance_decay=0.9"),
+        ({"optimizer": {"muon_iteration": "polar_express"}}, "optimizer.muon_iteration=polar_express"),
+        ({"optimizer": {"name": "muon", "muon_variance_decay": 1.0}}, "optimizer.muon_variance_decay=1.0"),
+        ({"optimizer": {"lr_rules": ((".*", 0.0),)}}, "optimizer.lr_rules"),
         ({"optimizer": {"min_factored_dim": 0}}, "optimizer.min_factored_dim=0"),
     ],
 )

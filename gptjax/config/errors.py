@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from gptjax.user_error import UserError
 
@@ -11,6 +12,13 @@ def require(condition: bool, message: str) -> None:
     """Raises UserError with `message` unless `condition` holds."""
     if not condition:
         raise UserError(message)
+
+
+def positive(section: Any, prefix: str, *names: str) -> None:
+    """Raises UserError unless each named field of `section` is positive or None."""
+    for name in names:
+        value = getattr(section, name)
+        require(value is None or value > 0, f"{prefix}.{name}={value} must be positive")
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from gptjax.data.templates import chat_format
 from gptjax.distributed import processes
 from gptjax.evaluation.catalogue import BENCHMARKS, check_name, read_benchmark
 from gptjax.evaluation.choice_controls import choice_baselines, choices_only
+from gptjax.evaluation.core_metric import CoreTask, core_task, read_bundle
 from gptjax.evaluation.detokenizers import get_detokenizer
 from gptjax.evaluation.dialogue import DialogueTask, RewardScore, dialogue_task, evaluate_dialogue, read_prompts
 from gptjax.evaluation.example_records import file_name, score_resumably
@@ -40,7 +41,8 @@ from gptjax.stages import registry
 from gptjax.stages.trained_model import TrainedModel, load_model, parse_mesh
 
 PERPLEXITY, DIALOGUE, VISUAL = "perplexity", "dialogue", "vqa"
-Task = ExampleTask | PerplexityTask | MixedPerplexityTask | DialogueTask | VisualQuestionTask
+CORE = "core"
+Task = ExampleTask | CoreTask | PerplexityTask | MixedPerplexityTask | DialogueTask | VisualQuestionTask
 SOURCED = (PERPLEXITY, DIALOGUE, VISUAL)  # tasks whose data --source names
 
 
@@ -59,6 +61,7 @@ class Options:
     detokenizer: str | None = None
     concatenate: bool = False
     choices_only: bool = False
+    core_bundle: Path | None = None
     max_new_tokens: int | None = None
     reward_model: Path | None = None
     mesh: str = ""
@@ -72,11 +75,11 @@ def check(options: Options) -> None:
     """Raises UserError for invalid options, before anything is read."""
     if not options.tasks:
         raise UserError(
-            "needs --tasks=NAME,...: " + ", ".join([*SOURCED, *BENCHMARKS]) + ", or a path ending in .jsonl"
+            "needs --tasks=NAME,...: " + ", ".join([*SOURCED, CORE, *BENCHMARKS]) + ", or a path ending in .jsonl"
         )
     for name in options.tasks:
         if not name.endswith(".jsonl"):
-            check_name(name, SOURCED)
+            check_name(name, (*SOURCED, CORE))
         elif not expand(name).is_file():
             raise UserError(f"there is no task file {name}")
     names = [_short(name, options) for name in dict.fromkeys(options.tasks)]
@@ -102,6 +105,12 @@ def check(options: Options) -> None:
         raise UserError("--reward_model is for --tasks=dialogue")
     if options.choices_only and set(options.tasks) <= set(SOURCED):
         raise UserError("--choices_only is for tasks of examples with options, such as hellaswag or a .jsonl file")
+    if (CORE in options.tasks) != (options.core_bundle is not None):
+        raise UserError("--tasks=core and --core_bundle=DIR, the folder of nanochat's eval_bundle, need each other")
+    if options.core_bundle is not None:
+        read_bundle(options.core_bundle)
+        if options.num_fewshot or options.choices_only:
+            raise UserError("--num_fewshot and --choices_only are not for --tasks=core: evaluate it separately")
     if options.detokenizer is not None:
         get_detokenizer(options.detokenizer)
 
@@ -157,7 +166,7 @@ def evaluate(workdir: Path, options: Options) -> dict[str, Any]:
         },
         "results": results,
     }
-    shots = "" if set(names) <= set(SOURCED) else f"-{options.num_fewshot}shot"
+    shots = "" if set(names) <= {*SOURCED, CORE} else f"-{options.num_fewshot}shot"
     default = directory / f"{'+'.join(map(file_name, results))}{shots}-step{trained.step}.json"
     output = default if options.output is None else options.output
     files = [("completions", ".answers.jsonl", completions), ("examples", ".examples.jsonl", examples)]
@@ -223,6 +232,8 @@ def _evaluate_task(
         return _Evaluated(metrics, completions=completions)
     scores = score_resumably(directory, short, scorer, trained.step, task.requests)
     metrics = task.metrics(scores)
+    if isinstance(task, CoreTask):
+        return _Evaluated(metrics, examples=task.records(scores), baselines=task.baselines())
     if not isinstance(task, ExampleTask):
         return _Evaluated(metrics)
     found = choice_baselines(task.examples)
@@ -275,6 +286,10 @@ def _prepare(name: str, options: Options, trained: TrainedModel) -> Task:
             limit=options.limit,
             max_new_tokens=options.max_new_tokens,
         )
+    if name == CORE:
+        assert options.core_bundle is not None, "check"
+        context_length = trained.model.config.context_length
+        return core_task(options.core_bundle, trained.tokenizer, context_length, limit=options.limit)
     examples: Examples
     if name.endswith(".jsonl"):
         examples, form = read_examples(expand(name)), None

@@ -21,8 +21,15 @@ from gptjax.evaluation.catalogue import BENCHMARKS, check_name, read_benchmark
 from gptjax.evaluation.choice_controls import choice_baselines, choices_only
 from gptjax.evaluation.core_metric import CoreTask, core_task, read_bundle
 from gptjax.evaluation.detokenizers import get_detokenizer
-from gptjax.evaluation.dialogue import DialogueTask, RewardScore, dialogue_task, evaluate_dialogue, read_prompts
+from gptjax.evaluation.dialogue import (
+    DialogueTask,
+    RewardScore,
+    dialogue_task,
+    evaluate_dialogue,
+    read_prompts,
+)
 from gptjax.evaluation.example_records import file_name, score_resumably
+from gptjax.evaluation.judging import JudgeSettings, judge_dialogue
 from gptjax.evaluation.perplexity import MixedPerplexityTask, PerplexityTask, perplexity_task
 from gptjax.evaluation.result_table import score_entry, table
 from gptjax.evaluation.sample_files import task_samples, write_samples
@@ -64,6 +71,7 @@ class Options:
     core_bundle: Path | None = None
     max_new_tokens: int | None = None
     reward_model: Path | None = None
+    judge: JudgeSettings | None = None
     mesh: str = ""
     dtype: Literal["float32", "bfloat16"] | None = None
     output: Path | None = None
@@ -103,6 +111,10 @@ def check(options: Options) -> None:
         raise UserError("--max_new_tokens is for --tasks=dialogue and --tasks=vqa")
     if DIALOGUE not in options.tasks and options.reward_model:
         raise UserError("--reward_model is for --tasks=dialogue")
+    if DIALOGUE not in options.tasks and options.judge is not None:
+        raise UserError("--judge is for --tasks=dialogue")
+    if options.judge is not None:
+        options.judge.check()
     if options.choices_only and set(options.tasks) <= set(SOURCED):
         raise UserError("--choices_only is for tasks of examples with options, such as hellaswag or a .jsonl file")
     if (CORE in options.tasks) != (options.core_bundle is not None):
@@ -226,7 +238,20 @@ def _evaluate_task(
         )
         if reward_score is not None:
             stated["reward_model"] = str(options.reward_model)
-        return _Evaluated(metrics, stated, completions, baselines={"win_rate": {"random": 0.5}})
+        if options.judge is not None:
+            answers = [record["answer"] for record in completions]
+            judged, records = judge_dialogue(
+                task, answers, options.judge, options.mesh, directory, short, options.batch_size
+            )
+            metrics, stated = metrics | judged, stated | options.judge.stated
+            completions = [known | new for known, new in zip(completions, records, strict=True)]
+        even = {"random": 0.5}
+        return _Evaluated(
+            metrics,
+            stated,
+            completions,
+            baselines=dict.fromkeys(("win_rate", "judge_win_rate", "judge_first_position"), even),
+        )
     if isinstance(task, VisualQuestionTask):
         metrics, completions = evaluate_visual_questions(task, trained, scorer, directory, short, options.batch_size)
         return _Evaluated(metrics, completions=completions)

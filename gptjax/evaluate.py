@@ -6,15 +6,18 @@ python -m gptjax.evaluate --workdir=runs/gpt2 --tasks=perplexity --source=sotu -
 python -m gptjax.evaluate --workdir=runs/gpt2 --tasks=perplexity --held_out --best
 python -m gptjax.evaluate --workdir=runs/gpt2 --tasks=perplexity --source=text:wiki.test.tokens --detokenizer=wikitext
 python -m gptjax.evaluate --workdir=runs/sft --tasks=dialogue --held_out --reward_model=runs/reward
+python -m gptjax.evaluate --workdir=runs/gpt2 --tasks=core --core_bundle=eval_bundle --limit=500
+python -m gptjax.evaluate --workdir=runs/dpo --tasks=dialogue --held_out --judge=runs/judge --opponent=runs/sft
 python -m gptjax.evaluate --workdir=runs/digits --tasks=vqa --source=digits:test
 
 A task is a benchmark of `gptjax/evaluation/catalogue.py` (read through tensorflow-datasets, downloaded on first use), a
 file of JSON lines (formats: `gptjax/evaluation/tasks.py`), `perplexity` of the text named by --source in any form of
 `data.source`, or `dialogue`: completions by a chat model of the conversations named by --source. With --held_out both
 read what the run held out of its own data (metrics of dialogues: `gptjax/evaluation/dialogue.py`); of a mixture, the
-perplexity of each source is measured too. `vqa` are questions about the images of --source
-(`gptjax/evaluation/visual_questions.py`). The metrics are printed and, with all settings, written to --output, and
-completions to a file next to it. A stopped evaluation resumes when the same command is run again.
+perplexity of each source is measured too. `core` are the tasks of `gptjax/evaluation/core_metric.py`. `vqa` are
+questions about the images of --source (`gptjax/evaluation/visual_questions.py`). The metrics are printed and, with all
+settings, written to --output, and completions and scored examples to files next to it. A stopped evaluation resumes
+when the same command is run again.
 """
 
 from typing import Any, cast
@@ -28,7 +31,7 @@ from gptjax.parallel import program_cache
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run.")
 TASKS = flags.DEFINE_list(
-    "tasks", [], "What to evaluate, comma-separated: benchmarks, .jsonl files, perplexity, dialogue, vqa."
+    "tasks", [], "What to evaluate, comma-separated: benchmarks, .jsonl files, core, perplexity, dialogue, vqa."
 )
 NUM_FEWSHOT = flags.DEFINE_integer("num_fewshot", 0, "Few-shot examples before each example.", lower_bound=0)
 LIMIT = flags.DEFINE_integer(
@@ -52,6 +55,14 @@ STRIDE = flags.DEFINE_integer(
 )
 DETOKENIZER = flags.DEFINE_string("detokenizer", None, "For perplexity: wikitext, ptb, lm1b or lambada; default: none.")
 CONCATENATE = flags.DEFINE_bool("concatenate", False, "For perplexity: all documents as one stream, as in training.")
+CHOICES_ONLY = flags.DEFINE_bool(
+    "choices_only",
+    False,
+    "For examples with options: also scores the options without the question, which shows whether it is read.",
+)
+CORE_BUNDLE = flags.DEFINE_string(
+    "core_bundle", None, "For core: folder of nanochat's eval_bundle, with core.yaml and eval_data."
+)
 MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens",
     None,
@@ -60,6 +71,16 @@ MAX_NEW_TOKENS = flags.DEFINE_integer(
 )
 REWARD_MODEL = flags.DEFINE_string(
     "reward_model", None, "For dialogue: workdir of a run of stage reward, for win rates against the references."
+)
+JUDGE = flags.DEFINE_string(
+    "judge",
+    None,
+    "For dialogue: workdir of a chat model, or URL#MODEL of an OpenAI-compatible endpoint (its key: in the environment "
+    "variable GPTJAX_JUDGE_KEY), that compares each completion with another, in both orders.",
+)
+JUDGE_TOKENS = flags.DEFINE_integer("judge_tokens", 64, "Tokens of an answer of the judge.", lower_bound=1)
+OPPONENT = flags.DEFINE_string(
+    "opponent", None, "For --judge: workdir whose completions are compared with. Default: the references."
 )
 MESH = flags.DEFINE_string("mesh", "", "Layout over the devices, such as data=2,tensor=4; default: all on data.")
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Dtype of activations; default: as in training.")
@@ -77,7 +98,11 @@ def main() -> None:
     output = None if OUTPUT.value is None else cli.output_file("output", OUTPUT.value)
     cli.join()
     program_cache.use(expand(CACHE_DIR.value))
-    from gptjax.evaluation.run_tasks import Options, evaluate  # takes seconds to import
+    if JUDGE.value is None and OPPONENT.value is not None:
+        raise UserError("--opponent needs --judge, which compares with its completions")
+    opponent = None if OPPONENT.value is None else expand(OPPONENT.value)
+    from gptjax.evaluation.judging import JudgeSettings  # these take seconds to import
+    from gptjax.evaluation.run_tasks import Options, evaluate
 
     evaluate(
         workdir,
@@ -92,8 +117,11 @@ def main() -> None:
             stride=STRIDE.value,
             detokenizer=DETOKENIZER.value,
             concatenate=CONCATENATE.value,
+            choices_only=CHOICES_ONLY.value,
+            core_bundle=None if CORE_BUNDLE.value is None else expand(CORE_BUNDLE.value),
             max_new_tokens=MAX_NEW_TOKENS.value,
             reward_model=None if REWARD_MODEL.value is None else expand(REWARD_MODEL.value),
+            judge=None if JUDGE.value is None else JudgeSettings(JUDGE.value, JUDGE_TOKENS.value, opponent),
             mesh=MESH.value,
             dtype=cast(Any, DTYPE.value),
             output=output,

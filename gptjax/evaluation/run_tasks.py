@@ -3,9 +3,8 @@
 import dataclasses
 import importlib.metadata
 import json
-import math
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,10 +18,21 @@ from gptjax.data.sources import is_packaged, open_source
 from gptjax.data.templates import chat_format
 from gptjax.distributed import processes
 from gptjax.evaluation.catalogue import BENCHMARKS, check_name, read_benchmark
+from gptjax.evaluation.choice_controls import choice_baselines, choices_only
+from gptjax.evaluation.core_metric import CoreTask, core_task, read_bundle
 from gptjax.evaluation.detokenizers import get_detokenizer
-from gptjax.evaluation.dialogue import DialogueTask, RewardScore, dialogue_task, evaluate_dialogue, read_prompts
+from gptjax.evaluation.dialogue import (
+    DialogueTask,
+    RewardScore,
+    dialogue_task,
+    evaluate_dialogue,
+    read_prompts,
+)
 from gptjax.evaluation.example_records import file_name, score_resumably
+from gptjax.evaluation.judging import JudgeSettings, judge_dialogue
 from gptjax.evaluation.perplexity import MixedPerplexityTask, PerplexityTask, perplexity_task
+from gptjax.evaluation.result_table import score_entry, table
+from gptjax.evaluation.sample_files import task_samples, write_samples
 from gptjax.evaluation.scoring import Scorer
 from gptjax.evaluation.tasks import Examples, ExampleTask, example_task, read_examples
 from gptjax.evaluation.visual_questions import (
@@ -38,6 +48,8 @@ from gptjax.stages import registry
 from gptjax.stages.trained_model import TrainedModel, load_model, parse_mesh
 
 PERPLEXITY, DIALOGUE, VISUAL = "perplexity", "dialogue", "vqa"
+CORE = "core"
+Task = ExampleTask | CoreTask | PerplexityTask | MixedPerplexityTask | DialogueTask | VisualQuestionTask
 SOURCED = (PERPLEXITY, DIALOGUE, VISUAL)  # tasks whose data --source names
 
 
@@ -55,8 +67,11 @@ class Options:
     stride: int | None = None
     detokenizer: str | None = None
     concatenate: bool = False
+    choices_only: bool = False
+    core_bundle: Path | None = None
     max_new_tokens: int | None = None
     reward_model: Path | None = None
+    judge: JudgeSettings | None = None
     mesh: str = ""
     dtype: Literal["float32", "bfloat16"] | None = None
     output: Path | None = None
@@ -68,11 +83,11 @@ def check(options: Options) -> None:
     """Raises UserError for invalid options, before anything is read."""
     if not options.tasks:
         raise UserError(
-            "needs --tasks=NAME,...: " + ", ".join([*SOURCED, *BENCHMARKS]) + ", or a path ending in .jsonl"
+            "needs --tasks=NAME,...: " + ", ".join([*SOURCED, CORE, *BENCHMARKS]) + ", or a path ending in .jsonl"
         )
     for name in options.tasks:
         if not name.endswith(".jsonl"):
-            check_name(name, SOURCED)
+            check_name(name, (*SOURCED, CORE))
         elif not expand(name).is_file():
             raise UserError(f"there is no task file {name}")
     names = [_short(name, options) for name in dict.fromkeys(options.tasks)]
@@ -96,6 +111,18 @@ def check(options: Options) -> None:
         raise UserError("--max_new_tokens is for --tasks=dialogue and --tasks=vqa")
     if DIALOGUE not in options.tasks and options.reward_model:
         raise UserError("--reward_model is for --tasks=dialogue")
+    if DIALOGUE not in options.tasks and options.judge is not None:
+        raise UserError("--judge is for --tasks=dialogue")
+    if options.judge is not None:
+        options.judge.check()
+    if options.choices_only and set(options.tasks) <= set(SOURCED):
+        raise UserError("--choices_only is for tasks of examples with options, such as hellaswag or a .jsonl file")
+    if (CORE in options.tasks) != (options.core_bundle is not None):
+        raise UserError("--tasks=core and --core_bundle=DIR, the folder of nanochat's eval_bundle, need each other")
+    if options.core_bundle is not None:
+        read_bundle(options.core_bundle)
+        if options.num_fewshot or options.choices_only:
+            raise UserError("--num_fewshot and --choices_only are not for --tasks=core: evaluate it separately")
     if options.detokenizer is not None:
         get_detokenizer(options.detokenizer)
 
@@ -121,30 +148,22 @@ def evaluate(workdir: Path, options: Options) -> dict[str, Any]:
     # All tasks are read before any is scored, so that errors appear at once; process 0 first, which downloads.
     prepared = processes.first_then_others(lambda: [(name, _prepare(name, options, trained)) for name in names])
     score = _reward_score(options, trained)
-    results, completions = {}, list[dict[str, Any]]()
+    results, samples = {}, {}
+    completions, examples = list[dict[str, Any]](), list[dict[str, Any]]()
     for name, task in prepared:
         short = _short(name, options)
-        if isinstance(task, DialogueTask):
-            metrics, stated, completions = evaluate_dialogue(
-                task, trained, scorer, directory / "scores", short, options.batch_size, score
-            )
-        elif isinstance(task, VisualQuestionTask):
-            metrics, completions = evaluate_visual_questions(
-                task, trained, scorer, directory / "scores", short, options.batch_size
-            )
-            stated = {}
-        else:
-            scores = score_resumably(directory / "scores", short, scorer, trained.step, task.requests)
-            metrics, stated = task.metrics(scores), {}
+        found = _evaluate_task(short, task, options, trained, scorer, directory / "scores", score)
         results[short] = {
-            "metrics": {metric: _json(measured) for metric, measured in metrics.items()},
+            "metrics": found.entries(),
             "requests": len(task.requests),
             "truncated_requests": sum(map(scorer.is_truncated, task.requests)),
             "source": _source(name, options, config),
             **task.settings,
-            **stated,
-            **({} if score is None or name != DIALOGUE else {"reward_model": str(options.reward_model)}),
+            **found.stated,
         }
+        samples[short] = task_samples(task.identities, found.metrics)
+        completions += found.completions
+        examples += [{"task": short, "index": index, **record} for index, record in enumerate(found.examples)]
     report = {
         "workdir": str(workdir),
         "step": trained.step,
@@ -159,19 +178,97 @@ def evaluate(workdir: Path, options: Options) -> dict[str, Any]:
         },
         "results": results,
     }
-    shots = "" if set(names) <= set(SOURCED) else f"-{options.num_fewshot}shot"
+    shots = "" if set(names) <= {*SOURCED, CORE} else f"-{options.num_fewshot}shot"
     default = directory / f"{'+'.join(map(file_name, results))}{shots}-step{trained.step}.json"
     output = default if options.output is None else options.output
+    files = [("completions", ".answers.jsonl", completions), ("examples", ".examples.jsonl", examples)]
     if processes.is_first():
         _write(output, report)
+        write_samples(output, samples)
+        for _, suffix, records in files:
+            if records:
+                write_predictions(output.with_suffix(suffix), records)
     print(table(report))
     print(f"written to {output}")
-    if completions:
-        path = output.with_suffix(".answers.jsonl")
-        if processes.is_first():
-            write_predictions(path, completions)
-        print(f"the completions are in {path}")
+    for what, suffix, records in files:
+        if records:
+            print(f"the {what} are in {output.with_suffix(suffix)}")
     return report
+
+
+@dataclasses.dataclass(frozen=True)
+class _Evaluated:
+    """The scores of a task.
+
+    Attributes:
+      stated: further entries of the report.
+      completions, examples: records for the files of completions and of scored examples.
+      baselines: score -> scores of the choices that it is compared with.
+      control: the scores without the question.
+    """
+
+    metrics: dict[str, Measurement]
+    stated: dict[str, Any] = dataclasses.field(default_factory=dict)
+    completions: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    examples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    baselines: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    control: dict[str, Measurement] = dataclasses.field(default_factory=dict)
+
+    def entries(self) -> dict[str, Any]:
+        """Returns the JSON entry of each score."""
+        return {
+            name: score_entry(measured, self.baselines.get(name), self.control.get(name))
+            for name, measured in self.metrics.items()
+        }
+
+
+def _evaluate_task(
+    short: str,
+    task: Task,
+    options: Options,
+    trained: TrainedModel,
+    scorer: Scorer,
+    directory: Path,
+    reward_score: RewardScore | None,
+) -> _Evaluated:
+    """Evaluates a prepared task; `directory` is that of the records."""
+    if isinstance(task, DialogueTask):
+        metrics, stated, completions = evaluate_dialogue(
+            task, trained, scorer, directory, short, options.batch_size, reward_score
+        )
+        if reward_score is not None:
+            stated["reward_model"] = str(options.reward_model)
+        if options.judge is not None:
+            answers = [record["answer"] for record in completions]
+            judged, records = judge_dialogue(
+                task, answers, options.judge, options.mesh, directory, short, options.batch_size
+            )
+            metrics, stated = metrics | judged, stated | options.judge.stated
+            completions = [known | new for known, new in zip(completions, records, strict=True)]
+        even = {"random": 0.5}
+        return _Evaluated(
+            metrics,
+            stated,
+            completions,
+            baselines=dict.fromkeys(("win_rate", "judge_win_rate", "judge_first_position"), even),
+        )
+    if isinstance(task, VisualQuestionTask):
+        metrics, completions = evaluate_visual_questions(task, trained, scorer, directory, short, options.batch_size)
+        return _Evaluated(metrics, completions=completions)
+    scores = score_resumably(directory, short, scorer, trained.step, task.requests)
+    metrics = task.metrics(scores)
+    if isinstance(task, CoreTask):
+        return _Evaluated(metrics, examples=task.records(scores), baselines=task.baselines())
+    if not isinstance(task, ExampleTask):
+        return _Evaluated(metrics)
+    found = choice_baselines(task.examples)
+    control = {}
+    if task.control is not None:
+        requests = task.control.requests
+        control = task.control.metrics(
+            score_resumably(directory, f"{short}-choices_only", scorer, trained.step, requests)
+        )
+    return _Evaluated(metrics, examples=task.records(scores), baselines=dict.fromkeys(metrics, found), control=control)
 
 
 def _check_held_out(options: Options, config: Config) -> None:
@@ -199,9 +296,7 @@ def _held_out_sources(config: Config) -> list[str]:
     return [part.data.validation_source or part.data.source for part in parts(config.data)]
 
 
-def _prepare(
-    name: str, options: Options, trained: TrainedModel
-) -> ExampleTask | PerplexityTask | MixedPerplexityTask | DialogueTask | VisualQuestionTask:
+def _prepare(name: str, options: Options, trained: TrainedModel) -> Task:
     if name == VISUAL:
         assert options.source is not None, "check"
         questions = read_questions(options.source, options.limit)
@@ -216,19 +311,28 @@ def _prepare(
             limit=options.limit,
             max_new_tokens=options.max_new_tokens,
         )
+    if name == CORE:
+        assert options.core_bundle is not None, "check"
+        context_length = trained.model.config.context_length
+        return core_task(options.core_bundle, trained.tokenizer, context_length, limit=options.limit)
     examples: Examples
     if name.endswith(".jsonl"):
         examples, form = read_examples(expand(name)), None
     else:
         examples, form = read_benchmark(name, options.num_fewshot), BENCHMARKS[name].few_shot_form
-    return example_task(
-        examples,
-        trained.tokenizer,
-        num_fewshot=options.num_fewshot,
-        limit=options.limit,
-        seed=options.seed,
-        few_shot_form=form,
-    )
+
+    def task(of: Examples) -> ExampleTask:
+        return example_task(
+            of,
+            trained.tokenizer,
+            num_fewshot=options.num_fewshot,
+            limit=options.limit,
+            seed=options.seed,
+            few_shot_form=form,
+        )
+
+    control = task(choices_only(examples, name)) if options.choices_only else None
+    return dataclasses.replace(task(examples), control=control)
 
 
 def _prepare_perplexity(options: Options, trained: TrainedModel) -> PerplexityTask | MixedPerplexityTask:
@@ -276,61 +380,9 @@ def _source(name: str, options: Options, config: Config) -> str | None:
     return options.source if name in (PERPLEXITY, DIALOGUE) else name
 
 
-def _json(measured: Measurement) -> dict[str, float | None]:
-    """Returns the fields of a measurement, with None for infinity and NaN, which JSON lacks."""
-    return {
-        field: value if value is not None and math.isfinite(value) else None
-        for field, value in measured._asdict().items()
-    }
-
-
 def _write(path: Path, report: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(report, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"cannot write --output={path}: {error.strerror}") from None
-
-
-# Keys of a task's entry that are printed below the table.
-_STATED = (
-    *("num_fewshot", "fewshot_seed", "stride", "context_length", "concatenated", "first_token_scored"),
-    *("documents", "tokens", "bytes", "detokenizer", "original_tokens", "detokenizer_restored_lines"),
-    *("examples", "examples_available", "truncated_requests"),
-    *("prompts", "prompts_available", "left_out", "max_new_tokens", "bleu_signature", "reward_model"),
-)
-
-
-def table(report: dict[str, Any]) -> str:
-    """Formats the report's metrics as a table, with the settings of each task below."""
-    rows = [("task", "metric", "value", "stderr", "n")]
-    for name, entry in report["results"].items():
-        for metric, measured in entry["metrics"].items():
-            rows.append((name, metric, _number(measured["value"]), _number(measured["stderr"]), f"{measured['n']:,}"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [_aligned(row, widths) for row in rows]
-    lines.insert(1, "-" * len(lines[0]))
-    lines.append("")
-    for name, entry in report["results"].items():
-        stated = ", ".join(f"{key} {_plain(entry[key])}" for key in _STATED if entry.get(key) is not None)
-        lines.append(f"{name}: {stated}")
-    lines.append(f"step {report['step']} of {report['workdir']}, {report['model']['dtype']}, {report['device']}")
-    return "\n".join(lines)
-
-
-def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
-    texts, numbers = row[:2], row[2:]
-    return "  ".join(
-        [text.ljust(width) for text, width in zip(texts, widths[:2], strict=True)]
-        + [number.rjust(width) for number, width in zip(numbers, widths[2:], strict=True)]
-    )
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}" if abs(value) < 1000 else f"{value:,.1f}"
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -178,13 +178,42 @@ class ExampleTask:
 
     Attributes:
       examples: the examples.
+      prompts: for each example, the text before its context: the few-shot examples.
       requests: for each example, its options, then its options after "Answer:" if `by_answer_prompt`.
       settings: what the metrics depend on other than the model, for the report.
+      control: the same examples without their questions; None: not asked for.
     """
 
     examples: list[TaskExample]
+    prompts: list[str]
     requests: list[ScoringRequest]
     settings: dict[str, Any]
+    control: "ExampleTask | None" = None
+
+    @property
+    def identities(self) -> list[str]:
+        """A hash of each example with its few-shot examples, equal for equal text whatever the tokenizer."""
+        return [identity(pair) for pair in zip(self.prompts, self.examples, strict=True)]
+
+    def records(self, scores: Sequence[ScoringResult]) -> list[dict[str, Any]]:
+        """Returns a record of each example with its few-shot prompt, options, and their log-probabilities in nats."""
+        found, rest = [], iter(scores)
+        for prompt, example in zip(self.prompts, self.examples, strict=True):
+            options = [next(rest) for _ in example.options]
+            contexts, continuations = zip(*example.options, strict=True)
+            record = {
+                "few_shot": prompt,
+                "context": contexts[0] if len(set(contexts)) == 1 else contexts,
+                "options": continuations,
+                "answer": example.answer,
+                "logprobs": [score.logprob for score in options],
+                "num_tokens": [score.num_tokens for score in options],
+                "is_greedy": [score.is_greedy for score in options],
+            }
+            if example.by_answer_prompt and len(options) > 1:
+                record["answer_prompt_logprobs"] = [next(rest).logprob for _ in options]
+            found.append(record)
+        return found
 
     def metrics(self, scores: Sequence[ScoringResult]) -> dict[str, Measurement]:
         """Computes accuracies and, for continuations, perplexity.
@@ -247,10 +276,12 @@ def example_task(
     if num_fewshot > len(shots) - spare:
         raise UserError(f"--num_fewshot={num_fewshot}, but there are only {len(shots) - spare} examples to show")
     requests: list[ScoringRequest] = []
+    prompts = []
     for index, example in enumerate(asked):
         sampled = random.Random(f"{seed} {index}").sample(range(len(shots)), min(num_fewshot + spare, len(shots)))
         shown = [shots[i] for i in sampled if not (spare and i == index)][:num_fewshot]
         prompt = "".join(shot.shown.strip() + SEPARATOR for shot in shown)
+        prompts.append(prompt)
         requests += [encode_pair(tokenizer, prompt + context, text) for context, text in example.options]
         if example.by_answer_prompt:
             requests += [encode_pair(tokenizer, *joined(ANSWER_PROMPT, text)) for _, text in example.options]
@@ -259,6 +290,11 @@ def example_task(
         "examples_available": len(examples.asked),
         "num_fewshot": num_fewshot,
         "fewshot_seed": seed if num_fewshot else None,
-        "examples_sha256": hashlib.sha256(repr(asked).encode()).hexdigest()[:16],
+        "examples_sha256": identity(asked),
     }
-    return ExampleTask(asked, requests, settings)
+    return ExampleTask(asked, prompts, requests, settings)
+
+
+def identity(content: Any) -> str:
+    """Returns a hash, 16 hex digits, of what an example asks, by which results of several models are paired."""
+    return hashlib.sha256(repr(content).encode(errors="backslashreplace")).hexdigest()[:16]

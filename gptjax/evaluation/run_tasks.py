@@ -22,9 +22,18 @@ from gptjax.evaluation.catalogue import BENCHMARKS, check_name, read_benchmark
 from gptjax.evaluation.detokenizers import get_detokenizer
 from gptjax.evaluation.dialogue import DialogueTask, RewardScore, dialogue_task, evaluate_dialogue, read_prompts
 from gptjax.evaluation.example_records import file_name, score_resumably
+from gptjax.evaluation.few_shot import Examples
+from gptjax.evaluation.generative_examples import GenerativeExample
+from gptjax.evaluation.generative_tasks import (
+    CODE_CONSENT,
+    GenerationOptions,
+    GenerativeTask,
+    evaluate_generative,
+    generative_task,
+)
 from gptjax.evaluation.perplexity import MixedPerplexityTask, PerplexityTask, perplexity_task
 from gptjax.evaluation.scoring import Scorer
-from gptjax.evaluation.tasks import Examples, ExampleTask, example_task, read_examples
+from gptjax.evaluation.tasks import ExampleTask, example_task, read_examples
 from gptjax.evaluation.visual_questions import (
     VisualQuestionTask,
     evaluate_visual_questions,
@@ -46,7 +55,7 @@ class Options:
     """The flags of the command `gptjax/evaluate.py`, without the workdir."""
 
     tasks: tuple[str, ...]
-    num_fewshot: int = 0
+    num_fewshot: int | None = None  # None: the benchmark's own
     limit: int | None = None
     batch_size: int = 8
     seed: int = 0
@@ -56,12 +65,30 @@ class Options:
     detokenizer: str | None = None
     concatenate: bool = False
     max_new_tokens: int | None = None
+    samples: int = 1
+    temperature: float = 0.0
+    top_p: float | None = None
+    allow_code_execution: bool = False
+    benchmark_dir: Path | None = None
     reward_model: Path | None = None
     mesh: str = ""
     dtype: Literal["float32", "bfloat16"] | None = None
     output: Path | None = None
     best: bool = False
     step: int | None = None
+
+    @property
+    def generation(self) -> GenerationOptions:
+        """The options of generative tasks; raises UserError if they are invalid."""
+        return GenerationOptions(
+            self.max_new_tokens, self.samples, self.temperature, self.top_p, self.seed, self.allow_code_execution
+        )
+
+    def shots(self, name: str) -> int:
+        """Returns the number of few-shot examples of a task."""
+        if self.num_fewshot is not None:
+            return self.num_fewshot
+        return BENCHMARKS[name].num_fewshot if name in BENCHMARKS else 0
 
 
 def check(options: Options) -> None:
@@ -92,8 +119,15 @@ def check(options: Options) -> None:
         raise UserError("--stride, --detokenizer and --concatenate are for --tasks=perplexity")
     if options.held_out and not {PERPLEXITY, DIALOGUE} & set(options.tasks):
         raise UserError("--held_out is for --tasks=perplexity and --tasks=dialogue")
-    if not {DIALOGUE, VISUAL} & set(options.tasks) and options.max_new_tokens:
-        raise UserError("--max_new_tokens is for --tasks=dialogue and --tasks=vqa")
+    if set(options.tasks) == {PERPLEXITY} and options.max_new_tokens:
+        raise UserError("--max_new_tokens is for tasks that generate text, not for perplexity")
+    if set(options.tasks) <= set(SOURCED) and options.generation.samples_differ:
+        raise UserError("--samples, --temperature and --top_p are for benchmarks and task files that generate text")
+    programs = [name for name in options.tasks if name in BENCHMARKS and BENCHMARKS[name].runs_programs]
+    if programs and not options.allow_code_execution:
+        raise UserError(CODE_CONSENT.format(programs[0]))
+    if options.benchmark_dir is not None and not set(options.tasks) & set(BENCHMARKS):
+        raise UserError("--benchmark_dir is for benchmarks, which it has the records of")
     if DIALOGUE not in options.tasks and options.reward_model:
         raise UserError("--reward_model is for --tasks=dialogue")
     if options.detokenizer is not None:
@@ -121,7 +155,7 @@ def evaluate(workdir: Path, options: Options) -> dict[str, Any]:
     # All tasks are read before any is scored, so that errors appear at once; process 0 first, which downloads.
     prepared = processes.first_then_others(lambda: [(name, _prepare(name, options, trained)) for name in names])
     score = _reward_score(options, trained)
-    results, completions = {}, list[dict[str, Any]]()
+    results, completions, examples = {}, list[dict[str, Any]](), list[dict[str, Any]]()
     for name, task in prepared:
         short = _short(name, options)
         if isinstance(task, DialogueTask):
@@ -133,9 +167,17 @@ def evaluate(workdir: Path, options: Options) -> dict[str, Any]:
                 task, trained, scorer, directory / "scores", short, options.batch_size
             )
             stated = {}
+        elif isinstance(task, GenerativeTask):
+            metrics, stated, found = evaluate_generative(
+                task, trained, scorer, directory / "scores", short, options.batch_size
+            )
+            examples += [{"task": short, "index": index, **record} for index, record in enumerate(found)]
         else:
             scores = score_resumably(directory / "scores", short, scorer, trained.step, task.requests)
             metrics, stated = task.metrics(scores), {}
+            if isinstance(task, ExampleTask):
+                found = task.records(scores)
+                examples += [{"task": short, "index": index, **record} for index, record in enumerate(found)]
         results[short] = {
             "metrics": {metric: _json(measured) for metric, measured in metrics.items()},
             "requests": len(task.requests),
@@ -159,18 +201,23 @@ def evaluate(workdir: Path, options: Options) -> dict[str, Any]:
         },
         "results": results,
     }
-    shots = "" if set(names) <= set(SOURCED) else f"-{options.num_fewshot}shot"
+    numbers = sorted({options.shots(name) for name in names if name not in SOURCED})
+    shots = f"-{'+'.join(map(str, numbers))}shot" if numbers else ""
     default = directory / f"{'+'.join(map(file_name, results))}{shots}-step{trained.step}.json"
     output = default if options.output is None else options.output
     if processes.is_first():
         _write(output, report)
     print(table(report))
     print(f"written to {output}")
-    if completions:
-        path = output.with_suffix(".answers.jsonl")
-        if processes.is_first():
-            write_predictions(path, completions)
-        print(f"the completions are in {path}")
+    for records, suffix, what in (
+        (completions, ".answers.jsonl", "the completions are in"),
+        (examples, ".examples.jsonl", "each example, with its whole prompt and its scores, is in"),
+    ):
+        if records:
+            path = output.with_suffix(suffix)
+            if processes.is_first():
+                write_predictions(path, records)
+            print(f"{what} {path}")
     return report
 
 
@@ -201,7 +248,7 @@ def _held_out_sources(config: Config) -> list[str]:
 
 def _prepare(
     name: str, options: Options, trained: TrainedModel
-) -> ExampleTask | PerplexityTask | MixedPerplexityTask | DialogueTask | VisualQuestionTask:
+) -> ExampleTask | GenerativeTask | PerplexityTask | MixedPerplexityTask | DialogueTask | VisualQuestionTask:
     if name == VISUAL:
         assert options.source is not None, "check"
         questions = read_questions(options.source, options.limit)
@@ -216,18 +263,20 @@ def _prepare(
             limit=options.limit,
             max_new_tokens=options.max_new_tokens,
         )
-    examples: Examples
+    examples: Examples[Any]
     if name.endswith(".jsonl"):
         examples, form = read_examples(expand(name)), None
     else:
-        examples, form = read_benchmark(name, options.num_fewshot), BENCHMARKS[name].few_shot_form
+        examples = read_benchmark(name, options.shots(name), options.benchmark_dir)
+        form = BENCHMARKS[name].few_shot_form
+    num_fewshot, tokenizer = options.shots(name), trained.tokenizer
+    if isinstance(examples.asked[0], GenerativeExample):
+        context, generation = trained.model.config.context_length, options.generation
+        return generative_task(
+            examples, tokenizer, context, generation, name=name, num_fewshot=num_fewshot, limit=options.limit
+        )
     return example_task(
-        examples,
-        trained.tokenizer,
-        num_fewshot=options.num_fewshot,
-        limit=options.limit,
-        seed=options.seed,
-        few_shot_form=form,
+        examples, tokenizer, num_fewshot=num_fewshot, limit=options.limit, seed=options.seed, few_shot_form=form
     )
 
 
@@ -298,6 +347,7 @@ _STATED = (
     *("documents", "tokens", "bytes", "detokenizer", "original_tokens", "detokenizer_restored_lines"),
     *("examples", "examples_available", "truncated_requests"),
     *("prompts", "prompts_available", "left_out", "max_new_tokens", "bleu_signature", "reward_model"),
+    *("samples", "temperature", "top_p", "sampling_seed", "truncated_prompts", "isolation"),
 )
 
 

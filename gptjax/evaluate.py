@@ -61,6 +61,11 @@ STRIDE = flags.DEFINE_integer(
 )
 DETOKENIZER = flags.DEFINE_string("detokenizer", None, "For perplexity: wikitext, ptb, lm1b or lambada; default: none.")
 CONCATENATE = flags.DEFINE_bool("concatenate", False, "For perplexity: all documents as one stream, as in training.")
+CHOICES_ONLY = flags.DEFINE_bool(
+    "choices_only",
+    False,
+    "For examples with options: also scores the options without the question, which shows whether it is read.",
+)
 MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens",
     None,
@@ -112,6 +117,7 @@ def main() -> None:
             stride=STRIDE.value,
             detokenizer=DETOKENIZER.value,
             concatenate=CONCATENATE.value,
+            choices_only=CHOICES_ONLY.value,
             max_new_tokens=MAX_NEW_TOKENS.value,
             samples=SAMPLES.value,
             temperature=TEMPERATURE.value,

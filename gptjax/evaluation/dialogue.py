@@ -33,10 +33,12 @@ from gptjax.data.conversations import Message, Prompt
 from gptjax.data.templates import ChatFormat, TooLongError
 from gptjax.evaluation.example_records import file_name, key, resumably, score_resumably
 from gptjax.evaluation.scoring import Scorer, ScoringRequest, ScoringResult
+from gptjax.evaluation.tasks import identity
 from gptjax.inference.engine import Engine
 from gptjax.inference.sampling import Sampling
 from gptjax.metrics.measurement import Measurement, exponential, mean, ratio
-from gptjax.metrics.text import ROUGES, corpus_bleu, distinct, rouge
+from gptjax.metrics.resampling import Sample
+from gptjax.metrics.text import ROUGES, bleu_terms, corpus_bleu, distinct, rouge
 from gptjax.stages.trained_model import TrainedModel
 
 # (pairs of a conversation that ends with a user's message and a completion, whether each completion ended) -> rewards
@@ -71,6 +73,11 @@ class DialogueTask:
     max_new_tokens: int
     chat_format: ChatFormat
     settings: dict[str, Any]
+
+    @property
+    def identities(self) -> list[str]:
+        """A hash of each prompt and its reference."""
+        return [identity((prompt.messages, prompt.reference)) for prompt in self.prompts]
 
     def batches(self, size: int) -> list[list[int]]:
         """Returns batches of prompt indices, the longest prompts first, so that out-of-memory errors occur at once."""
@@ -109,7 +116,7 @@ class DialogueTask:
         per_token = ratio([-score.logprob for score in scores], [score.num_tokens for score in scores])
         bleu, signature = corpus_bleu(texts, self.references)
         found = {
-            "bleu": Measurement(bleu, None, n),
+            "bleu": Measurement(bleu, None, n, Sample((bleu_terms(texts, self.references),), form="bleu")),
             **{name: mean([of_pair[name] for of_pair in rouges]) for name in ROUGES},
             "distinct1": Measurement(distinct(texts, 1), None, n),
             "distinct2": Measurement(distinct(texts, 2), None, n),

@@ -125,12 +125,13 @@ def _text(record: dict[str, Any], field: str, default: str | None = None, *, emp
 def _references(record: dict[str, Any], metric: str) -> tuple[Reference, ...]:
     answers = record.get("answers")
     found: list[Reference] = []
-    for answer in [answers] if isinstance(answers, str) else answers if isinstance(answers, list) else [None]:
+    given: list[Any] = answers if isinstance(answers, list) else [answers]
+    for answer in given:
         spans = metric == DROP and isinstance(answer, list) and answer and all(isinstance(s, str) for s in answer)
         if not isinstance(answer, str) and not spans:
             form = "a list of texts" if metric != DROP else "a list whose items are texts or lists of texts"
             raise ValueError(f'"answers" must be a text or {form}')
-        found.append(answer if isinstance(answer, str) else tuple(answer))
+        found.append(tuple(answer) if isinstance(answer, list) else answer)
     if not found and metric != "squad":
         raise ValueError('"answers" is empty: only the metric squad has questions without an answer')
     if metric == BLEU and len(found) != 1:

@@ -18,11 +18,13 @@ from gptjax.evaluation.few_shot import Examples, few_shot_prompts
 from gptjax.evaluation.generative_examples import BLEU, DROP, ROUGE, TESTS, GenerativeExample
 from gptjax.evaluation.sandbox import LIMITS, Outcome, isolation, run_programs
 from gptjax.evaluation.scoring import Scorer, ScoringRequest
+from gptjax.evaluation.tasks import identity
 from gptjax.inference.engine import Engine
 from gptjax.inference.sampling import Sampling
 from gptjax.metrics.answers import ANSWER_METRICS, drop, pass_at_k, summary_rouge
 from gptjax.metrics.measurement import Measurement, mean
-from gptjax.metrics.text import corpus_bleu
+from gptjax.metrics.resampling import Sample
+from gptjax.metrics.text import bleu_terms, corpus_bleu
 from gptjax.stages.trained_model import TrainedModel
 
 PASS_AT = (1, 10, 100)  # k of pass@k, as far as there are samples (Chen et al. 2021, table 1)
@@ -98,6 +100,11 @@ class GenerativeTask:
     new_tokens: list[int]
     options: GenerationOptions
     settings: dict[str, Any]
+
+    @property
+    def identities(self) -> list[str]:
+        """A hash of each example with its few-shot examples, equal for equal text whatever the tokenizer."""
+        return [identity(pair) for pair in zip(self.prompts, self.examples, strict=True)]
 
     @property
     def requests(self) -> list[ScoringRequest]:
@@ -193,7 +200,7 @@ def generative_task(
         "examples_available": len(examples.asked),
         "num_fewshot": num_fewshot,
         "fewshot_seed": options.seed if num_fewshot and examples.sampled else None,
-        "examples_sha256": hashlib.sha256(repr(asked).encode()).hexdigest()[:16],
+        "examples_sha256": identity(asked),
         "max_new_tokens": max(new_tokens),
         "samples": options.samples,
         "temperature": options.temperature,
@@ -265,8 +272,8 @@ def _run(programs: list[str], directory: Path, name: str) -> dict[str, Outcome]:
     ]
 
     def run(indices: Sequence[int]) -> list[Outcome]:
-        of_first = processes.of_first(lambda: [list(o) for o in run_programs([programs[i] for i in indices])])
-        return [Outcome(*fields) for fields in of_first]
+        of_first = processes.of_first(lambda: [o._asdict() for o in run_programs([programs[i] for i in indices])])
+        return [Outcome(**fields) for fields in of_first]
 
     path = directory / f"{file_name(name)}-programs-{digest}.jsonl"
     outcomes = resumably(path, f"{name} programs", batches, run, Outcome)
@@ -299,9 +306,12 @@ def _measured(
     if translated:
         numbers = [i * samples + sample for i in translated for sample in range(samples)]
         references = [str(task.examples[number // samples].references[0]) for number in numbers]
-        score, stated["bleu_signature"] = corpus_bleu([completions[number].text for number in numbers], references)
-        metrics["bleu"] = Measurement(score, None, len(translated))
-    return metrics | {"ended": mean([float(completion.ended) for completion in completions])}, stated
+        texts = [completions[number].text for number in numbers]
+        score, stated["bleu_signature"] = corpus_bleu(texts, references)
+        terms = bleu_terms(texts, references).reshape(len(translated), samples, -1).sum(1)
+        metrics["bleu"] = Measurement(score, None, len(translated), Sample((terms,), form="bleu"))
+    ended = np.reshape([completion.ended for completion in completions], (-1, samples))
+    return metrics | {"ended": mean(ended.mean(1).tolist())}, stated
 
 
 def _of_example(values: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -20,6 +20,7 @@ from gptjax.config import UserError
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.evaluation.detokenizers import get_detokenizer, original_tokens
 from gptjax.evaluation.scoring import ScoringRequest, ScoringResult, start_of_text, windows
+from gptjax.evaluation.tasks import identity
 from gptjax.metrics.measurement import Measurement, exponential, ratio, scaled, weighted_mean
 
 
@@ -31,11 +32,13 @@ class EncodedText:
       tokens: int32 (T,), the first of which is only context.
       size_bytes: UTF-8 bytes of the source text.
       original_tokens: number of the benchmark's tokens.
+      identity: hash of the source text.
     """
 
     tokens: np.ndarray
     size_bytes: int
     original_tokens: int
+    identity: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +58,11 @@ class PerplexityTask:
     windows_per_text: list[int]
     detokenized: bool
     settings: dict[str, Any]
+
+    @property
+    def identities(self) -> list[str]:
+        """A hash of each text, equal for equal text whatever the tokenizer."""
+        return [text.identity for text in self.texts]
 
     def metrics(self, scores: Sequence[ScoringResult]) -> dict[str, Measurement]:
         """Computes the metrics above, with standard errors over documents."""
@@ -88,6 +96,11 @@ class MixedPerplexityTask:
     def requests(self) -> list[ScoringRequest]:
         """The windows of all texts, in order."""
         return [request for task in self.parts.values() for request in task.requests]
+
+    @property
+    def identities(self) -> list[str]:
+        """A hash of each text."""
+        return [each for task in self.parts.values() for each in task.identities]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -156,13 +169,16 @@ def perplexity_task(
             count = document.removesuffix("\n").count("\n") + 1
             restored, lines = restored + undo.restored_lines(document) * count, lines + count
         ids = tokenizer.encode(document if undo is None else undo.to_plain(document))
-        texts.append(EncodedText(ids, len(document.encode()), original_tokens(document)))
+        texts.append(EncodedText(ids, len(document.encode()), original_tokens(document), identity(document)))
     num_documents = len(texts)
     if concatenate:
         end = start_of_text(tokenizer)
         stream = np.concatenate([np.array(end, np.int32), *(part for text in texts for part in (text.tokens, end))])
-        sizes = (sum(getattr(text, name) for text in texts) for name in ("size_bytes", "original_tokens"))
-        texts = [EncodedText(stream.astype(np.int32), *sizes)]
+        size_bytes, originals = (
+            sum(getattr(text, size) for text in texts) for size in ("size_bytes", "original_tokens")
+        )
+        whole = identity([text.identity for text in texts])
+        texts = [EncodedText(stream.astype(np.int32), size_bytes, originals, whole)]
     elif tokenizer.end_of_text is not None:
         start = np.array([tokenizer.end_of_text], np.int32)
         texts = [dataclasses.replace(text, tokens=np.concatenate([start, text.tokens])) for text in texts]

@@ -94,6 +94,7 @@ def mmlu(record: dict[str, Any]) -> list[TaskExample]:
             _LETTERS.index(answer) if isinstance(answer, str) else answer,
             description=f"The following are multiple choice questions (with answers) about {about}.\n\n",
             group=subject,
+            question=record["question"].strip(),
         )
     ]
 

@@ -3,9 +3,8 @@
 import dataclasses
 import importlib.metadata
 import json
-import math
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ from gptjax.data.sources import is_packaged, open_source
 from gptjax.data.templates import chat_format
 from gptjax.distributed import processes
 from gptjax.evaluation.catalogue import BENCHMARKS, check_name, read_benchmark
+from gptjax.evaluation.choice_controls import choice_baselines, choices_only
 from gptjax.evaluation.detokenizers import get_detokenizer
 from gptjax.evaluation.dialogue import DialogueTask, RewardScore, dialogue_task, evaluate_dialogue, read_prompts
 from gptjax.evaluation.example_records import file_name, score_resumably
@@ -32,6 +32,8 @@ from gptjax.evaluation.generative_tasks import (
     generative_task,
 )
 from gptjax.evaluation.perplexity import MixedPerplexityTask, PerplexityTask, perplexity_task
+from gptjax.evaluation.result_table import score_entry, table
+from gptjax.evaluation.sample_files import task_samples, write_samples
 from gptjax.evaluation.scoring import Scorer
 from gptjax.evaluation.tasks import ExampleTask, example_task, read_examples
 from gptjax.evaluation.visual_questions import (
@@ -47,6 +49,7 @@ from gptjax.stages import registry
 from gptjax.stages.trained_model import TrainedModel, load_model, parse_mesh
 
 PERPLEXITY, DIALOGUE, VISUAL = "perplexity", "dialogue", "vqa"
+Task = ExampleTask | GenerativeTask | PerplexityTask | MixedPerplexityTask | DialogueTask | VisualQuestionTask
 SOURCED = (PERPLEXITY, DIALOGUE, VISUAL)  # tasks whose data --source names
 
 
@@ -64,6 +67,7 @@ class Options:
     stride: int | None = None
     detokenizer: str | None = None
     concatenate: bool = False
+    choices_only: bool = False
     max_new_tokens: int | None = None
     samples: int = 1
     temperature: float = 0.0
@@ -130,6 +134,8 @@ def check(options: Options) -> None:
         raise UserError("--benchmark_dir is for benchmarks, which it has the records of")
     if DIALOGUE not in options.tasks and options.reward_model:
         raise UserError("--reward_model is for --tasks=dialogue")
+    if options.choices_only and set(options.tasks) <= set(SOURCED):
+        raise UserError("--choices_only is for tasks of examples with options, such as hellaswag or a .jsonl file")
     if options.detokenizer is not None:
         get_detokenizer(options.detokenizer)
 
@@ -155,38 +161,22 @@ def evaluate(workdir: Path, options: Options) -> dict[str, Any]:
     # All tasks are read before any is scored, so that errors appear at once; process 0 first, which downloads.
     prepared = processes.first_then_others(lambda: [(name, _prepare(name, options, trained)) for name in names])
     score = _reward_score(options, trained)
-    results, completions, examples = {}, list[dict[str, Any]](), list[dict[str, Any]]()
+    results, samples = {}, {}
+    completions, examples = list[dict[str, Any]](), list[dict[str, Any]]()
     for name, task in prepared:
         short = _short(name, options)
-        if isinstance(task, DialogueTask):
-            metrics, stated, completions = evaluate_dialogue(
-                task, trained, scorer, directory / "scores", short, options.batch_size, score
-            )
-        elif isinstance(task, VisualQuestionTask):
-            metrics, completions = evaluate_visual_questions(
-                task, trained, scorer, directory / "scores", short, options.batch_size
-            )
-            stated = {}
-        elif isinstance(task, GenerativeTask):
-            metrics, stated, found = evaluate_generative(
-                task, trained, scorer, directory / "scores", short, options.batch_size
-            )
-            examples += [{"task": short, "index": index, **record} for index, record in enumerate(found)]
-        else:
-            scores = score_resumably(directory / "scores", short, scorer, trained.step, task.requests)
-            metrics, stated = task.metrics(scores), {}
-            if isinstance(task, ExampleTask):
-                found = task.records(scores)
-                examples += [{"task": short, "index": index, **record} for index, record in enumerate(found)]
+        found = _evaluate_task(short, task, options, trained, scorer, directory / "scores", score)
         results[short] = {
-            "metrics": {metric: _json(measured) for metric, measured in metrics.items()},
+            "metrics": found.entries(),
             "requests": len(task.requests),
             "truncated_requests": sum(map(scorer.is_truncated, task.requests)),
             "source": _source(name, options, config),
             **task.settings,
-            **stated,
-            **({} if score is None or name != DIALOGUE else {"reward_model": str(options.reward_model)}),
+            **found.stated,
         }
+        samples[short] = task_samples(task.identities, found.metrics)
+        completions += found.completions
+        examples += [{"task": short, "index": index, **record} for index, record in enumerate(found.examples)]
     report = {
         "workdir": str(workdir),
         "step": trained.step,
@@ -205,20 +195,82 @@ def evaluate(workdir: Path, options: Options) -> dict[str, Any]:
     shots = f"-{'+'.join(map(str, numbers))}shot" if numbers else ""
     default = directory / f"{'+'.join(map(file_name, results))}{shots}-step{trained.step}.json"
     output = default if options.output is None else options.output
+    files = [("completions", ".answers.jsonl", completions), ("examples", ".examples.jsonl", examples)]
     if processes.is_first():
         _write(output, report)
+        write_samples(output, samples)
+        for _, suffix, records in files:
+            if records:
+                write_predictions(output.with_suffix(suffix), records)
     print(table(report))
     print(f"written to {output}")
-    for records, suffix, what in (
-        (completions, ".answers.jsonl", "the completions are in"),
-        (examples, ".examples.jsonl", "each example, with its whole prompt and its scores, is in"),
-    ):
+    for what, suffix, records in files:
         if records:
-            path = output.with_suffix(suffix)
-            if processes.is_first():
-                write_predictions(path, records)
-            print(f"{what} {path}")
+            print(f"the {what} are in {output.with_suffix(suffix)}")
     return report
+
+
+@dataclasses.dataclass(frozen=True)
+class _Evaluated:
+    """The scores of a task.
+
+    Attributes:
+      stated: further entries of the report.
+      completions, examples: records for the files of completions and of scored examples.
+      baselines: score -> scores of the choices that it is compared with.
+      control: the scores without the question.
+    """
+
+    metrics: dict[str, Measurement]
+    stated: dict[str, Any] = dataclasses.field(default_factory=dict)
+    completions: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    examples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    baselines: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    control: dict[str, Measurement] = dataclasses.field(default_factory=dict)
+
+    def entries(self) -> dict[str, Any]:
+        """Returns the JSON entry of each score."""
+        return {
+            name: score_entry(measured, self.baselines.get(name), self.control.get(name))
+            for name, measured in self.metrics.items()
+        }
+
+
+def _evaluate_task(
+    short: str,
+    task: Task,
+    options: Options,
+    trained: TrainedModel,
+    scorer: Scorer,
+    directory: Path,
+    reward_score: RewardScore | None,
+) -> _Evaluated:
+    """Evaluates a prepared task; `directory` is that of the records."""
+    if isinstance(task, DialogueTask):
+        metrics, stated, completions = evaluate_dialogue(
+            task, trained, scorer, directory, short, options.batch_size, reward_score
+        )
+        if reward_score is not None:
+            stated["reward_model"] = str(options.reward_model)
+        return _Evaluated(metrics, stated, completions, baselines={"win_rate": {"random": 0.5}})
+    if isinstance(task, VisualQuestionTask):
+        metrics, completions = evaluate_visual_questions(task, trained, scorer, directory, short, options.batch_size)
+        return _Evaluated(metrics, completions=completions)
+    if isinstance(task, GenerativeTask):
+        metrics, stated, examples = evaluate_generative(task, trained, scorer, directory, short, options.batch_size)
+        return _Evaluated(metrics, stated, examples=examples)
+    scores = score_resumably(directory, short, scorer, trained.step, task.requests)
+    metrics = task.metrics(scores)
+    if not isinstance(task, ExampleTask):
+        return _Evaluated(metrics)
+    found = choice_baselines(task.examples)
+    control = {}
+    if task.control is not None:
+        requests = task.control.requests
+        control = task.control.metrics(
+            score_resumably(directory, f"{short}-choices_only", scorer, trained.step, requests)
+        )
+    return _Evaluated(metrics, examples=task.records(scores), baselines=dict.fromkeys(metrics, found), control=control)
 
 
 def _check_held_out(options: Options, config: Config) -> None:
@@ -246,9 +298,7 @@ def _held_out_sources(config: Config) -> list[str]:
     return [part.data.validation_source or part.data.source for part in parts(config.data)]
 
 
-def _prepare(
-    name: str, options: Options, trained: TrainedModel
-) -> ExampleTask | GenerativeTask | PerplexityTask | MixedPerplexityTask | DialogueTask | VisualQuestionTask:
+def _prepare(name: str, options: Options, trained: TrainedModel) -> Task:
     if name == VISUAL:
         assert options.source is not None, "check"
         questions = read_questions(options.source, options.limit)
@@ -269,15 +319,18 @@ def _prepare(
     else:
         examples = read_benchmark(name, options.shots(name), options.benchmark_dir)
         form = BENCHMARKS[name].few_shot_form
-    num_fewshot, tokenizer = options.shots(name), trained.tokenizer
+    given: dict[str, Any] = {"num_fewshot": options.shots(name), "limit": options.limit}
     if isinstance(examples.asked[0], GenerativeExample):
-        context, generation = trained.model.config.context_length, options.generation
-        return generative_task(
-            examples, tokenizer, context, generation, name=name, num_fewshot=num_fewshot, limit=options.limit
-        )
-    return example_task(
-        examples, tokenizer, num_fewshot=num_fewshot, limit=options.limit, seed=options.seed, few_shot_form=form
-    )
+        if options.choices_only:
+            raise UserError(f"--choices_only needs examples with options, and {name} has none")
+        context = trained.model.config.context_length
+        return generative_task(examples, trained.tokenizer, context, options.generation, name=name, **given)
+
+    def task(of: Examples[Any]) -> ExampleTask:
+        return example_task(of, trained.tokenizer, seed=options.seed, few_shot_form=form, **given)
+
+    control = task(choices_only(examples, name)) if options.choices_only else None
+    return dataclasses.replace(task(examples), control=control)
 
 
 def _prepare_perplexity(options: Options, trained: TrainedModel) -> PerplexityTask | MixedPerplexityTask:
@@ -325,62 +378,9 @@ def _source(name: str, options: Options, config: Config) -> str | None:
     return options.source if name in (PERPLEXITY, DIALOGUE) else name
 
 
-def _json(measured: Measurement) -> dict[str, float | None]:
-    """Returns the fields of a measurement, with None for infinity and NaN, which JSON lacks."""
-    return {
-        field: value if value is not None and math.isfinite(value) else None
-        for field, value in measured._asdict().items()
-    }
-
-
 def _write(path: Path, report: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(report, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"cannot write --output={path}: {error.strerror}") from None
-
-
-# Keys of a task's entry that are printed below the table.
-_STATED = (
-    *("num_fewshot", "fewshot_seed", "stride", "context_length", "concatenated", "first_token_scored"),
-    *("documents", "tokens", "bytes", "detokenizer", "original_tokens", "detokenizer_restored_lines"),
-    *("examples", "examples_available", "truncated_requests"),
-    *("prompts", "prompts_available", "left_out", "max_new_tokens", "bleu_signature", "reward_model"),
-    *("samples", "temperature", "top_p", "sampling_seed", "truncated_prompts", "isolation"),
-)
-
-
-def table(report: dict[str, Any]) -> str:
-    """Formats the report's metrics as a table, with the settings of each task below."""
-    rows = [("task", "metric", "value", "stderr", "n")]
-    for name, entry in report["results"].items():
-        for metric, measured in entry["metrics"].items():
-            rows.append((name, metric, _number(measured["value"]), _number(measured["stderr"]), f"{measured['n']:,}"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [_aligned(row, widths) for row in rows]
-    lines.insert(1, "-" * len(lines[0]))
-    lines.append("")
-    for name, entry in report["results"].items():
-        stated = ", ".join(f"{key} {_plain(entry[key])}" for key in _STATED if entry.get(key) is not None)
-        lines.append(f"{name}: {stated}")
-    lines.append(f"step {report['step']} of {report['workdir']}, {report['model']['dtype']}, {report['device']}")
-    return "\n".join(lines)
-
-
-def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
-    texts, numbers = row[:2], row[2:]
-    return "  ".join(
-        [text.ljust(width) for text, width in zip(texts, widths[:2], strict=True)]
-        + [number.rjust(width) for number, width in zip(numbers, widths[2:], strict=True)]
-    )
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}" if abs(value) < 1000 else f"{value:,.1f}"
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if isinstance(value, float) else str(value)

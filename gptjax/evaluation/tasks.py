@@ -50,6 +50,8 @@ class TaskExample:
       by_answer_prompt: also normalises likelihoods by P(continuation | "Answer:") (Brown et al. 2020, section 2.4).
       true: whether each option is true, where several are (TruthfulQA's MC2); empty: only the answer is.
       description, group: see `few_shot.Example`.
+      question: the part of the context without which the options are scored by --choices_only; empty: what the contexts
+        of all options share.
     """
 
     options: tuple[tuple[str, str], ...]
@@ -58,6 +60,7 @@ class TaskExample:
     true: tuple[bool, ...] = ()
     description: str = ""
     group: str = ""
+    question: str = ""
 
     @property
     def shown(self) -> str:
@@ -117,8 +120,8 @@ def both_contexts(sentence: str, options: Sequence[str], answer: int, blank: str
 # --- JSON lines -------------------------------------------------------------------------------------------------------
 
 
-def read_examples(path: Path) -> Examples[TaskExample] | Examples[GenerativeExample]:
-    """Reads a task file.
+def read_examples(path: Path) -> Examples[Any]:
+    """Reads a task file; its examples are all `TaskExample` or all `GenerativeExample`.
 
     Raises:
       UserError: the file cannot be read, has no example to evaluate, or a line is malformed (named as FILE:LINE).
@@ -187,22 +190,61 @@ class ExampleTask:
       prompts: for each example, the text before it: its description and few-shot examples.
       requests: for each example, its options, then its options after "Answer:" if `by_answer_prompt`.
       settings: what the metrics depend on other than the model, for the report.
+      control: the same examples without their questions; None: not asked for.
     """
 
     examples: list[TaskExample]
     prompts: list[str]
     requests: list[ScoringRequest]
     settings: dict[str, Any]
+    control: "ExampleTask | None" = None
 
-    def values(self, scores: Sequence[ScoringResult]) -> list[dict[str, float]]:
-        """Computes the values of each example that `metrics` averages; `nats` is that of a continuation."""
-        values: list[dict[str, float]] = []
+    @property
+    def identities(self) -> list[str]:
+        """A hash of each example with its few-shot examples, equal for equal text whatever the tokenizer."""
+        return [identity(pair) for pair in zip(self.prompts, self.examples, strict=True)]
+
+    def records(self, scores: Sequence[ScoringResult]) -> list[dict[str, Any]]:
+        """Returns a record of each example with its few-shot prompt, options, and their log-probabilities in nats."""
+        found, rest = [], iter(scores)
+        for prompt, example in zip(self.prompts, self.examples, strict=True):
+            options = [next(rest) for _ in example.options]
+            contexts, continuations = zip(*example.options, strict=True)
+            record = {
+                "few_shot": prompt,
+                "context": contexts[0] if len(set(contexts)) == 1 else contexts,
+                "options": continuations,
+                "answer": example.answer,
+                **({"true": example.true} if example.true else {}),
+                "logprobs": [score.logprob for score in options],
+                "num_tokens": [score.num_tokens for score in options],
+                "is_greedy": [score.is_greedy for score in options],
+            }
+            if example.by_answer_prompt and len(options) > 1:
+                record["answer_prompt_logprobs"] = [next(rest).logprob for _ in options]
+            found.append(record)
+        return found
+
+    def metrics(self, scores: Sequence[ScoringResult]) -> dict[str, Measurement]:
+        """Computes accuracies and, for continuations, perplexity.
+
+        For continuations: `accuracy` (greedy decoding gives all tokens) and `perplexity` (exp of the mean nats of a
+        continuation, so per word where a continuation is a word). For choices: the accuracy of the choice of the
+        highest log-probability (`accuracy`), the highest per token, per character (lm-evaluation-harness' acc_norm)
+        and, for `by_answer_prompt`, relative to the log-probability after "Answer:". In a file with both, `accuracy`
+        is over both. For choices of which several are true only `mc2`, see `true_probability`.
+        """
+        values: dict[str, list[float]] = {}
         rest = iter(scores)
         for example in self.examples:
             n = len(example.options)
             options = [next(rest) for _ in range(n)]
             if n == 1:
-                values.append({"accuracy": float(options[0].is_greedy), "nats": -options[0].logprob})
+                values.setdefault("accuracy", []).append(float(options[0].is_greedy))
+                values.setdefault("nats", []).append(-options[0].logprob)
+                continue
+            if example.true:
+                values.setdefault("mc2", []).append(true_probability(options, example.true))
                 continue
             totals = {
                 "accuracy": [score.logprob for score in options],
@@ -213,46 +255,12 @@ class ExampleTask:
             }
             if example.by_answer_prompt:
                 totals["accuracy_by_answer_prompt"] = [score.logprob - next(rest).logprob for score in options]
-            found = {name: float(total.index(max(total)) == example.answer) for name, total in totals.items()}
-            values.append(found if not example.true else {"mc2": true_probability(options, example.true)})
-        return values
-
-    def metrics(self, scores: Sequence[ScoringResult]) -> dict[str, Measurement]:
-        """Computes accuracies and, for continuations, perplexity.
-
-        For continuations: `accuracy` (greedy decoding gives all tokens) and `perplexity` (exp of the mean nats of a
-        continuation, so per word where a continuation is a word). For choices: the accuracy of the choice of the
-        highest log-probability (`accuracy`), the highest per token, per character (lm-evaluation-harness' acc_norm)
-        and, for `by_answer_prompt`, relative to the log-probability after "Answer:". In a file with both, `accuracy`
-        is over both. For choices of which several are true: `mc2`, see `true_probability`.
-        """
-        values: dict[str, list[float]] = {}
-        for found in self.values(scores):
-            for name, value in found.items():
-                values.setdefault(name, []).append(value)
+            for name, total in totals.items():
+                values.setdefault(name, []).append(float(total.index(max(total)) == example.answer))
         metrics = {name: mean(numbers) for name, numbers in values.items() if name != "nats"}
         if "nats" in values:
             metrics["perplexity"] = exponential(mean(values["nats"]))
         return metrics
-
-    def records(self, scores: Sequence[ScoringResult]) -> list[dict[str, Any]]:
-        """Returns for each example everything that its values can be recomputed from."""
-        rest = iter(scores)
-        found = []
-        for example, prompt, values in zip(self.examples, self.prompts, self.values(scores), strict=True):
-            n = len(example.options)
-            record = {
-                "prompt": prompt,
-                "options": [list(option) for option in example.options],
-                "answer": example.answer,
-                "scores": [next(rest)._asdict() for _ in range(n)],
-            }
-            if example.by_answer_prompt:
-                record["answer_prompt_scores"] = [next(rest)._asdict() for _ in range(n)]
-            if example.true:
-                record["true"] = list(example.true)
-            found.append(record | {"metrics": values})
-        return found
 
 
 def true_probability(options: Sequence[ScoringResult], true: Sequence[bool]) -> float:
@@ -298,6 +306,11 @@ def example_task(
         "examples_available": len(examples.asked),
         "num_fewshot": num_fewshot,
         "fewshot_seed": seed if num_fewshot and examples.sampled else None,
-        "examples_sha256": hashlib.sha256(repr(asked).encode()).hexdigest()[:16],
+        "examples_sha256": identity(asked),
     }
     return ExampleTask(asked, prompts, requests, settings)
+
+
+def identity(content: Any) -> str:
+    """Returns a hash, 16 hex digits, of what an example asks, by which results of several models are paired."""
+    return hashlib.sha256(repr(content).encode(errors="backslashreplace")).hexdigest()[:16]

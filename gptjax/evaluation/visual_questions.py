@@ -28,6 +28,7 @@ from gptjax.data.images.image_references import ImageReference, record_images
 from gptjax.data.templates import EncodedConversation
 from gptjax.evaluation.example_records import file_name, key, resumably
 from gptjax.evaluation.scoring import Scorer, ScoringRequest
+from gptjax.evaluation.tasks import identity
 from gptjax.inference.engine import Engine
 from gptjax.inference.sampling import Sampling
 from gptjax.metrics import visual_answers
@@ -123,6 +124,14 @@ class VisualQuestionTask:
     prompts: ImagePrompts
     max_new_tokens: int
     settings: dict[str, Any]
+
+    @property
+    def identities(self) -> list[str]:
+        """A hash of each question, its references, and the names of its images."""
+        return [
+            identity((question.text, [image.source for image in question.images], question.references))
+            for question in self.questions
+        ]
 
     @property
     def requests(self) -> list[ScoringRequest]:

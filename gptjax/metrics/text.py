@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from gptjax.data.words import KANA, is_written_without_blanks, words
 
 ROUGES = ("rouge1", "rouge2", "rougeL")
@@ -39,6 +42,26 @@ def corpus_bleu(completions: Sequence[str], references: Sequence[str]) -> tuple[
     metric = _bleu(_tokenizer(references), effective_order=False)
     score = metric.corpus_score(list(completions), [list(references)]).score
     return min(score / 100, 1.0), str(metric.get_signature())
+
+
+def bleu_terms(completions: Sequence[str], references: Sequence[str]) -> npt.NDArray[np.float64]:
+    """Returns what each pair adds to corpus BLEU, float64 (pairs, 10).
+
+    The columns are the matching n-grams of the orders 1 to 4, all n-grams of these orders, and the lengths of
+    completion and reference.
+    """
+    metric = _bleu(_tokenizer(references), effective_order=False)
+    scores = (metric.corpus_score([text], [[other]]) for text, other in zip(completions, references, strict=True))
+    return np.array([[*score.counts, *score.totals, score.sys_len, score.ref_len] for score in scores], np.float64)
+
+
+def bleu_of_sums(sums: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Computes corpus BLEU in [0, 1] from sums of `bleu_terms` over pairs, float64 (N, 10) -> (N,)."""
+    from sacrebleu.metrics import BLEU
+
+    rows = [[int(number) for number in row] for row in sums]
+    scores = [BLEU.compute_bleu(row[:4], row[4:8], row[8], row[9], smooth_method="exp").score for row in rows]
+    return np.minimum(np.array(scores) / 100, 1.0)
 
 
 def distinct(texts: Sequence[str], n: int) -> float:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from gptjax.evaluation import run_tasks
+from gptjax.evaluation.result_table import score_entry
 from gptjax.evaluation.run_tasks import Options, evaluate
+from gptjax.evaluation.sample_files import read_samples
 from gptjax.evaluation.scoring import Scorer, ScoringRequest, encode_pair
+from gptjax.metrics.measurement import Measurement
 from tests.commands import run_command
 
 ROOT = Path(__file__).parents[2]
@@ -122,8 +124,38 @@ def test_nothing_is_scored_twice(workdir, files, monkeypatch):
         evaluate(workdir, Options(tasks=(str(files / "which.jsonl"),), num_fewshot=2, seed=1))
 
 
+def test_a_score_with_interval_baselines_and_control(workdir, files, capsys):
+    evaluate(workdir, Options(tasks=(str(files / "words.jsonl"),)))
+    assert "random" not in capsys.readouterr().out  # no options to choose from
+    report = evaluate(workdir, Options(tasks=(str(files / "which.jsonl"),), choices_only=True))
+    printed = capsys.readouterr().out
+    accuracy = report["results"]["which"]["metrics"]["accuracy"]
+    low, high = accuracy["interval"]
+    assert 0 <= low <= accuracy["value"] <= high <= 1
+    assert accuracy["baselines"] == {"random": pytest.approx(1 / 3), "majority": 0.6}
+    control = accuracy["choices_only"]
+    assert control["gain"]["value"] == pytest.approx(accuracy["value"] - control["value"])
+    assert "choices_only" not in report["results"]["which"]["metrics"]["accuracy_by_answer_prompt"]
+    (row,) = [line.split() for line in printed.splitlines() if line.split()[:2] == ["which", "accuracy"]]
+    assert row[6:] == ["0.3333", "0.6000", f"{control['value']:.4f}", "5"]
+    inside = [name for name, value in accuracy["baselines"].items() if low <= value <= high]
+    assert ("which accuracy: the interval contains the baseline" in printed) == bool(inside)
+    assert "which accuracy: no better than without the question" in printed  # five examples cannot show it
+    path = workdir / "evaluation" / "which-0shot-step0.examples.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [record["index"] for record in records] == list(range(5))
+    assert records[1]["context"] == "1 is"
+    chosen = [max(range(3), key=lambda i: record["logprobs"][i]) for record in records]
+    right = [float(choice == record["answer"]) for choice, record in zip(chosen, records, strict=True)]
+    assert sum(right) / 5 == accuracy["value"]
+    assert (
+        read_samples(workdir / "evaluation" / "which-0shot-step0.json")["which"].samples["accuracy"].value
+        == (accuracy["value"])
+    )
+
+
 def test_numbers_that_json_cannot_hold():
-    assert run_tasks._json(run_tasks.Measurement(math.inf, math.nan, 2)) == {"value": None, "stderr": None, "n": 2}
+    assert score_entry(Measurement(math.inf, math.nan, 2)) == {"value": None, "stderr": None, "n": 2}
 
 
 @pytest.mark.parametrize(
@@ -145,6 +177,11 @@ def test_numbers_that_json_cannot_hold():
             ["--workdir={workdir}", "--tasks=lambada", "--source=sotu"],
             ["--source is for --tasks=perplexity, --tasks=dialogue and"],
         ),
+        (
+            ["--workdir={workdir}", "--tasks={files}/words.jsonl", "--choices_only"],
+            ["--choices_only", "have none"],
+        ),
+        (["--workdir={workdir}", "--tasks=perplexity", "--choices_only"], ["--choices_only is for tasks of examples"]),
         (["--workdir={workdir}", "--tasks=lambada", "--reward_model=x"], ["--reward_model", "--tasks=dialogue"]),
         (["--workdir={workdir}", "--tasks=dialogue"], ["is of stage pretrain: --tasks=dialogue is for stages sft"]),
         (["--workdir={workdir}", "--tasks=dialogue", "--source=sotu"], ["unknown source 'sotu' of conversations"]),

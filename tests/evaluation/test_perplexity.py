@@ -41,7 +41,7 @@ def test_concatenated_documents_are_one_stream_as_in_training():
     assert task.settings["tokens"] == 15
     assert task.settings["bytes"] == 13
     assert task.settings["documents"] == 2
-    assert task.metrics([ScoringResult(-30.0, 15, False)])["nats_per_token"] == (2.0, None, 1)
+    assert task.metrics([ScoringResult(-30.0, 15, False)])["nats_per_token"][:3] == (2.0, None, 1)
 
 
 def test_without_end_of_text_the_first_token_is_not_predicted():

@@ -6,6 +6,7 @@ python -m gptjax.evaluate --workdir=runs/gpt2 --tasks=perplexity --source=sotu -
 python -m gptjax.evaluate --workdir=runs/gpt2 --tasks=perplexity --held_out --best
 python -m gptjax.evaluate --workdir=runs/gpt2 --tasks=perplexity --source=text:wiki.test.tokens --detokenizer=wikitext
 python -m gptjax.evaluate --workdir=runs/sft --tasks=dialogue --held_out --reward_model=runs/reward
+python -m gptjax.evaluate --workdir=runs/gpt2 --tasks=core --core_bundle=eval_bundle --limit=500
 python -m gptjax.evaluate --workdir=runs/digits --tasks=vqa --source=digits:test
 python -m gptjax.evaluate --workdir=runs/gpt2 --tasks=gsm8k_cot,triviaqa,squad_v2
 python -m gptjax.evaluate --workdir=runs/gpt2 --tasks=humaneval --allow_code_execution --samples=20 --temperature=0.8
@@ -14,9 +15,10 @@ A task is a benchmark of `gptjax/evaluation/catalogue.py` (downloaded on first u
 file of JSON lines (formats: `gptjax/evaluation/tasks.py`), `perplexity` of the text named by --source in any form of
 `data.source`, or `dialogue`: completions by a chat model of the conversations named by --source. With --held_out both
 read what the run held out of its own data (metrics of dialogues: `gptjax/evaluation/dialogue.py`); of a mixture, the
-perplexity of each source is measured too. `vqa` are questions about the images of --source
-(`gptjax/evaluation/visual_questions.py`). The metrics are printed and, with all settings, written to --output, and
-completions to a file next to it. A stopped evaluation resumes when the same command is run again.
+perplexity of each source is measured too. `core` are the tasks of `gptjax/evaluation/core_metric.py`. `vqa` are
+questions about the images of --source (`gptjax/evaluation/visual_questions.py`). The metrics are printed and, with all
+settings, written to --output, and completions and scored examples to files next to it. A stopped evaluation resumes
+when the same command is run again.
 """
 
 from typing import Any, cast
@@ -30,7 +32,7 @@ from gptjax.parallel import program_cache
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run.")
 TASKS = flags.DEFINE_list(
-    "tasks", [], "What to evaluate, comma-separated: benchmarks, .jsonl files, perplexity, dialogue, vqa."
+    "tasks", [], "What to evaluate, comma-separated: benchmarks, .jsonl files, core, perplexity, dialogue, vqa."
 )
 NUM_FEWSHOT = flags.DEFINE_integer(
     "num_fewshot", None, "Few-shot examples before each example; default: the benchmark's, mostly 0.", lower_bound=0
@@ -65,6 +67,9 @@ CHOICES_ONLY = flags.DEFINE_bool(
     "choices_only",
     False,
     "For examples with options: also scores the options without the question, which shows whether it is read.",
+)
+CORE_BUNDLE = flags.DEFINE_string(
+    "core_bundle", None, "For core: folder of nanochat's eval_bundle, with core.yaml and eval_data."
 )
 MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens",
@@ -118,6 +123,7 @@ def main() -> None:
             detokenizer=DETOKENIZER.value,
             concatenate=CONCATENATE.value,
             choices_only=CHOICES_ONLY.value,
+            core_bundle=None if CORE_BUNDLE.value is None else expand(CORE_BUNDLE.value),
             max_new_tokens=MAX_NEW_TOKENS.value,
             samples=SAMPLES.value,
             temperature=TEMPERATURE.value,

@@ -136,7 +136,7 @@ def read_runs(paths: Iterable[Path], say: Callable[[str], None]) -> list[Run]:
     workdirs = list(dict.fromkeys(workdirs))
     if not workdirs:
         raise UserError("no runs to compare: give the workdirs of runs, or the directory of a sweep")
-    return [_read_run(workdir, name) for workdir, name in zip(workdirs, _names(workdirs), strict=True)]
+    return [_read_run(workdir, name) for workdir, name in zip(workdirs, relative_names(workdirs), strict=True)]
 
 
 def _has_metrics(workdir: Path, say: Callable[[str], None]) -> bool:
@@ -151,8 +151,8 @@ def _has_metrics(workdir: Path, say: Callable[[str], None]) -> bool:
     return False
 
 
-def _names(workdirs: Sequence[Path]) -> list[str]:
-    """The paths of workdirs below the directory that they share."""
+def relative_names(workdirs: Sequence[Path]) -> list[str]:
+    """Returns the paths of workdirs below the directory that they share."""
     absolute = [os.path.abspath(workdir) for workdir in workdirs]
     shared = os.path.commonpath([os.path.dirname(path) for path in absolute])
     return [os.path.relpath(path, shared) for path in absolute]

@@ -72,9 +72,9 @@ class GenerationOptions:
             raise UserError("--top_p needs a --temperature above 0: it has no effect on greedy completions")
 
     @property
-    def samples_differ(self) -> bool:
-        """Whether any option of sampling was given."""
-        return self.samples > 1 or self.temperature > 0
+    def is_sampled(self) -> bool:
+        """Whether completions are sampled, instead of greedy."""
+        return self.temperature > 0
 
     @property
     def sampling(self) -> Sampling:

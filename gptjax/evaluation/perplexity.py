@@ -174,9 +174,7 @@ def perplexity_task(
     if concatenate:
         end = start_of_text(tokenizer)
         stream = np.concatenate([np.array(end, np.int32), *(part for text in texts for part in (text.tokens, end))])
-        size_bytes, originals = (
-            sum(getattr(text, size) for text in texts) for size in ("size_bytes", "original_tokens")
-        )
+        size_bytes, originals = (sum(text.size_bytes for text in texts), sum(text.original_tokens for text in texts))
         whole = identity([text.identity for text in texts])
         texts = [EncodedText(stream.astype(np.int32), size_bytes, originals, whole)]
     elif tokenizer.end_of_text is not None:

@@ -5,6 +5,7 @@ them: MMLU's of Hendrycks et al. 2021, without the double blank after "about"; G
 al. 2022, table 20; TruthfulQA's "QA prompt" of Lin et al. 2022, figure 21; HumanEval's own of Chen et al. 2021.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -109,7 +110,9 @@ def anli(record: dict[str, Any]) -> list[TaskExample]:
 
 def truthful_best(record: dict[str, Any]) -> list[TaskExample]:
     """TruthfulQA's MC1: one choice is true."""
-    return [_truthful(record, "mc1_targets")]
+    example = _truthful(record, "mc1_targets")  # the true choice is always the first
+    options = sorted(example.options)
+    return [dataclasses.replace(example, options=tuple(options), answer=options.index(example.options[example.answer]))]
 
 
 def truthful_all(record: dict[str, Any]) -> list[TaskExample]:
@@ -117,7 +120,7 @@ def truthful_all(record: dict[str, Any]) -> list[TaskExample]:
     targets = record["mc2_targets"]
     labels = tuple(bool(label) for label in (targets["labels"] if "labels" in targets else targets.values()))
     example = _truthful(record, "mc2_targets")
-    return [TaskExample(example.options, example.answer, true=labels, description=example.description)]
+    return [dataclasses.replace(example, true=labels)]
 
 
 def _truthful(record: dict[str, Any], field: str) -> TaskExample:

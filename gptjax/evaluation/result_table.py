@@ -60,8 +60,14 @@ def table(report: dict[str, Any]) -> str:
         found = _compared(measured)
         rows.append(
             [
-                *(name, metric, _number(measured["value"]), interval_text(measured), _number(measured["stderr"])),
-                *(_number(found[key]) if key in found else "" for key in baselines),
+                *(
+                    name,
+                    metric,
+                    number_text(measured["value"]),
+                    interval_text(measured),
+                    number_text(measured["stderr"]),
+                ),
+                *(number_text(found[key]) if key in found else "" for key in baselines),
                 f"{measured['n']:,}",
             ]
         )
@@ -88,14 +94,14 @@ def _notes(name: str, metric: str, measured: Mapping[str, Any]) -> list[str]:
     if "interval" in measured:
         low, high = measured["interval"]
         baselines = measured.get("baselines", {})
-        inside = [f"{key} {_number(value)}" for key, value in baselines.items() if low <= value <= high]
+        inside = [f"{key} {number_text(value)}" for key, value in baselines.items() if low <= value <= high]
         if inside:
             notes.append(f"note: {name} {metric}: the interval contains the baseline {' and '.join(inside)}")
     if "choices_only" in measured:
         gain = measured["choices_only"]["gain"]
         if gain["interval"] is None or gain["interval"][0] <= 0:
             notes.append(
-                f"note: {name} {metric}: no better than without the question: gain {_number(gain['value'])} "
+                f"note: {name} {metric}: no better than without the question: gain {number_text(gain['value'])} "
                 f"{interval_text(gain)}, p={gain['p_value']:.3g}"
             )
     return notes
@@ -105,7 +111,7 @@ def interval_text(measured: Mapping[str, Any]) -> str:
     """Returns the interval of a score's entry as "[low, high]"; "-" without one."""
     if measured.get("interval") is None:
         return "-"
-    return f"[{', '.join(map(_number, measured['interval']))}]"
+    return f"[{', '.join(map(number_text, measured['interval']))}]"
 
 
 def aligned(rows: Sequence[Sequence[str]], left: int) -> list[str]:
@@ -120,7 +126,8 @@ def aligned(rows: Sequence[Sequence[str]], left: int) -> list[str]:
     ]
 
 
-def _number(value: float | None) -> str:
+def number_text(value: float | None) -> str:
+    """Returns a score with four decimals, large ones with one."""
     return "-" if value is None else f"{value:.4f}" if abs(value) < 1000 else f"{value:,.1f}"
 
 

@@ -6,27 +6,24 @@ import json
 import platform
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
 from gptjax.config import Config, UserError, read_config
-from gptjax.data import conversations
 from gptjax.data.mixture import parts
 from gptjax.data.pipeline import held_out_documents
 from gptjax.data.sources import is_packaged, open_source
 from gptjax.data.templates import chat_format
 from gptjax.distributed import processes
-from gptjax.evaluation.catalogue import BENCHMARKS, check_name, read_benchmark
+from gptjax.evaluation.catalogue import BENCHMARKS, read_benchmark
 from gptjax.evaluation.choice_controls import choice_baselines, choices_only
-from gptjax.evaluation.detokenizers import get_detokenizer
+from gptjax.evaluation.core_metric import CoreTask, core_task
 from gptjax.evaluation.dialogue import DialogueTask, RewardScore, dialogue_task, evaluate_dialogue, read_prompts
 from gptjax.evaluation.example_records import file_name, score_resumably
 from gptjax.evaluation.few_shot import Examples
 from gptjax.evaluation.generative_examples import GenerativeExample
 from gptjax.evaluation.generative_tasks import (
-    CODE_CONSENT,
-    GenerationOptions,
     GenerativeTask,
     evaluate_generative,
     generative_task,
@@ -35,6 +32,17 @@ from gptjax.evaluation.perplexity import MixedPerplexityTask, PerplexityTask, pe
 from gptjax.evaluation.result_table import score_entry, table
 from gptjax.evaluation.sample_files import task_samples, write_samples
 from gptjax.evaluation.scoring import Scorer
+from gptjax.evaluation.task_options import (
+    CORE,
+    DIALOGUE,
+    PERPLEXITY,
+    SOURCED,
+    VISUAL,
+    Options,
+    check,
+    check_generation,
+    short_name,
+)
 from gptjax.evaluation.tasks import ExampleTask, example_task, read_examples
 from gptjax.evaluation.visual_questions import (
     VisualQuestionTask,
@@ -48,96 +56,9 @@ from gptjax.metrics.report_files import write_predictions
 from gptjax.stages import registry
 from gptjax.stages.trained_model import TrainedModel, load_model, parse_mesh
 
-PERPLEXITY, DIALOGUE, VISUAL = "perplexity", "dialogue", "vqa"
-Task = ExampleTask | GenerativeTask | PerplexityTask | MixedPerplexityTask | DialogueTask | VisualQuestionTask
-SOURCED = (PERPLEXITY, DIALOGUE, VISUAL)  # tasks whose data --source names
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """The flags of the command `gptjax/evaluate.py`, without the workdir."""
-
-    tasks: tuple[str, ...]
-    num_fewshot: int | None = None  # None: the benchmark's own
-    limit: int | None = None
-    batch_size: int = 8
-    seed: int = 0
-    source: str | None = None
-    held_out: bool = False
-    stride: int | None = None
-    detokenizer: str | None = None
-    concatenate: bool = False
-    choices_only: bool = False
-    max_new_tokens: int | None = None
-    samples: int = 1
-    temperature: float = 0.0
-    top_p: float | None = None
-    allow_code_execution: bool = False
-    benchmark_dir: Path | None = None
-    reward_model: Path | None = None
-    mesh: str = ""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    output: Path | None = None
-    best: bool = False
-    step: int | None = None
-
-    @property
-    def generation(self) -> GenerationOptions:
-        """The options of generative tasks; raises UserError if they are invalid."""
-        return GenerationOptions(
-            self.max_new_tokens, self.samples, self.temperature, self.top_p, self.seed, self.allow_code_execution
-        )
-
-    def shots(self, name: str) -> int:
-        """Returns the number of few-shot examples of a task."""
-        if self.num_fewshot is not None:
-            return self.num_fewshot
-        return BENCHMARKS[name].num_fewshot if name in BENCHMARKS else 0
-
-
-def check(options: Options) -> None:
-    """Raises UserError for invalid options, before anything is read."""
-    if not options.tasks:
-        raise UserError(
-            "needs --tasks=NAME,...: " + ", ".join([*SOURCED, *BENCHMARKS]) + ", or a path ending in .jsonl"
-        )
-    for name in options.tasks:
-        if not name.endswith(".jsonl"):
-            check_name(name, SOURCED)
-        elif not expand(name).is_file():
-            raise UserError(f"there is no task file {name}")
-    names = [_short(name, options) for name in dict.fromkeys(options.tasks)]
-    if len(set(names)) < len(names):
-        raise UserError(f"--tasks={','.join(options.tasks)}: two files have the same name: evaluate them separately")
-    if options.held_out and options.source is not None:
-        raise UserError("--source and --held_out exclude each other: both say what perplexity and dialogue read")
-    if options.source is not None and not set(SOURCED) & set(options.tasks):
-        raise UserError("--source is for --tasks=perplexity, --tasks=dialogue and --tasks=vqa")
-    if options.source is None and VISUAL in options.tasks:
-        raise UserError("--tasks=vqa needs --source=jsonl:FILE, with images, questions and answers")
-    if options.source is not None and PERPLEXITY in options.tasks:
-        open_source(options.source)
-    if options.source is not None and {DIALOGUE, VISUAL} & set(options.tasks):
-        conversations.check_spec(options.source)
-    if PERPLEXITY not in options.tasks and (options.stride or options.detokenizer or options.concatenate):
-        raise UserError("--stride, --detokenizer and --concatenate are for --tasks=perplexity")
-    if options.held_out and not {PERPLEXITY, DIALOGUE} & set(options.tasks):
-        raise UserError("--held_out is for --tasks=perplexity and --tasks=dialogue")
-    if set(options.tasks) == {PERPLEXITY} and options.max_new_tokens:
-        raise UserError("--max_new_tokens is for tasks that generate text, not for perplexity")
-    if set(options.tasks) <= set(SOURCED) and options.generation.samples_differ:
-        raise UserError("--samples, --temperature and --top_p are for benchmarks and task files that generate text")
-    programs = [name for name in options.tasks if name in BENCHMARKS and BENCHMARKS[name].runs_programs]
-    if programs and not options.allow_code_execution:
-        raise UserError(CODE_CONSENT.format(programs[0]))
-    if options.benchmark_dir is not None and not set(options.tasks) & set(BENCHMARKS):
-        raise UserError("--benchmark_dir is for benchmarks, which it has the records of")
-    if DIALOGUE not in options.tasks and options.reward_model:
-        raise UserError("--reward_model is for --tasks=dialogue")
-    if options.choices_only and set(options.tasks) <= set(SOURCED):
-        raise UserError("--choices_only is for tasks of examples with options, such as hellaswag or a .jsonl file")
-    if options.detokenizer is not None:
-        get_detokenizer(options.detokenizer)
+Task = (
+    ExampleTask | GenerativeTask | CoreTask | PerplexityTask | MixedPerplexityTask | DialogueTask | VisualQuestionTask
+)
 
 
 def evaluate(workdir: Path, options: Options) -> dict[str, Any]:
@@ -160,11 +81,15 @@ def evaluate(workdir: Path, options: Options) -> dict[str, Any]:
     names = tuple(dict.fromkeys(options.tasks))
     # All tasks are read before any is scored, so that errors appear at once; process 0 first, which downloads.
     prepared = processes.first_then_others(lambda: [(name, _prepare(name, options, trained)) for name in names])
+    tasks = [task for _, task in prepared]
+    generative = any(isinstance(task, GenerativeTask) for task in tasks)
+    completes = generative or any(isinstance(task, DialogueTask | VisualQuestionTask) for task in tasks)
+    check_generation(options, completes=completes, generative=generative)
     score = _reward_score(options, trained)
     results, samples = {}, {}
     completions, examples = list[dict[str, Any]](), list[dict[str, Any]]()
     for name, task in prepared:
-        short = _short(name, options)
+        short = short_name(name, options)
         found = _evaluate_task(short, task, options, trained, scorer, directory / "scores", score)
         results[short] = {
             "metrics": found.entries(),
@@ -191,7 +116,7 @@ def evaluate(workdir: Path, options: Options) -> dict[str, Any]:
         },
         "results": results,
     }
-    numbers = sorted({options.shots(name) for name in names if name not in SOURCED})
+    numbers = sorted({options.shots(name) for name in names if name not in (*SOURCED, CORE)})
     shots = f"-{'+'.join(map(str, numbers))}shot" if numbers else ""
     default = directory / f"{'+'.join(map(file_name, results))}{shots}-step{trained.step}.json"
     output = default if options.output is None else options.output
@@ -261,6 +186,8 @@ def _evaluate_task(
         return _Evaluated(metrics, stated, examples=examples)
     scores = score_resumably(directory, short, scorer, trained.step, task.requests)
     metrics = task.metrics(scores)
+    if isinstance(task, CoreTask):
+        return _Evaluated(metrics, examples=task.records(scores), baselines=task.baselines())
     if not isinstance(task, ExampleTask):
         return _Evaluated(metrics)
     found = choice_baselines(task.examples)
@@ -313,6 +240,10 @@ def _prepare(name: str, options: Options, trained: TrainedModel) -> Task:
             limit=options.limit,
             max_new_tokens=options.max_new_tokens,
         )
+    if name == CORE:
+        assert options.core_bundle is not None, "check"
+        context_length = trained.model.config.context_length
+        return core_task(options.core_bundle, trained.tokenizer, context_length, limit=options.limit)
     examples: Examples[Any]
     if name.endswith(".jsonl"):
         examples, form = read_examples(expand(name)), None
@@ -362,13 +293,6 @@ def _reward_score(options: Options, trained: TrainedModel) -> RewardScore | None
     from gptjax.stages.preference.reward_scorer import load_reward_model
 
     return load_reward_model(options.reward_model, trained.mesh)
-
-
-def _short(name: str, options: Options) -> str:
-    """Returns the name of a task in the table."""
-    if name in (PERPLEXITY, DIALOGUE) and options.source is not None:
-        return f"{name}:{options.source}"
-    return Path(name).stem if name.endswith(".jsonl") else name
 
 
 def _source(name: str, options: Options, config: Config) -> str | None:

@@ -3,8 +3,9 @@
 Prompts follow Brown et al. 2020, Appendix G, or those stated in `gptjax/evaluation/published_prompts.py`. Few-shot
 examples come from the training split or, as in that paper, from the development split where there is no training split.
 
-Datasets are those of tensorflow-datasets, or of the Hugging Face Hub where that has none; DROP, as the former keeps one
-span of an answer, and WMT, as it prepares the training data too.
+Datasets are those of tensorflow-datasets, or else of the Hugging Face Hub: MMLU, TruthfulQA and HumanEval, which the
+former does not have; TriviaQA and CNN/DailyMail, which it prepares with TensorFlow only; DROP, as it keeps one span of
+an answer; and WMT, as it prepares the training data too.
 """
 
 import dataclasses
@@ -133,7 +134,7 @@ BENCHMARKS = {
         sampled=False,
     ),
     "drop": Benchmark("hf:EleutherAI/drop@", "validation", "train", published_prompts.drop),
-    "triviaqa": Benchmark("trivia_qa/rc.nocontext", "validation", "train", published_prompts.trivia_qa),
+    "triviaqa": Benchmark("hf:mandarjoshi/trivia_qa@rc.nocontext", "validation", "train", published_prompts.trivia_qa),
     "nq_open": Benchmark(
         *("natural_questions_open", "validation", "train", published_prompts.natural_questions),
         separator="\n",
@@ -147,7 +148,7 @@ BENCHMARKS = {
         for wmt, pair, other in (("wmt14", "fr-en", "fr"), ("wmt16", "de-en", "de"), ("wmt16", "ro-en", "ro"))
         for source, target in ((other, "en"), ("en", other))
     },
-    "cnn_dailymail": Benchmark("cnn_dailymail", "test", "train", published_prompts.cnn_dailymail),
+    "cnn_dailymail": Benchmark("hf:abisee/cnn_dailymail@3.0.0", "test", "train", published_prompts.cnn_dailymail),
     "humaneval": Benchmark(
         *("hf:openai/openai_humaneval@", "test", None, published_prompts.human_eval),
         runs_programs=True,

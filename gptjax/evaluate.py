@@ -12,7 +12,7 @@ python -m gptjax.evaluate --workdir=runs/gpt2 --tasks=gsm8k_cot,triviaqa,squad_v
 python -m gptjax.evaluate --workdir=runs/gpt2 --tasks=humaneval --allow_code_execution --samples=20 --temperature=0.8
 
 A task is a benchmark of `gptjax/evaluation/catalogue.py` (downloaded on first use, or read from --benchmark_dir), a
-file of JSON lines (formats: `gptjax/evaluation/tasks.py`), `perplexity` of the text named by --source in any form of
+file of JSON lines (formats: `docs/evaluation.md`), `perplexity` of the text named by --source in any form of
 `data.source`, or `dialogue`: completions by a chat model of the conversations named by --source. With --held_out both
 read what the run held out of its own data (metrics of dialogues: `gptjax/evaluation/dialogue.py`); of a mixture, the
 perplexity of each source is measured too. `core` are the tasks of `gptjax/evaluation/core_metric.py`. `vqa` are

@@ -184,7 +184,5 @@ def test_programs_are_run_only_if_it_is_allowed(workdir, tmp_path):
     passed = [record["metrics"]["pass@2"] for record in records]
     assert passed[1:] == [0, 0, 0]
     assert entry["metrics"]["pass@2"]["value"] == sum(passed) / 4
-    assert records[2]["completions"][0]["outcome"] in (
-        "ended with exit code 0",
-        records[0]["completions"][0]["outcome"],
-    )
+    if passed[0]:  # else the completion was a newline, or characters that no comment may have
+        assert records[2]["completions"][0]["outcome"] == "ended with exit code 0"

@@ -143,9 +143,7 @@ def test_few_shot_examples_are_the_published_ones(tmp_path):
     write(tmp_path, "gsm8k_cot", GSM)
     (prompt,) = few_shot_prompts(read_benchmark("gsm8k_cot", 8, tmp_path), 8, None, 0)
     assert prompt.startswith("Q: There are 15 trees in the grove.")
-    assert prompt.endswith("\n\nQ: Olivia has $23. She bought five bagels for $3 each. How much money does she have left?"
-                           "\nA: Olivia had 23 dollars. 5 bagels for 3 dollars each will be 5 x 3 = 15 dollars. So she "
-                           "has 23 - 15 dollars left. 23 - 15 is 8. The answer is 8.\n\n")  # fmt: skip
+    assert prompt.endswith("23 - 15 is 8. The answer is 8.\n\n")
     assert prompt.count("\n\n") == 8
     subjects = [{**RECORDS["mmlu"], "subject": s, "question": f"{s}{i}?"} for i in range(3) for s in ("b", "a")]
     write(tmp_path, "mmlu", *subjects)

@@ -62,7 +62,7 @@ def main() -> None:
         files["curves.html"] = draw_page(curves, quantity, axis)
     except UserError as missing:  # the rest needs no plotly
         say(str(missing))
-    write(files)
+    write(OUTPUT.value, files)
 
 
 def compare_results() -> None:
@@ -79,12 +79,12 @@ def compare_results() -> None:
     print(table, end="")
     if OUTPUT.value is not None:
         tables = {"evaluations.csv": evaluation_csv(compared), "evaluations.json": evaluation_json(compared)}
-        write({"table.txt": table, **tables})
+        write(OUTPUT.value, {"table.txt": table, **tables})
 
 
-def write(files: Mapping[str, str | bytes]) -> None:
+def write(output: str, files: Mapping[str, str | bytes]) -> None:
     """Writes files to the directory --output, and names them."""
-    directory = expand(OUTPUT.value)
+    directory = expand(output)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():

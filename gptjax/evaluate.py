@@ -7,6 +7,7 @@ python -m gptjax.evaluate --workdir=runs/gpt2 --tasks=perplexity --held_out --be
 python -m gptjax.evaluate --workdir=runs/gpt2 --tasks=perplexity --source=text:wiki.test.tokens --detokenizer=wikitext
 python -m gptjax.evaluate --workdir=runs/sft --tasks=dialogue --held_out --reward_model=runs/reward
 python -m gptjax.evaluate --workdir=runs/gpt2 --tasks=core --core_bundle=eval_bundle --limit=500
+python -m gptjax.evaluate --workdir=runs/dpo --tasks=dialogue --held_out --judge=runs/judge --opponent=runs/sft
 python -m gptjax.evaluate --workdir=runs/digits --tasks=vqa --source=digits:test
 python -m gptjax.evaluate --workdir=runs/gpt2 --tasks=gsm8k_cot,triviaqa,squad_v2
 python -m gptjax.evaluate --workdir=runs/gpt2 --tasks=humaneval --allow_code_execution --samples=20 --temperature=0.8
@@ -91,6 +92,16 @@ ALLOW_CODE_EXECUTION = flags.DEFINE_bool(
 REWARD_MODEL = flags.DEFINE_string(
     "reward_model", None, "For dialogue: workdir of a run of stage reward, for win rates against the references."
 )
+JUDGE = flags.DEFINE_string(
+    "judge",
+    None,
+    "For dialogue: workdir of a chat model, or URL#MODEL of an OpenAI-compatible endpoint (its key: in the environment "
+    "variable GPTJAX_JUDGE_KEY), that compares each completion with another, in both orders.",
+)
+JUDGE_TOKENS = flags.DEFINE_integer("judge_tokens", 64, "Tokens of an answer of the judge.", lower_bound=1)
+OPPONENT = flags.DEFINE_string(
+    "opponent", None, "For --judge: workdir whose completions are compared with. Default: the references."
+)
 MESH = flags.DEFINE_string("mesh", "", "Layout over the devices, such as data=2,tensor=4; default: all on data.")
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Dtype of activations; default: as in training.")
 OUTPUT = flags.DEFINE_string("output", None, "JSON file of the results; default: in WORKDIR/evaluation.")
@@ -107,7 +118,11 @@ def main() -> None:
     output = None if OUTPUT.value is None else cli.output_file("output", OUTPUT.value)
     cli.join()
     program_cache.use(expand(CACHE_DIR.value))
-    from gptjax.evaluation.run_tasks import Options, evaluate  # takes seconds to import
+    if JUDGE.value is None and OPPONENT.value is not None:
+        raise UserError("--opponent needs --judge, which compares with its completions")
+    opponent = None if OPPONENT.value is None else expand(OPPONENT.value)
+    from gptjax.evaluation.judging import JudgeSettings  # these take seconds to import
+    from gptjax.evaluation.run_tasks import Options, evaluate
 
     evaluate(
         workdir,
@@ -131,6 +146,7 @@ def main() -> None:
             allow_code_execution=ALLOW_CODE_EXECUTION.value,
             benchmark_dir=None if BENCHMARK_DIR.value is None else expand(BENCHMARK_DIR.value),
             reward_model=None if REWARD_MODEL.value is None else expand(REWARD_MODEL.value),
+            judge=None if JUDGE.value is None else JudgeSettings(JUDGE.value, JUDGE_TOKENS.value, opponent),
             mesh=MESH.value,
             dtype=cast(Any, DTYPE.value),
             output=output,

@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import yaml
 
 from gptjax.config import UserError
 from gptjax.data.text_files import json_objects, read_lines
@@ -127,9 +126,16 @@ class CoreTask:
         for entry, examples in zip(self.entries, self.examples, strict=True):
             for example in examples:
                 losses = [loss for loss, _ in (next(remaining) for _ in example.texts)]
-                record = {"core_task": entry.label, "few_shot": example.few_shot, "options": example.texts}
-                record |= {"answer": example.answer, "right": self._is_right(entry, example, again)}
-                found.append(record | {"losses": [None if math.isnan(loss) else loss for loss in losses]})
+                found.append(
+                    {
+                        "core_task": entry.label,
+                        "few_shot": example.few_shot,
+                        "options": example.texts,
+                        "answer": example.answer,
+                        "losses": [None if math.isnan(loss) else loss for loss in losses],
+                        "right": self._is_right(entry, example, again),
+                    }
+                )
         return found
 
     def _losses(self, scores: Sequence[ScoringResult]) -> Iterator[tuple[float, bool]]:
@@ -152,6 +158,8 @@ def read_bundle(bundle: Path) -> list[CoreEntry]:
     Raises:
       UserError: a file is missing or malformed.
     """
+    import yaml
+
     listing, table = bundle / "core.yaml", bundle / "eval_meta_data.csv"
     for path in (listing, table):
         if not path.is_file():

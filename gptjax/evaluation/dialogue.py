@@ -226,6 +226,23 @@ def dialogue_task(
     return DialogueTask(kept, inputs, requests, max_new_tokens, chat_format, settings)
 
 
+def complete_prompts(
+    task: DialogueTask, trained: TrainedModel, scorer: Scorer, directory: Path, name: str, batch_size: int
+) -> list[DialogueCompletion]:
+    """Completes prompts; a stopped evaluation resumes from its records. Arguments as of `evaluate_dialogue`."""
+    engine: Engine | None = None  # a second copy of the weights, made only if a prompt is not completed yet
+
+    def complete(indices: Sequence[int]) -> list[DialogueCompletion]:
+        nonlocal engine
+        if engine is None:
+            engine = Engine(trained.model, trained.params, trained.tokenizer, trained.mesh)
+        return task.complete(engine, indices)
+
+    asked = [ScoringRequest(tokens, task.max_new_tokens) for tokens in task.inputs]
+    path = directory / f"{file_name(name)}-answers-{key(scorer, trained.step, asked)}.jsonl"
+    return resumably(path, f"{name} completions", task.batches(batch_size), complete, DialogueCompletion)
+
+
 def evaluate_dialogue(
     task: DialogueTask,
     trained: TrainedModel,
@@ -248,17 +265,7 @@ def evaluate_dialogue(
       The metrics; further entries of the report; a record of each prompt and its completion.
     """
     scores = score_resumably(directory, name, scorer, trained.step, task.requests)
-    engine: Engine | None = None  # a second copy of the weights, made only if a prompt is not completed yet
-
-    def complete(indices: Sequence[int]) -> list[DialogueCompletion]:
-        nonlocal engine
-        if engine is None:
-            engine = Engine(trained.model, trained.params, trained.tokenizer, trained.mesh)
-        return task.complete(engine, indices)
-
-    asked = [ScoringRequest(tokens, task.max_new_tokens) for tokens in task.inputs]
-    path = directory / f"{file_name(name)}-answers-{key(scorer, trained.step, asked)}.jsonl"
-    completions = resumably(path, f"{name} completions", task.batches(batch_size), complete, DialogueCompletion)
+    completions = complete_prompts(task, trained, scorer, directory, name, batch_size)
     rewards = None if score is None else reward(score, task.prompts, completions)
     metrics, signature = task.metrics(scores, completions, rewards)
     records = []

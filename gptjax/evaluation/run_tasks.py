@@ -28,6 +28,7 @@ from gptjax.evaluation.generative_tasks import (
     evaluate_generative,
     generative_task,
 )
+from gptjax.evaluation.judging import judge_dialogue
 from gptjax.evaluation.perplexity import MixedPerplexityTask, PerplexityTask, perplexity_task
 from gptjax.evaluation.result_table import score_entry, table
 from gptjax.evaluation.sample_files import task_samples, write_samples
@@ -177,7 +178,20 @@ def _evaluate_task(
         )
         if reward_score is not None:
             stated["reward_model"] = str(options.reward_model)
-        return _Evaluated(metrics, stated, completions, baselines={"win_rate": {"random": 0.5}})
+        if options.judge is not None:
+            answers = [record["answer"] for record in completions]
+            judged, records = judge_dialogue(
+                task, answers, options.judge, options.mesh, directory, short, options.batch_size
+            )
+            metrics, stated = metrics | judged, stated | options.judge.stated
+            completions = [known | new for known, new in zip(completions, records, strict=True)]
+        even = {"random": 0.5}
+        return _Evaluated(
+            metrics,
+            stated,
+            completions,
+            baselines=dict.fromkeys(("win_rate", "judge_win_rate", "judge_first_position"), even),
+        )
     if isinstance(task, VisualQuestionTask):
         metrics, completions = evaluate_visual_questions(task, trained, scorer, directory, short, options.batch_size)
         return _Evaluated(metrics, completions=completions)

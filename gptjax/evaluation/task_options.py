@@ -11,6 +11,7 @@ from gptjax.evaluation.catalogue import BENCHMARKS, check_name
 from gptjax.evaluation.core_metric import read_bundle
 from gptjax.evaluation.detokenizers import get_detokenizer
 from gptjax.evaluation.generative_tasks import CODE_CONSENT, GenerationOptions
+from gptjax.evaluation.judging import JudgeSettings
 from gptjax.files import expand
 
 PERPLEXITY, DIALOGUE, VISUAL, CORE = "perplexity", "dialogue", "vqa", "core"
@@ -40,6 +41,7 @@ class Options:
     allow_code_execution: bool = False
     benchmark_dir: Path | None = None
     reward_model: Path | None = None
+    judge: JudgeSettings | None = None
     mesh: str = ""
     dtype: Literal["float32", "bfloat16"] | None = None
     output: Path | None = None
@@ -96,6 +98,10 @@ def check(options: Options) -> None:
         raise UserError("--benchmark_dir is for benchmarks, which it has the records of")
     if DIALOGUE not in options.tasks and options.reward_model:
         raise UserError("--reward_model is for --tasks=dialogue")
+    if DIALOGUE not in options.tasks and options.judge is not None:
+        raise UserError("--judge is for --tasks=dialogue")
+    if options.judge is not None:
+        options.judge.check()
     if options.choices_only and set(options.tasks) <= set(SOURCED):
         raise UserError("--choices_only is for tasks of examples with options, such as hellaswag or a .jsonl file")
     if (CORE in options.tasks) != (options.core_bundle is not None):

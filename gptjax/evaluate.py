@@ -9,9 +9,11 @@ python -m gptjax.evaluate --workdir=runs/sft --tasks=dialogue --held_out --rewar
 python -m gptjax.evaluate --workdir=runs/gpt2 --tasks=core --core_bundle=eval_bundle --limit=500
 python -m gptjax.evaluate --workdir=runs/dpo --tasks=dialogue --held_out --judge=runs/judge --opponent=runs/sft
 python -m gptjax.evaluate --workdir=runs/digits --tasks=vqa --source=digits:test
+python -m gptjax.evaluate --workdir=runs/gpt2 --tasks=gsm8k_cot,triviaqa,squad_v2
+python -m gptjax.evaluate --workdir=runs/gpt2 --tasks=humaneval --allow_code_execution --samples=20 --temperature=0.8
 
-A task is a benchmark of `gptjax/evaluation/catalogue.py` (read through tensorflow-datasets, downloaded on first use), a
-file of JSON lines (formats: `gptjax/evaluation/tasks.py`), `perplexity` of the text named by --source in any form of
+A task is a benchmark of `gptjax/evaluation/catalogue.py` (downloaded on first use, or read from --benchmark_dir), a
+file of JSON lines (formats: `docs/evaluation.md`), `perplexity` of the text named by --source in any form of
 `data.source`, or `dialogue`: completions by a chat model of the conversations named by --source. With --held_out both
 read what the run held out of its own data (metrics of dialogues: `gptjax/evaluation/dialogue.py`); of a mixture, the
 perplexity of each source is measured too. `core` are the tasks of `gptjax/evaluation/core_metric.py`. `vqa` are
@@ -33,12 +35,19 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run.")
 TASKS = flags.DEFINE_list(
     "tasks", [], "What to evaluate, comma-separated: benchmarks, .jsonl files, core, perplexity, dialogue, vqa."
 )
-NUM_FEWSHOT = flags.DEFINE_integer("num_fewshot", 0, "Few-shot examples before each example.", lower_bound=0)
+NUM_FEWSHOT = flags.DEFINE_integer(
+    "num_fewshot", None, "Few-shot examples before each example; default: the benchmark's, mostly 0.", lower_bound=0
+)
 LIMIT = flags.DEFINE_integer(
     "limit", None, "Number of examples or documents of each task, from the first.", lower_bound=1
 )
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Sequences of full context length in a batch.", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", 0, "Sampling seed of few-shot examples.")
+SEED = flags.DEFINE_integer("seed", 0, "Sampling seed of few-shot examples and of completions.")
+BENCHMARK_DIR = flags.DEFINE_string(
+    "benchmark_dir",
+    None,
+    "Folder with the records of the benchmarks, as NAME/SPLIT.jsonl or .parquet; default: download.",
+)
 SOURCE = flags.DEFINE_string(
     "source",
     None,
@@ -66,8 +75,19 @@ CORE_BUNDLE = flags.DEFINE_string(
 MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens",
     None,
-    "For dialogue and vqa: tokens of a completion; default: a fourth of the context, for vqa 32 or fewer.",
+    "Tokens of a completion; default: for dialogue a fourth of the context, for vqa 32 or fewer, for other tasks what "
+    "they define or half of the context.",
     lower_bound=1,
+)
+SAMPLES = flags.DEFINE_integer(
+    "samples", 1, "For tasks that generate text: completions of each prompt, for pass@k.", lower_bound=1
+)
+TEMPERATURE = flags.DEFINE_float(
+    "temperature", 0.0, "For tasks that generate text: sampling temperature; 0: greedy.", lower_bound=0.0
+)
+TOP_P = flags.DEFINE_float("top_p", None, "For tasks that generate text: nucleus sampling.")
+ALLOW_CODE_EXECUTION = flags.DEFINE_bool(
+    "allow_code_execution", False, "Runs programs that the model writes, isolated, for humaneval and tasks with tests."
 )
 REWARD_MODEL = flags.DEFINE_string(
     "reward_model", None, "For dialogue: workdir of a run of stage reward, for win rates against the references."
@@ -120,6 +140,11 @@ def main() -> None:
             choices_only=CHOICES_ONLY.value,
             core_bundle=None if CORE_BUNDLE.value is None else expand(CORE_BUNDLE.value),
             max_new_tokens=MAX_NEW_TOKENS.value,
+            samples=SAMPLES.value,
+            temperature=TEMPERATURE.value,
+            top_p=TOP_P.value,
+            allow_code_execution=ALLOW_CODE_EXECUTION.value,
+            benchmark_dir=None if BENCHMARK_DIR.value is None else expand(BENCHMARK_DIR.value),
             reward_model=None if REWARD_MODEL.value is None else expand(REWARD_MODEL.value),
             judge=None if JUDGE.value is None else JudgeSettings(JUDGE.value, JUDGE_TOKENS.value, opponent),
             mesh=MESH.value,

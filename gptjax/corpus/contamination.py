@@ -58,12 +58,12 @@ def collect_grams(workspace: Workspace, item: int) -> None:
 
 
 def _texts(name: str) -> list[list[str]]:
-    """Returns the texts of each example of a task: its context with each option."""
+    """Returns the texts of each example of a task: its context with each option or reference answer."""
     from gptjax.evaluation.catalogue import read_benchmark
     from gptjax.evaluation.tasks import read_examples
 
     examples = read_examples(expand(name)) if name.endswith(".jsonl") else read_benchmark(name, 0)
-    return [["".join(option) for option in example.options] for example in examples.asked]
+    return [example.texts for example in examples.asked]
 
 
 def _grams(text: str) -> npt.NDArray[np.uint64]:

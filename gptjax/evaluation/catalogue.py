@@ -1,19 +1,30 @@
-"""Published benchmarks by name: their tensorflow-datasets source and the conversion of their examples.
+"""Published benchmarks by name: their dataset and the conversion of its records to examples.
 
-Prompts follow Brown et al. 2020, Appendix G. Few-shot examples come from the training split or, as in that paper, from
-the development split where there is no training split.
+Prompts follow Brown et al. 2020, Appendix G, or those stated in `gptjax/evaluation/published_prompts.py`. Few-shot
+examples come from the training split or, as in that paper, from the development split where there is no training split.
+
+Datasets are those of tensorflow-datasets, or else of the Hugging Face Hub: MMLU, TruthfulQA and HumanEval, which the
+former does not have; TriviaQA and CNN/DailyMail, which it prepares with TensorFlow only; DROP, as it keeps one span of
+an answer; and WMT, as it prepares the training data too.
 """
 
 import dataclasses
+import glob
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from gptjax.config import UserError, nearest
+from gptjax.data.records import read_records
 from gptjax.data.sources import open_tfds
-from gptjax.evaluation import tasks
+from gptjax.evaluation import published_prompts, tasks
 from gptjax.evaluation.detokenizers import DETOKENIZERS
-from gptjax.evaluation.tasks import Examples, TaskExample
+from gptjax.evaluation.few_shot import SEPARATOR, Examples
+from gptjax.evaluation.generative_examples import GenerativeExample
+from gptjax.evaluation.tasks import TaskExample
+
+AnyExample = TaskExample | GenerativeExample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,18 +32,25 @@ class Benchmark:
     """The source of a benchmark.
 
     Attributes:
-      dataset: name in tensorflow-datasets.
+      dataset: name in tensorflow-datasets, or hf:OWNER/NAME@CONFIG.
       split: split to evaluate.
-      shots: split of the few-shot examples; None: `split` itself.
+      shots: split of the few-shot examples, or these; None: `split` itself.
       examples: converts a record, with decoded text, to examples.
       few_shot_form: see `example_task`.
+      num_fewshot: published number of few-shot examples, the default.
+      separator, sampled: see `few_shot.Examples`.
+      runs_programs: whether completions are run as programs.
     """
 
     dataset: str
     split: str
-    shots: str | None
-    examples: Callable[[dict[str, Any]], list[TaskExample]]
+    shots: str | Callable[[], Sequence[AnyExample]] | None
+    examples: Callable[[dict[str, Any]], Sequence[AnyExample]]
     few_shot_form: Callable[[TaskExample], TaskExample] | None = None
+    num_fewshot: int = 0
+    separator: str = SEPARATOR
+    sampled: bool = True
+    runs_programs: bool = False
 
 
 def _lambada(record: dict[str, Any]) -> list[TaskExample]:
@@ -91,6 +109,7 @@ def _wsc273(record: dict[str, Any]) -> list[TaskExample]:
     return [TaskExample(tuple((before + option, after) for option in options), record["label"])]
 
 
+_TRUTHFUL_QA = "hf:truthfulqa/truthful_qa@multiple_choice"
 BENCHMARKS = {
     "lambada": Benchmark("lambada", "test", "train", _lambada, tasks.as_blank),
     "hellaswag": Benchmark("hellaswag", "validation", "train", _hellaswag),
@@ -104,6 +123,36 @@ BENCHMARKS = {
     "boolq": Benchmark("bool_q", "validation", "train", _bool_q),
     "winogrande": Benchmark("winogrande", "validation", "train_xl", _winogrande),
     "wsc273": Benchmark("wsc273", "test", None, _wsc273),
+    "mmlu": Benchmark("hf:cais/mmlu@all", "test", "dev", published_prompts.mmlu, num_fewshot=5, sampled=False),
+    **{f"anli_r{n}": Benchmark(f"anli/r{n}", "test", "train", published_prompts.anli) for n in (1, 2, 3)},
+    "truthfulqa_mc1": Benchmark(_TRUTHFUL_QA, "validation", None, published_prompts.truthful_best),
+    "truthfulqa_mc2": Benchmark(_TRUTHFUL_QA, "validation", None, published_prompts.truthful_all),
+    "gsm8k": Benchmark("gsm8k", "test", "train", published_prompts.gsm8k, num_fewshot=5),
+    "gsm8k_cot": Benchmark(
+        *("gsm8k", "test", published_prompts.worked_solutions, published_prompts.gsm8k_cot),
+        num_fewshot=8,
+        sampled=False,
+    ),
+    "drop": Benchmark("hf:EleutherAI/drop@", "validation", "train", published_prompts.drop),
+    "triviaqa": Benchmark("hf:mandarjoshi/trivia_qa@rc.nocontext", "validation", "train", published_prompts.trivia_qa),
+    "nq_open": Benchmark(
+        *("natural_questions_open", "validation", "train", published_prompts.natural_questions),
+        separator="\n",
+    ),
+    "squad": Benchmark("squad/v1.1", "validation", "train", published_prompts.squad),
+    "squad_v2": Benchmark("squad/v2.0", "validation", "train", published_prompts.squad_v2),
+    **{
+        f"{wmt}_{source}_{target}": Benchmark(
+            f"hf:wmt/{wmt}@{pair}", "test", "validation", published_prompts.translation(source, target)
+        )
+        for wmt, pair, other in (("wmt14", "fr-en", "fr"), ("wmt16", "de-en", "de"), ("wmt16", "ro-en", "ro"))
+        for source, target in ((other, "en"), ("en", other))
+    },
+    "cnn_dailymail": Benchmark("hf:abisee/cnn_dailymail@3.0.0", "test", "train", published_prompts.cnn_dailymail),
+    "humaneval": Benchmark(
+        *("hf:openai/openai_humaneval@", "test", None, published_prompts.human_eval),
+        runs_programs=True,
+    ),
 }
 
 
@@ -116,31 +165,61 @@ def check_name(name: str, others: tuple[str, ...]) -> None:
         )
 
 
-def read_benchmark(name: str, num_fewshot: int) -> Examples:
-    """Reads the examples of a benchmark, downloaded on first use.
+def read_benchmark(name: str, num_fewshot: int, folder: Path | None = None) -> Examples[Any]:
+    """Reads the examples of a benchmark, all `TaskExample` or all `GenerativeExample`.
+
+    Args:
+      num_fewshot: 0: few-shot examples need not be read.
+      folder: has the records of each split as <folder>/<name>/<split>.jsonl or .parquet, with the fields of the
+        dataset; None: the dataset is downloaded on first use.
 
     Raises:
       UserError: it cannot be downloaded or read, or its split has no labels.
     """
     benchmark = BENCHMARKS[name]
-    asked = list(_read(benchmark, benchmark.split))
-    if num_fewshot == 0 or benchmark.shots is None:
-        return Examples(asked, asked)
-    return Examples(asked, list(_read(benchmark, benchmark.shots)))
+    asked = list(_read(name, benchmark.split, folder))
+    shots: Sequence[AnyExample] = asked
+    if num_fewshot > 0 and benchmark.shots is not None:
+        given = benchmark.shots
+        shots = list(_read(name, given, folder)) if isinstance(given, str) else given()
+    return Examples(asked, shots, benchmark.separator, benchmark.sampled)
 
 
-def _read(benchmark: Benchmark, split: str) -> Iterator[TaskExample]:
-    what = f"tfds:{benchmark.dataset}@{split}"
-    _, records = open_tfds(benchmark.dataset, split, what)
-    for index, record in enumerate(records):
+def _read(name: str, split: str, folder: Path | None) -> Iterator[AnyExample]:
+    benchmark = BENCHMARKS[name]
+    for record, place in _records(name, benchmark, split, folder):
         try:
-            examples = benchmark.examples(_decoded(record))
-        except ValueError as error:
-            raise UserError(f"example {index} of {what}: {error}") from None
+            examples = benchmark.examples(_decoded(dict(record)))
+        except KeyError as error:
+            raise UserError(f"{place} has no field {error}, which {name} needs") from None
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{place}: {error}") from None
         for example in examples:
-            if not 0 <= example.answer < len(example.options):
-                raise UserError(f"example {index} of {what} has no label: use a split with labels")
+            if isinstance(example, TaskExample):
+                labelled = 0 <= example.answer < len(example.options)
+            else:
+                labelled = bool(example.references or example.tests or example.labels)
+            if not labelled:
+                raise UserError(f"{place} has no label: use a split with labels")
             yield example
+
+
+def _records(
+    name: str, benchmark: Benchmark, split: str, folder: Path | None
+) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """Yields the records of a split, each with its place for error messages."""
+    if folder is not None:
+        for kind in ("jsonl", "parquet"):
+            if (path := folder / name / f"{split}.{kind}").is_file():
+                yield from read_records(f"{kind}:{glob.escape(str(path))}", "error")
+                return
+        raise UserError(f"--benchmark_dir has no {folder / name / split}.jsonl, nor .parquet: put the split there")
+    if benchmark.dataset.startswith("hf:"):
+        yield from read_records(f"{benchmark.dataset}:{split}", "error")
+        return
+    what = f"tfds:{benchmark.dataset}@{split}"
+    for index, record in enumerate(open_tfds(benchmark.dataset, split, what)[1]):
+        yield record, f"example {index} of {what}"
 
 
 def _decoded(value: Any) -> Any:

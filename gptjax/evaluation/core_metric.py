@@ -29,8 +29,9 @@ import numpy.typing as npt
 from gptjax.config import UserError
 from gptjax.data.text_files import json_objects, read_lines
 from gptjax.data.tokenizers import Tokenizer
+from gptjax.evaluation.few_shot import SEPARATOR
 from gptjax.evaluation.scoring import ScoringRequest, ScoringResult, start_of_text
-from gptjax.evaluation.tasks import SEPARATOR, identity
+from gptjax.evaluation.tasks import identity
 from gptjax.metrics.measurement import Measurement, mean, weighted_mean
 
 SHUFFLING_SEED = 1337

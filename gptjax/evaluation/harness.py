@@ -75,7 +75,9 @@ class _HarnessMethods:
                 "set gen_kwargs='max_gen_toks=...'"
             )
         prompts = [self._tokenizer.encode(context)[known["max_gen_toks"] - longest :] for context in contexts]
-        sampling = Sampling(temperature=known["temperature"], top_k=known.get("top_k"), top_p=known.get("top_p"))
+        # Tasks such as DROP set no temperature, which means greedy decoding.
+        temperature = known.get("temperature", 0.0)
+        sampling = Sampling(temperature=temperature, top_k=known.get("top_k"), top_p=known.get("top_p"))
         completions = self._engine.generate(prompts, known["max_gen_toks"], sampling, stop=known["until"])
         return [completion.text for completion in completions]
 

@@ -43,6 +43,7 @@ _STATED = (
     *("documents", "tokens", "bytes", "detokenizer", "original_tokens", "detokenizer_restored_lines"),
     *("examples", "examples_available", "truncated_requests"),
     *("prompts", "prompts_available", "left_out", "max_new_tokens", "bleu_signature", "reward_model"),
+    *("samples", "temperature", "top_p", "sampling_seed", "truncated_prompts", "isolation"),
     *("judge", "opponent"),
 )
 

@@ -6,35 +6,45 @@ import json
 import platform
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
 from gptjax.config import Config, UserError, read_config
-from gptjax.data import conversations
 from gptjax.data.mixture import parts
 from gptjax.data.pipeline import held_out_documents
 from gptjax.data.sources import is_packaged, open_source
 from gptjax.data.templates import chat_format
 from gptjax.distributed import processes
-from gptjax.evaluation.catalogue import BENCHMARKS, check_name, read_benchmark
+from gptjax.evaluation.catalogue import BENCHMARKS, read_benchmark
 from gptjax.evaluation.choice_controls import choice_baselines, choices_only
-from gptjax.evaluation.core_metric import CoreTask, core_task, read_bundle
-from gptjax.evaluation.detokenizers import get_detokenizer
-from gptjax.evaluation.dialogue import (
-    DialogueTask,
-    RewardScore,
-    dialogue_task,
-    evaluate_dialogue,
-    read_prompts,
-)
+from gptjax.evaluation.core_metric import CoreTask, core_task
+from gptjax.evaluation.dialogue import DialogueTask, RewardScore, dialogue_task, evaluate_dialogue, read_prompts
 from gptjax.evaluation.example_records import file_name, score_resumably
-from gptjax.evaluation.judging import JudgeSettings, judge_dialogue
+from gptjax.evaluation.few_shot import Examples
+from gptjax.evaluation.generative_examples import GenerativeExample
+from gptjax.evaluation.generative_tasks import (
+    GenerativeTask,
+    evaluate_generative,
+    generative_task,
+)
+from gptjax.evaluation.judging import judge_dialogue
 from gptjax.evaluation.perplexity import MixedPerplexityTask, PerplexityTask, perplexity_task
 from gptjax.evaluation.result_table import score_entry, table
 from gptjax.evaluation.sample_files import task_samples, write_samples
 from gptjax.evaluation.scoring import Scorer
-from gptjax.evaluation.tasks import Examples, ExampleTask, example_task, read_examples
+from gptjax.evaluation.task_options import (
+    CORE,
+    DIALOGUE,
+    PERPLEXITY,
+    SOURCED,
+    VISUAL,
+    Options,
+    check,
+    check_generation,
+    short_name,
+)
+from gptjax.evaluation.tasks import ExampleTask, example_task, read_examples
 from gptjax.evaluation.visual_questions import (
     VisualQuestionTask,
     evaluate_visual_questions,
@@ -47,84 +57,9 @@ from gptjax.metrics.report_files import write_predictions
 from gptjax.stages import registry
 from gptjax.stages.trained_model import TrainedModel, load_model, parse_mesh
 
-PERPLEXITY, DIALOGUE, VISUAL = "perplexity", "dialogue", "vqa"
-CORE = "core"
-Task = ExampleTask | CoreTask | PerplexityTask | MixedPerplexityTask | DialogueTask | VisualQuestionTask
-SOURCED = (PERPLEXITY, DIALOGUE, VISUAL)  # tasks whose data --source names
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """The flags of the command `gptjax/evaluate.py`, without the workdir."""
-
-    tasks: tuple[str, ...]
-    num_fewshot: int = 0
-    limit: int | None = None
-    batch_size: int = 8
-    seed: int = 0
-    source: str | None = None
-    held_out: bool = False
-    stride: int | None = None
-    detokenizer: str | None = None
-    concatenate: bool = False
-    choices_only: bool = False
-    core_bundle: Path | None = None
-    max_new_tokens: int | None = None
-    reward_model: Path | None = None
-    judge: JudgeSettings | None = None
-    mesh: str = ""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    output: Path | None = None
-    best: bool = False
-    step: int | None = None
-
-
-def check(options: Options) -> None:
-    """Raises UserError for invalid options, before anything is read."""
-    if not options.tasks:
-        raise UserError(
-            "needs --tasks=NAME,...: " + ", ".join([*SOURCED, CORE, *BENCHMARKS]) + ", or a path ending in .jsonl"
-        )
-    for name in options.tasks:
-        if not name.endswith(".jsonl"):
-            check_name(name, (*SOURCED, CORE))
-        elif not expand(name).is_file():
-            raise UserError(f"there is no task file {name}")
-    names = [_short(name, options) for name in dict.fromkeys(options.tasks)]
-    if len(set(names)) < len(names):
-        raise UserError(f"--tasks={','.join(options.tasks)}: two files have the same name: evaluate them separately")
-    if options.held_out and options.source is not None:
-        raise UserError("--source and --held_out exclude each other: both say what perplexity and dialogue read")
-    if options.source is not None and not set(SOURCED) & set(options.tasks):
-        raise UserError("--source is for --tasks=perplexity, --tasks=dialogue and --tasks=vqa")
-    if options.source is None and VISUAL in options.tasks:
-        raise UserError("--tasks=vqa needs --source=jsonl:FILE, with images, questions and answers")
-    if options.source is not None and PERPLEXITY in options.tasks:
-        open_source(options.source)
-    if options.source is not None and {DIALOGUE, VISUAL} & set(options.tasks):
-        conversations.check_spec(options.source)
-    if PERPLEXITY not in options.tasks and (options.stride or options.detokenizer or options.concatenate):
-        raise UserError("--stride, --detokenizer and --concatenate are for --tasks=perplexity")
-    if options.held_out and not {PERPLEXITY, DIALOGUE} & set(options.tasks):
-        raise UserError("--held_out is for --tasks=perplexity and --tasks=dialogue")
-    if not {DIALOGUE, VISUAL} & set(options.tasks) and options.max_new_tokens:
-        raise UserError("--max_new_tokens is for --tasks=dialogue and --tasks=vqa")
-    if DIALOGUE not in options.tasks and options.reward_model:
-        raise UserError("--reward_model is for --tasks=dialogue")
-    if DIALOGUE not in options.tasks and options.judge is not None:
-        raise UserError("--judge is for --tasks=dialogue")
-    if options.judge is not None:
-        options.judge.check()
-    if options.choices_only and set(options.tasks) <= set(SOURCED):
-        raise UserError("--choices_only is for tasks of examples with options, such as hellaswag or a .jsonl file")
-    if (CORE in options.tasks) != (options.core_bundle is not None):
-        raise UserError("--tasks=core and --core_bundle=DIR, the folder of nanochat's eval_bundle, need each other")
-    if options.core_bundle is not None:
-        read_bundle(options.core_bundle)
-        if options.num_fewshot or options.choices_only:
-            raise UserError("--num_fewshot and --choices_only are not for --tasks=core: evaluate it separately")
-    if options.detokenizer is not None:
-        get_detokenizer(options.detokenizer)
+Task = (
+    ExampleTask | GenerativeTask | CoreTask | PerplexityTask | MixedPerplexityTask | DialogueTask | VisualQuestionTask
+)
 
 
 def evaluate(workdir: Path, options: Options) -> dict[str, Any]:
@@ -147,11 +82,15 @@ def evaluate(workdir: Path, options: Options) -> dict[str, Any]:
     names = tuple(dict.fromkeys(options.tasks))
     # All tasks are read before any is scored, so that errors appear at once; process 0 first, which downloads.
     prepared = processes.first_then_others(lambda: [(name, _prepare(name, options, trained)) for name in names])
+    tasks = [task for _, task in prepared]
+    generative = any(isinstance(task, GenerativeTask) for task in tasks)
+    completes = generative or any(isinstance(task, DialogueTask | VisualQuestionTask) for task in tasks)
+    check_generation(options, completes=completes, generative=generative)
     score = _reward_score(options, trained)
     results, samples = {}, {}
     completions, examples = list[dict[str, Any]](), list[dict[str, Any]]()
     for name, task in prepared:
-        short = _short(name, options)
+        short = short_name(name, options)
         found = _evaluate_task(short, task, options, trained, scorer, directory / "scores", score)
         results[short] = {
             "metrics": found.entries(),
@@ -178,7 +117,8 @@ def evaluate(workdir: Path, options: Options) -> dict[str, Any]:
         },
         "results": results,
     }
-    shots = "" if set(names) <= {*SOURCED, CORE} else f"-{options.num_fewshot}shot"
+    numbers = sorted({options.shots(name) for name in names if name not in (*SOURCED, CORE)})
+    shots = f"-{'+'.join(map(str, numbers))}shot" if numbers else ""
     default = directory / f"{'+'.join(map(file_name, results))}{shots}-step{trained.step}.json"
     output = default if options.output is None else options.output
     files = [("completions", ".answers.jsonl", completions), ("examples", ".examples.jsonl", examples)]
@@ -255,6 +195,9 @@ def _evaluate_task(
     if isinstance(task, VisualQuestionTask):
         metrics, completions = evaluate_visual_questions(task, trained, scorer, directory, short, options.batch_size)
         return _Evaluated(metrics, completions=completions)
+    if isinstance(task, GenerativeTask):
+        metrics, stated, examples = evaluate_generative(task, trained, scorer, directory, short, options.batch_size)
+        return _Evaluated(metrics, stated, examples=examples)
     scores = score_resumably(directory, short, scorer, trained.step, task.requests)
     metrics = task.metrics(scores)
     if isinstance(task, CoreTask):
@@ -315,21 +258,21 @@ def _prepare(name: str, options: Options, trained: TrainedModel) -> Task:
         assert options.core_bundle is not None, "check"
         context_length = trained.model.config.context_length
         return core_task(options.core_bundle, trained.tokenizer, context_length, limit=options.limit)
-    examples: Examples
+    examples: Examples[Any]
     if name.endswith(".jsonl"):
         examples, form = read_examples(expand(name)), None
     else:
-        examples, form = read_benchmark(name, options.num_fewshot), BENCHMARKS[name].few_shot_form
+        examples = read_benchmark(name, options.shots(name), options.benchmark_dir)
+        form = BENCHMARKS[name].few_shot_form
+    given: dict[str, Any] = {"num_fewshot": options.shots(name), "limit": options.limit}
+    if isinstance(examples.asked[0], GenerativeExample):
+        if options.choices_only:
+            raise UserError(f"--choices_only needs examples with options, and {name} has none")
+        context = trained.model.config.context_length
+        return generative_task(examples, trained.tokenizer, context, options.generation, name=name, **given)
 
-    def task(of: Examples) -> ExampleTask:
-        return example_task(
-            of,
-            trained.tokenizer,
-            num_fewshot=options.num_fewshot,
-            limit=options.limit,
-            seed=options.seed,
-            few_shot_form=form,
-        )
+    def task(of: Examples[Any]) -> ExampleTask:
+        return example_task(of, trained.tokenizer, seed=options.seed, few_shot_form=form, **given)
 
     control = task(choices_only(examples, name)) if options.choices_only else None
     return dataclasses.replace(task(examples), control=control)
@@ -364,13 +307,6 @@ def _reward_score(options: Options, trained: TrainedModel) -> RewardScore | None
     from gptjax.stages.preference.reward_scorer import load_reward_model
 
     return load_reward_model(options.reward_model, trained.mesh)
-
-
-def _short(name: str, options: Options) -> str:
-    """Returns the name of a task in the table."""
-    if name in (PERPLEXITY, DIALOGUE) and options.source is not None:
-        return f"{name}:{options.source}"
-    return Path(name).stem if name.endswith(".jsonl") else name
 
 
 def _source(name: str, options: Options, config: Config) -> str | None:

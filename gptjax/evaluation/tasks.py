@@ -1,4 +1,4 @@
-"""Multiple-choice and continuation tasks: reading task files, few-shot prompts and metrics.
+"""Multiple-choice and continuation tasks: reading task files, requests and metrics.
 
 A task file has one JSON object a line, in one of these forms:
 
@@ -15,11 +15,13 @@ A task file has one JSON object a line, in one of these forms:
 `context` is optional where there are choices or a continuation. It is joined to the following text by a blank, unless
 there is white space already. Lines with "split": "fewshot" are used as few-shot examples only; without such lines, the
 few-shot examples of an example are taken from the others.
+
+A file whose lines have a "prompt" is a generative task; `gptjax/evaluation/generative_examples.py` defines its fields.
 """
 
 import dataclasses
 import hashlib
-import random
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,10 +30,11 @@ from typing import Any
 from gptjax.config import UserError
 from gptjax.data.text_files import json_objects, read_lines
 from gptjax.data.tokenizers import Tokenizer
+from gptjax.evaluation.few_shot import Examples, few_shot_prompts
+from gptjax.evaluation.generative_examples import GenerativeExample, generative_example, spaced
 from gptjax.evaluation.scoring import ScoringRequest, ScoringResult, encode_pair
 from gptjax.metrics.measurement import Measurement, exponential, mean
 
-SEPARATOR = "\n\n"  # between the examples of a prompt
 BLANK = "XXXXX"
 ANSWER_PROMPT = "Answer:"
 
@@ -45,35 +48,34 @@ class TaskExample:
         probable one is chosen.
       answer: index of the correct option.
       by_answer_prompt: also normalises likelihoods by P(continuation | "Answer:") (Brown et al. 2020, section 2.4).
+      true: whether each option is true, where several are (TruthfulQA's MC2); empty: only the answer is.
+      description, group: see `few_shot.Example`.
+      question: the part of the context without which the options are scored by --choices_only; empty: what the contexts
+        of all options share.
     """
 
     options: tuple[tuple[str, str], ...]
     answer: int = 0
     by_answer_prompt: bool = False
+    true: tuple[bool, ...] = ()
+    description: str = ""
+    group: str = ""
+    question: str = ""
 
     @property
     def shown(self) -> str:
         """The text of the example as a few-shot example, with the correct option."""
         return "".join(self.options[self.answer])
 
-
-@dataclasses.dataclass(frozen=True)
-class Examples:
-    """The examples of a task.
-
-    Attributes:
-      asked: examples to evaluate.
-      shots: few-shot examples; may be `asked` itself, where an example is never shown before itself.
-    """
-
-    asked: list[TaskExample]
-    shots: list[TaskExample]
+    @property
+    def texts(self) -> list[str]:
+        """The text of the example with each option."""
+        return list(map("".join, self.options))
 
 
 def joined(context: str, continuation: str) -> tuple[str, str]:
     """Returns (context, continuation) with a blank between the two unless there is white space already."""
-    bare = context and not context[-1].isspace() and not continuation[:1].isspace()
-    return context, f" {continuation}" if bare else continuation
+    return context, spaced(context, continuation)
 
 
 def last_word(text: str) -> TaskExample:
@@ -118,23 +120,30 @@ def both_contexts(sentence: str, options: Sequence[str], answer: int, blank: str
 # --- JSON lines -------------------------------------------------------------------------------------------------------
 
 
-def read_examples(path: Path) -> Examples:
-    """Reads a task file.
+def read_examples(path: Path) -> Examples[Any]:
+    """Reads a task file; its examples are all `TaskExample` or all `GenerativeExample`.
 
     Raises:
       UserError: the file cannot be read, has no example to evaluate, or a line is malformed (named as FILE:LINE).
     """
-    asked: list[TaskExample] = []
-    shots: list[TaskExample] = []
+    scored: dict[bool, list[TaskExample]] = {True: [], False: []}  # by whether they are asked
+    generative: dict[bool, list[GenerativeExample]] = {True: [], False: []}
     for record, place in json_objects(read_lines(path)):
+        is_asked = record.get("split") != "fewshot"
         try:
-            example = _example(record)
+            if "prompt" in record:
+                generative[is_asked].append(generative_example(record))
+            else:
+                scored[is_asked].append(_example(record))
         except ValueError as error:
             raise UserError(f"{place}: {error}") from None
-        (shots if record.get("split") == "fewshot" else asked).append(example)
-    if not asked:
-        raise UserError(f"{path} has no example to evaluate: add lines without split=fewshot")
-    return Examples(asked, shots or asked)
+        if any(scored.values()) and any(generative.values()):
+            raise UserError(f'{place}: lines with and without "prompt" do not belong in one file: split it')
+    if scored[True]:
+        return Examples(scored[True], scored[False] or scored[True])
+    if generative[True]:
+        return Examples(generative[True], generative[False] or generative[True])
+    raise UserError(f"{path} has no example to evaluate: add lines without split=fewshot")
 
 
 def _example(record: dict[str, Any]) -> TaskExample:
@@ -145,7 +154,7 @@ def _example(record: dict[str, Any]) -> TaskExample:
     if "continuation" in record:
         return TaskExample((joined(context, _string(record, "continuation")),))
     if "choices" not in record:
-        raise ValueError('has none of the fields "text", "continuation" and "choices"')
+        raise ValueError('has none of the fields "text", "continuation", "choices" and "prompt"')
     options = record["choices"]
     if not isinstance(options, list) or len(options) < 2 or not all(isinstance(o, str) and o for o in options):
         raise ValueError('"choices" must be a list of at least two strings that are not empty')
@@ -178,7 +187,7 @@ class ExampleTask:
 
     Attributes:
       examples: the examples.
-      prompts: for each example, the text before its context: the few-shot examples.
+      prompts: for each example, the text before it: its description and few-shot examples.
       requests: for each example, its options, then its options after "Answer:" if `by_answer_prompt`.
       settings: what the metrics depend on other than the model, for the report.
       control: the same examples without their questions; None: not asked for.
@@ -206,6 +215,7 @@ class ExampleTask:
                 "context": contexts[0] if len(set(contexts)) == 1 else contexts,
                 "options": continuations,
                 "answer": example.answer,
+                **({"true": example.true} if example.true else {}),
                 "logprobs": [score.logprob for score in options],
                 "num_tokens": [score.num_tokens for score in options],
                 "is_greedy": [score.is_greedy for score in options],
@@ -222,7 +232,7 @@ class ExampleTask:
         continuation, so per word where a continuation is a word). For choices: the accuracy of the choice of the
         highest log-probability (`accuracy`), the highest per token, per character (lm-evaluation-harness' acc_norm)
         and, for `by_answer_prompt`, relative to the log-probability after "Answer:". In a file with both, `accuracy`
-        is over both.
+        is over both. For choices of which several are true only `mc2`, see `true_probability`.
         """
         values: dict[str, list[float]] = {}
         rest = iter(scores)
@@ -232,6 +242,9 @@ class ExampleTask:
             if n == 1:
                 values.setdefault("accuracy", []).append(float(options[0].is_greedy))
                 values.setdefault("nats", []).append(-options[0].logprob)
+                continue
+            if example.true:
+                values.setdefault("mc2", []).append(true_probability(options, example.true))
                 continue
             totals = {
                 "accuracy": [score.logprob for score in options],
@@ -250,8 +263,15 @@ class ExampleTask:
         return metrics
 
 
+def true_probability(options: Sequence[ScoringResult], true: Sequence[bool]) -> float:
+    """Computes the probability of the true options among all options (Lin et al. 2022, MC2)."""
+    most = max(score.logprob for score in options)
+    weights = [math.exp(score.logprob - most) for score in options]
+    return sum(weight for weight, is_true in zip(weights, true, strict=True) if is_true) / sum(weights)
+
+
 def example_task(
-    examples: Examples,
+    examples: Examples[TaskExample],
     tokenizer: Tokenizer,
     *,
     num_fewshot: int = 0,
@@ -259,29 +279,25 @@ def example_task(
     seed: int = 0,
     few_shot_form: Callable[[TaskExample], TaskExample] | None = None,
 ) -> ExampleTask:
-    """Encodes the examples, each after `num_fewshot` randomly sampled others (Brown et al. 2020, section 2.4).
+    """Encodes the examples, each after `num_fewshot` others (Brown et al. 2020, section 2.4).
 
     Args:
       limit: number of examples to evaluate, from the first; None: all.
-      seed: sampling seed; the few-shot examples depend on it and on the example's index only.
+      seed: sampling seed of the few-shot examples.
       few_shot_form: transformation of all examples when num_fewshot > 0.
 
     Raises:
       UserError: there are too few few-shot examples, or an example cannot be encoded (see `encode_pair`).
     """
-    asked, shots = examples.asked[:limit], examples.shots
     if num_fewshot > 0 and few_shot_form is not None:
-        asked, shots = list(map(few_shot_form, asked)), list(map(few_shot_form, shots))
-    spare = examples.shots is examples.asked  # one more is sampled, to replace the example itself
-    if num_fewshot > len(shots) - spare:
-        raise UserError(f"--num_fewshot={num_fewshot}, but there are only {len(shots) - spare} examples to show")
+        asked, shots = (list(map(few_shot_form, part)) for part in (examples.asked, examples.shots))
+        examples = dataclasses.replace(
+            examples, asked=asked, shots=asked if examples.shots is examples.asked else shots
+        )
+    asked = list(examples.asked[:limit])
+    prompts = few_shot_prompts(examples, num_fewshot, limit, seed)
     requests: list[ScoringRequest] = []
-    prompts = []
-    for index, example in enumerate(asked):
-        sampled = random.Random(f"{seed} {index}").sample(range(len(shots)), min(num_fewshot + spare, len(shots)))
-        shown = [shots[i] for i in sampled if not (spare and i == index)][:num_fewshot]
-        prompt = "".join(shot.shown.strip() + SEPARATOR for shot in shown)
-        prompts.append(prompt)
+    for example, prompt in zip(asked, prompts, strict=True):
         requests += [encode_pair(tokenizer, prompt + context, text) for context, text in example.options]
         if example.by_answer_prompt:
             requests += [encode_pair(tokenizer, *joined(ANSWER_PROMPT, text)) for _, text in example.options]
@@ -289,7 +305,7 @@ def example_task(
         "examples": len(asked),
         "examples_available": len(examples.asked),
         "num_fewshot": num_fewshot,
-        "fewshot_seed": seed if num_fewshot else None,
+        "fewshot_seed": seed if num_fewshot and examples.sampled else None,
         "examples_sha256": identity(asked),
     }
     return ExampleTask(asked, prompts, requests, settings)

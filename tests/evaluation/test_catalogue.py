@@ -83,6 +83,7 @@ EXPECTED = {
     "wsc273": [[("The cup broke when the cup", " fell."), ("The cup broke when the cat", " fell.")]],
 }
 SAME_SCHEMA = {"arc_challenge": "arc_easy", "race_middle": "race_high"}
+NAMES = [*RECORDS, *SAME_SCHEMA]  # the others: test_published_prompts.py
 
 
 @pytest.fixture
@@ -92,14 +93,14 @@ def records(monkeypatch):
 
     def open_tfds(name, split, spec):
         asked.append((name, split))
-        key = next(key for key, benchmark in BENCHMARKS.items() if benchmark.dataset == name)
+        key = next(key for key in NAMES if BENCHMARKS[key].dataset == name)
         return None, [RECORDS[SAME_SCHEMA.get(key, key)]]
 
     monkeypatch.setattr(catalogue, "open_tfds", open_tfds)
     return asked
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_examples_to_the_letter(name, records):
     found = read_benchmark(name, 0)
     expected = EXPECTED[SAME_SCHEMA.get(name, name)]
@@ -111,7 +112,7 @@ def test_examples_to_the_letter(name, records):
     assert records == [(BENCHMARKS[name].dataset, BENCHMARKS[name].split)]
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_shots_come_from_their_own_split(name, records):
     found = read_benchmark(name, 1)
     benchmark = BENCHMARKS[name]
@@ -119,7 +120,7 @@ def test_shots_come_from_their_own_split(name, records):
     assert [split for _, split in records] == [s for s in (benchmark.split, benchmark.shots) if s is not None]
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_fields_are_those_of_the_dataset(name, tmp_path):
     builder = tfds.builder(BENCHMARKS[name].dataset, data_dir=tmp_path, file_format="array_record")
     record = RECORDS[SAME_SCHEMA.get(name, name)]

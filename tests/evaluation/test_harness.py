@@ -73,6 +73,8 @@ def test_generation_stops_and_keeps_the_end_of_long_contexts(adapter, tiny):
     expected = tiny.tokenizer.decode(new[: new.index(256)] if 256 in new else new)
     assert texts[0] == expected
     assert texts[1:] == [adapter.generate_until([asked(*pair)])[0] for pair in (("a", short), ("b", settings))]
+    # No temperature means greedy decoding, as in the harness' own models.
+    assert adapter.generate_until([asked(context, {"until": [], "max_gen_toks": 6})]) == [expected]
     first = expected[0]
     assert adapter.generate_until([asked(context, {**settings, "until": [first]})]) == [""]
     with pytest.raises(UserError, match="generates 24 tokens, but the model's context has 24"):

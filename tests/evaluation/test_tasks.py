@@ -71,7 +71,7 @@ def test_the_forms_of_a_task_file(tmp_path):
     [
         ("{not json", "Expecting property name"),
         ("[1]", "not a JSON object"),
-        ('{"contxt": "a"}', 'none of the fields "text", "continuation" and "choices"'),
+        ('{"contxt": "a"}', 'none of the fields "text", "continuation", "choices" and "prompt"'),
         ('{"text": "alone"}', "at least two words"),
         ('{"text": 3}', '"text" must be a string'),
         ('{"context": "a", "continuation": " "}', '"continuation" must be a string that is not empty'),

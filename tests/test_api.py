@@ -121,7 +121,7 @@ def test_a_hugging_face_model_becomes_a_workdir_that_stages_extend(pretrained, t
     prompt = {"max_new_tokens": 5, "temperature": 0.0}
     imported = gptjax.load(tmp_path / "run")
     assert imported.generate("1 and", **prompt) == gptjax.load(pretrained).generate("1 and", **prompt)
-    (tmp_path / "chats.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 20)
+    (tmp_path / "chats.jsonl").write_text("".join(f'{{"prompt": "{i}", "completion": "b"}}\n' for i in range(20)))
     config = gptjax.load_config(
         f"configs/chatgpt.py:stage=sft,data=jsonl:{tmp_path}/chats.jsonl,init_from={tmp_path}/run",
         {"evaluation.sample_tokens": 0},

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo chat-demo serve test test-slow interop clients remote browser ray tpu lint docs clean
+.PHONY: help demo chat-demo serve test test-slow interop clients remote browser notebooks ray tpu lint docs clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -42,6 +42,9 @@ remote: $(VENV)/.installed-test $(VENV)/.installed-remote ## read from and train
 browser: $(VENV)/.installed-test $(VENV)/.installed-browser ## use the chat page in headless Chromium, installing it and Playwright
 	command -v chromium || { apt-get update && apt-get install --yes chromium; } || $(BIN)/python -m playwright install chromium
 	$(BIN)/python -m pytest -n0 tests/serving/test_page.py
+
+notebooks: $(VENV)/.installed-test $(VENV)/.installed-notebooks ## execute the notebooks of colab/ from fresh kernels, installing Jupyter's
+	$(BIN)/python -m pytest -n0 tests/test_notebooks.py
 
 tpu: $(VENV)/.installed-test $(VENV)/.installed-tpu ## compile for TPUs that are not there, installing their compiler
 	$(BIN)/python -m pytest -n auto $$(grep -rl --include='*.py' 'importorskip("libtpu")' tests)

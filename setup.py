@@ -26,6 +26,8 @@ TEST = [
 DOCS = ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
 # Clients of OpenAI's API, for tests of the server that are skipped without them.
 CLIENTS = ["langchain-openai>=1.7", "schemathesis>=4.32"]
+# The notebooks of colab/ as text and as .ipynb files, and a kernel to execute them.
+NOTEBOOKS = ["jupytext>=1.17", "nbclient>=0.10", "ipykernel>=6.29"]
 BROWSER = ["playwright>=1.60"]  # drives Debian's chromium, or one that `playwright install chromium` fetches
 LM_EVAL = ["lm-eval[api]>=0.4.13,<0.5"]  # [api]: it asks our server as well
 # References for tests of models and losses, which are skipped without them; the library never imports them. On Python
@@ -86,6 +88,7 @@ setup(
         "sweep": SWEEP,
         "ray": [*PREPARE, *SWEEP, "ray[data]>=2.60"],  # its tests are skipped without it
         "browser": BROWSER,
+        "notebooks": NOTEBOOKS,
         "interop": INTEROP,
         "lm-eval": LM_EVAL,
         "clients": [*CLIENTS, *LM_EVAL],

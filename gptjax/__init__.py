@@ -11,13 +11,22 @@ import JAX.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gptjax.api import LoadedModel, load, train
+    from gptjax.api import LoadedModel, curves, import_huggingface, load, open_server, train
     from gptjax.config import UserError, load_config
 
-__all__ = ["LoadedModel", "UserError", "load", "load_config", "train"]
+__all__ = [
+    "LoadedModel",
+    "UserError",
+    "curves",
+    "import_huggingface",
+    "load",
+    "load_config",
+    "open_server",
+    "train",
+]
 
 _MODULES = {
-    **dict.fromkeys(("LoadedModel", "load", "train"), "gptjax.api"),
+    **dict.fromkeys(("LoadedModel", "curves", "import_huggingface", "load", "open_server", "train"), "gptjax.api"),
     **dict.fromkeys(("UserError", "load_config"), "gptjax.config"),
 }
 

@@ -1,4 +1,4 @@
-"""Python API for notebooks and scripts: `gptjax.load_config`, `gptjax.train`, `gptjax.load`. No flags are parsed.
+"""Python API for notebooks and scripts: config, training, generation, chat, scores, serving. No flags are parsed.
 
 import gptjax
 
@@ -10,18 +10,31 @@ print(model.generate("The Congress", max_new_tokens=40, temperature=0.8))
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
 
 from gptjax.config import Config, UserError
+from gptjax.data.templates import chat_format
 from gptjax.data.tokenizers import Tokenizer
+from gptjax.evaluation.scoring import Scorer, encode_pair
 from gptjax.files import expand
+from gptjax.inference.chatting import ChatSession
 from gptjax.inference.engine import Engine, Overflow
+from gptjax.inference.retrieval import Documents
 from gptjax.inference.sampling import Sampling
 from gptjax.run import run
+from gptjax.stages import registry
 from gptjax.stages.trained_model import TrainedModel, load_model, parse_mesh
 from gptjax.training.loop import RunReport
+from gptjax.training.metrics_file import read_metrics
+
+if TYPE_CHECKING:
+    from gptjax.serving.background import BackgroundServer
 
 DEFAULT_NEW_TOKENS = 128
+_PLACE = ("step", "tokens", "seconds")  # of a record, next to its values
 
 
 def train(
@@ -49,8 +62,90 @@ def train(
     return run(config, place, profile=profile, allow_config_changes=allow_config_changes, callbacks=callbacks)
 
 
+def curves(workdir: str | os.PathLike[str], split: str = "train") -> dict[str, npt.NDArray[np.float64]]:
+    """Reads the measurements of a run, which may still be running, as arrays of one length.
+
+    Args:
+      split: "train", "validation", "test", or "rollout" of a policy.
+
+    Returns:
+      "step", "tokens", "seconds" and every value of the split by name, such as "loss" (nats per token), each float64
+      (N,) for N records; NaN where a record lacks the value.
+
+    Raises:
+      UserError: there is no metrics.jsonl, or it has no record of the split.
+    """
+    _, records = read_metrics(expand(os.fspath(workdir)))
+    found = [record for record in records if record["split"] == split]
+    if not found:
+        known = ", ".join(dict.fromkeys(record["split"] for record in records)) or "none yet"
+        raise UserError(f"{workdir} has no records of split {split!r}: it has {known}")
+    names = dict.fromkeys([*_PLACE, *(name for record in found for name in record if name != "split")])
+    return {
+        name: np.array([np.nan if (value := record.get(name)) is None else value for record in found], np.float64)
+        for name in names
+    }
+
+
+def import_huggingface(
+    source: str, workdir: str | os.PathLike[str], *, dtype: Literal["float32", "bfloat16"] = "float32"
+) -> None:
+    """Creates a workdir from the weights and the tokenizer of a Hugging Face model, to load or to fine-tune.
+
+    Args:
+      source: a directory, or OWNER/NAME on the Hub.
+      workdir: must not exist, or be empty.
+      dtype: of activations.
+
+    Raises:
+      UserError: there is no such model, its family is unknown, or the workdir is not empty.
+    """
+    from gptjax.interop.huggingface import import_workdir
+
+    import_workdir(source, expand(os.fspath(workdir)), dtype)
+
+
+def open_server(
+    workdir: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    rows: int = 8,
+    documents: str | os.PathLike[str] | None = None,
+    host: str = "127.0.0.1",
+    port: int = 0,
+) -> "BackgroundServer":
+    """Serves the newest weights of a workdir over HTTP in this process, with OpenAI's API, until `close`.
+
+        with gptjax.open_server("runs/sft") as server:
+            client = openai.OpenAI(base_url=server.url + "/v1", api_key="none")
+
+    A run of a task is served at /v1/classify, with its best weights. There is no API key: `python -m gptjax.serve` has
+    those, and all other options of a server.
+
+    Args:
+      name: of the model in requests; None: that of the directory.
+      rows: completions that are generated at a time.
+      documents: folder of .txt and .md files whose passages are put before the messages that they match.
+      host: address to listen on; another one than 127.0.0.1 serves everyone who reaches it.
+      port: 0: a free one.
+
+    Raises:
+      UserError: not a workdir, a folder without documents, a port in use, or a package of gptjax[serve] is missing.
+    """
+    import importlib.util
+
+    if missing := [module for module in ("starlette", "uvicorn") if importlib.util.find_spec(module) is None]:
+        raise UserError(f"serving needs the package {missing[0]}: pip install 'gptjax[serve]'")
+    from gptjax.serving.background import BackgroundServer, open_workdir
+
+    place = expand(os.fspath(workdir))
+    name = place.resolve().name if name is None else name
+    serving = open_workdir(place, name, rows, None if documents is None else expand(os.fspath(documents)))
+    return BackgroundServer(serving, name, host, port)
+
+
 class LoadedModel:
-    """A model with its weights and tokenizer, ready to generate.
+    """A model with its weights and tokenizer, ready to generate, to chat and to score texts.
 
     Attributes:
       config: of the run, complete.
@@ -65,6 +160,7 @@ class LoadedModel:
         self.params: Any = trained.params
         self.step: int = trained.step
         self._engine = Engine(trained.model, trained.params, trained.tokenizer, trained.mesh)
+        self._scorer = Scorer(trained.model, trained.params, trained.mesh)
 
     def generate(
         self,
@@ -109,6 +205,57 @@ class LoadedModel:
         completions = self._engine.generate(ids, max_new_tokens, sampling, seeds=seed, stop=stop, overflow=overflow)
         texts = [completion.text for completion in completions]
         return texts[0] if isinstance(prompt, str) else texts
+
+    def score(self, contexts: Sequence[str], continuations: Sequence[str]) -> npt.NDArray[np.float64]:
+        """Computes the log-probability of each continuation after its context.
+
+        Args:
+          contexts: texts; "": the continuation starts a document. Contexts that are too long lose their beginning.
+          continuations: as many texts, none empty.
+
+        Returns:
+          float64 (N,), nats, summed over the tokens of a continuation.
+
+        Raises:
+          UserError: an empty continuation, or one that is longer than the model's context.
+        """
+        pairs = zip(contexts, continuations, strict=True)
+        requests = [encode_pair(self.tokenizer, context, continuation) for context, continuation in pairs]
+        return np.array([result.logprob for result in self._scorer.scores(requests)], np.float64)
+
+    def chat(
+        self,
+        *,
+        system: str | None = None,
+        documents: str | os.PathLike[str] | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.8,
+        top_k: int | None = 50,
+        top_p: float | None = None,
+        seed: int = 0,
+    ) -> ChatSession:
+        """Starts a conversation: `.reply(text)` returns the completion of the user's next message.
+
+        Args:
+          system: system message; None: no such message.
+          documents: folder of .txt and .md files. The passages that match a message best are put before it, and
+            `.sources` has them afterwards.
+          max_new_tokens: of a completion; None: a fourth of the context.
+          temperature, top_k, top_p: as of `generate`.
+          seed: sampling seed of the first completion, and counts up.
+
+        Raises:
+          UserError: no chat stage trained the model, or a folder without documents.
+        """
+        if not registry.definition(self.config).conversational:
+            raise UserError(
+                f"stage {self.config.stage} trains no chat model: fine-tune it with configs/chatgpt.py:stage=sft"
+            )
+        found = None if documents is None else Documents(expand(os.fspath(documents)))
+        form = chat_format(self.config.chat, self.tokenizer, self.config.model.vision)
+        room = self._engine.model.config.context_length // 4 if max_new_tokens is None else max_new_tokens
+        sampling = Sampling(temperature, top_k, top_p)
+        return ChatSession(self._engine, form, sampling, system=system, max_new_tokens=room, seed=seed, documents=found)
 
 
 def load(

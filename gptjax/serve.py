@@ -30,10 +30,8 @@ from gptjax.inference import retrieval
 from gptjax.parallel import program_cache
 
 if TYPE_CHECKING:
-    from gptjax.data.templates import ChatFormat
-    from gptjax.inference.batching import BatchedEngine
     from gptjax.serving.answering import Serving, ServingOptions
-    from gptjax.serving.model_loading import BaseModel, LoadedAdapter
+    from gptjax.serving.model_loading import BaseModel
     from gptjax.serving.served_models import ClassificationModel, GenerativeModel
 
 KEYS_VARIABLE = "GPTJAX_API_KEYS"
@@ -168,7 +166,13 @@ def load(options: "ServingOptions", adapters: list[tuple[str, Path]], classifier
     from gptjax.parallel.mesh import make_mesh
     from gptjax.serving.answering import Serving
     from gptjax.serving.engine_thread import EngineThread
-    from gptjax.serving.model_loading import is_classifier, load_adapter, load_classifier
+    from gptjax.serving.model_loading import (
+        create_engine,
+        generative_model,
+        is_classifier,
+        load_adapter,
+        load_classifier,
+    )
     from gptjax.serving.served_models import ServedModels
     from gptjax.serving.server_metrics import ServerMetrics
     from gptjax.serving.text_embedding import embedder
@@ -187,7 +191,9 @@ def load(options: "ServingOptions", adapters: list[tuple[str, Path]], classifier
         base = load_base_model()
         mesh = base.mesh
         loaded = {other: load_adapter(workdir, expand(str(WORKDIR.value)), base) for other, workdir in adapters}
-        engine = create_engine(base, loaded)
+        cache_bytes = None if CACHE_GIB.value is None else int(CACHE_GIB.value * 2**30)
+        weights, deterministic = cast(Any, WEIGHTS.value), DETERMINISTIC.value
+        engine = create_engine(base, loaded, ROWS.value, weights, cache_bytes, deterministic=deterministic)
         embed = embedder(engine.model, engine.params, engine.mesh)
         models.append(generative_model(name, base, base.form))
         models += [generative_model(other, base, found.form or base.form, other) for other, found in loaded.items()]
@@ -209,50 +215,6 @@ def load_base_model() -> "BaseModel":
     assert WORKDIR.value is not None
     best, step = CHECKPOINT.best, CHECKPOINT.step
     return load_base(expand(WORKDIR.value), mesh, dtype, TEMPLATE.value, best=best, step=step)
-
-
-def create_engine(base: "BaseModel", adapters: "dict[str, LoadedAdapter]") -> "BatchedEngine":
-    """Creates the engine, and compiles its programs by first completions."""
-    from gptjax.inference.batching import BatchedEngine
-    from gptjax.inference.requests import GenerationRequest
-
-    engine = BatchedEngine(
-        base.model,
-        base.params,
-        base.tokenizer,
-        base.mesh,
-        cast(Any, WEIGHTS.value),
-        rows=ROWS.value,
-        cache_bytes=None if CACHE_GIB.value is None else int(CACHE_GIB.value * 2**30),
-        deterministic=DETERMINISTIC.value,
-        adapters={name: (adapter.settings, adapter.params) for name, adapter in adapters.items()},
-    )
-    sizes = {*(2**i for i in range(ROWS.value.bit_length())), ROWS.value}
-    for rows in sorted(sizes):  # there is a program for each size of a batch
-        for _ in range(rows):
-            engine.insert(GenerationRequest(tokens=(0,), max_new_tokens=2))
-        while not engine.is_idle:
-            engine.step()
-    return engine
-
-
-def generative_model(
-    name: str, base: "BaseModel", form: "ChatFormat | None", adapter: str | None = None
-) -> "GenerativeModel":
-    from gptjax.serving.served_models import GenerativeModel
-
-    config = base.model.config
-    assert config.vocab_size is not None
-    return GenerativeModel(
-        name,
-        base.tokenizer,
-        vocab_size=config.vocab_size,
-        context_length=config.context_length,
-        form=form,
-        infills=base.infills,
-        conversational=base.conversational,
-        adapter=adapter,
-    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ from gptjax.config import Config, check_key, reference
 
 ROOT = Path(__file__).parents[1]
 GUIDES = sorted((ROOT / "docs").rglob("*.md"))
-PAGES = [*GUIDES, *sorted(path for path in (ROOT / "examples").iterdir() if path.is_file())]
+PROGRAMS_OF_EXAMPLES = sorted((ROOT / "examples").glob("*/*.py"))
+FILES = sorted(path for path in (ROOT / "examples").iterdir() if path.is_file())
+PAGES = [*GUIDES, *FILES, *PROGRAMS_OF_EXAMPLES]
 # Flags of other programs that the pages call.
 OTHERS = {
     "help",  # of every command
@@ -30,13 +32,14 @@ PROGRAMS = ("gptjax", "benchmarks", "examples")
 @functools.cache
 def defined_flags() -> set[str]:
     code = "".join(path.read_text() for folder in PROGRAMS for path in (ROOT / folder).glob("*.py"))
+    code += "".join(path.read_text() for path in PROGRAMS_OF_EXAMPLES)
     return set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', code))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_flags_and_config_keys_exist(page: Path) -> None:
     named = re.findall(r"(?<![\w-])--([a-z][\w-]*)(?:\.([\w.]*\w))?", page.read_text())
-    assert named or page.name == "index.md"
+    assert named or page.name in ("index.md", "notebooks.md")
     for name, key in named:
         assert name in defined_flags() | OTHERS, f"no flag --{name}"
         if key:

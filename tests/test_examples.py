@@ -30,7 +30,7 @@ LABELS = ("negative", "neutral", "positive")
 def load(name: str) -> types.ModuleType:
     """An example as a module; its flags, whose names others have too, are gone, and no compiled file is beside it."""
     path = Path(__file__).parents[1] / "examples" / f"{name}.py"
-    spec = spec_from_file_location(f"examples_{name}", path)
+    spec = spec_from_file_location(f"examples_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
@@ -48,12 +48,12 @@ def load(name: str) -> types.ModuleType:
 
 @pytest.fixture(scope="module")
 def monitoring() -> types.ModuleType:
-    return load("sentiment_monitoring")
+    return load("sentiment_monitoring/monitor")
 
 
 @pytest.fixture(scope="module")
 def recommendation() -> types.ModuleType:
-    return load("recommendation")
+    return load("recommendation/recommend")
 
 
 def save_workdir(directory: Path, task: c.TaskConfig) -> Path:

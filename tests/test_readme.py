@@ -80,6 +80,7 @@ def test_configs_and_overrides_resolve(command: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_flags_exist(document: str) -> None:
     programs = [path for folder in ("gptjax", "benchmarks", "examples") for path in (ROOT / folder).glob("*.py")]
+    programs += (ROOT / "examples").glob("*/*.py")
     code = "".join(program.read_text() for program in programs)
     for name, key in re.findall(r"(?<![\w-])--([a-z][a-z0-9_]*)(?:\.([\w.]*\w))?", read(document)):
         if name == "help" or name.startswith("xla_"):  # of every command; XLA's own, in XLA_FLAGS

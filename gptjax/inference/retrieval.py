@@ -61,12 +61,16 @@ class Documents:
 
     def find(self, question: str, most: int = 3) -> list[Passage]:
         """Returns the `most` passages of the highest BM25 score, best first, without those of score 0."""
+        return [passage for passage, _ in self.scored(question, most)]
+
+    def scored(self, question: str, most: int = 3) -> list[tuple[Passage, float]]:
+        """Returns what `find` does, each passage with its BM25 score."""
         asked = words(question)
         if not asked:
             return []
         scores_N = np.asarray(self._index.get_scores(asked))
         order = np.argsort(-scores_N, kind="stable")[:most]
-        return [self.passages[i] for i in order if scores_N[i] > 0]
+        return [(self.passages[i], float(scores_N[i])) for i in order if scores_N[i] > 0]
 
 
 def check(directory: Path) -> None:

@@ -111,9 +111,9 @@ def bound_socket(host: str, port: int) -> socket.socket:
     return found
 
 
-def serve(app: ASGIApp, serving: Serving, listening: socket.socket, drain_seconds: float) -> None:
-    """Serves until SIGTERM or SIGINT, and until the requests then in progress are answered."""
-    config = uvicorn.Config(
+def server_config(app: ASGIApp) -> uvicorn.Config:
+    """Returns uvicorn's settings: time limits, HTTP/1.1 only, no log of its own."""
+    return uvicorn.Config(
         app,
         http=TimedProtocol,
         ws="none",
@@ -126,8 +126,12 @@ def serve(app: ASGIApp, serving: Serving, listening: socket.socket, drain_second
         timeout_graceful_shutdown=1,  # the requests have been drained
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
     )
+
+
+def serve(app: ASGIApp, serving: Serving, listening: socket.socket, drain_seconds: float) -> None:
+    """Serves until SIGTERM or SIGINT, and until the requests then in progress are answered."""
     serving.thread.start()
     try:
-        DrainingServer(config, serving, drain_seconds).run(sockets=[listening])
+        DrainingServer(server_config(app), serving, drain_seconds).run(sockets=[listening])
     finally:
         serving.thread.stop()

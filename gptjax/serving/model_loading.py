@@ -1,7 +1,7 @@
 """Loads what a server serves: the base model, and fine-tuned models that share its weights."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,10 +13,13 @@ from gptjax.data.labelled import Row
 from gptjax.data.templates import ChatFormat, chat_format
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.files import expand
+from gptjax.inference.batching import BatchedEngine
+from gptjax.inference.requests import GenerationRequest
+from gptjax.inference.weights import WeightFormat
 from gptjax.interop import huggingface
 from gptjax.models.gpt import GPT
 from gptjax.parallel.mesh import make_mesh
-from gptjax.serving.served_models import ClassificationModel
+from gptjax.serving.served_models import ClassificationModel, GenerativeModel
 from gptjax.stages import registry
 from gptjax.stages.finetune.predictor import load_predictor
 from gptjax.stages.saved_weights import load_parts
@@ -153,3 +156,51 @@ def load_classifier(name: str, workdir: Path, mesh: Mesh, given: dict[Path, Any]
             return predict(rows)
 
     return ClassificationModel(name, config, predicted)
+
+
+def create_engine(
+    base: BaseModel,
+    adapters: Mapping[str, LoadedAdapter],
+    rows: int,
+    weights: WeightFormat,
+    cache_bytes: int | None,
+    *,
+    deterministic: bool,
+) -> BatchedEngine:
+    """Creates the engine, and compiles its programs by first completions. Arguments as in `BatchedEngine`."""
+    engine = BatchedEngine(
+        base.model,
+        base.params,
+        base.tokenizer,
+        base.mesh,
+        weights,
+        rows=rows,
+        cache_bytes=cache_bytes,
+        deterministic=deterministic,
+        adapters={name: (adapter.settings, adapter.params) for name, adapter in adapters.items()},
+    )
+    sizes = {*(2**i for i in range(rows.bit_length())), rows}
+    for size in sorted(sizes):  # there is a program for each size of a batch
+        for _ in range(size):
+            engine.insert(GenerationRequest(tokens=(0,), max_new_tokens=2))
+        while not engine.is_idle:
+            engine.step()
+    return engine
+
+
+def generative_model(
+    name: str, base: BaseModel, form: ChatFormat | None, adapter: str | None = None
+) -> GenerativeModel:
+    """Returns the base model, or it with an adapter, as requests name it."""
+    config = base.model.config
+    assert config.vocab_size is not None
+    return GenerativeModel(
+        name,
+        base.tokenizer,
+        vocab_size=config.vocab_size,
+        context_length=config.context_length,
+        form=form,
+        infills=base.infills,
+        conversational=base.conversational,
+        adapter=adapter,
+    )

@@ -71,7 +71,9 @@ def open_chat(
     if tokenizer is None:
         tokenizer = find_tokenizer(config, [text for item in train for text in _texts(item)])
     form = chat_format(config.chat, tokenizer, config.model.vision)
-    config = config.completed(form.vocab_size, image_token=form.image_token)
+    # The config of imported weights has their vocabulary size, which the template's tokens extend.
+    extends = config.init_from is not None
+    config = config.completed(form.vocab_size, extends_vocabulary=extends, image_token=form.image_token)
     check_fit(config, mesh)
     images = None
     if config.model.reads_images:

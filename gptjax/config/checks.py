@@ -12,6 +12,7 @@ from gptjax.config.mixture_checks import check_mixture
 from gptjax.config.model_checks import check_model
 from gptjax.config.optimizer import OptimizerConfig
 from gptjax.config.sections import ChatConfig, Config
+from gptjax.config.start_checks import check_init_layers
 from gptjax.config.vision_checks import check_vision
 
 
@@ -24,6 +25,7 @@ def check(config: Config) -> None:
     check_mixture(config)
     _check_chat(config)
     _check_rl(config)
+    check_init_layers(config)
     _check_peft(config)
     _check_batch(config)
     _check_optimizer(config.optimizer)

@@ -11,7 +11,8 @@ def computation(config: Config) -> Config:
 
     They are None, so that reading one is an error, and not a program that is shared by runs that need different ones.
     """
-    sections: dict[str, Any] = dict.fromkeys(("init_from", "evaluation", "checkpoint", "stability", "logging"))
+    names = ("init_from", "init_layers", "evaluation", "checkpoint", "stability", "logging")
+    sections: dict[str, Any] = dict.fromkeys(names)
     sources: dict[str, Any] = dict.fromkeys(("source", "validation_source", "mixture", "mixture_schedule", "cache_dir"))
     return dataclasses.replace(
         config,

@@ -307,6 +307,9 @@ class Config:
     # (XLA flag, value) pairs for compiling the training step
     compiler_options: tuple[tuple[str, str], ...] = ()
     init_from: str | None = None  # workdir whose newest weights initialise the model
+    # Number of its layers that are transferred, from the first, with the embeddings (Radford et al. 2018, figure 2);
+    # the final norm is transferred with all layers only, and the rest is initialised from the seed. None: all
+    init_layers: int | None = None
     model: GPTConfig = GPTConfig()
     data: DataConfig = DataConfig()
     chat: ChatConfig = ChatConfig()

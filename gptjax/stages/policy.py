@@ -50,10 +50,14 @@ def _initialiser(config: Config) -> Callable[[jax.Array], Any]:
 
 
 def check_needs_init_from(config: Config) -> None:
-    """Raises UserError unless the config names the weights that serve as the reference."""
+    """Raises UserError unless the config names the weights that serve as the reference, whole."""
     require(
         config.init_from is not None,
         f"stage {config.stage} needs a trained model as its reference: set init_from to its workdir",
+    )
+    require(
+        config.init_layers is None,
+        f"init_layers={config.init_layers} is no trained model for the reference of stage {config.stage}: unset it",
     )
 
 

@@ -17,9 +17,11 @@ from gptjax.checkpoint.position import Position
 from gptjax.checkpoint.restore import resumed_state
 from gptjax.checkpoint.saved_trees import ConfigChanges
 from gptjax.checkpoint.state import ParameterSpec, TrainState, abstract_state, create_state, fresh_params
+from gptjax.config import GPTConfig
 from gptjax.distributed import processes
 from gptjax.files import expand
 from gptjax.models import peft
+from gptjax.models.axis_roles import layer_numbers
 from gptjax.stages.saved_weights import check_model, first_rows, given_base, load_given, load_reward_weights
 
 
@@ -77,6 +79,8 @@ def given_params(parameters: ParameterSpec, mesh: Mesh) -> tuple[Any, Any]:
     Parameters that `init_from` lacks are initialised from the seed.
     """
     given = load_given(parameters, mesh)
+    if parameters.config.init_layers is not None:
+        given = first_layers(given, parameters.config.init_layers, parameters.config.model)
     base, abstract = whole_base(parameters, given, mesh), abstract_state(parameters, mesh)
 
     def trained(donated: Any, kept: Any) -> Any:
@@ -93,6 +97,20 @@ def given_params(parameters: ParameterSpec, mesh: Mesh) -> tuple[Any, Any]:
     donated, kept = ({p: leaf for p, leaf in leaves.items() if (p in fitting) == fits} for fits in (True, False))
     make = jax.jit(trained, donate_argnums=0, out_shardings=placement)
     return base, make(peft.unflatten(donated), peft.unflatten(kept))
+
+
+def first_layers(given: Any, count: int, model: GPTConfig) -> Any:
+    """Selects the embeddings and the first `count` layers of a model's parameters, and with all layers the rest."""
+    if count == model.num_layers:
+        return given
+    period = len(model.attention_pattern)
+    chosen = {}
+    for path, leaf in peft.flatten(given).items():
+        if (numbers := layer_numbers(path, len(leaf), len(leaf), period)) is not None:
+            chosen[path] = leaf[: sum(number < count for number in numbers)]
+        elif not path.startswith("final_norm/"):
+            chosen[path] = leaf
+    return peft.unflatten(chosen)
 
 
 def _started(parameters: ParameterSpec, name: str, params: Any, mesh: Mesh) -> Any:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from gptjax.config import Config, UserError, read_config, replace, with_absolute_paths
+from gptjax.config.checks import check
 from gptjax.models import peft
 from gptjax.parallel.mesh import make_mesh
 from gptjax.run import run
@@ -62,6 +63,31 @@ def test_what_is_trained_of_the_top_layers_is_apart_from_what_stays(config, give
         np.testing.assert_array_equal(rows[: len(leaf)], leaf, err_msg=path)
     assert trained["layers/block_0/mlp/up/kernel"].shape == base["layers/block_0/mlp/up/kernel"].shape == (1, 16, 64)
     assert trained["token_embedding/embedding"].shape == (4, 16)
+
+
+def test_layers_that_are_not_transferred_are_initialised_from_the_seed(config, given):
+    def transferred(count: int | None) -> dict[str, np.ndarray]:
+        return start_of(dataclasses.replace(config, init_layers=count))[1]
+
+    whole, fresh = transferred(None), start_of(dataclasses.replace(config, init_layers=0))[1]
+    np.testing.assert_array_equal(fresh["position_embedding/embedding"], given["position_embedding/embedding"])
+    assert np.all(fresh["final_norm/scale"] == 1)
+    first = transferred(1)
+    for path, leaf in given.items():
+        np.testing.assert_array_equal(transferred(2)[path], whole[path], err_msg=path)
+        if path.startswith("layers/"):
+            np.testing.assert_array_equal(first[path][:1], leaf[:1], err_msg=path)
+            np.testing.assert_array_equal(first[path][1:], fresh[path][1:], err_msg=path)
+            assert np.any(fresh[path] != leaf), path
+    for wrong, words in (
+        ({"init_layers": 3}, "init_layers=3 must be from 0 to model.num_layers=2"),
+        ({"init_layers": 1, "init_from": None}, "set that to a workdir"),
+        ({"init_layers": 1, "peft": dataclasses.replace(config.peft, method="lora")}, "peft.method=lora freezes"),
+    ):
+        with pytest.raises(UserError, match=words):
+            check(dataclasses.replace(config, **wrong))
+    with pytest.raises(UserError, match="init_layers=1 is no trained model for the reference of stage dpo"):
+        registry.check(dataclasses.replace(config, stage="dpo", init_layers=1))
 
 
 def test_special_tokens_are_trained_where_the_vocabulary_was_rounded_up(config, tmp_path):

@@ -34,12 +34,23 @@ INGREDIENTS: dict[str, dict[str, dict]] = {
     "no_biases": {"model": {"qkv_bias": False, "attention_out_bias": False, "ffw_bias": False}},
     "untied_head": {"model": {"tied_head": False, "head_init_std": 0.001}},
     "soft_cap": {"model": {"logit_soft_cap": 15.0}},  # Gemma 2, section 2; nanochat's cap
-    # Zhou et al. 2024, as in nanochat
-    "value_embeddings": {"model": {"value_embeddings": "alternate", "attention_pattern": ("dense", "dense")}},
+    # Zhou et al. 2024, as in nanochat, which has a large learning rate for them too
+    "value_embeddings": {
+        "model": {"value_embeddings": "alternate", "attention_pattern": ("dense", "dense")},
+        "optimizer": {
+            "lr_rules": (("value_embedding/.*", 20.0),),
+            "decay_rules": ((".*embedding/.*", 0.0), (".*/(bias|scale)", 0.0), (".*", 1.0)),
+        },
+    },
     "zero_init": {"model": {"zero_residual_init": True}},
     "residual_scalars": {"model": {"residual_scalars": True}},
-    "muon": {"optimizer": {"name": "muon"}},  # Jordan et al. 2024
+    "muon": {"optimizer": {"name": "muon", "beta1": 0.8}},  # Jordan et al. 2024; nanochat's beta1
+    # warm-up, stable, decay (Hu et al. 2024), with nanochat's long decay
+    "long_decay": {"optimizer": {"schedule": "wsd", "decay_fraction": 0.65, "floor_lr_fraction": 0.05}},
 }
+# At the width of runlocal, updates are as large as with nanochat's rate of 0.02 for matrices. Published sizes keep the
+# rate of GPT-2, which nobody has tuned for Muon here.
+LOCAL_MUON_LR = 7e-3
 
 
 # The model of the dial whose learning rate and weight decay are GPT-2's of configs/gpt2.py, our choice, and not tuned.
@@ -58,6 +69,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     for name, changes in INGREDIENTS.items():
         if name not in without:
             config = c.replace(config, changes)
+    if args["runlocal"] and "muon" not in without:
+        config = c.replace(config, {"optimizer": {"peak_lr": LOCAL_MUON_LR}})
     if args["experts"]:
         half = config.model.feed_forward_dim // 2
         experts = {"num_experts": args["experts"], "experts_per_token": 2, "ffw_dim": half, "router_balance_loss": 0.01}

@@ -7,7 +7,24 @@ import pytest
 
 from gptjax import config as c
 
-GET_CONFIG = runpy.run_path(str(Path(__file__).parents[1] / "configs" / "gpt_modern.py"))["get_config"]
+CONFIGS = Path(__file__).parents[1] / "configs"
+MODERN = runpy.run_path(str(CONFIGS / "gpt_modern.py"))
+GET_CONFIG = MODERN["get_config"]
+
+
+def test_without_all_ingredients_it_is_gpt2():
+    gpt2 = runpy.run_path(str(CONFIGS / "gpt2.py"))["get_config"]
+    without = "+".join(MODERN["INGREDIENTS"])
+    assert c.resolve(GET_CONFIG(f"runlocal,without={without}")) == c.resolve(gpt2("runlocal"))
+
+
+@pytest.mark.parametrize("name", MODERN["INGREDIENTS"])
+def test_each_ingredient_can_be_switched_back(name):
+    """The config is valid without it, as it is for the whole and at a published size."""
+    for arguments in (f"runlocal,without={name}", f"size=355m,without={name}"):
+        config = c.resolve(GET_CONFIG(arguments))
+        c.check(config)
+        assert config != c.resolve(GET_CONFIG(arguments.partition(",without")[0]))
 
 
 @pytest.mark.parametrize("depth", [4, 20])

@@ -227,6 +227,13 @@ def _check_optimizer(optimizer: OptimizerConfig) -> None:
     ema = optimizer.ema_decay
     require(ema is None or 0 < ema < 1, f"optimizer.ema_decay={ema} must be in (0, 1)")
 
+    decay = optimizer.decay_fraction
+    require(decay is None or 0 < decay <= 1, f"optimizer.decay_fraction={decay} must be in (0, 1]")
+    require(
+        decay is None or optimizer.decay_tokens is None,
+        f"optimizer.decay_fraction={decay} and optimizer.decay_tokens={optimizer.decay_tokens} both set the decay: "
+        "unset one of them",
+    )
     fraction = optimizer.warmup_fraction
     require(fraction is None or 0 <= fraction < 1, f"optimizer.warmup_fraction={fraction} must be in [0, 1)")
     require(

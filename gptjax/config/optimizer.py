@@ -20,6 +20,7 @@ class OptimizerConfig:
     # cosine, linear: tokens seen when the floor is reached; wsd: length of the decay phase. None: the end of training
     # for cosine and linear, the last tenth of training for wsd
     decay_tokens: int | None = None
+    decay_fraction: float | None = None  # the same as a fraction of training, in place of decay_tokens
     floor_lr_fraction: float = 0.1  # final learning rate, as a fraction of peak_lr
     beta1: float = 0.9  # decay rate of the first moment; with adafactor, 0 stores no first moment
     beta2: float = 0.95  # decay rate of the second moment; with adafactor, its upper limit

@@ -43,7 +43,7 @@ def learning_rate(config: OptimizerConfig, tokens: int, total_tokens: int) -> fl
 
     Linear warm-up from `warmup_start_fraction` of the peak, then: "cosine" (GPT-1, GPT-2 and GPT-3) or "linear" from
     the peak to the floor, reached at `decay_tokens` and kept; "wsd" (warm-up, stable, decay: Hu et al. 2024, section 4)
-    linear decay over the last `decay_tokens`; "constant".
+    linear decay over the last `decay_tokens`; "constant". `decay_fraction` gives the same as a fraction of training.
     """
     floor = config.peak_lr * config.floor_lr_fraction
     warmup = config.warmup_tokens if config.warmup_fraction is None else round(config.warmup_fraction * total_tokens)
@@ -52,11 +52,14 @@ def learning_rate(config: OptimizerConfig, tokens: int, total_tokens: int) -> fl
         return config.peak_lr * (first + (1 - first) * tokens / warmup)
     if config.schedule == "constant":
         return config.peak_lr
+    decay = config.decay_tokens
+    if config.decay_fraction is not None:
+        decay = round(config.decay_fraction * total_tokens)
     if config.schedule == "wsd":
-        descent = math.ceil(total_tokens / 10) if config.decay_tokens is None else config.decay_tokens
+        descent = math.ceil(total_tokens / 10) if decay is None else decay
         start, end = max(warmup, total_tokens - descent), total_tokens
     else:
-        start, end = warmup, total_tokens if config.decay_tokens is None else config.decay_tokens
+        start, end = warmup, total_tokens if decay is None else decay
     progress = min(1.0, max(0.0, (tokens - start) / max(1, end - start)))
     if config.schedule == "cosine":
         progress = (1 - math.cos(math.pi * progress)) / 2

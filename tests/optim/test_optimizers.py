@@ -44,6 +44,10 @@ def test_linear_wsd_and_constant():
     wsd = dataclasses.replace(linear, schedule="wsd", decay_tokens=200)
     assert [learning_rate(wsd, t, 1000) for t in (50, 100, 800, 900, 1000)] == pytest.approx([0.5, 1, 1, 0.5, 0])
     assert learning_rate(dataclasses.replace(wsd, decay_tokens=None), 950, 1000) == pytest.approx(0.5)
+    for config in (linear, wsd):
+        by_tokens = dataclasses.replace(config, decay_tokens=400)
+        by_fraction = dataclasses.replace(config, decay_tokens=None, decay_fraction=0.4)
+        assert all(learning_rate(by_fraction, t, 1000) == learning_rate(by_tokens, t, 1000) for t in (300, 399, 700))
     constant = dataclasses.replace(linear, schedule="constant")
     assert learning_rate(constant, 1100, 1100) == 1.0
 

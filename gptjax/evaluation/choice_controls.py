@@ -53,8 +53,8 @@ def choices_only(examples: Examples[TaskExample], name: str) -> Examples[TaskExa
 def _without_question(example: TaskExample) -> TaskExample:
     """Replaces the words that all contexts begin with by "Answer:".
 
-    Options that differ in their context, as in a Winograd schema, keep the part in which they differ. Of a cloze, the
-    words after the blank, which all continuations end with, are left out too.
+    Options that differ in their context, as in a Winograd schema, keep the part in which they differ. The words
+    after the blank of a cloze, which all continuations end with, are left out too.
     """
     contexts, continuations = ([option[part] for option in example.options] for part in (0, 1))
     if len(set(contexts)) > 1:

@@ -179,8 +179,8 @@ def judge_completions(
     pairs = list(zip(verdicts[::2], verdicts[1::2], strict=True))
     if all(None in pair for pair in pairs):
         raise UserError(
-            f"no verdict of the judge could be read; its first answer is {answers[0][:80]!r}: choose another judge, or "
-            "raise --judge_tokens"
+            f"no verdict of the judge could be read; its first answer is {answers[0][:80]!r}: choose another judge, "
+            "with a longer context if this is empty, or raise --judge_tokens"
         )
     records = []
     for i, pair in enumerate(pairs):

@@ -189,7 +189,7 @@ def generative_task(
     texts = few_shot_prompts(examples, num_fewshot, limit, options.seed)
     prompts, inputs, new_tokens, truncated = [], [], [], 0
     for example, before in zip(asked, texts, strict=True):
-        new = most or min(example.max_new_tokens, max(1, context_length // 2))
+        new = min(example.max_new_tokens, max(1, context_length // 2)) if most is None else most
         tokens = tokenizer.encode(before + example.prompt).astype(np.int32)
         truncated += len(tokens) > context_length - new
         prompts.append(before + example.prompt)

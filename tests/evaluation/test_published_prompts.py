@@ -11,6 +11,7 @@ from gptjax.config import UserError
 from gptjax.data.tokenizers import BytesTokenizer
 from gptjax.evaluation import catalogue
 from gptjax.evaluation.catalogue import BENCHMARKS, read_benchmark
+from gptjax.evaluation.choice_controls import choices_only
 from gptjax.evaluation.few_shot import few_shot_prompts
 from gptjax.evaluation.scoring import ScoringResult
 from gptjax.evaluation.tasks import TaskExample, example_task
@@ -126,6 +127,9 @@ def test_choices_to_the_letter(tmp_path):
     assert mmlu.answer == 1
     about = "The following are multiple choice questions (with answers) about high school maths.\n\n"
     assert mmlu.description == about
+    control = choices_only(read_benchmark("mmlu", 0, tmp_path), "mmlu").asked[0]
+    assert control.options[1] == ("A. 1\nB. 2\nC. 3\nD. 4\nAnswer:", " B")
+    assert (control.answer, control.group) == (1, "high_school_maths")
     anli = read("anli_r1")
     context = "A dog ran.\nQuestion: A cat ran. True, False, or Neither?\nAnswer:"
     assert anli == TaskExample(tuple((context, text) for text in (" True", " Neither", " False")), 2)

@@ -29,7 +29,7 @@ DIGITS, CAPITALS = "12345678", LETTERS.upper()
 EXAMPLES = 20  # of a training document
 HELD_OUT = 10  # one of so many assignments is held out
 
-OUTPUT = flags.DEFINE_string("output", None, "Directory of the files.", required=True)
+OUTPUT = flags.DEFINE_string("output", "runs/episodes", "Directory of the files.")
 DOCUMENTS = flags.DEFINE_integer("documents", 40_000, "Training documents.", lower_bound=2)
 QUERIES = flags.DEFINE_integer("queries", 300, "Queries of each task file.", lower_bound=1)
 

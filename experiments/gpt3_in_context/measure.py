@@ -15,7 +15,7 @@ from gptjax.evaluation.run_tasks import Options, evaluate
 
 SWEEP = flags.DEFINE_string("sweep", None, "Directory of the sweep.", required=True)
 EPISODES = flags.DEFINE_string("episodes", None, "Directory of the task files.", required=True)
-OUTPUT = flags.DEFINE_string("output", str(Path(__file__).parent), "Directory of results.json and the figure.")
+RESULTS = flags.DEFINE_string("results", str(Path(__file__).parent), "Directory of results.json and the figure.")
 
 Accuracies = dict[str, dict[str, dict[int, dict[int, float]]]]  # family -> size -> shots -> seed -> accuracy
 
@@ -59,7 +59,7 @@ def main(_: list[str]) -> None:
         )
         for family, sizes in found.items()
     ]
-    report(Path(OUTPUT.value), claims_of(found), panels, workdirs)
+    report(Path(RESULTS.value), claims_of(found), panels, workdirs)
 
 
 if __name__ == "__main__":

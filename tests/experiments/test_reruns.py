@@ -1,0 +1,30 @@
+"""A small version of each study: the sign of a claim that held does not flip."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.commands import run_command
+
+
+def done(*arguments: object) -> None:
+    result = run_command(*arguments)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_labels_are_learned_from_the_context(tmp_path: Path):
+    """One of the study's runs. With other data or fewer tokens, models of this size may not learn it."""
+    done("experiments.gpt3_in_context.episodes", f"--output={tmp_path}", "--queries=200")
+    workdir, output = tmp_path / "run", tmp_path / "scores.json"
+    done(
+        "gptjax.main",
+        f"--config=experiments/gpt3_in_context/sweep.py:data=jsonl:{tmp_path}/train.jsonl#text",
+        f"--workdir={workdir}",
+    )
+    tasks = [tmp_path / f"labels_{shots}.jsonl" for shots in (0, 16)]
+    done("gptjax.evaluate", f"--workdir={workdir}", f"--tasks={tasks[0]},{tasks[1]}", f"--output={output}")
+    results = json.loads(output.read_text())["results"]
+    none, many = (results[task.stem]["metrics"]["accuracy"]["value"] for task in tasks)
+    assert many - none > 0.15, (none, many)

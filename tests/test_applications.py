@@ -145,6 +145,21 @@ def test_a_citation_is_the_number_that_a_completion_begins_with(completion, numb
     assert support.cited_in(completion, sources) == (None if number is None else sources[number])
 
 
+@pytest.mark.parametrize(
+    ("completion", "end"),
+    [
+        ("[1] b", "solved"),
+        ("[1] So.", "wrong"),
+        ("[2] b", "wrong"),
+        ("[1] I pass this on to a colleague.", "passed on"),
+        ("b", "passed on"),
+    ],
+)
+def test_a_model_solves_a_question_by_the_right_passage_and_its_solution(completion, end, support):
+    sources = [support.Passage("## a\n\nb", "a.md:1"), support.Passage("## c\n\nd", "a.md:5")]
+    assert support.end_by_completion(support.Question("a?", "a", "b"), completion, sources) == end
+
+
 def test_ends_are_counted_by_kind_of_question(support):
     questions = [support.Question("a", "a", "b"), support.Question("c", "c", "d"), support.Question("e", "e", None)]
     lines = support.table({"m": ["solved", "wrong", "passed on"]}, questions)

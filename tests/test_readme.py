@@ -85,7 +85,7 @@ def test_flags_exist(document: str) -> None:
     for name, key in re.findall(r"(?<![\w-])--([a-z][a-z0-9_]*)(?:\.([\w.]*\w))?", read(document)):
         if name == "help" or name.startswith("xla_"):  # of every command; XLA's own, in XLA_FLAGS
             continue
-        if document == "CONTRIBUTING.md" and name in ("report", "hypothesis"):  # of tests.architecture, pytest
+        if document == "CONTRIBUTING.md" and name in ("report", "hypothesis"):  # of tests.architecture and pytest
             continue
         assert f'"{name}"' in code, f"no flag --{name}"
         if key:

@@ -37,7 +37,8 @@ RUN = flags.DEFINE_string("run", None, "Directory for all steps.")
 TOTAL_TOKENS = flags.DEFINE_integer("total_tokens", 200_000, "Tokens to train on.", lower_bound=1)
 QUESTIONS = flags.DEFINE_integer("questions", 200, "Questions to test with, half of them unanswerable.", lower_bound=2)
 
-PASSED_ON = "[0] I pass this on to a colleague."
+SENTENCE = "I pass this on to a colleague."
+PASSED_ON = f"[0] {SENTENCE}"
 TOPICS = ("ai", "emotion", "literature", "money", "movies", "psychology", "science", "sports", "trivia")
 PER_FILE, MAX_WORDS = 50, 24
 SEED = 0
@@ -161,6 +162,16 @@ def cited_in(completion: str, sources: Sequence[Passage]) -> Passage | None:
     return sources[int(number) - 1]
 
 
+def end_by_completion(question: Question, completion: str, sources: Sequence[Passage]) -> str:
+    """Returns how a question ended by a model: "solved" if it cites the right passage and gives the solution of it."""
+    cited = cited_in(completion, sources)
+    if cited is None or SENTENCE in completion:
+        return "passed on"
+    if question.solution is None or question.solution not in completion:
+        return "wrong"
+    return end_of(question, cited)
+
+
 def best_passage(documents: Documents, question: Question) -> tuple[Passage | None, float]:
     """Returns the best passage for a question, and its BM25 score per word of the question."""
     found = documents.scored(question.text, 1)
@@ -282,7 +293,7 @@ def run(folder: Path) -> None:
         cited = cited_in(completion, chat.sources)
         always.append(end_of(question, passage))
         thresholded.append(end_of(question, passage if sure else None))
-        by_model.append(end_of(question, cited if sure else None))
+        by_model.append(end_by_completion(question, completion, chat.sources) if sure else "passed on")
         place = None if cited is None else cited.place
         records.append(
             {

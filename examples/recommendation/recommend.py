@@ -416,7 +416,8 @@ def plot(path: Path, shown: Mapping[str, Mapping[str, tuple[float, float]]], cha
         colors = ["#c8452d" if name == "model" else "#9db8d9" for name in methods]
         axes.bar(range(len(methods)), hits, color=colors, yerr=errors, capsize=4)
         axes.axhline(chance, color="black", linewidth=1, linestyle=":")
-        axes.text(len(methods) - 0.5, chance, " chance", va="bottom", ha="right", fontsize=8)
+        axes.text(len(methods) - 0.5, chance, "chance", va="bottom", ha="left", fontsize=8)
+        axes.set_xlim(-0.6, len(methods) + 0.1)
         axes.set_xticks(range(len(methods)), [name.replace(" ", "\n") for name in methods])
         axes.set(title=kind, ylim=(0, 1), ylabel="hit@1")
         axes.spines[["top", "right"]].set_visible(False)

@@ -15,13 +15,14 @@ def done(*arguments: object) -> None:
 
 @pytest.mark.slow
 def test_labels_are_learned_from_the_context(tmp_path: Path):
-    """One of the study's runs. With other data or fewer tokens, models of this size may not learn it."""
+    """A run of half the study's tokens. With other data or still fewer, models of this size may not learn it."""
     done("experiments.gpt3_in_context.episodes", f"--output={tmp_path}", "--queries=200")
     workdir, output = tmp_path / "run", tmp_path / "scores.json"
     done(
         "gptjax.main",
         f"--config=experiments/gpt3_in_context/sweep.py:data=jsonl:{tmp_path}/train.jsonl#text",
         f"--workdir={workdir}",
+        "--config.batch.total_tokens=700000",
     )
     tasks = [tmp_path / f"labels_{shots}.jsonl" for shots in (0, 16)]
     done("gptjax.evaluate", f"--workdir={workdir}", f"--tasks={tasks[0]},{tasks[1]}", f"--output={output}")

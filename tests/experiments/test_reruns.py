@@ -29,3 +29,17 @@ def test_labels_are_learned_from_the_context(tmp_path: Path):
     results = json.loads(output.read_text())["results"]
     none, many = (results[task.stem]["metrics"]["accuracy"]["value"] for task in tasks)
     assert many - none > 0.15, (none, many)
+
+
+@pytest.mark.slow
+def test_pretraining_transfers(tmp_path: Path):
+    """One seed of the study with the most labelled rows, and pretraining of its length."""
+    done("experiments.gpt1_transfer.rows", f"--output={tmp_path}/rows")
+    config = f"experiments/gpt1_transfer/sweep.py:data={tmp_path}/rows,pretrained={tmp_path}/pretrained"
+    done("gptjax.main", f"--config={config}", f"--workdir={tmp_path}/pretrained")
+    accuracy = {}
+    for start in ("pretrained", "scratch"):
+        workdir = tmp_path / start / "run"
+        done("gptjax.main", f"--config={config},stage=finetune,start={start}", f"--workdir={workdir}")
+        accuracy[start] = json.loads((workdir / "report.json").read_text())["accuracy"]
+    assert accuracy["pretrained"] - accuracy["scratch"] > 0.03, accuracy

@@ -20,8 +20,14 @@ from gptjax import config as c
 from gptjax.launch import grid
 
 FILE = "experiments/gpt1_transfer/sweep.py"
-LARGE = {"num_layers": 12, "embed_dim": 768, "num_heads": 12, "context_length": 512, "dtype": "bfloat16"}
-SCALES = {
+LARGE: dict[str, Any] = {
+    "num_layers": 12,
+    "embed_dim": 768,
+    "num_heads": 12,
+    "context_length": 512,
+    "dtype": "bfloat16",
+}
+SCALES: dict[str, tuple[dict[str, Any], int, int, float]] = {
     "cpu": (
         {"num_layers": 2, "embed_dim": 64, "num_heads": 4, "context_length": 40, "dtype": "float32"},
         500_000,

@@ -44,9 +44,12 @@ INGREDIENTS: dict[str, dict[str, dict]] = {
     },
     "zero_init": {"model": {"zero_residual_init": True}},
     "residual_scalars": {"model": {"residual_scalars": True}},
-    "muon": {"optimizer": {"name": "muon", "beta1": 0.8}},  # Jordan et al. 2024; nanochat's beta1
+    # Jordan et al. 2024, with NorMuon (Li et al. 2025) and Polar Express (Amsel et al. 2025); nanochat's decay rates
+    "muon": {
+        "optimizer": {"name": "muon", "beta1": 0.8, "muon_variance_decay": 0.9, "muon_iteration": "polar_express"}
+    },
     # warm-up, stable, decay (Hu et al. 2024), with nanochat's long decay
-    "long_decay": {"optimizer": {"schedule": "wsd", "decay_fraction": 0.65, "floor_lr_fraction": 0.05}},
+    "long_decay": {"optimizer": {"schedule": "wsd", "decay_fraction": 0.65, "floor_lr_fraction": 0.0}},
 }
 # At the width of runlocal, updates are as large as with nanochat's rate of 0.02 for matrices. Published sizes keep the
 # rate of GPT-2, which nobody has tuned for Muon here.

@@ -1,4 +1,8 @@
-"""The one training loop. A stage supplies objective, batches and evaluation; the loop steps, evaluates, logs, saves."""
+"""The one training loop. A stage supplies objective, batches and evaluation; the loop steps, evaluates, logs, saves.
+
+The loss of a step is `stage.objective.loss`, whose gradient `gptjax/training/step.py:loss_and_gradient` takes; that of
+pretraining is `gptjax/stages/pretrain.py:next_token_loss`.
+"""
 
 import dataclasses
 import math

@@ -67,7 +67,10 @@ def test_a_fork_bomb_is_killed_with_all_its_processes(kind):
     started = time.monotonic()
     assert run_program(bomb, kind, LIMITS) == (False, "wall-clock time limit")
     assert time.monotonic() - started < 10
-    assert not processes_of("sandboxed_program")
+    # A killed process ends at its next turn on a processor; other tests may be running programs, too.
+    while processes_of("sandboxed_program"):
+        assert time.monotonic() - started < 30
+        time.sleep(0.1)
     counted = "import os\nn = 0\ntry:\n  while os.fork(): n += 1\nexcept OSError: raise ValueError(n)\nos._exit(1)"
     reason = run_program(counted, kind, LIMITS).reason
     assert reason.startswith("ValueError")

@@ -157,8 +157,9 @@ def test_what_reads_a_workdir_reads_it_in_a_bucket(workdir: Path, local: Path, t
     examples.write_text('{"context": "doc", "choices": ["ument", "tor"], "answer": 0}\n' * 3)
     output("evaluate", local, f"--tasks={examples}")
     output("evaluate", workdir, f"--tasks={examples}")
-    (report,) = (workdir / "evaluation").glob("*.json")
-    assert report.name in [path.name for path in (local / "evaluation").iterdir()]
+    reports = {path.name for path in (workdir / "evaluation").glob("*.json")}
+    assert reports
+    assert reports == {path.name for path in (local / "evaluation").glob("*.json")}
     output("convert", workdir, f"--to_hf={tmp_path / 'bucket'}")
     output("convert", local, f"--to_hf={tmp_path / 'local'}")
     name = "model.safetensors"

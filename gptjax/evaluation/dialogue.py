@@ -31,7 +31,7 @@ from gptjax.config import Config, UserError
 from gptjax.data import conversations, harmony_forms
 from gptjax.data.conversations import Message, Prompt
 from gptjax.data.templates import ChatFormat, TooLongError
-from gptjax.evaluation.example_records import file_name, key, resumably, score_resumably
+from gptjax.evaluation.example_records import complete_resumably, file_name, key, score_resumably
 from gptjax.evaluation.scoring import Scorer, ScoringRequest, ScoringResult
 from gptjax.evaluation.tasks import identity
 from gptjax.inference.engine import Engine
@@ -230,17 +230,10 @@ def complete_prompts(
     task: DialogueTask, trained: TrainedModel, scorer: Scorer, directory: Path, name: str, batch_size: int
 ) -> list[DialogueCompletion]:
     """Completes prompts; a stopped evaluation resumes from its records. Arguments as of `evaluate_dialogue`."""
-    engine: Engine | None = None  # a second copy of the weights, made only if a prompt is not completed yet
-
-    def complete(indices: Sequence[int]) -> list[DialogueCompletion]:
-        nonlocal engine
-        if engine is None:
-            engine = Engine(trained.model, trained.params, trained.tokenizer, trained.mesh)
-        return task.complete(engine, indices)
-
     asked = [ScoringRequest(tokens, task.max_new_tokens) for tokens in task.inputs]
     path = directory / f"{file_name(name)}-answers-{key(scorer, trained.step, asked)}.jsonl"
-    return resumably(path, f"{name} completions", task.batches(batch_size), complete, DialogueCompletion)
+    batches = task.batches(batch_size)
+    return complete_resumably(path, f"{name} completions", batches, trained, task.complete, DialogueCompletion)
 
 
 def evaluate_dialogue(

@@ -9,6 +9,7 @@ appends to a file of its own, `<task>-<key>.<id>.jsonl`. All files of a key are 
 """
 
 import fcntl
+import functools
 import glob
 import hashlib
 import json
@@ -27,6 +28,8 @@ from gptjax.config import UserError
 from gptjax.distributed import processes
 from gptjax.evaluation.scoring import Scorer, ScoringRequest, ScoringResult
 from gptjax.files import append_to, is_in_bucket
+from gptjax.inference.engine import Engine
+from gptjax.stages.trained_model import TrainedModel
 
 T = TypeVar("T", bound=tuple[Any, ...])
 
@@ -100,6 +103,22 @@ def resumably(
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from None
     return [found[index] for index in range(total)]
+
+
+def complete_resumably(
+    path: Path,
+    name: str,
+    batches: Sequence[Sequence[int]],
+    trained: TrainedModel,
+    complete: Callable[[Engine, Sequence[int]], Sequence[T]],
+    kind: type[T],
+) -> list[T]:
+    """`resumably` for completions by an engine of the model in `trained`.
+
+    The engine is a second copy of the weights, and is made only if a completion is not recorded yet.
+    """
+    engine = functools.cache(lambda: Engine(trained.model, trained.params, trained.tokenizer, trained.mesh))
+    return resumably(path, name, batches, lambda indices: complete(engine(), indices), kind)
 
 
 def file_name(text: str) -> str:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from gptjax.config import UserError
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.distributed import processes
-from gptjax.evaluation.example_records import file_name, key, resumably
+from gptjax.evaluation.example_records import complete_resumably, file_name, key, resumably
 from gptjax.evaluation.few_shot import Examples, few_shot_prompts
 from gptjax.evaluation.generative_examples import BLEU, DROP, ROUGE, TESTS, GenerativeExample
 from gptjax.evaluation.sandbox import LIMITS, Outcome, isolation, run_programs
@@ -141,7 +141,7 @@ class GenerativeTask:
         return [GeneratedText(c.text, len(c.tokens), c.finish_reason != "length") for c in completions]
 
     def values(
-        self, completions: Sequence[GeneratedText], outcomes: "dict[str, Outcome]"
+        self, completions: Sequence[GeneratedText], outcomes: dict[str, Outcome]
     ) -> list[list[dict[str, float]]]:
         """Computes the values of each completion of each example; BLEU has none, as it is one of all.
 
@@ -225,17 +225,10 @@ def evaluate_generative(
     Returns:
       The metrics; further entries of the report; a record of each example, from which its values can be recomputed.
     """
-    engine: Engine | None = None  # a second copy of the weights, made only if a prompt is not completed yet
-
-    def complete(numbers: Sequence[int]) -> list[GeneratedText]:
-        nonlocal engine
-        if engine is None:
-            engine = Engine(trained.model, trained.params, trained.tokenizer, trained.mesh)
-        return task.complete(engine, numbers)
-
     asked = [_identified(task, index) for index in range(len(task.examples))]
     path = directory / f"{file_name(name)}-completions-{key(scorer, trained.step, asked)}.jsonl"
-    completions = resumably(path, f"{name} completions", task.batches(batch_size), complete, GeneratedText)
+    batches = task.batches(batch_size)
+    completions = complete_resumably(path, f"{name} completions", batches, trained, task.complete, GeneratedText)
     programs = [
         _program(example, completions[i * task.options.samples + sample].text)
         for i, example in enumerate(task.examples)
@@ -243,11 +236,12 @@ def evaluate_generative(
         if example.metric == TESTS
     ]
     outcomes = _run(list(dict.fromkeys(programs)), directory, name) if programs else {}
-    metrics, stated = _measured(task, completions, outcomes)
+    values = task.values(completions, outcomes)
+    metrics, stated = _measured(task, completions, values)
     return (
         metrics,
         stated | ({"isolation": str(isolation())} if programs else {}),
-        _records(task, completions, outcomes),
+        _records(task, completions, values, outcomes),
     )
 
 
@@ -294,14 +288,14 @@ def _value(example: GenerativeExample, text: str, outcomes: dict[str, Outcome]) 
 
 
 def _measured(
-    task: GenerativeTask, completions: Sequence[GeneratedText], outcomes: dict[str, Outcome]
+    task: GenerativeTask, completions: Sequence[GeneratedText], values: Sequence[Sequence[dict[str, float]]]
 ) -> tuple[dict[str, Measurement], dict[str, Any]]:
     samples, found, stated = task.options.samples, dict[str, list[float]](), dict[str, Any]()
-    for example, values in zip(task.examples, task.values(completions, outcomes), strict=True):
-        for name, value in _of_example(values).items():
+    for example, of_example in zip(task.examples, values, strict=True):
+        for name, value in _of_example(of_example).items():
             for subset in ("", *(f"_{label}" for label in example.labels)):
                 found.setdefault(name + subset, []).append(value)
-    metrics = {name: mean(values) for name, values in found.items()}
+    metrics = {name: mean(of_all) for name, of_all in found.items()}
     translated = [i for i, example in enumerate(task.examples) if example.metric == BLEU]
     if translated:
         numbers = [i * samples + sample for i in translated for sample in range(samples)]
@@ -323,19 +317,22 @@ def _of_example(values: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def _records(
-    task: GenerativeTask, completions: Sequence[GeneratedText], outcomes: dict[str, Outcome]
+    task: GenerativeTask,
+    completions: Sequence[GeneratedText],
+    values: Sequence[Sequence[dict[str, float]]],
+    outcomes: dict[str, Outcome],
 ) -> list[dict[str, Any]]:
     records, samples = [], task.options.samples
-    for index, values in enumerate(task.values(completions, outcomes)):
+    for index, of_example in enumerate(values):
         example = task.examples[index]
         texts = completions[index * samples : (index + 1) * samples]
         written = []
-        for text, value in zip(texts, values, strict=True):
+        for text, value in zip(texts, of_example, strict=True):
             ran = {"outcome": outcomes[_program(example, text.text)].reason} if example.metric == TESTS else {}
             written.append({**text._asdict(), **value, **ran})
         given = {"tests": example.tests} if example.metric == TESTS else {"references": list(example.references)}
         records.append(
             {"prompt": task.prompts[index], "metric": example.metric, **given, "completions": written}
-            | {"metrics": _of_example(values)}
+            | {"metrics": _of_example(of_example)}
         )
     return records

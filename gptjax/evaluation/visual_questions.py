@@ -26,7 +26,7 @@ from gptjax.data import records
 from gptjax.data.conversations import check_spec, read_conversations
 from gptjax.data.images.image_references import ImageReference, record_images
 from gptjax.data.templates import EncodedConversation
-from gptjax.evaluation.example_records import file_name, key, resumably
+from gptjax.evaluation.example_records import complete_resumably, file_name, key
 from gptjax.evaluation.scoring import Scorer, ScoringRequest
 from gptjax.evaluation.tasks import identity
 from gptjax.inference.engine import Engine
@@ -169,12 +169,8 @@ def evaluate_visual_questions(
     Returns:
       The metrics, and a record of each question and its answer.
     """
-    engine: Engine | None = None
 
-    def answer(indices: Sequence[int]) -> list[Answer]:
-        nonlocal engine
-        if engine is None:
-            engine = Engine(trained.model, trained.params, trained.tokenizer, trained.mesh)
+    def answer(engine: Engine, indices: Sequence[int]) -> list[Answer]:
         completions = engine.generate(
             [task.inputs[i].tokens for i in indices],
             task.max_new_tokens,
@@ -189,7 +185,7 @@ def evaluate_visual_questions(
     path = directory / f"{file_name(name)}-answers-{key(scorer, trained.step, asked)}.jsonl"
     order = sorted(range(len(task.inputs)), key=lambda i: -len(task.inputs[i]))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    answers = resumably(path, f"{name} answers", batches, answer, Answer)
+    answers = complete_resumably(path, f"{name} answers", batches, trained, answer, Answer)
     return _measured(task.questions, answers)
 
 

@@ -12,7 +12,6 @@ from gptjax.config.mixture_checks import check_mixture
 from gptjax.config.model_checks import check_model
 from gptjax.config.optimizer import OptimizerConfig
 from gptjax.config.sections import ChatConfig, Config
-from gptjax.config.start_checks import check_init_layers
 from gptjax.config.vision_checks import check_vision
 
 
@@ -25,7 +24,7 @@ def check(config: Config) -> None:
     check_mixture(config)
     _check_chat(config)
     _check_rl(config)
-    check_init_layers(config)
+    _check_init_layers(config)
     _check_peft(config)
     _check_batch(config)
     _check_optimizer(config.optimizer)
@@ -125,6 +124,18 @@ def _check_rl(config: Config) -> None:
     for field in ("discount", "gae_lambda"):
         require(0 <= getattr(ppo, field) <= 1, f"ppo.{field}={getattr(ppo, field)} must be in [0, 1]")
     require(ppo.pretraining_weight >= 0, f"ppo.pretraining_weight={ppo.pretraining_weight} must not be negative")
+
+
+def _check_init_layers(config: Config) -> None:
+    if (count := config.init_layers) is None:
+        return
+    require(config.init_from is not None, f"init_layers={count} transfers layers of init_from: set that to a workdir")
+    layers = config.model.num_layers
+    require(0 <= count <= layers, f"init_layers={count} must be from 0 to model.num_layers={layers}")
+    require(
+        config.peft.method == "none",
+        f"init_layers={count} leaves layers untrained that peft.method={config.peft.method} freezes: unset one of them",
+    )
 
 
 def _check_peft(config: Config) -> None:

@@ -104,6 +104,25 @@ def _map_paths(function: Callable[[str, Any], Any]) -> Callable[[Any], Any]:
     return mapped
 
 
+def _by_array(
+    init: Callable[[str, Any], Any], update: Callable[[str, jax.Array, Any, jax.Array], tuple[jax.Array, Any]]
+) -> optax.GradientTransformation:
+    """A transformation with a state for each array.
+
+    Args:
+      init: (path, parameter, perhaps boxed) -> state.
+      update: (path, update, state, parameter) -> the new update and state.
+    """
+
+    def update_all(updates: Any, states: Any, params: Any = None) -> tuple[Any, Any]:
+        paths = _map_paths(lambda path, _: path)(updates)
+        pairs = jax.tree.map(update, paths, updates, states, params)
+        new_updates, new_states = (jax.tree.map(lambda _, pair, i=i: pair[i], paths, pairs) for i in (0, 1))
+        return new_updates, new_states
+
+    return optax.GradientTransformation(_map_paths(init), update_all)
+
+
 def _is_box(leaf: Any) -> bool:
     return isinstance(leaf, LogicalAxes)
 
@@ -148,23 +167,16 @@ def _normalise_neurons(decay: float, axes: Axes) -> optax.GradientTransformation
         names = (name for axis, name in enumerate(param.names) if axis not in inputs) if _is_box(param) else ()
         return LogicalAxes(square, tuple(names)) if _is_box(param) else square
 
-    def update(path: str, update: jax.Array, average: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def update(path: str, update: jax.Array, average: jax.Array, param: jax.Array) -> tuple[jax.Array, jax.Array]:
         matrix = _matrix(axes[path])
         assert matrix is not None, path
         inputs, both = matrix.reduction_axis, (*matrix.reduction_axis, *matrix.output_axis)
         average = decay * average + (1 - decay) * jnp.mean(jnp.square(update), axis=inputs)
         scaled = update * jax.lax.rsqrt(jnp.expand_dims(average, inputs) + 1e-20)
-        norms = (jnp.sqrt(jnp.sum(jnp.square(x), axis=both, keepdims=True)) for x in (update, scaled))
-        before, after = norms
+        before, after = (jnp.sqrt(jnp.sum(jnp.square(x), axis=both, keepdims=True)) for x in (update, scaled))
         return scaled * (before / jnp.maximum(after, 1e-20)), average
 
-    def update_all(updates: Any, averages: Any, params: Any = None) -> tuple[Any, Any]:
-        paths = _map_paths(lambda path, _: path)(updates)
-        pairs = jax.tree.map(update, paths, updates, averages)
-        new_updates, new_averages = (jax.tree.map(lambda _, pair, i=i: pair[i], paths, pairs) for i in (0, 1))
-        return new_updates, new_averages
-
-    return optax.GradientTransformation(_map_paths(init), update_all)
+    return _by_array(init, update)
 
 
 # --- Adafactor (Shazeer & Stern 2018) ---------------------------------------------------------------------------------
@@ -201,13 +213,7 @@ def _for_each_array(transform: optax.GradientTransformation, axes: Axes) -> opta
     def update(path: str, update: jax.Array, state: Any, param: jax.Array) -> Any:
         return (jax.vmap(transform.update) if axes[path].is_stacked else transform.update)(update, state, param)
 
-    def update_all(updates: Any, states: Any, params: Any = None) -> tuple[Any, Any]:
-        paths = _map_paths(lambda path, _: path)(updates)
-        pairs = jax.tree.map(update, paths, updates, states, params)
-        new_updates, new_states = (jax.tree.map(lambda _, pair, i=i: pair[i], paths, pairs) for i in (0, 1))
-        return new_updates, new_states
-
-    return optax.GradientTransformation(_map_paths(init), update_all)
+    return _by_array(init, update)
 
 
 def _boxed(state: Any, param: LogicalAxes, stacked: bool) -> Any:

@@ -94,15 +94,21 @@ def _check_directory(workspace: Workspace) -> None:
     output = workspace.output
     if output.exists() and not output.is_dir():
         raise UserError(f"--output={output} is a file: name a directory")
-    # Another machine may not have written more than its lock yet.
-    begun = (output / RECIPE_FILE).exists() or any(output.glob("work/shard-*.lock"))
-    if output.is_dir() and any(output.iterdir()) and not begun:
+    # Listed first: other machines may begin at this moment, with their locks and then the recipe, before all else.
+    paths = [*output.glob("*"), *output.glob("work/*")]
+    if any(not _is_of_beginning(path, output) for path in paths) and not (output / RECIPE_FILE).exists():
         raise UserError(f"--output={output} holds files that are not of a preparation: name another directory")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output={output} cannot be made: {error.strerror}") from None
     _compare(workspace)
+
+
+def _is_of_beginning(path: Path, output: Path) -> bool:
+    """Whether a preparation may have written `path` before it recorded the recipe."""
+    name = path.relative_to(output).as_posix()
+    return bool(re.fullmatch(rf"work|work/shard-\d+\.lock|\.{re.escape(RECIPE_FILE)}-[0-9a-f]{{32}}", name))
 
 
 def _compare(workspace: Workspace) -> dict[str, Any] | None:
@@ -218,4 +224,4 @@ def _finish(workspace: Workspace) -> None:
         if path.is_file():
             sync(path)
     write_whole(output / "metadata.json", json.dumps(metadata, indent=2) + "\n")
-    shutil.rmtree(output / "work")
+    shutil.rmtree(output / "work", ignore_errors=True)  # other machines may still hold their locks in it

@@ -14,7 +14,7 @@ from gptjax.config import UserError
 from gptjax.corpus import executors, token_shards
 from gptjax.corpus.executors import Executor
 from gptjax.corpus.recipe import Recipe
-from gptjax.corpus.run_preparation import prepare_corpus
+from gptjax.corpus.run_preparation import _check_directory, prepare_corpus
 from gptjax.corpus.workspace import Workspace
 from gptjax.data import pipeline, preparation
 from gptjax.data.pipeline import held_out_documents, open_corpus
@@ -97,6 +97,19 @@ def test_machines_share_the_work(
     assert files_of(tmp_path / "shared") == expected
     assert ran["measure"] == {"0", "1", "2"}
     assert ran["select"] == {"0"}
+
+
+@pytest.mark.parametrize("last", ["work/", "work/shard-1.lock", f".recipe.json-{'0' * 32}"])
+def test_another_machine_begins_at_this_moment(last: str, recipe: Recipe, tmp_path: Path) -> None:
+    """What another machine writes before the recipe, up to `last`, is no reason to refuse the directory."""
+    output = tmp_path / "out"
+    (output / "work").mkdir(parents=True)
+    if not last.endswith("/"):
+        (output / last).touch()
+    _check_directory(Workspace(recipe, output, tmp_path))
+    (output / "work" / "notes.txt").touch()
+    with pytest.raises(UserError, match="holds files that are not of a preparation"):
+        _check_directory(Workspace(recipe, output, tmp_path))
 
 
 def test_a_killed_preparation_resumes(

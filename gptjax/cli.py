@@ -5,6 +5,8 @@ import errno
 import inspect
 import os
 import re
+import select
+import signal
 import sys
 import textwrap
 import traceback
@@ -34,6 +36,8 @@ for _name, _level in {
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # a full disk, quota or file size limit
 
+CLOSED_PIPE = 128 + signal.SIGPIPE  # as shells report it
+
 COORDINATOR_ADDRESS = flags.DEFINE_string(
     "coordinator_address", None, "With several processes: HOST:PORT, a free port of process 0's machine."
 )
@@ -50,9 +54,9 @@ _BAR_MOVES = re.compile("\r|(?:\x1b\\[A)+")
 def run(main: Callable[[], None], *, joins: bool = False, takes_paths: bool = False) -> None:
     """Parses the flags and calls `main`; ends the process. Terminals get control characters escaped.
 
-    Exit codes: 0 done, 2 a user error (`UserError`), 75 stopped on request with everything saved, 130 interrupted,
-    1 anything else. With several processes all exit with the code of the first that fails, and with 1 when one dies
-    without reporting it.
+    Exit codes: 0 done, 2 a user error (`UserError`), 75 stopped on request with everything saved, 130 interrupted, 141
+    the reader of stdout has ended, as `head` does, 1 anything else. With several processes all exit with the code of
+    the first that fails, and with 1 when one dies without reporting it.
 
     Args:
       joins: `main` calls `join`, so that several processes can run the command as one.
@@ -67,6 +71,7 @@ def run(main: Callable[[], None], *, joins: bool = False, takes_paths: bool = Fa
             raise UserError("this command runs as one process: start it once, with --num_processes=1")
         try:
             main()
+            sys.stdout.flush()
         except BucketError as error:
             raise UserError(f"{error.filename}: {error.strerror}") from None
         except OSError as error:
@@ -96,10 +101,19 @@ def run(main: Callable[[], None], *, joins: bool = False, takes_paths: bool = Fa
             processes.stop("interrupted", INTERRUPTED)
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except Exception:
+    except Exception as error:
         if not processes.is_one_of_several():
+            if isinstance(error, BrokenPipeError) and _has_no_reader(sys.stdout):
+                os._exit(CLOSED_PIPE)  # the interpreter would flush stdout once more, and complain
             raise
         processes.stop("failed, see its traceback", FAILED, escape_controls(traceback.format_exc()))
+
+
+def _has_no_reader(stream: TextIO) -> bool:
+    """Whether `stream` is a pipe whose reader has ended."""
+    poll = select.poll()
+    poll.register(stream, 0)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 # --- terminals --------------------------------------------------------------------------------------------------------

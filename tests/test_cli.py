@@ -53,6 +53,15 @@ def test_a_tilde_is_the_home_directory(command, tmp_path):
     assert_one_line(result, f"{tmp_path}/run/config.json")
 
 
+@pytest.mark.parametrize("more_than_the_pipe_holds", [True, False])
+def test_a_reader_that_ends_early_ends_the_command_without_a_traceback(more_than_the_pipe_holds: bool):
+    print_lines = f"print('line\\n' * {100_000 if more_than_the_pipe_holds else 1})"
+    program = f"import time; from gptjax import cli; cli.run(lambda: (time.sleep(0.5), {print_lines}))"
+    command = 'set -o pipefail; "$0" -c "$1" | true'
+    result = subprocess.run(["bash", "-c", command, sys.executable, program], capture_output=True, text=True, cwd=ROOT)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
 def test_every_command_expands_the_paths_of_its_flags():
     for path in (ROOT / "gptjax").glob("*.py"):
         assert not re.search(r"\bPath\((str\()?[A-Z_]+\.value", path.read_text()), f"{path}: use gptjax.files.expand"

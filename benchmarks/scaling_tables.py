@@ -1,11 +1,14 @@
-"""Tabulates a plan that fits for every size of GPT-2 and GPT-3 on each of v5e, v5p and v6e.
+"""Tabulates a plan that fits for every published size on v5e, v5p and v6e.
 
 python -m benchmarks.scaling_tables
+python -m benchmarks.scaling_tables --formula
 
 Each is the first layout that fits in the planner's search. Compilations take a few minutes each on two CPU cores, and
-are kept in the planner's cache. Needs pip install 'gptjax[tpu]'.
+are kept in the planner's cache. Needs pip install 'gptjax[tpu]'. With --formula, each is the fastest by formula of all
+layouts, which takes seconds and no libtpu.
 """
 
+import dataclasses
 import runpy
 
 from absl import app, flags
@@ -28,27 +31,60 @@ TOPOLOGIES = {
     "gpt3.py:size=13b": ("v5e:16x16", "v5p:4x4x4", "v6e:16x16"),
     "gpt3.py:size=175b": ("v5p:8x8x16", "v6e:16x16", "v5e:16x16"),
 }
+# No layout of these is searched by compiling: contexts of 131,072 tokens take long to compile.
+BY_FORMULA_ONLY = {
+    "gpt_oss.py:size=20b": ("v5e:16x16", "v5p:4x4x4", "v6e:16x16"),
+    "gpt_oss.py:size=120b": ("v5e:16x16", "v5p:4x4x4", "v6e:16x16"),
+}
 TRIES = 6  # programs to compile before giving up on a topology
-HEADER = "| config | topology | mesh | microbatch | remat | memory, GiB | MFU | days | chip-hours |"
+LAYOUT = "| config | topology | mesh | microbatch | remat | memory, GiB | MFU |"
 
 
 def main(_: list[str]) -> None:
     plan.set_environment("v5e:1x1")
-    print(HEADER)
-    print("|---" * (HEADER.count("|") - 1) + "|")
-    for name, topologies in TOPOLOGIES.items():
+    header, rows, topologies = f"{LAYOUT} days | chip-hours |", row, TOPOLOGIES
+    if FORMULA.value:
+        header, rows, topologies = f"{LAYOUT} bound |", formula_row, TOPOLOGIES | BY_FORMULA_ONLY
+    print(header)
+    print("|---" * (header.count("|") - 1) + "|")
+    for name in topologies:
         if ONLY.value in name:
-            for topology in topologies:
-                print(row(name, topology), flush=True)
+            for topology in topologies[name]:
+                print(rows(name, topology), flush=True)
+
+
+def config_of(name: str) -> c.Config:
+    path, _, argument = name.partition(":")
+    config = c.resolve(runpy.run_path(f"configs/{path}")["get_config"](argument))
+    return c.replace(config, {"model": {"vocab_size": config.model.vocab_size or 50_257}})
+
+
+def formula_row(name: str, topology: str) -> str:
+    """MFU with no communication overlapped to all of it, and the largest part of the step without overlap."""
+    from gptjax.planning.formula_plan import FILLED, training_layout
+    from gptjax.planning.topology import parse_topology
+
+    place = parse_topology(topology, 1)
+    assert place.chip is not None
+    layout = training_layout(config_of(name), place, FILLED * place.chip.program_memory)
+    if layout is None:
+        return f"| `{name}` | {topology} | none fits | | | | | |"
+    config, estimate = layout.config, layout.estimate
+    mesh = ", ".join(f"{axis} {size}" for axis, size in dataclasses.asdict(config.mesh).items() if size > 1)
+    count = config.batch.tokens_per_batch // (config.sequences_per_microbatch * config.model.context_length)
+    memory = f"{layout.memory / 2**30:.1f} of {place.chip.program_memory / 2**30:.1f}"
+    return (
+        f"| `{name}` | {topology} | {mesh} | {config.sequences_per_microbatch} x {count} | {config.model.remat} "
+        f"| {memory} | {estimate.mfu(estimate.serial):.2f} to {estimate.mfu(estimate.overlapped):.2f} "
+        f"| {estimate.bound} |"
+    )
 
 
 def row(name: str, topology: str) -> str:
     from gptjax.planning.estimate import estimate_training
     from gptjax.planning.topology import parse_topology
 
-    path, _, argument = name.partition(":")
-    config = c.resolve(runpy.run_path(f"configs/{path}")["get_config"](argument))
-    config = c.replace(config, {"model": {"vocab_size": config.model.vocab_size or 50_257}})
+    config = config_of(name)
     steps = plan.search_steps(config, parse_topology(topology, 1), TRIES, enough=1)
     if not steps:
         return f"| `{name}` | {topology} | none found | | | | | | |"
@@ -70,4 +106,5 @@ def row(name: str, topology: str) -> str:
 
 if __name__ == "__main__":
     ONLY = flags.DEFINE_string("only", "", "Only sizes whose name contains this text, such as gpt2.")
+    FORMULA = flags.DEFINE_bool("formula", False, "The fastest layout by formula, without compiling.")
     app.run(main)

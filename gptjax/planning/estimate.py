@@ -76,6 +76,12 @@ class StepEstimate:
     def serial(self) -> float:
         return max(self.compute, self.hbm) + self.ici + self.dcn
 
+    @property
+    def bound(self) -> str:
+        """The largest part of the step, with communication not overlapped: compute, memory, links or network."""
+        parts = {"compute": self.compute, "memory": self.hbm, "links": self.ici, "network": self.dcn}
+        return max(parts, key=parts.__getitem__)
+
     def mfu(self, seconds: float) -> float:
         """Model FLOPs utilisation of a step that takes `seconds` (Chowdhery et al. 2022, appendix B)."""
         return self.model_flops / (seconds * self.devices * self.peak)

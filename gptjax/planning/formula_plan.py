@@ -69,8 +69,9 @@ def formula_table(config: Config, plans: list[FormulaPlan]) -> str:
     """Formats one line per topology for training and for generation, and the flags of each layout."""
     training, decoding, flags = _training_rows(plans), _decoding_rows(plans), _flags(config, plans)
     parts = [
-        f"by formula, at most {FILLED:.0%} of the memory; times are lower bounds at data-sheet peaks. "
-        "--topology=NAME --search compiles layouts",
+        f"by formula, at most {FILLED:.0%} of the memory, at data-sheet peaks. Times and MFU overlap no communication; "
+        "overlapped: the MFU with all of it overlapped; bound: the largest part of a step. --topology=NAME --search "
+        "compiles layouts",
         *(["training\n" + columns(training)] if len(training) > 1 else []),
         f"generation at a context of {config.model.context_length:,}\n" + columns(decoding),
         "\n".join(f"{name}: {line}" for name, line in flags.items()),
@@ -79,7 +80,8 @@ def formula_table(config: Config, plans: list[FormulaPlan]) -> str:
 
 
 def _training_rows(plans: list[FormulaPlan]) -> list[tuple[str, ...]]:
-    header = ("topology", "chips", "memory", "mesh", "context", "microbatch", "remat", "step, s", "MFU", "days")
+    sizes = ("topology", "chips", "memory", "mesh", "context", "microbatch", "remat")
+    header = (*sizes, "step, s", "MFU", "overlapped", "bound", "days")
     rows: list[tuple[str, ...]] = [header]
     if all(plan.training is None for plan in plans):
         return rows
@@ -100,6 +102,8 @@ def _training_rows(plans: list[FormulaPlan]) -> list[tuple[str, ...]]:
                 config.model.remat,
                 f"{estimate.serial:.3f}",
                 f"{estimate.mfu(estimate.serial):.1%}",
+                f"{estimate.mfu(estimate.overlapped):.1%}",
+                estimate.bound,
                 "" if run is None else f"{run.days:,.1f}",
             )
         )

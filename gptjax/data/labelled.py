@@ -87,6 +87,7 @@ def read_rows(
           delimiter. A quotation mark within quotation marks is doubled;
         tsv:GLOB — the same with tabs; quotation marks are text;
         jsonl:GLOB — each line is a JSON object;
+        clue:GLOB — CLUE's JSON files, whose records `clue.flat_record` brings to columns of texts;
         `parquet:GLOB`, `arrow:DIR[@SPLIT]`, `hf:OWNER/NAME[@CONFIG:SPLIT][?revision=COMMIT]` — each row of a table, as
           in `sources.open_source`; classes are read as the names that the dataset declares;
         conll:GLOB — one token per line, an empty line after each sentence. Columns are separated by blanks and tabs;

@@ -20,6 +20,7 @@ from absl import logging
 from gptjax.config import UserError
 from gptjax.data import arrow_tables, hub
 from gptjax.data.arrow_sources import split_saved
+from gptjax.data.clue import flat_record
 from gptjax.data.file_patterns import matching_files
 from gptjax.data.packages import require_package
 from gptjax.data.remote_files import DataFile, is_url
@@ -32,6 +33,7 @@ _FORMS = {
     "csv": "csv:GLOB",
     "tsv": "tsv:GLOB",
     "jsonl": "jsonl:GLOB",
+    "clue": "clue:GLOB",
     "parquet": "parquet:GLOB",
     "arrow": "arrow:DIR[@SPLIT]",
     "hf": "hf:OWNER/NAME[@CONFIG:SPLIT][?revision=COMMIT]",
@@ -56,7 +58,7 @@ def check_spec(spec: str) -> None:
     scheme, _, argument = spec.partition(":")
     if scheme in _PACKAGED and not argument:
         _packaged_file(scheme)
-    elif scheme in ("csv", "tsv", "jsonl", "parquet", "conll", "brown", "folders") and argument:
+    elif scheme in ("csv", "tsv", "jsonl", "clue", "parquet", "conll", "brown", "folders") and argument:
         _files(scheme, argument)
     elif scheme == "arrow" and argument and (saved := split_saved(argument))[2] is None:
         arrow_tables.saved_files(*saved[:2])
@@ -96,6 +98,8 @@ def read_records(spec: str, invalid_utf8: InvalidUtf8) -> Iterator[Record]:
                     yield from _table(path, "\t", utf8)
                 case "jsonl":
                     yield from json_objects(read_lines(path, utf8))
+                case "clue":
+                    yield from _clue(path, utf8)
                 case "parquet":
                     yield from arrow_tables.rows(path, utf8, UNLABELLED)
                 case "conll":
@@ -202,6 +206,16 @@ def _csv_reason(error: str) -> str:
     if "expected after" in error:
         return f"{error}: double each quotation mark within quotation marks, without a backslash"
     return error
+
+
+def _clue(path: DataFile, utf8: Utf8) -> Iterator[Record]:
+    for record, place in json_objects(read_lines(path, utf8)):
+        try:
+            yield flat_record(record, UNLABELLED), place
+        except KeyError as error:
+            raise UserError(f"{place} has no field {error}, which CLUE's tasks have") from None
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{place}: {error}") from None
 
 
 # --- tagged corpora ---------------------------------------------------------------------------------------------------

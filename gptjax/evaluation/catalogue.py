@@ -4,8 +4,8 @@ Prompts follow Brown et al. 2020, Appendix G, or those stated in `gptjax/evaluat
 examples come from the training split or, as in that paper, from the development split where there is no training split.
 
 Datasets are those of tensorflow-datasets, or else of the Hugging Face Hub: MMLU, TruthfulQA and HumanEval, which the
-former does not have; TriviaQA and CNN/DailyMail, which it prepares with TensorFlow only; DROP, as it keeps one span of
-an answer; and WMT, as it prepares the training data too.
+former does not have, nor CLUE's; TriviaQA and CNN/DailyMail, which it prepares with TensorFlow only; DROP, as it keeps
+one span of an answer; and WMT, as it prepares the training data too.
 """
 
 import dataclasses
@@ -18,7 +18,8 @@ from typing import Any
 from gptjax.config import UserError, nearest
 from gptjax.data.records import read_records
 from gptjax.data.sources import open_tfds
-from gptjax.evaluation import published_prompts, tasks
+from gptjax.data.text_files import json_objects, read_lines
+from gptjax.evaluation import clue_prompts, published_prompts, tasks
 from gptjax.evaluation.detokenizers import DETOKENIZERS
 from gptjax.evaluation.few_shot import SEPARATOR, Examples
 from gptjax.evaluation.generative_examples import GenerativeExample
@@ -40,6 +41,8 @@ class Benchmark:
       num_fewshot: published number of few-shot examples, the default.
       separator, sampled: see `few_shot.Examples`.
       runs_programs: whether completions are run as programs.
+      name_field: where it is not None, records have no names of their classes: those of labels.json, by label, are
+        added to each as `label_names`. The field of that file with the names.
     """
 
     dataset: str
@@ -51,6 +54,7 @@ class Benchmark:
     separator: str = SEPARATOR
     sampled: bool = True
     runs_programs: bool = False
+    name_field: str | None = None
 
 
 def _lambada(record: dict[str, Any]) -> list[TaskExample]:
@@ -153,7 +157,18 @@ BENCHMARKS = {
         *("hf:openai/openai_humaneval@", "test", None, published_prompts.human_eval),
         runs_programs=True,
     ),
+    "clue_afqmc": Benchmark("hf:clue/clue@afqmc", "validation", "train", clue_prompts.afqmc),
+    "clue_tnews": Benchmark("hf:clue/clue@tnews", "validation", "train", clue_prompts.tnews),
+    "clue_iflytek": Benchmark(
+        *("hf:clue/clue@iflytek", "validation", "train", clue_prompts.iflytek),
+        name_field="label_des",
+    ),
+    "clue_cmnli": Benchmark("hf:clue/clue@cmnli", "validation", "train", clue_prompts.cmnli),
+    "clue_csl": Benchmark("hf:clue/clue@csl", "validation", "train", clue_prompts.csl),
+    "clue_wsc": Benchmark("hf:clue/clue@cluewsc2020", "validation", "train", clue_prompts.wsc),
 }
+LABELS_FILE = "labels.json"
+_CLUE_SPLITS = {"validation": "dev"}  # names of CLUE's files, where they differ
 
 
 def check_name(name: str, others: tuple[str, ...]) -> None:
@@ -171,7 +186,7 @@ def read_benchmark(name: str, num_fewshot: int, folder: Path | None = None) -> E
     Args:
       num_fewshot: 0: few-shot examples need not be read.
       folder: has the records of each split as <folder>/<name>/<split>.jsonl or .parquet, with the fields of the
-        dataset; None: the dataset is downloaded on first use.
+        dataset, or CLUE's own files; None: the dataset is downloaded on first use.
 
     Raises:
       UserError: it cannot be downloaded or read, or its split has no labels.
@@ -187,9 +202,10 @@ def read_benchmark(name: str, num_fewshot: int, folder: Path | None = None) -> E
 
 def _read(name: str, split: str, folder: Path | None) -> Iterator[AnyExample]:
     benchmark = BENCHMARKS[name]
+    added = {} if benchmark.name_field is None else {"label_names": _label_names(name, benchmark.name_field, folder)}
     for record, place in _records(name, benchmark, split, folder):
         try:
-            examples = benchmark.examples(_decoded(dict(record)))
+            examples = benchmark.examples(_decoded(dict(record)) | added)
         except KeyError as error:
             raise UserError(f"{place} has no field {error}, which {name} needs") from None
         except (ValueError, TypeError, AttributeError) as error:
@@ -209,8 +225,9 @@ def _records(
 ) -> Iterator[tuple[Mapping[str, Any], str]]:
     """Yields the records of a split, each with its place for error messages."""
     if folder is not None:
-        for kind in ("jsonl", "parquet"):
-            if (path := folder / name / f"{split}.{kind}").is_file():
+        for file in (f"{split}.jsonl", f"{split}.parquet", f"{_CLUE_SPLITS.get(split, split)}.json"):
+            if (path := folder / name / file).is_file():
+                kind = "parquet" if path.suffix == ".parquet" else "jsonl"
                 yield from read_records(f"{kind}:{glob.escape(str(path))}", "error")
                 return
         raise UserError(f"--benchmark_dir has no {folder / name / split}.jsonl, nor .parquet: put the split there")
@@ -220,6 +237,23 @@ def _records(
     what = f"tfds:{benchmark.dataset}@{split}"
     for index, record in enumerate(open_tfds(benchmark.dataset, split, what)[1]):
         yield record, f"example {index} of {what}"
+
+
+def _label_names(name: str, field: str, folder: Path | None) -> dict[str, str]:
+    """Reads the names of the classes by label, in the order of labels.json."""
+    if folder is None:
+        raise UserError(
+            f"{name} needs --benchmark_dir: the names of its classes are in {LABELS_FILE} of CLUE's archive"
+        )
+    path = folder / name / LABELS_FILE
+    if not path.is_file():
+        raise UserError(f"--benchmark_dir has no {path}: put CLUE's there, which has the names of the classes")
+    names = {}
+    for record, place in json_objects(read_lines(path)):
+        if not (isinstance(record.get("label"), str) and isinstance(record.get(field), str)):
+            raise UserError(f"{place} needs the texts label and {field}")
+        names[record["label"]] = record[field]
+    return names
 
 
 def _decoded(value: Any) -> Any:

@@ -30,7 +30,11 @@ if TYPE_CHECKING:
 
 CONFIG = cli.ConfigFlag()
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the sweep; a sweep in it is resumed.")
-SWEEP = flags.DEFINE_list("sweep", [], "Names of sweep functions, such as lr,seed; their product is taken.")
+SWEEP = flags.DEFINE_list(
+    "sweep",
+    [],
+    "Names of sweep functions, such as lr,seed; their product is taken; none: the config alone.",
+)
 ENGINE = flags.DEFINE_enum(
     "engine", "local", ["local", "slurm", "ray"], "Where runs go: processes here, a SLURM array, or a Ray cluster."
 )
@@ -46,6 +50,9 @@ RESOURCES = flags.DEFINE_list(
     [],
     "What each run gets. ray: options of an actor, such as num_cpus=4,num_gpus=1. slurm: parameters of submitit, such "
     "as timeout_min=600,gpus_per_node=1,cpus_per_task=8,slurm_partition=gpu.",
+)
+HOSTS = flags.DEFINE_integer(
+    "hosts", 1, "ray: processes of each run, each with --resources, on hosts of their own.", lower_bound=1
 )
 RETRIES = flags.DEFINE_integer("retries", 2, "Retries of a run that is killed or fails.", lower_bound=0)
 SEARCH = flags.DEFINE_string(
@@ -81,7 +88,9 @@ def run_sweep(path: str, workdir: Path) -> dict[str, int]:
     """Runs what the sweep functions of a config file list; returns the exit codes of the runs that failed."""
     from gptjax.launch.members import make_members, read_sweep
 
-    members = make_members(path, CONFIG.overrides, read_sweep(path, SWEEP.value), workdir)
+    single = SWEEP.value == ["none"]
+    sweep = [{}] if single else read_sweep(path, SWEEP.value)
+    members = make_members(path, CONFIG.overrides, sweep, workdir, ["run"] if single else None)
     if LIST.value:
         for member in members:
             print(shlex.join([member.name, *member.flags]))
@@ -169,6 +178,8 @@ def report(
 
 def make_engine(workdir: Path, members: int) -> "Engine":
     """Returns the engine that --engine names."""
+    if HOSTS.value > 1 and ENGINE.value != "ray":
+        raise UserError(f"--hosts={HOSTS.value} is for --engine=ray: elsewhere a run of a sweep is one process")
     if ENGINE.value == "local":
         if RESOURCES.value:
             raise UserError("--resources is for --engine=slurm and --engine=ray: local runs share this machine")
@@ -181,7 +192,7 @@ def make_engine(workdir: Path, members: int) -> "Engine":
     if ENGINE.value == "ray":
         from gptjax.launch.on_ray import RayEngine
 
-        return RayEngine(resources)
+        return RayEngine(resources, HOSTS.value)
     from gptjax.launch.on_slurm import SlurmEngine
 
     return SlurmEngine(workdir, resources)

@@ -25,11 +25,16 @@ class Task(NamedTuple):
       workdir: absolute.
       flags: of `python -m gptjax.main`.
       directory: from which the flags name files.
+      place: flags that say which of several processes this one is. A member is one process by default, whatever
+        launcher this process was itself started by.
+      log: name of the log in the workdir.
     """
 
     workdir: str
     flags: tuple[str, ...]
     directory: str
+    place: tuple[str, ...] = ("--num_processes=1",)
+    log: str = LOG_FILE
 
 
 def task_of(member: Member) -> Task:
@@ -50,10 +55,9 @@ def start(task: Task, cpus: str = "-", environment: Mapping[str, str] | None = N
     workdir = Path(task.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     forget(workdir)
-    # A launcher may always start over: with an undamaged checkpoint the flag has no effect. A member is one process,
-    # whatever launcher this process was itself started by.
-    flags = [*task.flags, f"--workdir={workdir}", "--start_over", "--num_processes=1"]
-    with (workdir / LOG_FILE).open("a") as log:
+    # A launcher may always start over: with an undamaged checkpoint the flag has no effect.
+    flags = [*task.flags, f"--workdir={workdir}", "--start_over", *task.place]
+    with (workdir / task.log).open("a") as log:
         now = datetime.datetime.now().isoformat(" ", "seconds")
         log.write(f"\n--- {now}: {shlex.join(['python', '-m', 'gptjax.main', *flags])}\n")
         log.flush()

@@ -172,3 +172,55 @@ def test_ray_actors_report_their_exit_codes(tmp_path, monkeypatch):
             RayEngine({"num_cpu": 1})
     finally:
         ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:os.fork")  # by Ray, before it starts other programs
+def test_a_run_of_several_hosts_resumes_after_one_is_killed(config_file, tmp_path, monkeypatch):
+    """Two nodes of Ray on this machine, and a process of the run on each; the process of the second one is killed."""
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    from gptjax.launch.on_ray import RayEngine
+    from gptjax.launch.scheduler import Scheduler
+
+    monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    (member,) = make_members(config_file, {}, [{}], tmp_path / "sweep", ["run"])
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    said: list[str] = []
+    try:
+        cluster.add_node(num_cpus=1)
+        cluster.wait_for_nodes()
+        ray.init(address=cluster.address, log_to_driver=False)
+        scheduler = Scheduler(RayEngine({}, hosts=2), retries=1, say=said.append)
+        scheduler.add([member])
+        deadline, killed = time.monotonic() + 300, False
+        while not scheduler.idle and time.monotonic() < deadline:
+            scheduler.step()
+            if not killed and checkpoints(member.workdir) > 0:
+                (other,) = processes_of("--process_id=1", str(member.workdir))
+                os.kill(other, signal.SIGKILL)
+                killed = True
+            time.sleep(0.05)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert killed
+    assert [line.partition(":")[0] for line in said] == ["run exit code 1", "[1/1] run done"]
+    header, *records = map(json.loads, (member.workdir / "metrics.jsonl").read_text().splitlines())
+    assert header["run"]["processes"] == 2
+    assert max(record["step"] for record in records) == 40
+    assert "resuming from step" in member.log.read_text()
+
+
+def processes_of(*words: str) -> list[int]:
+    """The processes whose command lines have the words."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            arguments = path.read_bytes().decode(errors="replace").split("\0")
+        except OSError:  # it has ended
+            continue
+        if all(any(word in argument for argument in arguments) for word in words):
+            found.append(int(path.parent.name))
+    return found

@@ -5,7 +5,8 @@ checkpoint damaged and the disk full while it saves, cannot read its checkpoints
 config, deletes checkpoints that another process reads, finds the lock of a killed process that its parent has not
 reaped (a zombie), and is started as two processes of which one is killed in the middle of a message to the other. It is
 started again each time. At the end its losses, and every array of its last checkpoint, must equal those of an
-undisturbed run, bit for bit. No privileges are needed: a limit on the size of files fills the disk, a limit on file
+undisturbed run, bit for bit. With --mixture the runs read three sources, one of them many times over, with weights that
+change during the run. No privileges are needed: a limit on the size of files fills the disk, a limit on file
 descriptors causes EMFILE, a patched reader EIO.
 
 --seed determines the faults and their order, not the instruction at which a kill stops the run.
@@ -71,7 +72,7 @@ class Run:
       zombie: a killed process of the run that has not been reaped; None: there is none.
     """
 
-    def __init__(self, directory: Path, steps: int):
+    def __init__(self, directory: Path, steps: int, mixture: bool = False):
         self.workdir, self.cache, self.log = directory / "run", directory / "cache", directory / "log.txt"
         self.zombie: subprocess.Popen[bytes] | None = None
         self._environment = {
@@ -82,7 +83,11 @@ class Run:
             "PYTHONPATH": str(ROOT),
         }
         settings = {
-            "data.source": f"jsonl:{directory.parent / 'text.jsonl'}",
+            **(
+                mixture_settings(directory.parent, steps)
+                if mixture
+                else {"data.source": source(directory.parent, "text")}
+            ),
             "data.tokenizer": "bytes",
             "data.cache_dir": self.cache,
             "data.validation_fraction": 0.1,
@@ -329,9 +334,27 @@ def disturb(run: Run, faults: list[str], corruptions: int, rng: random.Random) -
 
 
 def write_text(directory: Path) -> None:
-    """Writes the corpus of the runs whose directories lie in `directory`."""
-    lines = (json.dumps({"text": f"{i} squared is {i * i}. " * 20}) for i in range(20_000))
-    (directory / "text.jsonl").write_text("\n".join(lines) + "\n")
+    """Writes the corpora of the runs whose directories lie in `directory`: one, or the three of a mixture."""
+    for name, template, documents in (
+        ("text", "{i} squared is {square}. ", 20_000),
+        ("more", "the square of {i}: {square}\n", 2_000),
+        ("few", "{square} is a square. ", 20),
+    ):
+        lines = (json.dumps({"text": template.format(i=i, square=i * i) * 20}) for i in range(documents))
+        (directory / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def source(directory: Path, name: str) -> str:
+    return f"jsonl:{directory / name}.jsonl"
+
+
+def mixture_settings(directory: Path, steps: int) -> dict[str, Any]:
+    """The settings of a mixture whose smallest source repeats, with other weights from the middle of the run on."""
+    names, half = ("text", "more", "few"), TOKENS * steps // 2
+    return {
+        "data.mixture": tuple(zip((source(directory, name) for name in names), (5.0, 3.0, 1.0), strict=True)),
+        "data.mixture_schedule": ((half, (1.0, 3.0, 5.0)),),
+    }
 
 
 def compare(undisturbed: Path, disturbed: Path) -> bool:
@@ -353,7 +376,7 @@ def main(argv: list[str]) -> None:
     directory = Path(values.directory or tempfile.mkdtemp(prefix="fault_drill_"))
     print(f"{steps} steps, a checkpoint every {INTERVAL}; faults: {dict(Counter(faults))}; in {directory}", flush=True)
     write_text(directory)
-    undisturbed, disturbed = (Run(directory / name, steps) for name in ("undisturbed", "disturbed"))
+    undisturbed, disturbed = (Run(directory / name, steps, values.mixture) for name in ("undisturbed", "disturbed"))
     if undisturbed.start().wait(10 * PATIENCE) != 0:
         raise SystemExit(undisturbed.log.read_text()[-3000:])
     outcomes = disturb(disturbed, faults, values.corruptions, rng)
@@ -378,6 +401,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("corruptions", 10, "Damaged files of checkpoints.", lower_bound=0)
     flags.DEFINE_integer("disk_full", 3, "Saves on a full disk.", lower_bound=0)
     flags.DEFINE_integer("others", 2, "Faults of each other kind.", lower_bound=0)
+    flags.DEFINE_bool("mixture", False, "Train on a mixture of three sources.")
     flags.DEFINE_integer("seed", 0, "Seed of the faults.")
     flags.DEFINE_string("directory", None, "Empty directory of the runs, which is kept; default: a temporary one.")
     app.run(main)

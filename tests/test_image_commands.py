@@ -112,3 +112,16 @@ def test_evaluate_answers_questions_about_images(workdir, image, tmp_path):
     )
     assert failed.returncode == 2
     assert "bad.jsonl:1 has no answer" in failed.stderr
+
+
+@pytest.mark.slow
+def test_answers_about_an_image_are_not_those_about_its_file_before(workdir, tmp_path):
+    (tmp_path / "vqa.jsonl").write_text(json.dumps({"image": "own.png", "question": "q", "answer": "a"}) + "\n")
+    kept = []
+    for colour in ("red", "red", "blue"):
+        Image.new("RGB", (40, 30), colour).save(tmp_path / "own.png")
+        flags = ("--tasks=vqa", f"--source=jsonl:{tmp_path}/vqa.jsonl", f"--output={tmp_path}/report.json")
+        assert run_command("gptjax.evaluate", f"--workdir={workdir}", *flags).returncode == 0
+        kept.append({path.name for path in (workdir / "evaluation" / "scores").glob("*-answers-*.jsonl")})
+    assert kept[0] == kept[1]
+    assert len(kept[2] - kept[1]) == 1

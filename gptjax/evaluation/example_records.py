@@ -16,7 +16,7 @@ import json
 import re
 import sys
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -126,11 +126,17 @@ def file_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.,+=_-]+", "_", text).strip("._") or "task"
 
 
-def key(scorer: Scorer, step: int, requests: Sequence[ScoringRequest]) -> str:
-    """Returns a hash, 16 hex digits, of everything that a result depends on."""
+def key(scorer: Scorer, step: int, requests: Sequence[ScoringRequest], others: Iterable[str] = ()) -> str:
+    """Returns a hash, 16 hex digits, of everything that a result depends on.
+
+    Args:
+      others: what results depend on other than the model and tokens, such as settings of generation.
+    """
     digest = hashlib.sha256(f"{scorer.model.config} {step} {scorer.fingerprint()}".encode())
     for tokens, scored in requests:
         digest.update(np.array([len(tokens), scored], np.int64).tobytes() + tokens.astype(np.int32).tobytes())
+    for text in others:
+        digest.update(hashlib.sha256(text.encode()).digest())
     return digest.hexdigest()[:16]
 
 

@@ -225,8 +225,8 @@ def evaluate_generative(
     Returns:
       The metrics; further entries of the report; a record of each example, from which its values can be recomputed.
     """
-    asked = [_identified(task, index) for index in range(len(task.examples))]
-    path = directory / f"{file_name(name)}-completions-{key(scorer, trained.step, asked)}.jsonl"
+    asked = list(map(ScoringRequest, task.inputs, task.new_tokens))
+    path = directory / f"{file_name(name)}-completions-{key(scorer, trained.step, asked, _settings(task))}.jsonl"
     batches = task.batches(batch_size)
     completions = complete_resumably(path, f"{name} completions", batches, trained, task.complete, GeneratedText)
     programs = [
@@ -245,13 +245,12 @@ def evaluate_generative(
     )
 
 
-def _identified(task: GenerativeTask, index: int) -> ScoringRequest:
-    """The tokens of a prompt and the settings of its completions: what kept completions depend on."""
+def _settings(task: GenerativeTask) -> list[str]:
+    """What completions depend on other than the model, the prompts and their lengths."""
     options = dataclasses.replace(task.options, max_new_tokens=None, allow_code_execution=False)
     if options.temperature == 0:
         options = dataclasses.replace(options, seed=0)
-    settings = np.frombuffer(f"{options} {task.examples[index].stop}".encode(), np.uint8)
-    return ScoringRequest(np.concatenate([task.inputs[index], settings.astype(np.int32)]), task.new_tokens[index])
+    return [repr(options), *(repr(example.stop) for example in task.examples)]
 
 
 def _program(example: GenerativeExample, completion: str) -> str:

@@ -18,9 +18,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
 from gptjax.config import UserError
 from gptjax.data import records
 from gptjax.data.conversations import check_spec, read_conversations
@@ -181,18 +178,13 @@ def evaluate_visual_questions(
         )
         return [Answer(c.text.strip(), c.finish_reason != "length") for c in completions]
 
-    asked = [ScoringRequest(_identified(encoded), task.max_new_tokens) for encoded in task.inputs]
-    path = directory / f"{file_name(name)}-answers-{key(scorer, trained.step, asked)}.jsonl"
+    asked = [ScoringRequest(encoded.tokens, task.max_new_tokens) for encoded in task.inputs]
+    images = [task.prompts.fingerprint(image) for encoded in task.inputs for image in encoded.images]
+    path = directory / f"{file_name(name)}-answers-{key(scorer, trained.step, asked, images)}.jsonl"
     order = sorted(range(len(task.inputs)), key=lambda i: -len(task.inputs[i]))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     answers = complete_resumably(path, f"{name} answers", batches, trained, answer, Answer)
     return _measured(task.questions, answers)
-
-
-def _identified(encoded: EncodedConversation) -> npt.NDArray[np.int32]:
-    """The tokens of a question and the names of its images: what a kept answer depends on."""
-    names = "\0".join(image.source for image in encoded.images).encode()
-    return np.concatenate([encoded.tokens, np.frombuffer(names, np.uint8).astype(np.int32)])
 
 
 def _measured(

@@ -55,6 +55,10 @@ class ImagePrompts:
         """Raises UserError if an image is remote or does not exist; decodes none."""
         self._files.check(list(images))
 
+    def fingerprint(self, image: ImageReference) -> str:
+        """As `ImageFiles.fingerprint`."""
+        return self._files.fingerprint(image)
+
     def read(self, images: Sequence[ImageReference]) -> list[npt.NDArray[np.uint8]]:
         """Decodes images as the model reads them; raises UserError if that is not possible."""
         return [image_X for image in images if (image_X := self._files.read(image)) is not None]

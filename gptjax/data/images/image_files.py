@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import hashlib
 import io
 import os
 import re
@@ -76,6 +77,10 @@ class ImageFiles:
         generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
         dx, dy = generator.integers(-most, most, size=2, endpoint=True).tolist()
         return shifted(image_X, self.vision.image_size, dx, dy)
+
+    def fingerprint(self, image: ImageReference) -> str:
+        """A hash of the file of an image, or the source where it is no file; raises UserError if it does not exist."""
+        return image.source if self._path(image) is None else hashlib.sha256(self._bytes(image)).hexdigest()
 
     def _decoded(self, image: ImageReference) -> npt.NDArray[np.uint8]:
         from PIL import Image, ImageOps, UnidentifiedImageError

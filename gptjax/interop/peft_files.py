@@ -2,8 +2,7 @@
 
 PEFT stores (r, inputs) and (outputs, r) for each layer, gptjax (layers, inputs, r) and (layers, r, outputs). Where a
 family has separate matrices for queries, keys and values (`family.Placement.part`), they share lora_a in gptjax, and
-each has a third of lora_b. LoRA on a mixture of experts is written as `interop.peft_parameters` describes, and cannot
-be read.
+each has a third of lora_b. LoRA on a mixture of experts is stored as `interop.peft_parameters` describes.
 """
 
 import dataclasses
@@ -20,30 +19,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config import GPTConfig, PeftConfig, UserError
-from gptjax.files import read_json
 from gptjax.interop import families, safetensors_files
 from gptjax.interop.family import Family, Placement, placements
 from gptjax.interop.huggingface import new_directory
-from gptjax.interop.peft_parameters import Piece, file_names, is_parameter, joined
+from gptjax.interop.peft_parameters import Piece, file_names, is_parameter, joined, of_kernel
+from gptjax.interop.peft_settings import CONFIG_FILE, LoraSettings, read_settings
 from gptjax.interop.safetensors_files import DTYPES, Declared, Tensor
 from gptjax.models import peft
 from gptjax.models.gpt import GPT, model_axes
 
-CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+WEIGHTS_FILE, PICKLE_FILE = "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."
 _NAME = re.compile(r"(.+)\.lora_([AB])\.weight")
-Pair = tuple[np.ndarray, np.ndarray]  # (inputs, r) and (r, outputs), float32
+Pair = tuple[np.ndarray, np.ndarray]  # (inputs, r) and (r, outputs), float32; with the experts before them
 _CONTAINER_DTYPE = {str(dtype): name for name, dtype in DTYPES.items()}
-
-# Keys of an adapter_config.json that are read below, and keys without effect on trained matrices.
-_READ = ("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "bias")
-_WITHOUT_EFFECT = (
-    *("auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "exclude_modules", "fan_in_fan_out"),
-    *("inference_mode", "layers_pattern", "layers_to_transform", "megatron_core", "peft_version", "qalora_group_size"),
-    *("revision", "target_modules", "task_type"),
-)
-# Other initialisations, such as pissa, change the base weights.
-_INITS = (True, False, "gaussian", "orthogonal")
 
 
 def save_lora(
@@ -124,34 +113,38 @@ def load_lora(directory: str | Path, model: GPTConfig) -> tuple[PeftConfig, dict
       UserError: a tensor is missing, damaged, superfluous or of a wrong shape, or is not LoRA on a layer's kernel.
     """
     directory = Path(directory).expanduser()
-    config = _read_config(directory / CONFIG_FILE)
+    settings = read_settings(directory / CONFIG_FILE)
     family = families.family_of(model)
     tensors = _read_headers(directory, family)
+    shapes, period = _kernel_shapes(model), len(model.attention_pattern)
+    places = {path: list(placements(family, period, path, shape)) for path, shape in shapes.items()}
+    modules = _modules(family, places, settings)
     kernels: list[_Kernel] = []
-    for path, shape in _kernel_shapes(model).items():
-        if is_parameter(path):
-            continue
+    unused = dict.fromkeys(tensors)
+    for path, shape in shapes.items():
         pairs: dict[tuple[int, int], Pair] = {}
         missing: list[Placement] = []
-        places = list(placements(family, len(model.attention_pattern), path, shape))
-        for where in places:
-            module = where.name.removesuffix(".weight")
-            a, b = tensors.pop((module, "A"), None), tensors.pop((module, "B"), None)
+        for where in places[path]:
+            keys = [(modules.get(where.name), name) for name in "AB"]
+            a, b = (tensors.get(key) for key in keys)
             if a is None and b is None:
                 missing.append(where)
-            else:
-                assert where.row is not None  # a kernel of a layer
-                pairs[where.row, where.part or 0] = _read_pair(directory, where, (a, b), config.rank)
+                continue
+            assert where.row is not None  # a kernel of a layer
+            pairs[where.row, where.part or 0] = _read_pair(directory, family, where, (a, b), settings)
+            for key in keys:
+                unused.pop(key, None)
         if pairs:
             rows = {row for row, _ in pairs}
             if gaps := [where.name for where in missing if where.row not in rows]:
                 raise UserError(f"{directory} has no LoRA for {gaps[0]}, but for the same kernel of other layers")
             inputs = len(model_axes(model)[path].having("input"))
-            kernels.append(_Kernel(path, shape, inputs, len(places) // shape[0], config.rank, pairs))
-    if tensors:
-        module, name = next(iter(tensors))
+            kernels.append(_Kernel(path, shape, inputs, len(places[path]) // shape[0], pairs))
+    if unused:
+        module, name = next(iter(unused))
         raise UserError(
-            f"{directory / WEIGHTS_FILE} has {module}.lora_{name}, but the model has no such kernel that LoRA can adapt"
+            f"{directory / WEIGHTS_FILE} has {module}.lora_{name}, but the model has no such kernel that LoRA can "
+            "adapt, or target_parameters does not name it"
         )
     if not kernels:
         raise UserError(f"{directory / WEIGHTS_FILE} has no tensors")
@@ -161,6 +154,7 @@ def load_lora(directory: str | Path, model: GPTConfig) -> tuple[PeftConfig, dict
         for name, leaf in zip(peft.LORA, kernel.to_ours(width), strict=True):
             leaves[kernel.path.removesuffix("kernel") + name] = leaf.astype(jnp.dtype(model.param_dtype))
     targets = tuple(kernel.path for kernel in kernels)  # regular expressions of themselves
+    config = settings.config
     alpha = config.alpha / config.rank * width
     return dataclasses.replace(config, targets=targets, rank=width, alpha=alpha), peft.unflatten(leaves)
 
@@ -246,31 +240,12 @@ def _shortened(family: Family, modules: list[str], num_layers: int) -> list[str]
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def _read_config(path: Path) -> PeftConfig:
-    """Reads method, rank, alpha and dropout of an adapter_config.json."""
-    try:
-        theirs = read_json(path)
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} is not a PEFT directory: it has no {CONFIG_FILE}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    if not isinstance(theirs, dict) or theirs.get("peft_type") != "LORA":
-        kind = theirs.get("peft_type") if isinstance(theirs, dict) else None
-        raise UserError(f"{path}: peft_type={json.dumps(kind)} is not supported: only LORA")
-    for key, value in theirs.items():
-        known = key in _WITHOUT_EFFECT or key in _READ
-        if not known and value not in (None, False, {}, []):
-            raise UserError(f"{path}: {key}={json.dumps(value)} is not supported: only plain LoRA is")
-    for key, allowed in (("bias", ("none",)), ("init_lora_weights", _INITS), ("use_rslora", (False, True))):
-        if (value := theirs.get(key, allowed[0])) not in allowed:
-            raise UserError(f"{path}: {key}={json.dumps(value)} is not supported: one of {json.dumps(allowed)}")
-    rank, alpha, dropout = theirs.get("r", 8), theirs.get("lora_alpha", 8), theirs.get("lora_dropout", 0.0)
-    numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (rank, alpha, dropout))
-    if not numbers or not isinstance(rank, int) or rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
-        raise UserError(f"{path}: r={rank!r}, lora_alpha={alpha!r} and lora_dropout={dropout!r} are out of range")
-    if theirs.get("use_rslora", False):  # scaled by alpha / sqrt(r) instead of alpha / r
-        alpha *= math.sqrt(rank)
-    return PeftConfig(method="lora", rank=rank, alpha=float(alpha), dropout=float(dropout))
+def _modules(family: Family, places: Mapping[str, list[Placement]], settings: LoraSettings) -> dict[str, str]:
+    """The module to which the files assign the matrices of a tensor of transformers, by its name."""
+    linear = {where.name for path, own in places.items() if not is_parameter(path) for where in own}
+    parameters = dict.fromkeys(where.name for path, own in places.items() if is_parameter(path) for where in own)
+    adapted = file_names([name for name in parameters if settings.adapts(family.full_name(name))])
+    return {name: name.removesuffix(".weight") for name in linear} | adapted
 
 
 def _read_headers(directory: Path, family: Family) -> dict[tuple[str, str], Tensor]:
@@ -300,11 +275,15 @@ def _read_headers(directory: Path, family: Family) -> dict[tuple[str, str], Tens
     return tensors
 
 
-def _read_pair(directory: Path, where: Placement, pair: tuple[Tensor | None, Tensor | None], rank: int) -> Pair:
-    inputs, outputs = where.shape[::-1] if where.transposed else where.shape
+def _read_pair(
+    directory: Path, family: Family, where: Placement, pair: tuple[Tensor | None, Tensor | None], settings: LoraSettings
+) -> Pair:
+    name = family.full_name(where.name if is_parameter(where.path) else where.name.removesuffix(".weight"))
+    rank, experts = settings.rank(name), where.shape[0] if where.stacked else 1
+    inputs, outputs = where.shape[-2:][::-1] if where.transposed else where.shape[-2:]
     arrays = []
-    for name, tensor, shape in zip("AB", pair, ((rank, inputs), (outputs, rank)), strict=True):
-        full_name = f"{where.name.removesuffix('weight')}lora_{name}.weight"
+    for matrix, tensor, shape in zip("AB", pair, ((rank * experts, inputs), (outputs, rank * experts)), strict=True):
+        full_name = f"{where.name.removesuffix('weight').removesuffix('.')}.lora_{matrix}.weight"
         if tensor is None:
             raise UserError(f"{directory / WEIGHTS_FILE} lacks the tensor {full_name} {list(shape)}")
         if tensor.shape != shape:
@@ -315,8 +294,9 @@ def _read_pair(directory: Path, where: Placement, pair: tuple[Tensor | None, Ten
         array = safetensors_files.read(tensor).astype(np.float32)
         if not np.isfinite(array).all():
             raise UserError(f"{tensor.file}: the tensor {full_name} has values that are not finite numbers")
-        arrays.append(array.T)
-    return arrays[0], arrays[1]
+        arrays.append(array)
+    a, b = of_kernel(where, *arrays, rank)
+    return a, b * np.float32(settings.factor(name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,10 +305,9 @@ class _Kernel:
 
     Attributes:
       path: path of the kernel.
-      shape: shape of the kernel, (L, inputs, outputs).
+      shape: shape of the kernel, (L, inputs, outputs) or (L, experts, inputs, outputs).
       num_inputs: number of input axes of the kernel.
       num_parts: number of matrices of transformers that make up a layer's kernel.
-      rank: rank of each pair.
       pairs: pairs of matrices by layer and part; parts may be missing.
     """
 
@@ -336,7 +315,6 @@ class _Kernel:
     shape: tuple[int, ...]
     num_inputs: int
     num_parts: int
-    rank: int
     pairs: dict[tuple[int, int], Pair]
 
     def _rows(self) -> Iterator[tuple[int, dict[int, Pair], bool]]:
@@ -349,17 +327,21 @@ class _Kernel:
     @property
     def width(self) -> int:
         """The rank of the joined matrices."""
-        return max(self.rank if shared else self.rank * len(pairs) for _, pairs, shared in self._rows())
+        ranks = ((shared, [a.shape[-1] for a, _ in pairs.values()]) for _, pairs, shared in self._rows())
+        return max(max(each) if shared else sum(each) for shared, each in ranks)
 
     def to_ours(self, width: int) -> Pair:
-        """Returns lora_a (L, inputs, width) and lora_b (L, width, outputs)."""
-        layers, second = self.shape[0], 1 + self.num_inputs
-        a_LDA = np.zeros((layers, math.prod(self.shape[1:second]), width), np.float32)
+        """Returns lora_a (L, inputs, width) and lora_b (L, width, outputs); with the experts after the layers."""
+        stacked = self.shape[: 2 if "/experts/" in self.path else 1]
+        outputs = len(stacked) + self.num_inputs
+        a = np.zeros((*stacked, math.prod(self.shape[len(stacked) : outputs]), width), np.float32)
         # The parts are on the first axis of the outputs.
-        part_size = math.prod(self.shape[second:]) // self.num_parts
-        b_LANF = np.zeros((layers, width, self.num_parts, part_size), np.float32)
+        part_size = math.prod(self.shape[outputs:]) // self.num_parts
+        b = np.zeros((*stacked, width, self.num_parts, part_size), np.float32)
         for row, pairs, shared in self._rows():
-            for i, (part, (a_DA, b_AF)) in enumerate(pairs.items()):
-                ranks = slice(0, self.rank) if shared else slice(i * self.rank, (i + 1) * self.rank)
-                a_LDA[row, :, ranks], b_LANF[row, ranks, part] = a_DA, b_AF
-        return a_LDA.reshape(*self.shape[:second], width), b_LANF.reshape(layers, width, *self.shape[second:])
+            start = 0
+            for part, (own_a, own_b) in pairs.items():
+                ranks = slice(start, start + own_a.shape[-1])
+                a[row, ..., ranks], b[row, ..., ranks, part, :] = own_a, own_b
+                start += 0 if shared else own_a.shape[-1]
+        return a.reshape(*self.shape[:outputs], width), b.reshape(*stacked, width, *self.shape[outputs:])

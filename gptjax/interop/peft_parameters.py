@@ -70,6 +70,28 @@ def joined(pieces: list[Piece]) -> ParameterLora:
     )
 
 
+def of_kernel(where: Placement, a: np.ndarray, b: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """The matrices of one kernel from lora_A and lora_B of a linear layer or parameter; for kernels, undoes `joined`.
+
+    Where two kernels share a parameter, both have its whole lora_A, except if `joined` may have written it.
+
+    Returns:
+      (inputs, r) and (r, outputs), or (experts, inputs, r) and (experts, r, outputs).
+    """
+    if not where.stacked:
+        return a.T, b.T
+    experts = where.shape[0]
+    a_EDA, b_EAF = a.reshape(experts, rank, -1).swapaxes(1, 2), b.reshape(-1, rank, experts).transpose(2, 1, 0)
+    if where.first is None:
+        return a_EDA, b_EAF
+    own_EAF, half = b_EAF[..., where.first :: 2], rank // 2
+    is_joined = rank % 2 == 0 and not b_EAF[:, half:, 0::2].any() and not b_EAF[:, :half, 1::2].any()
+    if not (is_joined and b_EAF.any()):
+        return a_EDA, own_EAF
+    ranks = slice(where.first * half, (where.first + 1) * half)
+    return a_EDA[..., ranks], own_EAF[:, ranks]
+
+
 def file_names(parameters: list[str]) -> dict[str, str]:
     """The modules to which PEFT's files assign the matrices of these parameters, by parameter."""
     modules: dict[str, list[str]] = {}

@@ -115,6 +115,22 @@ def test_layers_are_numbered_through_the_pattern(tmp_path):
         np.testing.assert_array_equal(tensors[f"{name}.lora_B.weight"], place["lora_b"][1][:, part].reshape(3, 12).T)
 
 
+def test_ranks_and_alphas_of_single_modules(tmp_path):
+    """Updates of a layer with another rank and alpha are scaled by these; smaller ranks are padded with zeros."""
+    save_lora(tmp_path / "lora", LORA, GPT2, draw(LORA, GPT2))
+    tensors = read(tmp_path / "lora")
+    name = "base_model.model.transformer.h.1.mlp.c_fc.lora_{}.weight"
+    a, b = (np.random.default_rng(0).normal(size=shape).astype(np.float32) for shape in ((5, 12), (48, 5)))
+    tensors |= {name.format("A"): a, name.format("B"): b}
+    patterns = {"rank_pattern": {"h.1.mlp.c_fc": 5}, "alpha_pattern": {"h.1.mlp.c_fc": 20}}
+    config, leaves = load_lora(write(tmp_path / "other", tensors, **patterns), GPT2)
+    assert (config.rank, config.alpha) == (5, LORA.alpha / LORA.rank * 5)
+    up = leaves["layers"]["block_0"]["mlp"]["up"]
+    update = config.alpha / config.rank * up["lora_a"] @ up["lora_b"]
+    np.testing.assert_allclose(update[1], 20 / 5 * (b @ a).T, rtol=1e-5, atol=1e-5)
+    assert not up["lora_a"][0, :, LORA.rank :].any()
+
+
 @pytest.mark.parametrize("roles", ["qkv", "qv"])
 def test_queries_keys_and_values_of_their_own(roles, tmp_path):
     """Three pairs of rank 3 are one of rank 9; where keys have none, queries and values are one of rank 6."""
@@ -167,7 +183,10 @@ def test_half_precision_and_other_prefixes(tmp_path):
     [
         ({"peft_type": "ADALORA"}, 'peft_type="ADALORA" is not supported'),
         ({"use_dora": True}, "use_dora=true is not supported"),
-        ({"rank_pattern": {"c_fc": 4}}, "rank_pattern=.* is not supported"),
+        ({"rank_pattern": {"c_fc": 4}}, r"c_fc.lora_A.weight has shape \[3, 12\], but r=4"),
+        ({"rank_pattern": {"(c_fc)+": 4}}, "rank_pattern=.* is not supported: plain names"),
+        ({"alpha_pattern": {"c_fc": 0}}, "alpha_pattern=.* is not supported"),
+        ({"target_parameters": "c_fc"}, "target_parameters=.* is not supported"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save=.* is not supported"),
         ({"of_tomorrow": 1}, "of_tomorrow=1 is not supported"),
         ({"bias": "all"}, 'bias="all" is not supported'),

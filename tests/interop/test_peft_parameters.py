@@ -12,7 +12,8 @@ import pytest
 from gptjax.config import PeftConfig, UserError
 from gptjax.interop.huggingface import load_pretrained, save_pretrained
 from gptjax.interop.peft_files import load_lora, save_lora
-from gptjax.interop.safetensors_files import read, read_header
+from gptjax.interop.safetensors_files import SINGLE_FILE, Declared, read, read_header
+from gptjax.interop.safetensors_files import write as write_tensors
 from gptjax.models import peft
 from tests.interop.rotary_models import MODELS, tensors, text_tokens, write
 from tests.interop.test_peft_files import draw, our_logits
@@ -104,16 +105,53 @@ def test_the_files_name_parameters(exported):
     assert shapes[f"{prefix}router.lora_B.weight"] == (5, 3)
 
 
-@pytest.mark.parametrize("exported", [("qwen3", "all"), ("gpt_oss", "up")], ids="-".join, indirect=True)
+@pytest.mark.parametrize("exported", CASES, ids="-".join, indirect=True)
 def test_what_is_read_back(exported):
-    gpt, both, _, directory = exported
-    if gpt.config.num_experts is not None:
-        with pytest.raises(UserError, match=r'target_parameters=\["mlp.experts.gate_up_proj"\] is not supported'):
-            load_lora(directory / "lora", gpt.config)
-        return
-    _, leaves = load_lora(directory / "lora", gpt.config)
+    gpt, both, config, directory = exported
+    read_config, leaves = load_lora(directory / "lora", gpt.config)
     expected = {path: leaf for path, leaf in peft.flatten(both).items() if path.endswith(peft.LORA)}
-    jax.tree.map(np.testing.assert_array_equal, peft.flatten(leaves), expected)
+    assert (read_config.rank, read_config.alpha) == (config.rank, config.alpha)
+    found = peft.flatten(leaves)
+    for path in found.keys() - expected.keys():  # of a kernel that shares its parameter with one that is adapted
+        assert path.endswith("lora_a") or not found[path].any()
+    jax.tree.map(np.testing.assert_array_equal, {path: found[path] for path in expected}, expected)
+
+
+@pytest.mark.parametrize("exported", [("gpt_oss", "all")], indirect=True)
+def test_adapters_with_one_lora_a_for_both_halves_are_read(exported):
+    """As PEFT itself makes them: of one rank, with values for the gate and the other projection throughout."""
+    gpt, _, _, directory = exported
+    files = directory / "theirs"
+    files.mkdir()
+    settings = json.loads((directory / "lora" / "adapter_config.json").read_text())
+    settings |= {"rank_pattern": {"experts.gate_up_proj": 2}, "alpha_pattern": {"experts.gate_up_proj": 8}}
+    (files / "adapter_config.json").write_text(json.dumps(settings))
+    random, arrays = np.random.default_rng(0), {}
+    for name, tensor in read_header(directory / "lora" / "adapter_model.safetensors").items():
+        rank = 2 if "base_layer" in name else 3  # that of the file is 6 there
+        shape = [size // 6 * rank if "base_layer" in name and size % 30 == 0 else size for size in tensor.shape]
+        arrays[name] = random.normal(size=shape).astype(np.float32)
+    declared = [Declared(name, "F32", array.shape) for name, array in arrays.items()]
+    write_tensors(files, declared, arrays.values())
+    (files / SINGLE_FILE).rename(files / "adapter_model.safetensors")
+    read_config, leaves = load_lora(files, gpt.config)
+    base = read_header(directory / "base" / "model.safetensors")
+    params = load_pretrained(directory / "base")[1]
+    merged = jax.tree.map(np.asarray, peft.merge(read_config, peft.join(params, leaves)))
+    save_pretrained(gpt.config, merged, directory / "merged")
+    for name, tensor in read_header(directory / "merged" / "model.safetensors").items():
+        expected = read(base[name]) + their_delta(name, files)
+        np.testing.assert_allclose(read(tensor), expected, atol=2e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("exported", [("gpt_oss", "router")], indirect=True)
+def test_parameters_that_are_not_named_are_refused(exported):
+    directory = exported[-1] / "lora"
+    settings = json.loads((directory / "adapter_config.json").read_text())
+    for names, message in ((["mlp.experts"], "target_parameters does not name it"), (["(a+)+"], "plain names")):
+        (directory / "adapter_config.json").write_text(json.dumps(settings | {"target_parameters": names}))
+        with pytest.raises(UserError, match=message):
+            load_lora(directory, exported[0].config)
 
 
 @pytest.mark.parametrize("exported", [("gpt_oss", "router")], indirect=True)

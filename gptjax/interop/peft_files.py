@@ -125,7 +125,7 @@ def load_lora(directory: str | Path, model: GPTConfig) -> tuple[PeftConfig, dict
         pairs: dict[tuple[int, int], Pair] = {}
         missing: list[Placement] = []
         for where in places[path]:
-            keys = [(modules.get(where.name), name) for name in "AB"]
+            keys = [(modules.get(where.name, ""), name) for name in "AB"]
             a, b = (tensors.get(key) for key in keys)
             if a is None and b is None:
                 missing.append(where)
@@ -295,7 +295,7 @@ def _read_pair(
         if not np.isfinite(array).all():
             raise UserError(f"{tensor.file}: the tensor {full_name} has values that are not finite numbers")
         arrays.append(array)
-    a, b = of_kernel(where, *arrays, rank)
+    a, b = of_kernel(where, arrays[0], arrays[1], rank)
     return a, b * np.float32(settings.factor(name))
 
 

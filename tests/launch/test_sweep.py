@@ -15,6 +15,7 @@ from gptjax.launch.members import make_members, read_sweep
 from gptjax.launch.sweep_report import write_tables
 from tests.commands import Command, run_command, start_command
 
+LIMIT = 300  # seconds, in which what hangs is found out
 FILE = """
 import json
 from gptjax import config as c
@@ -48,7 +49,7 @@ def config_file(tiny, tmp_path) -> str:
 
 
 def wait_for(command: Command, condition) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + LIMIT
     while not condition():
         assert command.poll() is None
         assert time.monotonic() < deadline
@@ -142,7 +143,7 @@ def test_slurm_jobs_report_their_exit_codes(tmp_path, monkeypatch):
     (member,) = make_members("configs/gpt2.py", {}, [{"data.source": "text:/nowhere"}], tmp_path)
     engine = on_slurm.SlurmEngine(tmp_path, {"timeout_min": 5}, cluster="local")
     assert engine.start(member)
-    deadline, codes = time.monotonic() + 120, {}
+    deadline, codes = time.monotonic() + LIMIT, {}
     while not codes and time.monotonic() < deadline:
         codes = engine.ended()
         time.sleep(0.1)
@@ -163,7 +164,7 @@ def test_ray_actors_report_their_exit_codes(tmp_path, monkeypatch):
     try:
         engine = RayEngine({})
         assert engine.start(member)
-        deadline, codes = time.monotonic() + 120, {}
+        deadline, codes = time.monotonic() + LIMIT, {}
         while not codes and time.monotonic() < deadline:
             codes = engine.ended()
             time.sleep(0.1)

@@ -5,6 +5,7 @@ the sweep, and have the library and the config file under the same paths.
 """
 
 import subprocess
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,14 +22,21 @@ class MemberActor:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
+        self._stopped, self._lock = False, threading.Lock()
 
     def run(self, task: Task, environment: Mapping[str, str]) -> int:
-        self._process = attempts.start_when_free(task, environment)
-        return self._process.wait()
+        process = attempts.start_when_free(task, environment)
+        with self._lock:
+            self._process = process
+            if self._stopped:  # while it waited for an earlier process
+                process.terminate()
+        return process.wait()
 
     def stop(self) -> None:
-        if self._process is not None:
-            self._process.terminate()
+        with self._lock:
+            self._stopped = True
+            if self._process is not None:
+                self._process.terminate()
 
 
 class RayEngine:

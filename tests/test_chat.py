@@ -22,7 +22,7 @@ from gptjax.models.gpt import GPT
 from tests.commands import run_command
 from tests.tiny_chats import config_of, save_sft
 
-LIMIT = 300  # seconds, in which what hangs is found out
+LIMIT = 1000  # seconds, in which what hangs is found out
 
 
 @pytest.fixture(scope="module")

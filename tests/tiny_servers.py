@@ -31,7 +31,7 @@ from gptjax.serving.served_models import GenerativeModel, ServedModels
 from gptjax.serving.server_metrics import ServerMetrics
 from gptjax.serving.text_embedding import embedder
 
-LIMIT = 300  # seconds, in which what hangs is found out; a busy machine is slow
+LIMIT = 1000  # seconds, in which what hangs is found out; a busy machine is slow
 CONTEXT = 1024
 CONFIG = GPTConfig(
     vocab_size=264, context_length=CONTEXT, num_layers=1, num_heads=2, embed_dim=16, positions="rotary", dtype="float32"

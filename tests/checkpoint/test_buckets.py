@@ -26,7 +26,7 @@ from tests.gcs_emulator import Emulator, emulated
 from tests.tiny_runs import tiny_config
 
 BUCKET = "test-bucket"
-LIMIT = 300  # seconds, in which what hangs is found out
+LIMIT = 1000  # seconds, in which what hangs is found out
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from gptjax.config import UserError
 from gptjax.run import run
 
 ROOT = Path(__file__).parents[2]
-LIMIT = 300  # seconds; on a busy machine a heartbeat may be late
+LIMIT = 1000  # seconds; on a busy machine a heartbeat may be late
 HOLD = """
 import sys
 from pathlib import Path

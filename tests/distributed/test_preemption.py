@@ -12,7 +12,7 @@ from gptjax.distributed import preemption, processes
 from gptjax.distributed.peers import Boundaries, Peers
 from tests.multi_process.conftest import free_port
 
-LIMIT = 300  # seconds, in which what hangs is found out
+LIMIT = 1000  # seconds, in which what hangs is found out
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from gptjax.launch.members import make_members, read_sweep
 from gptjax.launch.sweep_report import write_tables
 from tests.commands import Command, run_command, start_command
 
-LIMIT = 300  # seconds, in which what hangs is found out
+LIMIT = 1000  # seconds, in which what hangs is found out
 FILE = """
 import json, sys, time
 from pathlib import Path

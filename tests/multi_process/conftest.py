@@ -13,7 +13,7 @@ import pytest
 
 from tests.commands import ROOT, start_command
 
-LIMIT = 500  # seconds, in which a process that hangs is found out; the first compilation on a busy machine is slow
+LIMIT = 1000  # seconds, in which a process that hangs is found out; the first compilation on a busy machine is slow
 
 
 class Processes:

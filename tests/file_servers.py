@@ -189,6 +189,7 @@ def serving() -> Iterator[FileServer]:
 
     class Server(ThreadingHTTPServer):
         daemon_threads = True
+        request_queue_size = 128  # connections that are made at the same time
 
         def handle_error(self, request: Any, client_address: Any) -> None:
             """Keeps the tests' output free of connections that a client closed."""

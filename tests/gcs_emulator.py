@@ -33,6 +33,11 @@ class RequestError(Exception):
         self.status = status
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # connections that are made at the same time
+
+
 class Emulator:
     """The objects of all buckets, and the server.
 
@@ -50,8 +55,7 @@ class Emulator:
         self.lock = threading.Lock()
         self._generation = 0
         handler = type("Handler", (_Handler,), {"emulator": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 

@@ -22,6 +22,8 @@ from gptjax.models.gpt import GPT
 from tests.commands import run_command
 from tests.tiny_chats import config_of, save_sft
 
+LIMIT = 1000  # seconds, in which what hangs is found out
+
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory) -> Path:
@@ -112,7 +114,7 @@ class Terminal:
         return True
 
     def wait_for(self, text: bytes) -> None:
-        assert self.shows(text, 120), self.shown
+        assert self.shows(text, LIMIT), self.shown
 
     def interrupt(self, answer: bytes) -> None:
         """By Ctrl-C, until the answer to it is shown: one between Python's prompt and its waiting for keys is lost."""
@@ -128,7 +130,7 @@ class Terminal:
     def leave(self) -> None:
         """By Ctrl-D."""
         self.type(b"\x04")
-        assert self.process.wait(60) == 0
+        assert self.process.wait(LIMIT) == 0
         os.close(self._parent)
 
 
@@ -189,5 +191,5 @@ try:
 except KeyboardInterrupt:
     print(", stopped", signal.getsignal(signal.SIGINT) is signal.default_int_handler)
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT)
     assert (result.stdout, result.stderr) == ("a piece, stopped True\n", "")

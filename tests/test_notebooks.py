@@ -140,7 +140,7 @@ def test_a_notebook_runs_from_a_fresh_kernel(name: str, tmp_path: Path) -> None:
     notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(code))
     # The kernel reads the library from here, and warns where the tests fail.
     client = nbclient.NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
+        notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
     )
     client.execute(env={**os.environ, "PYTHONPATH": str(ROOT)})
     if (kept := os.environ.get("GPTJAX_EXECUTED")) is not None:

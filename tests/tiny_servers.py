@@ -5,7 +5,8 @@ import dataclasses
 import io
 import json
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -14,6 +15,7 @@ import httpx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import uvicorn
 
 from gptjax.config import ChatConfig, GPTConfig
@@ -29,6 +31,7 @@ from gptjax.serving.served_models import GenerativeModel, ServedModels
 from gptjax.serving.server_metrics import ServerMetrics
 from gptjax.serving.text_embedding import embedder
 
+LIMIT = 1000  # seconds, in which what hangs is found out; a busy machine is slow
 CONTEXT = 1024
 CONFIG = GPTConfig(
     vocab_size=264, context_length=CONTEXT, num_layers=1, num_heads=2, embed_dim=16, positions="rotary", dtype="float32"
@@ -52,8 +55,13 @@ class RunningServer:
     engine: BatchedEngine
     log: io.StringIO
 
+    @property
+    def address(self) -> tuple[str, int]:
+        host, port = self.url.removeprefix("http://").split(":")
+        return host, int(port)
+
     def client(self, **kwargs: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=60, **kwargs)
+        return httpx.Client(base_url=self.url, timeout=LIMIT, **kwargs)
 
     def post(self, path: str, **body: Any) -> httpx.Response:
         with self.client() as client:
@@ -101,5 +109,19 @@ def running(
         yield RunningServer(f"http://127.0.0.1:{listening.getsockname()[1]}", serving, engine, log)
     finally:
         server.should_exit = True
-        runner.join(10)
+        runner.join(LIMIT)
         thread.stop()
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    """Waits for what another thread does."""
+    end = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def slow_down(monkeypatch: pytest.MonkeyPatch, engine: BatchedEngine) -> None:
+    """Makes each step of an engine take so much longer that a completion of 900 tokens does not end in a test."""
+    step = engine.step
+    monkeypatch.setattr(engine, "step", lambda: (time.sleep(0.1), step())[1])

@@ -51,8 +51,14 @@ def prepare_corpus(recipe: Recipe, output: Path, cache_dir: Path, executor: Exec
     if workspace.is_complete:
         shutil.rmtree(output / "work", ignore_errors=True)  # of a process that was killed while it removed them
     else:
-        with _only_process(workspace, executor), executor:
-            _prepare(workspace, executor)
+        try:
+            with _only_process(workspace, executor), executor:
+                _prepare(workspace, executor)
+        except (FileNotFoundError, UserError):
+            # A machine that had nothing left to do was slow: another has finished, and removed what it was about to
+            # read, so that it failed or found no documents.
+            if executor.is_first or not workspace.is_complete:
+                raise
     return (output / "report.txt").read_text(encoding="utf-8")
 
 
@@ -76,11 +82,7 @@ def _prepare(workspace: Workspace, executor: Executor) -> None:
         _claim(workspace, source)
     else:
         _wait_for_claim(workspace)
-    try:
-        _run_steps(workspace, executor, source)
-    except FileNotFoundError:  # another machine has finished and removed what this one was about to read
-        if executor.is_first or not workspace.is_complete:
-            raise
+    _run_steps(workspace, executor, source)
 
 
 def _remove_unfinished(output: Path) -> None:

@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,7 +40,7 @@ class Limits:
     wall_seconds: float = 10.0
     cpu_seconds: int = 5  # of each process
     memory_bytes: int = 512 * 2**20  # address space of each process
-    processes: int = 16  # and threads
+    processes: int = 16  # and threads; the kernel may count those of all programs that run at once together
     open_files: int = 64
     file_bytes: int = 16 * 2**20  # of each file
     disk_bytes: int = 64 * 2**20  # of all files together; with Landlock there is no such limit
@@ -65,9 +66,9 @@ def run_programs(programs: Sequence[str], limits: Limits = LIMITS) -> list[Outco
     Raises:
       UserError: programs cannot be isolated here.
     """
-    kind = isolation()
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-        return list(threads.map(lambda program: run_program(program, kind, limits), programs))
+    kind, at_once = isolation(), len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(at_once) as threads:
+        return list(threads.map(lambda program: run_program(program, kind, limits, at_once), programs))
 
 
 @functools.cache
@@ -82,19 +83,24 @@ def isolation() -> Isolation:
     reasons = []
     for kind in _ISOLATIONS:
         try:
-            run_program("", kind, LIMITS)
+            outcome = run_program("", kind, LIMITS)
         except _SetupError as error:
             reasons.append(f"{kind}: {error}")
         else:
-            return kind
+            if outcome.passed:
+                return kind
+            reasons.append(f"{kind}: {outcome.reason}")
     raise UserError(
         f"programs cannot be isolated on this machine ({'; '.join(reasons)}): it needs Linux 5.13 with Landlock, or "
         "the right to make namespaces"
     )
 
 
-def run_program(program: str, kind: Isolation, limits: Limits) -> Outcome:
+def run_program(program: str, kind: Isolation, limits: Limits, at_once: int = 1) -> Outcome:
     """Runs a Python program in a child process and kills all its processes.
+
+    Args:
+      at_once: programs that may run at the same time; each may have its `limits.processes`.
 
     Raises:
       _SetupError: the child cannot be isolated this way.
@@ -106,7 +112,7 @@ def run_program(program: str, kind: Isolation, limits: Limits) -> Outcome:
             "isolation": kind,
             "directory": str(directory),
             "limits": dataclasses.asdict(limits),
-            "others": _other_threads(),
+            "others": _other_threads(kind) + (at_once - 1) * limits.processes,
         }
         # -I and -S: nothing of the user's environment or site-packages is imported
         child = subprocess.Popen(
@@ -129,6 +135,8 @@ def run_program(program: str, kind: Isolation, limits: Limits) -> Outcome:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
             code = child.wait()
+            while _is_alive(child.pid):  # and may write into the directory
+                time.sleep(0.01)
         with child.stdout:
             os.set_blocking(child.stdout.fileno(), False)
             written = child.stdout.read(2**16) or b""
@@ -142,6 +150,27 @@ def _wait(pid: int, seconds: float) -> bool:
         return bool(select.select([descriptor], [], [], seconds)[0])
     finally:
         os.close(descriptor)
+
+
+def _is_alive(group: int) -> bool:
+    """Whether a process of a group has not ended; a zombie may stay where the first process reaps none."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            if os.getpgid(int(process.name)) == group and any(map(_runs, process.glob("task/*/stat"))):
+                return True
+    return False
+
+
+def _runs(stat: Path) -> bool:
+    """Whether a thread has not ended."""
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:
+        return False
 
 
 def _outcome(written: bytes, token: str, code: int | None) -> Outcome:
@@ -161,8 +190,10 @@ def _outcome(written: bytes, token: str, code: int | None) -> Outcome:
     return Outcome(False, _SIGNALS.get(number, f"ended with exit code {code}"))  # type: ignore[call-overload]
 
 
-def _other_threads() -> int:
+def _other_threads(kind: Isolation) -> int:
     """The threads of the user that the program will run as, which count in its limit of processes."""
+    if kind == "namespaces" and os.geteuid() != 0:
+        return 0  # in a user namespace only its own count
     user = os.geteuid() or sandboxed_program.NOBODY
     count = 0
     for process in Path("/proc").glob("[0-9]*"):

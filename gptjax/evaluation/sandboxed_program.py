@@ -95,6 +95,9 @@ def main() -> None:
         os._exit(1)
     if child := os.fork():
         _exit_as(child)
+    # After the fork, which would fail if other programs of the user had started meanwhile: their processes count too.
+    _limit("NPROC", settings["limits"]["processes"] + settings["others"])
+    _limit("CPU", settings["limits"]["cpu_seconds"])  # of the program alone
     report(reason=_reason(program))
     os._exit(0)
 
@@ -192,22 +195,14 @@ def _restrict(settings: dict[str, Any]) -> None:
     if landlock:
         os.chdir(settings["directory"])
         os.environ["TMPDIR"] = settings["directory"]
-    # Processes count by user, but in a user namespace only those that are in it.
-    others = settings["others"] if landlock or os.geteuid() == 0 else 0
     for name, limit in (
         ("AS", limits["memory_bytes"]),
-        ("CPU", limits["cpu_seconds"]),
         ("FSIZE", limits["file_bytes"]),
         ("NOFILE", limits["open_files"]),
-        ("NPROC", limits["processes"] + others),
         ("CORE", 0),
         ("MEMLOCK", 0),
     ):
-        number = getattr(resource, f"RLIMIT_{name}")
-        hard = resource.getrlimit(number)[1]
-        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-        # At the soft limit of processor time SIGXCPU can be caught, at the hard one the kernel kills.
-        resource.setrlimit(number, (limit, limit + 1 if name == "CPU" else limit))
+        _limit(name, limit)
     _call("prctl", _NO_NEW_PRIVS, 1, 0, 0, 0)
     if landlock:
         _landlock(settings["directory"])
@@ -221,6 +216,14 @@ def _restrict(settings: dict[str, Any]) -> None:
     header = ctypes.create_string_buffer(struct.pack("Ii", 0x20080522, 0), 8)
     _call("capset", header, ctypes.create_string_buffer(24))
     _deny_system_calls(signals=landlock)
+
+
+def _limit(name: str, limit: int) -> None:
+    number = getattr(resource, f"RLIMIT_{name}")
+    hard = resource.getrlimit(number)[1]
+    # At the soft limit of processor time SIGXCPU can be caught, at the hard one the kernel kills.
+    wanted = (limit, limit + 1 if name == "CPU" else limit)
+    resource.setrlimit(number, wanted if hard == resource.RLIM_INFINITY else (min(limit, hard), min(wanted[1], hard)))
 
 
 def _landlock(directory: str) -> None:

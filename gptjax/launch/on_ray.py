@@ -7,6 +7,7 @@ the sweep, and have the library and the config file under the same paths.
 
 import secrets
 import subprocess
+import threading
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ class ProcessActor:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
+        self._stopped, self._lock = False, threading.Lock()
 
     def address(self) -> str:
         """HOST:PORT of this machine, with a port that is unused now."""
@@ -33,21 +35,28 @@ class ProcessActor:
             return f"{ray.util.get_node_ip_address()}:{sock.getsockname()[1]}"
 
     def run(self, task: Task, environment: Mapping[str, str]) -> int:
-        """Runs the only process of a member."""
-        self._process = attempts.start_when_free(task, environment)
-        return self._process.wait()
+        """Runs the only process of a member, once an earlier one has ended."""
+        return self._wait(attempts.start_when_free(task, environment))
 
     def run_one_of(self, hosts: int, host: int, address: str, task: Task, environment: Mapping[str, str]) -> int:
         """Runs one of several processes, which meet at the address of the first."""
         place = (f"--coordinator_address={address}", f"--num_processes={hosts}", f"--process_id={host}")
         if host == 0:  # which holds the lock of the workdir
             return self.run(task._replace(place=place), environment)
-        self._process = attempts.start(task._replace(place=place, log=f"log-{host}.txt"), environment=environment)
-        return self._process.wait()
+        return self._wait(attempts.start(task._replace(place=place, log=f"log-{host}.txt"), environment=environment))
+
+    def _wait(self, process: "subprocess.Popen[bytes]") -> int:
+        with self._lock:
+            self._process = process
+            if self._stopped:  # before the process was started
+                process.terminate()
+        return process.wait()
 
     def stop(self) -> None:
-        if self._process is not None:
-            self._process.terminate()
+        with self._lock:
+            self._stopped = True
+            if self._process is not None:
+                self._process.terminate()
 
 
 class Attempt(NamedTuple):

@@ -31,15 +31,17 @@ class MemberJob:
 
     def __init__(self, task: Task) -> None:
         self._task = task
+        self._process: subprocess.Popen[bytes] | None = None
 
     def __call__(self) -> int:
-        self._process = attempts.start_when_free(self._task)
+        process = attempts.start_when_free(self._task)
         # A thread waits, since the signal handler that calls `checkpoint` interrupts this one.
-        self._waiting = threading.Thread(target=self._process.wait)
-        self._waiting.start()
-        while self._waiting.is_alive():
-            self._waiting.join(0.5)
-        code = self._process.returncode
+        waiting = threading.Thread(target=process.wait)
+        waiting.start()
+        self._process, self._waiting = process, waiting
+        while waiting.is_alive():
+            waiting.join(0.5)
+        code = process.returncode
         attempts.record(Path(self._task.workdir), code)
         return code
 
@@ -47,9 +49,10 @@ class MemberJob:
         """Called by submitit before a job is preempted or its time ends: waits until the member has saved."""
         from submitit.helpers import DelayedSubmission
 
-        self._process.send_signal(signal.SIGUSR2)  # SLURM may have sent it already: a second does nothing
-        while self._waiting.is_alive():
-            self._waiting.join(0.5)
+        if self._process is not None:  # else it waits for an earlier one, or is being started, and ends with this job
+            self._process.send_signal(signal.SIGUSR2)  # SLURM may have sent it already: a second does nothing
+            while self._waiting.is_alive():
+                self._waiting.join(0.5)
         return DelayedSubmission(MemberJob(self._task))
 
 

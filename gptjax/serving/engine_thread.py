@@ -327,7 +327,8 @@ class EngineThread:
             result = job.function()
         except Exception as raised:
             error = raised
-        job.loop.call_soon_threadsafe(job.resolve, result, error)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the server was ended by force
+            job.loop.call_soon_threadsafe(job.resolve, result, error)
 
     def _deliver(self, events: Sequence[tuple[Generation, SampledToken | Exception]]) -> None:
         """Hands events over to the event loop, those of a round in one call."""

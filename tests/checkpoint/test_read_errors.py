@@ -5,12 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from gptjax.checkpoint import read_errors, stored_checkpoint
+from gptjax.checkpoint import manager, read_errors, stored_checkpoint
 from gptjax.checkpoint.manager import Checkpoints
 from gptjax.config import UserError
 from gptjax.distributed import processes
@@ -174,6 +174,13 @@ def test_a_reader_lists_again_when_the_run_deletes_a_checkpoint(trained, monkeyp
     abstract = abstract_params(GPT(config.model), mesh)
     original = stored_checkpoint.StoredCheckpoint.manifest
 
+    waits = []
+
+    def wait(delay):
+        waits.append(delay)
+        if len(waits) == 2:
+            shutil.rmtree(newest)
+
     def deleting(stored):
         manifest = original(stored)
         if stored.step == NEWEST:
@@ -181,10 +188,9 @@ def test_a_reader_lists_again_when_the_run_deletes_a_checkpoint(trained, monkeyp
                 shutil.rmtree(newest)
             else:  # file by file, and the directory last
                 shutil.rmtree(newest / "ema")
-                threading.Timer(0.3, shutil.rmtree, [newest]).start()
+                monkeypatch.setattr(manager, "time", SimpleNamespace(sleep=wait))
         return manifest
 
-    monkeypatch.setattr(read_errors, "RETRY_DELAYS", (0.1, 1.0))
     monkeypatch.setattr(stored_checkpoint.StoredCheckpoint, "manifest", deleting)
     with Checkpoints(workdir, config.checkpoint, read_only=True) as checkpoints:
         assert checkpoints.restore_params(abstract)[1] == BEFORE

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gptjax.config import UserError
-from gptjax.corpus import executors, token_shards
+from gptjax.corpus import executors, source_parts, token_shards
 from gptjax.corpus.executors import Executor
 from gptjax.corpus.recipe import Recipe
 from gptjax.corpus.run_preparation import _check_directory, prepare_corpus
@@ -92,11 +92,35 @@ def test_machines_share_the_work(
     for shard in shards:
         shard.start()
     for shard in shards:
-        shard.join(60)
-        assert not shard.is_alive()
+        shard.join()
     assert files_of(tmp_path / "shared") == expected
     assert ran["measure"] == {"0", "1", "2"}
     assert ran["select"] == {"0"}
+
+
+def test_a_slow_machine_without_work_does_not_fail_when_the_others_have_finished(
+    recipe_of: Callable[..., Recipe], documents: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it is about to read is removed at the end."""
+    monkeypatch.setattr(executors, "POLL", 0.01)
+    monkeypatch.setattr("gptjax.corpus.run_preparation.POLL", 0.01)
+    recipe = recipe_of(documents, part_bytes=10**6)  # one part, and two shards
+    check, output = source_parts.check_not_empty, tmp_path / "out"
+    first, second = (
+        threading.Thread(target=prepare_corpus, args=(recipe, output, tmp_path, Executor(shard=(i, 3)))) for i in (0, 1)
+    )
+
+    def check_late(workspace: Workspace) -> None:
+        if threading.current_thread() not in (first, second):
+            second.start()  # without it the first does not end
+            for machine in (first, second):
+                machine.join()
+        check(workspace)
+
+    monkeypatch.setattr(source_parts, "check_not_empty", check_late)
+    first.start()
+    assert "documents" in prepare_corpus(recipe, output, tmp_path, Executor(shard=(2, 3)))
+    assert not (output / "work").exists()
 
 
 @pytest.mark.parametrize("last", ["work/", "work/shard-1.lock", f".recipe.json-{'0' * 32}"])

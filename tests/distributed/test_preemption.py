@@ -12,6 +12,8 @@ from gptjax.distributed import preemption, processes
 from gptjax.distributed.peers import Boundaries, Peers
 from tests.multi_process.conftest import free_port
 
+LIMIT = 1000  # seconds, in which what hangs is found out
+
 
 @pytest.fixture(autouse=True)
 def boundaries(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,7 +32,7 @@ def three() -> Iterator[list[Peers]]:
     port, made = free_port(), {}
 
     def join(number: int) -> None:
-        made[number] = Peers("127.0.0.1", port, number, 3, 20)
+        made[number] = Peers("127.0.0.1", port, number, 3, LIMIT)
 
     threads = [threading.Thread(target=join, args=(number,)) for number in range(3)]
     for thread in threads:
@@ -62,7 +64,7 @@ def test_processes_at_different_boundaries_stop_at_the_same(three, asked):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(LIMIT)
     assert len(stopped) == 3
     assert len(set(stopped.values())) == 1
     assert stopped[0] > max(before)
@@ -85,7 +87,7 @@ def test_a_signal_stops_at_the_next_boundary():
         processes.ask_to_stop = ask
         try:
             os.kill(os.getpid(), signal.SIGTERM)
-            assert asked.wait(20)
+            assert asked.wait(LIMIT)
         finally:
             processes.ask_to_stop = original
         with pytest.raises(preemption.PreemptedError, match="SIGTERM"):

@@ -8,6 +8,7 @@ import threading
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from gptjax.parallel.mesh import batch_sharding, make_mesh
 from gptjax.parallel.rows import global_array, process_rows
 from tests.multi_process.conftest import free_port
 
+LIMIT = 1000  # seconds, in which what hangs is found out; a busy machine is slow
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[3-4]", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
 
 
@@ -97,7 +99,7 @@ def test_a_job_that_jax_does_not_understand_names_the_flags(monkeypatch):
 
 def greeting(connection: socket.socket) -> dict[str, Any]:
     """What process 0 says next."""
-    return meeting._read_message(connection, time.monotonic() + 10)
+    return meeting._read_message(connection, time.monotonic() + LIMIT)
 
 
 def line(hello: dict[str, int] | str, challenge: dict[str, str], token: str = "") -> bytes:
@@ -153,14 +155,14 @@ def test_processes_that_do_not_fit_are_told_so(hellos, words):
     def come() -> None:
         with ExitStack() as stack:
             for hello in hellos:
-                connection = stack.enter_context(meeting.connect("127.0.0.1", port, 10))
+                connection = stack.enter_context(meeting.connect("127.0.0.1", port, LIMIT))
                 connection.sendall(line(hello, greeting(connection)))
             answers.append(greeting(connection))
 
     thread = threading.Thread(target=come)
     thread.start()
     with pytest.raises(UserError, match=words):
-        peers.Peers("127.0.0.1", port, 0, 3, timeout=10)
+        peers.Peers("127.0.0.1", port, 0, 3, timeout=LIMIT)
     thread.join()
     assert words in answers[0]["stop"]
 
@@ -169,12 +171,12 @@ def test_processes_that_do_not_fit_are_told_so(hellos, words):
 def test_a_stranger_without_the_token_takes_no_place(given):
     port, made = free_port(), {}
     first = threading.Thread(
-        target=lambda: made.update({0: peers.Peers("127.0.0.1", port, 0, 2, timeout=20, token="secret")})
+        target=lambda: made.update({0: peers.Peers("127.0.0.1", port, 0, 2, timeout=LIMIT, token="secret")})
     )
     first.start()
     with pytest.raises(UserError, match="GPTJAX_JOB_TOKEN differs from that of process 0: set the same in all"):
-        peers.Peers("127.0.0.1", port, 1, 2, timeout=20, token=given)
-    made[1] = peers.Peers("127.0.0.1", port, 1, 2, timeout=20, token="secret")
+        peers.Peers("127.0.0.1", port, 1, 2, timeout=LIMIT, token=given)
+    made[1] = peers.Peers("127.0.0.1", port, 1, 2, timeout=LIMIT, token="secret")
     first.join()
     for process in made.values():
         process.leave()
@@ -193,31 +195,36 @@ def test_a_stranger_does_not_pass_for_process_0():
         thread = threading.Thread(target=answer)
         thread.start()
         with pytest.raises(UserError, match="another program listens on that port"):
-            peers.Peers("127.0.0.1", port, 1, 2, timeout=10, token="secret")
+            peers.Peers("127.0.0.1", port, 1, 2, timeout=LIMIT, token="secret")
         thread.join()
     assert "secret" not in str(seen)
 
 
-def test_refused_connections_are_counted_when_a_process_does_not_come():
-    port = free_port()
+def test_refused_connections_are_counted_when_a_process_does_not_come(monkeypatch):
+    port, refused = free_port(), threading.Event()
 
     def come() -> None:
         with pytest.raises(UserError):
-            peers.Peers("127.0.0.1", port, 1, 2, timeout=20, token="another")
+            peers.Peers("127.0.0.1", port, 1, 2, timeout=LIMIT, token="another")
+        refused.set()
 
+    def monotonic() -> float:
+        return time.monotonic() + (2 * LIMIT if refused.is_set() else 0)
+
+    monkeypatch.setattr(meeting, "time", SimpleNamespace(monotonic=monotonic, sleep=time.sleep))
     thread = threading.Thread(target=come)
     thread.start()
     with pytest.raises(UserError, match="1 connections had a different GPTJAX_JOB_TOKEN"):
-        peers.Peers("127.0.0.1", port, 0, 2, timeout=2, token="secret")
+        peers.Peers("127.0.0.1", port, 0, 2, timeout=LIMIT, token="secret")
     thread.join()
 
 
 def test_strangers_that_send_nothing_or_byte_by_byte_delay_nobody():
     port, made = free_port(), {}
-    first = threading.Thread(target=lambda: made.update({0: peers.Peers("127.0.0.1", port, 0, 2, timeout=20)}))
+    first = threading.Thread(target=lambda: made.update({0: peers.Peers("127.0.0.1", port, 0, 2, timeout=LIMIT)}))
     first.start()
     with ExitStack() as stack:
-        strangers = [stack.enter_context(meeting.connect("127.0.0.1", port, 10)) for _ in range(3)]
+        strangers = [stack.enter_context(meeting.connect("127.0.0.1", port, LIMIT)) for _ in range(3)]
         strangers[1].sendall(b"{")
         met = threading.Event()
 
@@ -228,8 +235,8 @@ def test_strangers_that_send_nothing_or_byte_by_byte_delay_nobody():
 
         dripping = threading.Thread(target=drip)
         dripping.start()
-        made[1] = peers.Peers("127.0.0.1", port, 1, 2, timeout=20)
-        first.join(20)
+        made[1] = peers.Peers("127.0.0.1", port, 1, 2, timeout=LIMIT)
+        first.join(LIMIT)
         met.set()
         dripping.join()
     assert sorted(made) == [0, 1]
@@ -248,7 +255,7 @@ def test_what_is_no_process_0_is_one_line(sent):
         thread = threading.Thread(target=answer)
         thread.start()
         with pytest.raises(UserError, match="another program listens on that port"):
-            peers.Peers("127.0.0.1", server.getsockname()[1], 1, 2, timeout=10)
+            peers.Peers("127.0.0.1", server.getsockname()[1], 1, 2, timeout=LIMIT)
         thread.join()
 
 
@@ -258,7 +265,7 @@ WAITING = """
 import sys
 from gptjax.distributed.peers import Peers
 
-peers = Peers("127.0.0.1", int(sys.argv[1]), int(sys.argv[2]), 2, 30)
+peers = Peers("127.0.0.1", int(sys.argv[1]), int(sys.argv[2]), 2, 1000)
 while True:
     peers.gather("x")
 """
@@ -286,7 +293,7 @@ def waiting(process: int, port: int) -> subprocess.Popen[str]:
 def is_lost(child: subprocess.Popen[str], other: int) -> None:
     """It ends, as when the other process is killed."""
     try:
-        _, err = child.communicate(timeout=60)
+        _, err = child.communicate(timeout=LIMIT)
     finally:
         child.kill()
     assert child.returncode == peers.FAILED
@@ -299,9 +306,10 @@ def is_lost(child: subprocess.Popen[str], other: int) -> None:
 def test_process_0_ends_when_what_comes_is_no_message(sent):
     port = free_port()
     child = waiting(0, port)
-    with meeting.join("127.0.0.1", port, 1, 2, 30, "") as connection, suppress(OSError):
-        connection.sendall(sent)
-        connection.shutdown(socket.SHUT_WR)
+    with meeting.join("127.0.0.1", port, 1, 2, LIMIT, "") as connection:
+        with suppress(OSError):  # it may have ended before all is sent
+            connection.sendall(sent)
+            connection.shutdown(socket.SHUT_WR)
         is_lost(child, 1)
 
 
@@ -309,11 +317,12 @@ def test_process_0_ends_when_what_comes_is_no_message(sent):
 def test_another_process_ends_when_what_comes_is_no_message(sent):
     port = free_port()
     child = waiting(1, port)
-    (member,) = meeting.accept(port, 2, 30, "").values()
-    with member.sock, suppress(OSError):
+    (member,) = meeting.accept(port, 2, LIMIT, "").values()
+    with member.sock:
         met = {"met": 2, "proof": meeting.proof_of("", member.their_challenge, "met", 1, 2)}
-        member.sock.sendall(meeting.line_of(met) + sent)
-        member.sock.shutdown(socket.SHUT_WR)
+        with suppress(OSError):  # it may have ended before all is sent
+            member.sock.sendall(meeting.line_of(met) + sent)
+            member.sock.shutdown(socket.SHUT_WR)
         is_lost(child, 0)
 
 
@@ -343,9 +352,9 @@ def test_a_relay_outlives_a_connection_that_fails(monkeypatch):
     monkeypatch.setattr(peers, "connect", refuse_once)
     with socket.create_server(("127.0.0.1", 0)) as server:
         near = peers.relay("127.0.0.1", server.getsockname()[1])
-        with meeting.connect("127.0.0.1", near, 10) as first:
+        with meeting.connect("127.0.0.1", near, LIMIT) as first:
             assert first.recv(1) == b""
-        with meeting.connect("127.0.0.1", near, 10) as second, server.accept()[0] as far:
+        with meeting.connect("127.0.0.1", near, LIMIT) as second, server.accept()[0] as far:
             second.sendall(b"x")
             assert far.recv(1) == b"x"
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -10,14 +11,17 @@ import pytest
 
 from gptjax import config as c
 from gptjax.checkpoint.lock import is_held_here, wait_until_free
-from gptjax.launch import attempts
+from gptjax.launch import attempts, on_ray
 from gptjax.launch.members import make_members, read_sweep
 from gptjax.launch.sweep_report import write_tables
 from tests.commands import Command, run_command, start_command
 
+LIMIT = 1000  # seconds, in which what hangs is found out
 FILE = """
-import json
+import json, sys, time
+from pathlib import Path
 from gptjax import config as c
+from gptjax.distributed import preemption
 from gptjax.launch import grid
 
 def get_config():
@@ -29,6 +33,18 @@ def sweep():
 
 def sweep_bad():
     return [{{"data.source": "text:/nowhere"}}]
+
+check, hold = preemption.check, Path({hold!r})
+
+def check_and_hold():
+    check()
+    (workdir,) = (Path(flag.partition("=")[2]) for flag in sys.argv if flag.startswith("--workdir="))
+    while hold.exists() and any(path.name.isdecimal() for path in workdir.glob("checkpoints/*")):
+        time.sleep(0.02)
+        check()
+
+if "--start_over" in sys.argv:  # a member: it stays at its first checkpoint, like a long run
+    preemption.check = check_and_hold
 """
 
 
@@ -43,12 +59,12 @@ def config_file(tiny, tmp_path) -> str:
     }
     tiny = c.replace(tiny, changes)
     (tmp_path / "config.json").write_text(c.to_json(tiny))
-    (tmp_path / "own.py").write_text(FILE.format(path=str(tmp_path / "config.json")))
+    (tmp_path / "own.py").write_text(FILE.format(path=str(tmp_path / "config.json"), hold=str(tmp_path / "hold")))
     return str(tmp_path / "own.py")
 
 
 def wait_for(command: Command, condition) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + LIMIT
     while not condition():
         assert command.poll() is None
         assert time.monotonic() < deadline
@@ -65,6 +81,7 @@ def test_a_sweep_whose_worker_and_driver_are_killed_has_the_same_table(config_fi
 
     sweep = [f"--config={config_file}", f"--workdir={tmp_path / 'sweep'}", "--processes=1"]
     first, second = make_members(config_file, {}, read_sweep(config_file, []), tmp_path / "sweep")
+    (tmp_path / "hold").touch()
     driver = start_command("gptjax.sweep", *sweep)
     wait_for(driver, lambda: checkpoints(first.workdir) > 0)
     os.kill(json.loads((first.workdir / "run.lock").read_text())["pid"], signal.SIGKILL)
@@ -74,6 +91,7 @@ def test_a_sweep_whose_worker_and_driver_are_killed_has_the_same_table(config_fi
     assert attempts.recorded(first.workdir) == -signal.SIGKILL
     wait_until_free(second.workdir)  # the worker that lost its driver has saved
     assert not is_held_here(second.workdir)
+    (tmp_path / "hold").unlink()
 
     result = run_command("gptjax.sweep", *sweep)
     assert result.returncode == 0, result.stderr
@@ -142,7 +160,7 @@ def test_slurm_jobs_report_their_exit_codes(tmp_path, monkeypatch):
     (member,) = make_members("configs/gpt2.py", {}, [{"data.source": "text:/nowhere"}], tmp_path)
     engine = on_slurm.SlurmEngine(tmp_path, {"timeout_min": 5}, cluster="local")
     assert engine.start(member)
-    deadline, codes = time.monotonic() + 120, {}
+    deadline, codes = time.monotonic() + LIMIT, {}
     while not codes and time.monotonic() < deadline:
         codes = engine.ended()
         time.sleep(0.1)
@@ -152,24 +170,41 @@ def test_slurm_jobs_report_their_exit_codes(tmp_path, monkeypatch):
         on_slurm.SlurmEngine(tmp_path, {"partitio": "x"}, cluster="local")
 
 
+def test_a_slurm_job_that_is_preempted_before_its_member_has_started_is_queued_again(tmp_path):
+    submitit = pytest.importorskip("submitit")
+    from gptjax.launch import on_slurm
+
+    job = on_slurm.MemberJob(attempts.Task(str(tmp_path), (), str(tmp_path)))
+    assert isinstance(job.checkpoint(), submitit.helpers.DelayedSubmission)
+
+
+def test_a_request_to_stop_reaches_a_ray_actor_before_its_process_has_started(monkeypatch):
+    actor = on_ray.MemberActor()
+
+    def start(task, environment):
+        actor.stop()
+        return subprocess.Popen(["sleep", "600"])
+
+    monkeypatch.setattr(attempts, "start_when_free", start)
+    assert actor.run(attempts.Task("", (), ""), {}) == -signal.SIGTERM
+
+
 @pytest.mark.filterwarnings("ignore:os.fork")  # by Ray, before it starts other programs
 def test_ray_actors_report_their_exit_codes(tmp_path, monkeypatch):
     ray = pytest.importorskip("ray")
-    from gptjax.launch.on_ray import RayEngine
-
     monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     (member,) = make_members("configs/gpt2.py", {}, [{"data.source": "text:/nowhere"}], tmp_path)
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
-        engine = RayEngine({})
+        engine = on_ray.RayEngine({})
         assert engine.start(member)
-        deadline, codes = time.monotonic() + 120, {}
+        deadline, codes = time.monotonic() + LIMIT, {}
         while not codes and time.monotonic() < deadline:
             codes = engine.ended()
             time.sleep(0.1)
         assert codes == {member.name: 2}
         with pytest.raises(c.UserError, match=r"--engine=ray: .*num_cpu"):
-            RayEngine({"num_cpu": 1})
+            on_ray.RayEngine({"num_cpu": 1})
     finally:
         ray.shutdown()
 

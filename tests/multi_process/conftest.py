@@ -13,7 +13,7 @@ import pytest
 
 from tests.commands import ROOT, start_command
 
-LIMIT = 500  # seconds, in which a process that hangs is found out; the first compilation on a busy machine is slow
+LIMIT = 1000  # seconds, in which a process that hangs is found out; the first compilation on a busy machine is slow
 
 
 class Processes:
@@ -67,10 +67,22 @@ def place(address: str, count: int, number: int) -> list[str]:
 
 
 def free_port() -> int:
-    """Nothing listens on it, and it is below those of outgoing connections, one of which might take it meanwhile."""
+    """Returns a port on which nothing listens.
+
+    It is below those of outgoing connections, one of which might take it meanwhile. No other process gets it from this
+    function while this one lives: the UDP port of the same number is taken, by a socket that is never closed.
+    """
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
     while True:
-        port = random.randrange(20_000, 32_768)
-        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+        port = random.SystemRandom().randrange(20_000, 32_768)  # a test may have set the seed of the others
+        with (
+            suppress(OSError),
+            socket.socket(type=socket.SOCK_DGRAM) as taken,
+            socket.create_server(("", port), family=family, dualstack_ipv6=both),
+        ):
+            taken.bind(("", port))
+            taken.detach()
             return port
 
 

@@ -1,6 +1,7 @@
 """XLA flags reach the compiler, an invalid one is a user error, and long compilations are announced."""
 
 import io
+import re
 import threading
 
 import jax
@@ -9,6 +10,8 @@ import pytest
 
 from gptjax.config import UserError
 from gptjax.parallel import compiler
+
+LIMIT = 1000.0  # seconds, in which what hangs is found out
 
 
 def lowered() -> jax.stages.Lowered:
@@ -55,18 +58,19 @@ def test_a_long_compilation_is_announced_and_erased(monkeypatch) -> None:
     monkeypatch.setattr(compiler, "QUIET_SECONDS", 0.0)
     monkeypatch.setattr("sys.stderr", file := Stderr(terminal=False))
     with compiler.announced("the step"):
-        assert file.written.wait(60)
+        assert file.written.wait(LIMIT)
     assert file.getvalue() == "compiling the step ...\n"
     monkeypatch.setattr("sys.stderr", terminal := Stderr(terminal=True))
     with compiler.announced("the step"):
-        assert terminal.written.wait(60)
+        assert terminal.written.wait(LIMIT)
     first, *_, blank, end = terminal.getvalue().split("\r")[1:]
-    assert first.startswith("compiling the step ... 0 s")
+    assert re.match(r"compiling the step \.\.\. \d+ s", first)
     assert blank.strip() == end == ""
     assert len(blank) == len(first)
 
 
 def test_a_short_compilation_is_not_announced(monkeypatch) -> None:
+    monkeypatch.setattr(compiler, "QUIET_SECONDS", LIMIT)
     monkeypatch.setattr("sys.stderr", stderr := Stderr(terminal=True))
     with compiler.announced("the step"):
         pass

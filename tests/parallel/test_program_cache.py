@@ -69,7 +69,7 @@ def test_the_config_of_a_workdir_does_not_choose_the_cache(command, tmp_path):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1000,
         env={name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"},
     )
     assert result.returncode == 2

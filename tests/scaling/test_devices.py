@@ -1,5 +1,4 @@
 import logging
-import time
 from dataclasses import dataclass
 
 import jax
@@ -63,7 +62,7 @@ def test_a_cpu_is_measured_once() -> None:
     cpu = jax.devices("cpu")[0]
     peak = devices.peak_flops(cpu, "float32")
     assert peak is not None
-    assert 1e9 < peak < 1e14
-    start = time.perf_counter()
+    assert 1e8 < peak < 1e14
+    measured = devices._measured_cpu_flops.cache_info().misses
     assert devices.peak_flops(cpu, "bfloat16") == peak
-    assert time.perf_counter() - start < 0.01
+    assert devices._measured_cpu_flops.cache_info().misses == measured

@@ -8,7 +8,7 @@ from gptjax.data.tokenizers import BytesTokenizer
 from gptjax.evaluation.scoring import Scorer, encode_pair
 from gptjax.models.gpt import GPT
 from gptjax.parallel.mesh import make_mesh
-from tests.tiny_servers import CONFIG, tiny_params
+from tests.tiny_servers import CONFIG, LIMIT, tiny_params
 
 
 def test_langchain(server):
@@ -48,7 +48,7 @@ def test_schemathesis(server):
     def check(case):
         if isinstance(case.body, dict) and case.body.get("model") is not None:
             case.body["model"] = "tiny"
-        case.call_and_validate(excluded_checks=excluded)
+        case.call_and_validate(excluded_checks=excluded, timeout=LIMIT)
 
     for result in schema.get_all_operations():
         operation = result.ok()

@@ -1,9 +1,11 @@
-"""The order in which waiting completions are served."""
+"""The order in which waiting completions are served, and calls between two rounds."""
 
 import asyncio
+import threading
 
 from gptjax.inference.requests import GenerationRequest
-from gptjax.serving.engine_thread import FairQueue, Generation
+from gptjax.serving.engine_thread import EngineThread, FairQueue, Generation
+from gptjax.serving.server_metrics import ServerMetrics
 
 
 def queue_of(clients):
@@ -32,3 +34,20 @@ def test_what_is_cancelled_or_late_leaves_the_queue():
     assert [generation.client for generation in removed] == ["a", "b", "b"]
     assert len(queue) == 1
     assert queue.pop().client == "a"
+
+
+def test_a_call_that_outlives_its_event_loop_does_not_end_the_thread():
+    thread, begun, resumed = EngineThread(None, ServerMetrics(), max_queue=1), threading.Event(), threading.Event()
+    thread.start()
+
+    async def leave() -> None:
+        call = asyncio.create_task(thread.call(lambda: (begun.set(), resumed.wait())))
+        await asyncio.to_thread(begun.wait)
+        call.cancel()
+
+    try:
+        asyncio.run(leave())
+        resumed.set()
+        assert asyncio.run(thread.call(lambda: 7)) == 7
+    finally:
+        thread.stop()

@@ -5,11 +5,13 @@ import json
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
-import httpx
 import pytest
 
+from gptjax.serving import engine_thread
 from gptjax.serving.json_bodies import MAX_DEPTH
+from tests.tiny_servers import LIMIT, slow_down, wait_until
 
 PATH = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -19,13 +21,6 @@ CHAT = {"model": "tiny", "messages": MESSAGES, "max_tokens": 4}
 def raw(server, content, kind="application/json", path=PATH):
     with server.client() as client:
         return client.post(path, content=content, headers={"Content-Type": kind})
-
-
-def wait_until(condition, seconds=10.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(
@@ -144,22 +139,19 @@ def test_other_origins_are_refused_unless_they_are_named(server, serve_tiny):
         )
 
 
-def test_slow_headers_and_bodies_are_cut_off(serve_tiny, monkeypatch):
-    monkeypatch.setattr("gptjax.serving.http_server.HEADER_SECONDS", 0.3)
-    with serve_tiny(body_seconds=0.3) as server:
-        host, port = server.url.removeprefix("http://").split(":")
+def test_slow_headers_and_bodies_are_cut_off(serve_tiny):
+    with serve_tiny() as server:
+        options = server.serving.options
         for begin in (b"GET / HTTP/1.1\r\nHost:", b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: "
                       b"application/json\r\nContent-Length: 99\r\n\r\n{"):  # fmt: skip
-            with socket.create_connection((host, int(port)), timeout=5) as connection:
-                connection.sendall(begin)
-                assert b" 408 " in connection.recv(4096)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("gptjax.serving.http_server.HEADER_SECONDS", 2.0)
+                server.serving.options = dataclasses.replace(options, body_seconds=2.0)
+                with socket.create_connection(server.address, timeout=LIMIT) as connection:
+                    connection.sendall(begin)
+                    assert b" 408 " in connection.recv(4096)
+        server.serving.options = options
         assert server.chat()["choices"]
-
-
-def slow_down(monkeypatch, engine):
-    """Makes each step of an engine take a twentieth of a second longer."""
-    step = engine.step
-    monkeypatch.setattr(engine, "step", lambda: (time.sleep(0.05), step())[1])
 
 
 def test_a_full_queue_is_429_and_a_late_request_504(serve_tiny, monkeypatch):
@@ -167,7 +159,6 @@ def test_a_full_queue_is_429_and_a_late_request_504(serve_tiny, monkeypatch):
     with serve_tiny(rows=4, max_queue=1) as server:
         server.chat()  # compiles
         slow_down(monkeypatch, server.engine)
-        server.serving.options = dataclasses.replace(server.serving.options, request_seconds=3.0)
         answers = []
         threads = [threading.Thread(target=lambda: answers.append(server.post(PATH, **long))) for _ in range(5)]
         for number, thread in enumerate(threads, start=1):
@@ -178,6 +169,8 @@ def test_a_full_queue_is_429_and_a_late_request_504(serve_tiny, monkeypatch):
         assert refused.status_code == 429
         assert int(refused.headers["retry-after"]) >= 1
         assert refused.json()["error"]["type"] == "rate_limit_error"
+        later = SimpleNamespace(monotonic=lambda: time.monotonic() + server.serving.options.request_seconds)
+        monkeypatch.setattr(engine_thread, "time", later)
         for thread in threads:
             thread.join()
         assert {answer.status_code for answer in answers} == {504}
@@ -189,17 +182,21 @@ def test_a_client_that_disconnects_frees_its_row(serve_tiny, monkeypatch, stream
     long = {**CHAT, "max_tokens": 900, "stream": stream, "logit_bias": {str(end): -100 for end in (256, 258, 259)}}
     with serve_tiny() as server:
         slow_down(monkeypatch, server.engine)
-        with server.client() as client:
-            if stream:
-                with client.stream("POST", PATH, json=long) as response:
-                    next(response.iter_bytes())
-            else:
-                with pytest.raises(httpx.TimeoutException):
-                    client.post(PATH, json=long, timeout=0.5)
-        wait_until(lambda: server.engine.stats.rows_in_use == 0, 3)
-        assert server.engine.stats.pages_in_use == 0
-        wait_until(lambda: server.serving.active == 0)
-        assert any(line.get("disconnected") for line in server.log_lines())
+        if stream:
+            with server.client() as client, client.stream("POST", PATH, json=long) as response:
+                next(response.iter_bytes())
+        else:
+            with socket.create_connection(server.address, timeout=LIMIT) as connection:
+                body = json.dumps(long).encode()
+                head = f"POST {PATH} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+                connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+                wait_until(lambda: server.engine.stats.rows_in_use == 1)
+        wait_until(lambda: server.log_lines())
+        (line,) = server.log_lines()
+        assert line["disconnected"]
+        wait_until(lambda: (server.engine.stats.rows_in_use, server.engine.stats.pages_in_use) == (0, 0))
+        assert server.serving.active == 0
+        assert server.engine.stats.tokens_decoded < 900
 
 
 def test_a_failing_engine_fails_its_requests_and_serves_on(serve_tiny, monkeypatch, caplog):
@@ -216,14 +213,17 @@ def test_a_failing_engine_fails_its_requests_and_serves_on(serve_tiny, monkeypat
         assert server.engine.stats.rows_in_use == 0
 
 
-def test_draining_refuses_new_requests_and_ends_old_ones(serve_tiny):
+def test_draining_refuses_new_requests_and_ends_old_ones(serve_tiny, monkeypatch):
     with serve_tiny() as server:
+        step, resumed = server.engine.step, threading.Event()
+        monkeypatch.setattr(server.engine, "step", lambda: (resumed.wait(LIMIT), step())[1])
         answers = []
         thread = threading.Thread(target=lambda: answers.append(server.chat(max_tokens=100)))
         thread.start()
         wait_until(lambda: server.serving.thread.num_running == 1)
         server.serving.draining = True
         refused = server.post(PATH, **CHAT)
+        resumed.set()
         assert refused.status_code == 503
         assert "retry-after" in refused.headers
         thread.join()

@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+from tests.tiny_servers import LIMIT, slow_down, wait_until
+
+MILLISECONDS = 1000 * LIMIT
 PAGE = Path(__file__).parents[2] / "gptjax" / "serving" / "page"
 MARKDOWN = """# Title
 
@@ -62,7 +65,9 @@ def browser() -> Iterator[Any]:
     quiet = ("background-networking", "component-update", "sync", "quic", "gpu")
     with playwright.sync_playwright() as running:
         found = running.chromium.launch(
-            executable_path=chromium, args=["--no-sandbox", *(f"--disable-{name}" for name in quiet)]
+            timeout=MILLISECONDS,
+            executable_path=chromium,
+            args=["--no-sandbox", *(f"--disable-{name}" for name in quiet)],
         )
         yield found
         found.close()
@@ -78,6 +83,7 @@ def page_server(browser, serve_tiny) -> Iterator[Any]:
 def page(browser, page_server) -> Iterator[Any]:
     """The page in a new profile, in English, once it has the models."""
     context = browser.new_context(locale="en-GB", viewport={"width": 1000, "height": 700})
+    context.set_default_timeout(MILLISECONDS)
     errors: list[str] = []
     opened = context.new_page()
     opened.on("pageerror", lambda error: errors.append(str(error)))
@@ -138,7 +144,8 @@ def test_a_conversation(page, page_server) -> None:
     assert page.locator("#list li").count() == 0
 
 
-def test_stop_frees_the_row(page, page_server) -> None:
+def test_stop_frees_the_row(page, page_server, monkeypatch) -> None:
+    slow_down(monkeypatch, page_server.engine)
     page.click("#toggle-settings")
     page.fill("#max_tokens", "900")
     page.fill("#input", "Go on")
@@ -147,13 +154,8 @@ def test_stop_frees_the_row(page, page_server) -> None:
     page.wait_for_selector(".message.assistant .body:not(.waiting)")
     page.keyboard.press("Escape")
     page.wait_for_selector("#send", state="visible")
-    assert page.get_by_text("Stopped.").is_visible()
-    with page_server.client() as client:
-        for _ in range(100):
-            if page_server.engine.is_idle:
-                break
-            client.get("/health")
-    assert page_server.engine.is_idle
+    page.get_by_text("Stopped.").wait_for(state="visible")
+    wait_until(lambda: page_server.engine.is_idle)
 
 
 def test_markdown_never_becomes_html_of_its_own(page) -> None:
@@ -210,6 +212,7 @@ def test_an_error_of_the_server_is_shown(page) -> None:
 def test_an_api_key_is_asked_for_and_kept(browser, serve_tiny) -> None:
     with serve_tiny(page=PAGE, api_keys=("secret",)) as server:
         context = browser.new_context(locale="zh-CN")
+        context.set_default_timeout(MILLISECONDS)
         opened = context.new_page()
         opened.goto(server.url)
         opened.fill("#key", "secret")

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 
@@ -27,6 +26,7 @@ from gptjax.stages.finetune.predictor import load_predictor
 from gptjax.stages.saved_weights import given_base, load_given
 from tests.commands import ROOT, run_command, start_command
 from tests.tiny_chats import save_sft
+from tests.tiny_servers import LIMIT, wait_until
 from tests.tiny_tasks import run_config, save_classifier
 
 
@@ -40,7 +40,7 @@ def ask(url, path, body=None):
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(request, timeout=LIMIT) as response:
             return response.status, json.load(response)
     except urllib.error.HTTPError as error:
         return error.code, json.load(error)
@@ -58,7 +58,7 @@ def test_a_workdir_is_served_until_sigterm(workdir, tmp_path):
         assert answer["usage"]["completion_tokens"] <= 5
         assert ask(url, "/v1/chat/completions", {**body, "model": "x"})[0] == 404
         command.send_signal(signal.SIGTERM)
-        result = command.result(30)
+        result = command.result(LIMIT)
     finally:
         command.close()
     assert result.returncode == 0, result.stderr
@@ -131,6 +131,12 @@ def test_mistakes_in_flags(workdir, arguments, words):
     assert len(result.stderr.splitlines()) == 1
 
 
+def metric(url, name):
+    with urllib.request.urlopen(f"{url}/metrics", timeout=LIMIT) as response:
+        lines = response.read().decode().splitlines()
+    return next(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name} "))
+
+
 @pytest.mark.slow
 def test_load_with_clients_that_leave(workdir, tmp_path):
     """No errors but 429, nothing left in use, and SIGTERM under load: answers end, the exit code is 0."""
@@ -142,15 +148,15 @@ def test_load_with_clients_that_leave(workdir, tmp_path):
         arguments = [f"--url={url}", "--requests=600", "--max_tokens=4", "--prompt_words=1"]
         load = [sys.executable, "-m", "benchmarks.serve", *arguments]
         subprocess.run([*load, "--concurrency=100", "--disconnect=0.3"], cwd=ROOT, check=True)
-        with urllib.request.urlopen(f"{url}/metrics") as response:
-            metrics = response.read().decode()
-        for name in ("rows_in_use", "waiting", "pages_in_use"):
-            assert f"gptjax_engine_{name} 0.0" in metrics
+        in_use = [f"gptjax_engine_{name}" for name in ("rows_in_use", "waiting", "pages_in_use")]
+        wait_until(lambda: [metric(url, name) for name in in_use] == [0, 0, 0])
+        answered = 'gptjax_requests_total{path="/v1/chat/completions",status="200"}'
+        before = metric(url, answered)
         under_load = subprocess.Popen([*load, "--concurrency=50"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        time.sleep(3)
+        wait_until(lambda: metric(url, answered) >= before + 50)
         command.send_signal(signal.SIGTERM)
-        assert command.wait(60) == 0
-        statuses = json.loads(under_load.communicate(timeout=60)[0].partition(": ")[2])["statuses"]
+        assert command.wait(LIMIT) == 0
+        statuses = json.loads(under_load.communicate(timeout=LIMIT)[0].partition(": ")[2])["statuses"]
         assert statuses.get("200", 0) > 0
         assert not any("error" in status for status in statuses)
     finally:

@@ -52,10 +52,21 @@ def test_stopped_anywhere_it_goes_on_as_if_undisturbed(tiny, tmp_path, monkeypat
         assert records(tmp_path / "whole", split) == records(workdir, split)
 
 
-def start(config: Config, workdir: Path) -> subprocess.Popen[str]:
-    """`python -m gptjax.main` with a config as it is."""
+# A command in which something takes for ever, as long as it would on a busy machine.
+HANGING = """
+import runpy, threading
+from {module} import {name}
+
+{name}.{function} = lambda *_, **__: threading.Event().wait()
+runpy.run_module("gptjax.main", run_name="__main__", alter_sys=True)
+"""
+
+
+def start(config: Config, workdir: Path, *program: str) -> subprocess.Popen[str]:
+    """`python -m gptjax.main`, or another program that runs it, with a config as it is."""
     file = write_config(workdir.with_suffix(".py"), config)
-    command = [sys.executable, "-m", "gptjax.main", f"--config={file}", f"--workdir={workdir}"]
+    program = program or ("-m", "gptjax.main")
+    command = [sys.executable, *program, f"--config={file}", f"--workdir={workdir}"]
     return subprocess.Popen(
         command, cwd=ROOT, env={**os.environ}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -85,7 +96,9 @@ def test_signals_end_the_command_with_their_exit_codes(tiny, tmp_path):
     last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
     assert (last["step"], last["split"]) == (step, "train")
 
-    process = start(long, workdir)  # Before the first step there is nothing to save: it does not wait for one.
+    # Before the first step there is nothing to save: it does not wait for one.
+    compiling = HANGING.format(module="gptjax.parallel", name="compiler", function="compile")
+    process = start(long, workdir, "-c", compiling)
     wait_for("parameters ", process)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
@@ -95,7 +108,8 @@ def test_signals_end_the_command_with_their_exit_codes(tiny, tmp_path):
 
 def test_a_second_signal_ends_the_command_at_once(tiny, tmp_path):
     long = replace(tiny, {"batch": {"total_tokens": 10**8}, "evaluation": {"every_tokens": None}})
-    process = start(replace(long, {"checkpoint": {"every_tokens": None}}), tmp_path / "run")
+    saving = HANGING.format(module="gptjax.checkpoint.manager", name="Checkpoints", function="save")
+    process = start(replace(long, {"checkpoint": {"every_tokens": None}}), tmp_path / "run", "-c", saving)
     wait_for("compiled the training step", process)
     process.send_signal(signal.SIGSTOP)  # both are there when it wakes up
     process.send_signal(signal.SIGTERM)

@@ -221,7 +221,7 @@ class EngineThread:
         return await job.future
 
     def _full(self, waiting: int) -> ApiError:
-        rows = max(1, len(self._running))
+        rows = 1 if self.engine is None else max(1, len(self._running) + self.engine.free_rows)
         seconds = min(MAX_RETRY_SECONDS, max(1, round(self._seconds * waiting / rows)))
         return ApiError(
             429,

@@ -1,9 +1,11 @@
-"""The order in which waiting completions are served."""
+"""The order in which waiting completions are served, and clients admitted."""
 
 import asyncio
 
 from gptjax.inference.requests import GenerationRequest
-from gptjax.serving.engine_thread import FairQueue, Generation
+from gptjax.serving.api_errors import ApiError
+from gptjax.serving.engine_thread import EngineThread, FairQueue, Generation, RefusedClients
+from gptjax.serving.server_metrics import ServerMetrics
 
 
 def queue_of(clients):
@@ -32,3 +34,39 @@ def test_what_is_cancelled_or_late_leaves_the_queue():
     assert [generation.client for generation in removed] == ["a", "b", "b"]
     assert len(queue) == 1
     assert queue.pop().client == "a"
+
+
+def test_a_refused_client_has_precedence_over_those_that_came_later():
+    async def run():
+        thread = EngineThread(None, ServerMetrics(), max_queue=4)
+
+        def submit(client):
+            try:
+                return thread.submit([GenerationRequest((1,), 1)], client, 60.0)[0]
+            except ApiError as error:
+                return error.status
+
+        def end(generation):
+            thread.cancel(generation)
+            thread._take_ended()
+
+        admitted = [submit(client) for client in "abcd"]
+        assert submit("e") == 429
+        end(admitted[0])
+        assert submit("a") == 429  # the free place is that of e
+        assert submit("e").client == "e"
+        assert submit("b") == 429  # full
+        end(admitted[1])
+        assert [submit(client) for client in "bc"] == [429, 429]  # the place is that of a
+        assert submit("a").client == "a"
+
+    asyncio.run(run())
+
+
+def test_no_place_is_kept_for_clients_that_stay_away():
+    refused = RefusedClients(2)
+    for i, client in enumerate("abc"):
+        refused.note(client, until=10.0 + i)
+    assert [refused.before(client, 0.0) for client in "abc"] == [0, 1, 2]  # c found no place in the list
+    assert refused.before("b", 10.5) == 0
+    assert refused.before("c", 12.0) == 0

@@ -36,10 +36,12 @@ class Outcome:
 
     Attributes:
       wished: beginning of the first attempt, where earlier ones had status 429.
+      refusals: number of these.
     """
 
     client: int
     wished: float
+    refusals: int
     begun: float
     status: str = ""
     first: float | None = None
@@ -95,21 +97,22 @@ class Load:
 
     async def _client(self, number: int) -> None:
         """Sends one request after the other until the time is over, or the server shuts down."""
-        wish, wished = draw(self._rng, self._leaves, self._typical), time.monotonic()
+        wish, wished, refusals = draw(self._rng, self._leaves, self._typical), time.monotonic(), 0
         while time.monotonic() < self.ends_at:
-            outcome = await self.ask(number, wish, wished)
+            outcome = await self.ask(number, wish, wished, refusals)
             if outcome.status == "429":
+                refusals += 1
                 await asyncio.sleep(min(outcome.retry_after or 0.0, max(0.0, self.ends_at - time.monotonic())))
                 continue
             if outcome.status == "200":
                 self._typical += 0.02 * (outcome.ended - outcome.begun - self._typical)
             elif outcome.status != "left":
                 return
-            wish, wished = draw(self._rng, self._leaves, self._typical), time.monotonic()
+            wish, wished, refusals = draw(self._rng, self._leaves, self._typical), time.monotonic(), 0
 
-    async def ask(self, number: int, wish: Wish, wished: float) -> Outcome:
+    async def ask(self, number: int, wish: Wish, wished: float, refusals: int = 0) -> Outcome:
         """Sends a request; notes and returns its outcome."""
-        outcome = Outcome(number, wished, time.monotonic())
+        outcome = Outcome(number, wished, refusals, time.monotonic())
         headers = authorization(self._keys[number])
         try:
             async with asyncio.timeout(wish.leaves_after_seconds):
@@ -169,6 +172,7 @@ def summary(outcomes: list[Outcome], seconds: float) -> dict[str, Any]:
         "requests_per_second": round(len(answers) / seconds, 1),
         "tokens_per_second": round(sum(outcome.tokens for outcome in outcomes) / seconds, 1),
         "first_token_seconds": quantiles([o.first - o.begun for o in answers if o.first is not None]),
+        "refusals_in_a_row": quantiles([float(o.refusals) for o in answers]),
         "answer_seconds": quantiles([o.ended - o.begun for o in answers]),
         "answer_seconds_with_refusals": quantiles([o.ended - o.wished for o in answers]),
     }

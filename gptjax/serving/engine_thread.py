@@ -114,21 +114,24 @@ class RefusedClients:
 
     Places are kept for them: otherwise a client whose request was just answered would always find its own place free,
     and those that wait as long as Retry-After says none.
+
+    Args:
+      most: places that are kept; four times as many clients are in the list at most.
     """
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._until: OrderedDict[str, float] = OrderedDict()
 
-    def before(self, client: str, now: float) -> int:
-        """Returns the number of other clients that have precedence over a client."""
+    def places_kept(self, client: str, now: float) -> int:
+        """Returns the number of places that are kept for clients before this one."""
         self._until = OrderedDict((other, until) for other, until in self._until.items() if until > now)
         names = list(self._until)
-        return names.index(client) if client in self._until else len(names)
+        return min(self._most, names.index(client) if client in self._until else len(names))
 
     def note(self, client: str, until: float) -> None:
-        """Adds a client, or keeps its place; beyond `most` clients it does nothing."""
-        if client in self._until or len(self._until) < self._most:
+        """Appends a client; one that is in the list keeps its place in it."""
+        if client in self._until or len(self._until) < 4 * self._most:
             self._until[client] = until
 
     def admit(self, client: str) -> None:
@@ -217,7 +220,7 @@ class EngineThread:
         deadline = now + seconds
         with self._condition:
             waiting = len(self._waiting)
-            if waiting and waiting + self._refused.before(client, now) + len(requests) > self._max_queue:
+            if waiting and waiting + self._refused.places_kept(client, now) + len(requests) > self._max_queue:
                 error = self._full(waiting)
                 self._refused.note(client, now + float(error.headers["Retry-After"]) + KEPT_SECONDS)
                 raise error

@@ -63,10 +63,13 @@ def test_a_refused_client_has_precedence_over_those_that_came_later():
     asyncio.run(run())
 
 
-def test_no_place_is_kept_for_clients_that_stay_away():
+def test_few_places_are_kept_and_none_for_clients_that_stay_away():
     refused = RefusedClients(2)
-    for i, client in enumerate("abc"):
+    clients = "abcdefghi"
+    for i, client in enumerate(clients):
         refused.note(client, until=10.0 + i)
-    assert [refused.before(client, 0.0) for client in "abc"] == [0, 1, 2]  # c found no place in the list
-    assert refused.before("b", 10.5) == 0
-    assert refused.before("c", 12.0) == 0
+    assert [refused.places_kept(client, 0.0) for client in clients] == [0, 1, *[2] * 7]
+    refused.admit("a")
+    assert [refused.places_kept(client, 0.0) for client in "bcd"] == [0, 1, 2]
+    assert refused.places_kept("d", 12.5) == 0
+    assert refused.places_kept("i", 18.0) == 0  # found no place in the list

@@ -36,7 +36,8 @@ interop: $(VENV)/.installed-test $(VENV)/.installed-interop ## compare with torc
 	$(BIN)/python -m pytest -n auto $$(grep -rlE --include='*.py' 'importorskip\("(torch|trl|lm_eval|openai_harmony)"' tests)
 
 clients: $(VENV)/.installed-test $(VENV)/.installed-clients ## use the server by clients of OpenAI's API, installing them
-	$(BIN)/python -m pytest -n0 tests/serving/test_clients.py
+	! command -v npm >/dev/null || npm install --silent --no-audit --no-fund --prefix build/node openai@6
+	$(BIN)/python -m pytest -n0 -rs $$(grep -rl --include='*.py' 'make clients' tests/serving)
 
 remote: $(VENV)/.installed-test $(VENV)/.installed-remote ## read from and train in emulated buckets, installing s3fs and gcsfs
 	$(BIN)/python -m pytest -n auto --dist loadfile tests/data/test_remote_files.py $$(grep -rl --include='*.py' 'importorskip("gcsfs")' tests)

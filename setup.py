@@ -25,7 +25,7 @@ TEST = [
 ]
 DOCS = ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
 # Clients of OpenAI's API, for tests of the server that are skipped without them.
-CLIENTS = ["langchain-openai>=1.7", "schemathesis>=4.32"]
+CLIENTS = ["langchain-openai>=1.7", "langchain-tests>=1.1.9", "schemathesis>=4.32"]
 # The notebooks of colab/ as text and as .ipynb files, and a kernel to execute them.
 NOTEBOOKS = ["jupytext>=1.17", "nbclient>=0.10", "ipykernel>=6.29"]
 BROWSER = ["playwright>=1.60"]  # drives Debian's chromium, or one that `playwright install chromium` fetches

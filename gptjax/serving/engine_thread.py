@@ -22,6 +22,7 @@ from gptjax.serving.api_errors import ApiError
 from gptjax.serving.server_metrics import ServerMetrics
 
 MAX_RETRY_SECONDS = 60
+KEPT_SECONDS = 2.0  # after the time of Retry-After, for which a refused client has precedence
 
 
 class Generation:
@@ -108,6 +109,35 @@ class FairQueue:
         return removed
 
 
+class RefusedClients:
+    """Clients that a full queue refused, in the order of their first refusal, until they are admitted or stay away.
+
+    Places are kept for them: otherwise a client whose request was just answered would always find its own place free,
+    and those that wait as long as Retry-After says none.
+
+    Args:
+      most: places that are kept; four times as many clients are in the list at most.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._until: OrderedDict[str, float] = OrderedDict()
+
+    def places_kept(self, client: str, now: float) -> int:
+        """Returns the number of places that are kept for clients before this one."""
+        self._until = OrderedDict((other, until) for other, until in self._until.items() if until > now)
+        names = list(self._until)
+        return min(self._most, names.index(client) if client in self._until else len(names))
+
+    def note(self, client: str, until: float) -> None:
+        """Appends a client; one that is in the list keeps its place in it."""
+        if client in self._until or len(self._until) < 4 * self._most:
+            self._until[client] = until
+
+    def admit(self, client: str) -> None:
+        self._until.pop(client, None)
+
+
 @dataclasses.dataclass
 class _Job:
     """A function to run between two rounds."""
@@ -140,6 +170,7 @@ class EngineThread:
         self.engine, self._metrics, self._max_queue = engine, metrics, max_queue
         self._condition = threading.Condition()
         self._waiting = FairQueue()
+        self._refused = RefusedClients(max_queue // 2)
         self._running: dict[int, Generation] = {}
         self._jobs: deque[_Job] = deque()
         self._changed = False  # something was cancelled
@@ -185,11 +216,15 @@ class EngineThread:
         Raises:
           ApiError: 429: the queue is full.
         """
-        deadline = time.monotonic() + seconds
+        now = time.monotonic()
+        deadline = now + seconds
         with self._condition:
             waiting = len(self._waiting)
-            if waiting and waiting + len(requests) > self._max_queue:
-                raise self._full(waiting)
+            if waiting and waiting + self._refused.places_kept(client, now) + len(requests) > self._max_queue:
+                error = self._full(waiting)
+                self._refused.note(client, now + float(error.headers["Retry-After"]) + KEPT_SECONDS)
+                raise error
+            self._refused.admit(client)
             generations = [Generation(request, client, deadline) for request in requests]
             for generation in generations:
                 self._waiting.push(generation)
@@ -221,7 +256,7 @@ class EngineThread:
         return await job.future
 
     def _full(self, waiting: int) -> ApiError:
-        rows = max(1, len(self._running))
+        rows = 1 if self.engine is None else max(1, len(self._running) + self.engine.free_rows)
         seconds = min(MAX_RETRY_SECONDS, max(1, round(self._seconds * waiting / rows)))
         return ApiError(
             429,

@@ -37,7 +37,7 @@ class Structure:
             case "json":
                 return {"name": name, "json_schema": _compact(self.value)}
             case "regex":
-                return {"name": name, "lark_grammar": f"start: CONTENT\nCONTENT: /(?s:{_slashed(self.value)})/"}
+                return {"name": name, "lark_grammar": f"start: CONTENT\nCONTENT: /(?:{_slashed(self.value)})/"}
             case "choice":
                 choices = " | ".join(json.dumps(text, ensure_ascii=False) for text in self.value)
                 return {"name": name, "lark_grammar": f"start: {choices}"}

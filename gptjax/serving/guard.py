@@ -51,8 +51,8 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = _Exchange(scope, send)
         serving = self._serving
+        exchange = _Exchange(scope, send, serving)
         serving.active += 1
         try:
             self._admit(scope)
@@ -90,7 +90,7 @@ class Guard:
                 503,
                 "the server is shutting down",
                 code="shutting_down",
-                headers={"Retry-After": str(DRAIN_RETRY_SECONDS), "Connection": "close"},
+                headers={"Retry-After": str(DRAIN_RETRY_SECONDS)},
             )
 
     def _log(self, scope: Scope, exchange: "_Exchange") -> None:
@@ -119,8 +119,8 @@ class Guard:
 class _Exchange:
     """One request and its response."""
 
-    def __init__(self, scope: Scope, send: Send) -> None:
-        self._send = send
+    def __init__(self, scope: Scope, send: Send, serving: Serving) -> None:
+        self._send, self._serving = send, serving
         self.identity = secrets.token_hex(8)
         self.started = time.monotonic()
         self.status: int | None = None
@@ -131,7 +131,9 @@ class _Exchange:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message["headers"] = [*message["headers"], (b"x-request-id", self.identity.encode())]
+            # The connection of a server that shuts down will be closed: clients must not send further requests on it.
+            closes = [(b"connection", b"close")] if self._serving.draining else []
+            message["headers"] = [*message["headers"], (b"x-request-id", self.identity.encode()), *closes]
         await self._send(message)
 
     async def fail(self, error: ApiError, scope: Scope, receive: Receive) -> None:

@@ -18,6 +18,7 @@ from gptjax.serving.answering import Serving
 HEADER_SECONDS = 10.0  # time limit for a client to send the headers of a request
 IDLE_SECONDS = 30.0  # after which a connection without a request is closed
 MAX_HEADER_BYTES = 32 << 10
+LINGER_SECONDS = 0.5  # after the last answer of a server that ends: requests on their way are refused, not cut off
 
 
 class TimedProtocol(H11Protocol):
@@ -72,6 +73,7 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._serving, self._drain_seconds = serving, drain_seconds
         self._drains_since: float | None = None
+        self._drained_at: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begins to drain; a second signal ends the server at once."""
@@ -85,8 +87,11 @@ class DrainingServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         if self._drains_since is not None:
-            seconds = time.monotonic() - self._drains_since
-            if self._serving.active == 0 or seconds > self._drain_seconds:
+            now = time.monotonic()
+            if self._drained_at is None and self._serving.active == 0:
+                self._drained_at = now
+            drained = self._drained_at is not None and now - self._drained_at >= LINGER_SECONDS
+            if drained or now - self._drains_since > self._drain_seconds:
                 self.should_exit = True
         return await super().on_tick(counter)
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import jsonschema
 import numpy as np
@@ -29,20 +30,34 @@ def json_schema(schema):
 
 
 def random_schema(rng, depth=2):
-    """A random schema whose values are short."""
-    kind = rng.choice(["integer", "boolean", "string", "enum", "object", "array"][: 6 if depth else 4])
-    match kind:
+    """A random schema that each completion can satisfy in a few hundred characters."""
+    kinds = ["integer", "number", "boolean", "null", "string", "pattern", "enum", "const", "any", "reference"]
+    match rng.choice([*kinds, "object", "object", "array"] if depth else kinds[:-2]):
         case "integer":
             low = int(rng.integers(-1000, 1000))
             return {"type": "integer", "minimum": low, "maximum": low + int(rng.integers(0, 5000))}
-        case "boolean":
-            return {"type": "boolean"}
+        case "number":
+            low = round(float(rng.uniform(-10, 10)), 2)
+            return {"type": "number", "minimum": low, "maximum": low + 3}
+        case "boolean" | "null" as name:
+            return {"type": name}
         case "string":
-            return {"type": "string", "maxLength": int(rng.integers(0, 12))}
+            least = int(rng.integers(0, 5))
+            return {"type": "string", "minLength": least, "maxLength": least + int(rng.integers(0, 12))}
+        case "pattern":
+            return {"type": "string", "pattern": f"^[a-f]{{1,{rng.integers(1, 5)}}}(-[0-9]{{2}})?$"}
         case "enum":
             return {"enum": [["a", 1, None, "ünï", True][i] for i in rng.permutation(5)[: int(rng.integers(1, 5))]]}
+        case "const":
+            return {"const": [3, "x y", {"a": [1]}, False][int(rng.integers(4))]}
+        case "any":
+            return {"anyOf": [random_schema(rng, depth - 1) for _ in range(2)]}
+        case "reference":
+            return {"$ref": "#/$defs/shared"}
         case "array":
-            return {"type": "array", "items": random_schema(rng, depth - 1), "maxItems": int(rng.integers(0, 4))}
+            least = int(rng.integers(0, 2))
+            items = random_schema(rng, depth - 1)
+            return {"type": "array", "items": items, "minItems": least, "maxItems": least + int(rng.integers(0, 3))}
     names = [f"key{i}" for i in range(int(rng.integers(0, 4)))]
     return {
         "type": "object",
@@ -52,22 +67,77 @@ def random_schema(rng, depth=2):
     }
 
 
-def check_draws(server, first, count):
-    for draw in range(first, first + count):
+def random_regex(rng, depth=2):
+    r"""A random regular expression of bounded length, in the syntax that Rust and Python share.
+
+    Without \w, \d and \S, which are other characters of Unicode there.
+    """
+    pieces = []
+    for _ in range(int(rng.integers(1, 4))):
+        kind = rng.choice(["literal", "class", "negated", "escape", "any", "group"][: 6 if depth else 5])
+        match kind:
+            case "literal":
+                piece = "".join(rng.choice(["a", "Z", "7", " ", "/", '"', "é", "日", r"\.", r"\\", r"\/"], 2))
+                piece = f"(?:{piece})"
+            case "class":
+                piece = rng.choice(["[a-z]", "[A-Fx0-9_]", "[äöü]", r"[\]\-]"])
+            case "negated":
+                piece = rng.choice([r"[^a-z\n]", '[^"]'])
+            case "escape":
+                piece = rng.choice(["[0-9]", r"\s", r"\n"])
+            case "any":
+                piece = "."
+            case _:
+                ways = [random_regex(rng, depth - 1) for _ in range(int(rng.integers(1, 4)))]
+                piece = f"({'|'.join(ways)})"
+        least = int(rng.integers(0, 3))
+        pieces.append(piece + rng.choice(["", "", "?", f"{{{least},{least + int(rng.integers(0, 3))}}}", "{2}"]))
+    return "".join(pieces)
+
+
+def in_parallel(check, first, count):
+    """Checks so many draws, a few at a time."""
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(check, range(first, first + count)))
+
+
+def check_schemas(server, first, count):
+    def check(draw):
         rng = np.random.default_rng(draw)
-        schema = random_schema(rng)
+        schema = {**random_schema(rng), "$defs": {"shared": random_schema(rng, 0)}}
         choice = server.chat(response_format=json_schema(schema), seed=draw, max_tokens=900)["choices"][0]
-        assert choice["finish_reason"] == "stop", schema
+        assert choice["finish_reason"] == "stop", (schema, choice)
         jsonschema.validate(json.loads(choice["message"]["content"]), schema)
+
+    in_parallel(check, first, count)
+
+
+def check_regexes(server, first, count):
+    def check(draw):
+        regex = random_regex(np.random.default_rng(draw))
+        choice = server.chat(structured_outputs={"regex": regex}, seed=draw, max_tokens=900)["choices"][0]
+        assert choice["finish_reason"] == "stop", (regex, choice)
+        assert re.fullmatch(regex, choice["message"]["content"]), (regex, choice)
+
+    in_parallel(check, first, count)
 
 
 def test_json_of_random_schemas_parses_and_validates(server):
-    check_draws(server, 0, 20)
+    check_schemas(server, 0, 20)
 
 
 @pytest.mark.slow
 def test_json_of_a_thousand_random_schemas_parses_and_validates(server):
-    check_draws(server, 1000, 1000)
+    check_schemas(server, 1000, 1000)
+
+
+def test_random_regular_expressions_match(server):
+    check_regexes(server, 0, 20)
+
+
+@pytest.mark.slow
+def test_a_thousand_random_regular_expressions_match(server):
+    check_regexes(server, 1000, 1000)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -178,10 +178,15 @@ def test_a_full_queue_is_429_and_a_late_request_504(serve_tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_disconnects_frees_its_row(serve_tiny, monkeypatch, stream):
+def test_a_client_that_disconnects_frees_its_row_within_a_step(serve_tiny, monkeypatch, stream):
     long = {**CHAT, "max_tokens": 900, "stream": stream, "logit_bias": {str(end): -100 for end in (256, 258, 259)}}
     with serve_tiny() as server:
+        server.chat()  # compiles
         slow_down(monkeypatch, server.engine)
+        steps = []
+        note(monkeypatch, server.engine, "step", steps)
+        note(monkeypatch, server.serving.thread, "cancel", steps)
+        note(monkeypatch, server.engine, "evict", steps)
         if stream:
             with server.client() as client, client.stream("POST", PATH, json=long) as response:
                 next(response.iter_bytes())
@@ -191,12 +196,18 @@ def test_a_client_that_disconnects_frees_its_row(serve_tiny, monkeypatch, stream
                 head = f"POST {PATH} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
                 connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
                 wait_until(lambda: server.engine.stats.rows_in_use == 1)
-        wait_until(lambda: server.log_lines())
-        (line,) = server.log_lines()
-        assert line["disconnected"]
-        wait_until(lambda: (server.engine.stats.rows_in_use, server.engine.stats.pages_in_use) == (0, 0))
-        assert server.serving.active == 0
-        assert server.engine.stats.tokens_decoded < 900
+        wait_until(lambda: "evict" in steps)
+        assert steps.count("step") < 100
+        assert steps[steps.index("cancel") : steps.index("evict")].count("step") <= 1  # that in progress
+        wait_until(lambda: server.engine.stats.rows_in_use == server.engine.stats.pages_in_use == 0)
+        wait_until(lambda: server.serving.active == 0)
+        assert any(line.get("disconnected") for line in server.log_lines())
+
+
+def note(monkeypatch, owner, name, calls):
+    """Makes the calls of a method append its name to `calls`."""
+    method = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *given: (calls.append(name), method(*given))[1])
 
 
 def test_a_failing_engine_fails_its_requests_and_serves_on(serve_tiny, monkeypatch, caplog):

@@ -14,7 +14,6 @@ from gptjax.data.templates import ChatFormat, chat_format
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.files import expand
 from gptjax.inference.batching import BatchedEngine
-from gptjax.inference.requests import GenerationRequest
 from gptjax.inference.weights import WeightFormat
 from gptjax.interop import huggingface
 from gptjax.models.gpt import GPT
@@ -167,7 +166,7 @@ def create_engine(
     *,
     deterministic: bool,
 ) -> BatchedEngine:
-    """Creates the engine, and compiles its programs by first completions. Arguments as in `BatchedEngine`."""
+    """Creates the engine, and compiles its programs. Arguments as in `BatchedEngine`."""
     engine = BatchedEngine(
         base.model,
         base.params,
@@ -179,12 +178,7 @@ def create_engine(
         deterministic=deterministic,
         adapters={name: (adapter.settings, adapter.params) for name, adapter in adapters.items()},
     )
-    sizes = {*(2**i for i in range(rows.bit_length())), rows}
-    for size in sorted(sizes):  # there is a program for each size of a batch
-        for _ in range(size):
-            engine.insert(GenerationRequest(tokens=(0,), max_new_tokens=2))
-        while not engine.is_idle:
-            engine.step()
+    engine.compile()
     return engine
 
 

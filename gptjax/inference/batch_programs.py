@@ -76,7 +76,7 @@ class Rows(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """What N steps sampled; replicated on all devices.
+    """What N steps sampled; replicated on all devices, or arrays of the host.
 
     Attributes:
       token_NB: int32.
@@ -85,10 +85,10 @@ class Sampled(NamedTuple):
       top_token_NBC: int32, the most probable tokens.
     """
 
-    token_NB: jax.Array
-    logprob_NB: jax.Array
-    top_logprob_NBC: jax.Array
-    top_token_NBC: jax.Array
+    token_NB: Any
+    logprob_NB: Any
+    top_logprob_NBC: Any
+    top_token_NBC: Any
 
 
 class _Loop(NamedTuple):

@@ -104,7 +104,7 @@ class BatchedEngine:
         speculative_tokens: int = 4,
     ) -> None:
         self.mesh, self.tokenizer = mesh, tokenizer
-        self._speculation = Speculation(proposer, speculative_tokens)
+        self._speculation = Speculation(proposer, speculative_tokens, free=deterministic)
         config = dataclasses.replace(model.config, expert_capacity=None)
         if deterministic and config.num_experts is not None:
             config = dataclasses.replace(config, expert_backend="dense")  # grouped rows depend on the other rows
@@ -172,6 +172,8 @@ class BatchedEngine:
             waiting=len(self._waiting),
             pages_in_use=self._pool.in_use,
             pages_cached=self._pool.cached,
+            tokens_proposed=self._speculation.proposed,
+            tokens_accepted=self._speculation.accepted,
             programs=len(self._shapes),
         )
 
@@ -368,8 +370,8 @@ class BatchedEngine:
     def _events(self, runs: list[Run], count: int, sampled: Sampled) -> list[SampledToken]:
         """Appends what a call sampled to the sequences, up to their ends and to the first wrong proposals."""
         events: list[SampledToken] = []
-        for (sequence, proposals), places in zip(runs, sampled_places(runs, count), strict=True):
-            begun, wanted = len(events), sequence.request.top_logprobs
+        for run, places in zip(runs, sampled_places(runs, count), strict=True):
+            (sequence, proposals), begun, wanted = run, len(events), run.sequence.request.top_logprobs
             for i, place in enumerate(places):
                 token = int(sampled.token_NB[place])
                 top = top_tokens(sampled.top_token_NBC[place], sampled.top_logprob_NBC[place], wanted)
@@ -377,9 +379,7 @@ class BatchedEngine:
                 events.append(SampledToken(sequence.number, token, float(sampled.logprob_NB[place]), top, reason))
                 if reason is not None or (i < len(proposals) and token != proposals[i]):
                     break
-            if proposals:
-                self._stats.tokens_proposed += len(proposals)
-                self._stats.tokens_accepted += len(events) - begun - 1
+            self._speculation.note(run, len(events) - begun - 1)
         self._stats.tokens_decoded += len(events)
         return events
 

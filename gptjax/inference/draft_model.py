@@ -2,8 +2,8 @@
 
 It samples each token with the random key and the settings that the larger model uses in that place. Both then choose
 the largest sum of a logit and the same Gumbel noise, so that similar distributions mostly give equal tokens, also at
-high temperatures (Daliri, Musco and Suresh 2025, "Coupling without communication and drafter-invariant speculative
-decoding", section 3).
+high temperatures (Daliri, Musco and Suresh 2024, "Coupling without communication and drafter-invariant speculative
+decoding").
 
 It has pages of its own, which are numbered as those of the larger model, and reads the prompts with it. So what the
 prefix cache finds for one is in the pages of the other.

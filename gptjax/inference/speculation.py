@@ -122,27 +122,45 @@ class Speculation:
     Args:
       proposer: None: there are no proposals.
       tokens: the most proposals of a request in a call, 1 to MOST_PROPOSALS.
+      free: rows without a request cost nothing. Otherwise a request whose proposals were rejected gets as many as were
+        accepted, at least one, and twice as many when all were accepted.
+
+    Attributes:
+      proposed, accepted: numbers of tokens.
 
     Raises:
       UserError: `tokens` is out of range.
     """
 
-    def __init__(self, proposer: Proposer | None, tokens: int) -> None:
+    def __init__(self, proposer: Proposer | None, tokens: int, *, free: bool) -> None:
         if not 1 <= tokens <= MOST_PROPOSALS:
             raise UserError(f"speculative_tokens={tokens} must be in 1 to {MOST_PROPOSALS}")
         self.proposer, self.tokens = (Proposer(), 0) if proposer is None else (proposer, tokens)
+        self.proposed = self.accepted = 0
+        self._free = free
+        self._limits: weakref.WeakKeyDictionary[Sequence, int] = weakref.WeakKeyDictionary()
 
     def runs(self, sequences: list[Sequence], spare: int, history: History) -> list[Run]:
         """Returns the sequences with their proposals, at most `spare` together.
 
         A request under a constraint gets none: what the constraint allows depends on the tokens before.
         """
-        most = [0 if s.request.constraint is not None else min(self.tokens, s.left - 1) for s in sequences]
+        most = [min(self._limits.get(s, self.tokens), s.left - 1) for s in sequences]
+        most = [0 if s.request.constraint is not None else number for s, number in zip(sequences, most, strict=True)]
         if spare < 1 or not any(most):
             return [Run(sequence) for sequence in sequences]
         proposals = self.proposer.propose(sequences, most, history)
         numbers = shares([len(tokens) for tokens in proposals], spare)
         return [Run(s, tuple(p[:number])) for s, p, number in zip(sequences, proposals, numbers, strict=True)]
+
+    def note(self, run: Run, accepted: int) -> None:
+        """Notes how many proposals of a run were accepted."""
+        number = len(run.proposals)
+        if number == 0:
+            return
+        self.proposed, self.accepted = self.proposed + number, self.accepted + accepted
+        if not self._free:
+            self._limits[run.sequence] = min(self.tokens, 2 * number) if accepted == number else max(1, accepted)
 
 
 def shares(wanted: list[int], spare: int) -> list[int]:

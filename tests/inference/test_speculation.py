@@ -13,7 +13,8 @@ from gptjax.inference.continuous import complete_prompts
 from gptjax.inference.draft_model import DraftProposer
 from gptjax.inference.requests import GenerationRequest
 from gptjax.inference.sampling import Sampling
-from gptjax.inference.speculation import NgramProposer, Proposer, continuation, shares
+from gptjax.inference.sequences import Run, Sequence
+from gptjax.inference.speculation import NgramProposer, Proposer, Speculation, continuation, shares
 from gptjax.models.gpt import GPT, init_params
 from tests.inference.conftest import CONFIGS, END_OF_TEXT, params_of
 from tests.inference.test_batching import (
@@ -74,6 +75,22 @@ def test_all_requests_get_a_proposal_before_any_gets_two():
     assert shares([4, 0, 1, 2], 5) == [2, 0, 1, 2]
     assert shares([4, 0, 1, 2], 2) == [1, 0, 1, 0]
     assert shares([4], 9) == [4]
+
+
+def test_a_request_whose_proposals_are_rejected_gets_fewer():
+    """Unless they are free."""
+    for free, expected in ((False, [4, 1, 1, 2, 4, 3]), (True, [4] * 6)):
+        sequence = Sequence(0, request([1, 2], max_new_tokens=20), [])
+        speculation = Speculation(Guessing({sequence.request: [0] * 20}), 4, free=free)
+        sizes = []
+        for accepted in (0, 0, 1, 2, 3, 0):
+            (run,) = speculation.runs([sequence], 10, None)
+            sizes.append(len(run.proposals))
+            speculation.note(run, accepted)
+        assert sizes == expected
+        assert (speculation.proposed, speculation.accepted) == (sum(expected), 6)
+        speculation.note(Run(sequence), 0)
+        assert speculation.runs([sequence], 0, None) == [Run(sequence)]
 
 
 def test_proposals_change_no_request(tokenizer):
@@ -175,11 +192,11 @@ def test_requests_under_a_constraint_get_no_proposals(tokenizer):
 def test_without_determinism_the_tokens_are_the_same(tokenizer):
     """The sizes of the programs differ, and so do roundings."""
     requests = [request(PROMPT, sampling, seed=3) for sampling in MIXED[:2]]
-    expected = run(batched(tokenizer, rows=2, cache_bytes=None), requests)
+    options = {"rows": 2, "cache_bytes": None}
+    expected = run(batched(tokenizer, "smallest", **options), requests)
     known = {one: tokens_of(events) for one, events in zip(requests, expected, strict=True)}
-    engine = batched(
-        tokenizer, rows=2, cache_bytes=None, deterministic=False, proposer=Guessing(known, 0.2), speculative_tokens=1
-    )
+    options |= {"deterministic": False, "proposer": Guessing(known, 0.2), "speculative_tokens": 1}
+    engine = batched(tokenizer, "smallest", **options)
     engine.compile()
     assert engine.stats.programs == 3  # 1, 2 and 4 rows
     found = run(engine, requests)

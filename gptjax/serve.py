@@ -3,6 +3,7 @@
 python -m gptjax.serve --workdir=runs/demo --port=8000
 python -m gptjax.serve --from_hf=DIR --name=gpt2 --rows=32
 python -m gptjax.serve --workdir=runs/sft --documents=examples/customer_service
+python -m gptjax.serve --workdir=runs/sft --speculation=ngram
 python -m gptjax.serve --workdir=runs/gpt2 --adapters=legal=runs/legal_lora --classifiers=tweets=runs/tweets
 GPTJAX_API_KEYS=KEY python -m gptjax.serve --workdir=runs/sft --host=0.0.0.0
 
@@ -30,6 +31,8 @@ from gptjax.inference import retrieval
 from gptjax.parallel import program_cache
 
 if TYPE_CHECKING:
+    from gptjax.inference.speculation import Proposer
+    from gptjax.inference.weights import WeightFormat
     from gptjax.serving.answering import Serving, ServingOptions
     from gptjax.serving.model_loading import BaseModel
     from gptjax.serving.served_models import ClassificationModel, GenerativeModel
@@ -63,6 +66,15 @@ CACHE_GIB = flags.DEFINE_float(
 )
 DETERMINISTIC = flags.DEFINE_bool(
     "deterministic", False, "Completions do not depend on other requests, bit for bit: programs of fixed shapes."
+)
+SPECULATION = flags.DEFINE_string(
+    "speculation",
+    None,
+    "Speculative decoding, which changes no completion. ngram: proposes what followed the last tokens where they "
+    "occurred before; or a draft model with the same tokenizer: a workdir or a Hugging Face directory.",
+)
+SPECULATIVE_TOKENS = flags.DEFINE_integer(
+    "speculative_tokens", 4, "With --speculation: the most proposed tokens of a step.", lower_bound=1, upper_bound=7
 )
 WEIGHTS = flags.DEFINE_enum(
     "weights", "as_given", ["as_given", "bfloat16", "int8", "stacked"], "Weight precision; stacked: no copy."
@@ -100,6 +112,11 @@ def main() -> None:
     adapters = [named_directory("adapters", entry) for entry in ADAPTERS.value]
     if adapters and WORKDIR.value is None:
         raise UserError("--adapters needs --workdir: adapters are runs that started from it")
+    if SPECULATIVE_TOKENS.present and SPECULATION.value is None:
+        raise UserError("--speculative_tokens needs --speculation=ngram or --speculation=DIR of a draft model")
+    draft = SPECULATION.value
+    if draft not in (None, "ngram") and "/" not in draft and not expand(draft).is_dir():
+        raise UserError(f"--speculation={draft} is neither ngram nor the directory of a draft model")
     if DOCUMENTS.value is not None:
         retrieval.check(expand(DOCUMENTS.value))
     keys = api_keys()
@@ -183,8 +200,9 @@ def load(options: "ServingOptions", adapters: list[tuple[str, Path]], classifier
     models: list[GenerativeModel | ClassificationModel] = []
     engine, embed = None, None
     if WORKDIR.value is not None and is_classifier(read_config(expand(WORKDIR.value))):
-        if adapters:
-            raise UserError(f"--adapters needs a model that generates text, and {WORKDIR.value} has the head of a task")
+        if adapters or SPECULATION.value is not None:
+            flag = "adapters" if adapters else "speculation"
+            raise UserError(f"--{flag} needs a model that generates text, and {WORKDIR.value} has the head of a task")
         classifiers = [(name, expand(WORKDIR.value)), *classifiers]
         mesh = make_mesh(parse_mesh(MESH.value))
     else:
@@ -192,8 +210,17 @@ def load(options: "ServingOptions", adapters: list[tuple[str, Path]], classifier
         mesh = base.mesh
         loaded = {other: load_adapter(workdir, expand(str(WORKDIR.value)), base) for other, workdir in adapters}
         cache_bytes = None if CACHE_GIB.value is None else int(CACHE_GIB.value * 2**30)
-        weights, deterministic = cast(Any, WEIGHTS.value), DETERMINISTIC.value
-        engine = create_engine(base, loaded, ROWS.value, weights, cache_bytes, deterministic=deterministic)
+        weights = cast(Any, WEIGHTS.value)
+        engine = create_engine(
+            base,
+            loaded,
+            ROWS.value,
+            weights,
+            cache_bytes,
+            deterministic=DETERMINISTIC.value,
+            proposer=load_proposer(weights),
+            speculative_tokens=SPECULATIVE_TOKENS.value,
+        )
         embed = embedder(engine.model, engine.params, engine.mesh)
         models.append(generative_model(name, base, base.form))
         models += [generative_model(other, base, found.form or base.form, other) for other, found in loaded.items()]
@@ -203,6 +230,20 @@ def load(options: "ServingOptions", adapters: list[tuple[str, Path]], classifier
     thread = EngineThread(engine, metrics, max_queue=MAX_QUEUE.value)
     documents = None if DOCUMENTS.value is None else retrieval.Documents(expand(DOCUMENTS.value))
     return Serving(ServedModels(models), thread, metrics, options, documents, embed)
+
+
+def load_proposer(weights: "WeightFormat") -> "Proposer | None":
+    """Returns what --speculation names; None: nothing."""
+    if SPECULATION.value is None:
+        return None
+    if SPECULATION.value == "ngram":
+        from gptjax.inference.speculation import NgramProposer
+
+        return NgramProposer()
+    from gptjax.serving.model_loading import load_draft
+    from gptjax.stages.trained_model import parse_mesh
+
+    return load_draft(SPECULATION.value, parse_mesh(MESH.value), cast(Any, DTYPE.value), weights)
 
 
 def load_base_model() -> "BaseModel":

@@ -2,6 +2,10 @@
 
 Reading fills pages of the cache; the last token of a prompt is read by the decoding program, which samples. Every
 setting of a row is an argument, so nothing but the number of rows compiles again.
+
+Speculative decoding needs no program of its own. A proposed token is one more row of the decoding program, with the
+pages and the settings of its request, one position later. A layer writes the keys and values of all rows before any row
+reads them, so a row sees the proposals before its own.
 """
 
 from functools import partial
@@ -25,6 +29,13 @@ from gptjax.models.paged_attention import Pages
 from gptjax.parallel.mesh import constrain
 
 MOST_STEPS = 8  # maximum tokens of a row in one call of `decode_rows`
+MOST_PROPOSALS = MOST_STEPS - 1  # maximum proposed tokens of a request in one call
+
+
+def batch_sizes(least: int, rows: int, most: int) -> list[int]:
+    """The sizes of a batch for which programs are compiled: powers of two, `rows` and `most`; the smallest first."""
+    powers = {2**i for i in range(most.bit_length())}
+    return sorted(size for size in powers | {rows, most} if size >= min(least, rows))
 
 
 class BatchState(NamedTuple):
@@ -46,6 +57,8 @@ class Rows(NamedTuple):
       ends_BN: tokens that end a completion; -1 pads.
       top_B: bool, whether the most probable tokens are returned.
       adapter_B: the adapter, 0 for the base model.
+      earlier_BN: where `token_B` is the i-th token that is proposed for a request, the first i proposals; -1 pads.
+        The rows of a request follow each other.
       settings: sampling settings.
     """
 
@@ -58,11 +71,12 @@ class Rows(NamedTuple):
     ends_BN: Any
     top_B: Any
     adapter_B: Any
+    earlier_BN: Any
     settings: RowSettings
 
 
 class Sampled(NamedTuple):
-    """What N steps sampled; replicated on all devices.
+    """What N steps sampled; replicated on all devices, or arrays of the host.
 
     Attributes:
       token_NB: int32.
@@ -71,10 +85,10 @@ class Sampled(NamedTuple):
       top_token_NBC: int32, the most probable tokens.
     """
 
-    token_NB: jax.Array
-    logprob_NB: jax.Array
-    top_logprob_NBC: jax.Array
-    top_token_NBC: jax.Array
+    token_NB: Any
+    logprob_NB: Any
+    top_logprob_NBC: Any
+    top_token_NBC: Any
 
 
 class _Loop(NamedTuple):
@@ -146,7 +160,7 @@ def decode_rows(
 
     Args:
       allowed_BV: bool, tokens that may be sampled.
-      count: at most MOST_STEPS, which is N; unused entries of the result are zeros.
+      count: at most MOST_STEPS, which is N; unused entries of the result are zeros. 1 if there are proposals.
     """
     params = unstack(model.config, params)
 
@@ -161,12 +175,13 @@ def decode_rows(
             x_B1D, cache = read(model, params, loop.state.cache, loop.token_B[:, None], pages)
         logits_BV = logits(model, params, x_B1D[:, 0])
         history, number_B = loop.state.history, rows.number_B + loop.steps_B
-        token_B = sample_rows(logits_BV, history, rows.slot_B, allowed_BV, rows.settings, number_B)
+        token_B = sample_rows(logits_BV, history, rows.slot_B, allowed_BV, rows.settings, number_B, rows.earlier_BN)
         token_B = constrain(token_B, None)
         chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
         logprob_B = chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
         step = (token_B, logprob_B, *top_logprobs(logits_BV, rows.top_B))
-        counts_BV = history.counts_BV.at[rows.slot_B, token_B].add(loop.is_active_B.astype(jnp.int32))
+        counted_B = loop.is_active_B & _follows_accepted(loop.token_B, token_B, rows.earlier_BN)
+        counts_BV = history.counts_BV.at[rows.slot_B, token_B].add(counted_B.astype(jnp.int32))
         steps_B = loop.steps_B + loop.is_active_B
         has_ended_B = jnp.any(token_B[:, None] == rows.ends_BN, axis=-1) | (steps_B >= rows.left_B)
         put = jax.lax.dynamic_update_index_in_dim
@@ -188,3 +203,17 @@ def decode_rows(
     # The state keeps its shardings, so that the next call compiles nothing.
     state = BatchState(jax.tree.map(constrain_pages, loop.state.cache), replicated(loop.state.history))
     return state, Sampled(*(constrain(x, *(None,) * x.ndim) for x in loop.sampled))
+
+
+def _follows_accepted(read_B: jax.Array, sampled_B: jax.Array, earlier_BN: jax.Array) -> jax.Array:
+    """Whether the proposals that a row depends on are the tokens that were sampled in their places, bool (B,).
+
+    Args:
+      read_B: tokens that the rows read.
+      sampled_B: tokens that the rows sampled.
+    """
+    index_B = jnp.sum(earlier_BN >= 0, axis=1)
+    is_wrong_B = (index_B > 0) & (read_B != jnp.roll(sampled_B, 1))
+    wrong_B = jnp.cumsum(is_wrong_B)
+    first_B = jnp.arange(len(index_B)) - index_B  # the row of the request's last token, which is not wrong
+    return wrong_B == wrong_B[first_B]

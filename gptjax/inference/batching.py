@@ -9,7 +9,8 @@ Determinism. Chunks of a prompt begin at multiples of the chunk size and are rea
 in a whole page depends only on the tokens up to its end, whether it was computed for this request or found in the
 prefix cache; the shape of the last chunk depends on the length of the prompt. With `deterministic`, decoding has a
 fixed number of rows, too. A row's arithmetic is then the same whatever is in the other rows, as long as the device
-computes all rows of a matrix product alike. XLA's CPU backend does in float32, as the tests verify.
+computes all rows of a matrix product alike. XLA's CPU backend does in float32, as the tests verify. Proposals of
+speculative decoding then take the rows that no request uses, so the program is the same with and without them.
 
 `gptjax.inference.engine.Engine` remains the engine for a batch of prompts that start together, and for contexts that
 slide: it reads all prompts in one call and decodes up to 32 tokens of each in another, with sampling settings that are
@@ -30,6 +31,8 @@ from gptjax.config import PeftConfig, UserError
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.inference.batch_programs import (
     MOST_STEPS,
+    Sampled,
+    batch_sizes,
     decode_rows,
     empty_state,
     read_chunk,
@@ -37,9 +40,19 @@ from gptjax.inference.batch_programs import (
     set_history,
 )
 from gptjax.inference.engine import bucket, power_of_two
-from gptjax.inference.page_pool import PagePool, page_digests
+from gptjax.inference.page_pool import PagePool, affordable_pages, page_bytes, page_digests
 from gptjax.inference.requests import EndReason, EngineStats, GenerationRequest, PromptLogprobs, SampledToken
-from gptjax.inference.sequences import Sequence, allowed_tokens, page_table, row_arguments, top_tokens
+from gptjax.inference.sequences import (
+    Run,
+    Sequence,
+    allowed_tokens,
+    page_table,
+    row_arguments,
+    sampled_places,
+    start_history,
+    top_tokens,
+)
+from gptjax.inference.speculation import EngineShape, Proposer, Speculation
 from gptjax.inference.weights import WeightFormat, prepare
 from gptjax.models import row_adapters
 from gptjax.models.gpt import GPT
@@ -64,6 +77,8 @@ class BatchedEngine:
       prefix_cache: pages of prompts are kept for later requests that begin with the same tokens.
       steps: the most tokens of a row that one `step` decodes, at most MOST_STEPS.
       adapters: LoRA and AdaLoRA adapters by name, as `gptjax.models.row_adapters.with_adapters` takes them.
+      proposer: proposes tokens for speculative decoding; None: there is none.
+      speculative_tokens: the most proposed tokens of a request in a call.
 
     Raises:
       UserError: an adapter that does not fit the model, a number out of range, `cache_bytes` too small for one page,
@@ -85,8 +100,11 @@ class BatchedEngine:
         prefix_cache: bool = True,
         steps: int = 4,
         adapters: Mapping[str, tuple[PeftConfig, Any]] | None = None,
+        proposer: Proposer | None = None,
+        speculative_tokens: int = 4,
     ) -> None:
         self.mesh, self.tokenizer = mesh, tokenizer
+        self._speculation = Speculation(proposer, speculative_tokens, free=deterministic)
         config = dataclasses.replace(model.config, expert_capacity=None)
         if deterministic and config.num_experts is not None:
             config = dataclasses.replace(config, expert_backend="dense")  # grouped rows depend on the other rows
@@ -98,7 +116,7 @@ class BatchedEngine:
             self.model, self.params = prepare(GPT(config), params, weights)
             adapters = {} if adapters is None else adapters
             self.params = row_adapters.with_adapters(config, self.params, list(adapters.values()))
-            self._least_rows = platform_defaults().min_decode_rows if self.model.config.dtype == "bfloat16" else 1
+            least_rows = platform_defaults().min_decode_rows if self.model.config.dtype == "bfloat16" else 1
         assert config.vocab_size is not None, "resolve model.vocab_size from the tokenizer first"
         self.vocab_size: int = config.vocab_size
         self.context = config.context_length
@@ -107,10 +125,18 @@ class BatchedEngine:
         self._has_prefix_layers = "prefix" in config.attention_pattern
         self._keeps_prefixes = prefix_cache and not self._has_prefix_layers
         self._pages_of_row = -(-self.context // self.chunk)
-        self._pool = PagePool(self._num_pages(cache_bytes))
+        pages = rows * self._pages_of_row
+        if cache_bytes is not None:
+            pages = affordable_pages(cache_bytes, self.page_bytes, self.chunk)
+        self._pool = PagePool(pages)
+        shape = EngineShape(tokenizer, self.vocab_size, rows, pages, self.chunk, self._pages_of_row)
+        self._speculation.proposer.start(shape)
         with use_mesh(mesh):
             self._state = empty_state(self.model, rows, self._pool.num_pages + 1, self.chunk)
-        self._all_allowed: dict[int, jax.Array] = {}
+        # The sizes of a batch for which there is a decoding program, the smallest first.
+        most = rows * (1 + self._speculation.tokens)
+        sizes = [rows] if deterministic else batch_sizes(least_rows, rows, most)
+        self._all_allowed = {size: jnp.ones((size, self.vocab_size), bool) for size in sizes}
         self._waiting: collections.deque[Sequence] = collections.deque()
         self._reading: collections.deque[Sequence] = collections.deque()  # prompts, the next to be read first
         self._decoding: list[Sequence] = []
@@ -122,20 +148,8 @@ class BatchedEngine:
 
     @property
     def page_bytes(self) -> int:
-        """Memory of a page, in all layers."""
-        config = self.model.config
-        values = 2 * config.num_layers * config.kv_heads * self.chunk * config.head_dim
-        return values * jnp.dtype(config.dtype).itemsize
-
-    def _num_pages(self, cache_bytes: int | None) -> int:
-        if cache_bytes is None:
-            return self.rows * self._pages_of_row
-        if cache_bytes < 2 * self.page_bytes:
-            raise UserError(
-                f"cache_bytes={cache_bytes} is too small: a page of {self.chunk} positions has {self.page_bytes} "
-                "bytes, and there must be two"
-            )
-        return cache_bytes // self.page_bytes - 1  # one is scratch space
+        """Memory of a page, in all layers, and those of a draft model."""
+        return page_bytes(self.model.config, self.chunk) + self._speculation.proposer.page_bytes(self.chunk)
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
@@ -158,6 +172,8 @@ class BatchedEngine:
             waiting=len(self._waiting),
             pages_in_use=self._pool.in_use,
             pages_cached=self._pool.cached,
+            tokens_proposed=self._speculation.proposed,
+            tokens_accepted=self._speculation.accepted,
             programs=len(self._shapes),
         )
 
@@ -207,6 +223,12 @@ class BatchedEngine:
         """Returns and forgets the log-probabilities of a prompt; None if it is not read yet, or they were not asked."""
         return self._prompt_logprobs.pop(number, None)
 
+    def compile(self) -> None:
+        """Compiles the decoding programs, so that no request waits for them."""
+        for allowed_BV in self._all_allowed.values():
+            self._sample([], allowed_BV, 0)
+        self._speculation.proposer.compile()
+
     def step(self) -> list[SampledToken]:
         """Reads chunks of prompts and decodes tokens of the rows whose prompts are read.
 
@@ -254,12 +276,9 @@ class BatchedEngine:
                 self._start_decoding(sequence)
 
     def _start_history(self, sequence: Sequence) -> None:
-        seen_V, bias_V = np.zeros(self.vocab_size, bool), np.zeros(self.vocab_size, np.float32)
-        seen_V[list(sequence.request.tokens)] = True
-        for token, bias in sequence.request.sampling.logit_bias:
-            bias_V[token] += bias
+        start = start_history(sequence, self.vocab_size)
         with use_mesh(self.mesh):
-            history = set_history(self._state.history, np.int32(sequence.slot), seen_V, bias_V)
+            history = set_history(self._state.history, np.int32(sequence.slot), *start)
         self._state = self._state._replace(history=history)
 
     def _start_decoding(self, sequence: Sequence) -> None:
@@ -303,6 +322,7 @@ class BatchedEngine:
                 np.array([self._adapters[sequence.request.adapter]], np.int32),
             )
         self._state = self._state._replace(cache=cache)
+        self._speculation.proposer.read(tokens_1T, start, count, table_1N)
         if sequence.request.prompt_logprobs:
             self._score(sequence, x_1TD, start, min(count, len(tokens) - 1 - start))
         sequence.read += count
@@ -327,33 +347,39 @@ class BatchedEngine:
         sequence.prompt_top += [top_tokens(top_token_TC[t], top_logprob_TC[t], wanted) for t in range(count)]
 
     def _decode(self) -> list[SampledToken]:
-        sequences = list(self._decoding)
-        rows = self.rows
-        if not self.deterministic:
-            rows = min(rows, max(self._least_rows, power_of_two(len(sequences))))
-        constrained = any(sequence.request.constraint is not None for sequence in sequences)
+        spare = max(self._all_allowed) - len(self._decoding)
+        runs = self._speculation.runs(self._decoding, spare, self._state.history)
+        needed = sum(1 + len(run.proposals) for run in runs)
+        rows = next(size for size in self._all_allowed if size >= needed)
+        constrained = any(sequence.request.constraint is not None for sequence in self._decoding)
         # While requests wait for rows or prompts are read, rows that end must be noticed early.
-        count = 1 if constrained or self._reading else min(self.steps, max(s.left for s in sequences))
+        one_step = constrained or self._reading or needed > len(runs)
+        count = 1 if one_step else min(self.steps, max(s.left for s in self._decoding))
+        allowed_BV = allowed_tokens(runs, rows, self.vocab_size) if constrained else self._all_allowed[rows]
+        return self._events(runs, count, self._sample(runs, allowed_BV, count))
+
+    def _sample(self, runs: list[Run], allowed_BV: Any, count: int) -> Sampled:
+        """Runs the decoding program for `count` steps; returns arrays of the host."""
+        rows = len(allowed_BV)
         self._shapes.add(("decode", rows))
         with use_mesh(self.mesh):
-            self._state, sampled = decode_rows(
-                self.model,
-                self.params,
-                self._state,
-                row_arguments(sequences, rows, self._pages_of_row, self._adapters),
-                self._allowed(sequences, rows, constrained),
-                np.int32(count),
-            )
-        token_NB, logprob_NB, top_logprob_NBC, top_token_NBC = jax.device_get(sampled)
-        events = []
-        for i in range(count):
-            for row, sequence in enumerate(sequences):
-                if sequence not in self._decoding:
-                    continue
-                token, wanted = int(token_NB[i, row]), sequence.request.top_logprobs
-                top = top_tokens(top_token_NBC[i, row], top_logprob_NBC[i, row], wanted) if wanted else ()
+            given = row_arguments(runs, rows, self._pages_of_row, self._adapters)
+            self._state, sampled = decode_rows(self.model, self.params, self._state, given, allowed_BV, np.int32(count))
+        return Sampled(*jax.device_get(sampled))
+
+    def _events(self, runs: list[Run], count: int, sampled: Sampled) -> list[SampledToken]:
+        """Appends what a call sampled to the sequences, up to their ends and to the first wrong proposals."""
+        events: list[SampledToken] = []
+        for run, places in zip(runs, sampled_places(runs, count), strict=True):
+            (sequence, proposals), begun, wanted = run, len(events), run.sequence.request.top_logprobs
+            for i, place in enumerate(places):
+                token = int(sampled.token_NB[place])
+                top = top_tokens(sampled.top_token_NBC[place], sampled.top_logprob_NBC[place], wanted)
                 reason = self._append(sequence, token)
-                events.append(SampledToken(sequence.number, token, float(logprob_NB[i, row]), top, reason))
+                events.append(SampledToken(sequence.number, token, float(sampled.logprob_NB[place]), top, reason))
+                if reason is not None or (i < len(proposals) and token != proposals[i]):
+                    break
+            self._speculation.note(run, len(events) - begun - 1)
         self._stats.tokens_decoded += len(events)
         return events
 
@@ -372,11 +398,3 @@ class BatchedEngine:
             self._decoding.remove(sequence)
             self._free(sequence)
         return reason
-
-    def _allowed(self, sequences: list[Sequence], rows: int, constrained: bool) -> Any:
-        """The tokens that each row may sample; without constraints, an array that stays on the device."""
-        if constrained:
-            return allowed_tokens(sequences, rows, self.vocab_size)
-        if rows not in self._all_allowed:
-            self._all_allowed[rows] = jnp.ones((rows, self.vocab_size), bool)
-        return self._all_allowed[rows]

@@ -8,9 +8,18 @@ import collections
 import hashlib
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
 
+from gptjax.config import GPTConfig, UserError
+
 Digest = bytes
+
+
+def page_bytes(config: GPTConfig, page_size: int) -> int:
+    """Memory of a page of `page_size` positions, in all layers."""
+    values = 2 * config.num_layers * config.kv_heads * page_size * config.head_dim
+    return values * jnp.dtype(config.dtype).itemsize
 
 
 def page_digests(tokens: Sequence[int], page_size: int, adapter: str | None) -> list[Digest]:
@@ -21,6 +30,16 @@ def page_digests(tokens: Sequence[int], page_size: int, adapter: str | None) -> 
         digest = hashlib.blake2b(digest + tokens_N[end - page_size : end].tobytes(), digest_size=16).digest()
         digests.append(digest)
     return digests
+
+
+def affordable_pages(cache_bytes: int, page_bytes: int, page_size: int) -> int:
+    """The pages that requests may have in a memory of `cache_bytes`; UserError if there are none."""
+    if cache_bytes < 2 * page_bytes:
+        raise UserError(
+            f"cache_bytes={cache_bytes} is too small: a page of {page_size} positions has {page_bytes} "
+            "bytes, and there must be two"
+        )
+    return cache_bytes // page_bytes - 1  # one is scratch space
 
 
 class PagePool:

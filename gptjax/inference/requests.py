@@ -116,7 +116,8 @@ class EngineStats:
       waiting: requests without a row.
       pages_in_use, pages_cached, pages_total: pages that requests use, that only the prefix cache keeps, and all.
       prefix_queries, prefix_hits: whole pages of prompts that were looked up in the prefix cache, and found.
-      tokens_prefilled, tokens_decoded: prompt tokens read, without those found; tokens sampled.
+      tokens_prefilled, tokens_decoded: prompt tokens read, without those found; tokens of completions.
+      tokens_proposed, tokens_accepted: tokens that speculative decoding proposed; those that completions have.
       programs: programs compiled or loaded.
     """
 
@@ -129,4 +130,6 @@ class EngineStats:
     prefix_hits: int = 0
     tokens_prefilled: int = 0
     tokens_decoded: int = 0
+    tokens_proposed: int = 0
+    tokens_accepted: int = 0
     programs: int = 0

@@ -83,6 +83,7 @@ def sample_rows(
     allowed_BV: jax.Array,
     rows: RowSettings,
     number_B: jax.Array,
+    earlier_BN: jax.Array,
 ) -> jax.Array:
     """Samples the next token of each row, int32 (B,).
 
@@ -91,9 +92,12 @@ def sample_rows(
       slot_B: int32, the row of `history` for each row.
       allowed_BV: bool, tokens that may be sampled.
       number_B: int32, index of the token within the completion.
+      earlier_BN: int32, tokens of the completion that `history` does not have yet; -1 pads.
     """
     logits_BV = jax.lax.cond(
-        jnp.any(rows.has_history_B), lambda: _with_history(logits_BV, history, slot_B, rows), lambda: logits_BV
+        jnp.any(rows.has_history_B),
+        lambda: _with_history(logits_BV, history, slot_B, rows, earlier_BN),
+        lambda: logits_BV,
     )
     logits_BV = jnp.where(allowed_BV, logits_BV, -jnp.inf)
     greedy_B = likeliest(logits_BV)
@@ -117,9 +121,14 @@ def sample_rows(
     return jnp.where(rows.is_greedy_B, greedy_B, token_B)
 
 
-def _with_history(logits_BV: jax.Array, history: History, slot_B: jax.Array, rows: RowSettings) -> jax.Array:
+def _with_history(
+    logits_BV: jax.Array, history: History, slot_B: jax.Array, rows: RowSettings, earlier_BN: jax.Array
+) -> jax.Array:
     """Applies penalties and biases to the rows that have some."""
     seen_BV, counts_BV, bias_BV = (x_BV[slot_B] for x_BV in history)
+    number, vocabulary = logits_BV.shape
+    token_BN = jnp.where(earlier_BN < 0, vocabulary, earlier_BN)  # padding is out of range, and dropped
+    counts_BV = counts_BV.at[jnp.arange(number)[:, None], token_BN].add(1, mode="drop")
     penalised_BV = penalise(logits_BV, seen_BV | (counts_BV > 0), rows.repetition_penalty_B[:, None])
     penalised_BV -= rows.frequency_penalty_B[:, None] * counts_BV
     penalised_BV -= rows.presence_penalty_B[:, None] * (counts_BV > 0)

@@ -14,7 +14,8 @@ from gptjax.data.templates import ChatFormat, chat_format
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.files import expand
 from gptjax.inference.batching import BatchedEngine
-from gptjax.inference.requests import GenerationRequest
+from gptjax.inference.draft_model import DraftProposer
+from gptjax.inference.speculation import Proposer
 from gptjax.inference.weights import WeightFormat
 from gptjax.interop import huggingface
 from gptjax.models.gpt import GPT
@@ -158,6 +159,24 @@ def load_classifier(name: str, workdir: Path, mesh: Mesh, given: dict[Path, Any]
     return ClassificationModel(name, config, predicted)
 
 
+def load_draft(
+    source: str, mesh: MeshConfig, dtype: Literal["float32", "bfloat16"] | None, weights: WeightFormat
+) -> DraftProposer:
+    """Loads a workdir, or a Hugging Face directory, as the draft model of speculative decoding.
+
+    Raises:
+      UserError: as `load_model` or `huggingface.read_model`, or the model generates no text.
+    """
+    workdir = expand(source)
+    if not (workdir / "checkpoints").is_dir():
+        model, params, tokenizer = huggingface.read_model(source, dtype or "float32", param_dtype=dtype or "float32")
+        return DraftProposer(model, params, tokenizer, make_mesh(mesh), weights)
+    if is_classifier(read_config(workdir)):
+        raise UserError(f"{source} has the head of a task, so it cannot be a draft model")
+    trained = load_model(workdir, mesh, dtype)
+    return DraftProposer(trained.model, trained.params, trained.tokenizer, trained.mesh, weights)
+
+
 def create_engine(
     base: BaseModel,
     adapters: Mapping[str, LoadedAdapter],
@@ -166,8 +185,10 @@ def create_engine(
     cache_bytes: int | None,
     *,
     deterministic: bool,
+    proposer: Proposer | None = None,
+    speculative_tokens: int = 4,
 ) -> BatchedEngine:
-    """Creates the engine, and compiles its programs by first completions. Arguments as in `BatchedEngine`."""
+    """Creates the engine, and compiles its programs. Arguments as in `BatchedEngine`."""
     engine = BatchedEngine(
         base.model,
         base.params,
@@ -178,13 +199,10 @@ def create_engine(
         cache_bytes=cache_bytes,
         deterministic=deterministic,
         adapters={name: (adapter.settings, adapter.params) for name, adapter in adapters.items()},
+        proposer=proposer,
+        speculative_tokens=speculative_tokens,
     )
-    sizes = {*(2**i for i in range(rows.bit_length())), rows}
-    for size in sorted(sizes):  # there is a program for each size of a batch
-        for _ in range(size):
-            engine.insert(GenerationRequest(tokens=(0,), max_new_tokens=2))
-        while not engine.is_idle:
-            engine.step()
+    engine.compile()
     return engine
 
 

@@ -80,6 +80,10 @@ def tokens_of(events: list[SampledToken]) -> list[int]:
 
 @pytest.fixture(scope="session")
 def texts() -> list[np.ndarray]:
+    return some_texts()
+
+
+def some_texts() -> list[np.ndarray]:
     """Of one token, of whole chunks, of less and more."""
     rng = np.random.default_rng(0)
     return [rng.integers(0, END_OF_TEXT, length) for length in (1, 17, 4, 9, 8, 3)]
@@ -141,6 +145,10 @@ def test_a_request_that_can_never_run_is_an_error(tokenizer, token):
 
 @pytest.fixture(scope="session")
 def varied(texts) -> list[GenerationRequest]:
+    return varied_requests(texts)
+
+
+def varied_requests(texts: list[np.ndarray]) -> list[GenerationRequest]:
     """Requests of all kinds; some prompts begin with the same tokens."""
     long = np.random.default_rng(1).integers(0, END_OF_TEXT, 19)
     prompts = [*texts, long[:13], long[:9], long, np.append(long[:14], 3)]
@@ -156,18 +164,24 @@ def varied(texts) -> list[GenerationRequest]:
     return requests
 
 
-def differing(name: str, tokenizer, requests: list[GenerationRequest], number: int, **options) -> list[int]:
+def differing(
+    name: str, tokenizer, requests: list[GenerationRequest], number: int, proposer_of=lambda known: None, **options
+) -> list[int]:
     """Runs requests in random orders, at random times, with others evicted.
+
+    Args:
+      proposer_of: returns the proposer of a new engine; `known` has the tokens of each request.
 
     Returns:
       The requests whose events differ from those of the request alone, with deterministic decoding.
     """
     differ = []
     alone = [run(batched(tokenizer, name, prefix_cache=False), [one])[0] for one in requests]
+    known = {one: tokens_of(events) for one, events in zip(requests, alone, strict=True)}
     rng = np.random.default_rng(7)
     for schedule in range(number):
         if schedule % 5 == 0:  # otherwise the prefix cache is that of the schedules before
-            engine = batched(tokenizer, name, **options)
+            engine = batched(tokenizer, name, proposer=proposer_of(known), **options)
             engine.steps = int(rng.integers(1, 9))
         due = list(rng.permutation(len(requests)))[: rng.integers(1, len(requests) + 1)]
         numbers: dict[int, int] = {}

@@ -18,7 +18,9 @@ from gptjax.checkpoint.manager import Checkpoints
 from gptjax.checkpoint.state import abstract_state
 from gptjax.data.labelled import Row
 from gptjax.data.tokenizers import BytesTokenizer
+from gptjax.inference.speculation import EngineShape
 from gptjax.parallel.mesh import make_mesh
+from gptjax.serving.model_loading import load_draft
 from gptjax.stages import registry
 from gptjax.stages.finetune.predictor import load_predictor
 from gptjax.stages.saved_weights import given_base, load_given
@@ -45,8 +47,12 @@ def ask(url, path, body=None):
 
 
 def test_a_workdir_is_served_until_sigterm(workdir, tmp_path):
+    """With itself as the draft model."""
     log = tmp_path / "log.jsonl"
-    command = start_command("gptjax.serve", f"--workdir={workdir}", "--port=0", "--rows=2", f"--request_log={log}")
+    drafts = (f"--speculation={workdir}", "--deterministic")
+    command = start_command(
+        "gptjax.serve", f"--workdir={workdir}", "--port=0", "--rows=2", f"--request_log={log}", *drafts
+    )
     try:
         command.wait_for("serving sft at http://127.0.0.1:")
         url = re.search(r"http://\S+", command._files["stdout"].read_text())[0]
@@ -55,13 +61,20 @@ def test_a_workdir_is_served_until_sigterm(workdir, tmp_path):
         assert status == 200
         assert answer["usage"]["completion_tokens"] <= 5
         assert ask(url, "/v1/chat/completions", {**body, "model": "x"})[0] == 404
+        with urllib.request.urlopen(f"{url}/metrics") as response:
+            metrics = response.read().decode()
+        proposed, accepted = (
+            float(re.search(rf"^gptjax_engine_tokens_{name} (\S+)", metrics, re.MULTILINE)[1])
+            for name in ("proposed", "accepted")
+        )
+        assert 0 < accepted <= proposed
         command.send_signal(signal.SIGTERM)
         result = command.result(LIMIT)
     finally:
         command.close()
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
-    assert [json.loads(line)["status"] for line in log.read_text().splitlines()] == [200, 404]
+    assert [json.loads(line)["status"] for line in log.read_text().splitlines()] == [200, 404, 200]
 
 
 def save_lora(workdir, base):
@@ -110,6 +123,14 @@ def test_adapters_and_classifiers_are_further_models(pretrained, tmp_path):
         command.close()
 
 
+def test_draft_models_are_workdirs_or_hugging_face_directories(workdir, tmp_path):
+    imported = load_draft(str(ROOT / "tests/fixtures/huggingface/gpt2"), c.MeshConfig(), None, "stacked")
+    assert imported.model.config.num_layers > 0
+    with pytest.raises(c.UserError, match="another tokenizer"):
+        imported.start(EngineShape(BytesTokenizer(), 257, 1, 2, 4, 1))
+    load_draft(str(workdir), c.MeshConfig(), None, "stacked").start(EngineShape(BytesTokenizer(), 257, 1, 2, 4, 1))
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -120,6 +141,8 @@ def test_adapters_and_classifiers_are_further_models(pretrained, tmp_path):
         (("--from_hf={}", "--adapters=a=b"), "--adapters needs --workdir"),
         (("--workdir={}", "--port=1", "--host=192.0.2.1"), "cannot listen on --host=192.0.2.1"),
         (("--workdir={}", "--api_keys_file=/dev/null"), "has no key"),
+        (("--workdir={}", "--speculative_tokens=2"), "--speculative_tokens needs --speculation"),
+        (("--workdir={}", "--speculation=ngrams"), "--speculation=ngrams is neither ngram nor the directory"),
     ],
 )
 def test_mistakes_in_flags(workdir, arguments, words):

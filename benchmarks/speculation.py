@@ -83,8 +83,8 @@ def load() -> tuple[Any, Any, Any, list[list[int]]]:
         model, params = random_model(SIZE.value)
         prompts = np.random.default_rng(0).integers(0, VOCABULARY, (REQUESTS.value, 64)).tolist()
         return model, params, BytesTokenizer(), prompts
-    trained = load_model(expand(WORKDIR.value), MeshConfig())
-    lines = [json.loads(line) for _, line in text_files.read_lines(expand(PROMPTS.value))][: REQUESTS.value]
+    trained = load_model(expand(str(WORKDIR.value)), MeshConfig())
+    lines = [json.loads(line) for _, line in text_files.read_lines(expand(str(PROMPTS.value)))][: REQUESTS.value]
     prompts = [trained.tokenizer.encode(line["text"]).tolist() for line in lines]
     return trained.model, trained.params, trained.tokenizer, prompts
 
@@ -121,7 +121,7 @@ def main() -> None:
             stats, number = side.engine.stats, sum(map(len, side.completions))
             share = stats.tokens_accepted / max(1, stats.tokens_proposed)
             equal = np.mean([one == other for one, other in zip(side.completions, plain.completions, strict=True)])
-            differ |= DETERMINISTIC.value and equal < 1
+            differ = differ or bool(DETERMINISTIC.value and equal < 1)
             speed, work = ratio(times[name], times["None"]), ratio(side.work[1:], plain.work[1:])
             print(
                 f"  {name}: {number / statistics.median(times[name]):.1f} tokens/s, {speed:.2f} times; in processor "

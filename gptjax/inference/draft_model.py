@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gptjax.config import UserError
+from gptjax.data.token_bytes import token_bytes
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.inference.batch_programs import BatchState, decode_rows, empty_state, read_chunk
 from gptjax.inference.engine import bucket, power_of_two
@@ -70,7 +71,7 @@ class DraftProposer(Proposer):
         Raises:
           UserError: the model that decodes has another tokenizer.
         """
-        if self._tokenizer.encoding_fingerprint != shape.tokenizer.encoding_fingerprint:
+        if not _same_tokens(self._tokenizer, shape.tokenizer):
             raise UserError(
                 f"the draft model has another tokenizer ({self._tokenizer.vocab_size} tokens) than the model that it "
                 f"drafts for ({shape.tokenizer.vocab_size}): choose one with the same tokenizer"
@@ -151,6 +152,11 @@ class DraftProposer(Proposer):
             tokens_1T[0, :count] = sequence.tokens(start)[:count]
             self.read(tokens_1T, start, count, table_1N)
             start += count
+
+
+def _same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether ids mean the same, with the same vocabulary or with one that was saved in another form."""
+    return one.encoding_fingerprint == other.encoding_fingerprint or token_bytes(one) == token_bytes(other)
 
 
 def _up_to_end(tokens: list[int], ends: tuple[int, ...]) -> list[int]:

@@ -31,7 +31,7 @@ LOWER_IS_BETTER = (
 # Size of the queue of TensorBoard's thread. With its default, 10, a thread that dies between `_tensorboard_lives` and
 # the values of a record leaves the run waiting forever for room in the queue.
 WAITING_EVENTS = 100_000
-CLOSING_SECONDS = 5  # time for TensorBoard's thread to write its queue at the end
+CLOSING_SECONDS = 5  # time to close TensorBoard's file once its thread has ended
 _PLACE = {"step": int, "tokens": int, "split": str}  # in every record
 _WANDB_ID = re.compile(r"[\w-]{1,64}")
 
@@ -142,9 +142,12 @@ class MetricsWriter:
         with suppress(OSError):  # every record was flushed already; a full disk raises again
             self._file.close()
         if self._tensorboard is not None and self._tensorboard_lives():
-            # Its thread may still die of a full disk, and then `close` waits forever.
+            # Its thread writes its queue, however long that takes. If it dies of a full disk, `close` waits forever.
+            worker = self._tensorboard.file_writer.event_writer._worker
             closing = threading.Thread(target=self._tensorboard.close, daemon=True)
             closing.start()
+            while closing.is_alive() and worker.is_alive():
+                closing.join(0.1)
             closing.join(CLOSING_SECONDS)
         if self._wandb is not None:
             self._wandb.finish()

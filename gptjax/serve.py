@@ -74,7 +74,11 @@ SPECULATION = flags.DEFINE_string(
     "occurred before; or a draft model with the same tokenizer: a workdir or a Hugging Face directory.",
 )
 SPECULATIVE_TOKENS = flags.DEFINE_integer(
-    "speculative_tokens", 4, "With --speculation: the most proposed tokens of a step.", lower_bound=1, upper_bound=7
+    "speculative_tokens",
+    4,
+    "With --speculation: the most proposals of a completion in a step.",
+    lower_bound=1,
+    upper_bound=7,
 )
 WEIGHTS = flags.DEFINE_enum(
     "weights", "as_given", ["as_given", "bfloat16", "int8", "stacked"], "Weight precision; stacked: no copy."

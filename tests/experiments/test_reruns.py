@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from gptjax.training.metrics_file import read_metrics
 from tests.commands import run_command
 
 
@@ -43,3 +44,30 @@ def test_pretraining_transfers(tmp_path: Path):
         done("gptjax.main", f"--config={config},stage=finetune,start={start}", f"--workdir={workdir}")
         accuracy[start] = json.loads((workdir / "report.json").read_text())["accuracy"]
     assert accuracy["pretrained"] - accuracy["scratch"] > 0.03, accuracy
+
+
+def last_bits(workdir: Path, config: str, *overrides: str) -> float:
+    """Trains two layers; returns the last held-out bits per byte."""
+    arguments = ["--config.model.num_layers=2", "--config.evaluation.every_tokens=None", *overrides]
+    done("gptjax.main", f"--config={config}", f"--workdir={workdir}", *arguments)
+    return [record["bits_per_byte"] for record in read_metrics(workdir)[1] if record["split"] == "validation"][-1]
+
+
+@pytest.mark.slow
+def test_modern_beats_gpt2_and_muon_gives_a_part_of_it(tmp_path: Path):
+    """One seed of the study since_gpt2, at a third of its tokens."""
+    file, tokens = "experiments/since_gpt2/sweep.py", "--config.batch.total_tokens=30000"
+    bits = {name: last_bits(tmp_path / name, f"{file}:variant={name}", tokens) for name in ("gpt2", "muon", "modern")}
+    assert bits["gpt2"] - bits["modern"] > 0.1, bits
+    assert bits["muon"] - bits["modern"] > 0.05, bits
+
+
+@pytest.mark.slow
+def test_recipes_improve_at_equal_compute(tmp_path: Path):
+    """One seed of the study evolution, at a quarter of its compute."""
+    file = "experiments/evolution/sweep.py"
+    bits = {
+        name: last_bits(tmp_path / name, f"{file}:generation={name},share=0.25") for name in ("gpt1", "gpt2", "modern")
+    }
+    assert bits["gpt1"] - bits["gpt2"] > 0.02, bits
+    assert bits["gpt2"] - bits["modern"] > 0.1, bits

@@ -1,0 +1,59 @@
+"""GPT-2 with the ingredients of later work, without each of them, and as a mixture of experts, with three seeds each.
+
+    python -m gptjax.sweep --config=experiments/since_gpt2/sweep.py --workdir=runs/since_gpt2
+
+Arguments: variant (gpt2, modern, experts, or an ingredient of configs/gpt_modern.py to switch back to GPT-2's), scale
+(a name of SCALES in experiments/evolution/sweep.py), data (`DataConfig.source` in gptjax/config/sections.py).
+
+Sizes and learning rates are those of experiments/evolution. All variants have the modern one's rate, except GPT-2 and
+the one without Muon, which have GPT-2's. The experts compute a token with as many parameters as the dense layer.
+"""
+
+import runpy
+from pathlib import Path
+
+import ml_collections
+
+from gptjax import config as c
+from gptjax.launch import grid
+
+FILE = "experiments/since_gpt2/sweep.py"
+EVOLUTION = runpy.run_path(str(Path(__file__).parents[1] / "evolution/sweep.py"))
+INGREDIENTS = tuple(runpy.run_path(str(EVOLUTION["CONFIGS"] / "gpt_modern.py"))["INGREDIENTS"])
+# Variant -> the config file, its argument, and the generation whose learning rate it has.
+VARIANTS = {
+    "gpt2": ("gpt2", "", "gpt2"),
+    "modern": ("gpt_modern", "", "modern"),
+    "experts": ("gpt_modern", ",experts=8", "modern"),
+} | {name: ("gpt_modern", f",without={name}", "gpt2" if name == "muon" else "modern") for name in INGREDIENTS}
+TOKENS = {"cpu": 100_000, "tpu_v5e_4": 1_000_000_000, "gpu_h100_8": 1_000_000_000}
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    args = c.parse_arg(arg, variant="modern", scale="cpu", data="sotu")
+    file, argument, generation = c.choose(VARIANTS, args["variant"], "variant")
+    scale = c.choose(EVOLUTION["SCALES"], args["scale"], "scale")
+    config = EVOLUTION["sized"](EVOLUTION["recipe"](file, f"data={args['data']}{argument}"), scale)
+    config = EVOLUTION["timed"](config, TOKENS[args["scale"]], scale.rates[generation])
+    return c.config_dict(config)
+
+
+def sweep() -> list[grid.Overrides]:
+    """All variants at the scale cpu. Seeds come first: later ones find the programs of the first compiled."""
+    return _members("cpu")
+
+
+def sweep_tpu_v5e_4() -> list[grid.Overrides]:
+    """The same on a slice of 4 TPU chips."""
+    return _members("tpu_v5e_4")
+
+
+def sweep_gpu_h100_8() -> list[grid.Overrides]:
+    """The same on a machine with 8 GPUs."""
+    return _members("gpu_h100_8")
+
+
+def _members(scale: str) -> list[grid.Overrides]:
+    suffix = "" if scale == "cpu" else f",scale={scale}"
+    variants = grid.values("config", [f"{FILE}:variant={name}{suffix}" for name in VARIANTS])
+    return grid.product(grid.values("seed", EVOLUTION["SEEDS"]), variants)

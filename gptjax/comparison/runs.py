@@ -41,6 +41,7 @@ class Run:
       name: the path of its workdir below the directory that all compared runs share.
       settings: the values of its config by key, as text.
       records: of its metrics.jsonl.
+      swept: what its sweep sets in it, as text, by config key, or "config" for the config file; empty: it has no sweep.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Run:
     settings: dict[str, str]
     header: dict[str, Any]
     records: list[dict[str, Any]]
+    swept: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def curve(self, quantity: Quantity) -> list[tuple[dict[str, Any], float]]:
         """Returns the records that have the quantity, with its value, in order."""
@@ -96,7 +98,7 @@ class Group:
     """Runs with the same config except for the seed.
 
     Attributes:
-      settings: the values of the keys in which groups differ, by key.
+      settings: the values of the keys in which groups differ, by key; "config" is the config file of a run.
       runs: by seed.
     """
 
@@ -161,7 +163,9 @@ def relative_names(workdirs: Sequence[Path]) -> list[str]:
 def _read_run(workdir: Path, name: str) -> Run:
     header, records = read_metrics(workdir)
     config = read_config(workdir)
-    return Run(name, config, _flat(dataclasses.asdict(config)), header, records)
+    members = (read_record(workdir.parent) or {"members": {}})["members"]
+    swept = _flat(members.get(workdir.name) or {})
+    return Run(name, config, _flat(dataclasses.asdict(config)), header, records, swept)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
@@ -181,14 +185,26 @@ def group_runs(runs: Sequence[Run], say: Callable[[str], None]) -> list[Group]:
     Args:
       say: prints a line about a run that repeats the config and the seed of another, and is left out.
     """
-    keys = differing_keys(runs)
     groups: dict[tuple[str, ...], Group] = {}
-    for run in runs:
-        settings = {key: run.settings[key] for key in keys}
+    for run, settings in zip(runs, _settings(runs), strict=True):
         group = groups.setdefault(tuple(settings.values()), Group(settings, {}))
         if (other := group.runs.setdefault(run.config.seed, run)) is not run:
             say(f"{run.name} has the config and the seed of {other.name}, and is left out")
     return list(groups.values())
+
+
+def _settings(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """What distinguishes runs: the keys in which their configs differ; of a sweep over config files, what it sets."""
+    keys = differing_keys(runs)
+    settings = [{key: run.settings[key] for key in keys} for run in runs]
+    if not all("config" in run.swept for run in runs):
+        return settings
+    names = dict.fromkeys(key for run in runs for key in run.swept if not key.startswith(IRRELEVANT))
+    swept = [{name: run.swept.get(name) or run.settings[name] for name in names} for run in runs]
+    # Runs of several sweeps may have the same file with another content.
+    pairs = {(*a.values(), *b.values()) for a, b in zip(settings, swept, strict=True)}
+    counts = {len({tuple(found.values()) for found in each}) for each in (settings, swept)}
+    return swept if counts == {len(pairs)} else settings
 
 
 def differing_keys(runs: Sequence[Run]) -> list[str]:

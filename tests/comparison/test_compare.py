@@ -157,6 +157,23 @@ def test_the_directory_of_a_sweep_and_repeated_runs(workdirs, tmp_path):
     assert said[-1] == "copy has the config and the seed of lr1.0-0, and is left out"
 
 
+def test_groups_of_a_sweep_over_config_files_are_named_by_them(tmp_path):
+    members: dict[str, dict] = {}
+    for seed in range(2):
+        for file, lr in (("gpt2.py", 1.0), ("gpt2.py:size=355m", 2.0)):
+            name = f"{lr}-{seed}"
+            write_run(tmp_path / name, lr, seed, [3.0 - lr], **{"optimizer.eps": str(lr)})
+            members[name] = {"config": file, "seed": seed}
+    (tmp_path / "sweep.json").write_text(json.dumps({"members": members}))
+    groups = group_runs(read_runs([tmp_path], notes), notes)
+    assert [group.settings for group in groups] == [{"config": "gpt2.py"}, {"config": "gpt2.py:size=355m"}]
+    # A file whose content is another for one of the runs does not name it.
+    members["2.0-0"]["config"] = "gpt2.py"
+    (tmp_path / "sweep.json").write_text(json.dumps({"members": members}))
+    groups = group_runs(read_runs([tmp_path], notes), notes)
+    assert [list(group.settings) for group in groups] == [["optimizer.peak_lr", "optimizer.eps"]] * 2
+
+
 @pytest.mark.parametrize("axis", ["tokens", "flops", "seconds"])
 def test_curves_have_the_mean_and_the_deviation_of_the_seeds(axis, workdirs):
     group = group_runs(read_runs(workdirs[:3], notes), notes)[0]

@@ -206,13 +206,15 @@ def _draw_bands(axes: Any, panel: Panel) -> None:
     ends = {label: statistics.mean(points[-1][1]) for label, points in panel.lines.items()}
     starts = [statistics.mean(points[0][1]) for points in panel.lines.values()]
     places = _apart(ends, (max(starts) - min(ends.values())) / 18)
+    right = max(points[-1][0] for points in panel.lines.values())
     for n, (label, points) in enumerate(panel.lines.items()):
         x = [x for x, _ in points]
         means, low, high = _spread(points)
         axes.plot(x, means, color=f"C{n}", linewidth=2)
         axes.fill_between(x, low, high, color=f"C{n}", alpha=0.2, linewidth=0)
-        place = (x[-1], places[label])
-        axes.annotate(label, place, (6, 0), textcoords="offset points", va="center", color=f"C{n}", weight="bold")
+        style = {"color": f"C{n}", "weight": "bold", "va": "center"}
+        text, place = f"{label}: {means[-1]:.2f}", (right, places[label])
+        axes.annotate(text, place, (6, 0), textcoords="offset points", **style)
     axes.set(xlabel=panel.x_label, ylabel=panel.y_label)
     _style(axes, panel)
 

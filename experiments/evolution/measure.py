@@ -17,8 +17,8 @@ SWEEP = flags.DEFINE_string("sweep", None, "Directory of the sweep.", required=T
 OUTPUT = flags.DEFINE_string("output", str(Path(__file__).parent), "Directory of results.json and the figure.")
 
 BITS = Quantity("validation", "bits_per_byte")
-NAMES = {"gpt1": "GPT-1", "gpt2": "GPT-2", "gpt3": "GPT-3", "gpt_oss": "gpt-oss", "modern": "modern"}
-TITLE, UNIT = "Five recipes of GPT, one size, one compute budget", 1e11
+NAMES = {"gpt1": "GPT-1, 2018", "gpt2": "GPT-2, 2019", "gpt3": "GPT-3, 2020", "gpt_oss": "gpt-oss, 2025"}
+TITLE, UNIT = "Five GPT recipes at one compute budget (4 layers of width 64, 3 seeds)", 1e11
 
 
 def curve(run: Run) -> list[tuple[float, float]]:
@@ -58,10 +58,10 @@ def main(_: list[str]) -> None:
         Claim("compute of GPT-2 over that with which modern reaches its loss", factors, 2.0),
     ]
     lines = {
-        NAMES[name]: [(points[0][0], [y for _, y in points]) for points in zip(*of.values(), strict=True)][1:]
+        NAMES.get(name, name): [(points[0][0], [y for _, y in points]) for points in zip(*of.values(), strict=True)][1:]
         for name, of in curves.items()
     }
-    panel = Panel(TITLE, lines, "training FLOPs / 1e11", "held-out loss, nats per byte", bands=True)
+    panel = Panel(TITLE, lines, "training compute, 1e11 FLOPs", "held-out loss, nats per byte", bands=True)
     report(Path(OUTPUT.value), claims, [panel], workdirs(Path(SWEEP.value), runs))
 
 

@@ -19,7 +19,12 @@ OUTPUT = flags.DEFINE_string("output", str(Path(__file__).parent), "Directory of
 
 LOSS, SPEED = Quantity("validation", "loss"), Quantity("train", "tokens_per_second")
 NOT_INGREDIENTS = ("modern", "gpt2", "experts")
-TITLES = {"gpt2": "GPT-2", "experts": "8 experts, 2 active"}
+TITLES = {
+    "gpt2": "GPT-2",
+    "experts": "8 experts, 2 active",
+    "no_biases": "with biases",
+    "untied_head": "with a tied head",
+}
 
 
 def speed(runs: dict[int, Run]) -> float:
@@ -60,7 +65,7 @@ def main(_: list[str]) -> None:
         Claim("modern minus its mixture of experts, equal time", [-value for value in at_time["experts"]]),
     ]
     order = sorted((name for name in runs if name != "modern"), key=lambda name: -np.mean(at_tokens[name]))
-    rows = [TITLES.get(name, f"without {name}") for name in order]
+    rows = [TITLES.get(name, f"without {name.replace('_', ' ')}") for name in order]
     for name, row in zip(order, rows, strict=True):
         cells = [
             "{:+.3f} [{:+.3f}, {:+.3f}]".format(s["mean"], *s["interval"])
@@ -69,7 +74,7 @@ def main(_: list[str]) -> None:
         print(f"| {row} | {cells[0]} | {speeds[name] / speeds['modern']:.2f} | {cells[1]} |")
     lines = {
         label: [(float(i), values[name]) for i, name in enumerate(order)]
-        for label, values in (("equal tokens", at_tokens), ("equal time", at_time))
+        for label, values in (("equal tokens", at_tokens), ("equal time (noisy)", at_time))
     }
     panel = Panel(
         "What the modern recipe loses without each ingredient",

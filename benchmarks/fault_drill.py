@@ -39,7 +39,7 @@ TOKENS = 16 * 64  # of a batch
 STEPS = 20  # maximum number of steps between two faults
 INTERVAL = 8  # steps between two checkpoints
 FILE_LIMIT = 300_000  # bytes: the records of a run are smaller, the arrays of a checkpoint larger
-PATIENCE = 300  # seconds: a run that takes longer hangs
+PATIENCE = 1000  # seconds: a run that takes longer hangs
 RESUMED = re.compile(rb"resuming from step (\d+)")  # printed by a run (training/loop.py)
 
 # The phase of the run, of each of 10 kills.

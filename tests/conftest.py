@@ -22,6 +22,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path("~/.cache/gptjax/compiled-tests").expanduser()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# JAX writes a program in place: another process may read a part of it, warns, and compiles it itself.
+ignored = "ignore:Error reading persistent compilation cache entry:UserWarning"  # as in pyproject.toml
+os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), ignored]))
 # Programs are compiled in a quarter of the time, and compute the same but for the last bits.
 QUICK = [
     *("--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"),

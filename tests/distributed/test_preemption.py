@@ -10,9 +10,7 @@ import pytest
 
 from gptjax.distributed import preemption, processes
 from gptjax.distributed.peers import Boundaries, Peers
-from tests.multi_process.conftest import free_port
-
-LIMIT = 1000  # seconds, in which what hangs is found out
+from tests.multi_process.conftest import LIMIT, free_port
 
 
 @pytest.fixture(autouse=True)

@@ -20,9 +20,8 @@ from gptjax.distributed import meeting, peers, processes
 from gptjax.distributed.processes import Place, given_place
 from gptjax.parallel.mesh import batch_sharding, make_mesh
 from gptjax.parallel.rows import global_array, process_rows
-from tests.multi_process.conftest import free_port
+from tests.multi_process.conftest import LIMIT, free_port
 
-LIMIT = 1000  # seconds, in which what hangs is found out; a busy machine is slow
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[3-4]", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
 
 
@@ -208,10 +207,8 @@ def test_refused_connections_are_counted_when_a_process_does_not_come(monkeypatc
             peers.Peers("127.0.0.1", port, 1, 2, timeout=LIMIT, token="another")
         refused.set()
 
-    def monotonic() -> float:
-        return time.monotonic() + (2 * LIMIT if refused.is_set() else 0)
-
-    monkeypatch.setattr(meeting, "time", SimpleNamespace(monotonic=monotonic, sleep=time.sleep))
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + 2 * LIMIT * refused.is_set(), sleep=time.sleep)
+    monkeypatch.setattr(meeting, "time", clock)
     thread = threading.Thread(target=come)
     thread.start()
     with pytest.raises(UserError, match="1 connections had a different GPTJAX_JOB_TOKEN"):

@@ -179,7 +179,7 @@ def test_a_slurm_job_that_is_preempted_before_its_member_has_started_is_queued_a
 
 
 def test_a_request_to_stop_reaches_a_ray_actor_before_its_process_has_started(monkeypatch):
-    actor = on_ray.MemberActor()
+    actor = on_ray.ProcessActor()
 
     def start(task, environment):
         actor.stop()

@@ -163,6 +163,7 @@ def talkative(tmp_path_factory) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_an_answer_can_be_stopped_and_is_then_forgotten(talkative, tmp_path):
     terminal = Terminal(f"--workdir={talkative}", "--max_new_tokens=4000")
     terminal.wait_for(b"> ")

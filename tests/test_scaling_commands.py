@@ -133,6 +133,7 @@ def test_the_ladder():
     assert target > 100 * max(spent["sweep_ladder"])
 
 
+@pytest.mark.slow
 def test_coordinates_of_two_widths(tmp_path):
     arguments = ("coordinates", "--config=configs/ladder.py:rung=1x16", "--config.model.context_length=8")
     sizes = ("--widths=16,64", "--steps=1", "--seeds=1", "--config.optimizer.peak_lr=0.01")

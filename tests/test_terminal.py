@@ -9,6 +9,8 @@ import subprocess
 import sys
 import termios
 
+import pytest
+
 
 def shown_in_a_terminal(*command: str) -> bytes:
     """All that a Python program writes to its terminal."""
@@ -28,6 +30,7 @@ def shown_in_a_terminal(*command: str) -> bytes:
 EVIL, HARMLESS = "\x1b]0;title\x07\x9b2J\r\x7f\tx", b"\\u001b]0;title\\u0007\\u009b2J\\u000d\\u007f\tx"
 
 
+@pytest.mark.slow
 def test_texts_and_errors_in_a_terminal(pretrained):
     shown = shown_in_a_terminal("-m", "gptjax.generate", f"--workdir={pretrained}", f"--prompt={EVIL}")
     assert HARMLESS in shown

@@ -68,6 +68,7 @@ with jax.set_mesh(mesh), Checkpoints(workdir, config.checkpoint) as checkpoints:
 """
 
 
+@pytest.mark.slow
 def test_exhausted_file_descriptors_are_no_damage(trained):
     _, workdir = trained
     before = contents(workdir)

@@ -153,6 +153,7 @@ def test_commits_are_named_once_and_kept(server: FileServer) -> None:
     assert hub.revisions(specs[:2], saved) == found
 
 
+@pytest.mark.slow
 def test_a_run_resumes_on_the_revision_that_it_was_started_with(
     server: FileServer, original: tuple[Config, Path], tmp_path: Path
 ) -> None:

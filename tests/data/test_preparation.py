@@ -259,6 +259,7 @@ def test_killed_process_leaves_nothing_that_looks_whole(source: Source, tmp_path
     assert texts(train) == DOCUMENTS
 
 
+@pytest.mark.slow
 def test_of_two_processes_one_tokenises(source: Source, tmp_path: Path) -> None:
     outputs = [process.communicate()[0].split() for process in [start(source, tmp_path, "slow") for _ in range(2)]]
     assert sorted(outputs) == [["prepared"], ["tokenises", "prepared"]]

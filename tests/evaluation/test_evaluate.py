@@ -34,6 +34,7 @@ def files(tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 def test_the_command_end_to_end(workdir, files, tiny, tmp_path):
     output = tmp_path / "results.json"
     words, which = files / "words.jsonl", files / "which.jsonl"

@@ -221,6 +221,7 @@ def tiny_run(directory: Path, model: GPTConfig, **fields: object) -> c.Config:
     )
 
 
+@pytest.mark.slow
 def test_training_starts_from_imported_weights_but_not_in_their_workdir(tmp_path):
     import_workdir(str(FIXTURES / "gpt2"), tmp_path / "imported", tokenizer="bytes")
     model = dataclasses.replace(

@@ -49,6 +49,7 @@ def ask(url, path, body=None):
         return error.code, json.load(error)
 
 
+@pytest.mark.slow
 def test_a_workdir_is_served_until_sigterm(workdir, tmp_path):
     """With itself as the draft model."""
     log = tmp_path / "log.jsonl"

@@ -48,6 +48,7 @@ def last(workdir: Path, split: str) -> dict:
     return [record for record in read_metrics(workdir)[1] if record["split"] == split][-1]
 
 
+@pytest.mark.slow
 def test_sft_is_trained_on_the_completions_alone(finished):
     _, workdir = finished["sft"]
     records = read_metrics(workdir)[1]
@@ -142,6 +143,7 @@ def test_a_run_in_two_parts_is_the_same_run(finished, stage, tmp_path):
             assert mean[name] == (one[name] + two[name]) / 2
 
 
+@pytest.mark.slow
 def test_lora_with_a_reference_trains_its_matrices_alone(finished, tmp_path):
     start = finished["sft"][1]
     changes = {"peft": {"method": "lora", "rank": 2}, "evaluation": {"sample_tokens": 0}}

@@ -126,6 +126,7 @@ def _given(config: Config) -> Config:
     return saved_weights.completed_config(Path(config.init_from))[0]
 
 
+@pytest.mark.slow
 def test_a_run_from_relative_paths_is_read_from_any_folder(pretrained, tmp_path, monkeypatch):
     """The other folder has a model of the same name, which is not this run's."""
     here, other = tmp_path / "here", tmp_path / "other"

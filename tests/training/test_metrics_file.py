@@ -152,6 +152,7 @@ def test_a_thread_of_tensorboard_that_dies_keeps_no_run_waiting(tmp_path: Path, 
     assert len(read_metrics(tmp_path)[1]) >= 40
 
 
+@pytest.mark.slow
 def test_wandb_offline_keeps_its_run_over_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")

@@ -80,6 +80,7 @@ def wait_for(text: str, process: subprocess.Popen[str]) -> None:
     raise AssertionError(process.communicate())
 
 
+@pytest.mark.slow
 def test_signals_end_the_command_with_their_exit_codes(tiny, tmp_path):
     long = replace(tiny, {"batch": {"total_tokens": 10**8}, "evaluation": {"every_tokens": None}})
     long = replace(long, {"checkpoint": {"every_tokens": None}})
@@ -106,6 +107,7 @@ def test_signals_end_the_command_with_their_exit_codes(tiny, tmp_path):
     assert err.splitlines()[-1] == "stopped by SIGINT, with nothing to save: run the same command to start again"
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_the_command_at_once(tiny, tmp_path):
     long = replace(tiny, {"batch": {"total_tokens": 10**8}, "evaluation": {"every_tokens": None}})
     saving = HANGING.format(module="gptjax.checkpoint.manager", name="Checkpoints", function="save")
@@ -120,6 +122,7 @@ def test_a_second_signal_ends_the_command_at_once(tiny, tmp_path):
     assert err.splitlines()[-1] == "interrupted"
 
 
+@pytest.mark.slow
 def test_a_lost_terminal_stops_the_command_with_all_saved(tiny, tmp_path):
     long = replace(tiny, {"batch": {"total_tokens": 10**8}, "evaluation": {"every_tokens": None}})
     long = replace(long, {"checkpoint": {"every_tokens": None}})

@@ -43,8 +43,8 @@ MODEL = GPTConfig(context_length=CONTEXT, num_layers=2, num_heads=4, embed_dim=6
 ROWS = 16
 GAUGES = ("queued", "engine_rows_in_use", "engine_waiting", "engine_pages_in_use")
 WARM_SECONDS = 5.0  # without a new program, after which the load begins
-PATIENCE = 120.0  # seconds: a server that takes longer to start or to end hangs
-SETTLE_SECONDS = 5.0  # for the server to notice the last disconnections
+PATIENCE = 1000.0  # seconds: a server that takes longer to start or to end hangs
+SETTLE_SECONDS = 60.0  # for the server to notice the last disconnections
 GROWTH_MIB = 32.0
 LEAST_SHARE = 1 / 3  # of the median client's answers that the last client must have
 LONGEST_WAIT = 10  # times the median time from an accepted request to its answer
@@ -137,7 +137,7 @@ async def drill(server: Server, values: Any, rng: random.Random) -> tuple[dict[s
     before = server.descriptors()
     async with connections() as session:
         report["load"] = await load(server, session, values, rng, broken)
-        report["departures"] = await departures(server, session, broken)
+        report["departures"] = await departures(server, session, values, broken)
     async with connections() as session:
         report["in_use"] = await settled(server, session, before, broken)
         report["descriptors"] = [before, server.descriptors()]
@@ -184,19 +184,20 @@ async def load(
     watching.cancel()
     seconds = time.monotonic() - begun
     report = summary(clients.outcomes, seconds)
-    at_quarter = statistics.mean(mib for moment, mib in memory if abs(moment - seconds / 4) <= seconds / 20)
-    at_end = statistics.mean(mib for moment, mib in memory if moment >= seconds * 0.95)
+    at_quarter, at_end = min(memory, key=lambda sample: abs(sample[0] - seconds / 4))[1], memory[-1][1]
     report["memory_mib"] = {
         "at_quarter": round(at_quarter, 1),
         "at_end": round(at_end, 1),
         "highest": round(max(m for _, m in memory), 1),
     }
-    if at_end - at_quarter > GROWTH_MIB:
-        broken.append(f"memory grew by {at_end - at_quarter:.0f} MiB after a quarter of the time")
     broken += wrong(clients.outcomes, ("200", "429", "left"))
     answers = collections.Counter(outcome.client for outcome in clients.outcomes if outcome.status == "200")
     counts = sorted(answers[i] for i in range(values.clients))
     report["answers_of_a_client"] = {"least": counts[0], "median": statistics.median(counts), "most": counts[-1]}
+    if not values.check_times:
+        return report
+    if at_end - at_quarter > GROWTH_MIB:
+        broken.append(f"memory grew by {at_end - at_quarter:.0f} MiB after a quarter of the time")
     if counts[0] < LEAST_SHARE * statistics.median(counts):
         broken.append(f"a client got {counts[0]} answers, and the median client {statistics.median(counts)}")
     waits = sorted(o.ended - o.begun for o in clients.outcomes if o.status == "200")
@@ -205,7 +206,9 @@ async def load(
     return report
 
 
-async def departures(server: Server, session: aiohttp.ClientSession, broken: list[str]) -> dict[str, float]:
+async def departures(
+    server: Server, session: aiohttp.ClientSession, values: Any, broken: list[str]
+) -> dict[str, float]:
     """The time from a disconnection, streamed or not, until nothing is in use."""
     clients = Load(server.url, server.keys, session, random.Random(0), 0.0)
     body = {"model": "drill", "prompt": "a", "max_tokens": CONTEXT - 1, "logit_bias": {"256": -100}}  # the end of text
@@ -219,7 +222,7 @@ async def departures(server: Server, session: aiohttp.ClientSession, broken: lis
         while any((await gauges(session, server)).values()) and time.monotonic() < outcome.ended + PATIENCE:
             await asyncio.sleep(0.001)
         seconds.append(time.monotonic() - outcome.ended)
-    if max(seconds) > DEPARTURE_SECONDS:
+    if values.check_times and max(seconds) > DEPARTURE_SECONDS:
         broken.append(f"a row was free only {max(seconds):.2f} s after its client had left")
     return {"median_ms": round(1000 * statistics.median(seconds), 1), "longest_ms": round(1000 * max(seconds), 1)}
 
@@ -257,9 +260,12 @@ async def drain(
     # On their way to the server when it received the signal; and begun when its last answer had ended.
     on_the_way = [outcome for outcome in clients.outcomes if abs(outcome.begun - signalled) < SIGNAL_SECONDS]
     last = max((outcome.ended for outcome in clients.outcomes if outcome.status == "200"), default=signalled)
-    broken += wrong([outcome for outcome in before if outcome not in on_the_way], ("200", "429"))
-    broken += wrong(on_the_way, ("200", "429", "503"))
-    broken += wrong([o for o in after if o not in on_the_way and o.begun < last + LINGER_SECONDS], ("503",))
+    if values.check_times:
+        broken += wrong([outcome for outcome in before if outcome not in on_the_way], ("200", "429"))
+        broken += wrong(on_the_way, ("200", "429", "503"))
+        broken += wrong([o for o in after if o not in on_the_way and o.begun < last + LINGER_SECONDS], ("503",))
+    else:
+        broken += wrong([o for o in clients.outcomes if o.begun < last - SIGNAL_SECONDS], ("200", "429", "503"))
     if code != 0:
         broken.append(f"after SIGTERM the exit code was {code}")
     in_progress = [outcome for outcome in before if outcome.ended > signalled]
@@ -277,5 +283,6 @@ if __name__ == "__main__":
     flags.DEFINE_float("seconds", 120.0, "Length of the load.", lower_bound=1.0)
     flags.DEFINE_float("disconnect", 0.3, "Share of requests whose client leaves.", 0.0, 1.0)
     flags.DEFINE_bool("deterministic", False, "Serves with --deterministic.")
+    flags.DEFINE_bool("check_times", True, "Checks waiting times, fairness and memory, which vary on a busy machine.")
     flags.DEFINE_integer("seed", 0, "Seed of the requests.")
     cli.run(main)

@@ -2,10 +2,11 @@
 
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
+
+from tests.tiny_servers import LIMIT, wait_until
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ROOT / "build" / "node"
@@ -16,9 +17,6 @@ def test_the_node_client(server):
     if node is None or not (PACKAGES / "node_modules" / "openai").is_dir():
         pytest.skip("needs node and npm, with which `make clients` installs the package openai into build/node")
     script = Path(__file__).with_name("openai_client.mjs")
-    result = subprocess.run([node, script, server.url, PACKAGES], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([node, script, server.url, PACKAGES], capture_output=True, text=True, timeout=LIMIT)
     assert result.returncode == 0, result.stdout + result.stderr
-    end = time.monotonic() + 5
-    while not server.engine.is_idle:  # after the requests that were aborted
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    wait_until(lambda: server.engine.is_idle)  # after the requests that were aborted

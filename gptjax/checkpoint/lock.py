@@ -29,6 +29,7 @@ from typing import Any, cast
 from gptjax.config import UserError
 from gptjax.distributed import processes
 from gptjax.distributed.peers import STOPPED
+from gptjax.distributed.process_table import has_running_threads, stat_fields
 from gptjax.files import is_in_bucket
 from gptjax.object_store import BucketPath
 
@@ -110,17 +111,9 @@ def _machine() -> str | None:
         return socket.gethostname() if sys.platform == "darwin" else None
 
 
-def _stat(path: str) -> list[str]:
-    """Returns the fields of a stat file of /proc from the third (state) on; empty if it cannot be read."""
-    try:
-        return Path(path).read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
-
-
 def _started(pid: int) -> str:
     """Returns the start time of a process, which distinguishes it from a later one of the same PID; "": unknown."""
-    fields = _stat(f"/proc/{pid}/stat")
+    fields = stat_fields(f"/proc/{pid}/stat")
     return fields[19] if len(fields) > 19 else ""
 
 
@@ -136,8 +129,7 @@ def _is_alive(pid: int, started: Any) -> bool | None:
         return None  # macOS, or /proc is mounted with hidepid
     if now != started:
         return False
-    # A zombie is dead, but only when its threads are too: one may still be writing.
-    return any(_stat(str(task))[:1] not in ([], ["Z"], ["X"]) for task in Path(f"/proc/{pid}/task").glob("*/stat"))
+    return has_running_threads(pid)
 
 
 class _FileLock:

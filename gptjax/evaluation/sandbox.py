@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from gptjax.config import UserError
+from gptjax.distributed.process_table import has_running_threads
 from gptjax.evaluation import sandboxed_program
 
 Isolation = Literal["namespaces", "landlock"]
@@ -160,17 +161,9 @@ def _is_alive(group: int) -> bool:
         return False
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it ended meanwhile
-            if os.getpgid(int(process.name)) == group and any(map(_runs, process.glob("task/*/stat"))):
+            if os.getpgid(int(process.name)) == group and has_running_threads(int(process.name)):
                 return True
     return False
-
-
-def _runs(stat: Path) -> bool:
-    """Whether a thread has not ended."""
-    try:
-        return stat.read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except OSError:
-        return False
 
 
 def _outcome(written: bytes, token: str, code: int | None) -> Outcome:

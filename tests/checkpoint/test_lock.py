@@ -13,6 +13,7 @@ import pytest
 from gptjax.checkpoint import lock
 from gptjax.checkpoint.lock import LOCK_FILE, locked
 from gptjax.config import UserError
+from gptjax.distributed import process_table
 from gptjax.run import run
 
 ROOT = Path(__file__).parents[2]
@@ -101,10 +102,12 @@ def test_a_zombie_holds_nothing(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 def test_a_zombie_is_alive_until_its_threads_have_ended(monkeypatch):
-    started, stat = lock._started(os.getpid()), lock._stat
+    started, stat = lock._started(os.getpid()), process_table.stat_fields
     for state, alive in (("R", True), ("D", True), ("Z", False), ("X", False)):
         with monkeypatch.context() as patch:
-            patch.setattr(lock, "_stat", lambda path, state=state: [state] if "/task/" in path else stat(path))
+            patch.setattr(
+                process_table, "stat_fields", lambda path, state=state: [state] if "/task/" in path else stat(path)
+            )
             assert lock._is_alive(os.getpid(), started) is alive
 
 

@@ -129,6 +129,12 @@ def unfinished_path(path: Path) -> Path:
     return path.with_name(f".{path.name}-{uuid.uuid4().hex}")
 
 
+def unfinished_name(path: Path) -> str | None:
+    """Returns the name that a path from `unfinished_path` was to be renamed to; None: it is no such path."""
+    match = re.fullmatch(r"\.(.+)-[0-9a-f]{32}", path.name)
+    return None if match is None else match[1]
+
+
 def read_json(path: Path) -> Any:
     """Reads a JSON file of up to MAX_JSON_BYTES; raises OSError or ValueError if it cannot be read."""
     try:

@@ -22,7 +22,7 @@ from gptjax.corpus.workspace import Workspace
 from gptjax.data.preparation import FORMAT_VERSION, PreparedSplit
 from gptjax.data.prepared_directories import locked, sync
 from gptjax.data.sources import Source
-from gptjax.files import read_json, write_whole
+from gptjax.files import read_json, unfinished_name, write_whole
 
 RECIPE_FILE = "recipe.json"
 
@@ -88,7 +88,7 @@ def _prepare(workspace: Workspace, executor: Executor) -> None:
 def _remove_unfinished(output: Path) -> None:
     """Removes what killed processes left: files and directories named by `unfinished_path`."""
     for path in (*output.glob(".*"), *output.glob("work/*/.*")):
-        if re.fullmatch(r"\..+-[0-9a-f]{32}", path.name):
+        if unfinished_name(path) is not None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -109,8 +109,9 @@ def _check_directory(workspace: Workspace) -> None:
 
 def _is_of_beginning(path: Path, output: Path) -> bool:
     """Whether a preparation may have written `path` before it recorded the recipe."""
-    name = path.relative_to(output).as_posix()
-    return bool(re.fullmatch(rf"work|work/shard-\d+\.lock|\.{re.escape(RECIPE_FILE)}-[0-9a-f]{{32}}", name))
+    if path.parent == output:
+        return path.name == "work" or unfinished_name(path) == RECIPE_FILE
+    return re.fullmatch(r"shard-\d+\.lock", path.name) is not None
 
 
 def _compare(workspace: Workspace) -> dict[str, Any] | None:

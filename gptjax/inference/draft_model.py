@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from gptjax.config import UserError
 from gptjax.data.token_bytes import token_bytes
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.inference.batch_programs import BatchState, decode_rows, empty_state, read_chunk
+from gptjax.inference.batch_programs import BatchState, batch_sizes, decode_rows, empty_state, read_chunk
 from gptjax.inference.engine import bucket, power_of_two
 from gptjax.inference.page_pool import page_bytes
 from gptjax.inference.row_sampling import History, replicated
@@ -81,7 +81,7 @@ class DraftProposer(Proposer):
             self._state = empty_state(self.model, shape.rows, shape.num_pages + 1, shape.page_size)
 
     def compile(self) -> None:
-        for size in sorted({min(2**i, self._shape.rows) for i in range(self._shape.rows.bit_length() + 1)}):
+        for size in batch_sizes(1, self._shape.rows, self._shape.rows):
             self._decode([], size, 0, self._state.history)
 
     def read(self, tokens_1T: np.ndarray, start: int, count: int, table_1N: np.ndarray) -> None:

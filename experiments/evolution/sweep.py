@@ -12,6 +12,7 @@ RATES were chosen from.
 
 import dataclasses
 import runpy
+from collections.abc import Iterable
 from pathlib import Path
 
 import ml_collections
@@ -124,23 +125,24 @@ def timed(config: c.Config, tokens: int, peak_lr: float) -> c.Config:
 
 def sweep() -> list[grid.Overrides]:
     """All generations at the scale cpu. Seeds come first: later ones find the programs of the first compiled."""
-    return _members("cpu")
+    return members(FILE, "generation", GENERATIONS, "cpu")
 
 
 def sweep_tpu_v5e_4() -> list[grid.Overrides]:
     """The same on a slice of 4 TPU chips."""
-    return _members("tpu_v5e_4")
+    return members(FILE, "generation", GENERATIONS, "tpu_v5e_4")
 
 
 def sweep_gpu_h100_8() -> list[grid.Overrides]:
     """The same on a machine with 8 GPUs."""
-    return _members("gpu_h100_8")
+    return members(FILE, "generation", GENERATIONS, "gpu_h100_8")
 
 
-def _members(scale: str) -> list[grid.Overrides]:
+def members(file: str, argument: str, names: Iterable[str], scale: str) -> list[grid.Overrides]:
+    """A config file with each of the values of an argument, at a scale, with all seeds."""
     suffix = "" if scale == "cpu" else f",scale={scale}"
-    recipes = grid.values("config", [f"{FILE}:generation={name}{suffix}" for name in GENERATIONS])
-    return grid.product(grid.values("seed", SEEDS), recipes)
+    configs = grid.values("config", [f"{file}:{argument}={name}{suffix}" for name in names])
+    return grid.product(grid.values("seed", SEEDS), configs)
 
 
 def sweep_rates() -> list[grid.Overrides]:

@@ -40,20 +40,14 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 def sweep() -> list[grid.Overrides]:
     """All variants at the scale cpu. Seeds come first: later ones find the programs of the first compiled."""
-    return _members("cpu")
+    return EVOLUTION["members"](FILE, "variant", VARIANTS, "cpu")
 
 
 def sweep_tpu_v5e_4() -> list[grid.Overrides]:
     """The same on a slice of 4 TPU chips."""
-    return _members("tpu_v5e_4")
+    return EVOLUTION["members"](FILE, "variant", VARIANTS, "tpu_v5e_4")
 
 
 def sweep_gpu_h100_8() -> list[grid.Overrides]:
     """The same on a machine with 8 GPUs."""
-    return _members("gpu_h100_8")
-
-
-def _members(scale: str) -> list[grid.Overrides]:
-    suffix = "" if scale == "cpu" else f",scale={scale}"
-    variants = grid.values("config", [f"{FILE}:variant={name}{suffix}" for name in VARIANTS])
-    return grid.product(grid.values("seed", EVOLUTION["SEEDS"]), variants)
+    return EVOLUTION["members"](FILE, "variant", VARIANTS, "gpu_h100_8")

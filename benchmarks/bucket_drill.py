@@ -17,7 +17,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from benchmarks import fault_drill
+from benchmarks import drill_texts, fault_drill
 from benchmarks.fault_drill import DAMAGES, INTERVAL, KILLED, PATIENCE, STEPS, STOPPED, compare, wait_until
 from gptjax.files import expand
 from tests.gcs_emulator import Emulator, emulated
@@ -116,7 +116,7 @@ def main(argv: list[str]) -> None:
     steps = STEPS * (len(faults) + 2)
     directory = Path(values.directory or tempfile.mkdtemp(prefix="bucket_drill_"))
     print(f"{steps} steps, a checkpoint every {INTERVAL}; faults: {dict(Counter(faults))}; in {directory}", flush=True)
-    fault_drill.write_text(directory)
+    drill_texts.write_text(directory)
     undisturbed = fault_drill.Run(directory / "undisturbed", steps)
     if undisturbed.start().wait(10 * PATIENCE) != 0:
         raise SystemExit(undisturbed.log.read_text()[-3000:])

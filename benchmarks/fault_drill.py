@@ -33,6 +33,8 @@ from typing import Any
 import numpy as np
 from absl import app, flags, logging
 
+from benchmarks.drill_texts import data_settings, write_text
+
 ROOT = Path(__file__).parents[1]
 KILLED, STOPPED, FULL = -signal.SIGKILL, 75, 2  # exit codes of runs
 TOKENS = 16 * 64  # of a batch
@@ -83,11 +85,7 @@ class Run:
             "PYTHONPATH": str(ROOT),
         }
         settings = {
-            **(
-                mixture_settings(directory.parent, steps)
-                if mixture
-                else {"data.source": source(directory.parent, "text")}
-            ),
+            **data_settings(directory.parent, mixture, TOKENS * steps // 2),
             "data.tokenizer": "bytes",
             "data.cache_dir": self.cache,
             "data.validation_fraction": 0.1,
@@ -331,30 +329,6 @@ def disturb(run: Run, faults: list[str], corruptions: int, rng: random.Random) -
             outcomes[kind].injected += 1
             undecided.append(kind)
     return outcomes
-
-
-def write_text(directory: Path) -> None:
-    """Writes the corpora of the runs whose directories lie in `directory`: one, or the three of a mixture."""
-    for name, template, documents in (
-        ("text", "{i} squared is {square}. ", 20_000),
-        ("more", "the square of {i}: {square}\n", 2_000),
-        ("few", "{square} is a square. ", 20),
-    ):
-        lines = (json.dumps({"text": template.format(i=i, square=i * i) * 20}) for i in range(documents))
-        (directory / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-
-
-def source(directory: Path, name: str) -> str:
-    return f"jsonl:{directory / name}.jsonl"
-
-
-def mixture_settings(directory: Path, steps: int) -> dict[str, Any]:
-    """The settings of a mixture whose smallest source repeats, with other weights from the middle of the run on."""
-    names, half = ("text", "more", "few"), TOKENS * steps // 2
-    return {
-        "data.mixture": tuple(zip((source(directory, name) for name in names), (5.0, 3.0, 1.0), strict=True)),
-        "data.mixture_schedule": ((half, (1.0, 3.0, 5.0)),),
-    }
 
 
 def compare(undisturbed: Path, disturbed: Path) -> bool:

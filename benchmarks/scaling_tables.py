@@ -10,11 +10,16 @@ layouts, which takes seconds and no libtpu.
 
 import dataclasses
 import runpy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from absl import app, flags
 
 from gptjax import config as c
 from gptjax import plan
+
+if TYPE_CHECKING:
+    from gptjax.planning.estimate import StepEstimate
 
 # One topology of each chip for a size: about as many chips as a run of that size would get.
 TOPOLOGIES = {
@@ -69,15 +74,9 @@ def formula_row(name: str, topology: str) -> str:
     layout = training_layout(config_of(name), place, FILLED * place.chip.program_memory)
     if layout is None:
         return f"| `{name}` | {topology} | none fits | | | | | |"
-    config, estimate = layout.config, layout.estimate
-    mesh = ", ".join(f"{axis} {size}" for axis, size in dataclasses.asdict(config.mesh).items() if size > 1)
-    count = config.batch.tokens_per_batch // (config.sequences_per_microbatch * config.model.context_length)
-    memory = f"{layout.memory / 2**30:.1f} of {place.chip.program_memory / 2**30:.1f}"
-    return (
-        f"| `{name}` | {topology} | {mesh} | {config.sequences_per_microbatch} x {count} | {config.model.remat} "
-        f"| {memory} | {estimate.mfu(estimate.serial):.2f} to {estimate.mfu(estimate.overlapped):.2f} "
-        f"| {estimate.bound} |"
-    )
+    mesh, estimate = dataclasses.asdict(layout.config.mesh), layout.estimate
+    cells = layout_cells(layout.config, mesh, layout.memory, place.chip.program_memory, estimate, estimate.serial)
+    return f"| `{name}` | {topology} {cells} | {estimate.bound} |"
 
 
 def row(name: str, topology: str) -> str:
@@ -91,16 +90,23 @@ def row(name: str, topology: str) -> str:
     step = steps[0]
     assert step.estimate is not None
     assert step.capacity is not None
-    mesh = ", ".join(f"{axis} {size}" for axis, size in step.mesh.shape.items() if size > 1)
-    count = config.batch.tokens_per_batch // (step.config.sequences_per_microbatch * config.model.context_length)
-    memory = f"{step.memory / 2**30:.1f} of {step.capacity / 2**30:.1f}"
     run = estimate_training(step.config, step.estimate, step.serial)
     assert run is not None
-    mfus = " to ".join(f"{step.estimate.mfu(seconds):.2f}" for seconds in (step.serial, step.estimate.overlapped))
+    cells = layout_cells(step.config, step.mesh.shape, step.memory, step.capacity, step.estimate, step.serial)
+    return f"| `{name}` | {topology} {cells} | {run.days:,.1f} | {run.chip_hours:,.0f} |"
+
+
+def layout_cells(
+    config: c.Config, mesh: Mapping[str, int], memory: float, capacity: float, estimate: "StepEstimate", serial: float
+) -> str:
+    """The columns from the mesh to the MFU: from seconds `serial` of a step to those with everything overlapped."""
+    from gptjax.planning.compile import microbatches
+
+    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1)
+    mfus = " to ".join(f"{estimate.mfu(seconds):.2f}" for seconds in (serial, estimate.overlapped))
     return (
-        f"| `{name}` | {topology} | {mesh} | {step.config.sequences_per_microbatch} x {count} "
-        f"| {step.config.model.remat} | {memory} | {mfus} "
-        f"| {run.days:,.1f} | {run.chip_hours:,.0f} |"
+        f"| {axes} | {config.sequences_per_microbatch} x {microbatches(config)} | {config.model.remat} "
+        f"| {memory / 2**30:.1f} of {capacity / 2**30:.1f} | {mfus}"
     )
 
 

@@ -205,6 +205,19 @@ def _started() -> _Server:
     return _server
 
 
+def processes_of(*words: str) -> list[int]:
+    """The processes whose command lines have the words."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            arguments = path.read_bytes().decode(errors="replace").split("\0")
+        except OSError:  # it has ended
+            continue
+        if all(any(word in argument for argument in arguments) for word in words):
+            found.append(int(path.parent.name))
+    return found
+
+
 def processor_seconds() -> float:
     """Returns the processor seconds of the commands that have ended."""
     return 0.0 if _server is None else _server.seconds

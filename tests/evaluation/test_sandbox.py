@@ -13,6 +13,7 @@ import pytest
 from gptjax.config import UserError
 from gptjax.evaluation import sandbox
 from gptjax.evaluation.sandbox import Limits, isolation, run_program, run_programs
+from tests.commands import processes_of
 
 LIMITS = Limits(wall_seconds=300, cpu_seconds=30)  # which no program of these tests needs, on the slowest machine
 
@@ -56,16 +57,6 @@ def isolation_or_skip():
         isolation()
     except UserError as error:
         pytest.skip(str(error))
-
-
-def processes_of(marker: str) -> list[str]:
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            found += [path.parent.name] if marker.encode() in path.read_bytes() else []
-        except OSError:
-            continue
-    return found
 
 
 def test_a_fork_bomb_has_ended_before_its_directory_is_removed(kind, monkeypatch, tmp_path):

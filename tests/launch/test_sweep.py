@@ -14,7 +14,7 @@ from gptjax.checkpoint.lock import is_held_here, wait_until_free
 from gptjax.launch import attempts, on_ray
 from gptjax.launch.members import make_members, read_sweep
 from gptjax.launch.sweep_report import write_tables
-from tests.commands import Command, run_command, start_command
+from tests.commands import Command, processes_of, run_command, start_command
 
 LIMIT = 1000  # seconds, in which what hangs is found out
 FILE = """
@@ -246,16 +246,3 @@ def test_a_run_of_several_hosts_resumes_after_one_is_killed(config_file, tmp_pat
     assert header["run"]["processes"] == 2
     assert max(record["step"] for record in records) == 40
     assert "resuming from step" in member.log.read_text()
-
-
-def processes_of(*words: str) -> list[int]:
-    """The processes whose command lines have the words."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            arguments = path.read_bytes().decode(errors="replace").split("\0")
-        except OSError:  # it has ended
-            continue
-        if all(any(word in argument for argument in arguments) for word in words):
-            found.append(int(path.parent.name))
-    return found

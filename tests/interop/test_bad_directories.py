@@ -285,10 +285,14 @@ def test_mistakes_in_flags(flags, words):
 
 @pytest.mark.slow
 def test_a_full_disk(source):
-    """Neither direction leaves a part of what it was to write."""
+    """Neither direction leaves a part of what it was to write.
+
+    Orbax divides the weights among files by when its threads arrive, so the limit (8 KiB) is below the size of
+    one array (the token embedding: 263 rows of 12 float32), and above that of the files written before it.
+    """
     run, out = source.parent / "run", source.parent / "out"
-    line = convert(f"--from_hf={source}", f"--workdir={run}", "--tokenizer=bytes", limits="-f 20")
+    line = convert(f"--from_hf={source}", f"--workdir={run}", "--tokenizer=bytes", limits="-f 8")
     assert "cannot save in " in line or "cannot write " in line
     import_workdir(str(source), run, tokenizer="bytes")
-    assert "out: File too large" in convert(f"--workdir={run}", f"--to_hf={out}", limits="-f 20")
+    assert "out: File too large" in convert(f"--workdir={run}", f"--to_hf={out}", limits="-f 8")
     assert sorted(path.name for path in source.parent.iterdir()) == ["run", "source"]

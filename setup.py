@@ -21,7 +21,8 @@ SERVE = ["starlette>=1.10", "uvicorn>=0.54", "llguidance>=1.9", "prometheus-clie
 SWEEP = ["optuna>=5.0", "plotly>=7.1", "submitit>=1.5.4"]
 TEST = [
     *(*DEMO, *WANDB, *RETRIEVAL, *WEB, *PREPARE, *SERVE, *SWEEP),
-    *("pytest>=9.0", "pytest-xdist>=3.8", "hypothesis>=6.170", "httpx>=0.28", "jsonschema>=4.25", "openai>=3.0"),
+    *("pytest>=9.0", "pytest-xdist>=3.8", "pytest-rerunfailures>=16.0", "hypothesis>=6.170"),
+    *("httpx>=0.28", "jsonschema>=4.25", "openai>=3.0"),
 ]
 DOCS = ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
 # Clients of OpenAI's API, for tests of the server that are skipped without them.

@@ -352,9 +352,9 @@ class BatchedEngine:
         needed = sum(1 + len(run.proposals) for run in runs)
         rows = next(size for size in self._all_allowed if size >= needed)
         constrained = any(sequence.request.constraint is not None for sequence in self._decoding)
-        # While requests wait for rows or prompts are read, rows that end must be noticed early.
-        one_step = constrained or self._reading or needed > len(runs)
-        count = 1 if one_step else min(self.steps, max(s.left for s in self._decoding))
+        # A first token must not wait for later ones; while prompts are read, rows that end must be noticed early.
+        early = constrained or self._reading or any(not sequence.sampled for sequence in self._decoding)
+        count = 1 if early or needed > len(runs) else min(self.steps, max(s.left for s in self._decoding))
         allowed_BV = allowed_tokens(runs, rows, self.vocab_size) if constrained else self._all_allowed[rows]
         return self._events(runs, count, self._sample(runs, allowed_BV, count))
 

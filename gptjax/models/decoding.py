@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from gptjax.config import GPTConfig
 from gptjax.models.attention import KeyValues, LayerCache
 from gptjax.models.embedding import embed, image_slots, value_embeddings
+from gptjax.models.few_rows import dense_products
 from gptjax.models.gpt import GPT, Block, head_logits, layer_inputs
 from gptjax.models.layer_inputs import LayerInputs
 from gptjax.models.paged_attention import PagedKeyValues, Pages
@@ -160,7 +161,8 @@ def _apply(
     block: Block, layer: Any, x_BTD: jax.Array, inputs: LayerInputs, cache: LayerCache | None = None
 ) -> tuple[jax.Array, Any]:
     deterministic = True
-    return cast(Any, block.apply({"params": layer}, x_BTD, inputs, deterministic, cache))
+    with dense_products():
+        return cast(Any, block.apply({"params": layer}, x_BTD, inputs, deterministic, cache))
 
 
 def embedded(

@@ -157,6 +157,11 @@ def platform() -> str:
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
 
+def is_one_device() -> bool:
+    """Whether programs run on one device: without a mesh, or with one of a single device."""
+    return jax.sharding.get_abstract_mesh().size <= 1
+
+
 def axis_size(axis: str) -> int:
     """Returns the size of an axis of the mesh in use; 1 without a mesh."""
     return jax.sharding.get_abstract_mesh().shape.get(axis, 1)

@@ -39,6 +39,8 @@ class PlatformDefaults:
         step. 48 unrolled layers take twice as long to compile. A CPU gains nothing; TPU plans assume scanned layers.
       expert_backend: products with the kernels of experts where model.expert_backend=auto. TPUs have grouped products;
         on a CPU, XLA computes them as masked dense ones for each assignment of a token, more work than each token once.
+      output_major_kernels: whether decoding on one device stores kernels as `gptjax.models.few_rows.OutputMajor`. A CPU
+        multiplies few rows by them faster; GPUs and TPUs choose layouts by themselves.
       min_decode_rows: the fewest rows that a device decodes at once in bfloat16. For one row XLA's GPU compiler turns
         matrix products into element-wise multiplications and sums, in more kernels than two rows need.
       unroll_ring: whether the rounds of ring attention are unrolled: a workaround for XLA's CPU backend (JAX 0.10),
@@ -57,6 +59,7 @@ class PlatformDefaults:
     store_norm_moments: bool
     max_unrolled_layers: int
     expert_backend: str
+    output_major_kernels: bool
     min_decode_rows: int
     unroll_ring: bool
     interpret_pallas: bool
@@ -74,6 +77,7 @@ PLATFORM_DEFAULTS = {
         store_norm_moments=False,
         max_unrolled_layers=0,
         expert_backend="dense",
+        output_major_kernels=True,
         min_decode_rows=1,
         unroll_ring=True,
         interpret_pallas=True,
@@ -89,6 +93,7 @@ PLATFORM_DEFAULTS = {
         store_norm_moments=True,
         max_unrolled_layers=48,
         expert_backend="grouped",
+        output_major_kernels=False,
         min_decode_rows=2,
         unroll_ring=False,
         interpret_pallas=False,
@@ -104,6 +109,7 @@ PLATFORM_DEFAULTS = {
         store_norm_moments=False,
         max_unrolled_layers=0,
         expert_backend="grouped",
+        output_major_kernels=False,
         min_decode_rows=1,
         unroll_ring=False,
         interpret_pallas=False,

@@ -286,6 +286,15 @@ def test_a_long_prompt_does_not_stall_rows_that_decode(tokenizer, texts):
     assert len(steps) == 4, "16 tokens are read by 4"
 
 
+def test_a_first_token_does_not_wait_for_later_ones(tokenizer, texts):
+    engine = batched(tokenizer, steps=4)
+    engine.insert(request(texts[0], max_new_tokens=8))
+    counts = []
+    while not engine.is_idle:
+        counts.append(len(engine.step()))
+    assert [count for count in counts if count] == [1, 4, 3]
+
+
 def test_pages_that_requests_no_longer_use_are_given_away_the_oldest_first():
     pool = PagePool(4)
     digests = page_digests(range(9), 2, None)

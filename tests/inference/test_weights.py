@@ -14,6 +14,7 @@ from gptjax.inference.engine import Engine
 from gptjax.inference.sampling import Sampling
 from gptjax.inference.weights import Int8, prepare
 from gptjax.models.decoding import forward, logits
+from gptjax.models.few_rows import OutputMajor
 
 TOKENS_BT = np.random.default_rng(3).integers(0, 60, (2, 24)).astype(np.int32)
 
@@ -51,10 +52,11 @@ def test_matrices_have_the_bytes_that_were_asked_for(engine_of):
     def matrices(weights: str) -> list:
         """Those that products read; an Int8 is one."""
         params = engine_of("banded", weights).params
-        leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: isinstance(leaf, Int8))
+        is_box = lambda leaf: isinstance(leaf, Int8 | OutputMajor)  # noqa: E731
+        leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box)
         found = [leaf for path, leaf in leaves if path[-1].key == "kernel" or path[-2].key == "token_embedding"]
         assert len(found) == 1 + 2 * 4  # the token embedding, and 4 of each layer
-        return found
+        return [leaf.values_YX if isinstance(leaf, OutputMajor) else leaf for leaf in found]
 
     assert {leaf.dtype.name for leaf in matrices("as_given")} == {"float32"}
     assert {leaf.dtype.name for leaf in matrices("bfloat16")} == {"bfloat16"}

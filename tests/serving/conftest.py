@@ -1,11 +1,19 @@
 """Servers of a tiny random model that the tests share."""
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from gptjax.serving import completion_settings
 from tests.tiny_servers import RunningServer, running
+
+
+@pytest.fixture(autouse=True)
+def known_seeds(monkeypatch) -> None:
+    """Requests without a seed get the same one in every run of a test."""
+    monkeypatch.setattr(completion_settings, "secrets", SimpleNamespace(randbelow=lambda most: 12345))
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,84 @@
+"""Dense layers whose kernels are stored output-major, for products with few rows.
+
+A CPU multiplies a few rows by a matrix in about the time of reading the matrix, if it reads the weights of an output
+consecutively. Kernels as layers initialise them, (inputs, outputs), have them a row apart: XLA's CPU backend then
+takes up to 1.6 times as long for 8 rows (`docs/benchmarks.md`).
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+
+class OutputMajor(struct.PyTreeNode, nn.meta.AxisMetadata):
+    """A kernel stored as a matrix (outputs, inputs).
+
+    `dense_products` multiplies by it as it is stored; elsewhere Flax unboxes it to the shape that the layer declared.
+
+    Attributes:
+      values_YX: the weights of each output.
+      shape: of the kernel; its first `inputs` axes are those that the product sums over.
+    """
+
+    values_YX: jax.Array
+    shape: tuple[int, ...] = struct.field(pytree_node=False)
+    inputs: int = struct.field(pytree_node=False)
+
+    @classmethod
+    def of(cls, kernel: jax.Array, inputs: int) -> "OutputMajor":
+        """Stores a kernel whose first `inputs` axes are its inputs and whose others are its outputs."""
+        return cls(kernel.reshape(math.prod(kernel.shape[:inputs]), -1).T, kernel.shape, inputs)
+
+    def unbox(self) -> jax.Array:
+        return self.values_YX.T.reshape(self.shape)
+
+    def replace_boxed(self, val: Any) -> Any:
+        raise NotImplementedError("an output-major kernel is read-only")
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> "OutputMajor":
+        raise NotImplementedError("an output-major kernel belongs to one layer")
+
+    remove_axis = add_axis
+
+
+def product(x: jax.Array, kernel: OutputMajor, precision: Any = None) -> jax.Array:
+    """The product over the last axes of `x`, (..., inputs), with a kernel: (..., outputs), each of several axes."""
+    leading = x.shape[: x.ndim - kernel.inputs]
+    x_NX = x.reshape(-1, kernel.values_YX.shape[1])
+    y_NY = jax.lax.dot_general(x_NX, kernel.values_YX, (((1,), (1,)), ((), ())), precision=precision)
+    return y_NY.reshape(*leading, *kernel.shape[kernel.inputs :])
+
+
+@contextlib.contextmanager
+def dense_products() -> Iterator[None]:
+    """Context in which dense layers whose kernel is `OutputMajor` multiply by it as it is stored.
+
+    XLA folds the transposition of an unboxed kernel into most products, but not into those of one row.
+    """
+
+    def multiply(
+        call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: nn.module.InterceptorContext
+    ) -> Any:
+        module = context.module
+        if context.method_name != "__call__" or not isinstance(module, nn.Dense | nn.DenseGeneral):
+            return call(*args, **kwargs)
+        kernel = module.variables["params"]["kernel"]
+        if not isinstance(kernel, OutputMajor):
+            return call(*args, **kwargs)
+        x, weights, bias = nn.dtypes.promote_dtype(
+            args[0],
+            kernel.values_YX,
+            module.get_variable("params", "bias") if module.use_bias else None,
+            dtype=module.dtype,
+        )
+        y = product(x, kernel.replace(values_YX=weights), module.precision)
+        return y if bias is None else y + jnp.expand_dims(bias, range(y.ndim - bias.ndim))
+
+    with nn.intercept_methods(multiply):
+        yield

@@ -23,7 +23,8 @@ from gptjax.inference.row_sampling import (
     top_logprobs,
 )
 from gptjax.models import row_adapters
-from gptjax.models.decoding import PagedCache, constrain_pages, empty_pages, logits, read, unstack
+from gptjax.models.decoding import PagedCache, constrain_pages, empty_pages, image_tokens, logits, read, unstack
+from gptjax.models.embedding import image_slots
 from gptjax.models.gpt import GPT
 from gptjax.models.paged_attention import Pages
 from gptjax.parallel.mesh import constrain
@@ -91,6 +92,18 @@ class Sampled(NamedTuple):
     top_token_NBC: Any
 
 
+class ChunkImages(NamedTuple):
+    """The images of a prompt, for the program that reads a chunk of it.
+
+    Attributes:
+      tokens_1ND: the tokens of all images, as `encode_images` returns them.
+      before: int32, the image tokens before the chunk.
+    """
+
+    tokens_1ND: Any
+    before: Any
+
+
 class _Loop(NamedTuple):
     """The state of the decoding loop."""
 
@@ -110,6 +123,12 @@ def empty_state(model: GPT, rows: int, num_pages: int, page_size: int) -> BatchS
     return BatchState(empty_pages(model.config, num_pages, page_size), replicated(history))
 
 
+@partial(jax.jit, static_argnums=0)
+def encode_images(model: GPT, params: Any, images_1NX: jax.Array) -> jax.Array:
+    """The tokens of the images of a prompt, (1, N * tokens_per_image, D)."""
+    return constrain(image_tokens(model, params, images_1NX), None, None, None)
+
+
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def read_chunk(
     model: GPT,
@@ -121,16 +140,25 @@ def read_chunk(
     table_1N: jax.Array,
     prefix_1: jax.Array,
     adapter_1: jax.Array,
+    images: ChunkImages | None = None,
 ) -> tuple[PagedCache, jax.Array]:
     """Reads the first `count` of T tokens of one row, which begin at position `start`.
+
+    Args:
+      images: of the whole prompt; None: it has none.
 
     Returns:
       The cache, and the output of the last layer (1, T, D).
     """
     index_1T = jnp.arange(tokens_1T.shape[1], dtype=jnp.int32)[None]
     pages = Pages(table_1N, start + index_1T, index_1T < count, prefix_1)
+    placed = None
+    if images is not None:
+        slot_1T = image_slots(model.config, tokens_1T)
+        is_image_1T = (slot_1T >= 0) & (index_1T < count)
+        placed = images.tokens_1ND, jnp.where(is_image_1T, images.before + slot_1T, -1)
     with row_adapters.applied(adapter_1):
-        x_1TD, cache = read(model, unstack(model.config, params), cache, tokens_1T, pages)
+        x_1TD, cache = read(model, unstack(model.config, params), cache, tokens_1T, pages, placed)
     return cache, constrain(x_1TD, None, None, None)
 
 

@@ -39,8 +39,9 @@ from gptjax.inference.batch_programs import (
     score_chunk,
     set_history,
 )
-from gptjax.inference.engine import bucket, power_of_two
+from gptjax.inference.engine import power_of_two
 from gptjax.inference.page_pool import PagePool, affordable_pages, page_bytes, page_digests
+from gptjax.inference.prompt_chunks import check_images, chunk_images, next_chunk, whole_prompt
 from gptjax.inference.requests import EndReason, EngineStats, GenerationRequest, PromptLogprobs, SampledToken
 from gptjax.inference.sequences import (
     Run,
@@ -180,9 +181,10 @@ class BatchedEngine:
     def check(self, request: GenerationRequest) -> None:
         """Raises UserError for a request that can never be completed.
 
-        See `GenerationRequest.check`; also one of an unknown adapter, or that needs more pages than there are.
+        See `GenerationRequest.check`; also one of an unknown adapter or other images, or for which pages are too few.
         """
         request.check(self.vocab_size, self.context)
+        check_images(self.model.config, request)
         if request.adapter not in self._adapters:
             known = ", ".join(name for name in self._adapters if name is not None) or "none"
             raise UserError(f"there is no adapter {request.adapter!r}: the adapters are {known}")
@@ -203,7 +205,7 @@ class BatchedEngine:
         self.check(request)
         digests = []
         if self._keeps_prefixes:
-            digests = page_digests(request.tokens[:-1], self.chunk, request.adapter)
+            digests = page_digests(request.tokens[:-1], self.chunk, request.adapter, request.images)
         number, self._next_number = self._next_number, self._next_number + 1
         self._waiting.append(Sequence(number, request, digests))
         return number
@@ -282,6 +284,7 @@ class BatchedEngine:
         self._state = self._state._replace(history=history)
 
     def _start_decoding(self, sequence: Sequence) -> None:
+        sequence.image_tokens = None
         if sequence.request.prompt_logprobs:
             logprobs = np.array(sequence.prompt_logprobs, np.float32)
             self._prompt_logprobs[sequence.number] = PromptLogprobs(logprobs, tuple(sequence.prompt_top))
@@ -298,18 +301,14 @@ class BatchedEngine:
         """Reads the next chunk of a prompt, or all of it if its positions attend to later ones."""
         tokens = sequence.request.tokens
         if self._has_prefix_layers:
-            end = prefix = len(tokens)
-            length = self._prefix_length(end)
+            chunk = whole_prompt(sequence, self._prefix_length(len(tokens)))
         else:
-            end, prefix = len(tokens) - 1, 0  # the last token is read when it is decoded
-            length = min(self.chunk, bucket(end - sequence.read))
-        start = sequence.read
-        count = min(length, end - start)
-        tokens_1T = np.zeros((1, length), np.int32)
-        tokens_1T[0, :count] = tokens[start : start + count]
+            chunk = next_chunk(sequence, self.chunk)
+        tokens_1T, start, count = chunk.tokens_1T, chunk.start, chunk.count
         table_1N = page_table([sequence], 1, self._pages_of_row)
-        self._shapes.add(("read", length))
         with use_mesh(self.mesh):
+            images = chunk_images(self.model, self.params, sequence, chunk)
+            self._shapes.add(("read", tokens_1T.shape[1], 0 if images is None else images.tokens_1ND.shape[1]))
             cache, x_1TD = read_chunk(
                 self.model,
                 self.params,
@@ -318,8 +317,9 @@ class BatchedEngine:
                 np.int32(start),
                 np.int32(count),
                 table_1N,
-                np.array([prefix], np.int32),
+                np.array([chunk.prefix], np.int32),
                 np.array([self._adapters[sequence.request.adapter]], np.int32),
+                images,
             )
         self._state = self._state._replace(cache=cache)
         self._speculation.proposer.read(tokens_1T, start, count, table_1N)
@@ -329,7 +329,7 @@ class BatchedEngine:
         self._stats.tokens_prefilled += count
         for page in range(start // self.chunk, min(sequence.read // self.chunk, len(sequence.digests))):
             self._pool.publish(sequence.pages[page], sequence.digests[page])
-        if sequence.read == end:
+        if chunk.is_last:
             self._start_decoding(sequence)
         else:
             self._reading.append(sequence)

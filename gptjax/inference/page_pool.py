@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 
 from gptjax.config import GPTConfig, UserError
 
@@ -22,9 +23,13 @@ def page_bytes(config: GPTConfig, page_size: int) -> int:
     return values * jnp.dtype(config.dtype).itemsize
 
 
-def page_digests(tokens: Sequence[int], page_size: int, adapter: str | None) -> list[Digest]:
-    """The hashes of the whole pages of a text: of the adapter and of all tokens up to the page's end."""
+def page_digests(
+    tokens: Sequence[int], page_size: int, adapter: str | None, images: Sequence[npt.NDArray[np.uint8]] = ()
+) -> list[Digest]:
+    """The hashes of the whole pages of a text: of the adapter, all images, and all tokens up to the page's end."""
     digests, digest = [], hashlib.blake2b(repr(adapter).encode(), digest_size=16).digest()
+    for image_X in images:
+        digest = hashlib.blake2b(digest + image_X.tobytes(), digest_size=16).digest()
     tokens_N = np.asarray(tokens, np.int32)
     for end in range(page_size, len(tokens_N) + 1, page_size):
         digest = hashlib.blake2b(digest + tokens_N[end - page_size : end].tobytes(), digest_size=16).digest()

@@ -42,6 +42,7 @@ class GenerationRequest:
       prompt_logprobs: the log-probabilities of the prompt's tokens are computed, and `top_logprobs` of each.
       constraint: restricts the tokens; None: all are allowed.
       adapter: name of a LoRA adapter of the engine; None: the base model.
+      images: uint8 (X,) each, as the vision encoder reads them, in the order of the prompt's image tokens.
     """
 
     tokens: tuple[int, ...]
@@ -53,6 +54,7 @@ class GenerationRequest:
     prompt_logprobs: bool = False
     constraint: TokenConstraint | None = None
     adapter: str | None = None
+    images: tuple[npt.NDArray[np.uint8], ...] = dataclasses.field(default=(), compare=False)
 
     def check(self, vocab_size: int, context: int) -> None:
         """Raises UserError for a request that a model of this vocabulary and context can never complete."""

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import numpy.typing as npt
 
@@ -25,6 +26,7 @@ class Sequence:
       slot: row of the history.
       pages: pages of the cache, in the order of the positions.
       read: tokens whose keys and values are in the cache.
+      image_tokens: of the prompt's images, from its first chunk to its last.
     """
 
     number: int
@@ -36,6 +38,7 @@ class Sequence:
     sampled: list[int] = dataclasses.field(default_factory=list)
     prompt_logprobs: list[float] = dataclasses.field(default_factory=list)
     prompt_top: list[TopLogprobs] = dataclasses.field(default_factory=list)
+    image_tokens: jax.Array | None = None
 
     @property
     def last_token(self) -> int:

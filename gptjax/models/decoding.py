@@ -55,7 +55,10 @@ def forward(
       images_BNX: as in `GPT.hidden`.
     """
     positions_BT = jnp.arange(tokens_BT.shape[1])[None]
-    x_BTD, inputs = embedded(model, params, tokens_BT, positions_BT, segments_BT, images_BNX)
+    images = None
+    if images_BNX is not None:
+        images = image_tokens(model, params, images_BNX), image_slots(model.config, tokens_BT)
+    x_BTD, inputs = embedded(model, params, tokens_BT, positions_BT, segments_BT, images)
     layers = []
     for block, layer, given in zip(blocks(model.config), params["layers"], inputs, strict=True):
         x_BTD, key_values = _apply(block, layer, x_BTD, given)
@@ -126,18 +129,24 @@ def empty_pages(config: GPTConfig, num_pages: int, page_size: int) -> PagedCache
 
 
 def read(
-    model: GPT, params: Any, cache: PagedCache, tokens_BT: jax.Array, pages: Pages
+    model: GPT,
+    params: Any,
+    cache: PagedCache,
+    tokens_BT: jax.Array,
+    pages: Pages,
+    images: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, PagedCache]:
     """Runs the model on T more tokens of each row.
 
     Args:
       params: unstacked.
       tokens_BT: int, with any token at padding.
+      images: as in `gptjax.models.embedding.embed`.
 
     Returns:
       The output of the last layer (B, T, D), and the cache with the tokens in it.
     """
-    x_BTD, inputs = embedded(model, params, tokens_BT, pages.positions_BT)
+    x_BTD, inputs = embedded(model, params, tokens_BT, pages.positions_BT, images=images)
     written = []
     for block, layer, given, pool in zip(blocks(model.config), params["layers"], inputs, cache, strict=True):
         x_BTD, pool = _apply(block, layer, x_BTD, given.replace(pages=pages), pool)
@@ -165,22 +174,23 @@ def _apply(
         return cast(Any, block.apply({"params": layer}, x_BTD, inputs, deterministic, cache))
 
 
+def image_tokens(model: GPT, params: Any, images_BNX: jax.Array) -> jax.Array:
+    """The tokens of images, (B, N * tokens_per_image, D), as `GPT.image_tokens` computes them."""
+    return cast(jax.Array, model.apply({"params": params}, images_BNX, method="image_tokens"))
+
+
 def embedded(
     model: GPT,
     params: Any,
     tokens_BT: jax.Array,
     positions_BT: jax.Array,
     segments_BT: jax.Array | None = None,
-    images_BNX: jax.Array | None = None,
+    images: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, list[LayerInputs]]:
-    """The input of the first layer, and the further inputs of each layer."""
+    """The input of the first layer, and the further inputs of each layer; `images` as in `embed`."""
     config = model.config
     names = [name for name in ("token", "position", "value") if f"{name}_embedding" in params]
     tables = {name: params[f"{name}_embedding"]["embedding"] for name in names}
-    images = None
-    if images_BNX is not None:
-        tokens_BND = cast(jax.Array, model.apply({"params": params}, images_BNX, method="image_tokens"))
-        images = tokens_BND, image_slots(config, tokens_BT)
     x_BTD = embed(config, tables["token"], tables.get("position"), tokens_BT, positions_BT, images=images)
     values = value_embeddings(config, tables.get("value"), tokens_BT)
     inputs = layer_inputs(config, x_BTD, positions_BT, segments_BT)

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 import uvicorn
 
-from gptjax.config import ChatConfig, GPTConfig
+from gptjax.config import ChatConfig, DataConfig, GPTConfig
+from gptjax.data.images.image_files import ImageFiles
 from gptjax.data.templates import chat_format
 from gptjax.data.tokenizers import BytesTokenizer
 from gptjax.inference.batching import BatchedEngine
@@ -39,9 +40,9 @@ CONFIG = GPTConfig(
 
 
 @cache
-def tiny_params() -> Any:
+def tiny_params(config: GPTConfig = CONFIG) -> Any:
     """Random parameters, far from uniform, so that different prompts have different completions."""
-    params = nn.unbox(init_params(GPT(CONFIG), jax.random.key(0)))
+    params = nn.unbox(init_params(GPT(config), jax.random.key(0)))
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda p: jnp.asarray(p + rng.normal(0, 0.1, p.shape), jnp.float32), params)
 
@@ -87,13 +88,20 @@ class RunningServer:
 
 @contextlib.contextmanager
 def running(
-    template: str = "chatml", *, rows: int = 4, max_queue: int = 64, documents: Any = None, **options: Any
+    template: str = "chatml",
+    *,
+    config: GPTConfig = CONFIG,
+    rows: int = 4,
+    max_queue: int = 64,
+    documents: Any = None,
+    **options: Any,
 ) -> Iterator[RunningServer]:
     """Serves the model "tiny" until the block ends."""
     tokenizer = BytesTokenizer()
-    form = chat_format(ChatConfig(template=template), tokenizer)  # type: ignore[arg-type]
-    engine = BatchedEngine(GPT(CONFIG), tiny_params(), tokenizer, rows=rows, deterministic=True)
-    model = GenerativeModel("tiny", tokenizer, vocab_size=264, context_length=CONTEXT, form=form)
+    form = chat_format(ChatConfig(template=template), tokenizer, config.vision)  # type: ignore[arg-type]
+    engine = BatchedEngine(GPT(config), tiny_params(config), tokenizer, rows=rows, deterministic=True)
+    images = ImageFiles(config.vision, DataConfig()) if config.reads_images else None
+    model = GenerativeModel("tiny", tokenizer, vocab_size=264, context_length=CONTEXT, form=form, images=images)
     metrics, log = ServerMetrics(), io.StringIO()
     thread = EngineThread(engine, metrics, max_queue=max_queue)
     found = ServingOptions(**{"log": log, **options})
@@ -101,8 +109,8 @@ def running(
     serving = Serving(ServedModels([model]), thread, metrics, found, documents, embed)
     listening = bound_socket("127.0.0.1", 0)
     app = create_application(serving)
-    config = uvicorn.Config(app, http=TimedProtocol, ws="none", lifespan="off", log_level="error", access_log=False)
-    server = DrainingServer(config, serving, 5.0)
+    settings = uvicorn.Config(app, http=TimedProtocol, ws="none", lifespan="off", log_level="error", access_log=False)
+    server = DrainingServer(settings, serving, 5.0)
     thread.start()
     runner = threading.Thread(target=lambda: server.run(sockets=[listening]), daemon=True)
     runner.start()

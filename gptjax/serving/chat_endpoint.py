@@ -110,13 +110,16 @@ def plan_chat(
 
     Raises:
       ApiError: 400: the conversation does not fit into the context, or the constraint cannot be compiled.
+      UserError: an image cannot be decoded, or the text has an `<image>` without one.
     """
     room = model.context_length - int(max_tokens or 1)
     sources: list[Passage] = []
     if documents is not None:
         messages, sources = _with_passages(model, messages, documents, room)
-    tokens = model.chat_form.encode_prompt(messages, max(1, room) if drop_turns else None)
+    encoded = model.chat_form.encode_prompt_with_images(messages, max(1, room) if drop_turns else None)
+    tokens = encoded.tokens
     new_tokens = room_for(model, len(tokens), max_tokens, "messages")
+    images = model.read_images(encoded.images)
     planned = [
         PlannedCompletion(
             GenerationRequest(
@@ -128,6 +131,7 @@ def plan_chat(
                 top_logprobs=int(top_logprobs),
                 constraint=model.chat_constraint(form, tools, form_param),
                 adapter=model.adapter,
+                images=images,
             ),
             model.chat_reader(settings.stop, tools),
         )

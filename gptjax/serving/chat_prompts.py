@@ -7,6 +7,7 @@ from typing import Any
 from gptjax.data.conversation_forms import Message, RequestOptions
 from gptjax.data.harmony import HarmonyFormat
 from gptjax.data.harmony_forms import CONSTRAIN, parse_options, with_options
+from gptjax.data.images.image_references import ImageReference, parse_parts
 from gptjax.data.templates import ChatFormat
 from gptjax.serving.api_errors import invalid
 from gptjax.serving.grammars import CALL_BEGINS, CALL_ENDS, call_head
@@ -34,8 +35,11 @@ def conversation(
     calls are text, in the form that `grammars` describes, and results are messages of the user.
 
     Raises:
-      ApiError: 400: a result without its call, a call without its result, or a system message behind others.
+      ApiError: 400: a result without its call, a call without its result, a system message behind others, or an image
+        that is no data: URL or that the model does not read.
+      UserError: a text next to images has an `<image>` of its own.
     """
+    _check_images(form, messages)
     if isinstance(form, HarmonyFormat):
         options = _options(tools, response_format, reasoning_effort)
         return list(with_options(_harmony(messages), options))
@@ -57,6 +61,27 @@ def text_of(content: Any) -> str:
     if content is None or isinstance(content, str):
         return content or ""
     return "".join(part["text"] for part in content)
+
+
+def _check_images(form: ChatFormat, messages: Sequence[Mapping[str, Any]]) -> None:
+    """Refuses images that a model does not read, and those that the server would have to fetch."""
+    for i, message in enumerate(messages):
+        for j, part in enumerate(message["content"] if isinstance(message.get("content"), list) else ()):
+            if part["type"] != "image_url":
+                continue
+            place = f"messages[{i}].content[{j}]"
+            if message["role"] != "user":
+                raise invalid(f"{place}: only messages of role user have images", place)
+            if form.image_token is None:
+                raise invalid(f"{place} is an image, but this model reads text alone", place)
+            if not part["image_url"]["url"].startswith("data:"):
+                raise invalid(f"{place}: the server fetches no images: send a data: URL in base64", place)
+
+
+def _with_images(content: Any, place: str) -> tuple[str, tuple[ImageReference, ...]]:
+    """The text of a content, with `<image>` for each image, and the images."""
+    text, images = parse_parts(content, place)
+    return text_of(text), images
 
 
 def _options(
@@ -131,7 +156,8 @@ def _as_text(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     found: list[Message] = []
     calls = _Calls()
     for i, message in enumerate(messages):
-        place, role, content = f"messages[{i}]", message["role"], text_of(message.get("content"))
+        place, role = f"messages[{i}]", message["role"]
+        content, images = _with_images(message.get("content"), place)
         if role == "tool":
             calls.result(message, place)
             found.append(Message("user", f"<tool_response>\n{content}\n</tool_response>"))
@@ -148,6 +174,6 @@ def _as_text(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
             calls.begin(called)
             found.append(Message("assistant", "\n".join([content] * bool(content) + written)))
         else:
-            found.append(Message("user" if role == "user" else "system", content))
+            found.append(Message("user" if role == "user" else "system", content, images=images))
     calls.check_closed("the end of messages")
     return found

@@ -8,7 +8,17 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
-from gptjax.config import ChatConfig, Config, MeshConfig, PeftConfig, UserError, read_config
+from gptjax.config import (
+    ChatConfig,
+    Config,
+    DataConfig,
+    MeshConfig,
+    PeftConfig,
+    UserError,
+    VisionConfig,
+    read_config,
+)
+from gptjax.data.images.image_files import ImageFiles
 from gptjax.data.labelled import Row
 from gptjax.data.templates import ChatFormat, chat_format
 from gptjax.data.tokenizers import Tokenizer
@@ -73,7 +83,7 @@ def load_base(
         raise UserError(f"{workdir} is trained with chat.template={saved.chat.template}: leave out --template")
     trained = load_model(workdir, mesh, dtype, best=best, step=step)
     chat = trained.config.chat if trains_chat else ChatConfig(template=template or "plain")  # type: ignore[arg-type]
-    form = _form(chat, trained.tokenizer, None if trains_chat else str(workdir))
+    form = _form(chat, trained.tokenizer, trained.config.model.vision, None if trains_chat else str(workdir))
     infills = trained.config.data.objective == "fill_in_the_middle"
     conversational = trains_chat or template is not None
     return BaseModel(trained.model, trained.params, trained.tokenizer, trained.mesh, form, infills, conversational)
@@ -84,16 +94,17 @@ def load_huggingface(
 ) -> BaseModel:
     """Loads a Hugging Face directory. Arguments and errors as in `load_base` and `huggingface.read_model`."""
     model, params, tokenizer = huggingface.read_model(source, dtype or "float32", param_dtype=dtype or "float32")
-    form = _form(ChatConfig(template=template or "plain"), tokenizer, source)  # type: ignore[arg-type]
+    chat = ChatConfig(template=template or "plain")  # type: ignore[arg-type]
+    form = _form(chat, tokenizer, model.config.vision, source)
     conversational = template is not None
     return BaseModel(model, params, tokenizer, make_mesh(mesh), form, infills=False, conversational=conversational)
 
 
-def _form(chat: ChatConfig, tokenizer: Tokenizer, untrained: str | None) -> ChatFormat | None:
+def _form(chat: ChatConfig, tokenizer: Tokenizer, vision: VisionConfig, untrained: str | None) -> ChatFormat | None:
     """Returns the chat format; `untrained`: place of a model that has no tokens for it but the tokenizer's."""
     if chat.template == "plain" and tokenizer.end_of_text is None:
         return None
-    form = chat_format(chat, tokenizer)
+    form = chat_format(chat, tokenizer, vision)
     if untrained is not None and form.special_tokens:
         missing = next(iter(form.special_tokens))
         raise UserError(f"the tokenizer of {untrained} lacks {missing} of --template={chat.template}")
@@ -131,7 +142,8 @@ def load_adapter(workdir: Path, base_workdir: Path, base: BaseModel) -> LoadedAd
     with jax.set_mesh(base.mesh):
         parts = load_parts(workdir, base.mesh, given={source: base.params})
     trained = registry.definition(config).conversational
-    form = chat_format(parts.parameters.config.chat, parts.tokenizer) if trained else None
+    model = parts.parameters.config.model
+    form = chat_format(parts.parameters.config.chat, parts.tokenizer, model.vision) if trained else None
     return LoadedAdapter(parts.parameters.config.peft, parts.trained, form)
 
 
@@ -221,4 +233,5 @@ def generative_model(
         infills=base.infills,
         conversational=base.conversational,
         adapter=adapter,
+        images=ImageFiles(config.vision, DataConfig()) if config.reads_images else None,
     )

@@ -80,6 +80,18 @@ MODEL = text("Name of the model.", maxLength=256)
 TOKENS = array(whole(0, MAX_INTEGER), 1, 1 << 20)
 TEXT_PART = record(("type", "text"), type=constant("text"), text=text())
 CONTENT = one_of(text(), array(TEXT_PART, 1, MAX_MESSAGES), description="Text, or parts of type text.")
+IMAGE_URL = text("The image as a data: URL in base64.", minLength=1)
+IMAGE_DETAIL = choice("auto", description="Accepted; every image has the size that the model reads.")
+IMAGE_PART = record(
+    ("type", "image_url"),
+    type=constant("image_url"),
+    image_url=record(("url",), url=IMAGE_URL, detail=IMAGE_DETAIL),
+)
+CONTENT_WITH_IMAGES = one_of(
+    text(),
+    array(one_of(TEXT_PART, IMAGE_PART), 1, MAX_MESSAGES),
+    description="Text, or parts of type text and image_url; images need a model that reads them.",
+)
 
 STRUCTURED_OUTPUTS = record(
     (),
@@ -169,7 +181,7 @@ _TOOL_CALL = record(
 )
 MESSAGE = one_of(
     record(("role", "content"), role=choice("system", "developer"), content=CONTENT, name=NAME),
-    record(("role", "content"), role=constant("user"), content=CONTENT, name=NAME),
+    record(("role", "content"), role=constant("user"), content=CONTENT_WITH_IMAGES, name=NAME),
     record(
         ("role",),
         role=constant("assistant"),
@@ -234,6 +246,7 @@ _INPUT_CONTENT = one_of(
                 annotations=array(ANY_OBJECT, 0, MAX_TEXTS),
                 logprobs=array(ANY_OBJECT, 0, MAX_INTEGER),
             ),
+            record(("type", "image_url"), type=constant("input_image"), image_url=IMAGE_URL, detail=IMAGE_DETAIL),
         ),
         1,
         MAX_MESSAGES,

@@ -74,7 +74,7 @@ def _messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
         if item.get("type") == "reasoning":
             reasoning += "".join(part["text"] for part in item.get("content") or [])
             continue
-        message = {"role": item["role"], "content": text_of(item["content"])}
+        message = {"role": item["role"], "content": _content(item["content"])}
         if reasoning and item["role"] == "assistant":
             message["reasoning"] = reasoning
         elif reasoning:
@@ -84,6 +84,18 @@ def _messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not messages:
         raise invalid("input has no message", "input")
     return messages
+
+
+def _content(content: Any) -> Any:
+    """Returns the content of a message as one of a chat completion has it."""
+    if isinstance(content, str) or not any(part["type"] == "input_image" for part in content):
+        return text_of(content)
+    return [
+        {"type": "image_url", "image_url": {"url": part["image_url"]}}
+        if part["type"] == "input_image"
+        else {"type": "text", "text": part["text"]}
+        for part in content
+    ]
 
 
 class ResponseWriter:

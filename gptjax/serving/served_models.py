@@ -5,8 +5,13 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from gptjax.config import Config, UserError
 from gptjax.data.harmony import SPECIAL_TOKENS, HarmonyFormat
+from gptjax.data.images.image_files import ImageFiles
+from gptjax.data.images.image_references import ImageReference
 from gptjax.data.infilling import InfillingFormat
 from gptjax.data.labelled import Row
 from gptjax.data.templates import ChatFormat
@@ -27,6 +32,7 @@ class GenerativeModel:
       infills: whether it is trained to fill in the middle.
       conversational: whether it is meant for conversations; otherwise the chat page shows text that it continues.
       adapter: name of the LoRA adapter in the engine; None: the base model.
+      images: decodes the images of conversations; None: the model reads text alone.
     """
 
     def __init__(
@@ -40,8 +46,9 @@ class GenerativeModel:
         infills: bool = False,
         conversational: bool = True,
         adapter: str | None = None,
+        images: ImageFiles | None = None,
     ) -> None:
-        self.name, self.tokenizer, self.adapter = name, tokenizer, adapter
+        self.name, self.tokenizer, self.adapter, self._images = name, tokenizer, adapter, images
         self.vocab_size, self.context_length = vocab_size, context_length
         self.form, self.conversational = form, conversational
         self.infilling = InfillingFormat(tokenizer) if infills else None
@@ -60,6 +67,14 @@ class GenerativeModel:
         if self.form is None:
             raise ApiError(400, f"the model {self.name!r} has no chat format: use /v1/completions", param="model")
         return self.form
+
+    def read_images(self, references: Sequence[ImageReference]) -> tuple[npt.NDArray[np.uint8], ...]:
+        """Decodes images, uint8 (X,) each, as the model reads them; UserError for one that cannot be decoded."""
+        if not references:
+            return ()
+        assert self._images is not None, "`conversation` refuses images that the model does not read"
+        read = [self._images.read(reference) for reference in references]
+        return tuple(image_X for image_X in read if image_X is not None)
 
     @property
     def _harmony_ids(self) -> dict[str, int]:
@@ -104,7 +119,7 @@ class GenerativeModel:
         """Returns the model as /v1/models lists it."""
         parent = {} if self.adapter is None else {"parent": "base"}
         sizes = {"max_model_len": self.context_length, "conversational": self.conversational}
-        return {**_card(self.name, self.created), **sizes, **parent}
+        return {**_card(self.name, self.created), **sizes, "images": self._images is not None, **parent}
 
 
 @dataclasses.dataclass(frozen=True)

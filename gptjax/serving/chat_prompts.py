@@ -28,24 +28,29 @@ def conversation(
     tools: Sequence[Mapping[str, Any]] = (),
     response_format: Mapping[str, Any] | None = None,
     reasoning_effort: str | None = None,
+    places: Sequence[str] | None = None,
 ) -> list[Message]:
     """Converts messages in OpenAI's form, checked against their schema.
 
     A model of the harmony format reads tools and response format in its own form. For other formats tools and their
     calls are text, in the form that `grammars` describes, and results are messages of the user.
 
+    Args:
+      places: where in the request each message is; None: "messages[0]" and so on.
+
     Raises:
       ApiError: 400: a result without its call, a call without its result, a system message behind others, or an image
         that is no data: URL or that the model does not read.
       UserError: a text next to images has an `<image>` of its own.
     """
-    _check_images(form, messages)
+    places = [f"messages[{i}]" for i in range(len(messages))] if places is None else places
+    _check_images(form, messages, places)
     if isinstance(form, HarmonyFormat):
         options = _options(tools, response_format, reasoning_effort)
-        return list(with_options(_harmony(messages), options))
+        return list(with_options(_harmony(messages, places), options))
     if reasoning_effort is not None:
         raise invalid("reasoning_effort needs a model of the harmony format", "reasoning_effort")
-    found = _as_text(messages)
+    found = _as_text(messages, places)
     if tools:
         listed = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
         block = f"{_TOOLS_INTRODUCTION}{listed}{_TOOLS_FORM}"
@@ -63,13 +68,13 @@ def text_of(content: Any) -> str:
     return "".join(part["text"] for part in content)
 
 
-def _check_images(form: ChatFormat, messages: Sequence[Mapping[str, Any]]) -> None:
+def _check_images(form: ChatFormat, messages: Sequence[Mapping[str, Any]], places: Sequence[str]) -> None:
     """Refuses images that a model does not read, and those that the server would have to fetch."""
-    for i, message in enumerate(messages):
+    for of_message, message in zip(places, messages, strict=True):
         for j, part in enumerate(message["content"] if isinstance(message.get("content"), list) else ()):
             if part["type"] != "image_url":
                 continue
-            place = f"messages[{i}].content[{j}]"
+            place = f"{of_message}.content[{j}]"
             if message["role"] != "user":
                 raise invalid(f"{place}: only messages of role user have images", place)
             if form.image_token is None:
@@ -120,12 +125,12 @@ class _Calls:
             raise invalid(f"{place}: the call {name!r} before it has no result: add a message of role tool", place)
 
 
-def _harmony(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+def _harmony(messages: Sequence[Mapping[str, Any]], places: Sequence[str]) -> list[Message]:
     """Converts messages for the harmony format; each call is followed by its result."""
     found: list[Message] = []
     calls = _Calls()
-    for i, message in enumerate(messages):
-        place, role, content = f"messages[{i}]", message["role"], text_of(message.get("content"))
+    for place, message in zip(places, messages, strict=True):
+        role, content = message["role"], text_of(message.get("content"))
         if role == "tool":
             function = calls.result(message, place)
             name = f"functions.{function['name']}"
@@ -147,16 +152,16 @@ def _harmony(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
             if content or not called:
                 found.append(Message("assistant", content, "commentary" if called else "final"))
             calls.begin(called)
-    calls.check_closed("the end of messages")
+    calls.check_closed("the end of the conversation")
     return found
 
 
-def _as_text(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+def _as_text(messages: Sequence[Mapping[str, Any]], places: Sequence[str]) -> list[Message]:
     """Converts messages for formats without tools."""
     found: list[Message] = []
     calls = _Calls()
-    for i, message in enumerate(messages):
-        place, role = f"messages[{i}]", message["role"]
+    for place, message in zip(places, messages, strict=True):
+        role = message["role"]
         content, images = _with_images(message.get("content"), place)
         if role == "tool":
             calls.result(message, place)
@@ -175,5 +180,5 @@ def _as_text(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
             found.append(Message("assistant", "\n".join([content] * bool(content) + written)))
         else:
             found.append(Message("user" if role == "user" else "system", content, images=images))
-    calls.check_closed("the end of messages")
+    calls.check_closed("the end of the conversation")
     return found

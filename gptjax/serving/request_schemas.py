@@ -195,12 +195,13 @@ MESSAGE = one_of(
     record(("role", "content", "tool_call_id"), role=constant("tool"), content=CONTENT, tool_call_id=text(), name=NAME),
     description="A message of a conversation.",
 )
+FUNCTION_NAME: Schema = {"type": "string", "pattern": "^[a-zA-Z0-9_-]{1,64}$", "minLength": 1, "maxLength": 64}
 TOOL = record(
     ("type", "function"),
     type=constant("function"),
     function=record(
         ("name",),
-        name={"type": "string", "pattern": "^[a-zA-Z0-9_-]{1,64}$", "minLength": 1, "maxLength": 64},
+        name=FUNCTION_NAME,
         description=text(),
         parameters=JSON_SCHEMA,
         strict=flag("Accepted; arguments always satisfy the schema."),
@@ -252,6 +253,7 @@ _INPUT_CONTENT = one_of(
         MAX_MESSAGES,
     ),
 )
+_ITEM_STATUS = choice("in_progress", "completed", "incomplete")
 INPUT_ITEM = one_of(
     record(
         ("role", "content"),
@@ -259,7 +261,7 @@ INPUT_ITEM = one_of(
         role=choice("system", "developer", "user", "assistant"),
         content=_INPUT_CONTENT,
         id=text(),
-        status=choice("in_progress", "completed", "incomplete"),
+        status=_ITEM_STATUS,
         phase=text(),
     ),
     record(
@@ -268,9 +270,34 @@ INPUT_ITEM = one_of(
         id=text(),
         summary=array(ANY_OBJECT, 0, MAX_TEXTS),
         content=array(record(("type", "text"), type=constant("reasoning_text"), text=text()), 0, MAX_TEXTS),
-        status=choice("in_progress", "completed", "incomplete"),
+        status=_ITEM_STATUS,
         encrypted_content=constant(None),
     ),
+    record(
+        ("type", "call_id", "name", "arguments"),
+        type=constant("function_call"),
+        call_id=text(minLength=1, maxLength=256),
+        name=NAME,
+        arguments=text(),
+        id=text(),
+        status=_ITEM_STATUS,
+    ),
+    record(
+        ("type", "call_id", "output"),
+        type=constant("function_call_output"),
+        call_id=text(minLength=1, maxLength=256),
+        output=one_of(text(), array(record(("type", "text"), type=constant("input_text"), text=text()), 1, MAX_TEXTS)),
+        id=text(),
+        status=_ITEM_STATUS,
+    ),
+)
+RESPONSE_TOOL = record(
+    ("type", "name"),
+    type=constant("function"),
+    name=FUNCTION_NAME,
+    description=text(),
+    parameters=JSON_SCHEMA,
+    strict=flag("Accepted; arguments always satisfy the schema."),
 )
 TEXT_FORMAT = one_of(
     record(("type",), type=constant("text")),
@@ -303,9 +330,13 @@ RESPONSES_REQUEST = record(
     stream_options=record((), include_obfuscation=constant(False)),
     store=constant(False, "Responses are not stored."),
     background=constant(False),
-    parallel_tool_calls=flag(),
-    tools=array(ANY_OBJECT, 0, 0),
-    tool_choice=choice("none", "auto"),
+    tools=array(RESPONSE_TOOL, 0, MAX_TOOLS),
+    tool_choice=one_of(
+        choice("none", "auto", "required"),
+        record(("type", "name"), type=constant("function"), name=NAME),
+        description="Whether the response calls tools: auto by default if there are any.",
+    ),
+    parallel_tool_calls=flag("Whether a response may call several tools.", default=True),
     include=array(constant("message.output_text.logprobs"), 0, 1),
     user=SAMPLING["user"],
 )

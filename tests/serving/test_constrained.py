@@ -198,6 +198,16 @@ def test_a_call_and_its_result_are_part_of_the_prompt(server):
     assert '<tool_call>\n{"name": "weather", "arguments": {"city":"Rome","days":1}}\n</tool_call>' in text
     assert "<tool_response>\nsunny\n</tool_response>" in text
     assert '"description": "Returns the weather."' in text
+    function = WEATHER["function"]
+    items = [
+        {"type": "function_call", "call_id": "c1", **call["function"]},
+        {"type": "function_call_output", "call_id": "c1", "output": "sunny"},
+    ]
+    body = {"tools": [{"type": "function", **function}], "tool_choice": "auto", "max_output_tokens": 1}
+    response = server.post("/v1/responses", input=[*MESSAGES, *items], **body).json()
+    assert response["usage"]["input_tokens"] == len(tokens)
+    unanswered = server.post("/v1/responses", input=[*MESSAGES, items[0], *MESSAGES], **body)
+    assert unanswered.json()["error"]["param"] == f"input[{len(MESSAGES) + 1}]"
     refused = server.post("/v1/chat/completions", messages=[*messages[:2], *MESSAGES])
     assert refused.json()["error"]["param"] == "messages[2]"
     assert server.post("/v1/chat/completions", messages=[messages[2]]).status_code == 400

@@ -69,6 +69,29 @@ def test_completions_embeddings_and_models(client):
     assert len(embedded.data[0].embedding) == 16
 
 
+def test_tools_of_responses(client):
+    tool = {"type": "function", **openai.pydantic_function_tool(Answer, name="judge")["function"]}
+    settings = {"model": "tiny", "input": "Hi", "tools": [tool], "parallel_tool_calls": False}
+    settings["extra_body"] = {"seed": 3}
+    found = client.responses.create(**settings, tool_choice={"type": "function", "name": "judge"})
+    (call,) = found.output
+    assert (call.type, call.name, call.status) == ("function_call", "judge", "completed")
+    Answer.model_validate_json(call.arguments)
+    with client.responses.stream(**settings, tool_choice="required") as stream:
+        kinds = list(dict.fromkeys(event.type.removeprefix("response.") for event in stream))
+        streamed = stream.get_final_response().output[0]
+    assert kinds == [
+        *("created", "in_progress", "output_item.added", "function_call_arguments.delta"),
+        *("function_call_arguments.done", "output_item.done", "completed"),
+    ]
+    assert json.loads(streamed.arguments) == json.loads(call.arguments)
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "7"}
+    later = client.responses.create(
+        model="tiny", input=[{"role": "user", "content": "Hi"}, call, result], tools=[tool], tool_choice="none"
+    )
+    assert later.output[-1].type == "message"
+
+
 def test_responses(client):
     whole = client.responses.create(model="tiny", input="Hi", max_output_tokens=6, extra_body={"seed": 1})
     assert whole.incomplete_details.reason == "max_output_tokens"

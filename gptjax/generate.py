@@ -268,6 +268,9 @@ def complete(
         return
     sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value, REPETITION_PENALTY.value)
     repeated = [prompt for prompt in prompts for _ in range(NUM_SAMPLES.value)]
+    ends = () if images is None else images.end_tokens
+    of_prompts = None if images is None else [images.images] * len(repeated)
+    separate_text = SUFFIX.value is not None or images is not None  # a middle is encoded on its own
     if BATCHING.value == "continuous" and show is None:
         from gptjax.inference.batching import BatchedEngine
         from gptjax.inference.continuous import complete_prompts
@@ -282,8 +285,10 @@ def complete(
             sampling,
             first_seed=SEED.value,
             stop=STOP.value,
+            end_tokens=ends,
             ignore_end_of_text=IGNORE_END_OF_TEXT.value,
-            separate_text=SUFFIX.value is not None,
+            separate_text=separate_text,
+            images=of_prompts,
         )
         return
     for start in range(0, len(repeated), BATCH_SIZE.value):
@@ -293,10 +298,10 @@ def complete(
             sampling,
             seeds=SEED.value + start,
             stop=STOP.value,
-            end_tokens=() if images is None else images.end_tokens,
-            images=None if images is None else [images.images] * len(repeated[start : start + BATCH_SIZE.value]),
+            end_tokens=ends,
+            images=None if of_prompts is None else of_prompts[start : start + BATCH_SIZE.value],
             ignore_end_of_text=IGNORE_END_OF_TEXT.value,
-            separate_text=SUFFIX.value is not None or images is not None,  # a middle is encoded on its own
+            separate_text=separate_text,
             overflow=cast(Any, OVERFLOW.value),
             on_text=None if show is None else (lambda _, text: show(text)),
         )

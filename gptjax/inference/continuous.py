@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from gptjax.inference.batching import BatchedEngine
-from gptjax.inference.engine import Completion, FinishReason
+from gptjax.inference.engine import Completion, FinishReason, Images
 from gptjax.inference.requests import GenerationRequest, SampledToken
 from gptjax.inference.sampling import Sampling
 from gptjax.inference.text_stream import TextStream
@@ -34,8 +34,10 @@ def complete_prompts(
     *,
     first_seed: int = 0,
     stop: Sequence[str] = (),
+    end_tokens: Sequence[int] = (),
     ignore_end_of_text: bool = False,
     separate_text: bool = False,
+    images: Sequence[Images] | None = None,
 ) -> Iterator[Completion]:
     """Yields the completions in the order of the prompts; the arguments are those of `Engine.generate`.
 
@@ -45,9 +47,16 @@ def complete_prompts(
     Raises:
       UserError: as `BatchedEngine.insert`, before anything runs.
     """
-    ends = () if ignore_end_of_text else tuple(engine.tokenizer.ends)
+    ends = tuple(dict.fromkeys([*end_tokens, *(() if ignore_end_of_text else engine.tokenizer.ends)]))
     requests = [
-        GenerationRequest(tuple(map(int, prompt)), max_new_tokens, sampling, first_seed + i, end_tokens=ends)
+        GenerationRequest(
+            tuple(map(int, prompt)),
+            max_new_tokens,
+            sampling,
+            first_seed + i,
+            end_tokens=ends,
+            images=() if images is None else tuple(images[i]),
+        )
         for i, prompt in enumerate(prompts)
     ]
     for request in requests:

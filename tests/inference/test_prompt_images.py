@@ -10,6 +10,7 @@ import pytest
 
 from gptjax.config import UserError, VisionConfig
 from gptjax.inference.batching import BatchedEngine
+from gptjax.inference.continuous import complete_prompts
 from gptjax.inference.engine import Engine
 from gptjax.inference.requests import GenerationRequest
 from gptjax.inference.sampling import Sampling
@@ -72,6 +73,21 @@ def test_it_generates_what_the_engine_of_whole_batches_does(tokenizer):
     for one, other in zip(events, whole, strict=True):
         assert [token for token, _ in one] == list(other.tokens)
         np.testing.assert_allclose([logprob for _, logprob in one], other.logprobs, atol=1e-4)
+
+
+def test_many_prompts_end_where_the_engine_of_whole_batches_ends_them(tokenizer):
+    """At the end tokens given, in the order of the prompts."""
+    prompts, given = [list(p) for p, _ in PROMPTS], [images(*seeds) for _, seeds in PROMPTS]
+    whole = Engine(GPT(CONFIG), params(), tokenizer)
+    settings = {
+        "images": given,
+        "end_tokens": (whole.generate([prompts[0]], 3, GREEDY, images=given[:1])[0].tokens[2],),
+    }
+    expected = whole.generate([np.array(p, np.int32) for p in prompts], 8, GREEDY, **settings)
+    found = list(complete_prompts(batched(tokenizer), prompts, 8, GREEDY, **settings))
+    assert expected[0].finish_reason == "end_of_turn"
+    for one, other in zip(found, expected, strict=True):
+        assert (list(one.tokens), one.text, one.finish_reason) == (list(other.tokens), other.text, other.finish_reason)
 
 
 def test_a_completion_depends_on_its_own_images_only(tokenizer):

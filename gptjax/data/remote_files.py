@@ -78,6 +78,10 @@ class RemoteFile:
 DataFile: TypeAlias = Path | RemoteFile
 
 
+class NoSuchFileError(UserError):
+    """No file has the URL, or matches the pattern."""
+
+
 def is_url(pattern: str) -> bool:
     """Whether a path or pattern is a URL."""
     return re.match("[a-z][a-z0-9+]*://", pattern) is not None
@@ -90,7 +94,8 @@ def matching_urls(pattern: str) -> list[RemoteFile]:
     not a wildcard there.
 
     Raises:
-      UserError: no file matches, the server cannot be reached or refuses, or the package for the protocol is missing.
+      NoSuchFileError: no file matches.
+      UserError: the server cannot be reached or refuses, or the package for the protocol is missing.
     """
     system, path = _file_system(pattern)
     is_pattern = bool(set("*[" if pattern.startswith("http") else "*?[") & set(path))
@@ -102,8 +107,9 @@ def matching_urls(pattern: str) -> list[RemoteFile]:
             with ThreadPoolExecutor(_CONNECTIONS) as pool:
                 files = list(pool.map(system.info, [info["name"] for info in files]))
     if not files:
-        what = f"{pattern} is a directory: write {pattern.rstrip('/')}/** for" if found else "no file matches"
-        raise UserError(f"{what} the files in it" if found else f"{what} {pattern!r}")
+        if not found:
+            raise NoSuchFileError(f"no file matches {pattern!r}")
+        raise UserError(f"{pattern} is a directory: write {pattern.rstrip('/')}/** for the files in it")
     urls = {system.unstrip_protocol(info["name"]): info for info in files}
     return [RemoteFile(url, info.get("size"), _version(info)) for url, info in sorted(urls.items())]
 
@@ -138,7 +144,8 @@ def _reading(url: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # every protocol has errors of its own
-        raise UserError(f"cannot read {url}: {_reason(error, url)}") from None
+        kind = NoSuchFileError if _status(error) == 404 else UserError
+        raise kind(f"cannot read {url}: {_reason(error, url)}") from None
 
 
 class _RemoteReader(io.RawIOBase):

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias, cast
 
 from absl import logging
 
+from gptjax.bucket_client import check_credentials
 from gptjax.config import UserError
 from gptjax.data.packages import require_package
 
@@ -28,6 +29,11 @@ _PROTOCOLS = {
     "https": ("aiohttp", "use a URL that needs no login, such as a signed one"),
     "http": ("aiohttp", "use a URL that needs no login, such as a signed one"),
     "hf": ("huggingface_hub", "set HF_TOKEN"),
+}
+_OR_NO = {
+    "gs": " or bucket",
+    "s3": " or bucket",
+    "hf": " or dataset, or it is private: check the name, or set HF_TOKEN",
 }
 # Keys under which file systems report what changes with the content; hashes of the content first.
 _VERSIONS = (
@@ -131,10 +137,15 @@ def _file_system(url: str) -> tuple[Any, str]:
     if protocol not in _PROTOCOLS:
         raise UserError(f"unknown protocol of {url}: known are {', '.join(f'{name}://' for name in _PROTOCOLS)}")
     require_package(_PROTOCOLS[protocol][0], "pip install -e '.[remote]'", url)
+    if protocol == "gs":
+        check_credentials()
     import fsspec
 
-    # huggingface_hub reads the variable at import, which may have been before it was set.
-    options = {"endpoint": os.environ.get("HF_ENDPOINT")} if protocol == "hf" else {}
+    options: dict[str, Any] = {}
+    if protocol == "hf":  # huggingface_hub reads the variable at import, which may have been before it was set
+        options["endpoint"] = os.environ.get("HF_ENDPOINT")
+    elif protocol == "gs" and os.environ.get("STORAGE_EMULATOR_HOST"):
+        options["token"] = "anon"  # gcsfs would ask the metadata server of Google's machines for credentials
     with _reading(url):
         return cast(tuple[Any, str], fsspec.core.url_to_fs(url, **options))
 
@@ -229,6 +240,9 @@ def _status(error: BaseException) -> int | None:
     """Returns the HTTP status of an error that another attempt would meet again: 401, 403 or 404; otherwise None."""
     seen: BaseException | None = error
     while seen is not None:
+        name = type(seen).__name__
+        if name == "RepositoryNotFoundError":  # of the Hub, with the status 401, as it may be private
+            return 404
         response = getattr(seen, "response", None)
         # Of aiohttp, gcsfs and huggingface_hub; `code` of aiohttp is deprecated.
         values = [getattr(seen, "status", None) or getattr(seen, "code", None), getattr(response, "status_code", None)]
@@ -237,7 +251,7 @@ def _status(error: BaseException) -> int | None:
         for value in values:
             if str(value) in ("401", "403", "404"):
                 return int(str(value))
-        refused = isinstance(seen, PermissionError) or "Credential" in type(seen).__name__
+        refused = isinstance(seen, PermissionError) or "Credential" in name or name == "ProfileNotFound"
         if refused or str(seen).startswith("Forbidden"):  # gcsfs has no error class of its own for it
             return 403
         if isinstance(seen, FileNotFoundError) and seen.__cause__ is None:
@@ -250,7 +264,7 @@ def _reason(error: BaseException, url: str) -> str:
     """Describes an error of a file system in one line, with its fix where it is known."""
     status = _status(error)
     if status == 404:
-        return "there is no such file"
+        return "there is no such file" + _OR_NO.get(url.partition("://")[0], "")
     while isinstance(error, FileNotFoundError) and error.__cause__ is not None:  # of web servers: any error
         error = error.__cause__
     first = next(iter(str(error).splitlines()), "") or type(error).__name__

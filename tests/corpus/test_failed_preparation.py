@@ -90,12 +90,12 @@ def test_only_a_failed_preparation_gives_way(recipe: Recipe, tmp_path: Path, mon
         with pytest.raises(KeyboardInterrupt):
             prepare_corpus(recipe, output, tmp_path, Executor())
     for _ in range(2):  # a refusal is no failure of the preparation
-        with pytest.raises(UserError, match="--similarity=0.8, not 0.9: remove it, or name another --output"):
+        with pytest.raises(UserError, match=r"--similarity=0\.8, not 0\.9: remove it, or name another --output"):
             prepare_corpus(other, output, tmp_path, Executor())
     # Another machine may be at work with the recorded settings.
     (output / "work" / "failure.txt").write_text("a machine failed")
     (output / "work" / "shard-1.lock").touch()
-    with pytest.raises(UserError, match="--similarity=0.8, not 0.9"):
+    with pytest.raises(UserError, match=r"--similarity=0\.8, not 0\.9"):
         prepare_corpus(other, output, tmp_path, Executor())
     prepare_corpus(recipe, output, tmp_path, Executor())
 

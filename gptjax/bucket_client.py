@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import json
 import logging
 import os
 import re
@@ -11,6 +12,7 @@ from urllib.parse import unquote
 
 from gptjax.user_error import UserError
 
+_MAX_CREDENTIALS = 1_000_000  # bytes of a file of credentials
 COMMIT_FILE = "commit_success.txt"  # Orbax writes it last into a checkpoint in a bucket
 
 
@@ -71,11 +73,35 @@ def client() -> Any:
                     await self._rm_file(f"{path.rstrip('/')}/{COMMIT_FILE}")
             return await super()._rm(path, recursive=recursive, **options)
 
+    check_credentials()
     os.environ.setdefault("EPATH_USE_TF", "0")  # epath would prefer TensorFlow's client
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs the errors that it raises
     for protocol in ("gs", "gcs"):
         fsspec.register_implementation(protocol, Client, clobber=True)
     return fsspec.filesystem("gcs", finalize_on_close=True)  # the arguments of epath
+
+
+def check_credentials() -> None:
+    """Raises UserError if GOOGLE_APPLICATION_CREDENTIALS names no file with credentials.
+
+    gcsfs would ask without any, and log the tracebacks of the errors that it raises, which is turned off here.
+    """
+    for logger in ("gcsfs", "google.auth"):
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
+    name = os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")
+    if not name or os.environ.get("STORAGE_EMULATOR_HOST"):
+        return
+    try:
+        with open(name, "rb") as file:
+            has_type = "type" in json.loads(file.read(_MAX_CREDENTIALS))
+    except OSError as error:
+        raise UserError(f"cannot read GOOGLE_APPLICATION_CREDENTIALS={name}: {error.strerror}") from None
+    except (ValueError, TypeError):
+        has_type = False
+    if not has_type:
+        raise UserError(
+            f"GOOGLE_APPLICATION_CREDENTIALS={name} is no JSON file of credentials: name the key of a service account, "
+            "or unset it and log in by gcloud auth application-default login"
+        )
 
 
 def _place(path: str, args: tuple[Any, ...], options: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from gptjax.checkpoint.saved_trees import ConfigChanges
 from gptjax.checkpoint.state import abstract_state
 from gptjax.checkpoint.stored_checkpoint import step_directories
 from gptjax.config import Config, UserError, changes, differences, naming, read_config, to_json, with_absolute_paths
-from gptjax.data import hub, tokenizers
+from gptjax.data import hub, remote_record, tokenizers
 from gptjax.distributed import processes
 from gptjax.files import expand, write_whole
 from gptjax.models import peft
@@ -34,7 +34,7 @@ from gptjax.training.stage import Stage
 # Files that a run adds to its workdir, except its config and its tokenizer.
 _FILES_OF_A_RUN = (
     *("checkpoints", "damaged", "rollouts", "debug", "profile", "evaluation", "samples", "tensorboard", "wandb"),
-    *(METRICS_FILE, "loss.png", SCALE_FILE),
+    *(METRICS_FILE, "loss.png", SCALE_FILE, remote_record.RECORD_FILE),
 )
 
 Callbacks = Sequence[Callable[[dict[str, Any]], None]]
@@ -92,7 +92,8 @@ def dry_run(config: Config, workdir: Path, *, allow_config_changes: bool = False
     changed = _check_workdir(config, workdir, allow_config_changes, start_over=False)
     if changed is None:
         registry.check_sections(config)
-    return _summary(config, _build(config, workdir, mesh, resumes=changed is not None), mesh)
+    stage = _build(config, workdir, mesh, resumes=changed is not None, allow_changes=allow_config_changes)
+    return _summary(config, stage, mesh)
 
 
 def _checked(config: Config) -> tuple[Config, Mesh]:
@@ -118,10 +119,12 @@ def _with_revisions(config: Config, workdir: Path) -> Config:
     return hub.with_revisions(config, processes.of_first(find))
 
 
-def _build(config: Config, workdir: Path, mesh: Mesh, *, resumes: bool) -> Stage:
+def _build(config: Config, workdir: Path, mesh: Mesh, *, resumes: bool, allow_changes: bool) -> Stage:
+    may_change = allow_changes or not resumes
+    remote = processes.of_first(lambda: remote_record.remote_versions(config, workdir, may_change=may_change))
     stage = builders.build(config, mesh, tokenizers.load(workdir / "tokenizer") if resumes else None)
     _check_tokenizer(config, stage.tokenizer)
-    return stage
+    return dataclasses.replace(stage, files={**stage.files, **remote_record.record_file(remote)})
 
 
 def _run_alone(
@@ -133,7 +136,7 @@ def _run_alone(
     changed: list[str] | None,
     callbacks: Callbacks,
 ) -> RunReport:
-    stage = _build(config, workdir, mesh, resumes=changed is not None)
+    stage = _build(config, workdir, mesh, resumes=changed is not None, allow_changes=allow_changes)
 
     def write() -> None:
         if jax.process_index() == 0:

@@ -143,7 +143,9 @@ class FileServer:
 
     def _missing(self, code: str) -> tuple[int, dict[str, str], bytes]:
         headers = {"X-Error-Code": code, "Content-Type": "application/xml"}
-        return 404, headers, f"<Error><Code>{code}</Code></Error>".encode()
+        # The Hub does not tell strangers whether a private repository exists.
+        status = 401 if code == "RepoNotFound" else 404
+        return status, headers, f"<Error><Code>{code}</Code></Error>".encode()
 
 
 def _json(value: Any) -> tuple[int, dict[str, str], bytes]:

@@ -6,7 +6,6 @@ rows of a band are candidates, and the share of equal values of the signatures d
 """
 
 import functools
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +18,7 @@ SHINGLE_WORDS = 5
 MAX_HASHES = 128
 FOUND = 0.99  # least probability that a pair of the threshold's similarity is a candidate
 MARGIN = 2.0  # standard errors of the estimate below the threshold that still count as a near copy
-_BATCH = 8192  # shingles: datasketch makes an array of this many times the number of hashes
+_CHUNK = 4096  # shingles whose permutations are computed at once, in an array of 2 MB that is used again
 
 
 class Bands:
@@ -44,12 +43,25 @@ class Bands:
         self.least_equal = int(np.ceil((similarity - MARGIN * error) * self.num_hashes))
 
     def signature(self, words: Hashes) -> Signatures:
-        """Returns the signature of the words of a document, uint32 (hashes,); the words must not be empty."""
-        shingles = gram_hashes(words, min(SHINGLE_WORDS, len(words))) >> np.uint64(32)
-        signature = _minhash(self.num_hashes).copy()
-        for start in range(0, len(shingles), _BATCH):
-            signature.update_batch(shingles[start : start + _BATCH].tolist())
-        return signature.hashvalues
+        """Returns the signature of the words of a document, uint32 (hashes,); the words must not be empty.
+
+        Its values are those of `datasketch.MinHash` with seed 1 and the scheme affine32: the minima over all shingles s
+        of a_k s + b_k modulo 2**32.
+        """
+        shingles = _premixed((gram_hashes(words, min(SHINGLE_WORDS, len(words))) >> np.uint64(32)).astype(np.uint32))
+        factors, terms = _permutations(self.num_hashes)
+        signature = np.full(self.num_hashes, 2**32 - 1, np.uint32)
+        for start in range(0, len(shingles), _CHUNK):
+            chunk = shingles[start : start + _CHUNK]
+            permuted = self._buffer[: self.num_hashes * len(chunk)].reshape(self.num_hashes, len(chunk))
+            np.multiply(factors[:, None], chunk, out=permuted)
+            np.add(permuted, terms[:, None], out=permuted)
+            np.minimum(signature, permuted.min(1), out=signature)
+        return signature
+
+    @functools.cached_property
+    def _buffer(self) -> Signatures:
+        return np.empty(self.num_hashes * _CHUNK, np.uint32)
 
     def keys(self, signatures: Signatures) -> Hashes:
         """Returns the keys of the bands of signatures (documents, hashes), uint64 (bands, documents); none is 0."""
@@ -61,7 +73,16 @@ class Bands:
 
 
 @functools.cache
-def _minhash(num_hashes: int) -> Any:
+def _permutations(num_hashes: int) -> tuple[Signatures, Signatures]:
+    """Factors a and terms b of datasketch's permutations of 32-bit integers, uint32 (hashes,) each."""
     from datasketch import MinHash
 
-    return MinHash(num_hashes, seed=1, hashfunc=int, scheme="affine32")
+    factors, terms = MinHash(num_hashes, seed=1, scheme="affine32").permutations
+    return factors, terms
+
+
+def _premixed(values: Signatures) -> Signatures:
+    """Applies the finaliser of MurmurHash3, which datasketch applies before the permutations, to uint32 values."""
+    values = (values ^ (values >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    values = (values ^ (values >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return values ^ (values >> np.uint32(16))

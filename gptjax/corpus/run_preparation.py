@@ -25,6 +25,7 @@ from gptjax.data.sources import Source
 from gptjax.files import read_json, unfinished_name, write_whole
 
 RECIPE_FILE = "recipe.json"
+FAILURE_FILE = "failure.txt"  # in work/, the message of the user error that ended the last attempt
 
 
 def prepare_corpus(recipe: Recipe, output: Path, cache_dir: Path, executor: Executor) -> str:
@@ -82,7 +83,36 @@ def _prepare(workspace: Workspace, executor: Executor) -> None:
         _claim(workspace, source)
     else:
         _wait_for_claim(workspace)
-    _run_steps(workspace, executor, source)
+    try:
+        _run_steps(workspace, executor, source)
+    except UserError as error:
+        with contextlib.suppress(OSError):  # a full disk, or a corpus that another machine has finished
+            (workspace.output / "work" / FAILURE_FILE).write_text(f"{error}\n", encoding="utf-8")
+        raise
+
+
+def _has_failed(workspace: Workspace) -> bool:
+    """Whether a user error, such as a wrong field, has ended the preparation, so that other settings may follow.
+
+    Preparations of several machines are not begun anew, as some may still be working.
+    """
+    work = workspace.output / "work"
+    others = [path for path in work.glob("shard-*.lock") if path.name != "shard-0.lock"]
+    return (work / FAILURE_FILE).exists() and not others and not workspace.is_complete
+
+
+def _begin_anew(workspace: Workspace, recorded: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Removes the results of a preparation that failed, except the documents that were read in the same way."""
+    print(f"{workspace.output}: its preparation with other settings or files failed, and begins anew", flush=True)
+    names = ("source", "document_separator", "invalid_utf8", "on_corrupt", "part_bytes")
+    one, other = (
+        [each.get("format"), each.get("source_fingerprint"), *(each["settings"].get(name) for name in names)]
+        for each in (recorded, identity)
+    )
+    (workspace.output / RECIPE_FILE).unlink()  # first, so that no result is taken for one of these settings
+    for path in (*workspace.output.glob("*"), *workspace.output.glob("work/*")):
+        if path.name != "work" and path.suffix != ".lock" and not (path.name == "read" and one == other):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _remove_unfinished(output: Path) -> None:
@@ -115,7 +145,7 @@ def _is_of_beginning(path: Path, output: Path) -> bool:
 
 
 def _compare(workspace: Workspace) -> dict[str, Any] | None:
-    """Returns the recorded recipe, None if there is none; raises UserError if it is another one."""
+    """Returns the recorded recipe, None if there is none; raises UserError if it is another one that has not failed."""
     path = workspace.output / RECIPE_FILE
     if not path.exists():
         return None
@@ -125,10 +155,10 @@ def _compare(workspace: Workspace) -> dict[str, Any] | None:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is damaged, remove {workspace.output} and start again: {error!r}") from None
     for name, value in workspace.recipe.settings().items():
-        if settings.get(name) != value:
+        if settings.get(name) != value and not _has_failed(workspace):
             raise UserError(
                 f"{workspace.output} holds a corpus of --{name}={_flag(settings.get(name))}, not {_flag(value)}: "
-                "name another --output"
+                "remove it, or name another --output"
             )
     return dict(recorded)
 
@@ -153,6 +183,10 @@ def _claim(workspace: Workspace, source: Source) -> None:
     if (reference := workspace.recipe.quality_reference) is not None:
         identity["reference_fingerprint"] = workspace.recipe.open_source(reference).fingerprint()
     identity["content"] = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
+    if recorded is not None and recorded != identity and _has_failed(workspace):
+        _begin_anew(workspace, recorded, identity)
+        recorded = None
+    (workspace.output / "work" / FAILURE_FILE).unlink(missing_ok=True)
     if recorded is None:
         write_whole(workspace.output / RECIPE_FILE, json.dumps(identity, indent=2) + "\n")
     elif recorded != identity:

@@ -64,9 +64,10 @@ def find_words(text: str) -> Words:
 def gram_hashes(words: Hashes, n: int) -> Hashes:
     """Hashes the n-grams of consecutive words, uint64 (max(0, words - n + 1),)."""
     count = max(0, len(words) - n + 1)
-    sums = np.zeros(count, np.uint64)
-    for k in range(n):
-        sums = sums * _GRAM_BASE + words[k : k + count]
+    sums = words[:count].copy()
+    for k in range(1, n):
+        sums *= _GRAM_BASE
+        sums += words[k : k + count]
     return mixed(sums)
 
 

@@ -97,7 +97,9 @@ def _opened(path: DataFile, kind: Kind) -> Iterator[tuple[Any, Callable[[list[st
     except (pa.ArrowException, OSError, EOFError, ValueError, OverflowError, MemoryError) as error:  # of damaged files
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         form = {"parquet": "a whole Parquet file", "arrow": "a whole Arrow stream"}[kind]
-        cause = f"{reason}" if isinstance(error, OSError) and error.errno else f"it is not {form}: {reason}"
+        cause = f"it is not {form}: {reason.rstrip('.')}: replace it by an undamaged copy"
+        if isinstance(error, OSError) and error.errno:
+            cause = reason
         raise UserError(f"cannot read {path}: {cause}") from None
 
 
@@ -106,7 +108,7 @@ def _check_end(file: io.BufferedIOBase, path: DataFile) -> None:
     size = file.seek(0, io.SEEK_END)
     file.seek(max(0, size - len(_END_OF_STREAM)))
     if file.read() != _END_OF_STREAM:
-        raise UserError(f"cannot read {path}: it is not a whole Arrow stream: its end is missing")
+        raise UserError(f"cannot read {path}: it is not a whole Arrow stream: its end is missing: copy it again")
     file.seek(0)
 
 

@@ -72,7 +72,7 @@ def parse(spec: str) -> HubDataset:
 
 def without_revision(config: Config) -> list[str]:
     """Returns the sources that a config names on the Hub without a commit."""
-    matches = ((text, _SPEC.fullmatch(text)) for text in _texts(dataclasses.asdict(config)))
+    matches = ((text, _SPEC.fullmatch(text)) for text in texts(dataclasses.asdict(config)))
     return list(dict.fromkeys(text for text, match in matches if match is not None and match["revision"] is None))
 
 
@@ -86,7 +86,7 @@ def revisions(specs: Sequence[str], saved: Config | None) -> dict[str, str]:
     Raises:
       UserError: a dataset is not available.
     """
-    before = [] if saved is None else [text for text in _texts(dataclasses.asdict(saved)) if _SPEC.fullmatch(text)]
+    before = [] if saved is None else [text for text in texts(dataclasses.asdict(saved)) if _SPEC.fullmatch(text)]
     found = {re.sub(r"\?revision=\w+", "", text): text for text in before if parse(text).revision is not None}
     commits: dict[str, str] = {}  # one of each dataset, as its splits belong together
     for spec in specs:
@@ -104,12 +104,12 @@ def with_revisions(config: Config, found: Mapping[str, str]) -> Config:
     return replaced
 
 
-def _texts(tree: Any) -> Iterator[str]:
-    """Yields all texts in a tree of dicts and tuples."""
+def texts(tree: Any) -> Iterator[str]:
+    """Yields all texts in a tree of dicts and tuples, such as the settings of a config."""
     if isinstance(tree, str):
         yield tree
     for part in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, tuple | list) else ():
-        yield from _texts(part)
+        yield from texts(part)
 
 
 def _with_texts(value: Any, found: Mapping[str, str]) -> Any:

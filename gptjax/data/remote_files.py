@@ -17,6 +17,7 @@ from typing import Any, TypeAlias, cast
 
 from absl import logging
 
+from gptjax.bucket_client import check_credentials
 from gptjax.config import UserError
 from gptjax.data.packages import require_package
 
@@ -28,6 +29,11 @@ _PROTOCOLS = {
     "https": ("aiohttp", "use a URL that needs no login, such as a signed one"),
     "http": ("aiohttp", "use a URL that needs no login, such as a signed one"),
     "hf": ("huggingface_hub", "set HF_TOKEN"),
+}
+_OR_NO = {
+    "gs": " or bucket",
+    "s3": " or bucket",
+    "hf": " or dataset, or it is private: check the name, or set HF_TOKEN",
 }
 # Keys under which file systems report what changes with the content; hashes of the content first.
 _VERSIONS = (
@@ -78,6 +84,10 @@ class RemoteFile:
 DataFile: TypeAlias = Path | RemoteFile
 
 
+class NoSuchFileError(UserError):
+    """No file has the URL, or matches the pattern."""
+
+
 def is_url(pattern: str) -> bool:
     """Whether a path or pattern is a URL."""
     return re.match("[a-z][a-z0-9+]*://", pattern) is not None
@@ -90,7 +100,8 @@ def matching_urls(pattern: str) -> list[RemoteFile]:
     not a wildcard there.
 
     Raises:
-      UserError: no file matches, the server cannot be reached or refuses, or the package for the protocol is missing.
+      NoSuchFileError: no file matches.
+      UserError: the server cannot be reached or refuses, or the package for the protocol is missing.
     """
     system, path = _file_system(pattern)
     is_pattern = bool(set("*[" if pattern.startswith("http") else "*?[") & set(path))
@@ -102,8 +113,9 @@ def matching_urls(pattern: str) -> list[RemoteFile]:
             with ThreadPoolExecutor(_CONNECTIONS) as pool:
                 files = list(pool.map(system.info, [info["name"] for info in files]))
     if not files:
-        what = f"{pattern} is a directory: write {pattern.rstrip('/')}/** for" if found else "no file matches"
-        raise UserError(f"{what} the files in it" if found else f"{what} {pattern!r}")
+        if not found:
+            raise NoSuchFileError(f"no file matches {pattern!r}")
+        raise UserError(f"{pattern} is a directory: write {pattern.rstrip('/')}/** for the files in it")
     urls = {system.unstrip_protocol(info["name"]): info for info in files}
     return [RemoteFile(url, info.get("size"), _version(info)) for url, info in sorted(urls.items())]
 
@@ -125,10 +137,15 @@ def _file_system(url: str) -> tuple[Any, str]:
     if protocol not in _PROTOCOLS:
         raise UserError(f"unknown protocol of {url}: known are {', '.join(f'{name}://' for name in _PROTOCOLS)}")
     require_package(_PROTOCOLS[protocol][0], "pip install -e '.[remote]'", url)
+    if protocol == "gs":
+        check_credentials()
     import fsspec
 
-    # huggingface_hub reads the variable at import, which may have been before it was set.
-    options = {"endpoint": os.environ.get("HF_ENDPOINT")} if protocol == "hf" else {}
+    options: dict[str, Any] = {}
+    if protocol == "hf":  # huggingface_hub reads the variable at import, which may have been before it was set
+        options["endpoint"] = os.environ.get("HF_ENDPOINT")
+    elif protocol == "gs" and os.environ.get("STORAGE_EMULATOR_HOST"):
+        options["token"] = "anon"  # gcsfs would ask the metadata server of Google's machines for credentials
     with _reading(url):
         return cast(tuple[Any, str], fsspec.core.url_to_fs(url, **options))
 
@@ -138,7 +155,8 @@ def _reading(url: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # every protocol has errors of its own
-        raise UserError(f"cannot read {url}: {_reason(error, url)}") from None
+        kind = NoSuchFileError if _status(error) == 404 else UserError
+        raise kind(f"cannot read {url}: {_reason(error, url)}") from None
 
 
 class _RemoteReader(io.RawIOBase):
@@ -222,6 +240,9 @@ def _status(error: BaseException) -> int | None:
     """Returns the HTTP status of an error that another attempt would meet again: 401, 403 or 404; otherwise None."""
     seen: BaseException | None = error
     while seen is not None:
+        name = type(seen).__name__
+        if name == "RepositoryNotFoundError":  # of the Hub, with the status 401, as it may be private
+            return 404
         response = getattr(seen, "response", None)
         # Of aiohttp, gcsfs and huggingface_hub; `code` of aiohttp is deprecated.
         values = [getattr(seen, "status", None) or getattr(seen, "code", None), getattr(response, "status_code", None)]
@@ -230,7 +251,7 @@ def _status(error: BaseException) -> int | None:
         for value in values:
             if str(value) in ("401", "403", "404"):
                 return int(str(value))
-        refused = isinstance(seen, PermissionError) or "Credential" in type(seen).__name__
+        refused = isinstance(seen, PermissionError) or "Credential" in name or name == "ProfileNotFound"
         if refused or str(seen).startswith("Forbidden"):  # gcsfs has no error class of its own for it
             return 403
         if isinstance(seen, FileNotFoundError) and seen.__cause__ is None:
@@ -243,7 +264,7 @@ def _reason(error: BaseException, url: str) -> str:
     """Describes an error of a file system in one line, with its fix where it is known."""
     status = _status(error)
     if status == 404:
-        return "there is no such file"
+        return "there is no such file" + _OR_NO.get(url.partition("://")[0], "")
     while isinstance(error, FileNotFoundError) and error.__cause__ is not None:  # of web servers: any error
         error = error.__cause__
     first = next(iter(str(error).splitlines()), "") or type(error).__name__

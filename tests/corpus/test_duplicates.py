@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from datasketch import MinHash
 
 from gptjax.corpus import duplicates
 from gptjax.corpus.document_measures import Reason
@@ -134,3 +135,14 @@ def test_a_signature_estimates_the_similarity() -> None:
         copy = near_copy(text, generator)
         one, other = (bands.signature(find_words(each).hashes) for each in (text, copy))
         assert abs((one == other).mean() - similarity(text, copy)) < 0.15
+
+
+def test_signatures_are_those_of_datasketch() -> None:
+    """Also of few words, and of more shingles than are computed at once."""
+    words = np.random.default_rng(0).integers(0, 2**64, 9000, np.uint64)
+    for threshold in (0.5, 0.8):
+        bands = Bands(threshold)
+        for count in (1, 3, 5, 200, 9000):
+            reference = MinHash(bands.num_hashes, seed=1, hashfunc=int, scheme="affine32")
+            reference.update_batch((gram_hashes(words[:count], min(count, SHINGLE_WORDS)) >> np.uint64(32)).tolist())
+            np.testing.assert_array_equal(bands.signature(words[:count]), reference.hashvalues)

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from gptjax.bucket_client import client
 from gptjax.config import DataConfig, UserError
 from gptjax.data import preparation, remote_files
 from gptjax.data.labelled import read_rows
@@ -18,6 +19,7 @@ from gptjax.data.pipeline import open_corpus
 from gptjax.data.preparation import prepare
 from gptjax.data.sources import open_source
 from gptjax.data.tokenizers import BytesTokenizer
+from gptjax.files import expand
 from tests.file_servers import FileServer
 
 PACKAGES = {"web": "aiohttp", "s3": "s3fs", "gs": "gcsfs"}
@@ -82,9 +84,10 @@ def test_the_fingerprint_changes_with_the_content_and_reads_no_file(base: str, f
     ("spec", "message"),
     [
         ("text:BASE/none.txt", "cannot read BASE/none.txt: there is no such file"),
+        ("text:BASEles/a.txt", "cannot read BASEles/a.txt: there is no such file"),  # no such bucket
         ("text:BASE/*.none", "no file matches 'BASE/*.none'"),
         ("parquet:BASE/p.parquet#body", "BASE/p.parquet has no column 'body': choose one with #FIELD: text"),
-        ("parquet:BASE/cut.parquet", "cannot read BASE/cut.parquet: it is not a whole Parquet file"),
+        ("parquet:BASE/cut.parquet", "cannot read BASE/cut.parquet: it is not a whole Parquet file: "),
         ("text:BASE/p.parquet", "BASE/p.parquet is a .parquet file, not text: write parquet:BASE/p.parquet"),
         ("tokens:BASE/odd.bin@uint16", "BASE/odd.bin does not have a whole number of tokens of uint16"),
         ("text:ftp://b/a.txt", "unknown protocol of ftp://b/a.txt: known are gs://, s3://"),
@@ -117,6 +120,29 @@ def test_missing_credentials_are_named(base: str, tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     with pytest.raises(UserError, match=r"s3://b/a.txt: .*redentials.*AWS_ACCESS_KEY_ID"):
         read(f"text:{base}/a.txt")
+
+
+def test_an_unknown_profile_is_named(file_server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("s3fs")
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    with pytest.raises(UserError, match=r"s3://b/a.txt: .*profile \(nobody\) could not be found.*or AWS_PROFILE"):
+        read("text:s3://b/a.txt")
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "No such file"), ("{", "is no JSON"), ("[]", "is no JSON")])
+@pytest.mark.parametrize("url", ["text:gs://b/a.txt", "gs://b/run"])
+def test_a_file_of_credentials_is_checked(
+    url: str, content: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gcsfs would ask without credentials."""
+    pytest.importorskip("gcsfs")
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key.json"))
+    client.cache_clear()
+    if content is not None:
+        (tmp_path / "key.json").write_text(content)
+    with pytest.raises(UserError, match=rf"GOOGLE_APPLICATION_CREDENTIALS=.*/key.json\b.*{message}"):
+        read(url) if url.startswith("text:") else expand(url)
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,5 +239,20 @@ def test_files_on_the_hub(file_server: FileServer) -> None:
     file_server.revisions["o/n"] = {"a" * 40: {"data/a.txt": b"one", "data/b.parquet": parquet("two")}}
     assert read("text:hf://datasets/o/n/data/*.txt") == ["one"]
     assert read("parquet:hf://datasets/o/n/data/b.parquet") == ["two"]
-    with pytest.raises(UserError, match=r"hf://datasets/o/none/a.txt: there is no such file"):
+    with pytest.raises(UserError, match=r"o/none/a.txt: there is no such file or dataset, .*set HF_TOKEN"):
         read("text:hf://datasets/o/none/a.txt")
+
+
+def test_an_unreachable_bucket_is_one_line(
+    file_server: FileServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gcsfs_retry = pytest.importorskip("gcsfs.retry")
+    monkeypatch.setattr(gcsfs_retry.asyncio, "sleep", _no_pause)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"cannot read gs://b/a.txt: Cannot connect to host 127.0.0.1:9"):
+        read("text:gs://b/a.txt")
+    assert caplog.text == ""
+
+
+async def _no_pause(seconds: float) -> None:
+    pass

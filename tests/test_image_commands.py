@@ -1,29 +1,22 @@
 """The commands with images, as a user runs them, on random weights."""
 
-import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from gptjax import config as c
 from gptjax.data.conversations import read_conversations
 from tests.commands import run_command
 from tests.tiny_chats import save_sft
-from tests.tiny_images import image_config
-from tests.tiny_tasks import save_pretrained
+from tests.tiny_images import save_image_sft
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory) -> Path:
     """Random weights as those of a run of stage sft on images."""
     directory = tmp_path_factory.mktemp("images")
-    config = image_config(directory)
-    vision = dataclasses.replace(config.model.vision, image_token=259)
-    save_pretrained(directory / "sft", settings=dataclasses.replace(config.model, vocab_size=260, vision=vision))
-    (directory / "sft" / "config.json").write_text(c.to_json(config))
-    return directory / "sft"
+    return save_image_sft(directory / "sft", directory)
 
 
 @pytest.fixture(scope="module")

@@ -82,13 +82,6 @@ def open_chat(
     return ChatData(config, tokenizer, form, train, validation, images)
 
 
-def refuse_images(data: ChatData[Any]) -> None:
-    """Raises UserError if an item has an image, in a stage that reads text alone."""
-    for item in (*data.train, *data.validation):
-        if images := _images(item):
-            raise UserError(f"{images[0].place}: stage {data.config.stage} reads no images: use stage sft")
-
-
 def conversations_of(config: Config) -> Split[Conversation]:
     """Reads the training and the held-out conversations."""
     harmony = config.chat.template == "harmony"

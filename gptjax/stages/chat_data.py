@@ -85,11 +85,7 @@ def open_chat(
 def conversations_of(config: Config) -> Split[Conversation]:
     """Reads the training and the held-out conversations."""
     harmony = config.chat.template == "harmony"
-
-    def read(spec: str) -> list[Conversation]:
-        return conversations.read_conversations(spec, invalid_utf8=config.data.invalid_utf8, harmony=harmony)
-
-    return _split(config, read)
+    return _split(config, lambda spec: conversations.read_conversations(spec, harmony=harmony, **_reading(config)))
 
 
 def rankings_of(config: Config) -> Split[Ranking]:
@@ -99,7 +95,7 @@ def rankings_of(config: Config) -> Split[Ranking]:
     the held-out ones. Otherwise the model would be trained to score held-out completions low.
     """
     if config.chat.random_answers == 0:
-        return _split(config, lambda spec: conversations.read_rankings(spec, invalid_utf8=config.data.invalid_utf8))
+        return _split(config, lambda spec: conversations.read_rankings(spec, **_reading(config)))
     chat, (train, validation) = config.chat, conversations_of(config)
     return (
         conversations.random_rankings(train, chat.random_answers, config.seed, chat.random_draws),
@@ -109,8 +105,13 @@ def rankings_of(config: Config) -> Split[Ranking]:
 
 def prompts_of(config: Config) -> Split[Prompt]:
     """Reads the training and the held-out prompts."""
-    utf8, harmony = config.data.invalid_utf8, config.chat.template == "harmony"
-    return _split(config, lambda spec: conversations.read_prompts(spec, invalid_utf8=utf8, harmony=harmony))
+    harmony = config.chat.template == "harmony"
+    return _split(config, lambda spec: conversations.read_prompts(spec, harmony=harmony, **_reading(config)))
+
+
+def _reading(config: Config) -> dict[str, Any]:
+    """What happens to damaged data."""
+    return {"invalid_utf8": config.data.invalid_utf8, "skip_damaged": config.data.on_corrupt == "skip"}
 
 
 def _split(config: Config, read: Callable[[str], list[T]]) -> Split[T]:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from absl import logging
 
 from gptjax.config import DataConfig, UserError, VisionConfig
-from gptjax.data.images import digits
+from gptjax.data.images import digits, tar_shards
 from gptjax.data.images.image_references import ImageReference
 from gptjax.data.images.square_images import MAX_PIXELS, largest_shift, shifted, square
 from gptjax.data.remote_files import is_url
@@ -80,7 +80,8 @@ class ImageFiles:
 
     def fingerprint(self, image: ImageReference) -> str:
         """A hash of the file of an image, or the source where it is no file; raises UserError if it does not exist."""
-        return image.source if self._path(image) is None else hashlib.sha256(self._bytes(image)).hexdigest()
+        is_file = self._path(image) is not None or tar_shards.parse_source(image.source) is not None
+        return hashlib.sha256(self._bytes(image)).hexdigest() if is_file else image.source
 
     def _decoded(self, image: ImageReference) -> npt.NDArray[np.uint8]:
         from PIL import Image, ImageOps, UnidentifiedImageError
@@ -114,8 +115,10 @@ class ImageFiles:
                 raise ValueError
             except (ValueError, binascii.Error):
                 raise UserError(f"the image {_short(source)} is not a data: URL in base64") from None
-        path = self._path(image)
+        path, part = self._path(image), tar_shards.parse_source(source)
         try:
+            if part is not None:
+                return part.read()
             if path is not None:
                 return path.read_bytes()
             import fsspec
@@ -128,12 +131,14 @@ class ImageFiles:
             raise UserError(f"cannot read the image {path or source}: {error}") from None
 
     def _is_remote(self, image: ImageReference) -> bool:
+        if (part := tar_shards.parse_source(image.source)) is not None:
+            return part.is_remote
         return not image.source.startswith(("data:", "digits:", "file:")) and is_url(image.source)
 
     def _path(self, image: ImageReference) -> Path | None:
         """The file of an image, relative to data.image_dir or else to the file that names it; None: it is no file."""
         source = image.source
-        if source.startswith(("data:", "digits:")) or self._is_remote(image):
+        if source.startswith(("data:", "digits:")) or tar_shards.parse_source(source) or self._is_remote(image):
             return None
         if source.startswith("file:"):
             source = urllib.parse.unquote(urllib.parse.urlparse(source).path)

@@ -98,7 +98,6 @@ class RewardScorer:
         with use_mesh(self._mesh):
             return np.asarray(_scores(self._model, self._params, batch))[: len(encoded), 0]
 
-
     def _images_of(self, encoded: Sequence[EncodedConversation], rows: int, count: int) -> npt.NDArray[np.uint8]:
         """The images of elements of one row, uint8 (rows, 1, count, X); those after `encoded` repeat it."""
         assert self._images is not None, "the format refuses images for a model that reads none"
@@ -116,9 +115,7 @@ def _scores(model: RewardModel, params: Any, batch: dict[str, jax.Array]) -> jax
     return constrain(model.scores(params, batch), None, None)
 
 
-def load_reward_model(
-    workdir: Path, mesh: Mesh, batch_size: int = 8, data: DataConfig | None = None
-) -> RewardScorer:
+def load_reward_model(workdir: Path, mesh: Mesh, batch_size: int = 8, data: DataConfig | None = None) -> RewardScorer:
     """Loads the reward model of a workdir, laid out over `mesh`.
 
     Args:

@@ -67,9 +67,7 @@ def test_a_prompt_with_a_damaged_image_has_no_ranks(tmp_path):
 
 def test_the_completions_of_a_prompt_see_the_same_shifted_image(tmp_path):
     Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3)).save(tmp_path / "a.png")
-    shifting = ImageFiles(
-        c.VisionConfig(encoder="patches", image_size=4, patch_size=2), c.DataConfig(image_shift=0.5)
-    )
+    shifting = ImageFiles(c.VisionConfig(encoder="patches", image_size=4, patch_size=2), c.DataConfig(image_shift=0.5))
     image = ImageReference(str(tmp_path / "a.png"))
     elements = PackedRankings([prompt([image], (4, 5), 10)], 64, pack=False, seed=0, images=shifting)
     first, later = elements[0]["images"], elements[1]["images"]

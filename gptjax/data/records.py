@@ -22,7 +22,7 @@ from gptjax.data import arrow_tables, hub
 from gptjax.data.arrow_sources import split_saved
 from gptjax.data.clue import flat_record
 from gptjax.data.file_patterns import matching_files
-from gptjax.data.images import tar_shards
+from gptjax.data.images import dataset_images, tar_shards
 from gptjax.data.packages import require_package
 from gptjax.data.remote_files import DataFile, is_url
 from gptjax.data.sources import TFDS_SPEC, open_tfds
@@ -321,12 +321,16 @@ def _words(lines: list[tuple[int, list[str]]]) -> list[tuple[int, list[str]]]:
 
 
 class _LazyRecord(Mapping[str, Any]):
-    """An example of tensorflow-datasets as plain Python values, converted on access."""
+    """An example of tensorflow-datasets as plain Python values, converted on access; images are their sources."""
 
-    def __init__(self, features: Mapping[str, Any], example: Mapping[str, Any]) -> None:
-        self._features, self._example = features, example
+    def __init__(self, features: Mapping[str, Any], example: Mapping[str, Any], dataset: str, index: int) -> None:
+        self._features, self._example, self._dataset, self._index = features, example, dataset, index
+        self._images = dataset_images.image_fields(features)
 
     def __getitem__(self, name: str) -> Any:
+        if name in self._images:
+            count = len(self._example[name]) if self._images[name] else None
+            return dataset_images.image_sources(self._dataset, self._index, name, count)
         return _plain(self._features[name], self._example[name])
 
     def __iter__(self) -> Iterator[str]:
@@ -339,9 +343,12 @@ class _LazyRecord(Mapping[str, Any]):
 def _tfds(spec: str, argument: str) -> Iterator[Record]:
     match = TFDS_SPEC.fullmatch(argument)
     assert match is not None, spec
-    builder, examples = open_tfds(match["name"], match["split"] or "train", spec)
+    split = match["split"] or "train"
+    builder, examples = open_tfds(match["name"], split, spec)
+    dataset = f"{match['name']}@{split}"
+    dataset_images.opened(dataset, examples)
     for index in range(len(examples)):
-        yield _LazyRecord(builder.info.features, examples[index]), f"example {index} of {spec}"
+        yield _LazyRecord(builder.info.features, examples[index], dataset, index), f"example {index} of {spec}"
 
 
 def _plain(feature: Any, value: Any) -> Any:

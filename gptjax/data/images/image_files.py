@@ -16,7 +16,7 @@ import numpy.typing as npt
 from absl import logging
 
 from gptjax.config import DataConfig, UserError, VisionConfig
-from gptjax.data.images import digits, tar_shards
+from gptjax.data.images import dataset_images, digits, tar_shards
 from gptjax.data.images.image_references import ImageReference
 from gptjax.data.images.square_images import MAX_PIXELS, largest_shift, shifted, square
 from gptjax.data.remote_files import is_url
@@ -119,6 +119,8 @@ class ImageFiles:
         try:
             if part is not None:
                 return part.read()
+            if source.startswith(dataset_images.SCHEME):
+                return dataset_images.read_image(source)
             if path is not None:
                 return path.read_bytes()
             import fsspec
@@ -127,6 +129,8 @@ class ImageFiles:
                 return bytes(file.read())
         except FileNotFoundError:
             raise UserError(f"there is no image {path or source}") from None
+        except UserError:
+            raise
         except Exception as error:  # of a file system or a client
             raise UserError(f"cannot read the image {path or source}: {error}") from None
 
@@ -138,7 +142,8 @@ class ImageFiles:
     def _path(self, image: ImageReference) -> Path | None:
         """The file of an image, relative to data.image_dir or else to the file that names it; None: it is no file."""
         source = image.source
-        if source.startswith(("data:", "digits:")) or tar_shards.parse_source(source) or self._is_remote(image):
+        in_no_file = source.startswith(("data:", "digits:", dataset_images.SCHEME)) or tar_shards.parse_source(source)
+        if in_no_file or self._is_remote(image):
             return None
         if source.startswith("file:"):
             source = urllib.parse.unquote(urllib.parse.urlparse(source).path)

@@ -18,8 +18,8 @@ class ImageReference:
     """An image that a conversation names.
 
     Attributes:
-      source: path, URL, data: URL, "digits:NUMBER" for one of scikit-learn's digits, or a part of a tar file, as in
-        `gptjax.data.images.tar_shards`.
+      source: path, URL, data: URL, "digits:NUMBER" for one of scikit-learn's digits, a part of a tar file, or
+        an image of tensorflow-datasets, as in `gptjax.data.images.tar_shards` and `dataset_images`.
       place: the record that names it, for error messages: "chats.jsonl:17".
     """
 

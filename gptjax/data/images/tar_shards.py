@@ -128,6 +128,7 @@ def _members(shard: DataFile) -> Iterator[Member]:
         size = file.seek(0, 2)
         file.seek(0)
         end = 0
+        tar: Any
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (found := tar.next()) is not None:
                 tar.members.clear()  # a shard has many, and this list all of them

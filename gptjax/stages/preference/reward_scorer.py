@@ -104,7 +104,9 @@ class RewardScorer:
         images_NX = np.zeros((rows, 1, count, self._images.vision.values_per_image), np.uint8)
         for row in range(rows):
             for number, reference in enumerate(encoded[row % len(encoded)].images):
-                images_NX[row, 0, number] = self._images.read(reference)
+                image_X = self._images.read(reference)
+                assert image_X is not None, "damaged images are not skipped where completions are scored"
+                images_NX[row, 0, number] = image_X
         return images_NX
 
 

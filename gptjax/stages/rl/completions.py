@@ -150,7 +150,9 @@ class CompletionSampler:
         images_PNX = np.zeros((len(prompts), self._images_per_prompt, size), np.uint8)
         for of_prompt_NX, prompt in zip(images_PNX, prompts, strict=True):
             for number, reference in enumerate(prompt.images):
-                of_prompt_NX[number] = self._images.read(reference)
+                image_X = self._images.read(reference)
+                assert image_X is not None, "the check of the config refuses data.on_corrupt=skip"
+                of_prompt_NX[number] = image_X
         return {"images": images_PNX}
 
     def sample(self, params: Any, prompts: Sequence[EncodedPrompt], group: int, seeds: Sequence[int]) -> Completions:

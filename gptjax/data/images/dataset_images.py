@@ -13,7 +13,7 @@ def image_decoders(features: Mapping[str, Any]) -> dict[str, Any]:
     """Decoders that leave the images of a dataset encoded, for `DatasetBuilder.as_data_source`."""
     import tensorflow_datasets as tfds
 
-    class Encoded(tfds.decode.SkipDecoding):  # type: ignore[misc]
+    class Encoded(tfds.decode.SkipDecoding):
         def decode_batch_example_np(self, example: Any) -> Any:  # of a sequence, which SkipDecoding lacks
             return example
 

@@ -43,8 +43,9 @@ def test_generate_completes_a_prompt_with_images(workdir, image):
         (("--image=gone.png", "--prompt=q"), "there is no image gone.png"),
         (("--image=digits:0", "--prompt=<image><image>"), "has 2 <image> for 1 images: they must be equally many"),
         (("--image=http://a.com/a.png", "--prompt=q"), "the image http://a.com/a.png is remote"),
-        (("--image=digits:0", "--prompt=q", "--num_beams=2"), "--image excludes --num_beams"),
+        (("--image=digits:0", "--prompt=q", "--num_beams=2"), "--image and --video exclude --num_beams"),
         (("--image=digits:9999", "--prompt=q"), "there is no image digits:9999"),
+        (("--image=digits:0", "--prompt=q", "--frames=2"), "--frames is the number of frames of a --video: name one"),
     ],
 )
 def test_user_errors_of_generate(workdir, flags, message):

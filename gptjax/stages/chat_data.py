@@ -11,9 +11,10 @@ from jax.sharding import Mesh
 from gptjax.config import Config, DataConfig, UserError, naming
 from gptjax.data import conversations
 from gptjax.data.chat_batches import PackedConversations, PackedRankings
-from gptjax.data.conversations import Conversation, Prompt, Ranking
+from gptjax.data.conversations import Conversation, Message, Prompt, Ranking
 from gptjax.data.images.image_files import ImageFiles
 from gptjax.data.images.image_references import IMAGE, ImageReference
+from gptjax.data.images.videos import with_frames
 from gptjax.data.pipeline import PackedExamples, open_corpus
 from gptjax.data.sources import open_source
 from gptjax.data.templates import ChatFormat, TooLongError, chat_format
@@ -78,6 +79,9 @@ def open_chat(
     images = None
     if config.model.reads_images:
         images = ImageFiles(config.model.vision, config.data)
+        train, validation = (
+            [_with_frames(item, config.data, images) for item in split] for split in (train, validation)
+        )
         images.check([image for split in (train, validation) for item in split for image in _images(item)])
     return ChatData(config, tokenizer, form, train, validation, images)
 
@@ -132,6 +136,18 @@ def _images(item: Conversation | Ranking | Prompt) -> list[ImageReference]:
     """Returns all images of an item."""
     messages = item.prompt if isinstance(item, Ranking) else item.messages
     return [image for message in messages for image in message.images]
+
+
+def _with_frames(item: T, data: DataConfig, files: ImageFiles) -> T:
+    """An item whose videos are replaced by their frames."""
+    times = (lambda video: files.times(video, data.video_frames)) if data.video_timestamps else None
+
+    def divided(message: Message) -> Message:
+        text, images = with_frames(message.content, message.images, data.video_frames, times)
+        return dataclasses.replace(message, content=text, images=images)
+
+    field = "prompt" if isinstance(item, Ranking) else "messages"
+    return dataclasses.replace(item, **{field: tuple(map(divided, getattr(item, field)))})
 
 
 def fitting(config: Config, items: Sequence[T], encode: Callable[[T], E]) -> list[E]:

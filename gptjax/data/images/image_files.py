@@ -2,6 +2,8 @@
 
 import base64
 import binascii
+import dataclasses
+import functools
 import hashlib
 import io
 import os
@@ -16,7 +18,7 @@ import numpy.typing as npt
 from absl import logging
 
 from gptjax.config import DataConfig, UserError, VisionConfig
-from gptjax.data.images import dataset_images, digits, tar_shards
+from gptjax.data.images import dataset_images, digits, tar_shards, videos
 from gptjax.data.images.image_references import ImageReference
 from gptjax.data.images.square_images import MAX_PIXELS, largest_shift, shifted, square
 from gptjax.data.remote_files import is_url
@@ -40,6 +42,7 @@ class ImageFiles:
     def __init__(self, vision: VisionConfig, data: DataConfig) -> None:
         self.vision, self._data, self.skipped = vision, data, 0
         self._lock = threading.Lock()
+        self._cached_video = functools.lru_cache(maxsize=4)(self._read_video)  # its frames are read one after another
 
     def check(self, images: list[ImageReference]) -> None:
         """Raises UserError if an image is remote and may not be, or a file does not exist; decodes none."""
@@ -49,6 +52,8 @@ class ImageFiles:
                     f"{image.place}: the image {_short(image.source)} is remote: set data.remote_images=true to read "
                     "such images, or download it"
                 )
+            if image.frame is not None:
+                videos.check_package()
             path = self._path(image)
             if path is not None and self._data.on_corrupt == "error" and not path.is_file():
                 raise UserError(f"{_before(image)}there is no image {path}")
@@ -86,6 +91,9 @@ class ImageFiles:
     def _decoded(self, image: ImageReference) -> npt.NDArray[np.uint8]:
         from PIL import Image, ImageOps, UnidentifiedImageError
 
+        if image.frame is not None:
+            number, count = image.frame
+            return self._cached_video(dataclasses.replace(image, frame=videos.WHOLE_VIDEO), count)[0][number]
         if image.source.startswith("digits:"):
             return square(Image.fromarray(digits.image(image.source)), self.vision)
         content, name = self._bytes(image), _short(image.source)
@@ -104,6 +112,26 @@ class ImageFiles:
             raise UserError(f"the image {name} has too many pixels to decode") from None
         except Exception as error:  # on arbitrary bytes, decoders raise exceptions of many types
             raise UserError(f"the image {name} is damaged: {type(error).__name__}") from None
+
+    def times(self, video: ImageReference, count: int) -> list[float]:
+        """The seconds of `count` frames of a video; raises UserError as `read` if it is damaged."""
+        try:
+            return self._cached_video(video, count)[1]
+        except UserError as error:
+            raise UserError(f"{_before(video)}{error}") from None
+
+    def _read_video(self, video: ImageReference, count: int) -> tuple[list[npt.NDArray[np.uint8]], list[float]]:
+        path, name = self._path(video), _short(video.source)
+        try:
+            with io.BytesIO(self._bytes(video)) if path is None else path.open("rb") as file:
+                frames = videos.read_frames(file, count)
+            return [square(frame, self.vision) for frame in frames.images], frames.times
+        except FileNotFoundError:
+            raise UserError(f"there is no video {path}") from None
+        except UserError as error:
+            raise UserError(f"the video {name}: {error}") from None
+        except Exception as error:  # on arbitrary bytes, decoders raise exceptions of many types
+            raise UserError(f"the video {name} is damaged, or of another format: {type(error).__name__}") from None
 
     def _bytes(self, image: ImageReference) -> bytes:
         source = image.source

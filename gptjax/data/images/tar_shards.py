@@ -17,6 +17,7 @@ from gptjax.config import UserError
 from gptjax.data.remote_files import DataFile, is_url, open_binary
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "gif", "webp", "bmp", "tif", "tiff", "ppm")
+VIDEO_SUFFIXES = ("mp4", "mov", "mkv", "webm", "avi")
 SCHEME = "tar:"  # of the source of an image in a shard: "tar:PATH#FIRST_BYTE+SIZE"
 _TEXT_SUFFIXES = ("txt", "json")
 _MAX_TEXT = 2**26  # bytes of a text member
@@ -24,7 +25,7 @@ _SOURCE = re.compile(rf"{SCHEME}(.+)#(\d+)\+(\d+)", re.DOTALL)
 # Fields of a record that hold the text: a caption in a .txt member would be a second one.
 _CONVERSATIONS = ("messages", "conversations", "instruction", "question", "prompt", "chosen", "ranking")
 _CAPTIONS = ("caption", "text")
-_IMAGES = ("image", "images", "file_name")
+_IMAGES = ("image", "images", "file_name", "video", "videos")
 
 
 class Member(NamedTuple):
@@ -75,8 +76,9 @@ def parse_source(source: str) -> Part | None:
 def read_shards(shards: Sequence[DataFile], skip_damaged: bool = False) -> Iterator[tuple[Mapping[str, Any], str]]:
     """Yields the record of each sample of some shards with its place, "shard.tar: 000012", in their order.
 
-    A record has the fields of the .json member, the text of the .txt member as `caption`, and the images, in their
-    order in the shard, as `image` or `images`, which replace those that the .json names. Other members are ignored.
+    A record has the fields of the .json member, the text of the .txt member as `caption`, and the images or
+    videos, in their order in the shard, as `images` or `videos`, which replace those that the .json names. Other
+    members are ignored.
 
     Args:
       skip_damaged: samples with damaged members, and the rest of a shard that is damaged, are skipped; a warning has
@@ -159,10 +161,14 @@ def _record(shard: DataFile, members: Sequence[Member], place: str) -> dict[str,
     if "txt" in texts and not any(record.get(name) for name in _CONVERSATIONS):
         caption = _text(texts["txt"], place)
         record = {name: value for name, value in record.items() if name not in _CAPTIONS} | {"caption": caption}
-    images = [f"{SCHEME}{shard}#{m.first_byte}+{m.size}" for m in members if m.suffix in IMAGE_SUFFIXES]
-    if images:
+    named = {"images": IMAGE_SUFFIXES, "videos": VIDEO_SUFFIXES}
+    found = {
+        field: [f"{SCHEME}{shard}#{m.first_byte}+{m.size}" for m in members if m.suffix in suffixes]
+        for field, suffixes in named.items()
+    }
+    if any(found.values()):
         record = {name: value for name, value in record.items() if name not in _IMAGES}
-        record["image" if len(images) == 1 else "images"] = images[0] if len(images) == 1 else images
+        record |= {field: sources for field, sources in found.items() if sources}
     return record
 
 

@@ -68,10 +68,10 @@ def test_members_of_one_key_are_a_sample_and_images_are_read_in_any_order(form, 
     found = list(read_records(f"webdataset:{tmp_path}/*.tar", "error"))
     assert [place for _, place in found] == [f"{shard}: {key}" for key in ("0", "1", "2", f"{long}3")]
     zero, one, two, three = (record for record, _ in found)
-    assert zero.keys() == {"image", "caption"}
+    assert zero.keys() == {"images", "caption"}
     assert (zero["caption"], three["caption"]) == ("ten", "fünfzig")
     assert (one["question"], one["answer"]) == ("what?", "a")
-    sources = [three["image"], *two["images"], one["image"], zero["image"]]
+    sources = [source for record in (three, two, one, zero) for source in record["images"]]
     assert [value_of(source) for source in sources] == [50, 30, 40, 20, 10]
 
 
@@ -110,7 +110,7 @@ def test_damaged_texts_are_refused_or_skipped_and_counted(members, message, tmp_
 
 def test_a_cut_shard_is_refused_or_read_as_far_as_it_goes(tmp_path, caplog):
     whole = write_tar(tmp_path / "a.tar", {"0.png": png(1), "0.txt": b"zero", "1.txt": b"one", "1.png": png(2) * 9})
-    first_byte = parse_source(records(whole)[1]["image"]).first_byte
+    first_byte = parse_source(records(whole)[1]["images"][0]).first_byte
     content = whole.read_bytes()
     for cut in (first_byte + 100, first_byte - 100):
         whole.write_bytes(content[:cut])
@@ -127,7 +127,7 @@ def test_a_cut_shard_is_refused_or_read_as_far_as_it_goes(tmp_path, caplog):
 
 
 def test_a_damaged_image_is_refused_or_counted(tmp_path):
-    source = records(write_tar(tmp_path / "a.tar", {"0.png": b"\x89PNG", "0.txt": b"a"}))[0]["image"]
+    source = records(write_tar(tmp_path / "a.tar", {"0.png": b"\x89PNG", "0.txt": b"a"}))[0]["images"][0]
     image = ImageReference(source, "a.tar: 0")
     with pytest.raises(UserError, match=r"^a\.tar: 0: tar:.* is not an image"):
         ImageFiles(VISION, c.DataConfig()).read(image)
@@ -139,7 +139,7 @@ def test_a_damaged_image_is_refused_or_counted(tmp_path):
 def test_the_fingerprint_is_that_of_the_content(tmp_path):
     files, prints = ImageFiles(VISION, c.DataConfig()), []
     for value in (1, 2, 1):
-        source = records(write_tar(tmp_path / "a.tar", {"0.png": png(value), "0.txt": b"a"}))[0]["image"]
+        source = records(write_tar(tmp_path / "a.tar", {"0.png": png(value), "0.txt": b"a"}))[0]["images"][0]
         prints.append(files.fingerprint(ImageReference(source)))
     assert prints[0] == prints[2] != prints[1]
 

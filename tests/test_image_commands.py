@@ -94,7 +94,7 @@ def test_evaluate_answers_questions_about_images(workdir, image, tmp_path):
     assert result.returncode == 0, result.stderr
     metrics = json.loads((tmp_path / "report.json").read_text())["results"]["vqa"]["metrics"]
     assert metrics.keys() == {
-        *("exact_match", "vqa_accuracy", "anls", "relaxed_accuracy", "choice_accuracy", "ended"),
+        *("exact_match", "vqa_accuracy", "anls", "relaxed_accuracy", "bleu", "choice_accuracy", "ended"),
         *("exact_match_1", "exact_match_2"),
     }
     answers = [json.loads(line) for line in (tmp_path / "report.answers.jsonl").read_text().splitlines()]

@@ -143,6 +143,7 @@ class PackedConversations(Epochs):
 
     Attributes:
       rows_per_epoch: number of rows, text included.
+      images_per_token: mean number of images for a position of a row.
 
     Raises:
       ValueError: a conversation is longer than a row.
@@ -171,7 +172,8 @@ class PackedConversations(Epochs):
             total = max(total + 1, round(total / (1 - share)))
         # Number of text rows among the first n rows of an epoch.
         self._texts_before = np.arange(total + 1) * (total - len(self._rows)) // total
-        self._images_per_row = max(sum(len(e.images) for e in row) for row in self._rows)
+        counts = [sum(len(e.images) for e in row) for row in self._rows]
+        self._images_per_row, self.images_per_token = max(counts), sum(counts) / (total * length)
         super().__init__(total, len(self._rows), seed)
 
     def __getitem__(self, index: int) -> ExampleArrays:
@@ -237,6 +239,9 @@ class PackedRankings(Epochs):
         and each prompt its own element.
       seed: seed of the order; None: one epoch, in order.
       images: reads the images of the prompts; None: they have none.
+
+    Attributes:
+      images_per_token: mean number of images for a position; those of a prompt count once for each completion.
     """
 
     def __init__(
@@ -256,6 +261,8 @@ class PackedRankings(Epochs):
         self._shape = max(map(len, shares)), max(len(prompt.sequences) for prompt in prompts)
         self._images, self._shift_seed = images, seed
         self._images_per_row = 0 if images is None else max(map(self._most_images, shares))
+        count = sum(len(sequence.images) for prompt in prompts for sequence in prompt.sequences)
+        self.images_per_token = count / (len(shares) * self._num_rows * self._length)
         super().__init__(len(shares), len(shares), seed)
 
     def __getitem__(self, index: int) -> ExampleArrays:

@@ -147,7 +147,8 @@ def _with_frames(item: T, data: DataConfig, files: ImageFiles) -> T:
         return dataclasses.replace(message, content=text, images=images)
 
     field = "prompt" if isinstance(item, Ranking) else "messages"
-    return dataclasses.replace(item, **{field: tuple(map(divided, getattr(item, field)))})
+    changed: dict[str, Any] = {field: tuple(map(divided, getattr(item, field)))}
+    return dataclasses.replace(item, **changed)
 
 
 def fitting(config: Config, items: Sequence[T], encode: Callable[[T], E]) -> list[E]:

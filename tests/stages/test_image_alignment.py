@@ -13,6 +13,7 @@ from gptjax import config as c
 from gptjax.config import UserError
 from gptjax.parallel.mesh import make_mesh
 from gptjax.run import run
+from gptjax.scaling.flops import image_flops, image_step_flops
 from gptjax.stages import registry
 from gptjax.stages.builders import build
 from gptjax.stages.chat_data import open_chat, prompts_of
@@ -24,9 +25,10 @@ from gptjax.stages.rl.reward_functions import open_reward
 from gptjax.stages.saved_weights import load_weights
 from gptjax.training.metrics_file import read_metrics
 from tests.tiny_chats import save_sft
-from tests.tiny_images import image_ranking_config, image_rl_config, save_image_sft
+from tests.tiny_images import image_config, image_ranking_config, image_rl_config, save_image_sft
 
 RANKED, RL = ("reward", "dpo"), ("ppo", "grpo")
+ROW = 32  # positions: the longest prompt and its completion
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +158,30 @@ def test_a_reward_model_of_text_is_given_no_image(given, tmp_path):
     config = c.replace(config, {"rl": {"reward": f"model:{text}"}})
     with pytest.raises(UserError, match=r"text: .*jsonl:1: there is an image, but this model reads text alone"):
         build(config, make_mesh(c.MeshConfig()), None)
+
+
+@pytest.mark.parametrize("stage_name", [*RANKED, *RL])
+def test_images_count_in_the_operations_of_a_step(stage_name, given, tmp_path):
+    """DPO and the policy stages pass images through a reference too, and PPO trains a value function."""
+    config_of = image_ranking_config if stage_name in RANKED else image_rl_config
+    stage = build(config_of(stage_name, given, given / "sft"), make_mesh(c.MeshConfig()), None)
+    forward, spec = image_flops(stage.config.model), stage.objective.parameters
+    times = {"reward": 3, "dpo": 3 + 1, "ppo": 3 + 3 + 1, "grpo": 3 + 1}[stage_name]
+    assert spec.flops_per_image == pytest.approx(times * forward)
+    assert stage.flops_per_token == spec.flops_per_token + stage.images_per_token * times * forward
+    if stage_name in RANKED:
+        batches = stage.batches(0, None)
+        elements = [next(batches).arrays for _ in range(12)]  # more than an epoch
+        images = sum((element["images"].sum(axis=-1) > 0).sum() for element in elements)
+        assert stage.images_per_token == pytest.approx(images / sum(e["tokens"].size for e in elements), rel=0.3)
+    else:
+        assert stage.images_per_token == pytest.approx((24 + 8) / 24 / ROW)
+
+
+@pytest.mark.parametrize(("trained", "times"), [(("vision/projector_.*",), "projector"), (("(?!vision/).*",), "none")])
+def test_images_count_less_where_the_encoder_is_frozen(trained, times, given):
+    config = dataclasses.replace(image_config(given, given / "sft"), peft=c.PeftConfig(method="parts", trained=trained))
+    stage = build(config, make_mesh(c.MeshConfig()), None)
+    expected = image_step_flops(stage.config.model, times)
+    assert image_flops(stage.config.model) <= expected < 3 * image_flops(stage.config.model)
+    assert stage.objective.parameters.flops_per_image == expected

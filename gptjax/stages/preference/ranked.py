@@ -61,6 +61,7 @@ def build_ranked(
         sample=None,
         conclude=None if conclude is None else conclude(config, lambda: read(once, 0), mesh),
         description=describe_data("rankings", len(data.train), len(data.validation), tokens_per_epoch, tokens),
+        images_per_token=train.images_per_token,
     )
 
 

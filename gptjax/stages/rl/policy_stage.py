@@ -72,6 +72,7 @@ def build_rl(
         sample=None,
         conclude=_conclude,
         description=describe_data("prompts", len(train), len(validation), tokens_per_epoch, total_tokens),
+        images_per_token=sum(len(prompt.images) for prompt in train) / (len(train) * sampler.row_length),
     )
 
 

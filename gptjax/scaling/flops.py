@@ -85,6 +85,13 @@ def image_step_flops(model: GPTConfig, trained: Literal["all", "projector", "non
     return forward + (first + 2 * second if trained == "projector" else 0)
 
 
+def most_images(model: GPTConfig) -> int:
+    """The number of images that fit into a context, each with a token of text; 0 for a model of text."""
+    if not model.reads_images:
+        return 0
+    return max(1, model.context_length // (model.vision.tokens_per_image + 1))
+
+
 def head_flops(model: GPTConfig) -> int:
     """Forward pass of the head per token."""
     return 2 * model.embed_dim * vocab_size(model)

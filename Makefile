@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo chat-demo serve test test-slow interop clients remote browser notebooks ray tpu lint docs clean
+.PHONY: help demo chat-demo serve test test-slow interop clients remote browser notebooks ray video tpu lint docs clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -54,6 +54,9 @@ tpu: $(VENV)/.installed-test $(VENV)/.installed-tpu ## compile for TPUs that are
 
 ray: $(VENV)/.installed-test $(VENV)/.installed-ray ## sweep and prepare a corpus on a Ray cluster, installing Ray
 	$(BIN)/python -m pytest -n0 $$(grep -rl --include='*.py' 'importorskip("ray")' tests)
+
+video: $(VENV)/.installed-test $(VENV)/.installed-video ## read videos as frames, installing PyAV
+	$(BIN)/python -m pytest -n0 $$(grep -rl --include='*.py' 'importorskip("av")' tests)
 
 lint: $(VENV)/.installed-dev ## check style and types
 	$(BIN)/ruff check .

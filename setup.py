@@ -18,6 +18,7 @@ REMOTE = [*WEB, "gcsfs>=2026.9", "s3fs>=2026.9"]
 PREPARE = ["datasketch>=2.0", "py3langid>=0.4"]
 # All are small, and none has torch.
 SERVE = ["starlette>=1.10", "uvicorn>=0.54", "llguidance>=1.9", "prometheus-client>=0.26"]
+VIDEO = ["av>=18.0"]  # decodes videos by FFmpeg, which its wheels have
 SWEEP = ["optuna>=5.0", "plotly>=7.1", "submitit>=1.5.4"]
 TEST = [
     *(*DEMO, *WANDB, *RETRIEVAL, *WEB, *PREPARE, *SERVE, *SWEEP),
@@ -87,6 +88,7 @@ setup(
         "prepare": PREPARE,
         "serve": SERVE,
         "sweep": SWEEP,
+        "video": VIDEO,  # its tests are skipped without it
         "ray": [*PREPARE, *SWEEP, "ray[data]>=2.60"],  # its tests are skipped without it
         "browser": BROWSER,
         "notebooks": NOTEBOOKS,

@@ -61,6 +61,10 @@ MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens", None, "Tokens of a completion; default: 128, or what the context has room for.", lower_bound=1
 )
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Completions of each prompt.", lower_bound=1)
+VIDEO = flags.DEFINE_multi_string("video", [], "Video whose frames the prompt has as images, after those of --image.")
+FRAMES = flags.DEFINE_integer(
+    "frames", None, "Frames of a video; default: data.video_frames of the run.", lower_bound=1
+)
 TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0: greedy decoding.")
 TOP_K = flags.DEFINE_integer("top_k", None, "Samples from the k most probable tokens.")
 TOP_P = flags.DEFINE_float("top_p", None, "Nucleus sampling: smallest set with this probability.")
@@ -103,8 +107,12 @@ def main() -> None:
         raise UserError("--prompt and --prompts exclude each other")
     if NUM_BEAMS.value is not None:
         check_beams(NUM_BEAMS.value)
-    if IMAGE.value and (NUM_BEAMS.value is not None or SUFFIX.value is not None or START_DOCUMENT.value):
-        raise UserError("--image excludes --num_beams, --suffix and --start_document")
+    if FRAMES.value is not None and not VIDEO.value:
+        raise UserError("--frames is the number of frames of a --video: name one")
+    if (IMAGE.value or VIDEO.value) and (
+        NUM_BEAMS.value is not None or SUFFIX.value is not None or START_DOCUMENT.value
+    ):
+        raise UserError("--image and --video exclude --num_beams, --suffix and --start_document")
     if SUFFIX.value is not None:
         check_suffix(WORKDIR.value)
     if BATCHING.value == "continuous" and (NUM_BEAMS.value is not None or OVERFLOW.value == "slide"):
@@ -117,7 +125,7 @@ def main() -> None:
     if output is not None and not (is_in_bucket(output) or output.parent.is_dir()):
         raise UserError(f"--output={output}: there is no directory {output.parent}")
 
-    from gptjax.data.images.image_references import ImageReference
+    from gptjax.data.images.image_references import WHOLE_VIDEO, ImageReference
     from gptjax.data.infilling import InfillingFormat
     from gptjax.inference.engine import Engine  # after the checks: it takes seconds to import
     from gptjax.stages.image_prompts import ImagePrompts
@@ -126,15 +134,17 @@ def main() -> None:
     program_cache.use(expand(CACHE_DIR.value))
     mesh = parse_mesh(MESH.value)
     trained = load_model(expand(WORKDIR.value), mesh, best=CHECKPOINT.best, step=CHECKPOINT.step)
-    of_images = ImagePrompts(trained.config, trained.tokenizer) if IMAGE.value else None
+    images = [ImageReference(source) for source in IMAGE.value]
+    images += [ImageReference(source, frame=WHOLE_VIDEO) for source in VIDEO.value]
+    of_images = ImagePrompts(trained.config, trained.tokenizer, FRAMES.value) if images else None
     engine = Engine(trained.model, trained.params, trained.tokenizer, trained.mesh, cast(Any, WEIGHTS.value))
     del trained  # the engine has its own copy
     read: PromptImages | None = None
     if of_images is not None:
-        images = [ImageReference(source) for source in IMAGE.value]
         of_images.check(images)
-        prompts = [of_images.encode(record["prompt"], images).tokens.tolist() for record in records]
-        read = PromptImages(of_images.read(images), of_images.end_tokens)
+        encoded = [of_images.encode(record["prompt"], images) for record in records]
+        prompts = [prompt.tokens.tolist() for prompt in encoded]
+        read = PromptImages(of_images.read(encoded[0].images), of_images.end_tokens)  # the same for all prompts
     elif SUFFIX.value is None:
         prompts = [encode(engine, record["prompt"]) for record in records]
     else:

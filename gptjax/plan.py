@@ -11,6 +11,7 @@ training step is compiled ahead of time, and memory, collectives and time are re
 contains the TPU compiler (pip install 'gptjax[tpu]'). `--topology=cpu:8` compiles for simulated CPU devices.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 from absl import flags
 
 from gptjax import cli
-from gptjax.config import Config, UserError, replace
+from gptjax.config import Config, UserError
 from gptjax.files import expand
 
 if TYPE_CHECKING:
@@ -70,8 +71,19 @@ def main() -> None:
     config = CONFIG.load()
     if config is None:
         raise UserError("needs --config=FILE, such as --config=configs/gpt_oss.py:size=120b")
-    if config.stage != Config().stage:  # the step of other stages depends on their data
-        raise UserError(f"a run of stage {config.stage} cannot be planned: plan pretraining of the same model")
+    reads_images = config.model.reads_images
+    if config.stage != ("sft" if reads_images else Config().stage):  # the step of other stages depends on their data
+        raise UserError(
+            f"a run of stage {config.stage} cannot be planned: plan "
+            f"{'stage sft' if reads_images else 'pretraining'} of the same model"
+        )
+    if reads_images and TOPOLOGY.value in (None, "all"):
+        raise UserError("a model that reads images is planned for one --topology=CHIP:SHAPE: name it")
+    if reads_images and (config.init_from is not None or config.peft.method != "none" or SEARCH.value or DECODE.value):
+        raise UserError(
+            "a model that reads images is planned with all weights trained: leave out init_from, peft, --search and "
+            "--decode"
+        )
     if TOPOLOGY.value is None and (SEARCH.value or NUM_SLICES.value != 1):
         raise UserError("--search and --num_slices need --topology=CHIP:SHAPE, such as --topology=v5e:2x2")
     if DECODE.value and TOPOLOGY.value == "all":
@@ -80,8 +92,10 @@ def main() -> None:
     from gptjax.data.tokenizers import vocab_size
     from gptjax.planning import topology
 
-    model = config.model.with_vocabulary(vocab_size(config.data.tokenizer))
-    config = replace(config, {"model": {"vocab_size": model.vocab_size}})
+    tokens = vocab_size(config.data.tokenizer)
+    model = config.model.with_vocabulary(tokens + reads_images)  # the chat format adds more tokens, too few to matter
+    vision = dataclasses.replace(model.vision, image_token=tokens if reads_images else None)
+    config = dataclasses.replace(config, model=dataclasses.replace(model, vision=vision))
     if TOPOLOGY.value is None:
         check_ranking(config)
         plan_by_formula(config)

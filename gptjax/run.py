@@ -311,7 +311,7 @@ def _summary(config: Config, stage: Stage, mesh: Mesh) -> str:
     share = "" if trained == parameters else f", {trained:,} of them trained ({100 * trained / parameters:.2g} %)"
     shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
     held = memory.memory_summary(model, config.optimizer, shards, trained, expert_shards=mesh.shape["expert"])
-    per_token = stage.objective.parameters.flops_per_token
+    per_token = stage.flops_per_token
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     rows = {
         "parameters": f"{parameters:,}{active}{share}",

@@ -1,29 +1,22 @@
 """The commands with images, as a user runs them, on random weights."""
 
-import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from gptjax import config as c
 from gptjax.data.conversations import read_conversations
 from tests.commands import run_command
 from tests.tiny_chats import save_sft
-from tests.tiny_images import image_config
-from tests.tiny_tasks import save_pretrained
+from tests.tiny_images import save_image_sft
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory) -> Path:
     """Random weights as those of a run of stage sft on images."""
     directory = tmp_path_factory.mktemp("images")
-    config = image_config(directory)
-    vision = dataclasses.replace(config.model.vision, image_token=259)
-    save_pretrained(directory / "sft", settings=dataclasses.replace(config.model, vocab_size=260, vision=vision))
-    (directory / "sft" / "config.json").write_text(c.to_json(config))
-    return directory / "sft"
+    return save_image_sft(directory / "sft", directory)
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +43,9 @@ def test_generate_completes_a_prompt_with_images(workdir, image):
         (("--image=gone.png", "--prompt=q"), "there is no image gone.png"),
         (("--image=digits:0", "--prompt=<image><image>"), "has 2 <image> for 1 images: they must be equally many"),
         (("--image=http://a.com/a.png", "--prompt=q"), "the image http://a.com/a.png is remote"),
-        (("--image=digits:0", "--prompt=q", "--num_beams=2"), "--image excludes --num_beams"),
+        (("--image=digits:0", "--prompt=q", "--num_beams=2"), "--image and --video exclude --num_beams"),
         (("--image=digits:9999", "--prompt=q"), "there is no image digits:9999"),
+        (("--image=digits:0", "--prompt=q", "--frames=2"), "--frames is the number of frames of a --video: name one"),
     ],
 )
 def test_user_errors_of_generate(workdir, flags, message):
@@ -100,7 +94,7 @@ def test_evaluate_answers_questions_about_images(workdir, image, tmp_path):
     assert result.returncode == 0, result.stderr
     metrics = json.loads((tmp_path / "report.json").read_text())["results"]["vqa"]["metrics"]
     assert metrics.keys() == {
-        *("exact_match", "vqa_accuracy", "anls", "relaxed_accuracy", "choice_accuracy", "ended"),
+        *("exact_match", "vqa_accuracy", "anls", "relaxed_accuracy", "bleu", "choice_accuracy", "ended"),
         *("exact_match_1", "exact_match_2"),
     }
     answers = [json.loads(line) for line in (tmp_path / "report.answers.jsonl").read_text().splitlines()]

@@ -66,6 +66,38 @@ def test_user_errors_are_one_line(home, arguments, words):
     assert not (home / ".cache/gptjax/plans").exists()
 
 
+OF_IMAGES = (f"--config={ROOT / 'configs/gpt4.py'}:runlocal", "--config.data.tokenizer=bytes")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["planned for one --topology"]),
+        (["--topology=v5e:2x2", "--search"], ["all weights trained: leave out init_from, peft"]),
+        (["--topology=cpu:2", "--config.stage=reward"], ["stage reward cannot be planned: plan stage sft"]),
+    ],
+)
+def test_user_errors_of_a_model_that_reads_images(home, arguments, words):
+    result = run_command("gptjax.plan", *OF_IMAGES, *arguments, environment={"HOME": str(home)})
+    assert result.returncode == 2, result.stderr
+    for word in words:
+        assert word in result.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_step_with_images_is_planned(home):
+    flags = ("--topology=cpu:2", "--nocache", "--json=-", "--config.model.num_layers=1")
+    result = run_command("gptjax.plan", *OF_IMAGES, *flags, environment={"HOME": str(home)})
+    assert result.returncode == 0, result.stderr
+    tree = json.loads(result.stdout)
+    assert tree["images_per_row"] == 128 // (4 + 1)
+    assert tree["flops_per_image"] > 0
+    memory, rows = tree["memory"], 8 // 2  # of each device
+    state = memory["parameters"] + memory["optimizer"]
+    batch = rows * (128 * 5 * 4 + 25 * 3 * 8 * 8)  # five arrays of four bytes a position, and the images
+    assert memory["arguments"] - state == pytest.approx(batch, abs=256)
+
+
 def test_a_missing_libtpu_is_named_with_the_command_to_install_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs libtpu, .*: pip install 'gptjax\[tpu\]'"):

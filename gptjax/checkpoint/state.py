@@ -9,7 +9,7 @@ of a reference model or of a model adapted by PEFT, and of weights that are impo
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import flax.struct
@@ -120,6 +120,19 @@ class ParameterSpec:
             own = flops.partial_flops_per_token(model, self._trained_part())
         passes = self.frozen_passes * len(self.frozen) * flops.forward_flops_per_token(model)
         return own + len(self.sources) * flops.flops_per_token(model) + passes
+
+    @property
+    def flops_per_image(self) -> float:
+        """Model FLOPs of a training step per image, in addition to those of its tokens; 0 for a model of text."""
+        model, trained = self.config.model, flops.image_step_flops(self.config.model, "all")
+        own, passes = float(trained), self.frozen_passes * len(self.frozen) * flops.image_flops(model)
+        if self.given is not None:
+            params = {name: part for name, part in self.boxed_state.params.items() if name not in self.sources}
+            paths = [path for path in peft.flatten(nn.unbox(params)) if path.startswith("vision/")]
+            of_projector = all(path.startswith("vision/projector_") for path in paths)
+            part: Literal["all", "projector", "none"] = "projector" if of_projector else "all"
+            own = flops.image_step_flops(model, part if paths else "none")
+        return own + len(self.sources) * trained + passes
 
     def _trained_part(self) -> flops.TrainedPart:
         """The part of the adapted model that PEFT trains."""

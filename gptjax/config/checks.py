@@ -48,6 +48,7 @@ def _check_data(config: Config) -> None:
     data, task, regularisation = config.data, config.task, config.regularisation
     require(0 < data.validation_fraction < 1, f"data.validation_fraction={data.validation_fraction} must be in (0, 1)")
     positive(data, "data", "prefetch_batches")
+    positive(data, "data", "video_frames")
     require(0 <= data.image_shift < 1, f"data.image_shift={data.image_shift} must be in [0, 1)")
     require(0 < data.mask_rate < 1, f"data.mask_rate={data.mask_rate} must be in (0, 1)")
     for name in ("fim_rate", "fim_spm_rate"):

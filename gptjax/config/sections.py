@@ -50,6 +50,8 @@ class DataConfig:
     remote_images: bool = False  # read images from URLs that the data names; otherwise they are refused
     # Augmentation: the most by which a training image is moved in each direction, as a fraction of its width
     image_shift: float = 0.0
+    video_frames: int = 8  # images that a video is read as, evenly spaced from its first frame to its last
+    video_timestamps: bool = False  # write the time of each frame before it, such as "1.5 s: "
     cache_dir: str = "~/.cache/gptjax"  # directory of prepared corpora, trained tokenizers and compiled programs
     prefetch_batches: int = 8  # microbatches prefetched in host memory
 

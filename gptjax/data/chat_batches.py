@@ -143,6 +143,7 @@ class PackedConversations(Epochs):
 
     Attributes:
       rows_per_epoch: number of rows, text included.
+      images_per_token: mean number of images for a position of a row.
 
     Raises:
       ValueError: a conversation is longer than a row.
@@ -171,7 +172,8 @@ class PackedConversations(Epochs):
             total = max(total + 1, round(total / (1 - share)))
         # Number of text rows among the first n rows of an epoch.
         self._texts_before = np.arange(total + 1) * (total - len(self._rows)) // total
-        self._images_per_row = max(sum(len(e.images) for e in row) for row in self._rows)
+        counts = [sum(len(e.images) for e in row) for row in self._rows]
+        self._images_per_row, self.images_per_token = max(counts), sum(counts) / (total * length)
         super().__init__(total, len(self._rows), seed)
 
     def __getitem__(self, index: int) -> ExampleArrays:
@@ -228,18 +230,28 @@ class PackedRankings(Epochs):
     sequence, R the maximum number of rows of a prompt. Remaining space is shared with other prompts. In addition to the
     arrays above an element has, with at most P prompts of an element and G completions of a prompt:
       ends: int32 (P, G), index of the last token of each completion in the R x T positions.
-      ranks: int32 (P, G), rank, 1 for the best; 0 where there is no completion.
+      ranks: int32 (P, G), rank, 1 for the best; 0 where there is no completion, or an image of the prompt is damaged.
 
     Args:
-      prompts: the completions of each prompt.
+      prompts: the completions of each prompt; they have the same images, those of the prompt.
       context_length: maximum of T.
       pack: several completions in a row and several prompts in an element; otherwise each completion has its own row,
         and each prompt its own element.
       seed: seed of the order; None: one epoch, in order.
+      images: reads the images of the prompts; None: they have none.
+
+    Attributes:
+      images_per_token: mean number of images for a position; those of a prompt count once for each completion.
     """
 
     def __init__(
-        self, prompts: Sequence[RankedSequences], context_length: int, *, pack: bool, seed: int | None
+        self,
+        prompts: Sequence[RankedSequences],
+        context_length: int,
+        *,
+        pack: bool,
+        seed: int | None,
+        images: ImageFiles | None = None,
     ) -> None:
         longest = max(len(sequence) for prompt in prompts for sequence in prompt.sequences)
         self._length = max(longest, min(max(SHORTEST, 1 << (longest - 1).bit_length()), context_length))
@@ -247,6 +259,10 @@ class PackedRankings(Epochs):
         shares = _shared(prompts, self._num_rows, self._length) if pack else [[prompt] for prompt in prompts]
         self._elements, self._pack = shares, pack
         self._shape = max(map(len, shares)), max(len(prompt.sequences) for prompt in prompts)
+        self._images, self._shift_seed = images, seed
+        self._images_per_row = 0 if images is None else max(map(self._most_images, shares))
+        count = sum(len(sequence.images) for prompt in prompts for sequence in prompt.sequences)
+        self.images_per_token = count / (len(shares) * self._num_rows * self._length)
         super().__init__(len(shares), len(shares), seed)
 
     def __getitem__(self, index: int) -> ExampleArrays:
@@ -258,7 +274,37 @@ class PackedRankings(Epochs):
         for number, prompt in enumerate(prompts):
             ranks[number, : len(prompt.ranks)] = prompt.ranks
             arrays["ends"][number, : len(prompt.ranks)] = list(itertools.islice(ends, len(prompt.ranks)))
-        return arrays | {"ranks": ranks}
+        arrays["ranks"] = ranks
+        return arrays | self._images_of(prompts, index, arrays)
+
+    def _most_images(self, prompts: Sequence[RankedSequences]) -> int:
+        """The number of images in that row of an element that has the most."""
+        sequences, counts = [sequence for prompt in prompts for sequence in prompt.sequences], [0] * self._num_rows
+        places = _places([len(sequence) for sequence in sequences], self._length, self._pack)
+        for sequence, (row, _) in zip(sequences, places, strict=True):
+            counts[row] += len(sequence.images)
+        return max(counts)
+
+    def _images_of(self, prompts: Sequence[RankedSequences], index: int, element: ExampleArrays) -> ExampleArrays:
+        """Reads the images of an element, the same for all completions of a prompt; without ranks if one is damaged."""
+        if self._images is None or self._images_per_row == 0:
+            return {}
+        shape = (self._num_rows, self._images_per_row, self._images.vision.values_per_image)
+        images_RNX, used = np.zeros(shape, np.uint8), [0] * self._num_rows
+        for number, prompt in enumerate(prompts):
+            read = []
+            for image, reference in enumerate(prompt.sequences[0].images):
+                seed = None if self._shift_seed is None else (self._shift_seed % 2**64, index, number, image)
+                read.append(self._images.read(reference, seed))
+                if read[-1] is None:
+                    element["ranks"][number] = 0
+            # The sequences of a row were laid out in the order of their numbers.
+            for end in element["ends"][number, : len(prompt.ranks)].tolist():
+                row = end // self._length
+                for image_X in read:
+                    images_RNX[row, used[row]] = 0 if image_X is None else image_X
+                    used[row] += 1
+        return {"images": images_RNX}
 
 
 def _shared(prompts: Sequence[RankedSequences], rows: int, length: int) -> list[list[RankedSequences]]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from gptjax.config import UserError
-from gptjax.data.images.image_references import IMAGE, ImageReference, parse_parts, placed, record_images
+from gptjax.data.images.image_references import FROM_RECORD, IMAGE, ImageReference, parse_parts, placed, record_images
 
 Role = Literal["system", "user", "assistant", "tool"]
 Channel = Literal["analysis", "commentary", "final"]
@@ -347,7 +347,10 @@ def _common_prompt(
     place: str,
 ) -> tuple[tuple[Message, ...], list[str]]:
     """Returns the prompt and the completions, given as lists of messages with or without the prompt."""
-    given = [_turns(completion, place, name) for completion, name in zip(completions, names, strict=True)]
+    given = [
+        _placed_at(place, _turns(completion, place, name)) for completion, name in zip(completions, names, strict=True)
+    ]
+    prompt = None if prompt is None else _placed_at(place, prompt)
     begins = {bool(messages) and messages[0].role == "assistant" for messages in given}
     if begins == {True}:
         if prompt is None:
@@ -364,6 +367,19 @@ def _common_prompt(
     if len(whole) > 1 or any(not messages or messages[-1].role != "assistant" for messages in given):
         raise UserError(f"{place}: the conversations must differ only in the last completion")
     return whole.pop(), [messages[-1].content for messages in given]
+
+
+def _placed_at(place: str, messages: Sequence[Message]) -> tuple[Message, ...]:
+    """Names the record as the place of all images, so that messages with the same images are equal."""
+    return tuple(
+        dataclasses.replace(
+            message,
+            images=tuple(
+                image if image == FROM_RECORD else dataclasses.replace(image, place=place) for image in message.images
+            ),
+        )
+        for message in messages
+    )
 
 
 def _hh(text: str, place: str) -> tuple[Message, ...]:

@@ -42,10 +42,11 @@ __all__ = [
     "read_rankings",
 ]
 
-_TABLES = ("jsonl", "csv", "tsv", "parquet", "arrow", "hf", "tfds")  # of `records.read_records`
+_TABLES = ("jsonl", "csv", "tsv", "parquet", "webdataset", "arrow", "hf", "tfds")  # of `records.read_records`
 _FORMS = (
-    "jsonl:GLOB, csv:GLOB, tsv:GLOB, parquet:GLOB, arrow:DIR[@SPLIT], hf:OWNER/NAME[@CONFIG:SPLIT][?revision=COMMIT], "
-    "tfds:NAME[@SPLIT], chatterbot[:LANGUAGE+LANGUAGE], digits:train[:text], digits:test[:text]"
+    "jsonl:GLOB, csv:GLOB, tsv:GLOB, parquet:GLOB, webdataset:GLOB, arrow:DIR[@SPLIT], "
+    "hf:OWNER/NAME[@CONFIG:SPLIT][?revision=COMMIT], tfds:NAME[@SPLIT], "
+    "chatterbot[:LANGUAGE+LANGUAGE], digits:train[:text], digits:test[:text]"
 )
 _PACKAGED = ("chatterbot", "digits")
 
@@ -124,7 +125,9 @@ def check_spec(spec: str) -> None:
         raise UserError(f"unknown source {spec!r} of conversations: known sources are {_FORMS}")
 
 
-def read_conversations(spec: str, *, invalid_utf8: InvalidUtf8 = "error", harmony: bool = False) -> list[Conversation]:
+def read_conversations(
+    spec: str, *, invalid_utf8: InvalidUtf8 = "error", harmony: bool = False, skip_damaged: bool = False
+) -> list[Conversation]:
     """Reads all conversations of a source, in its order.
 
     Args:
@@ -139,6 +142,7 @@ def read_conversations(spec: str, *, invalid_utf8: InvalidUtf8 = "error", harmon
         csv:GLOB, tsv:GLOB — tables with such columns;
         `parquet:GLOB`, `arrow:DIR[@SPLIT]`, `hf:OWNER/NAME[@CONFIG:SPLIT][?revision=COMMIT]`, `tfds:NAME[@SPLIT]` — a
           dataset with such columns, as in `labelled.read_rows`;
+        webdataset:GLOB — tar files of images and their texts, as in `tar_shards.read_shards`;
         chatterbot[:LANGUAGE+LANGUAGE] — dialogues of the PyPI package chatterbot-corpus, without duplicates; English by
           default;
         digits:train, digits:test — scikit-learn's digits: questions about one image, and about two; with :text behind
@@ -146,6 +150,7 @@ def read_conversations(spec: str, *, invalid_utf8: InvalidUtf8 = "error", harmon
       invalid_utf8: "replace" replaces bytes that are not UTF-8 by U+FFFD, and warns; "error" raises.
       harmony: reads reasoning, channels, tools and their calls, as `harmony_forms.parse_record` does; otherwise records
         that have them are refused.
+      skip_damaged: skips the damaged samples of tar files.
 
     Raises:
       UserError: in one line with file name and line number: an unknown role, tool calls, two consecutive turns of one
@@ -162,7 +167,7 @@ def read_conversations(spec: str, *, invalid_utf8: InvalidUtf8 = "error", harmon
         found = [Conversation(messages, place) for messages, place in digits.conversations(spec)]
     else:
         found = []
-        for record, place in _records(spec, invalid_utf8):
+        for record, place in _records(spec, invalid_utf8, skip_damaged):
             if harmony:
                 messages = harmony_forms.parse_record(record, place, conversation_messages)
                 harmony_forms.check_turns(messages, place)
@@ -175,7 +180,7 @@ def read_conversations(spec: str, *, invalid_utf8: InvalidUtf8 = "error", harmon
     return found
 
 
-def read_rankings(spec: str, *, invalid_utf8: InvalidUtf8 = "error") -> list[Ranking]:
+def read_rankings(spec: str, *, invalid_utf8: InvalidUtf8 = "error", skip_damaged: bool = False) -> list[Ranking]:
     """Reads all rankings of a source, in its order.
 
     Args:
@@ -184,7 +189,7 @@ def read_rankings(spec: str, *, invalid_utf8: InvalidUtf8 = "error") -> list[Ran
         first, or as `chosen` and `rejected`. A completion is a text, a list of the assistant's message (TRL), or a
         whole conversation, a list of messages (UltraFeedback) or a dialogue "\\n\\nHuman: ...\\n\\nAssistant: ..."
         (Anthropic's HH); whole conversations differ only in the last message, and need no separate prompt.
-      invalid_utf8: as in `read_conversations`.
+      invalid_utf8, skip_damaged: as in `read_conversations`.
 
     Raises:
       UserError: as in `read_conversations`; or there are fewer than two completions, or two equal ones.
@@ -192,18 +197,20 @@ def read_rankings(spec: str, *, invalid_utf8: InvalidUtf8 = "error") -> list[Ran
     check_spec(spec)
     if spec.partition(":")[0] in _PACKAGED:
         raise UserError(f"{spec} has conversations, but no rankings: set chat.random_answers to make rankings of them")
-    found = [_ranking(record, place) for record, place in _records(spec, invalid_utf8)]
+    found = [_ranking(record, place) for record, place in _records(spec, invalid_utf8, skip_damaged)]
     if not found:
         raise UserError(f"{spec} has no rankings")
     return found
 
 
-def read_prompts(spec: str, *, invalid_utf8: InvalidUtf8 = "error", harmony: bool = False) -> list[Prompt]:
+def read_prompts(
+    spec: str, *, invalid_utf8: InvalidUtf8 = "error", harmony: bool = False, skip_damaged: bool = False
+) -> list[Prompt]:
     """Reads the prompts of a source: the messages before each completion, and a last user message without completion.
 
     Args:
-      spec, invalid_utf8, harmony: as in `read_conversations`. A record may also have only `prompt`, a user's message or
-        a list of messages.
+      spec, invalid_utf8, harmony, skip_damaged: as in `read_conversations`. A record may also have only `prompt`, a
+        user's message or a list of messages.
 
     Raises:
       UserError: as in `read_conversations`.
@@ -212,7 +219,7 @@ def read_prompts(spec: str, *, invalid_utf8: InvalidUtf8 = "error", harmony: boo
     if spec.partition(":")[0] in _PACKAGED:
         return prompts(read_conversations(spec))
     found: list[Prompt] = []
-    for record, place in _records(spec, invalid_utf8):
+    for record, place in _records(spec, invalid_utf8, skip_damaged):
         if harmony:
             messages = harmony_forms.parse_record(record, place, prompt_messages)
             harmony_forms.check_turns(messages, place)
@@ -313,10 +320,10 @@ def _turns(conversation: Conversation) -> Iterator[tuple[tuple[Message, ...], st
             yield messages[:begin], message.content, conversation.place
 
 
-def _records(spec: str, invalid_utf8: InvalidUtf8) -> Iterator[tuple[Mapping[str, Any], str]]:
+def _records(spec: str, invalid_utf8: InvalidUtf8, skip_damaged: bool) -> Iterator[tuple[Mapping[str, Any], str]]:
     """Yields the records of a source; those of Arrow tables without nulls, which are fields that a message lacks."""
     has_nulls = spec.startswith(("parquet:", "arrow:", "hf:"))
-    for record, place in records.read_records(spec, invalid_utf8):
+    for record, place in records.read_records(spec, invalid_utf8, skip_damaged):
         yield (_without_nulls(record) if has_nulls else record), place
 
 

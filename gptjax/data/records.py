@@ -22,6 +22,7 @@ from gptjax.data import arrow_tables, hub
 from gptjax.data.arrow_sources import split_saved
 from gptjax.data.clue import flat_record
 from gptjax.data.file_patterns import matching_files
+from gptjax.data.images import dataset_images, tar_shards
 from gptjax.data.packages import require_package
 from gptjax.data.remote_files import DataFile, is_url
 from gptjax.data.sources import TFDS_SPEC, open_tfds
@@ -41,6 +42,7 @@ _FORMS = {
     "brown": "brown:DIR",
     "folders": "folders:DIR_OR_GLOB",
     "tfds": "tfds:NAME[@SPLIT]",
+    "webdataset": "webdataset:GLOB",
 }
 # source: (import name of the package, file in it, requirement to install)
 _PACKAGED = {
@@ -58,7 +60,7 @@ def check_spec(spec: str) -> None:
     scheme, _, argument = spec.partition(":")
     if scheme in _PACKAGED and not argument:
         _packaged_file(scheme)
-    elif scheme in ("csv", "tsv", "jsonl", "clue", "parquet", "conll", "brown", "folders") and argument:
+    elif scheme in ("csv", "tsv", "jsonl", "clue", "parquet", "webdataset", "conll", "brown", "folders") and argument:
         _files(scheme, argument)
     elif scheme == "arrow" and argument and (saved := split_saved(argument))[2] is None:
         arrow_tables.saved_files(*saved[:2])
@@ -72,8 +74,12 @@ def check_spec(spec: str) -> None:
         raise UserError(f"unknown source {spec!r} of labelled rows: known sources are {', '.join(_FORMS.values())}")
 
 
-def read_records(spec: str, invalid_utf8: InvalidUtf8) -> Iterator[Record]:
-    """Yields the records of a source, in its order; for `spec` and errors see `labelled.read_rows`."""
+def read_records(spec: str, invalid_utf8: InvalidUtf8, skip_damaged: bool = False) -> Iterator[Record]:
+    """Yields the records of a source, in its order; for `spec` and errors see `labelled.read_rows`.
+
+    Args:
+      skip_damaged: of webdataset, see `tar_shards.read_shards`.
+    """
     check_spec(spec)
     scheme, _, argument = spec.partition(":")
     utf8 = Utf8(invalid_utf8, "data.invalid_utf8=replace")
@@ -86,6 +92,8 @@ def read_records(spec: str, invalid_utf8: InvalidUtf8) -> Iterator[Record]:
     elif scheme == "arrow":
         for path in arrow_tables.saved_files(*split_saved(argument)[:2]):
             yield from arrow_tables.rows(path, utf8, UNLABELLED, "arrow")
+    elif scheme == "webdataset":
+        yield from tar_shards.read_shards(_files(scheme, argument), skip_damaged)
     elif scheme == "hf":
         for path in hub.downloaded(hub.parse(spec)):
             yield from arrow_tables.rows(path, utf8, UNLABELLED)
@@ -117,7 +125,7 @@ def _files(scheme: str, argument: str) -> Sequence[DataFile]:
     folder = os.path.expanduser(argument)
     if scheme == "brown" and is_url(argument):
         raise UserError(f"brown:{argument} is not a folder on this machine: download it")
-    if scheme == "parquet":
+    if scheme in ("parquet", "webdataset"):
         return matching_files(argument, binary=True)
     if scheme == "brown":
         return matching_files(f"{glob.escape(folder)}/c[a-r][0-9][0-9]*")
@@ -313,12 +321,16 @@ def _words(lines: list[tuple[int, list[str]]]) -> list[tuple[int, list[str]]]:
 
 
 class _LazyRecord(Mapping[str, Any]):
-    """An example of tensorflow-datasets as plain Python values, converted on access."""
+    """An example of tensorflow-datasets as plain Python values, converted on access; images are their sources."""
 
-    def __init__(self, features: Mapping[str, Any], example: Mapping[str, Any]) -> None:
-        self._features, self._example = features, example
+    def __init__(self, features: Mapping[str, Any], example: Mapping[str, Any], dataset: str, index: int) -> None:
+        self._features, self._example, self._dataset, self._index = features, example, dataset, index
+        self._images = dataset_images.image_fields(features)
 
     def __getitem__(self, name: str) -> Any:
+        if name in self._images:
+            count = len(self._example[name]) if self._images[name] else None
+            return dataset_images.image_sources(self._dataset, self._index, name, count)
         return _plain(self._features[name], self._example[name])
 
     def __iter__(self) -> Iterator[str]:
@@ -331,9 +343,12 @@ class _LazyRecord(Mapping[str, Any]):
 def _tfds(spec: str, argument: str) -> Iterator[Record]:
     match = TFDS_SPEC.fullmatch(argument)
     assert match is not None, spec
-    builder, examples = open_tfds(match["name"], match["split"] or "train", spec)
+    split = match["split"] or "train"
+    builder, examples = open_tfds(match["name"], split, spec)
+    dataset = f"{match['name']}@{split}"
+    dataset_images.opened(dataset, examples)
     for index in range(len(examples)):
-        yield _LazyRecord(builder.info.features, examples[index]), f"example {index} of {spec}"
+        yield _LazyRecord(builder.info.features, examples[index], dataset, index), f"example {index} of {spec}"
 
 
 def _plain(feature: Any, value: Any) -> Any:

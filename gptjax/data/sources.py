@@ -21,6 +21,7 @@ from gptjax.config import UserError
 from gptjax.data.arrow_sources import HubSource, ParquetFiles, SavedDataset
 from gptjax.data.compression import MAX_BYTES, compression
 from gptjax.data.file_patterns import expand_pattern, matching_files, split_field
+from gptjax.data.images.dataset_images import image_decoders
 from gptjax.data.packages import require_package
 from gptjax.data.remote_files import DataFile
 from gptjax.data.source import MAX_LOGGED, FileSource, OnCorrupt, Source
@@ -254,7 +255,7 @@ def open_tfds(name: str, split: str, spec: str) -> tuple[Any, Any]:
       spec: name of the dataset in error messages.
 
     Returns:
-      The builder, and the examples of the split by index.
+      The builder, and the examples of the split by index, whose images are still encoded.
 
     Raises:
       UserError: the dataset is not available.
@@ -269,7 +270,7 @@ def open_tfds(name: str, split: str, spec: str) -> tuple[Any, Any]:
         data_dir = os.environ.get("TFDS_DATA_DIR")
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
         builder.download_and_prepare()
-        return builder, builder.as_data_source(split)
+        return builder, builder.as_data_source(split, decoders=image_decoders(builder.info.features))
     except Exception as error:  # raised by the dataset's own code, its downloads or its file format
         raise UserError(f"cannot open {spec}: {_first_line(error)}") from error
 

@@ -7,6 +7,7 @@ conversation, whose first question counts. Metrics are means over the questions:
   vqa_accuracy       of VQAv2, from several references
   anls               similarity by edit distance, of DocVQA and InfographicVQA
   relaxed_accuracy   within 5 % for numbers, of ChartQA
+  bleu               corpus BLEU with all references of each question, for captions
   choice_accuracy    of the questions with choices
   exact_match_1, ..._2, ...
                      exact_match of the questions with one image, two images, ..., where their numbers differ
@@ -30,6 +31,8 @@ from gptjax.inference.engine import Engine
 from gptjax.inference.sampling import Sampling
 from gptjax.metrics import visual_answers
 from gptjax.metrics.measurement import Measurement, mean
+from gptjax.metrics.resampling import Sample
+from gptjax.metrics.text import bleu_of_sums, bleu_terms
 from gptjax.stages.image_prompts import ImagePrompts
 from gptjax.stages.trained_model import TrainedModel
 
@@ -213,6 +216,9 @@ def _measured(
             }
         )
     metrics = {name: mean(values) for name, values in scores.items()}
+    terms = bleu_terms([answer.text for answer in answers], [question.references for question in questions])
+    bleu = float(bleu_of_sums(terms.sum(axis=0, keepdims=True))[0])
+    metrics["bleu"] = Measurement(bleu, None, len(answers), Sample((terms,), form="bleu"))
     counts = [len(question.images) for question in questions]
     if len(set(counts)) > 1:
         for number in sorted(set(counts)):

@@ -12,7 +12,7 @@ from typing import Any
 
 from gptjax.config import BatchConfig, Config, GPTConfig, UserError, VisionConfig, check
 from gptjax.files import read_json
-from gptjax.interop import llava_family
+from gptjax.interop import image_processors, llava_family
 from gptjax.interop.family import Family, inexpressible, read_keys, write_keys
 from gptjax.interop.gpt_families import GPT2, GPT_NEO, OPENAI_GPT
 from gptjax.interop.gpt_oss_family import GPT_OSS
@@ -59,6 +59,8 @@ def read_config(directory: Path) -> tuple[Family, GPTConfig]:
         check(Config(model=model, batch=BatchConfig(epochs=1.0, tokens_per_batch=model.context_length)))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    if model.reads_images:
+        model = dataclasses.replace(model, vision=image_processors.with_processor(directory, model.vision))
     return family, model
 
 

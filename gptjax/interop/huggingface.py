@@ -22,7 +22,7 @@ from gptjax.config import BatchConfig, Config, DataConfig, GPTConfig, MeshConfig
 from gptjax.data import tokenizers
 from gptjax.data.templates import ChatFormat, chat_format
 from gptjax.files import expand, remove_tree, unfinished_path
-from gptjax.interop import families, llava_family, safetensors_files, task_heads
+from gptjax.interop import families, image_processors, llava_family, safetensors_files, task_heads
 from gptjax.interop.family import Family, Placement, placements
 from gptjax.interop.pretrained_weights import read_parameters
 from gptjax.interop.safetensors_files import DTYPES, Declared
@@ -133,6 +133,8 @@ def _save(
     with new_directory(directory) as unfinished:
         (unfinished / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
         safetensors_files.write(unfinished, declared, arrays, max_file_bytes)
+        if config.reads_images:
+            image_processors.write_processor(config.vision, unfinished)
         if tokenizer is not None:
             write_tokenizer(tokenizer, unfinished, config.context_length, chat, is_task=head is not None)
 

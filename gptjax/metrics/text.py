@@ -44,14 +44,23 @@ def corpus_bleu(completions: Sequence[str], references: Sequence[str]) -> tuple[
     return min(score / 100, 1.0), str(metric.get_signature())
 
 
-def bleu_terms(completions: Sequence[str], references: Sequence[str]) -> npt.NDArray[np.float64]:
-    """Returns what each pair adds to corpus BLEU, float64 (pairs, 10).
+def bleu_terms(
+    completions: Sequence[str], references: Sequence[str] | Sequence[Sequence[str]]
+) -> npt.NDArray[np.float64]:
+    """Returns what each completion adds to corpus BLEU, float64 (completions, 10).
 
     The columns are the matching n-grams of the orders 1 to 4, all n-grams of these orders, and the lengths of
     completion and reference.
+
+    Args:
+      references: one of each completion, or several, of which the one of the closest length counts for the length.
     """
-    metric = _bleu(_tokenizer(references), effective_order=False)
-    scores = (metric.corpus_score([text], [[other]]) for text, other in zip(completions, references, strict=True))
+    several = [[other] if isinstance(other, str) else list(other) for other in references]
+    metric = _bleu(_tokenizer([text for others in several for text in others]), effective_order=False)
+    scores = (
+        metric.corpus_score([text], [[other] for other in others])
+        for text, others in zip(completions, several, strict=True)
+    )
     return np.array([[*score.counts, *score.totals, score.sys_len, score.ref_len] for score in scores], np.float64)
 
 

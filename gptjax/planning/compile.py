@@ -16,6 +16,7 @@ from gptjax.optim.optimizers import schedule
 from gptjax.parallel.mesh import batch_sharding, check_fit
 from gptjax.planning.program_text import Collective, collectives
 from gptjax.planning.topology import parse_bytes
+from gptjax.scaling.flops import most_images
 from gptjax.stages import registry
 from gptjax.training.step import make_train_step
 
@@ -106,7 +107,7 @@ def read_refusal(message: str) -> OutOfMemory | None:
 
 
 def compile_training_step(config: Config, mesh: Mesh) -> CompileResult:
-    """Compiles the training step that `gptjax.main` would run.
+    """Compiles the training step that `gptjax.main` would run; the rows of a model of images have `most_images` each.
 
     Args:
       config: with model.vocab_size set.
@@ -126,9 +127,12 @@ def compile_training_step(config: Config, mesh: Mesh) -> CompileResult:
             batch_sharding(mesh, None),
         )
         kinds = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
-        if config.data.packing == "segment":
+        if config.data.packing == "segment" or registry.definition(config).conversational:
             kinds |= {"segments": np.int32, "positions": np.int32}
         batch = {name: jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for name, kind in kinds.items()}
+        if config.model.reads_images:
+            of_images = (*shape[:2], most_images(config.model), config.model.vision.values_per_image)
+            batch["images"] = jax.ShapeDtypeStruct(of_images, np.uint8, sharding=sharding)
         scalars = (np.int32(count), schedule(config, 1, 1, 1))
         return step.lower(abstract_state(parameters, mesh), batch, *scalars)
 

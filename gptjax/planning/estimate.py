@@ -17,7 +17,15 @@ from gptjax.losses.cross_entropy import logits_dtype
 from gptjax.planning import widths
 from gptjax.planning.program_text import Collective, bytes_sent, mesh_axes
 from gptjax.planning.topology import Topology, route
-from gptjax.scaling.flops import attention_flops, expert_flops, flops_per_token, forward_flops_per_token, head_flops
+from gptjax.scaling.flops import (
+    attention_flops,
+    expert_flops,
+    flops_per_token,
+    forward_flops_per_token,
+    head_flops,
+    image_step_flops,
+    most_images,
+)
 from gptjax.scaling.memory import memory_summary
 
 
@@ -102,11 +110,13 @@ def estimate_step(
     by_axes: dict[tuple[str, ...], float] = {}
     for part in communication:
         by_axes[part.axes] = by_axes.get(part.axes, 0) + (part.ici_seconds or 0)
-    executed = tokens * (flops_per_token(model) + recomputed_flops_per_token(model))
+    images = tokens // model.context_length * most_images(model)
+    of_images = images * image_step_flops(model, "all")
+    executed = tokens * (flops_per_token(model) + recomputed_flops_per_token(model)) + of_images
     return StepEstimate(
         tokens=tokens,
         devices=devices,
-        model_flops=tokens * flops_per_token(model),
+        model_flops=tokens * flops_per_token(model) + of_images,
         executed_flops=executed,
         compute=executed / (devices * flops),
         hbm=hbm_traffic(config, mesh.shape) / peak.bandwidth,

@@ -14,7 +14,7 @@ from gptjax.planning.compile import CompiledProgram, StateBytes, microbatches
 from gptjax.planning.decode_plan import DecodingPlan
 from gptjax.planning.estimate import AxisTraffic, StepEstimate, estimate_training
 from gptjax.planning.topology import Topology
-from gptjax.scaling.flops import flops_per_token
+from gptjax.scaling.flops import flops_per_token, image_step_flops, most_images
 from gptjax.scaling.memory import memory_summary
 from gptjax.scaling.parameters import active_parameter_count, parameter_count
 
@@ -66,6 +66,8 @@ def step_json(step: StepPlan) -> dict[str, Any]:
         "active_parameters": active_parameter_count(config.model),
         "memory": dataclasses.asdict(step.state) | dataclasses.asdict(memory) | {"capacity": step.capacity},
         "flops_per_token": flops_per_token(config.model),
+        "flops_per_image": image_step_flops(config.model, "all"),
+        "images_per_row": most_images(config.model),
         "communication": [dataclasses.asdict(part) for part in step.communication],
         "compile_seconds": step.compiled.seconds,
     }
@@ -94,9 +96,13 @@ def step_table(step: StepPlan) -> str:
     whole = f"microbatch {config.sequences_per_microbatch} x {microbatches(config)}"
     model = config.model
     active = "" if model.num_experts is None else f" ({active_parameter_count(model):,} active)"
+    images = ""
+    if (count := most_images(model)) > 0:
+        per_image = image_step_flops(model, "all") / 1e9
+        images = f", {per_image:,.2f} per image; {count} images in each row, as many as fit"
     lines = [
         f"{step.topology.name}: {step.topology.num_devices} devices, mesh {axes}, {whole}, remat {config.model.remat}",
-        f"{parameter_count(model):,} parameters{active}, {flops_per_token(model) / 1e9:,.2f} GFLOP per token",
+        f"{parameter_count(model):,} parameters{active}, {flops_per_token(model) / 1e9:,.2f} GFLOP per token{images}",
         "",
         *_table("memory per device", _memory_rows(step)),
         *_table("collectives per device and step, counted in the compiled program", _communication_rows(step)),

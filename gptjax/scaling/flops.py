@@ -6,6 +6,7 @@ the model.
 
 import dataclasses
 import functools
+from typing import Literal
 
 from gptjax.config import GPTConfig
 from gptjax.scaling.parameters import active_size, layer_parameters, vocab_size
@@ -57,12 +58,38 @@ def image_flops(model: GPTConfig) -> int:
     patch = 3 * vision.patch_size**2
     if vision.encoder == "patches":
         return 2 * vision.num_patches * patch * model.embed_dim
-    encoder, W, D = model.image_encoder, vision.embed_dim, model.embed_dim
+    encoder, W = model.image_encoder, vision.embed_dim
     length = encoder.context_length
     layer = kernel_flops(encoder, 0) + 4 * length * W  # scores, and weighted sums of values
-    projector = 2 * (W * D + (vision.projector == "mlp") * D * D)
     patches = 2 * vision.num_patches * patch * W
-    return patches + vision.layers_read * length * layer + vision.tokens_per_image * projector
+    return patches + vision.layers_read * length * layer + sum(_projector_flops(model))
+
+
+def _projector_flops(model: GPTConfig) -> tuple[int, int]:
+    """Forward pass per image of the two layers of the projector behind an encoder."""
+    vision, D = model.vision, model.embed_dim
+    first, second = vision.embed_dim * D, (vision.projector == "mlp") * D * D
+    return 2 * vision.tokens_per_image * first, 2 * vision.tokens_per_image * second
+
+
+def image_step_flops(model: GPTConfig, trained: Literal["all", "projector", "none"]) -> int:
+    """Floating-point operations of a training step per image, in the encoder and the projector.
+
+    Args:
+      trained: their trained part. Where it is the projector, the gradient of its input is not computed.
+    """
+    forward = image_flops(model)
+    if trained == "all":
+        return 3 * forward
+    first, second = _projector_flops(model) if model.vision.encoder == "vit" else (0, 0)
+    return forward + (first + 2 * second if trained == "projector" else 0)
+
+
+def most_images(model: GPTConfig) -> int:
+    """The number of images that fit into a context, each with a token of text; 0 for a model of text."""
+    if not model.reads_images:
+        return 0
+    return max(1, model.context_length // (model.vision.tokens_per_image + 1))
 
 
 def head_flops(model: GPTConfig) -> int:

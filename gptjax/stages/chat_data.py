@@ -11,9 +11,10 @@ from jax.sharding import Mesh
 from gptjax.config import Config, DataConfig, UserError, naming
 from gptjax.data import conversations
 from gptjax.data.chat_batches import PackedConversations, PackedRankings
-from gptjax.data.conversations import Conversation, Prompt, Ranking
+from gptjax.data.conversations import Conversation, Message, Prompt, Ranking
 from gptjax.data.images.image_files import ImageFiles
 from gptjax.data.images.image_references import IMAGE, ImageReference
+from gptjax.data.images.videos import with_frames
 from gptjax.data.pipeline import PackedExamples, open_corpus
 from gptjax.data.sources import open_source
 from gptjax.data.templates import ChatFormat, TooLongError, chat_format
@@ -78,25 +79,17 @@ def open_chat(
     images = None
     if config.model.reads_images:
         images = ImageFiles(config.model.vision, config.data)
+        train, validation = (
+            [_with_frames(item, config.data, images) for item in split] for split in (train, validation)
+        )
         images.check([image for split in (train, validation) for item in split for image in _images(item)])
     return ChatData(config, tokenizer, form, train, validation, images)
-
-
-def refuse_images(data: ChatData[Any]) -> None:
-    """Raises UserError if an item has an image, in a stage that reads text alone."""
-    for item in (*data.train, *data.validation):
-        if images := _images(item):
-            raise UserError(f"{images[0].place}: stage {data.config.stage} reads no images: use stage sft")
 
 
 def conversations_of(config: Config) -> Split[Conversation]:
     """Reads the training and the held-out conversations."""
     harmony = config.chat.template == "harmony"
-
-    def read(spec: str) -> list[Conversation]:
-        return conversations.read_conversations(spec, invalid_utf8=config.data.invalid_utf8, harmony=harmony)
-
-    return _split(config, read)
+    return _split(config, lambda spec: conversations.read_conversations(spec, harmony=harmony, **_reading(config)))
 
 
 def rankings_of(config: Config) -> Split[Ranking]:
@@ -106,7 +99,7 @@ def rankings_of(config: Config) -> Split[Ranking]:
     the held-out ones. Otherwise the model would be trained to score held-out completions low.
     """
     if config.chat.random_answers == 0:
-        return _split(config, lambda spec: conversations.read_rankings(spec, invalid_utf8=config.data.invalid_utf8))
+        return _split(config, lambda spec: conversations.read_rankings(spec, **_reading(config)))
     chat, (train, validation) = config.chat, conversations_of(config)
     return (
         conversations.random_rankings(train, chat.random_answers, config.seed, chat.random_draws),
@@ -116,8 +109,13 @@ def rankings_of(config: Config) -> Split[Ranking]:
 
 def prompts_of(config: Config) -> Split[Prompt]:
     """Reads the training and the held-out prompts."""
-    utf8, harmony = config.data.invalid_utf8, config.chat.template == "harmony"
-    return _split(config, lambda spec: conversations.read_prompts(spec, invalid_utf8=utf8, harmony=harmony))
+    harmony = config.chat.template == "harmony"
+    return _split(config, lambda spec: conversations.read_prompts(spec, harmony=harmony, **_reading(config)))
+
+
+def _reading(config: Config) -> dict[str, Any]:
+    """What happens to damaged data."""
+    return {"invalid_utf8": config.data.invalid_utf8, "skip_damaged": config.data.on_corrupt == "skip"}
 
 
 def _split(config: Config, read: Callable[[str], list[T]]) -> Split[T]:
@@ -138,6 +136,19 @@ def _images(item: Conversation | Ranking | Prompt) -> list[ImageReference]:
     """Returns all images of an item."""
     messages = item.prompt if isinstance(item, Ranking) else item.messages
     return [image for message in messages for image in message.images]
+
+
+def _with_frames(item: T, data: DataConfig, files: ImageFiles) -> T:
+    """An item whose videos are replaced by their frames."""
+    times = (lambda video: files.times(video, data.video_frames)) if data.video_timestamps else None
+
+    def divided(message: Message) -> Message:
+        text, images = with_frames(message.content, message.images, data.video_frames, times)
+        return dataclasses.replace(message, content=text, images=images)
+
+    field = "prompt" if isinstance(item, Ranking) else "messages"
+    changed: dict[str, Any] = {field: tuple(map(divided, getattr(item, field)))}
+    return dataclasses.replace(item, **changed)
 
 
 def fitting(config: Config, items: Sequence[T], encode: Callable[[T], E]) -> list[E]:

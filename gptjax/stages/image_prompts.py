@@ -1,5 +1,6 @@
 """Prompts with images for a trained model: a user's message for a chat model, plain text for others."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +10,7 @@ from gptjax.config import Config, DataConfig
 from gptjax.data.conversations import Message
 from gptjax.data.images.image_files import ImageFiles
 from gptjax.data.images.image_references import IMAGE, ImageReference
+from gptjax.data.images.videos import with_frames
 from gptjax.data.templates import EncodedConversation, chat_format, check_images
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.stages import registry
@@ -19,14 +21,16 @@ class ImagePrompts:
 
     Args:
       config: complete.
+      frames: number of frames of a video; None: data.video_frames.
 
     Attributes:
       end_tokens: tokens that end a completion, in addition to end-of-text.
     """
 
-    def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
+    def __init__(self, config: Config, tokenizer: Tokenizer, frames: int | None = None) -> None:
         self._vision, self._tokenizer = config.model.vision, tokenizer
         self._files = ImageFiles(self._vision, DataConfig())
+        self._data = config.data if frames is None else dataclasses.replace(config.data, video_frames=frames)
         chats = registry.definition(config).chats
         self._format = chat_format(config.chat, tokenizer, self._vision) if chats else None
         self.end_tokens: tuple[int, ...] = () if self._format is None else self._format.end_tokens
@@ -35,10 +39,14 @@ class ImagePrompts:
         """Encodes a prompt that has its images where it says `<image>`, or else before its text.
 
         Raises:
-          UserError: an `<image>` too many or too few, or the model reads no images.
+          UserError: an `<image>` too many or too few, or the model reads no images; or a video is damaged.
         """
         if IMAGE not in prompt and images:
             prompt = IMAGE * len(images) + f"\n{prompt}"
+        if self._vision.encoder != "none":
+            count = self._data.video_frames
+            times = (lambda video: self._files.times(video, count)) if self._data.video_timestamps else None
+            prompt, images = with_frames(prompt, images, count, times)
         message = Message("user", prompt, images=tuple(images))
         if self._format is not None:
             return self._format.encode_prompt_with_images([message], place=place)

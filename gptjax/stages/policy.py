@@ -1,7 +1,7 @@
 """The policy of the chat stages, its frozen reference, and log-probabilities of tokens.
 
-A batch has the arrays of `gptjax/data/chat_batches.py`: B elements of R rows of T positions. How prompts and
-completions are laid out in the rows makes no difference here.
+A batch has the arrays of `gptjax/data/chat_batches.py`: B elements of R rows of T positions, and where the model reads
+images, those of each row. How prompts and completions are laid out in the rows makes no difference here.
 """
 
 from collections.abc import Callable
@@ -97,8 +97,10 @@ def element_hidden_states(gpt: GPT, params: Any, batch: Batch, rng: jax.Array | 
     """
     tokens_BRT = batch["tokens"]
     rows = (batch[name].reshape(-1, tokens_BRT.shape[-1]) for name in ("tokens", "segments", "positions"))
+    images_BRNX = batch.get("images")
+    images = None if images_BRNX is None else images_BRNX.reshape(-1, *images_BRNX.shape[2:])
     rngs = None if rng is None else {"dropout": rng}
-    x_NTD = hidden_states(gpt, params, *rows, deterministic=rng is None, rngs=rngs)
+    x_NTD = hidden_states(gpt, params, *rows, images_BNX=images, deterministic=rng is None, rngs=rngs)
     return x_NTD.reshape(*tokens_BRT.shape, -1)
 
 

@@ -72,6 +72,7 @@ def build(
         evaluate=_evaluate(held_out_means(objective.loss, lambda: read(validation, 0), size, mesh)),
         sample=_sample(objective.parameters, data, mesh) if config.evaluation.sample_tokens > 0 else None,
         description=describe_data("conversations", len(data.train), len(data.validation), tokens_per_epoch, tokens),
+        images_per_token=train.images_per_token,
     )
 
 

@@ -151,14 +151,13 @@ class _Run:
         self._start_at(state, position)
         self._writer: MetricsWriter | None = None  # of process 0 alone
         if jax.process_index() == 0:
-            flops = stage.objective.parameters.flops_per_token
-            header = describe_run(stage.config, mesh, self._stepper.abstract_state, flops)
+            header = describe_run(stage.config, mesh, self._stepper.abstract_state, stage.flops_per_token)
             writer = MetricsWriter(workdir, header, stage.config.logging, self._saved, callbacks)
             self._writer = stack.enter_context(writer)
         # Epochs of each source of a mixture after so many training examples.
         self._epochs = lambda n: {} if stage.epochs is None else stage.epochs(n + self._skipped_examples)
         place = (self.tokens, stage.total_tokens, position.progress)
-        self._progress = stack.enter_context(Progress(stage.objective.parameters, self._writer, *place, self._epochs))
+        self._progress = stack.enter_context(Progress(stage, self._writer, *place, self._epochs))
 
     def _start_at(self, state: TrainState, position: Position) -> None:
         batches = self.stage.batches(position.examples + self._skipped_examples, self)

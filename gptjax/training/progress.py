@@ -11,10 +11,10 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from gptjax.checkpoint.state import ParameterSpec
 from gptjax.scaling import devices
 from gptjax.training.loss_monitor import LossMonitor, LossSpike, NotFinite
 from gptjax.training.metrics_file import MetricsWriter
+from gptjax.training.stage import Stage
 from gptjax.training.step import StepResult
 
 
@@ -31,7 +31,7 @@ class Progress:
 
     def __init__(
         self,
-        parameters: ParameterSpec,
+        stage: Stage,
         writer: MetricsWriter | None,
         tokens: int,
         total_tokens: int,
@@ -44,11 +44,11 @@ class Progress:
           state: the result of `state()` before a run stopped; empty: a new run.
           epochs: number of training examples of the run -> the number of epochs of each source of a mixture.
         """
-        config = parameters.config
+        config = stage.config
         self._writer, self._epochs = writer, epochs
         self._stability = config.stability
         self._every = config.logging.every_steps
-        self._flops_per_token = parameters.flops_per_token
+        self._flops_per_token = stage.flops_per_token
         peak = devices.peak_flops(jax.devices()[0], config.model.dtype)
         self._peak_flops = None if peak is None else peak * jax.device_count()
         self._bar = tqdm(

@@ -44,6 +44,7 @@ class Stage:
       description: name -> text about the data, such as the numbers of documents and tokens, printed at the start.
       epochs: training examples read so far -> the number of epochs of each source of a mixture, by name, for training
         records and the report at the end; None: there is one source.
+      images_per_token: mean number of images that the model encodes for a token of a batch, padding included.
     """
 
     objective: Objective
@@ -56,10 +57,17 @@ class Stage:
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     description: Mapping[str, str] = dataclasses.field(default_factory=dict)
     epochs: Callable[[int], dict[str, float]] | None = None
+    images_per_token: float = 0.0
 
     @property
     def config(self) -> Config:
         return self.objective.config
+
+    @property
+    def flops_per_token(self) -> float:
+        """Model FLOPs of a training step per token, with those of the images that are encoded for it."""
+        parameters = self.objective.parameters
+        return parameters.flops_per_token + self.images_per_token * parameters.flops_per_image
 
 
 def describe_data(units: str, train: int, held_out: int, tokens_per_epoch: float, total_tokens: int) -> dict[str, str]:

@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 from gptjax.config import VisionConfig
 from gptjax.data.images.square_images import square
 from gptjax.interop.huggingface import load_pretrained, save_pretrained
+from gptjax.interop.image_processors import with_processor, write_processor
 from gptjax.models.gpt import GPT
 from gptjax.models.vision import ImageEncoder, normalised_patches
 from tests.interop.test_llava import CLIP, SIGLIP, TEXT
@@ -52,6 +53,21 @@ def test_pixel_values_are_those_of_the_processor(kind):
         np.testing.assert_allclose(whole.reshape(size, size, 3).transpose(2, 0, 1), expected, atol=1e-3)
         number += 1
     assert number == 20
+
+
+@pytest.mark.parametrize("resize", ["crop", "pad", "stretch"])
+def test_pixel_values_are_those_of_the_processor_that_is_written(resize, tmp_path):
+    vision = dataclasses.replace(CLIP, image_size=30, patch_size=5, resize=resize, pixel_mean=(0.2, 0.5, 0.7))
+    write_processor(vision, tmp_path)
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    for image in images():
+        rgb = ImageOps.exif_transpose(image).convert("RGB")
+        expected = processor(rgb, return_tensors="np")["pixel_values"][0]
+        pixels = square(rgb, vision).reshape(30, 30, 3).astype(np.float32) / 255
+        values = (pixels - np.array(vision.pixel_mean)) / np.array(vision.pixel_std)
+        np.testing.assert_allclose(values.transpose(2, 0, 1), expected, atol=1e-3)
+    processor.save_pretrained(tmp_path / "theirs")
+    assert with_processor(tmp_path / "theirs", dataclasses.replace(CLIP, image_size=30, patch_size=5)) == vision
 
 
 def tower(vision: VisionConfig):

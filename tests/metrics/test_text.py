@@ -5,11 +5,12 @@ import subprocess
 import sys
 
 import pytest
+import sacrebleu
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax.data.words import words
-from gptjax.metrics.text import bleu, corpus_bleu, distinct, rouge, rouge_l
+from gptjax.metrics.text import bleu, bleu_of_sums, bleu_terms, corpus_bleu, distinct, rouge, rouge_l
 
 TEXTS = st.text(st.sampled_from("ab cde.好的,Ä_"), max_size=20)
 
@@ -90,3 +91,18 @@ def test_nothing_of_jax_and_nothing_slow_before_it_is_used():
     code = f"import sys, gptjax.metrics.text; print({slow})"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"
+
+
+def test_bleu_of_several_references_is_that_of_sacrebleu():
+    """Captions have several references, and not all images equally many."""
+    completions = ["a cat on a mat", "two dogs run over the grass", "a red bus"]
+    references = [
+        ["a cat sits on a mat", "there is a cat on the mat"],
+        ["two dogs are running over grass"],
+        ["a red bus in a street", "a bus that is red", "red bus"],
+    ]
+    found = bleu_of_sums(bleu_terms(completions, references).sum(axis=0, keepdims=True))[0]
+    streams = [[refs[i] if i < len(refs) else None for refs in references] for i in range(3)]
+    assert found == pytest.approx(sacrebleu.corpus_bleu(completions, streams).score / 100)
+    first = bleu_terms(completions, [refs[0] for refs in references])
+    assert found > bleu_of_sums(first.sum(axis=0, keepdims=True))[0]

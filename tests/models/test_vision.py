@@ -13,7 +13,7 @@ from gptjax.config import GPTConfig, UserError, VisionConfig
 from gptjax.config.vision_checks import check_vision
 from gptjax.models import decoding
 from gptjax.models.gpt import GPT, hidden_states, init_params
-from gptjax.scaling.flops import image_flops
+from gptjax.scaling.flops import image_flops, image_step_flops
 from gptjax.scaling.parameters import parameter_count
 
 IMAGE = 60
@@ -206,3 +206,18 @@ def test_every_field_changes_the_tokens_of_an_image(field):
 def test_settings_that_contradict_each_other_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         check_vision(dataclasses.replace(TINY, vision=dataclasses.replace(VISION, **changes)))
+
+
+@pytest.mark.parametrize("projector", ["linear", "mlp"])
+def test_operations_of_a_step_depend_on_the_trained_part(projector):
+    """The gradient of a layer's input and of its weights cost as much as its forward pass each."""
+    config = dataclasses.replace(TINY, vision=dataclasses.replace(VISION, projector=projector))
+    linear = dataclasses.replace(TINY, vision=dataclasses.replace(VISION, projector="linear"))
+    W, D, tokens = VISION.embed_dim, TINY.embed_dim, config.vision.tokens_per_image
+    first, second = 2 * tokens * W * D, 2 * tokens * D * D * (projector == "mlp")
+    forward = image_flops(config)
+    assert forward - image_flops(linear) == second
+    assert image_step_flops(config, "all") == 3 * forward
+    assert image_step_flops(config, "none") == forward
+    assert image_step_flops(config, "projector") == forward + first + 2 * second
+    assert image_step_flops(PATCHES, "projector") == image_flops(PATCHES)

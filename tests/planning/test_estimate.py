@@ -3,7 +3,7 @@ import dataclasses
 import jax
 import pytest
 
-from gptjax.config import BatchConfig, Config, GPTConfig, replace
+from gptjax.config import BatchConfig, Config, GPTConfig, VisionConfig, replace
 from gptjax.planning.estimate import (
     AxisTraffic,
     StepEstimate,
@@ -18,7 +18,7 @@ from gptjax.planning.formulas import expected_collectives, expected_memory
 from gptjax.planning.program_text import Collective, mesh_axes
 from gptjax.planning.topology import Topology
 from gptjax.scaling.devices import TPU_CHIPS
-from gptjax.scaling.flops import flops_per_token, forward_flops_per_token
+from gptjax.scaling.flops import flops_per_token, forward_flops_per_token, image_flops, most_images
 from gptjax.scaling.parameters import parameter_count
 from gptjax.stages import registry
 from tests.planning.paper_tpu import mesh
@@ -87,6 +87,19 @@ def test_the_roofline_by_hand() -> None:
     assert result.compute == pytest.approx(result.model_flops / (256 * 197e12))
     assert result.hbm == pytest.approx(hbm_traffic(CONFIG, laid_out.shape) / 819e9)
     assert result.mfu(result.compute) == pytest.approx(1)
+
+
+def test_the_images_that_fit_into_a_row_are_computed_too() -> None:
+    vision = VisionConfig(encoder="vit", image_size=8, patch_size=4, num_layers=2, num_heads=2, embed_dim=16)
+    of_images = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, vision=vision))
+    assert most_images(of_images.model) == 128 // (4 + 1)
+    assert most_images(MODEL) == 0
+    laid_out = mesh(V5E, data=256)
+    text, found = (estimate_step(config, laid_out, V5E, []) for config in (CONFIG, of_images))
+    assert text is not None
+    assert found is not None
+    more = 256 * 25 * 3 * image_flops(of_images.model)
+    assert found.model_flops - text.model_flops == found.executed_flops - text.executed_flops == more
 
 
 def test_logits_of_half_the_bytes_move_half_as_many() -> None:

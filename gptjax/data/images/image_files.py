@@ -2,6 +2,8 @@
 
 import base64
 import binascii
+import dataclasses
+import functools
 import hashlib
 import io
 import os
@@ -16,7 +18,7 @@ import numpy.typing as npt
 from absl import logging
 
 from gptjax.config import DataConfig, UserError, VisionConfig
-from gptjax.data.images import digits
+from gptjax.data.images import dataset_images, digits, tar_shards, videos
 from gptjax.data.images.image_references import ImageReference
 from gptjax.data.images.square_images import MAX_PIXELS, largest_shift, shifted, square
 from gptjax.data.remote_files import is_url
@@ -40,6 +42,7 @@ class ImageFiles:
     def __init__(self, vision: VisionConfig, data: DataConfig) -> None:
         self.vision, self._data, self.skipped = vision, data, 0
         self._lock = threading.Lock()
+        self._cached_video = functools.lru_cache(maxsize=4)(self._read_video)  # its frames are read one after another
 
     def check(self, images: list[ImageReference]) -> None:
         """Raises UserError if an image is remote and may not be, or a file does not exist; decodes none."""
@@ -49,6 +52,8 @@ class ImageFiles:
                     f"{image.place}: the image {_short(image.source)} is remote: set data.remote_images=true to read "
                     "such images, or download it"
                 )
+            if image.frame is not None:
+                videos.check_package()
             path = self._path(image)
             if path is not None and self._data.on_corrupt == "error" and not path.is_file():
                 raise UserError(f"{_before(image)}there is no image {path}")
@@ -80,11 +85,15 @@ class ImageFiles:
 
     def fingerprint(self, image: ImageReference) -> str:
         """A hash of the file of an image, or the source where it is no file; raises UserError if it does not exist."""
-        return image.source if self._path(image) is None else hashlib.sha256(self._bytes(image)).hexdigest()
+        is_file = self._path(image) is not None or tar_shards.parse_source(image.source) is not None
+        return hashlib.sha256(self._bytes(image)).hexdigest() if is_file else image.source
 
     def _decoded(self, image: ImageReference) -> npt.NDArray[np.uint8]:
         from PIL import Image, ImageOps, UnidentifiedImageError
 
+        if image.frame is not None:
+            number, count = image.frame
+            return self._cached_video(dataclasses.replace(image, frame=videos.WHOLE_VIDEO), count)[0][number]
         if image.source.startswith("digits:"):
             return square(Image.fromarray(digits.image(image.source)), self.vision)
         content, name = self._bytes(image), _short(image.source)
@@ -104,6 +113,26 @@ class ImageFiles:
         except Exception as error:  # on arbitrary bytes, decoders raise exceptions of many types
             raise UserError(f"the image {name} is damaged: {type(error).__name__}") from None
 
+    def times(self, video: ImageReference, count: int) -> list[float]:
+        """The seconds of `count` frames of a video; raises UserError as `read` if it is damaged."""
+        try:
+            return self._cached_video(video, count)[1]
+        except UserError as error:
+            raise UserError(f"{_before(video)}{error}") from None
+
+    def _read_video(self, video: ImageReference, count: int) -> tuple[list[npt.NDArray[np.uint8]], list[float]]:
+        path, name = self._path(video), _short(video.source)
+        try:
+            with io.BytesIO(self._bytes(video)) if path is None else path.open("rb") as file:
+                frames = videos.read_frames(file, count)
+            return [square(frame, self.vision) for frame in frames.images], frames.times
+        except FileNotFoundError:
+            raise UserError(f"there is no video {path}") from None
+        except UserError as error:
+            raise UserError(f"the video {name}: {error}") from None
+        except Exception as error:  # on arbitrary bytes, decoders raise exceptions of many types
+            raise UserError(f"the video {name} is damaged, or of another format: {type(error).__name__}") from None
+
     def _bytes(self, image: ImageReference) -> bytes:
         source = image.source
         if source.startswith("data:"):
@@ -114,8 +143,12 @@ class ImageFiles:
                 raise ValueError
             except (ValueError, binascii.Error):
                 raise UserError(f"the image {_short(source)} is not a data: URL in base64") from None
-        path = self._path(image)
+        path, part = self._path(image), tar_shards.parse_source(source)
         try:
+            if part is not None:
+                return part.read()
+            if source.startswith(dataset_images.SCHEME):
+                return dataset_images.read_image(source)
             if path is not None:
                 return path.read_bytes()
             import fsspec
@@ -124,16 +157,21 @@ class ImageFiles:
                 return bytes(file.read())
         except FileNotFoundError:
             raise UserError(f"there is no image {path or source}") from None
+        except UserError:
+            raise
         except Exception as error:  # of a file system or a client
             raise UserError(f"cannot read the image {path or source}: {error}") from None
 
     def _is_remote(self, image: ImageReference) -> bool:
+        if (part := tar_shards.parse_source(image.source)) is not None:
+            return part.is_remote
         return not image.source.startswith(("data:", "digits:", "file:")) and is_url(image.source)
 
     def _path(self, image: ImageReference) -> Path | None:
         """The file of an image, relative to data.image_dir or else to the file that names it; None: it is no file."""
         source = image.source
-        if source.startswith(("data:", "digits:")) or self._is_remote(image):
+        in_no_file = source.startswith(("data:", "digits:", dataset_images.SCHEME)) or tar_shards.parse_source(source)
+        if in_no_file or self._is_remote(image):
             return None
         if source.startswith("file:"):
             source = urllib.parse.unquote(urllib.parse.urlparse(source).path)

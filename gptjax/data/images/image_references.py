@@ -9,8 +9,12 @@ from gptjax.config import UserError
 
 IMAGE = "<image>"
 FORMS = "a path, a URL or a data: URL"
-_PART_TYPES = ("image_url", "input_image", "image")  # of OpenAI's two APIs, and of Hugging Face's chat templates
-_FIELDS = ("images", "image", "file_name")  # of records
+_VIDEO_PARTS = ("video_url", "video")
+# Of OpenAI's two APIs, and of Hugging Face's chat templates.
+_PART_TYPES = ("image_url", "input_image", "image", *_VIDEO_PARTS)
+_VIDEO_FIELDS = ("videos", "video")  # of records
+_FIELDS = ("images", "image", "file_name", *_VIDEO_FIELDS)
+WHOLE_VIDEO = (0, 0)  # the frame of a video that `gptjax.data.images.videos.with_frames` has not divided yet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,12 +22,15 @@ class ImageReference:
     """An image that a conversation names.
 
     Attributes:
-      source: path, URL, data: URL, or "digits:NUMBER" for one of scikit-learn's digits.
+      source: path, URL, data: URL, "digits:NUMBER" for one of scikit-learn's digits, a part of a tar file, or
+        an image of tensorflow-datasets, as in `gptjax.data.images.tar_shards` and `dataset_images`.
       place: the record that names it, for error messages: "chats.jsonl:17".
+      frame: which frame of a video it is, from 0, and of how many; WHOLE_VIDEO: all; None: it is an image.
     """
 
     source: str
     place: str = ""
+    frame: tuple[int, int] | None = None
 
 
 FROM_RECORD = ImageReference("")  # a content part whose image is one of the record's
@@ -33,7 +40,8 @@ def parse_parts(value: Any, place: str) -> tuple[Any, tuple[ImageReference, ...]
     """Replaces the images of a list of content parts by `<image>`.
 
     The parts are OpenAI's {"type": "image_url", "image_url": {"url": ...}}, {"type": "input_image", "image_url": ...},
-    or {"type": "image"}, whose image is one of the record if the part names none (FROM_RECORD).
+    or {"type": "image"}, whose image is one of the record if the part names none (FROM_RECORD); the same with video_url
+    and video.
 
     Returns:
       The text with an `<image>` for each image, and the images; or `value` itself if it has no parts with images.
@@ -60,25 +68,32 @@ def parse_parts(value: Any, place: str) -> tuple[Any, tuple[ImageReference, ...]
 
 
 def _image_of(part: Mapping[str, Any], place: str) -> ImageReference:
-    found = next((part[name] for name in ("image_url", "image", "url", "path") if part.get(name) is not None), None)
-    if found is None and part["type"] == "image":
+    kind, is_video = part["type"], part["type"] in _VIDEO_PARTS
+    names = _VIDEO_PARTS if is_video else ("image_url", "image")
+    found = next((part[name] for name in (*names, "url", "path") if part.get(name) is not None), None)
+    if found is None and kind in ("image", "video"):
         return FROM_RECORD
-    return _reference(found.get("url") if part["type"] == "image_url" and isinstance(found, Mapping) else found, place)
+    found = found.get("url") if kind in ("image_url", "video_url") and isinstance(found, Mapping) else found
+    return _reference(found, place, is_video)
 
 
-def _reference(value: Any, place: str) -> ImageReference:
-    """Parses an image: text, or the bytes or path of an image feature of a Hugging Face dataset."""
+def _reference(value: Any, place: str, is_video: bool = False) -> ImageReference:
+    """Parses an image or a video: text, or the bytes or path of such a feature of a Hugging Face dataset."""
     if isinstance(value, Mapping):
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
     if isinstance(value, bytes):
         value = f"data:;base64,{base64.b64encode(value).decode()}"
     if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{place}: an image is {str(value)[:40]!r}, where {FORMS} is expected")
-    return ImageReference(value, place)
+        what = "a video" if is_video else "an image"
+        raise UserError(f"{place}: {what} is {str(value)[:40]!r}, where {FORMS} is expected")
+    return ImageReference(value, place, WHOLE_VIDEO if is_video else None)
 
 
 def record_images(record: Mapping[str, Any], place: str) -> list[ImageReference] | None:
-    """Parses the images that a field of a record names, `images`, `image` or `file_name`; None: it has no such field.
+    """Parses the images that a field of a record names: `images`, `image` or `file_name`, `videos` or `video`.
+
+    Returns:
+      The images or videos; None: the record has no such field.
 
     Raises:
       UserError: two of the fields, or a value that is no image.
@@ -88,8 +103,9 @@ def record_images(record: Mapping[str, Any], place: str) -> list[ImageReference]
         return None
     if len(found) > 1:
         raise UserError(f"{place} has {' and '.join(found)}: keep one")
-    value = record[found[0]]
-    return [_reference(each, f"{place}: {found[0]}") for each in (value if isinstance(value, list) else [value])]
+    value, is_video = record[found[0]], found[0] in _VIDEO_FIELDS
+    values = value if isinstance(value, list) else [value]
+    return [_reference(each, f"{place}: {found[0]}", is_video) for each in values]
 
 
 def placed(

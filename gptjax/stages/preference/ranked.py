@@ -12,7 +12,7 @@ from gptjax.data.conversations import Prompt, Ranking
 from gptjax.data.pipeline import Microbatch
 from gptjax.data.templates import TooLongError, with_completion
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.stages.chat_data import ChatData, fitting, open_chat, positions, rankings_of, refuse_images
+from gptjax.stages.chat_data import ChatData, fitting, open_chat, positions, rankings_of
 from gptjax.stages.reading import reader
 from gptjax.training.held_out import held_out_means
 from gptjax.training.intervals import in_tokens
@@ -41,14 +41,14 @@ def build_ranked(
       UserError: as in `open_chat`; a completion that is longer than the context.
     """
     data = open_chat(config, mesh, tokenizer, rankings_of)
-    refuse_images(data)
-    context, pack = data.config.model.context_length, data.config.chat.pack
+    context = data.config.model.context_length
+    settings: dict[str, Any] = {"pack": data.config.chat.pack, "images": data.images}
     encoded = _encode(data, data.train)
-    train = PackedRankings(encoded, context, pack=pack, seed=data.config.seed)
+    train = PackedRankings(encoded, context, seed=data.config.seed, **settings)
     # Every repetition has the same best completions, with other random ones.
     first_repetition = encoded[: -(-len(encoded) // data.config.chat.random_draws)]
-    once = PackedRankings(first_repetition, context, pack=pack, seed=None)
-    validation = PackedRankings(_encode(data, data.validation), context, pack=pack, seed=None)
+    once = PackedRankings(first_repetition, context, seed=None, **settings)
+    validation = PackedRankings(_encode(data, data.validation), context, seed=None, **settings)
     tokens_per_epoch, tokens = positions(data.config, train)
     config = in_tokens(data.config, tokens_per_epoch)
     objective, size, read = make_objective(config), config.sequences_per_microbatch, reader(config, mesh)
@@ -61,6 +61,7 @@ def build_ranked(
         sample=None,
         conclude=None if conclude is None else conclude(config, lambda: read(once, 0), mesh),
         description=describe_data("rankings", len(data.train), len(data.validation), tokens_per_epoch, tokens),
+        images_per_token=train.images_per_token,
     )
 
 
@@ -90,7 +91,9 @@ def _encode(data: ChatData[Ranking], rankings: list[Ranking]) -> list[RankedSequ
             )
         # The same tokens of the prompt for all completions, whatever their lengths: log-probabilities and scores of
         # different prompts are not comparable.
-        prompt = form.encode_prompt(item.prompt, context - longest, place=item.place)
-        return RankedSequences([with_completion(prompt, completion) for completion in completions], ranks)
+        prompt = form.encode_prompt_with_images(item.prompt, context - longest, place=item.place)
+        return RankedSequences(
+            [with_completion(prompt.tokens, completion, prompt.images) for completion in completions], ranks
+        )
 
     return fitting(data.config, rankings, sequences)

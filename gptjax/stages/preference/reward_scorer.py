@@ -11,8 +11,10 @@ import numpy.typing as npt
 from absl import logging
 from jax.sharding import Mesh
 
+from gptjax.config import DataConfig
 from gptjax.data.chat_batches import lay_out
 from gptjax.data.conversations import Message, Prompt
+from gptjax.data.images.image_files import ImageFiles
 from gptjax.data.templates import ChatFormat, EncodedConversation, TooLongError, chat_format, with_completion
 from gptjax.inference.engine import bucket, power_of_two
 from gptjax.parallel.mesh import batch_shards, constrain, use_mesh
@@ -25,9 +27,17 @@ from gptjax.stages.trained_model import predicting
 class RewardScorer:
     """Scores completions, each given the conversation before it; see `load_reward_model`."""
 
-    def __init__(self, model: RewardModel, params: Any, chat_format: ChatFormat, mesh: Mesh, batch_size: int) -> None:
+    def __init__(
+        self,
+        model: RewardModel,
+        params: Any,
+        chat_format: ChatFormat,
+        mesh: Mesh,
+        batch_size: int,
+        images: ImageFiles | None = None,
+    ) -> None:
         self._model, self._params, self._format = model, params, chat_format
-        self._mesh, self._batch_size = mesh, batch_size
+        self._mesh, self._batch_size, self._images = mesh, batch_size, images
 
     def __call__(
         self, pairs: Sequence[tuple[Sequence[Message], str]], ended: Sequence[bool] | None = None
@@ -41,7 +51,8 @@ class RewardScorer:
             without the token that ends a turn, which the policy did not write. None: all ended.
 
         Raises:
-          UserError: a last user message alone is longer than the reward model's context.
+          UserError: a last user message alone is longer than the reward model's context; or there is an image that
+            cannot be read, or the reward model reads none.
         """
         ended = [True] * len(pairs) if ended is None else ended
         encoded, num_truncated = [], 0
@@ -67,11 +78,13 @@ class RewardScorer:
         completion = self._format.encode_completion(text)
         if not ended:
             completion = completion[:-1]
+        encode = self._format.encode_prompt_with_images
         try:
-            return with_completion(self._format.encode_prompt(messages, context - len(completion)), completion), False
+            prompt = encode(messages, context - len(completion))
+            return with_completion(prompt.tokens, completion, prompt.images), False
         except TooLongError:
-            prompt = self._format.encode_prompt(messages, context - 1, place="a prompt of the reward model")
-            return with_completion(prompt, completion[: context - len(prompt)]), True
+            prompt = encode(messages, context - 1, place="a prompt of the reward model")
+            return with_completion(prompt.tokens, completion[: context - len(prompt)], prompt.images), True
 
     def _score(self, encoded: Sequence[EncodedConversation]) -> npt.NDArray[np.float32]:
         """Scores one batch, the longest sequence first; shapes are rounded up, so that few programs are compiled."""
@@ -80,8 +93,21 @@ class RewardScorer:
         length = min(bucket(len(encoded[0])), self._model.config.model.context_length)
         elements = [lay_out([encoded[i % len(encoded)]], 1, length, pack=False) for i in range(rows)]
         batch = {name: np.stack([element[name] for element in elements]) for name in elements[0]}
+        if most := max(len(sequence.images) for sequence in encoded):
+            batch["images"] = self._images_of(encoded, rows, power_of_two(most))
         with use_mesh(self._mesh):
             return np.asarray(_scores(self._model, self._params, batch))[: len(encoded), 0]
+
+    def _images_of(self, encoded: Sequence[EncodedConversation], rows: int, count: int) -> npt.NDArray[np.uint8]:
+        """The images of elements of one row, uint8 (rows, 1, count, X); those after `encoded` repeat it."""
+        assert self._images is not None, "the format refuses images for a model that reads none"
+        images_NX = np.zeros((rows, 1, count, self._images.vision.values_per_image), np.uint8)
+        for row in range(rows):
+            for number, reference in enumerate(encoded[row % len(encoded)].images):
+                image_X = self._images.read(reference)
+                assert image_X is not None, "damaged images are not skipped where completions are scored"
+                images_NX[row, 0, number] = image_X
+        return images_NX
 
 
 @partial(jax.jit, static_argnums=0)
@@ -91,11 +117,12 @@ def _scores(model: RewardModel, params: Any, batch: dict[str, jax.Array]) -> jax
     return constrain(model.scores(params, batch), None, None)
 
 
-def load_reward_model(workdir: Path, mesh: Mesh, batch_size: int = 8) -> RewardScorer:
+def load_reward_model(workdir: Path, mesh: Mesh, batch_size: int = 8, data: DataConfig | None = None) -> RewardScorer:
     """Loads the reward model of a workdir, laid out over `mesh`.
 
     Args:
       batch_size: completions scored at once, rounded up to what the mesh needs.
+      data: where the images of the conversations are; None: as in a new config.
 
     Raises:
       UserError: not a workdir, not one of stage "reward", or without a checkpoint.
@@ -104,9 +131,9 @@ def load_reward_model(workdir: Path, mesh: Mesh, batch_size: int = 8) -> RewardS
         weights = load_reward_weights(workdir, mesh)
     config = predicting(weights.config)
     params = {**weights.gpt, "head": weights.head}
-    return RewardScorer(
-        RewardModel(config), params, chat_format(config.chat, weights.tokenizer, config.model.vision), mesh, batch_size
-    )
+    form = chat_format(config.chat, weights.tokenizer, config.model.vision)
+    images = ImageFiles(config.model.vision, data or DataConfig()) if config.model.reads_images else None
+    return RewardScorer(RewardModel(config), params, form, mesh, batch_size, images)
 
 
 def check_prompts_fit(workdir: Path, prompts: Sequence[Prompt]) -> None:

@@ -15,6 +15,8 @@ from gptjax.checkpoint.state import SHARED_PROGRAMS
 from gptjax.config import Config, computation
 from gptjax.data.chat_batches import lay_out
 from gptjax.data.conversations import Prompt
+from gptjax.data.images.image_files import ImageFiles
+from gptjax.data.images.image_references import ImageReference
 from gptjax.data.templates import ChatFormat, EncodedConversation, with_completion
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.distributed import preemption, processes
@@ -35,10 +37,11 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 @dataclasses.dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt, and its int32 tokens up to where the completion begins."""
+    """A prompt, its int32 tokens up to where the completion begins, and the images of the messages that were kept."""
 
     prompt: Prompt
     tokens: npt.NDArray[np.int32]
+    images: tuple[ImageReference, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +102,7 @@ def _measuring(config: Config) -> jax.stages.Wrapped:
     measure = completion_measurer(config)
 
     def measured(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        batch = {name: constrain(array, "batch", None, None) for name, array in batch.items()}
+        batch = {name: constrain(array, "batch", *[None] * (array.ndim - 1)) for name, array in batch.items()}
         # Replicated, so that any process can read it.
         return {name: constrain(array, None, None, None) for name, array in measure(params, batch).items()}
 
@@ -113,6 +116,7 @@ class CompletionSampler:
       config: complete.
       prompts: all prompts that will be used: the longest decides the length of a row.
       chat_format: format of the prompts and completions.
+      images: reads the images of the prompts; None: they have none.
     """
 
     def __init__(
@@ -123,12 +127,33 @@ class CompletionSampler:
         reward: RewardSource,
         prompts: Sequence[EncodedPrompt],
         chat_format: ChatFormat,
+        images: ImageFiles | None = None,
     ) -> None:
         self._config, self._mesh, self._tokenizer, self._reward = config, mesh, tokenizer, reward
-        self._format = chat_format
+        self._format, self._images = chat_format, images
+        self._images_per_prompt = 0 if images is None else max(len(prompt.images) for prompt in prompts)
         need = max(len(prompt.tokens) for prompt in prompts) + config.rl.response_tokens
         self.row_length = min(-(-need // ROW_MULTIPLE) * ROW_MULTIPLE, config.model.context_length)
         self._measure = _measuring(computation(config))
+
+    def images_of(self, prompts: Sequence[EncodedPrompt]) -> Arrays:
+        """Reads the images of prompts, in the order of their tokens, then zeros: uint8 (P, N, X) by the name "images".
+
+        It is empty where no prompt of the run has an image.
+
+        Raises:
+          UserError: an image is missing or damaged.
+        """
+        if self._images is None or self._images_per_prompt == 0:
+            return {}
+        size = self._images.vision.values_per_image
+        images_PNX = np.zeros((len(prompts), self._images_per_prompt, size), np.uint8)
+        for of_prompt_NX, prompt in zip(images_PNX, prompts, strict=True):
+            for number, reference in enumerate(prompt.images):
+                image_X = self._images.read(reference)
+                assert image_X is not None, "the check of the config refuses data.on_corrupt=skip"
+                of_prompt_NX[number] = image_X
+        return {"images": images_PNX}
 
     def sample(self, params: Any, prompts: Sequence[EncodedPrompt], group: int, seeds: Sequence[int]) -> Completions:
         """Samples `group` completions of each prompt.
@@ -138,11 +163,12 @@ class CompletionSampler:
           seeds: the sampling seed of each completion.
 
         Raises:
-          UserError: the source of rewards fails.
+          UserError: the source of rewards fails, or an image cannot be read.
           PreemptedError: the run was asked to stop.
         """
         repeated = [prompt for prompt in prompts for _ in range(group)]
-        completions, rewards_N = self._generate(params, repeated, seeds)
+        images = {name: np.repeat(a_PNX, group, axis=0) for name, a_PNX in self.images_of(prompts).items()}
+        completions, rewards_N = self._generate(params, repeated, seeds, images.get("images"))
         ended_N = np.array([completion.finish_reason != "length" for completion in completions])
         if self._config.rl.missing_eos_penalty is not None:
             rewards_N = rewards_N - self._config.rl.missing_eos_penalty * ~ended_N
@@ -153,12 +179,16 @@ class CompletionSampler:
             prompts=[prompt.prompt for prompt in prompts],
             texts=[completion.text for completion in completions],
             rewards_N=rewards_N,
-            arrays=arrays | self._measured(params, arrays, group),
+            arrays=arrays | self._measured(params, arrays | images, group),
             ended_N=ended_N,
         )
 
     def _generate(
-        self, params: Any, prompts: Sequence[EncodedPrompt], seeds: Sequence[int]
+        self,
+        params: Any,
+        prompts: Sequence[EncodedPrompt],
+        seeds: Sequence[int],
+        images: npt.NDArray[np.uint8] | None,
     ) -> tuple[list[Completion], npt.NDArray[np.float64]]:
         """Returns a completion of each prompt, and the rewards, which the host computes while others are sampled."""
         settings, texts = self._config.rl, [prompt.prompt for prompt in prompts]
@@ -172,12 +202,17 @@ class CompletionSampler:
             for first in range(0, len(prompts), settings.generate_batch):
                 preemption.check()
                 chunk = slice(first, first + settings.generate_batch)
+                read = None
+                if images is not None:
+                    pairs = zip(images[chunk], prompts[chunk], strict=True)
+                    read = [list(of_prompt_NX[: len(prompt.images)]) for of_prompt_NX, prompt in pairs]
                 found = engine.generate(
                     [prompt.tokens for prompt in prompts[chunk]],
                     settings.response_tokens,
                     seeds=seeds[chunk],
                     end_tokens=self._format.end_tokens,
                     separate_text=True,
+                    images=read,
                 )
                 completions += [dataclasses.replace(c, text=self._format.decode(c.tokens)) for c in found]
                 if self._reward.on_host and processes.is_first():
@@ -190,17 +225,21 @@ class CompletionSampler:
     def _encoded(self, prompt: EncodedPrompt, completion: Completion) -> EncodedConversation:
         """Returns prompt and completion; the token that ended the completion is trained on as the others are."""
         end = [] if completion.end is None else [completion.end]
-        return with_completion(prompt.tokens, np.append(completion.tokens, end).astype(np.int32))
+        return with_completion(prompt.tokens, np.append(completion.tokens, end).astype(np.int32), prompt.images)
 
     def _measured(self, params: Any, arrays: Arrays, group: int) -> Arrays:
-        """Returns the (N, T) arrays of `completion_measurer`, computed in batches of a microbatch's rows."""
+        """Returns the (N, T) arrays of `completion_measurer`, computed in batches of a microbatch's rows.
+
+        Args:
+          arrays: (N, T) each, and the images of each row, if any, (N, images, X).
+        """
         size, found = self._config.sequences_per_microbatch * group, []
         for first in range(0, len(arrays["tokens"]), size):
             batch = {}
-            for name, whole_NT in arrays.items():
-                rows = whole_NT[first : first + size]
+            for name, whole in arrays.items():
+                rows = whole[first : first + size]
                 filled = np.concatenate([rows, np.zeros((size - len(rows), *rows.shape[1:]), rows.dtype)])
-                batch[name] = filled.reshape(-1, group, self.row_length)
+                batch[name] = filled.reshape(-1, group, *rows.shape[1:])
             found.append(jax.device_get(self._measure(params, batch)))
         joined = {name: np.concatenate([of[name] for of in found]) for name in found[0]}
         return {name: a_BGT.reshape(-1, self.row_length)[: len(arrays["tokens"])] for name, a_BGT in joined.items()}

@@ -13,7 +13,7 @@ from gptjax.config import Config
 from gptjax.data.conversations import Prompt
 from gptjax.data.pipeline import ExampleArrays
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.stages.chat_data import ChatData, fitting, open_chat, prompts_of, refuse_images
+from gptjax.stages.chat_data import ChatData, fitting, open_chat, prompts_of
 from gptjax.stages.rl.completions import Arrays, Completions, CompletionSampler, EncodedPrompt
 from gptjax.stages.rl.reward_functions import open_reward
 from gptjax.stages.rl.rollouts import Rollouts
@@ -45,10 +45,13 @@ def build_rl(
       UserError: as in `open_chat` and `open_reward`; a prompt that leaves no room for a completion.
     """
     data = open_chat(config, mesh, tokenizer, prompts_of)
-    refuse_images(data)
     train, validation = (encoded_prompts(data, prompts) for prompts in (data.train, data.validation))
-    reward = open_reward(data.config.rl.reward, mesh, [prompt.prompt for prompt in (*train, *validation)])
-    sampler = CompletionSampler(data.config, mesh, data.tokenizer, reward, [*train, *validation], data.chat_format)
+    reward = open_reward(
+        data.config.rl.reward, mesh, [prompt.prompt for prompt in (*train, *validation)], data.config.data
+    )
+    sampler = CompletionSampler(
+        data.config, mesh, data.tokenizer, reward, [*train, *validation], data.chat_format, data.images
+    )
     rollouts = Rollouts(
         data.config,
         mesh,
@@ -69,6 +72,7 @@ def build_rl(
         sample=None,
         conclude=_conclude,
         description=describe_data("prompts", len(train), len(validation), tokens_per_epoch, total_tokens),
+        images_per_token=sum(len(prompt.images) for prompt in train) / (len(train) * sampler.row_length),
     )
 
 
@@ -84,8 +88,8 @@ def encoded_prompts(data: ChatData[Prompt], prompts: list[Prompt]) -> list[Encod
         room = data.config.model.context_length - rl.response_tokens
 
     def encode(prompt: Prompt) -> EncodedPrompt:
-        tokens = data.chat_format.encode_prompt(prompt.messages, room, place=prompt.place)
-        return EncodedPrompt(prompt, tokens)
+        encoded = data.chat_format.encode_prompt_with_images(prompt.messages, room, place=prompt.place)
+        return EncodedPrompt(prompt, encoded.tokens, encoded.images)
 
     return fitting(data.config, prompts, encode)
 

@@ -49,6 +49,8 @@ def _check_same_tokens(config: Config, reward: Path) -> None:
     fingerprints = [tokenizers.load(workdir / "tokenizer").fingerprint for workdir in (policy, reward)]
     if len(set(fingerprints)) > 1:
         differ.append("tokenizer")
+    if given.model.reads_images != config.model.reads_images:
+        differ.append("model.vision.encoder")
     if differ:
         raise UserError(
             f"rl.reward=model:{reward} has another {differ[0]} than the policy, so that the value function cannot "

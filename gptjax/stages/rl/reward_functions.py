@@ -12,13 +12,14 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh
 
-from gptjax.config import UserError, read_config
-from gptjax.data.conversations import Prompt
+from gptjax.config import DataConfig, UserError, read_config
+from gptjax.data.conversations import Message, Prompt
 from gptjax.files import expand
 from gptjax.inference.engine import Completion
 from gptjax.metrics.text import bleu, rouge_l
 from gptjax.stages.preference.reward_scorer import RewardScorer, check_prompts_fit, load_reward_model
 
+TEXT = DataConfig()  # prompts without images
 RewardFunction = Callable[[Sequence[Prompt], Sequence[Completion]], npt.NDArray[np.float64]]
 
 
@@ -35,7 +36,7 @@ class RewardSource:
     on_host: bool
 
 
-def open_reward(spec: str, mesh: Mesh, prompts: Sequence[Prompt]) -> RewardSource:
+def open_reward(spec: str, mesh: Mesh, prompts: Sequence[Prompt], data: DataConfig = TEXT) -> RewardSource:
     """Returns the source of rewards that `spec` names.
 
     Args:
@@ -43,11 +44,13 @@ def open_reward(spec: str, mesh: Mesh, prompts: Sequence[Prompt]) -> RewardSourc
         model:WORKDIR — the reward model of a run of stage "reward". The reward of a completion that was cut off at
           rl.response_tokens is read at its last token;
         bleu, rouge — sentence BLEU, or ROUGE-L, against the reference completion (`gptjax/metrics/text.py`);
-        python:MODULE.FUNCTION — a function of the messages (a list of {"role": ..., "content": ...}), the completion,
-          and the reference completion or None, which returns a number. If it has a parameter `finish_reason`, it gets
-          this keyword argument: "end_of_turn", "end_of_text", or "length" for a completion that was cut off.
+        python:MODULE.FUNCTION — a function of the messages (a list of {"role": ..., "content": ...}, with "images", a
+          list of paths, URLs or data: URLs, where a message has any), the completion, and the reference completion or
+          None, which returns a number. If it has a parameter `finish_reason`, it gets this keyword argument:
+          "end_of_turn", "end_of_text", or "length" for a completion that was cut off.
       mesh: the devices that a reward model is laid out over.
       prompts: all prompts that completions will be sampled for.
+      data: where their images are.
 
     Raises:
       UserError: there is no such source, prompts lack a reference completion, or exceed the reward model's context.
@@ -60,7 +63,7 @@ def open_reward(spec: str, mesh: Mesh, prompts: Sequence[Prompt]) -> RewardSourc
         if (stage := read_config(workdir).stage) != "reward":
             raise UserError(f"rl.reward={spec} is a run of stage {stage}: name the workdir of a run of stage reward")
         check_prompts_fit(workdir, prompts)
-        return RewardSource(_ModelRewards(workdir, mesh), on_host=False)
+        return RewardSource(_ModelRewards(workdir, mesh, data), on_host=False)
     if missing := [prompt.place for prompt in prompts if prompt.reference is None]:
         raise UserError(f"{missing[0]} has no reference completion, which rl.reward={spec} needs: add one")
     metric = {"bleu": bleu, "rouge": rouge_l}[spec]
@@ -87,7 +90,7 @@ def _of_function(spec: str, function: Callable[..., Any]) -> RewardFunction:
     takes_finish_reason = _takes_keyword(function, "finish_reason")
 
     def reward(prompt: Prompt, completion: Completion) -> float:
-        messages = [{"role": message.role, "content": message.content} for message in prompt.messages]
+        messages = [_message(message) for message in prompt.messages]
         keywords = {"finish_reason": completion.finish_reason} if takes_finish_reason else {}
         try:
             value = float(function(messages, completion.text, prompt.reference, **keywords))
@@ -100,6 +103,11 @@ def _of_function(spec: str, function: Callable[..., Any]) -> RewardFunction:
         return value
 
     return lambda prompts, completions: np.array([reward(p, c) for p, c in zip(prompts, completions, strict=True)])
+
+
+def _message(message: Message) -> dict[str, Any]:
+    images = {"images": [image.source for image in message.images]} if message.images else {}
+    return {"role": message.role, "content": message.content, **images}
 
 
 def _takes_keyword(function: Callable[..., Any], name: str) -> bool:
@@ -116,12 +124,12 @@ def _takes_keyword(function: Callable[..., Any], name: str) -> bool:
 class _ModelRewards:
     """Rewards of a reward model, which is loaded at the first call."""
 
-    def __init__(self, workdir: Path, mesh: Mesh) -> None:
-        self._workdir, self._mesh = workdir, mesh
+    def __init__(self, workdir: Path, mesh: Mesh, data: DataConfig) -> None:
+        self._workdir, self._mesh, self._data = workdir, mesh, data
         self._scorer: RewardScorer | None = None
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> npt.NDArray[np.float64]:
         if self._scorer is None:
-            self._scorer = load_reward_model(self._workdir, self._mesh, batch_size=32)
+            self._scorer = load_reward_model(self._workdir, self._mesh, batch_size=32, data=self._data)
         pairs = [(prompt.messages, c.text) for prompt, c in zip(prompts, completions, strict=True)]
         return self._scorer(pairs, [c.finish_reason != "length" for c in completions])

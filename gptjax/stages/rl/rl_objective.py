@@ -170,6 +170,12 @@ def _check_rl(config: Config) -> None:
         f"model.context_length={model.context_length}: lower them",
     )
     policy.check_computed_as_reference(config)
+    for name, default in (("on_corrupt", "error"), ("image_shift", 0.0)):
+        require(
+            getattr(config.data, name) == default,
+            f"data.{name}={getattr(config.data, name)} is not supported by stage {config.stage}, whose completions are "
+            f"sampled and trained on with the same images: set it to {default}",
+        )
     require(
         config.stability.on_spike != "rewind",
         "stability.on_spike=rewind skips data, and a policy samples its own data: set it to log",

@@ -4,6 +4,7 @@ In an iteration the policy completes `rl.prompts_per_iteration` prompts, the com
 the policy is trained on them for `rl.inner_epochs` epochs. The arrays are kept in `<workdir>/rollouts/` while a
 checkpoint lies within the iteration, so that a run that resumes in the middle of one trains on the same completions. A
 file that is missing, empty or damaged is discarded, and the policy of the checkpoint samples the completions again.
+Images of the prompts are not kept: they are read again from their files.
 """
 
 import hashlib
@@ -77,10 +78,13 @@ class Rollouts:
         done -= done % whole  # a run that resumes with larger batches repeats a part of one
         while True:
             arrays = (self._kept(run, iteration) if done else None) or self._sampled(run, iteration)
+            prompts = self._prompts_of(iteration)
             for first in range(done, rl.prompts_per_iteration * rl.inner_epochs, whole):
                 epoch, offset = divmod(first, rl.prompts_per_iteration)
                 chosen = self._shuffled(iteration, epoch)[offset : offset + whole]
                 batch = {name: a_PGT[chosen] for name, a_PGT in arrays.items()}
+                for name, a_PNX in self._sampler.images_of([prompts[i] for i in chosen]).items():
+                    batch[name] = np.repeat(a_PNX[:, None], rl.responses_per_prompt, axis=1)
                 if self._text is not None:
                     before = iteration * rl.prompts_per_iteration * rl.inner_epochs + first
                     text = self._text(before, whole)
@@ -96,14 +100,16 @@ class Rollouts:
         """Returns the order of an iteration's prompts in an inner epoch."""
         return self._generator(iteration, 1 + epoch).permutation(self._config.rl.prompts_per_iteration)
 
+    def _prompts_of(self, iteration: int) -> list[EncodedPrompt]:
+        count = self._config.rl.prompts_per_iteration
+        return [self._prompts[self._order.place(iteration * count + i)] for i in range(count)]
+
     def _generator(self, *numbers: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(np.random.SeedSequence([self._config.seed % 2**64, *numbers])))
 
     def _sampled(self, run: Run, iteration: int) -> Arrays:
         """Samples the completions of an iteration from the policy; returns (P, G, T) arrays."""
-        rl = self._config.rl
-        first = iteration * rl.prompts_per_iteration
-        prompts = [self._prompts[self._order.place(first + i)] for i in range(rl.prompts_per_iteration)]
+        rl, prompts = self._config.rl, self._prompts_of(iteration)
         count = rl.prompts_per_iteration * rl.responses_per_prompt
         seeds = self._generator(iteration, 0).integers(2**32, size=count).tolist()
         completions = self._sampler.sample(run.policy, prompts, rl.responses_per_prompt, seeds)

@@ -175,8 +175,8 @@ async def read_stream(url: str, body: bytes, outcome: Outcome, begun: float) -> 
             if not line.startswith(b"data: {"):
                 continue
             event, now = json.loads(line.removeprefix(b"data: ")), time.perf_counter()
-            if "error" in event:
-                outcome.status = f"error in the stream: {event['error']['message']}"
+            if error := event.get("error"):
+                outcome.status = f"error in the stream: {error['message'] if isinstance(error, dict) else error}"
             usage = event.get("usage")
             outcome.tokens = usage["completion_tokens"] if usage else outcome.tokens
             if not any(choice.get("delta", {}).get("content") for choice in event.get("choices", [])):

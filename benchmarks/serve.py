@@ -86,16 +86,15 @@ def main() -> None:
             found = asyncio.run(measure(side, SEED.value + number))
             rounds[side.name].append(found)
             print(f"{side.name}: {json.dumps(found)}", flush=True)
-    medians = {
-        side.name: statistics.median(found["tokens_per_second"] for found in rounds[side.name]) for side in sides
-    }
-    if len(sides) == 2:
-        print(f"tokens a second relative to the peer: {medians['server'] / medians['peer']:.2f}")
     if OUTPUT.value is not None:
         expand(OUTPUT.value).write_text(json.dumps(rounds, indent=2) + "\n")
-    statuses = {status for found in rounds["server"] for status in found["statuses"]}
-    if unexpected := sorted(statuses - set(EXPECTED)):
-        sys.exit(f"requests ended with {', '.join(unexpected)}")
+    for name, all_found in rounds.items():
+        statuses = {status for found in all_found for status in found["statuses"]}
+        if unexpected := sorted(statuses - set(EXPECTED)):
+            sys.exit(f"requests to the {name} ended with {', '.join(unexpected)}")
+    medians = {name: statistics.median(found["tokens_per_second"] for found in rounds[name]) for name in rounds}
+    if len(sides) == 2:
+        print(f"tokens a second relative to the peer: {medians['server'] / medians['peer']:.2f}")
 
 
 def first_model(url: str) -> str:

@@ -76,7 +76,7 @@ class Left:
 def write(directory: Path, num_bytes: int, seed: int) -> Planted:
     """Writes `directory`/NNNNN.jsonl of at least `num_bytes` of text, and the examples of the task, task.jsonl."""
     rng = np.random.default_rng(seed)
-    words = _words(rng)
+    words = make_words(rng)
     ranks = 1 / np.arange(1.0, VOCABULARY + 1)
     shares = np.cumsum(ranks / ranks.sum())
 
@@ -99,9 +99,9 @@ def write(directory: Path, num_bytes: int, seed: int) -> Planted:
                     document = earlier[rng.integers(len(earlier))]
                     planted.exact[document.partition(" ")[0]] += 1
                 elif kind == 1 and earlier:
-                    document, similarity = _near_copy(earlier[rng.integers(len(earlier))], own, words, rng)
+                    document, similar = near_copy(earlier[rng.integers(len(earlier))], own, words, rng)
                     planted.near.add(own)
-                    planted.similarities.append(similarity)
+                    planted.similarities.append(similar)
                 elif kind == 2:
                     start = rng.integers(EXAMPLE_WORDS - GRAM_WORDS + 1)
                     gram = next(overlapping).split(" ")[start : start + GRAM_WORDS]
@@ -124,7 +124,7 @@ def left(planted: Planted, output: Path, cache_dir: Path) -> Left:
     """Compares a prepared corpus with what was planted in its source."""
     kept, lengths, overlaps = collections.Counter[str](), dict[str, int](), 0
     grams = set(planted.overlaps.values())
-    for document in _documents(output, cache_dir):
+    for document in documents_of(output, cache_dir):
         own = document.partition(" ")[0]
         if own in planted.lengths or own in planted.near:
             kept[own] += 1
@@ -142,7 +142,8 @@ def left(planted: Planted, output: Path, cache_dir: Path) -> Left:
     )
 
 
-def _documents(output: Path, cache_dir: Path) -> Iterator[str]:
+def documents_of(output: Path, cache_dir: Path) -> Iterator[str]:
+    """Yields the text of all documents of a prepared corpus, decoded."""
     from gptjax.data import tokenizers
 
     corpus = PreparedCorpus(f"prepared:{output}")
@@ -152,7 +153,7 @@ def _documents(output: Path, cache_dir: Path) -> Iterator[str]:
             yield tokenizer.decode(split.read(document, 0, length - 1)) if length > 1 else ""
 
 
-def _words(rng: np.random.Generator) -> np.ndarray:
+def make_words(rng: np.random.Generator) -> np.ndarray:
     """Returns different words of two to four syllables, the shortest first."""
     syllables = ["".join(parts) for parts in itertools.product("bdfgklmnprstvz", "aeiou", ["", "n", "r", "s"])]
     chosen = rng.integers(len(syllables), size=(2 * VOCABULARY, 4)).tolist()
@@ -161,7 +162,7 @@ def _words(rng: np.random.Generator) -> np.ndarray:
     return np.array(sorted(list(found)[:VOCABULARY], key=len), dtype=object)
 
 
-def _near_copy(text: str, own: str, words: np.ndarray, rng: np.random.Generator) -> tuple[str, float]:
+def near_copy(text: str, own: str, words: np.ndarray, rng: np.random.Generator) -> tuple[str, float]:
     """Returns an edited text that begins with `own`, and its similarity to `text`, at least `SIMILARITY`."""
     original = text.split(" ")
     target = rng.uniform(SIMILARITY, HIGHEST)
@@ -179,12 +180,13 @@ def _near_copy(text: str, own: str, words: np.ndarray, rng: np.random.Generator)
                 case _:
                     del changed[place]
         copy = " ".join(changed)
-        similarity = _similarity(text, copy)
-        if similarity >= SIMILARITY:
-            return copy, similarity
+        found = similarity(text, copy)
+        if found >= SIMILARITY:
+            return copy, found
         edits -= 1
 
 
-def _similarity(first: str, second: str) -> float:
+def similarity(first: str, second: str) -> float:
+    """Returns the exact Jaccard similarity of the shingles of two texts."""
     one, other = (set(gram_hashes(find_words(text).hashes, SHINGLE_WORDS).tolist()) for text in (first, second))
     return len(one & other) / len(one | other)

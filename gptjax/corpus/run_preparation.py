@@ -22,7 +22,7 @@ from gptjax.corpus.workspace import Workspace
 from gptjax.data.preparation import FORMAT_VERSION, PreparedSplit
 from gptjax.data.prepared_directories import locked, sync
 from gptjax.data.sources import Source
-from gptjax.files import read_json, unfinished_name, write_whole
+from gptjax.files import is_in_bucket, read_json, unfinished_name, write_whole
 
 RECIPE_FILE = "recipe.json"
 FAILURE_FILE = "failure.txt"  # in work/, the message of the user error that ended the last attempt
@@ -124,6 +124,8 @@ def _remove_unfinished(output: Path) -> None:
 
 def _check_directory(workspace: Workspace) -> None:
     output = workspace.output
+    if is_in_bucket(output):
+        raise UserError(f"--output={output} is in a bucket: name a directory, such as one where the bucket is mounted")
     if output.exists() and not output.is_dir():
         raise UserError(f"--output={output} is a file: name a directory")
     # Listed first: other machines may begin at this moment, with their locks and then the recipe, before all else.

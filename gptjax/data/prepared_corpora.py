@@ -8,7 +8,7 @@ from gptjax.config import UserError
 from gptjax.data import tokenizers
 from gptjax.data.preparation import PreparedSplit
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.files import expand, read_json
+from gptjax.files import expand, is_in_bucket, read_json
 
 SCHEME = "prepared:"
 _TRAINED = ("bpe:", "gpt1_bpe:")
@@ -29,6 +29,8 @@ class PreparedCorpus:
           UserError: there is none, its preparation was stopped, or it is damaged.
         """
         self.directory = expand(spec.removeprefix(SCHEME))
+        if is_in_bucket(self.directory):
+            raise UserError(f"{spec} is in a bucket: copy it to a disk, or name a directory where that is mounted")
         if not (self.directory / "metadata.json").is_file():
             if (self.directory / "recipe.json").is_file():
                 raise UserError(f"{spec}: its preparation was stopped: run the same gptjax.prepare again")

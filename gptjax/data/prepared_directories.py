@@ -6,6 +6,7 @@ several processes may compute the same content, and the first to finish is used.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -40,7 +41,9 @@ def writing(directory: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        fix = "free some space there or set data.cache_dir to another directory"
+        # ArrayRecord's errors do not say whether the disk is full.
+        is_full = not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        fix = ("free some space there or " if is_full else "") + "set data.cache_dir to another directory"
         raise UserError(f"cannot write {directory}: {fix} ({error})") from error
 
 

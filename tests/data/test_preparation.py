@@ -17,6 +17,7 @@ import gptjax
 from gptjax.config import UserError
 from gptjax.data import preparation, prepared_directories
 from gptjax.data.preparation import PreparedSplit, prepare, split_documents
+from gptjax.data.prepared_directories import writing
 from gptjax.data.sources import Source, open_source
 from gptjax.data.tokenizers import BytesTokenizer, Tokenizer
 
@@ -354,3 +355,15 @@ def test_full_disk_is_a_user_error(source: Source, tmp_path: Path) -> None:
     assert "data.cache_dir" in output
     assert output.count("\n") == 1
     assert corpora(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "fix"),
+    [
+        (OSError(errno.ENOSPC, "No space left"), "free some space there or set data.cache_dir"),
+        (OSError(errno.ENOENT, "there is no bucket b"), "b: set data.cache_dir to another directory"),
+    ],
+)
+def test_a_failed_write_names_its_fix(error: OSError, fix: str) -> None:
+    with pytest.raises(UserError, match=f"cannot write .*{fix}"), writing(Path("b")):
+        raise error

@@ -13,10 +13,14 @@ import pytest
 
 from gptjax.bucket_client import client
 from gptjax.config import DataConfig, UserError
+from gptjax.corpus.executors import Executor
+from gptjax.corpus.recipe import Recipe
+from gptjax.corpus.run_preparation import prepare_corpus
 from gptjax.data import preparation, remote_files
 from gptjax.data.labelled import read_rows
 from gptjax.data.pipeline import open_corpus
 from gptjax.data.preparation import prepare
+from gptjax.data.prepared_corpora import PreparedCorpus
 from gptjax.data.sources import open_source
 from gptjax.data.tokenizers import BytesTokenizer
 from gptjax.files import expand
@@ -143,6 +147,15 @@ def test_a_file_of_credentials_is_checked(
         (tmp_path / "key.json").write_text(content)
     with pytest.raises(UserError, match=rf"GOOGLE_APPLICATION_CREDENTIALS=.*/key.json\b.*{message}"):
         read(url) if url.startswith("text:") else expand(url)
+
+
+def test_prepared_corpora_are_on_disks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("gcsfs")
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"prepared:gs://b/a is in a bucket: copy it to a disk"):
+        PreparedCorpus("prepared:gs://b/a")
+    with pytest.raises(UserError, match=r"--output=gs://b/a is in a bucket: name a directory"):
+        prepare_corpus(Recipe("sotu", "bytes"), expand("gs://b/a"), tmp_path, Executor())
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,11 +72,6 @@ def main() -> None:
     if config is None:
         raise UserError("needs --config=FILE, such as --config=configs/gpt_oss.py:size=120b")
     reads_images = config.model.reads_images
-    if config.stage != ("sft" if reads_images else Config().stage):  # the step of other stages depends on their data
-        raise UserError(
-            f"a run of stage {config.stage} cannot be planned: plan "
-            f"{'stage sft' if reads_images else 'pretraining'} of the same model"
-        )
     if reads_images and TOPOLOGY.value in (None, "all"):
         raise UserError("a model that reads images is planned for one --topology=CHIP:SHAPE: name it")
     if reads_images and (config.init_from is not None or config.peft.method != "none" or SEARCH.value or DECODE.value):
@@ -91,6 +86,12 @@ def main() -> None:
     set_environment(TOPOLOGY.value or "")
     from gptjax.data.tokenizers import vocab_size
     from gptjax.planning import topology
+    from gptjax.stages import registry
+
+    definition = registry.definition(config)
+    if not definition.rows_of_context or definition.conversational != reads_images:
+        other = "supervised fine-tuning (sft)" if reads_images else "pretraining"
+        raise UserError(f"a run of stage {config.stage} cannot be planned: plan {other} of the same model")
 
     tokens = vocab_size(config.data.tokenizer)
     model = config.model.with_vocabulary(tokens + reads_images)  # the chat format adds more tokens, too few to matter

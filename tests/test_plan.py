@@ -74,7 +74,10 @@ OF_IMAGES = (f"--config={ROOT / 'configs/gpt4.py'}:runlocal", "--config.data.tok
     [
         ([], ["planned for one --topology"]),
         (["--topology=v5e:2x2", "--search"], ["all weights trained: leave out init_from, peft"]),
-        (["--topology=cpu:2", "--config.stage=reward"], ["stage reward cannot be planned: plan stage sft"]),
+        (
+            ["--topology=cpu:2", "--config.stage=reward"],
+            ["stage reward cannot be planned: plan supervised fine-tuning"],
+        ),
     ],
 )
 def test_user_errors_of_a_model_that_reads_images(home, arguments, words):

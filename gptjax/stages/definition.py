@@ -30,6 +30,7 @@ class Definition:
         weights it starts from.
       head: what the head of its model is for, a supervised task or a scalar reward; None: it has no head.
       uses_best_checkpoint: whether its results are those of the best checkpoint, not of the newest.
+      rows_of_context: whether its batches are rows of model.context_length positions, whatever the data.
     """
 
     parameters: Callable[[Config], ParameterSpec]
@@ -43,3 +44,4 @@ class Definition:
     reinitialises_special_tokens: bool = False
     head: Literal["task", "reward"] | None = None
     uses_best_checkpoint: bool = False
+    rows_of_context: bool = False

@@ -96,6 +96,7 @@ DEFINITION = Definition(
     complete=lambda config, tokenizer, workdir: config.completed(tokenizer.vocab_size),
     check=check,
     adds_tokens=False,
+    rows_of_context=True,
 )
 
 

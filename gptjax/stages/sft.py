@@ -43,6 +43,7 @@ DEFINITION = Definition(
     sections=("chat",),
     conversational=True,
     chats=True,
+    rows_of_context=True,
 )
 
 

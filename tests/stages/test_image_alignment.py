@@ -108,7 +108,11 @@ def test_a_reward_model_scores_what_an_image_shows(given, tmp_path):
     run(image_ranking_config("reward", given, given / "sft"), reward)
     mesh = make_mesh(c.MeshConfig())
     config = image_rl_config("ppo", given, given / "sft", reward)
-    prompts = prompts_of(config)[0][:2]
+    prompt = prompts_of(config)[0][3]
+    (message,) = prompt.messages
+    assert len(message.images) == 2
+    swapped = dataclasses.replace(message, images=message.images[::-1])
+    prompts = [prompt, dataclasses.replace(prompt, messages=(swapped,))]
     score = load_reward_model(reward, mesh, batch_size=2)
     one, two = ((prompt.messages, "a") for prompt in prompts)
     rewards = score([one, two, one])

@@ -109,6 +109,7 @@ def read_shards(shards: Sequence[DataFile], skip_damaged: bool = False) -> Itera
 def _samples(shard: DataFile, damaged: list[UserError]) -> Iterator[list[Member]]:
     """Yields the members of each sample, which need not be adjacent; appends to `damaged` if the shard is."""
     samples: dict[str, list[Member]] = {}
+    before = len(damaged)
     try:
         for member in _members(shard):
             samples.setdefault(member.key, []).append(member)
@@ -118,6 +119,8 @@ def _samples(shard: DataFile, damaged: list[UserError]) -> Iterator[list[Member]
         damaged.append(UserError(f"{shard} is damaged: {error}"))
     except OSError as error:
         raise UserError(f"cannot read {shard}: {error.strerror or error}") from None
+    if len(damaged) > before and samples:
+        samples.popitem()  # which may lack members
     yield from samples.values()
 
 

@@ -167,8 +167,8 @@ class CompletionSampler:
           PreemptedError: the run was asked to stop.
         """
         repeated = [prompt for prompt in prompts for _ in range(group)]
-        images = {name: np.repeat(a_PNX, group, axis=0) for name, a_PNX in self.images_of(prompts).items()}
-        completions, rewards_N = self._generate(params, repeated, seeds, images.get("images"))
+        images_PNX = self.images_of(prompts).get("images")
+        completions, rewards_N = self._generate(params, repeated, seeds, images_PNX)
         ended_N = np.array([completion.finish_reason != "length" for completion in completions])
         if self._config.rl.missing_eos_penalty is not None:
             rewards_N = rewards_N - self._config.rl.missing_eos_penalty * ~ended_N
@@ -179,7 +179,7 @@ class CompletionSampler:
             prompts=[prompt.prompt for prompt in prompts],
             texts=[completion.text for completion in completions],
             rewards_N=rewards_N,
-            arrays=arrays | self._measured(params, arrays | images, group),
+            arrays=arrays | self._measured(params, arrays, group, images_PNX),
             ended_N=ended_N,
         )
 
@@ -188,9 +188,13 @@ class CompletionSampler:
         params: Any,
         prompts: Sequence[EncodedPrompt],
         seeds: Sequence[int],
-        images: npt.NDArray[np.uint8] | None,
+        images_PNX: npt.NDArray[np.uint8] | None,
     ) -> tuple[list[Completion], npt.NDArray[np.float64]]:
-        """Returns a completion of each prompt, and the rewards, which the host computes while others are sampled."""
+        """Returns a completion of each prompt, and the rewards, which the host computes while others are sampled.
+
+        Args:
+          images_PNX: of the P prompts, each of which is in `prompts` several times, one after another.
+        """
         settings, texts = self._config.rl, [prompt.prompt for prompt in prompts]
         policy = {name: part for name, part in params.items() if name not in (REFERENCE, VALUE)}
         # Stacked: no second copy of the weights.
@@ -203,9 +207,12 @@ class CompletionSampler:
                 preemption.check()
                 chunk = slice(first, first + settings.generate_batch)
                 read = None
-                if images is not None:
-                    pairs = zip(images[chunk], prompts[chunk], strict=True)
-                    read = [list(of_prompt_NX[: len(prompt.images)]) for of_prompt_NX, prompt in pairs]
+                if images_PNX is not None:
+                    group = len(prompts) // len(images_PNX)
+                    read = [
+                        list(images_PNX[(first + i) // group, : len(prompt.images)])
+                        for i, prompt in enumerate(prompts[chunk])
+                    ]
                 found = engine.generate(
                     [prompt.tokens for prompt in prompts[chunk]],
                     settings.response_tokens,
@@ -227,19 +234,22 @@ class CompletionSampler:
         end = [] if completion.end is None else [completion.end]
         return with_completion(prompt.tokens, np.append(completion.tokens, end).astype(np.int32), prompt.images)
 
-    def _measured(self, params: Any, arrays: Arrays, group: int) -> Arrays:
-        """Returns the (N, T) arrays of `completion_measurer`, computed in batches of a microbatch's rows.
-
-        Args:
-          arrays: (N, T) each, and the images of each row, if any, (N, images, X).
-        """
+    def _measured(self, params: Any, arrays: Arrays, group: int, images_PNX: npt.NDArray[np.uint8] | None) -> Arrays:
+        """Returns the (N, T) arrays of `completion_measurer`, computed in batches of a microbatch's rows."""
         size, found = self._config.sequences_per_microbatch * group, []
         for first in range(0, len(arrays["tokens"]), size):
             batch = {}
-            for name, whole in arrays.items():
-                rows = whole[first : first + size]
-                filled = np.concatenate([rows, np.zeros((size - len(rows), *rows.shape[1:]), rows.dtype)])
-                batch[name] = filled.reshape(-1, group, *rows.shape[1:])
+            for name, whole_NT in arrays.items():
+                filled = _filled(whole_NT[first : first + size], size)
+                batch[name] = filled.reshape(-1, group, self.row_length)
+            if images_PNX is not None:
+                prompts = slice(first // group, (first + size) // group)
+                batch["images"] = np.repeat(_filled(images_PNX[prompts], size // group)[:, None], group, axis=1)
             found.append(jax.device_get(self._measure(params, batch)))
         joined = {name: np.concatenate([of[name] for of in found]) for name in found[0]}
         return {name: a_BGT.reshape(-1, self.row_length)[: len(arrays["tokens"])] for name, a_BGT in joined.items()}
+
+
+def _filled(rows: npt.NDArray[Any], size: int) -> npt.NDArray[Any]:
+    """`size` rows, the last of which are zeros."""
+    return np.concatenate([rows, np.zeros((size - len(rows), *rows.shape[1:]), rows.dtype)])

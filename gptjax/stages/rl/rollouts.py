@@ -83,8 +83,6 @@ class Rollouts:
                 epoch, offset = divmod(first, rl.prompts_per_iteration)
                 chosen = self._shuffled(iteration, epoch)[offset : offset + whole]
                 batch = {name: a_PGT[chosen] for name, a_PGT in arrays.items()}
-                for name, a_PNX in self._sampler.images_of([prompts[i] for i in chosen]).items():
-                    batch[name] = np.repeat(a_PNX[:, None], rl.responses_per_prompt, axis=1)
                 if self._text is not None:
                     before = iteration * rl.prompts_per_iteration * rl.inner_epochs + first
                     text = self._text(before, whole)
@@ -93,7 +91,10 @@ class Rollouts:
                     batch |= text | {"text_weights": weights.astype(np.float32)}
                 for microbatch in range(0, whole, size):
                     local = [microbatch + row for row in rows]
-                    yield Microbatch({name: a[local] for name, a in batch.items()}, size * self.tokens_per_prompt)
+                    here = {name: a[local] for name, a in batch.items()}
+                    for name, a_PNX in self._sampler.images_of([prompts[i] for i in chosen[local]]).items():
+                        here[name] = np.repeat(a_PNX[:, None], rl.responses_per_prompt, axis=1)
+                    yield Microbatch(here, size * self.tokens_per_prompt)
             iteration, done = iteration + 1, 0
 
     def _shuffled(self, iteration: int, epoch: int) -> npt.NDArray[np.intp]:

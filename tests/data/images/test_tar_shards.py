@@ -89,6 +89,8 @@ def test_a_caption_does_not_replace_a_conversation(tmp_path):
     assert "caption" not in records(write_tar(tmp_path / "a.tar", members))[0]
     members["0.json"] = json.dumps({"caption": "of json", "width": 3}).encode()
     assert records(write_tar(tmp_path / "b.tar", members))[0]["caption"] == "caption"
+    members["0.json"] = json.dumps({"text": "of json"}).encode()
+    assert records(write_tar(tmp_path / "c.tar", members))[0].keys() == {"caption", "images"}
 
 
 @pytest.mark.parametrize(
@@ -116,7 +118,10 @@ def test_a_cut_shard_is_refused_or_read_as_far_as_it_goes(tmp_path, caplog):
         whole.write_bytes(content[:cut])
         with pytest.raises(UserError, match=r"a\.tar is damaged"):
             records(whole)
-        assert records(whole, skip_damaged=True)[0]["caption"] == "zero"
+        assert [record["caption"] for record in records(whole, skip_damaged=True)] == ["zero"]
+    whole.write_bytes(content[: first_byte + 100])
+    with pytest.raises(UserError, match=r"a\.tar is damaged: it ends within 1\.png"):
+        records(whole)
     changed = bytearray(content)
     changed[first_byte - 500] ^= 0xFF  # within the header of the last member
     whole.write_bytes(bytes(changed))

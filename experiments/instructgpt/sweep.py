@@ -27,16 +27,19 @@ SCALES = {
 }
 METHODS = {
     "text": {"batch": {"total_tokens": 1_500_000, "tokens_per_batch": 32 * CONTEXT}, "optimizer": {"peak_lr": 1e-2}},
-    "sft": {"batch": {"epochs": 2.0, "tokens_per_batch": 16 * CONTEXT}, "optimizer": {"peak_lr": 1e-3}},
-    "reward": {"batch": {"epochs": 1.0, "tokens_per_batch": 16 * CONTEXT}, "optimizer": {"peak_lr": 5e-4}},
+    "sft": {"batch": {"epochs": 3.0, "tokens_per_batch": 16 * CONTEXT}, "optimizer": {"name": "muon", "peak_lr": 5e-3}},
+    "reward": {"batch": {"epochs": 2.0, "tokens_per_batch": 8 * CONTEXT}, "optimizer": {"name": "muon", "peak_lr": 5e-3}},
     "dpo": {"batch": {"epochs": 1.0, "tokens_per_batch": 16 * CONTEXT}, "optimizer": {"peak_lr": 2e-4}},
     "ppo": {"rl": {"kl_weight": 0.1}},
     "ppo_ptx": {"rl": {"kl_weight": 0.1}, "ppo": {"pretraining_weight": 1.0, "pretraining_rows": 1}},
-    "grpo": {"rl": {"kl_weight": 0.1, "prompts_per_iteration": 16, "responses_per_prompt": 4}},
+    "grpo": {
+        "rl": {"kl_weight": 0.1, "prompts_per_iteration": 16, "responses_per_prompt": 4},
+        "batch": {"tokens_per_batch": 8 * CONTEXT},
+    },
     "ppo_without_kl": {"rl": {"kl_weight": 0.0}},
 }
 POLICIES = ("ppo", "ppo_ptx", "dpo", "grpo", "ppo_without_kl")
-ITERATIONS = 32
+ITERATIONS = 16
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -60,6 +63,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config = c.replace(config, {"data": {"source": TEXT.format(root)}, "optimizer": {"name": "muon"}})
     else:
         config = c.replace(config, {"chat": FORMAT})
+    if file == "rankings":
+        config = c.replace(config, {"data": {"validation_fraction": 0.05}})
     if stage == "sft" or method == "ppo_ptx":
         config = c.replace(config, {"chat": {"pretraining_source": TEXT.format(root)}})
     if stage == "sft":

@@ -2,12 +2,15 @@
 
     python -m gptjax.main --config=experiments/instructgpt/sweep.py:method=text --workdir=runs/instructgpt/text
     python -m gptjax.main --config=experiments/instructgpt/sweep.py:method=sft --workdir=runs/instructgpt/sft
-    python -m gptjax.sweep --config=experiments/instructgpt/sweep.py:method=reward --sweep=seed --workdir=runs/instructgpt/rewards
+    python -m gptjax.sweep --config=experiments/instructgpt/sweep.py:method=reward --sweep=seed \
+        --workdir=runs/instructgpt/rewards
     python -m gptjax.sweep --config=experiments/instructgpt/sweep.py --workdir=runs/instructgpt/policies
 
 Arguments: method (a name of METHODS), scale (a name of SCALES), root (directory of the data and of all runs), reward
-(name of the reward model in it).
+(directory of the reward model in it). Texts are bytes, and the context is CONTEXT of them.
 """
+
+from typing import Any
 
 import ml_collections
 
@@ -16,82 +19,71 @@ from gptjax.launch import grid
 
 FILE, ROOT = "experiments/instructgpt/sweep.py", "runs/instructgpt"
 SEEDS = range(3)
-CONTEXT, PROMPT, COMPLETION = 64, 16, 32  # bytes, most of a prompt, most of a completion
-ROW = PROMPT + COMPLETION
+CONTEXT, PROMPT, COMPLETION = 64, 16, 32
+PROMPTS, ITERATIONS = 64, 16  # completions of an iteration of PPO and GRPO; iterations
+FORMAT = {"system_format": "{content}<|endoftext|>", "user_format": "{content}<|is|>"}
+FORMAT |= {"template": "custom", "assistant_format": "{content}<|endoftext|>"}
 LARGE = {"num_layers": 12, "embed_dim": 768, "num_heads": 12, "dtype": "bfloat16"}
-# model, factor of the tokens of text and of the iterations of PPO and GRPO, factor of the learning rates
-SCALES = {
-    "cpu": ({"num_layers": 3, "embed_dim": 128, "num_heads": 4, "dtype": "float32"}, 1, 1.0),
-    "tpu_v5e_4": (LARGE, 100, 0.1),
-    "gpu_h100_8": (LARGE, 100, 0.1),
+# model; factors of the tokens of text, of the completions of an iteration and a batch, and of the learning rates
+SCALES: dict[str, tuple[dict[str, Any], int, int, float]] = {
+    "cpu": ({"num_layers": 3, "embed_dim": 128, "num_heads": 4, "dtype": "float32"}, 1, 1, 1.0),
+    "tpu_v5e_4": (LARGE, 1000, 8, 0.1),
+    "gpu_h100_8": (LARGE, 1000, 8, 0.1),
 }
-METHODS = {
-    "text": {"batch": {"total_tokens": 1_500_000, "tokens_per_batch": 32 * CONTEXT}, "optimizer": {"peak_lr": 1e-2}},
-    "sft": {"batch": {"epochs": 3.0, "tokens_per_batch": 16 * CONTEXT}, "optimizer": {"name": "muon", "peak_lr": 5e-3}},
-    "reward": {"batch": {"epochs": 2.0, "tokens_per_batch": 8 * CONTEXT}, "optimizer": {"name": "muon", "peak_lr": 5e-3}},
-    "dpo": {"batch": {"epochs": 1.0, "tokens_per_batch": 16 * CONTEXT}, "optimizer": {"peak_lr": 2e-4}},
-    "ppo": {"rl": {"kl_weight": 0.1}},
-    "ppo_ptx": {"rl": {"kl_weight": 0.1}, "ppo": {"pretraining_weight": 1.0, "pretraining_rows": 1}},
-    "grpo": {
-        "rl": {"kl_weight": 0.1, "prompts_per_iteration": 16, "responses_per_prompt": 4},
-        "batch": {"tokens_per_batch": 8 * CONTEXT},
-    },
-    "ppo_without_kl": {"rl": {"kl_weight": 0.0}},
+# stage, optimizer, peak learning rate, rows of a batch, further changes of the config
+METHODS: dict[str, tuple[str, str, float, int, dict[str, dict[str, Any]]]] = {
+    "text": ("pretrain", "muon", 1e-2, 32, {"batch": {"total_tokens": 1_500_000}}),
+    "sft": ("sft", "muon", 5e-3, 16, {"batch": {"epochs": 3.0}, "chat": {"pretraining_share": 0.1}}),
+    "reward": ("reward", "muon", 5e-3, 8, {"batch": {"epochs": 2.0}, "data": {"validation_fraction": 0.05}}),
+    "dpo": ("dpo", "adamw", 2e-4, 16, {"batch": {"epochs": 1.0}, "data": {"validation_fraction": 0.05}}),
+    "ppo": ("ppo", "adamw", 5e-4, 32, {"rl": {"kl_weight": 0.1}}),
+    "ppo_ptx": ("ppo", "adamw", 5e-4, 32, {"rl": {"kl_weight": 0.1}, "ppo": {"pretraining_weight": 1.0}}),
+    "grpo": ("grpo", "adamw", 5e-4, 8, {"rl": {"kl_weight": 0.1, "responses_per_prompt": 4}}),
+    "ppo_without_kl": ("ppo", "adamw", 5e-4, 32, {"rl": {"kl_weight": 0.0}}),
 }
 POLICIES = ("ppo", "ppo_ptx", "dpo", "grpo", "ppo_without_kl")
-ITERATIONS = 16
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     args = c.parse_arg(arg, method="ppo", scale="cpu", root=ROOT, reward="rewards/seed=0")
-    changes = c.choose(METHODS, args["method"], "method")
-    model, longer, slower = c.choose(SCALES, args["scale"], "scale")
-    method, root = args["method"], args["root"]
-    stage = {"text": "pretrain", "ppo_ptx": "ppo", "ppo_without_kl": "ppo"}.get(method, method)
-    file = "rankings" if method in ("reward", "dpo") else "train"
-    start = {"text": None, "sft": f"{root}/text"}.get(method, f"{root}/sft")
+    stage, optimizer, rate, rows, changes = c.choose(METHODS, args["method"], "method")
+    model, longer, wider, slower = c.choose(SCALES, args["scale"], "scale")
+    root, text = args["root"], f"jsonl:{args['root']}/data/text.jsonl"
+    file = f"jsonl:{root}/data/{'rankings' if stage in ('reward', 'dpo') else 'train'}.jsonl"
     config = c.Config(
         stage=stage,
-        init_from=start,
+        init_from={"pretrain": None, "sft": f"{root}/text"}.get(stage, f"{root}/sft"),
         model=c.GPTConfig(context_length=CONTEXT, positions="rotary", qk_norm=True, norm_embedding=True, **model),
-        data=c.DataConfig(source=f"jsonl:{root}/data/{file}.jsonl", tokenizer="bytes"),
-        optimizer=c.OptimizerConfig(weight_decay=0.0),
+        data=c.DataConfig(source=text if stage == "pretrain" else file, tokenizer="bytes"),
+        batch=c.BatchConfig(tokens_per_batch=rows * wider * CONTEXT),
+        optimizer=c.OptimizerConfig(name=optimizer, peak_lr=rate * slower, weight_decay=0.0),
         evaluation=c.EvaluationConfig(max_tokens=16_384, sample_tokens=0),
         logging=c.LoggingConfig(tensorboard=False),
     )
-    if stage == "pretrain":
-        config = c.replace(config, {"data": {"source": TEXT.format(root)}, "optimizer": {"name": "muon"}})
-    else:
+    if stage != "pretrain":
         config = c.replace(config, {"chat": FORMAT})
-    if file == "rankings":
-        config = c.replace(config, {"data": {"validation_fraction": 0.05}})
-    if stage == "sft" or method == "ppo_ptx":
-        config = c.replace(config, {"chat": {"pretraining_source": TEXT.format(root)}})
-    if stage == "sft":
-        config = c.replace(config, {"chat": {"pretraining_share": 0.1}})
+    if args["method"] in ("sft", "ppo_ptx"):
+        config = c.replace(config, {"chat": {"pretraining_source": text}})
     if stage in ("ppo", "grpo"):
-        config = c.replace(config, policy(f"model:{root}/{args['reward']}"))
-    return c.config_dict(c.replace(config, changes))
+        config = c.replace(config, policy(f"model:{root}/{args['reward']}", wider, slower))
+    config = c.replace(config, changes)
+    group, total = config.rl.responses_per_prompt, config.batch.total_tokens
+    sizes = {"prompts_per_iteration": config.rl.prompts_per_iteration // group}
+    lengths = {"total_tokens": total and total * (longer if stage == "pretrain" else 1)}
+    return c.config_dict(c.replace(config, {"rl": sizes, "batch": lengths}))
 
 
-TEXT = "jsonl:{}/data/text.jsonl"
-FORMAT = {
-    "template": "custom",
-    "system_format": "{content}<|endoftext|>",
-    "user_format": "{content}<|is|>",
-    "assistant_format": "{content}<|endoftext|>",
-}
-
-
-def policy(reward):
-    tokens = ITERATIONS * 64 * ROW * 2
+def policy(reward: str, wider: int, slower: float) -> dict[str, dict[str, Any]]:
+    """What PPO and GRPO share: completions are trained on twice."""
+    tokens, lengths = 2 * ITERATIONS * PROMPTS * wider * (PROMPT + COMPLETION), {"response_tokens": COMPLETION}
     return {
-        "rl": {"reward": reward, "prompts_per_iteration": 64, "response_tokens": COMPLETION, "prompt_tokens": PROMPT, "inner_epochs": 2},
-        "batch": {"total_tokens": tokens, "tokens_per_batch": 32 * CONTEXT},
-        "ppo": {"value_lr": 1e-3},
-        "optimizer": {"peak_lr": 5e-4, "schedule": "constant", "warmup_fraction": 0.05},
+        "rl": {"reward": reward, "prompts_per_iteration": PROMPTS * wider, "prompt_tokens": PROMPT, "inner_epochs": 2}
+        | lengths,
+        "batch": {"total_tokens": tokens},
+        "ppo": {"value_lr": 1e-3 * slower, "pretraining_rows": 1},
+        "optimizer": {"schedule": "constant", "warmup_fraction": 0.05},
         "evaluation": {"metric": "reward"},
-        "checkpoint": {"every_tokens": tokens // 8, "keep_last": 100},
+        "checkpoint": {"every_tokens": tokens // 8, "keep_last": 8},
     }
 
 
@@ -101,5 +93,5 @@ def sweep() -> list[grid.Overrides]:
 
 
 def sweep_seed() -> list[grid.Overrides]:
-    """For the reward models."""
+    """Seeds of the reward models."""
     return grid.values("seed", SEEDS)

@@ -1,12 +1,16 @@
 """Policies of one start: their completions, judged by a program, and their loss on plain text.
 
-A program that judges a completion, the gold reward, takes the place of people: it ranks the completions that a reward model
-learns from (the proxy reward), and measures the policies, which have never seen it (Gao et al. 2022, section 2).
+A program that judges a completion, the gold reward, takes the place of people: it ranks the completions from which a
+reward model learns (the proxy reward), and measures the policies, which have never seen it (Gao et al. 2022,
+section 2).
 """
 
 import dataclasses
+import hashlib
+import inspect
 import json
 import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,7 @@ from gptjax.data.sources import open_source
 from gptjax.data.templates import chat_format
 from gptjax.evaluation.perplexity import perplexity_task
 from gptjax.evaluation.scoring import Scorer, ScoringRequest
+from gptjax.files import write_whole
 from gptjax.inference.engine import Engine
 from gptjax.stages.preference.reward_scorer import RewardScorer, load_reward_model
 from gptjax.stages.trained_model import TrainedModel, load_model
@@ -105,20 +110,20 @@ class Point:
     """Measures of a checkpoint.
 
     Attributes:
-      golds: the gold reward of the completion of each held-out prompt.
+      golds: the gold reward of the completion of each held-out prompt, N of them.
       proxy: mean reward by the reward model that the policy was trained with.
       root_kl: square root of the KL divergence from the start, in nats of a completion.
       text: loss on held-out text, in nats per byte.
     """
 
-    golds: npt.NDArray[np.float64]
+    golds: list[float]
     proxy: float
     root_kl: float
     text: float
 
     @property
     def gold(self) -> float:
-        return float(self.golds.mean())
+        return statistics.mean(self.golds)
 
 
 Trace = list[Point]  # of a run: the start, then its checkpoints
@@ -126,6 +131,9 @@ Trace = list[Point]  # of a run: the start, then its checkpoints
 
 class Judge:
     """Measures checkpoints on the same held-out prompts, sampling seeds and text.
+
+    Measures are kept in evaluation/policy-STEP.json of a workdir, so that a stopped command resumes; another judge does
+    not read them.
 
     Args:
       start: workdir of the model that the policies start from.
@@ -136,39 +144,58 @@ class Judge:
     def __init__(self, start: Path, gold: Gold, prompts: Sequence[Prompt], text: str, longest: int) -> None:
         self._start, self._gold, self._prompts, self._longest = load_model(start), gold, prompts, longest
         model, documents = self._start.model, open_source(text).documents()
-        self._text = perplexity_task(documents, self._start.tokenizer, model.config.context_length)
+        context = model.config.context_length
+        self._text = perplexity_task(documents, self._start.tokenizer, context, stride=context)
+        parts = [inspect.getsource(inspect.getmodule(gold) or gold), prompts, self._text.identities, longest]
+        self._identity = hashlib.sha256(repr(parts).encode()).hexdigest()
 
-    def traces(self, sweep: Path, runs: Mapping[int, Run], rewards: str, *, all_checkpoints: bool) -> dict[int, Trace]:
+    def traces(self, sweep: Path, runs: Mapping[int, Run], rewards: str, every: int | None) -> dict[int, Trace]:
         """Measures the runs of a method, by seed.
 
         Args:
           rewards: workdir of the reward model of each, with {seed}.
-          all_checkpoints: measures all that a run has kept; otherwise its last one.
+          every: measures one of so many checkpoints that a run has kept, the last one included; None: the last one.
         """
         found = {}
         for seed, run in sorted(runs.items()):
             workdir = sweep / run.name
-            reward_model = load_reward_model(Path(rewards.format(seed=seed)), self._start.mesh, BATCH)
             steps = sorted(int(directory.name) for directory in step_directories(workdir / "checkpoints"))
-            models = [self._start, *(load_model(workdir, step=s) for s in (steps if all_checkpoints else steps[-1:]))]
-            found[seed] = [self._point(model, reward_model) for model in models]
+            chosen = [0, *steps[-1 :: -(every or len(steps))][::-1]]
+            found[seed] = [self._kept(workdir, step, Path(rewards.format(seed=seed))) for step in chosen]
         return found
+
+    def _kept(self, workdir: Path, step: int, rewards: Path) -> Point:
+        """The measures of a checkpoint; step 0: of the start."""
+        path = workdir / "evaluation" / f"policy-{step}.json"
+        if path.exists() and (content := json.loads(path.read_text()))["judge"] == self._identity:
+            return Point(**content["point"])
+        reward_model = load_reward_model(rewards, self._start.mesh, BATCH)
+        point = self._point(load_model(workdir, step=step) if step else self._start, reward_model)
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, json.dumps({"judge": self._identity, "point": dataclasses.asdict(point)}))
+        return point
 
     def _point(self, policy: TrainedModel, reward_model: RewardScorer) -> Point:
         completed = complete(policy, self._prompts, self._longest)
         kl = float(np.mean(completed.logprobs(policy) - completed.logprobs(self._start)))
         scores = Scorer(policy.model, policy.params, policy.mesh, BATCH).scores(self._text.requests)
         return Point(
-            golds=completed.golds(self._gold),
+            golds=completed.golds(self._gold).tolist(),
             proxy=float(completed.proxies(reward_model).mean()),
             root_kl=math.sqrt(max(0.0, kl)),
             text=self._text.metrics(scores)["bits_per_byte"].value * math.log(2),
         )
 
 
+def curve(traces: Mapping[int, Trace], x: str, y: str) -> list[tuple[float, list[float]]]:
+    """y of each checkpoint by seed, at the mean of x over the seeds; both are names of measures of `Point`."""
+    checkpoints = zip(*traces.values(), strict=True)
+    return [(statistics.mean(getattr(p, x) for p in each), [getattr(p, y) for p in each]) for each in checkpoints]
+
+
 def win_rate(trace: Trace) -> float:
     """Share of the prompts where the last checkpoint has a higher gold reward than the start; ties count 1/2."""
-    return float(np.mean((np.sign(trace[-1].golds - trace[0].golds) + 1) / 2))
+    return float(np.mean((np.sign(np.subtract(trace[-1].golds, trace[0].golds)) + 1) / 2))
 
 
 def text_at_equal_proxy(first: Trace, second: Trace) -> float:
@@ -188,12 +215,12 @@ def text_at_equal_proxy(first: Trace, second: Trace) -> float:
 def over_optimisation(trace: Trace) -> tuple[float, float, float]:
     """Where over-optimisation begins, and what follows (Gao et al. 2022, figure 1).
 
-    Half of the prompts choose the checkpoint with the highest gold reward, and the others measure what is lost, so that the
-    loss is not biased upwards by the choice.
+    Half of the prompts choose the checkpoint with the highest gold reward, and the others measure what is lost, so that
+    the loss is not biased upwards by the choice.
 
     Returns:
-      The square root of the KL divergence at that checkpoint; what the gold reward loses from there to the last one, and
-      what the proxy reward gains.
+      The square root of the KL divergence at that checkpoint; what the gold reward loses from there to the last one,
+      and what the proxy reward gains.
     """
-    best, last = max(trace, key=lambda point: point.golds[::2].mean()), trace[-1]
-    return best.root_kl, float((best.golds - last.golds)[1::2].mean()), last.proxy - best.proxy
+    best, last = max(trace, key=lambda point: statistics.mean(point.golds[::2])), trace[-1]
+    return best.root_kl, float(np.mean(np.subtract(best.golds, last.golds)[1::2])), last.proxy - best.proxy

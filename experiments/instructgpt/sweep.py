@@ -20,19 +20,16 @@ from gptjax.launch import grid
 FILE, ROOT = "experiments/instructgpt/sweep.py", "runs/instructgpt"
 SEEDS = range(3)
 CONTEXT, PROMPT, COMPLETION = 64, 16, 32
-PROMPTS, ITERATIONS = 64, 16  # completions of an iteration of PPO and GRPO; iterations
-FORMAT = {"system_format": "{content}<|endoftext|>", "user_format": "{content}<|is|>"}
-FORMAT |= {"template": "custom", "assistant_format": "{content}<|endoftext|>"}
+COMPLETIONS, ITERATIONS = 64, 16  # of PPO and GRPO: completions of an iteration, which are trained on twice; iterations
+END = "{content}<|endoftext|>"
+FORMAT = {"template": "custom", "system_format": END, "user_format": "{content}<|is|>", "assistant_format": END}
 LARGE = {"num_layers": 12, "embed_dim": 768, "num_heads": 12, "dtype": "bfloat16"}
-# model; factors of the tokens of text, of the completions of an iteration and a batch, and of the learning rates
-SCALES: dict[str, tuple[dict[str, Any], int, int, float]] = {
-    "cpu": ({"num_layers": 3, "embed_dim": 128, "num_heads": 4, "dtype": "float32"}, 1, 1, 1.0),
-    "tpu_v5e_4": (LARGE, 1000, 8, 0.1),
-    "gpu_h100_8": (LARGE, 1000, 8, 0.1),
-}
-# stage, optimizer, peak learning rate, rows of a batch, further changes of the config
-METHODS: dict[str, tuple[str, str, float, int, dict[str, dict[str, Any]]]] = {
-    "text": ("pretrain", "muon", 1e-2, 32, {"batch": {"total_tokens": 1_500_000}}),
+SMALL = {"num_layers": 3, "embed_dim": 128, "num_heads": 4, "dtype": "float32"}
+# model, tokens of text, factor of the learning rates
+SCALES = {"cpu": (SMALL, 1_500_000, 1.0), "tpu_v5e_4": (LARGE, 10**9, 0.1), "gpu_h100_8": (LARGE, 10**9, 0.1)}
+# stage, optimizer, peak learning rate, rows of a batch, other changes of the config
+METHODS: dict[str, tuple[str, str, float, int, dict[str, Any]]] = {
+    "text": ("pretrain", "muon", 1e-2, 32, {}),
     "sft": ("sft", "muon", 5e-3, 16, {"batch": {"epochs": 3.0}, "chat": {"pretraining_share": 0.1}}),
     "reward": ("reward", "muon", 5e-3, 8, {"batch": {"epochs": 2.0}, "data": {"validation_fraction": 0.05}}),
     "dpo": ("dpo", "adamw", 2e-4, 16, {"batch": {"epochs": 1.0}, "data": {"validation_fraction": 0.05}}),
@@ -47,7 +44,7 @@ POLICIES = ("ppo", "ppo_ptx", "dpo", "grpo", "ppo_without_kl")
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     args = c.parse_arg(arg, method="ppo", scale="cpu", root=ROOT, reward="rewards/seed=0")
     stage, optimizer, rate, rows, changes = c.choose(METHODS, args["method"], "method")
-    model, longer, wider, slower = c.choose(SCALES, args["scale"], "scale")
+    model, tokens, slower = c.choose(SCALES, args["scale"], "scale")
     root, text = args["root"], f"jsonl:{args['root']}/data/text.jsonl"
     file = f"jsonl:{root}/data/{'rankings' if stage in ('reward', 'dpo') else 'train'}.jsonl"
     config = c.Config(
@@ -55,7 +52,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         init_from={"pretrain": None, "sft": f"{root}/text"}.get(stage, f"{root}/sft"),
         model=c.GPTConfig(context_length=CONTEXT, positions="rotary", qk_norm=True, norm_embedding=True, **model),
         data=c.DataConfig(source=text if stage == "pretrain" else file, tokenizer="bytes"),
-        batch=c.BatchConfig(tokens_per_batch=rows * wider * CONTEXT),
+        batch=c.BatchConfig(tokens_per_batch=rows * CONTEXT, total_tokens=tokens if stage == "pretrain" else None),
         optimizer=c.OptimizerConfig(name=optimizer, peak_lr=rate * slower, weight_decay=0.0),
         evaluation=c.EvaluationConfig(max_tokens=16_384, sample_tokens=0),
         logging=c.LoggingConfig(tensorboard=False),
@@ -65,20 +62,17 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     if args["method"] in ("sft", "ppo_ptx"):
         config = c.replace(config, {"chat": {"pretraining_source": text}})
     if stage in ("ppo", "grpo"):
-        config = c.replace(config, policy(f"model:{root}/{args['reward']}", wider, slower))
-    config = c.replace(config, changes)
-    group, total = config.rl.responses_per_prompt, config.batch.total_tokens
-    sizes = {"prompts_per_iteration": config.rl.prompts_per_iteration // group}
-    lengths = {"total_tokens": total and total * (longer if stage == "pretrain" else 1)}
-    return c.config_dict(c.replace(config, {"rl": sizes, "batch": lengths}))
+        group = changes["rl"].get("responses_per_prompt", 1)
+        config = c.replace(config, policy(f"model:{root}/{args['reward']}", group, slower))
+    return c.config_dict(c.replace(config, changes))
 
 
-def policy(reward: str, wider: int, slower: float) -> dict[str, dict[str, Any]]:
-    """What PPO and GRPO share: completions are trained on twice."""
-    tokens, lengths = 2 * ITERATIONS * PROMPTS * wider * (PROMPT + COMPLETION), {"response_tokens": COMPLETION}
+def policy(reward: str, group: int, slower: float) -> dict[str, Any]:
+    """What PPO and GRPO share; `group`: completions of a prompt."""
+    tokens = 2 * ITERATIONS * COMPLETIONS * (PROMPT + COMPLETION)
     return {
-        "rl": {"reward": reward, "prompts_per_iteration": PROMPTS * wider, "prompt_tokens": PROMPT, "inner_epochs": 2}
-        | lengths,
+        "rl": {"reward": reward, "prompts_per_iteration": COMPLETIONS // group, "response_tokens": COMPLETION}
+        | {"prompt_tokens": PROMPT, "inner_epochs": 2},
         "batch": {"total_tokens": tokens},
         "ppo": {"value_lr": 1e-3 * slower, "pretraining_rows": 1},
         "optimizer": {"schedule": "constant", "warmup_fraction": 0.05},

@@ -35,8 +35,8 @@ def main(_: list[str]) -> None:
         write_lines(output / f"{name}.jsonl", [{"text": text} for text in part.split("\n\n\n") if text.strip()])
     words = [word for word in dictionary() if len(word) > 2 and word[0] in LETTERS]
     rng.shuffle(words)
-    held_out, trained = words[:HELD_OUT_PROMPTS], words[HELD_OUT_PROMPTS:]
-    for name, prompts in (("train", rng.choices(trained, k=PROMPTS)), ("held_out", held_out)):
+    trained = rng.choices(words[HELD_OUT_PROMPTS:], k=PROMPTS)
+    for name, prompts in (("train", trained), ("held_out", words[:HELD_OUT_PROMPTS])):
         records = [{"prompt": prompt, "completion": demonstration(prompt, rng)} for prompt in prompts]
         write_lines(output / f"{name}.jsonl", records)
 

@@ -23,7 +23,7 @@ OUTPUT = flags.DEFINE_string("output", None, "File of the rankings, JSON lines."
 
 
 def main(_: list[str]) -> None:
-    module, _, name = GOLD.value.rpartition(".")
+    module, name = GOLD.value.rsplit(".", 1)
     gold: Gold = getattr(importlib.import_module(module), name)
     prompts = read_prompts(f"jsonl:{PROMPTS.value}")[: RANKED.value]
     found = rankings(load_model(Path(WORKDIR.value)), prompts, gold, SAMPLES.value, LONGEST.value)

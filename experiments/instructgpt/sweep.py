@@ -63,18 +63,18 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config = c.replace(config, {"chat": {"pretraining_source": text}})
     if stage in ("ppo", "grpo"):
         group = changes["rl"].get("responses_per_prompt", 1)
-        config = c.replace(config, policy(f"model:{root}/{args['reward']}", group, slower))
+        config = c.replace(config, policy(stage, f"model:{root}/{args['reward']}", group, slower))
     return c.config_dict(c.replace(config, changes))
 
 
-def policy(reward: str, group: int, slower: float) -> dict[str, Any]:
+def policy(stage: str, reward: str, group: int, slower: float) -> dict[str, Any]:
     """What PPO and GRPO share; `group`: completions of a prompt."""
     tokens = 2 * ITERATIONS * COMPLETIONS * (PROMPT + COMPLETION)
     return {
         "rl": {"reward": reward, "prompts_per_iteration": COMPLETIONS // group, "response_tokens": COMPLETION}
         | {"prompt_tokens": PROMPT, "inner_epochs": 2},
         "batch": {"total_tokens": tokens},
-        "ppo": {"value_lr": 1e-3 * slower, "pretraining_rows": 1},
+        "ppo": {"value_lr": 1e-3 * slower, "pretraining_rows": 1} if stage == "ppo" else {},
         "optimizer": {"schedule": "constant", "warmup_fraction": 0.05},
         "evaluation": {"metric": "reward"},
         "checkpoint": {"every_tokens": tokens // 8, "keep_last": 8},

@@ -23,10 +23,10 @@ CONTEXT, PROMPT, COMPLETION = 64, 16, 32
 COMPLETIONS, ITERATIONS = 64, 16  # of PPO and GRPO: completions of an iteration, which are trained on twice; iterations
 END = "{content}<|endoftext|>"
 FORMAT = {"template": "custom", "system_format": END, "user_format": "{content}<|is|>", "assistant_format": END}
-LARGE = {"num_layers": 12, "embed_dim": 768, "num_heads": 12, "dtype": "bfloat16"}
-SMALL = {"num_layers": 3, "embed_dim": 128, "num_heads": 4, "dtype": "float32"}
-# model, tokens of text, factor of the learning rates
-SCALES = {"cpu": (SMALL, 1_500_000, 1.0), "tpu_v5e_4": (LARGE, 10**9, 0.1), "gpu_h100_8": (LARGE, 10**9, 0.1)}
+# Of a scale: model, tokens of text, factors of the batch of text and of the learning rates.
+SMALL = {"num_layers": 3, "embed_dim": 128, "num_heads": 4, "dtype": "float32"}, 1_500_000, 1, 1.0
+LARGE = {"num_layers": 12, "embed_dim": 768, "num_heads": 12, "dtype": "bfloat16"}, 10**9, 64, 0.1
+SCALES = {"cpu": SMALL, "tpu_v5e_4": LARGE, "gpu_h100_8": LARGE}
 # stage, optimizer, peak learning rate, rows of a batch, other changes of the config
 METHODS: dict[str, tuple[str, str, float, int, dict[str, Any]]] = {
     "text": ("pretrain", "muon", 1e-2, 32, {}),
@@ -44,7 +44,7 @@ POLICIES = ("ppo", "ppo_ptx", "dpo", "grpo", "ppo_without_kl")
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     args = c.parse_arg(arg, method="ppo", scale="cpu", root=ROOT, reward="rewards/seed=0")
     stage, optimizer, rate, rows, changes = c.choose(METHODS, args["method"], "method")
-    model, tokens, slower = c.choose(SCALES, args["scale"], "scale")
+    model, tokens, larger, slower = c.choose(SCALES, args["scale"], "scale")
     root, text = args["root"], f"jsonl:{args['root']}/data/text.jsonl"
     file = f"jsonl:{root}/data/{'rankings' if stage in ('reward', 'dpo') else 'train'}.jsonl"
     config = c.Config(
@@ -52,13 +52,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         init_from={"pretrain": None, "sft": f"{root}/text"}.get(stage, f"{root}/sft"),
         model=c.GPTConfig(context_length=CONTEXT, positions="rotary", qk_norm=True, norm_embedding=True, **model),
         data=c.DataConfig(source=text if stage == "pretrain" else file, tokenizer="bytes"),
-        batch=c.BatchConfig(tokens_per_batch=rows * CONTEXT, total_tokens=tokens if stage == "pretrain" else None),
+        batch=c.BatchConfig(tokens_per_batch=rows * CONTEXT),
         optimizer=c.OptimizerConfig(name=optimizer, peak_lr=rate * slower, weight_decay=0.0),
         evaluation=c.EvaluationConfig(max_tokens=16_384, sample_tokens=0),
         logging=c.LoggingConfig(tensorboard=False),
     )
-    if stage != "pretrain":
-        config = c.replace(config, {"chat": FORMAT})
+    texts = {"batch": {"total_tokens": tokens, "tokens_per_batch": larger * rows * CONTEXT}}
+    config = c.replace(config, texts if stage == "pretrain" else {"chat": FORMAT})
     if args["method"] in ("sft", "ppo_ptx"):
         config = c.replace(config, {"chat": {"pretraining_source": text}})
     if stage in ("ppo", "grpo"):

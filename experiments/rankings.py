@@ -1,7 +1,7 @@
 """Ranks completions of a policy by a program, which takes the place of the labellers.
 
     python -m experiments.rankings --workdir=runs/instructgpt/sft --prompts=runs/instructgpt/data/train.jsonl \
-        --gold=experiments.instructgpt.task.gold_reward --output=runs/instructgpt/data/rankings.jsonl
+        --gold=experiments.instructgpt.gold.gold_reward --output=runs/instructgpt/data/rankings.jsonl
 """
 
 import importlib

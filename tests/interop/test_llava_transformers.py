@@ -107,12 +107,41 @@ TEXTS = {
         num_attention_heads=2,
         max_position_embeddings=32,
     ),
+    "gpt_oss": lambda: transformers.GptOssConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=5,
+        max_position_embeddings=32,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 4.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 8,
+        },
+        attn_implementation="eager",
+    ),
 }
 
 
 @pytest.mark.parametrize(
     ("text", "vision", "strategy"),
-    [("gpt2", CLIP, "default"), ("gpt_neo", CLIP, "full"), ("llama", SIGLIP, "full"), ("llama", CLIP, "default")],
+    [
+        ("gpt2", CLIP, "default"),
+        ("gpt_neo", CLIP, "full"),
+        ("llama", SIGLIP, "full"),
+        ("llama", CLIP, "default"),
+        ("gpt_oss", SIGLIP, "full"),
+    ],
 )
 def test_same_logits_and_the_same_weights_back(text, vision, strategy, tmp_path):
     keep = vision.class_token and strategy == "full"

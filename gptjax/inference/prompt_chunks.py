@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from gptjax.config import GPTConfig, UserError
 from gptjax.inference.batch_programs import ChunkImages, encode_images
-from gptjax.inference.engine import bucket, power_of_two
+from gptjax.inference.engine import MIN_BUCKET, power_of_two
 from gptjax.inference.requests import GenerationRequest
 from gptjax.inference.sequences import Sequence
 from gptjax.models.gpt import GPT
@@ -36,7 +36,8 @@ def next_chunk(sequence: Sequence, most: int) -> Chunk:
     """The next tokens of a prompt, at most `most`, without its last token, which is read when it is decoded."""
     tokens, start = sequence.request.tokens, sequence.read
     end = len(tokens) - 1
-    length = min(most, bucket(end - start))
+    step = max(MIN_BUCKET, most // 4)  # four programs of a chunk are compiled at most
+    length = min(most, -(-(end - start) // step) * step)
     count = min(length, end - start)
     return Chunk(_padded(tokens[start : start + count], length), start, count, 0, start + count == end)
 

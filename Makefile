@@ -40,7 +40,7 @@ clients: $(VENV)/.installed-test $(VENV)/.installed-clients ## use the server by
 	$(BIN)/python -m pytest -n0 -rs $$(grep -rl --include='*.py' 'make clients' tests/serving)
 
 remote: $(VENV)/.installed-test $(VENV)/.installed-remote ## read from and train in emulated buckets, installing s3fs and gcsfs
-	$(BIN)/python -m pytest -n auto --dist loadfile tests/data/test_remote_files.py $$(grep -rl --include='*.py' 'importorskip("gcsfs")' tests)
+	$(BIN)/python -m pytest -n auto --dist loadfile $$(grep -rlE --include='*.py' 'importorskip\("gcsfs"\)|PACKAGES = .*"gcsfs"' tests)
 
 browser: $(VENV)/.installed-test $(VENV)/.installed-browser ## use the chat page in headless Chromium, installing it and Playwright
 	command -v chromium || { apt-get update && apt-get install --yes chromium; } || $(BIN)/python -m playwright install chromium

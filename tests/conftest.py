@@ -22,6 +22,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path("~/.cache/gptjax/compiled-tests").expanduser()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# Read when gcsfs is imported; it would ask Google, not the emulator, for the type of a bucket, and wait for the answer.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 # JAX writes a program in place: another process may read a part of it, warns, and compiles it itself.
 ignored = "ignore:Error reading persistent compilation cache entry:UserWarning"  # as in pyproject.toml
 os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), ignored]))
@@ -146,7 +148,6 @@ def file_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any
             "AWS_SECRET_ACCESS_KEY": "secret",
             "AWS_DEFAULT_REGION": "us-east-1",
             "STORAGE_EMULATOR_HOST": server.url,
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # which would ask Google for the type of the bucket
             "HF_ENDPOINT": server.url,
         }
         for name, value in environment.items():

@@ -20,6 +20,7 @@ PAGES = [*GUIDES, *FILES, *PROGRAMS_OF_EXAMPLES]
 # Flags of other programs that the pages call.
 OTHERS = {
     *("help", "no-deps"),  # of every command; of pip
+    *("continuous-batching",),  # of transformers serve
     *("zone", "worker", "command", "accelerator-type", "version", "node-count", "implicit-dirs"),
     *("kill-on-bad-exit", "job-name", "nodes", "ntasks-per-node", "gres", "cpus-per-task", "time", "requeue"),
     *("open-mode", "output", "xla_force_host_platform_device_count", "xla_gpu_exclude_nondeterministic_ops"),

@@ -1,8 +1,8 @@
 """Dense layers whose kernels are stored output-major, for products with few rows.
 
 A CPU multiplies a few rows by a matrix in about the time of reading the matrix, if it reads the weights of an output
-consecutively. Kernels as layers initialise them, (inputs, outputs), have them a row apart: XLA's CPU backend then
-takes up to 1.6 times as long for 8 rows (`docs/benchmarks.md`).
+consecutively. Kernels as layers initialise them, (inputs, outputs), have them a row apart: products with those take
+XLA's CPU backend longer (`benchmarks/LOG.md`).
 """
 
 import contextlib

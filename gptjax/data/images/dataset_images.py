@@ -9,8 +9,8 @@ SCHEME = "tfds:"  # of the source of an image: "tfds:NAME@SPLIT#INDEX/FIELD", or
 _OPENED: dict[str, Any] = {}  # examples by index of the datasets that this process reads
 
 
-def image_decoders(features: Mapping[str, Any]) -> dict[str, Any]:
-    """Decoders that leave the images of a dataset encoded, for `DatasetBuilder.as_data_source`."""
+def image_decoders(features: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Decoders that leave the images of a dataset encoded, for `DatasetBuilder.as_data_source`; None: it has none."""
     import tensorflow_datasets as tfds
 
     class Encoded(tfds.decode.SkipDecoding):
@@ -18,7 +18,7 @@ def image_decoders(features: Mapping[str, Any]) -> dict[str, Any]:
             return example
 
     encoded = Encoded()
-    return dict.fromkeys(image_fields(features), encoded)
+    return dict.fromkeys(image_fields(features), encoded) or None
 
 
 def image_fields(features: Mapping[str, Any]) -> dict[str, bool]:

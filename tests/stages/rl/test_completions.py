@@ -64,12 +64,12 @@ def test_an_error_of_a_function_names_the_completion():
 def test_the_penalty_of_a_missing_end(penalty, rewards, monkeypatch):
     config = c.Config(rl=c.RLConfig(missing_eos_penalty=penalty))
     sampler = object.__new__(CompletionSampler)
-    sampler.__dict__ |= {"_config": config, "_end_of_turn": 9, "row_length": 8}
+    sampler.__dict__ |= {"_config": config, "_end_of_turn": 9, "row_length": 8, "_images": None}
     sampler._tokenizer = SimpleNamespace(end_of_text=8)
     found = [completion("end_of_turn"), completion("length")]
     monkeypatch.setattr(sampler, "_generate", lambda *_: (found, np.array([2.0, 2.0])), raising=False)
     monkeypatch.setattr(sampler, "_measured", lambda *_: {}, raising=False)
-    prompt = SimpleNamespace(prompt=PROMPT, tokens=np.array([3, 4], np.int32))
+    prompt = SimpleNamespace(prompt=PROMPT, tokens=np.array([3, 4], np.int32), images=())
     completions = sampler.sample({}, [prompt], 2, [0, 1])
     assert completions.rewards_N.tolist() == rewards
     assert completions.ended_N.tolist() == [True, False]

@@ -90,6 +90,11 @@ def check_credentials() -> None:
     name = os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")
     if not name or os.environ.get("STORAGE_EMULATOR_HOST"):
         return
+    _check_file(name)
+
+
+@functools.cache  # every file that is opened asks for its client; one that is refused is read again
+def _check_file(name: str) -> None:
     try:
         with open(name, "rb") as file:
             has_type = "type" in json.loads(file.read(_MAX_CREDENTIALS))

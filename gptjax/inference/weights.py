@@ -5,9 +5,8 @@ Decoding reads every weight for every token, so the size of the weights determin
 
 import dataclasses
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -16,7 +15,7 @@ from gptjax.config import GPTConfig, UserError
 from gptjax.models import peft
 from gptjax.models.axis_roles import ParameterAxes
 from gptjax.models.decoding import unstack
-from gptjax.models.few_rows import OutputMajor
+from gptjax.models.few_rows import OutputMajor, StoredKernel
 from gptjax.models.gpt import GPT, model_axes
 from gptjax.parallel.mesh import is_one_device
 from gptjax.parallel.platforms import platform_defaults
@@ -24,12 +23,10 @@ from gptjax.parallel.platforms import platform_defaults
 WeightFormat = Literal["as_given", "bfloat16", "int8", "stacked"]
 
 
-class Int8(struct.PyTreeNode, nn.meta.AxisMetadata):
-    """A matrix of 8-bit integers with a scale for each output, dequantised where a layer reads it.
+class Int8(struct.PyTreeNode, StoredKernel):
+    """A matrix of 8-bit integers with a scale for each output, dequantised where a layer reads it."""
 
-    Layers need no change: Flax unboxes a parameter where it is read.
-    """
-
+    kind: ClassVar[str] = "a quantised matrix"
     values: jax.Array  # int8
     scale: jax.Array  # float32; 1 along the axes that the product sums over
 
@@ -43,14 +40,6 @@ class Int8(struct.PyTreeNode, nn.meta.AxisMetadata):
 
     def unbox(self) -> jax.Array:
         return self.values.astype(self.scale.dtype) * self.scale
-
-    def replace_boxed(self, val: Any) -> Any:
-        raise NotImplementedError("a quantised matrix is read-only")
-
-    def add_axis(self, index: int, params: dict[Any, Any]) -> "Int8":
-        raise NotImplementedError("a quantised matrix belongs to one layer")
-
-    remove_axis = add_axis
 
 
 def summed_axes(axes: ParameterAxes) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ XLA's CPU backend longer (`benchmarks/LOG.md`).
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -16,7 +16,25 @@ import jax.numpy as jnp
 from flax import struct
 
 
-class OutputMajor(struct.PyTreeNode, nn.meta.AxisMetadata):
+class StoredKernel(nn.meta.AxisMetadata):
+    """A kernel of one layer in a form for decoding, which Flax unboxes where it is read; it is read-only.
+
+    Attributes:
+      kind: what it is called in messages.
+    """
+
+    kind: ClassVar[str]
+
+    def replace_boxed(self, val: Any) -> Any:
+        raise NotImplementedError(f"{self.kind} is read-only")
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> Any:
+        raise NotImplementedError(f"{self.kind} belongs to one layer")
+
+    remove_axis = add_axis
+
+
+class OutputMajor(struct.PyTreeNode, StoredKernel):
     """A kernel stored as a matrix (outputs, inputs).
 
     `dense_products` multiplies by it as it is stored; elsewhere Flax unboxes it to the shape that the layer declared.
@@ -26,6 +44,7 @@ class OutputMajor(struct.PyTreeNode, nn.meta.AxisMetadata):
       shape: of the kernel; its first `inputs` axes are those that the product sums over.
     """
 
+    kind: ClassVar[str] = "an output-major kernel"
     values_YX: jax.Array
     shape: tuple[int, ...] = struct.field(pytree_node=False)
     inputs: int = struct.field(pytree_node=False)
@@ -37,14 +56,6 @@ class OutputMajor(struct.PyTreeNode, nn.meta.AxisMetadata):
 
     def unbox(self) -> jax.Array:
         return self.values_YX.T.reshape(self.shape)
-
-    def replace_boxed(self, val: Any) -> Any:
-        raise NotImplementedError("an output-major kernel is read-only")
-
-    def add_axis(self, index: int, params: dict[Any, Any]) -> "OutputMajor":
-        raise NotImplementedError("an output-major kernel belongs to one layer")
-
-    remove_axis = add_axis
 
 
 def product(x: jax.Array, kernel: OutputMajor, precision: Any = None) -> jax.Array:

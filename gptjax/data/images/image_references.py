@@ -13,7 +13,7 @@ _VIDEO_PARTS = ("video_url", "video")
 # Of OpenAI's two APIs, and of Hugging Face's chat templates.
 _PART_TYPES = ("image_url", "input_image", "image", *_VIDEO_PARTS)
 _VIDEO_FIELDS = ("videos", "video")  # of records
-_FIELDS = ("images", "image", "file_name", *_VIDEO_FIELDS)
+FIELDS = ("images", "image", "file_name", *_VIDEO_FIELDS)
 WHOLE_VIDEO = (0, 0)  # the frame of a video that `gptjax.data.images.videos.with_frames` has not divided yet
 
 
@@ -98,7 +98,7 @@ def record_images(record: Mapping[str, Any], place: str) -> list[ImageReference]
     Raises:
       UserError: two of the fields, or a value that is no image.
     """
-    found = [name for name in _FIELDS if record.get(name) is not None and record.get(name) != ""]
+    found = [name for name in FIELDS if record.get(name) is not None and record.get(name) != ""]
     if not found:
         return None
     if len(found) > 1:

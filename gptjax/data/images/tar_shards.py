@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from absl import logging
 
 from gptjax.config import UserError
+from gptjax.data.images.image_references import FIELDS
 from gptjax.data.remote_files import DataFile, is_url, open_binary
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "gif", "webp", "bmp", "tif", "tiff", "ppm")
@@ -25,7 +26,6 @@ _SOURCE = re.compile(rf"{SCHEME}(.+)#(\d+)\+(\d+)", re.DOTALL)
 # Fields of a record that hold the text: a caption in a .txt member would be a second one.
 _CONVERSATIONS = ("messages", "conversations", "instruction", "question", "prompt", "chosen", "ranking")
 _CAPTIONS = ("caption", "text")
-_IMAGES = ("image", "images", "file_name", "video", "videos")
 
 
 class Member(NamedTuple):
@@ -170,7 +170,7 @@ def _record(shard: DataFile, members: Sequence[Member], place: str) -> dict[str,
         for field, suffixes in named.items()
     }
     if any(found.values()):
-        record = {name: value for name, value in record.items() if name not in _IMAGES}
+        record = {name: value for name, value in record.items() if name not in FIELDS}
         record |= {field: sources for field, sources in found.items() if sources}
     return record
 

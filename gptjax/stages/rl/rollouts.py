@@ -77,8 +77,8 @@ class Rollouts:
         rows = process_rows(self._mesh, size)
         done -= done % whole  # a run that resumes with larger batches repeats a part of one
         while True:
-            arrays = (self._kept(run, iteration) if done else None) or self._sampled(run, iteration)
             prompts = self._prompts_of(iteration)
+            arrays = (self._kept(run, iteration) if done else None) or self._sampled(run, iteration, prompts)
             for first in range(done, rl.prompts_per_iteration * rl.inner_epochs, whole):
                 epoch, offset = divmod(first, rl.prompts_per_iteration)
                 chosen = self._shuffled(iteration, epoch)[offset : offset + whole]
@@ -108,9 +108,9 @@ class Rollouts:
     def _generator(self, *numbers: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(np.random.SeedSequence([self._config.seed % 2**64, *numbers])))
 
-    def _sampled(self, run: Run, iteration: int) -> Arrays:
+    def _sampled(self, run: Run, iteration: int, prompts: Sequence[EncodedPrompt]) -> Arrays:
         """Samples the completions of an iteration from the policy; returns (P, G, T) arrays."""
-        rl, prompts = self._config.rl, self._prompts_of(iteration)
+        rl = self._config.rl
         count = rl.prompts_per_iteration * rl.responses_per_prompt
         seeds = self._generator(iteration, 0).integers(2**32, size=count).tolist()
         completions = self._sampler.sample(run.policy, prompts, rl.responses_per_prompt, seeds)

@@ -202,18 +202,16 @@ class ChatSession:
                 end_tokens=self._format.end_tokens,
                 separate_text=True,
                 on_text=lambda _, piece: on_text(piece),
-                images=[list(map(self._read, encoded.images))] if encoded.images else None,
+                images=[self._read(encoded.images)] if encoded.images else None,
             )[0]
             written = [Message("assistant", completion.text)]
         self._seed += 1
         self.sources = sources
         return written
 
-    def _read(self, image: ImageReference) -> npt.NDArray[np.uint8]:
+    def _read(self, images: tuple[ImageReference, ...]) -> list[npt.NDArray[np.uint8]]:
         assert self._images is not None, "attach refuses images that the model does not read"
-        image_X = self._images.read(image)
-        assert image_X is not None, "images are not skipped here"
-        return image_X
+        return self._images.read_all(images)
 
     def _passages(self, question: Message, room: int) -> list[Passage]:
         """Returns the retrieved passages that fit before the question when all other turns are dropped."""

@@ -27,7 +27,7 @@ from gptjax.inference.batch_programs import BatchState, batch_sizes, decode_rows
 from gptjax.inference.engine import bucket, power_of_two
 from gptjax.inference.page_pool import page_bytes
 from gptjax.inference.row_sampling import History, replicated
-from gptjax.inference.sequences import Run, Sequence, page_table, row_arguments
+from gptjax.inference.sequences import Run, Sequence, padded_tokens, page_table, row_arguments
 from gptjax.inference.speculation import EngineShape, Proposer
 from gptjax.inference.weights import WeightFormat, prepare
 from gptjax.models.gpt import GPT
@@ -148,9 +148,7 @@ class DraftProposer(Proposer):
         while start < sequence.position:
             length = min(self._shape.page_size, bucket(sequence.position - start))
             count = min(length, sequence.position - start)
-            tokens_1T = np.zeros((1, length), np.int32)
-            tokens_1T[0, :count] = sequence.tokens(start)[:count]
-            self.read(tokens_1T, start, count, table_1N)
+            self.read(padded_tokens(sequence.tokens(start)[:count], length), start, count, table_1N)
             start += count
 
 

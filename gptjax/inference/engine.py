@@ -15,6 +15,7 @@ import numpy.typing as npt
 from jax.sharding import Mesh
 
 from gptjax.config import UserError
+from gptjax.data.images.square_images import padded
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.inference.programs import (
     MOST_TOKENS,
@@ -287,12 +288,8 @@ class Engine:
         most = 0 if images is None else max(map(len, images))
         if images is None or most == 0:
             return None
-        shape = (rows, power_of_two(most), self.model.config.vision.values_per_image)
-        images_BNX = np.zeros(shape, np.uint8)
-        for row in range(rows):
-            for number, image_X in enumerate(images[row % len(images)]):
-                images_BNX[row, number] = image_X
-        return images_BNX
+        repeated = [images[row % len(images)] for row in range(rows)]
+        return padded(repeated, power_of_two(most), self.model.config.vision)
 
     def _first_call(
         self, program: DecodingSettings, rows: int, reads_prompts: bool, longest: int

@@ -7,10 +7,11 @@ import numpy as np
 import numpy.typing as npt
 
 from gptjax.config import GPTConfig, UserError
+from gptjax.data.images.square_images import padded
 from gptjax.inference.batch_programs import ChunkImages, encode_images
 from gptjax.inference.engine import MIN_BUCKET, power_of_two
 from gptjax.inference.requests import GenerationRequest
-from gptjax.inference.sequences import Sequence
+from gptjax.inference.sequences import Sequence, padded_tokens
 from gptjax.models.gpt import GPT
 
 
@@ -39,19 +40,13 @@ def next_chunk(sequence: Sequence, most: int) -> Chunk:
     step = max(MIN_BUCKET, most // 4)  # four programs of a chunk are compiled at most
     length = min(most, -(-(end - start) // step) * step)
     count = min(length, end - start)
-    return Chunk(_padded(tokens[start : start + count], length), start, count, 0, start + count == end)
+    return Chunk(padded_tokens(tokens[start : start + count], length), start, count, 0, start + count == end)
 
 
 def whole_prompt(sequence: Sequence, length: int) -> Chunk:
     """All tokens of a prompt whose positions attend to later ones, padded to `length`."""
     tokens = sequence.request.tokens
-    return Chunk(_padded(tokens, length), 0, len(tokens), len(tokens), True)
-
-
-def _padded(tokens: tuple[int, ...], length: int) -> npt.NDArray[np.int32]:
-    tokens_1T = np.zeros((1, length), np.int32)
-    tokens_1T[0, : len(tokens)] = tokens
-    return tokens_1T
+    return Chunk(padded_tokens(tokens, length), 0, len(tokens), len(tokens), True)
 
 
 def check_images(config: GPTConfig, request: GenerationRequest) -> None:
@@ -76,8 +71,7 @@ def chunk_images(model: GPT, params: Any, sequence: Sequence, chunk: Chunk) -> C
     if not images:
         return None
     if sequence.image_tokens is None:
-        images_1NX = np.zeros((1, power_of_two(len(images)), len(images[0])), np.uint8)
-        images_1NX[0, : len(images)] = images
+        images_1NX = padded([images], power_of_two(len(images)), model.config.vision)
         sequence.image_tokens = encode_images(model, params, images_1NX)
     before = sequence.request.tokens[: chunk.start].count(model.config.vision.image_token)
     return ChunkImages(sequence.image_tokens, np.int32(before))

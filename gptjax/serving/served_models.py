@@ -73,8 +73,7 @@ class GenerativeModel:
         if not references:
             return ()
         assert self._images is not None, "`conversation` refuses images that the model does not read"
-        read = [self._images.read(reference) for reference in references]
-        return tuple(image_X for image_X in read if image_X is not None)
+        return tuple(self._images.read_all(references))
 
     @property
     def _harmony_ids(self) -> dict[str, int]:

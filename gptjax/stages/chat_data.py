@@ -14,7 +14,6 @@ from gptjax.data.chat_batches import PackedConversations, PackedRankings
 from gptjax.data.conversations import Conversation, Message, Prompt, Ranking
 from gptjax.data.images.image_files import ImageFiles
 from gptjax.data.images.image_references import IMAGE, ImageReference
-from gptjax.data.images.videos import with_frames
 from gptjax.data.pipeline import PackedExamples, open_corpus
 from gptjax.data.sources import open_source
 from gptjax.data.templates import ChatFormat, TooLongError, chat_format
@@ -79,9 +78,7 @@ def open_chat(
     images = None
     if config.model.reads_images:
         images = ImageFiles(config.model.vision, config.data)
-        train, validation = (
-            [_with_frames(item, config.data, images) for item in split] for split in (train, validation)
-        )
+        train, validation = ([_with_frames(item, images) for item in split] for split in (train, validation))
         images.check([image for split in (train, validation) for item in split for image in _images(item)])
     return ChatData(config, tokenizer, form, train, validation, images)
 
@@ -138,12 +135,11 @@ def _images(item: Conversation | Ranking | Prompt) -> list[ImageReference]:
     return [image for message in messages for image in message.images]
 
 
-def _with_frames(item: T, data: DataConfig, files: ImageFiles) -> T:
+def _with_frames(item: T, files: ImageFiles) -> T:
     """An item whose videos are replaced by their frames."""
-    times = (lambda video: files.times(video, data.video_frames)) if data.video_timestamps else None
 
     def divided(message: Message) -> Message:
-        text, images = with_frames(message.content, message.images, data.video_frames, times)
+        text, images = files.with_frames(message.content, message.images)
         return dataclasses.replace(message, content=text, images=images)
 
     field = "prompt" if isinstance(item, Ranking) else "messages"

@@ -1,6 +1,5 @@
 """Prompts with images for a trained model: a user's message for a chat model, plain text for others."""
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +9,6 @@ from gptjax.config import Config, DataConfig
 from gptjax.data.conversations import Message
 from gptjax.data.images.image_files import ImageFiles
 from gptjax.data.images.image_references import IMAGE, ImageReference
-from gptjax.data.images.videos import with_frames
 from gptjax.data.templates import EncodedConversation, chat_format, check_images
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.stages import registry
@@ -29,8 +27,9 @@ class ImagePrompts:
 
     def __init__(self, config: Config, tokenizer: Tokenizer, frames: int | None = None) -> None:
         self._vision, self._tokenizer = config.model.vision, tokenizer
-        self._files = ImageFiles(self._vision, DataConfig())
-        self._data = config.data if frames is None else dataclasses.replace(config.data, video_frames=frames)
+        count = config.data.video_frames if frames is None else frames
+        data = DataConfig(video_frames=count, video_timestamps=config.data.video_timestamps)
+        self._files = ImageFiles(self._vision, data)
         chats = registry.definition(config).chats
         self._format = chat_format(config.chat, tokenizer, self._vision) if chats else None
         self.end_tokens: tuple[int, ...] = () if self._format is None else self._format.end_tokens
@@ -44,9 +43,7 @@ class ImagePrompts:
         if IMAGE not in prompt and images:
             prompt = IMAGE * len(images) + f"\n{prompt}"
         if self._vision.encoder != "none":
-            count = self._data.video_frames
-            times = (lambda video: self._files.times(video, count)) if self._data.video_timestamps else None
-            prompt, images = with_frames(prompt, images, count, times)
+            prompt, images = self._files.with_frames(prompt, images)
         message = Message("user", prompt, images=tuple(images))
         if self._format is not None:
             return self._format.encode_prompt_with_images([message], place=place)
@@ -69,4 +66,4 @@ class ImagePrompts:
 
     def read(self, images: Sequence[ImageReference]) -> list[npt.NDArray[np.uint8]]:
         """Decodes images as the model reads them; raises UserError if that is not possible."""
-        return [image_X for image in images if (image_X := self._files.read(image)) is not None]
+        return self._files.read_all(images)

@@ -11,6 +11,7 @@ import re
 import threading
 import urllib.parse
 import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,17 @@ class ImageFiles:
         generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
         dx, dy = generator.integers(-most, most, size=2, endpoint=True).tolist()
         return shifted(image_X, self.vision.image_size, dx, dy)
+
+    def read_all(self, images: Iterable[ImageReference]) -> list[npt.NDArray[np.uint8]]:
+        """Decodes images, as `read` does, where data.on_corrupt=error: none is skipped."""
+        assert self._data.on_corrupt == "error", "the places of images that are skipped would be lost"
+        return [image_X for image in images if (image_X := self.read(image)) is not None]
+
+    def with_frames(self, text: str, images: Sequence[ImageReference]) -> tuple[str, tuple[ImageReference, ...]]:
+        """Replaces videos by their frames, as `videos.with_frames` does by data.video_frames and video_timestamps."""
+        count = self._data.video_frames
+        times = (lambda video: self.times(video, count)) if self._data.video_timestamps else None
+        return videos.with_frames(text, images, count, times)
 
     def fingerprint(self, image: ImageReference) -> str:
         """A hash of the file of an image, or the source where it is no file; raises UserError if it does not exist."""

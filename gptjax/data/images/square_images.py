@@ -1,6 +1,7 @@
 """Conversion of an image to the square that a vision encoder reads, exactly as CLIP's and SigLIP's processors do."""
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,6 +56,17 @@ def _cropped(image: "Image", size: int) -> "Image":
     image = image.resize((width, height), images.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+def padded(
+    images: Sequence[Sequence[npt.NDArray[np.uint8]]], count: int, vision: VisionConfig
+) -> npt.NDArray[np.uint8]:
+    """The images of several rows as one array, uint8 (rows, count, X); zeros follow those of a row."""
+    images_BNX = np.zeros((len(images), count, vision.values_per_image), np.uint8)
+    for row_NX, row in zip(images_BNX, images, strict=True):
+        for number, image_X in enumerate(row):
+            row_NX[number] = image_X
+    return images_BNX
 
 
 def shifted(image_X: npt.NDArray[np.uint8], size: int, dx: int, dy: int) -> npt.NDArray[np.uint8]:

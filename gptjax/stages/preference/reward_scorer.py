@@ -15,6 +15,7 @@ from gptjax.config import DataConfig
 from gptjax.data.chat_batches import lay_out
 from gptjax.data.conversations import Message, Prompt
 from gptjax.data.images.image_files import ImageFiles
+from gptjax.data.images.square_images import padded
 from gptjax.data.templates import ChatFormat, EncodedConversation, TooLongError, chat_format, with_completion
 from gptjax.inference.engine import bucket, power_of_two
 from gptjax.parallel.mesh import batch_shards, constrain, use_mesh
@@ -101,13 +102,8 @@ class RewardScorer:
     def _images_of(self, encoded: Sequence[EncodedConversation], rows: int, count: int) -> npt.NDArray[np.uint8]:
         """The images of elements of one row, uint8 (rows, 1, count, X); those after `encoded` repeat it."""
         assert self._images is not None, "the format refuses images for a model that reads none"
-        images_NX = np.zeros((rows, 1, count, self._images.vision.values_per_image), np.uint8)
-        for row in range(rows):
-            for number, reference in enumerate(encoded[row % len(encoded)].images):
-                image_X = self._images.read(reference)
-                assert image_X is not None, "damaged images are not skipped where completions are scored"
-                images_NX[row, 0, number] = image_X
-        return images_NX
+        read = [self._images.read_all(sequence.images) for sequence in encoded]
+        return padded([read[row % len(read)] for row in range(rows)], count, self._images.vision)[:, None]
 
 
 @partial(jax.jit, static_argnums=0)

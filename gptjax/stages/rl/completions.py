@@ -17,6 +17,7 @@ from gptjax.data.chat_batches import lay_out
 from gptjax.data.conversations import Prompt
 from gptjax.data.images.image_files import ImageFiles
 from gptjax.data.images.image_references import ImageReference
+from gptjax.data.images.square_images import padded
 from gptjax.data.templates import ChatFormat, EncodedConversation, with_completion
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.distributed import preemption, processes
@@ -146,14 +147,8 @@ class CompletionSampler:
         """
         if self._images is None or self._images_per_prompt == 0:
             return {}
-        size = self._images.vision.values_per_image
-        images_PNX = np.zeros((len(prompts), self._images_per_prompt, size), np.uint8)
-        for of_prompt_NX, prompt in zip(images_PNX, prompts, strict=True):
-            for number, reference in enumerate(prompt.images):
-                image_X = self._images.read(reference)
-                assert image_X is not None, "the check of the config refuses data.on_corrupt=skip"
-                of_prompt_NX[number] = image_X
-        return {"images": images_PNX}
+        read = [self._images.read_all(prompt.images) for prompt in prompts]
+        return {"images": padded(read, self._images_per_prompt, self._images.vision)}
 
     def sample(self, params: Any, prompts: Sequence[EncodedPrompt], group: int, seeds: Sequence[int]) -> Completions:
         """Samples `group` completions of each prompt.

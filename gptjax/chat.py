@@ -8,8 +8,8 @@ python -m gptjax.chat --workdir=runs/gpt_oss --template=harmony
 
 A line is a message. Ctrl-C stops a completion, which is then not part of the conversation; Ctrl-D quits. Commands:
 /system TEXT sets the system message (without TEXT: removes it), /reset deletes the turns, /regen regenerates the last
-completion, /image PATH adds an image to the next message, /save FILE appends the conversation to a file that stage
-"sft" can train on, /tool RESULT answers a call, /help, /quit.
+completion, /image PATH and /video PATH add an image or a video to the next message, /save FILE appends the conversation
+to a file that stage "sft" can train on, /tool RESULT answers a call, /help, /quit.
 
 A model of chat.template=harmony may reason before it answers, which --analysis=show shows, and call the functions of
 --tools=FILE, a JSON list in the form of OpenAI's API. A call is printed, and /tool RESULT gives its result.
@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from gptjax import cli, files
-from gptjax.config import DataConfig, UserError, read_config
+from gptjax.config import Config, DataConfig, UserError, read_config
 from gptjax.data import text_files
 from gptjax.files import expand
 from gptjax.inference import retrieval
@@ -39,6 +39,7 @@ from gptjax.parallel import program_cache
 
 if TYPE_CHECKING:
     from gptjax.data.conversations import RequestOptions
+    from gptjax.data.images.image_files import ImageFiles
     from gptjax.inference.chatting import ChatSession
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of a chat stage, such as sft.")
@@ -65,7 +66,7 @@ CHECKPOINT = cli.CheckpointFlags()
 MESH = flags.DEFINE_string("mesh", "", "Devices by axis, such as fsdp=2,tensor=4; data takes what is left.")
 CACHE_DIR = cli.define_cache_dir()
 
-HELP = "/system TEXT, /image PATH, /reset, /regen, /save FILE, /tool RESULT, /help, /quit"
+HELP = "/system TEXT, /image PATH, /video PATH, /reset, /regen, /save FILE, /tool RESULT, /help, /quit"
 
 
 def main() -> None:
@@ -123,7 +124,6 @@ def main() -> None:
 
 def open_session() -> "ChatSession":
     """Creates the chat session from the flags."""
-    from gptjax.data.images.image_files import ImageFiles
     from gptjax.data.templates import chat_format  # after the checks: these take seconds to import
     from gptjax.inference.chatting import ChatSession
     from gptjax.inference.engine import Engine
@@ -158,9 +158,17 @@ def open_session() -> "ChatSession":
         seed=SEED.value,
         documents=documents,
         options=options,
-        images=ImageFiles(trained.config.model.vision, DataConfig()) if trained.config.model.reads_images else None,
+        images=image_files(trained.config),
         analysis="dim" if ANALYSIS.value == "show" and sys.stdout.isatty() else ANALYSIS.value,
     )
+
+
+def image_files(config: Config) -> "ImageFiles | None":
+    """Reads the images and videos of messages as the model does; None: it reads text alone."""
+    from gptjax.data.images.image_files import ImageFiles
+
+    data = DataConfig(video_frames=config.data.video_frames, video_timestamps=config.data.video_timestamps)
+    return ImageFiles(config.model.vision, data) if config.model.reads_images else None
 
 
 def read_options() -> "RequestOptions | None":
@@ -183,10 +191,10 @@ def take(session: "ChatSession", line: str) -> None:
 
     if command == "/system":
         session.system = argument or None
-    elif command == "/image":
+    elif command in ("/image", "/video"):
         if not argument:
-            raise UserError("/image needs the PATH of an image")
-        session.attach(argument)
+            raise UserError(f"{command} needs the PATH of {'an image' if command == '/image' else 'a video'}")
+        session.attach(argument, is_video=command == "/video")
     elif command == "/reset":
         session.reset()
     elif command == "/save":

@@ -9,6 +9,8 @@ import pytest
 
 from gptjax import config as c
 from gptjax.config import UserError
+from gptjax.data.conversations import read_conversations
+from gptjax.data.images.image_references import WHOLE_VIDEO
 from gptjax.parallel.mesh import make_mesh
 from gptjax.run import run
 from gptjax.stages.builders import build
@@ -101,6 +103,22 @@ def test_generate_and_evaluate_read_videos(workdir, tmp_path):
     source = f"--source=jsonl:{tmp_path}/vqa.jsonl"
     asked = run_command("gptjax.evaluate", f"--workdir={workdir}", "--tasks=vqa", source)
     assert asked.returncode == 0, asked.stderr
+
+
+@pytest.mark.slow
+def test_chat_reads_videos_as_their_frames(workdir, tmp_path):
+    film = write_video(tmp_path / "a.mkv", (10, 200))
+    said = ["/video gone.mkv", f"/video {film}", "q1", f"/save {tmp_path / 'said.jsonl'}"]
+    failed = run_command("gptjax.chat", f"--workdir={workdir}", stdin=said[0])
+    assert failed.returncode == 2
+    assert "gone.mkv" in failed.stderr
+    result = run_command("gptjax.chat", f"--workdir={workdir}", "--temperature=0", stdin="\n".join(said[1:]) + "\n")
+    if result.returncode == 0:  # random weights may write an empty completion, which is not saved
+        (conversation,) = read_conversations(f"jsonl:{tmp_path / 'said.jsonl'}")
+        assert conversation.messages[0].content == "<image>\nq1"
+        assert [(named.source, named.frame) for named in conversation.messages[0].images] == [(str(film), WHOLE_VIDEO)]
+    else:
+        assert "a completion is empty" in result.stderr
 
 
 def write_frame(directory: Path, value: int) -> Path:

@@ -19,6 +19,7 @@ from gptjax.data.conversation_forms import (
     parse_content,
     parse_message,
 )
+from gptjax.data.images.image_references import written_parts
 
 CONSTRAIN = "<|constrain|>"  # begins a content type that constrains sampling, such as <|constrain|>json
 REASONING_EFFORTS = ("low", "medium", "high")
@@ -105,13 +106,17 @@ def written(messages: Sequence[Message]) -> dict[str, Any]:
     """Returns a JSON object that `parse_record` reads as these messages."""
     record: dict[str, Any] = {}
     turns = []
+    has_videos = any(image.frame is not None for message in messages for image in message.images)
     for message in messages:
         fields = {name: value for name, value in vars(message).items() if value is not None}
         options = fields.pop("options", None)
         if options is not None:
             record |= {name: value for name, value in vars(options).items() if value}
             record |= {name: json.loads(record[name]) for name in ("tools", "response_format") if name in record}
-        if images := fields.pop("images"):
+        images = fields.pop("images")
+        if images and has_videos:
+            fields["content"] = written_parts(message.content, images)
+        elif images:
             record["images"] = [*record.get("images", []), *(image.source for image in images)]
         if message.role != "system" or message.content:
             turns.append(fields)

@@ -15,7 +15,7 @@ from gptjax.data.compression import compression
 from gptjax.data.conversations import Message, RequestOptions
 from gptjax.data.harmony import HarmonyFormat, final_text
 from gptjax.data.images.image_files import ImageFiles
-from gptjax.data.images.image_references import IMAGE, ImageReference
+from gptjax.data.images.image_references import IMAGE, WHOLE_VIDEO, ImageReference
 from gptjax.data.templates import ChatFormat, TooLongError
 from gptjax.data.text_files import Utf8, opened_text
 from gptjax.files import followed, write_whole
@@ -93,20 +93,22 @@ class ChatSession:
         self._attached.clear()
         return reply
 
-    def attach(self, source: str) -> None:
+    def attach(self, source: str, is_video: bool = False) -> None:
         """Adds an image to the next message, which has it where its text says `<image>`, or else before the text.
 
         Args:
           source: path, data: URL, or digits:NUMBER.
+          is_video: it is a video, which the model reads as data.video_frames images.
 
         Raises:
-          UserError: the model reads no images, or the image cannot be read.
+          UserError: the model reads no images, or the image or video cannot be read.
         """
         if self._images is None:
             raise UserError("this model reads text alone: train one with model.vision.encoder")
-        reference = ImageReference(source if ":" in source else os.path.abspath(os.path.expanduser(source)))
+        path = source if ":" in source else os.path.abspath(os.path.expanduser(source))
+        reference = ImageReference(path, frame=WHOLE_VIDEO if is_video else None)
         self._images.check([reference])
-        self._images.read(reference)
+        self._images.read_all(self._images.with_frames(IMAGE, [reference])[1])
         self._attached.append(reference)
 
     def regenerate(self, on_text: Callable[[str], None] = lambda _: None) -> str:
@@ -180,6 +182,8 @@ class ChatSession:
         sources = self._passages(asked[last], room)
         question = dataclasses.replace(asked[last], content=with_passages(asked[last].content, sources))
         turns = self._all([*asked[:last], question, *asked[last + 1 :]])
+        if self._images is not None:
+            turns = [self._images.divided(turn) for turn in turns]
         encoded = self._format.encode_prompt_with_images(turns, room)
         prompt = encoded.tokens
         if isinstance(self._format, HarmonyFormat):

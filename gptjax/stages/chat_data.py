@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from gptjax.config import Config, DataConfig, UserError, naming
 from gptjax.data import conversations
 from gptjax.data.chat_batches import PackedConversations, PackedRankings
-from gptjax.data.conversations import Conversation, Message, Prompt, Ranking
+from gptjax.data.conversations import Conversation, Prompt, Ranking
 from gptjax.data.images.image_files import ImageFiles
 from gptjax.data.images.image_references import IMAGE, ImageReference
 from gptjax.data.pipeline import PackedExamples, open_corpus
@@ -137,13 +137,8 @@ def _images(item: Conversation | Ranking | Prompt) -> list[ImageReference]:
 
 def _with_frames(item: T, files: ImageFiles) -> T:
     """An item whose videos are replaced by their frames."""
-
-    def divided(message: Message) -> Message:
-        text, images = files.with_frames(message.content, message.images)
-        return dataclasses.replace(message, content=text, images=images)
-
     field = "prompt" if isinstance(item, Ranking) else "messages"
-    changed: dict[str, Any] = {field: tuple(map(divided, getattr(item, field)))}
+    changed: dict[str, Any] = {field: tuple(map(files.divided, getattr(item, field)))}
     return dataclasses.replace(item, **changed)
 
 

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from absl import logging
 
 from gptjax.config import DataConfig, UserError, VisionConfig
+from gptjax.data.conversation_forms import Message
 from gptjax.data.images import dataset_images, digits, tar_shards, videos
 from gptjax.data.images.image_references import ImageReference
 from gptjax.data.images.square_images import MAX_PIXELS, largest_shift, shifted, square
@@ -63,7 +64,8 @@ class ImageFiles:
         """Decodes an image; returns uint8 (X,) as `square` does. None: it is damaged, and data.on_corrupt=skip.
 
         Args:
-          seed: of the random shift by data.image_shift; None: the image is not shifted.
+          seed: of the random shift by data.image_shift, ending in the number of the image in its row; the frames of a
+            video are shifted together, as the first of them. None: the image is not shifted.
 
         Raises:
           UserError: the image does not exist, is damaged or too large, or is of none of FORMATS.
@@ -80,7 +82,9 @@ class ImageFiles:
             return None
         if seed is None or most == 0:
             return image_X
-        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
+        *others, number = seed
+        first = number if image.frame is None else number - image.frame[0]
+        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([*others, first])))
         dx, dy = generator.integers(-most, most, size=2, endpoint=True).tolist()
         return shifted(image_X, self.vision.image_size, dx, dy)
 
@@ -94,6 +98,11 @@ class ImageFiles:
         count = self._data.video_frames
         times = (lambda video: self.times(video, count)) if self._data.video_timestamps else None
         return videos.with_frames(text, images, count, times)
+
+    def divided(self, message: Message) -> Message:
+        """A message whose videos are replaced by their frames."""
+        text, images = self.with_frames(message.content, message.images)
+        return dataclasses.replace(message, content=text, images=images)
 
     def fingerprint(self, image: ImageReference) -> str:
         """A hash of the file of an image, or the source where it is no file; raises UserError if it does not exist."""

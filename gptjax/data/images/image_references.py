@@ -67,6 +67,16 @@ def parse_parts(value: Any, place: str) -> tuple[Any, tuple[ImageReference, ...]
     return "".join(texts), tuple(images)
 
 
+def written_parts(text: str, images: Sequence[ImageReference]) -> list[dict[str, str]]:
+    """Content parts that `parse_parts` reads as this text and these images and whole videos."""
+    first, *others = text.split(IMAGE)
+    parts = [{"type": "text", "text": first}]
+    for image, other in zip(images, others, strict=True):
+        kind = "image" if image.frame is None else "video"
+        parts += [{"type": kind, kind: image.source}, {"type": "text", "text": other}]
+    return [part for part in parts if part.get("text") != ""]
+
+
 def _image_of(part: Mapping[str, Any], place: str) -> ImageReference:
     kind, is_video = part["type"], part["type"] in _VIDEO_PARTS
     names = _VIDEO_PARTS if is_video else ("image_url", "image")

@@ -123,6 +123,15 @@ def test_a_video_is_decoded_once_for_all_its_frames(tmp_path, monkeypatch):
     assert len(calls) == 1
 
 
+def test_the_frames_of_a_video_are_shifted_together(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (6, 8, 3))
+    path = write_video(tmp_path / "a.mkv", [noise] * 6)
+    files = ImageFiles(VISION, c.DataConfig(image_shift=0.5))
+    frames = [ImageReference(str(path), "", (number, 6)) for number in range(6)]
+    (shifted,) = {files.read(frame, (0, 2 + number)).tobytes() for number, frame in enumerate(frames)}
+    assert shifted != files.read(frames[0]).tobytes()
+
+
 def test_a_video_is_turned_as_its_metadata_say(tmp_path):
     """A phone writes an upright video lying on its side, with a matrix in the header of its track."""
     left = np.zeros((32, 64, 3), np.uint8)

@@ -34,20 +34,22 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     if args["init_from"]:
         given = c.read_config(expand(args["init_from"]))
         model = c.replace(given, {"model": NO_DROPOUT | {"param_dtype": "float32"}}).model
-        chat = given.chat
+        chat = chat_of(given, args["stage"])
     elif args["runlocal"]:
         model = c.GPTConfig(context_length=128, num_layers=3, embed_dim=128, num_heads=4, dtype="float32")
+        chat = LOCAL_FORMAT
     if not model.reads_images:
         vision = LOCAL_VISION if args["runlocal"] else c.VisionConfig()
         model = dataclasses.replace(model, vision=with_encoder(vision, args["encoder"]))
     packaged = not args["data"]
+    form = ":captions" if args["stage"] == "align" else ""
     config = c.Config(
         stage="sft",
         init_from=args["init_from"] or None,
         model=model,
         data=c.DataConfig(
-            source="digits:train" if packaged else args["data"],
-            validation_source="digits:test" if packaged else args["validation"] or None,
+            source=f"digits:train{form}" if packaged else args["data"],
+            validation_source=f"digits:test{form}" if packaged else args["validation"] or None,
             tokenizer="gpt2",
             image_shift=0.125 if packaged else 0.0,  # one pixel
         ),
@@ -70,17 +72,28 @@ LOCAL_VISION = c.VisionConfig(
 
 
 # Few tokens around the messages: most of the time goes into tokens.
-LOCAL_FORMAT = {
-    "template": "custom",
-    "system_format": "{content}",
-    "user_format": "<|user|>{content}",
-    "assistant_format": "<|assistant|>{content}<|end|>",
-}
+LOCAL_FORMAT = c.ChatConfig(
+    template="custom",
+    system_format="{content}",
+    user_format="<|user|>{content}",
+    assistant_format="<|assistant|>{content}<|end|>",
+)
+# Those of a text model that knows no chat format, without further tokens. In align, a caption follows upon its image,
+# as in LLaVA: what a frozen model writes behind a token of text depends less on the images before it.
+CAPTION_FORMAT = dataclasses.replace(LOCAL_FORMAT, user_format="{content}", assistant_format="{content}<|endoftext|>")
+ANSWER_FORMAT = dataclasses.replace(CAPTION_FORMAT, user_format="{content}\n")
 
 
 def with_encoder(vision: c.VisionConfig, encoder: str) -> c.VisionConfig:
     """The settings of images with another encoder; those that it does not read keep their values."""
     return dataclasses.replace(vision, encoder=encoder)
+
+
+def chat_of(given: c.Config, stage: str) -> c.ChatConfig:
+    """The chat format of the run to start from, or one for a text model that knows none."""
+    if stage == "align" and given.stage == "pretrain" and not given.model.reads_images:
+        return CAPTION_FORMAT
+    return ANSWER_FORMAT if stage == "instruct" and given.chat == CAPTION_FORMAT else given.chat
 
 
 def scratch(config: c.Config) -> c.Config:
@@ -124,7 +137,6 @@ def runlocal(config: c.Config) -> c.Config:
             "optimizer": {"peak_lr": 1.5e-3, "beta2": 0.99, "warmup_fraction": 0.05},
             "evaluation": {"every_epochs": 8.0},
             "checkpoint": {"every_epochs": 8.0},
-            "chat": {} if config.init_from else LOCAL_FORMAT,
         },
     )
 

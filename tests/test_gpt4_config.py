@@ -7,6 +7,8 @@ import pytest
 
 from gptjax import config as c
 from gptjax.config import UserError
+from gptjax.data.templates import chat_format
+from gptjax.data.tokenizers import BytesTokenizer
 from gptjax.stages import registry
 from tests.tiny_images import VISION
 from tests.tiny_tasks import MODEL, config_module, save_pretrained
@@ -54,3 +56,27 @@ def test_the_steps_of_llava_train_their_parts(module, pretrained, tmp_path):
     assert any(re.fullmatch(pattern, "layers/block_0/mlp/up/kernel") for pattern in patterns)
     assert any(re.fullmatch(pattern, "vision/projector_1/kernel") for pattern in patterns)
     assert not any(re.fullmatch(pattern, "vision/encoder/block_0/mlp/up/kernel") for pattern in patterns)
+
+
+def test_a_text_model_gets_a_format_of_its_own_tokens(module, pretrained, tmp_path):
+    """A caption follows upon its image, and questions are answered in the vocabulary of the text model."""
+    align = resolved(module, f"stage=align,init_from={pretrained},runlocal")
+    assert (align.data.source, align.data.validation_source) == ("digits:train:captions", "digits:test:captions")
+    tokenizer = BytesTokenizer()
+    assert chat_format(align.chat, tokenizer, align.model.vision).special_tokens == {"<image>": tokenizer.vocab_size}
+    assert (align.chat.user_format, align.chat.assistant_format) == ("{content}", "{content}<|endoftext|>")
+    (tmp_path / "align").mkdir()
+    (tmp_path / "align/config.json").write_text(c.to_json(align))
+    instruct = resolved(module, f"stage=instruct,init_from={tmp_path / 'align'},runlocal")
+    assert (instruct.data.source, instruct.chat.user_format) == ("digits:train", "{content}\n")
+    chat = c.replace(align, {"chat": {"user_format": "Q: {content}"}})
+    (tmp_path / "align/config.json").write_text(c.to_json(chat))
+    for stage in ("align", "instruct"):  # a chat model keeps its format
+        assert resolved(module, f"stage={stage},init_from={tmp_path / 'align'},runlocal").chat == chat.chat
+
+
+def test_special_tokens_may_not_take_the_place_of_the_image_token():
+    tokenizer = BytesTokenizer()
+    vision = dataclasses.replace(VISION, image_token=tokenizer.vocab_size)
+    with pytest.raises(UserError, match=r"<\|im_start\|>, <\|im_end\|>, would take the place of the image token"):
+        chat_format(c.ChatConfig(template="chatml"), tokenizer, vision)

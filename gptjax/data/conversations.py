@@ -46,7 +46,7 @@ _TABLES = ("jsonl", "csv", "tsv", "parquet", "webdataset", "arrow", "hf", "tfds"
 _FORMS = (
     "jsonl:GLOB, csv:GLOB, tsv:GLOB, parquet:GLOB, webdataset:GLOB, arrow:DIR[@SPLIT], "
     "hf:OWNER/NAME[@CONFIG:SPLIT][?revision=COMMIT], tfds:NAME[@SPLIT], "
-    "chatterbot[:LANGUAGE+LANGUAGE], digits:train[:text], digits:test[:text]"
+    "chatterbot[:LANGUAGE+LANGUAGE], digits:train[:text|:captions], digits:test[:text|:captions]"
 )
 _PACKAGED = ("chatterbot", "digits")
 
@@ -146,7 +146,7 @@ def read_conversations(
         chatterbot[:LANGUAGE+LANGUAGE] — dialogues of the PyPI package chatterbot-corpus, without duplicates; English by
           default;
         digits:train, digits:test — scikit-learn's digits: questions about one image, and about two; with :text behind
-          it, without the images.
+          it, without the images; with :captions, images with their digit behind, without questions.
       invalid_utf8: "replace" replaces bytes that are not UTF-8 by U+FFFD, and warns; "error" raises.
       harmony: reads reasoning, channels, tools and their calls, as `harmony_forms.parse_record` does; otherwise records
         that have them are refused.

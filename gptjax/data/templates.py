@@ -114,7 +114,8 @@ class ChatFormat:
       end_tokens: ids of all tokens that end a completion, `end_of_turn` first.
 
     Raises:
-      UserError: the template has <|endoftext|>, but the tokenizer has no such token.
+      UserError: the template has <|endoftext|>, but the tokenizer has no such token; or a special token would have the
+        id of the image token of a run before.
     """
 
     def __init__(self, template: Template, tokenizer: Tokenizer, vision: VisionConfig = TEXT_ALONE) -> None:
@@ -132,6 +133,11 @@ class ChatFormat:
             self.image_token = vision.image_token
             if self.image_token is None:
                 self.image_token = tokenizer.vocab_size + len(self.special_tokens)
+            if self.image_token in self.special_tokens.values():
+                raise UserError(
+                    f"the tokens of the chat template, {', '.join(self.special_tokens)}, would take the place of the "
+                    "image token of init_from: keep the template of that run, or choose one without special tokens"
+                )
             if self.image_token >= tokenizer.vocab_size:
                 self.special_tokens[IMAGE] = self.image_token
         self.vocab_size = max(tokenizer.vocab_size, *(token + 1 for token in self.special_tokens.values()), 0)

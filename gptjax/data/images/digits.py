@@ -10,7 +10,7 @@ from gptjax.config import UserError
 from gptjax.data.conversation_forms import Message
 from gptjax.data.images.image_references import IMAGE, ImageReference
 
-SPLITS = ("train", "test")
+SPLITS, FORMS = ("train", "test"), ("text", "captions")
 HELD_OUT = 360  # images of the test split, chosen at random: in their order, the digits repeat
 PAIRS = 2  # questions about an image and a random other one, for each question about one image
 READ = f"{IMAGE}\nWhich digit?"
@@ -18,30 +18,36 @@ COMPARE = f"{IMAGE}{IMAGE}\nWhich is larger?"
 _SEED = 0  # of the splits and pairs: the same in every run
 
 
-def parse(spec: str) -> tuple[str, bool]:
-    """The split of a source such as "digits:train", and whether it has no images, as in "digits:train:text".
+def parse(spec: str) -> tuple[str, str]:
+    """The split and form of a source: train and captions of "digits:train:captions", train and "" of "digits:train".
 
     Raises:
       UserError: it is no such source.
     """
     split, _, form = spec.partition(":")[2].partition(":")
-    if split not in SPLITS or form not in ("", "text"):
-        raise UserError(f"{spec} needs a split: digits:train or digits:test, with :text behind it without the images")
-    return split, form == "text"
+    if split not in SPLITS or form not in ("", *FORMS):
+        raise UserError(
+            f"{spec} is not digits:train or digits:test, nor one of them with :text (without the images) or :captions "
+            "(images without questions)"
+        )
+    return split, form
 
 
 def conversations(spec: str) -> Iterator[tuple[tuple[Message, ...], str]]:
     """Yields (messages, place): the digit of each image of the split, and which of two images has the larger digit.
 
     No pair has two equal digits, nor an image of the other split. Without the images, the questions cannot be answered
-    but by chance: a baseline.
+    but by chance: a baseline. As captions, the digit follows upon its image, and there are no pairs.
     """
-    (split, is_text), (_, labels) = parse(spec), _digits()
-    exchange = _without_images if is_text else _exchange
+    (split, form), (_, labels) = parse(spec), _digits()
+    exchange = _without_images if form == "text" else _exchange
     order = _generator(len(SPLITS)).permutation(len(labels)).tolist()
     numbers = sorted(order[:HELD_OUT] if split == "test" else order[HELD_OUT:])
     generator = _generator(SPLITS.index(split))
     for number in numbers:
+        if form == "captions":
+            yield _exchange(IMAGE, str(labels[number]), number)
+            continue
         yield exchange(READ, str(labels[number]), number)
         for _ in range(PAIRS):
             other = number

@@ -179,6 +179,10 @@ def test_digits_are_conversations_without_images_of_the_other_split():
         ("Which digit?", ()),
         ("Which is larger?", ()),
     }
+    captions = read_conversations("digits:test:captions")
+    assert [[message.content for message in item.messages] for item in captions] == [
+        ["<image>", item.messages[1].content] for item in test if len(item.messages[0].images) == 1
+    ]
     for spec in ("digits", "digits:all", "digits:test:images"):
         with pytest.raises(UserError, match="digits:train or digits:test"):
             read_conversations(spec)

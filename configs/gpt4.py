@@ -62,7 +62,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         checkpoint=c.CheckpointConfig(every_epochs=0.25),
     )
     config = stage(config)
-    return c.config_dict(runlocal(config) if args["runlocal"] else config)
+    return c.config_dict(runlocal(config, args["stage"]) if args["runlocal"] else config)
 
 
 # A vision transformer for the 8 x 8 pixels of scikit-learn's digits; a choice.
@@ -125,18 +125,19 @@ def instruct(config: c.Config) -> c.Config:
     )
 
 
-def runlocal(config: c.Config) -> c.Config:
+def runlocal(config: c.Config, stage: str) -> c.Config:
     """The same for a small model on a laptop; learning rates and lengths of training are choices."""
+    epochs = 12.0 if stage == "instruct" else 48.0  # align has taught the encoder, and its captions are short
     return c.replace(
         config,
         {
             "data": {"tokenizer": "bpe:400"},
             # Larger than for wide models: 1 / sqrt(width) is 0.09.
             "model": {"kernel_init_std": 0.06},
-            "batch": _batch(config, 8, epochs=48.0),
-            "optimizer": {"peak_lr": 1.5e-3, "beta2": 0.99, "warmup_fraction": 0.05},
-            "evaluation": {"every_epochs": 8.0},
-            "checkpoint": {"every_epochs": 8.0},
+            "batch": _batch(config, 8, epochs),
+            "optimizer": {"peak_lr": 3e-3 if stage == "align" else 1.5e-3, "beta2": 0.99, "warmup_fraction": 0.05},
+            "evaluation": {"every_epochs": epochs / 6},
+            "checkpoint": {"every_epochs": epochs / 6},
         },
     )
 

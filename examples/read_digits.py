@@ -1,10 +1,13 @@
 """Trains a small model from scratch to read images, and shows its answers: scikit-learn's digits as a conversation.
 
     python examples/read_digits.py --workdir=runs/digits
+    python examples/read_digits.py --workdir=runs/digits_demo --init_from=runs/demo
 
 The model is asked which digit an image shows, and which of two digits is larger. A model that is given the questions
 without the images is the baseline: it can only guess. Prints the shares of correct answers on images that neither was
 trained on, and draws some of them with their answers in WORKDIR/answers.png. Running it again resumes.
+
+With --init_from, a text model learns it in LLaVA's two steps: align, with the text model frozen, and instruct.
 """
 
 import json
@@ -20,7 +23,8 @@ from gptjax.config import Config, VisionConfig, load_config, replace
 from gptjax.data.images import digits
 from gptjax.evaluation.run_tasks import Options, evaluate
 
-WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "Folder of the two runs and of the figure.")
+WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "Folder of the runs and of the figure.")
+INIT_FROM = flags.DEFINE_string("init_from", None, "Workdir of a text model to start from; default: random weights.")
 EPOCHS = flags.DEFINE_float("epochs", None, "Epochs of training; default: those of configs/gpt4.py.", lower_bound=0.0)
 QUESTIONS = flags.DEFINE_integer("questions", None, "Held-out questions to ask; default: all.", lower_bound=1)
 CONFIG = Path(__file__).parents[1] / "configs" / "gpt4.py"
@@ -30,9 +34,8 @@ SHOWN = 16
 
 def main() -> None:
     root = Path(str(WORKDIR.value)).expanduser()
-    config = load_config(f"{CONFIG}:runlocal", {} if EPOCHS.value is None else {"batch.epochs": EPOCHS.value})
-    reading = answers(config, root / "images", "digits:test")
-    guessing = answers(without_images(config), root / "text", "digits:test:text")
+    reading = answers(local_config(reader(root)), root / "images", "digits:test")
+    guessing = answers(without_images(local_config("")), root / "text", "digits:test:text")
     print(f"{'held-out questions':<24} {'with images':>12} {'text alone':>12}")
     for name, question in (("which digit?", digits.READ), ("which is larger?", digits.COMPARE)):
         text = question.replace(digits.IMAGE, "").strip()
@@ -40,6 +43,19 @@ def main() -> None:
         print(f"{name:<24} {shares[0]:12.1%} {shares[1]:12.1%}")
     draw(reading, root / "answers.png")
     print(f"examples with answers: {root / 'answers.png'}")
+
+
+def reader(root: Path) -> str:
+    """The arguments of configs/gpt4.py for the model that reads images; aligns the text model of --init_from first."""
+    if INIT_FROM.value is None:
+        return ""
+    train(local_config(f"stage=align,init_from={INIT_FROM.value}"), root / "align")
+    return f"stage=instruct,init_from={root / 'align'}"
+
+
+def local_config(arguments: str) -> Config:
+    changes = {} if EPOCHS.value is None else {"batch.epochs": EPOCHS.value}
+    return load_config(f"{CONFIG}:runlocal,{arguments}", changes)
 
 
 def without_images(config: Config) -> Config:

@@ -1,5 +1,6 @@
 """The examples: arithmetic against values computed by hand, data, and requirements on models."""
 
+import dataclasses
 import datetime
 import json
 import math
@@ -23,6 +24,7 @@ from gptjax.parallel.mesh import make_mesh
 from gptjax.stages.finetune.task_model import TASK_FILE, TaskModel, completed
 from tests.commands import run_command
 from tests.tiny_runs import tiny_config
+from tests.tiny_tasks import MODEL, save_pretrained
 
 LABELS = ("negative", "neutral", "positive")
 
@@ -357,9 +359,15 @@ def test_minimal_training_has_the_losses_of_a_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_reading_digits_trains_asks_and_draws(tmp_path):
-    flags = (f"--workdir={tmp_path}", "--epochs=0.01", "--questions=6")
+@pytest.mark.parametrize("steps", [(), ("align",)])
+def test_reading_digits_trains_asks_and_draws(steps, tmp_path):
+    """From random weights, and from a text model in LLaVA's two steps."""
+    flags = [f"--workdir={tmp_path}", "--epochs=0.01", "--questions=6"]
+    if steps:
+        text = save_pretrained(tmp_path / "given", settings=dataclasses.replace(MODEL, context_length=128))
+        flags.append(f"--init_from={text}")
     result = run_command(Path(__file__).parents[1] / "examples" / "read_digits.py", *flags)
     assert result.returncode == 0, result.stderr
     assert "which digit?" in result.stdout
+    assert all((tmp_path / step / "checkpoints").is_dir() for step in (*steps, "images", "text"))
     assert (tmp_path / "answers.png").stat().st_size > 5000

@@ -46,6 +46,17 @@ def test_variants_cost_a_token_what_the_modern_recipe_does():
         assert flops(config, "cpu") == pytest.approx(flops(modern, "cpu"), rel=0.015), name
 
 
+def test_the_variants_at_the_size_of_the_demo():
+    """They differ from the configs' own `runlocal` in the length of training and what follows from it."""
+    for name, (file, argument, generation) in SINCE["VARIANTS"].items():
+        config = load_config(f"experiments/since_gpt2/sweep.py:variant={name},scale=demo", {})
+        own = load_config(f"configs/{file}.py:runlocal{argument}", {})
+        assert config.model == own.model, name
+        assert config.batch.tokens_per_batch == own.batch.tokens_per_batch
+        assert config.optimizer.peak_lr == SINCE["RUNLOCAL_RATES"][generation] == own.optimizer.peak_lr
+        assert config.optimizer.warmup_tokens == own.optimizer.warmup_tokens / 4
+
+
 def test_runs_of_a_sweep_by_argument_and_seed(tmp_path):
     config = load_config("experiments/since_gpt2/sweep.py", {})
     members = {f"{name}-{seed}": (name, seed) for seed in (1, 0) for name in ("b", "a")}

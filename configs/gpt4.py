@@ -4,10 +4,12 @@ LLaVA-1.5 (Liu et al. 2023, "Improved Baselines with Visual Instruction Tuning")
     python -m gptjax.main --config=configs/gpt4.py:runlocal --workdir=runs/digits
     python -m gptjax.main --config=configs/gpt4.py:stage=align,init_from=runs/demo,runlocal --workdir=runs/align
     python -m gptjax.main --config=configs/gpt4.py:stage=instruct,init_from=runs/align,runlocal --workdir=runs/instruct
+    python -m gptjax.main --config=configs/gpt4.py:stage=pretrain,runlocal --workdir=runs/documents
     python -m gptjax.main --config=configs/gpt4.py:stage=align,init_from=runs/llava,data=jsonl:captions.jsonl \
         --workdir=runs/align
 
-Arguments: stage (scratch: all weights from a random initialisation; align: the projector, and the encoder where
+Arguments: stage (scratch: all weights from a random initialisation; pretrain: the same on documents with images between
+their words, as Flamingo, Alayrac et al. 2022; align: the projector, and the encoder where
 init_from has none; instruct: the projector and the text model), data and validation (sources of
 gptjax/data/conversations.py; default: scikit-learn's digits), init_from (the workdir of a text model, or of imported
 LLaVA weights), encoder (vit or patches, for a model that has none), runlocal (for two CPU cores).
@@ -27,7 +29,9 @@ PROJECTOR = "vision/projector_.*"
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     args = c.parse_arg(arg, stage="scratch", data="", validation="", init_from="", encoder="vit", runlocal=False)
-    stage = c.choose({"scratch": scratch, "align": align, "instruct": instruct}, args["stage"], "stage")
+    stage = c.choose(
+        {"scratch": scratch, "pretrain": scratch, "align": align, "instruct": instruct}, args["stage"], "stage"
+    )
     c.choose({"vit": None, "patches": None}, args["encoder"], "encoder")
     model = c.GPTConfig(context_length=2048)
     chat = c.ChatConfig()
@@ -38,11 +42,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     elif args["runlocal"]:
         model = c.GPTConfig(context_length=128, num_layers=3, embed_dim=128, num_heads=4, dtype="float32")
         chat = LOCAL_FORMAT
+    if args["stage"] == "pretrain":
+        chat = PLAIN_TEXT
     if not model.reads_images:
         vision = LOCAL_VISION if args["runlocal"] else c.VisionConfig()
         model = dataclasses.replace(model, vision=with_encoder(vision, args["encoder"]))
     packaged = not args["data"]
-    form = ":captions" if args["stage"] == "align" else ""
+    form = {"pretrain": ":documents", "align": ":captions"}.get(args["stage"], "")
     config = c.Config(
         stage="sft",
         init_from=args["init_from"] or None,
@@ -78,10 +84,15 @@ LOCAL_FORMAT = c.ChatConfig(
     user_format="<|user|>{content}",
     assistant_format="<|assistant|>{content}<|end|>",
 )
-# Those of a text model that knows no chat format, without further tokens. In align, a caption follows upon its image,
+# Documents, and a text model that knows no chat format: no further tokens. In align, a caption follows upon its image,
 # as in LLaVA: what a frozen model writes behind a token of text depends less on the images before it.
-CAPTION_FORMAT = dataclasses.replace(LOCAL_FORMAT, user_format="{content}", assistant_format="{content}<|endoftext|>")
-ANSWER_FORMAT = dataclasses.replace(CAPTION_FORMAT, user_format="{content}\n")
+PLAIN_TEXT = c.ChatConfig(template="none")
+ANSWER_FORMAT = c.ChatConfig(
+    template="custom",
+    system_format="{content}\n",
+    user_format="{content}\n",
+    assistant_format="{content}<|endoftext|>",
+)
 
 
 def with_encoder(vision: c.VisionConfig, encoder: str) -> c.VisionConfig:
@@ -92,8 +103,8 @@ def with_encoder(vision: c.VisionConfig, encoder: str) -> c.VisionConfig:
 def chat_of(given: c.Config, stage: str) -> c.ChatConfig:
     """The chat format of the run to start from, or one for a text model that knows none."""
     if stage == "align" and given.stage == "pretrain" and not given.model.reads_images:
-        return CAPTION_FORMAT
-    return ANSWER_FORMAT if stage == "instruct" and given.chat == CAPTION_FORMAT else given.chat
+        return PLAIN_TEXT
+    return ANSWER_FORMAT if stage == "instruct" and given.chat == PLAIN_TEXT else given.chat
 
 
 def scratch(config: c.Config) -> c.Config:

@@ -34,6 +34,9 @@ def test_scratch_reads_the_packaged_digits(module):
     assert whole.model.vision == dataclasses.replace(c.VisionConfig(), encoder="vit")
     assert whole.model.vision.tokens_per_image == 576  # LLaVA-1.5's
     assert (whole.data.source, whole.data.validation_source, whole.data.image_shift) == ("jsonl:x.jsonl", None, 0.0)
+    documents = resolved(module, "stage=pretrain,runlocal")
+    assert (documents.data.source, documents.chat.template) == ("digits:train:documents", "none")
+    assert documents.model == local.model
     patches = resolved(module, "runlocal,encoder=patches")
     assert patches.model.vision.encoder == "patches"
     for wrong in ("stage=rlhf", "encoder=cnn"):
@@ -64,12 +67,12 @@ def test_a_text_model_gets_a_format_of_its_own_tokens(module, pretrained, tmp_pa
     assert (align.data.source, align.data.validation_source) == ("digits:train:captions", "digits:test:captions")
     tokenizer = BytesTokenizer()
     assert chat_format(align.chat, tokenizer, align.model.vision).special_tokens == {"<image>": tokenizer.vocab_size}
-    assert (align.chat.user_format, align.chat.assistant_format) == ("{content}", "{content}<|endoftext|>")
+    assert align.chat.template == "none"
     (tmp_path / "align").mkdir()
     (tmp_path / "align/config.json").write_text(c.to_json(align))
     instruct = resolved(module, f"stage=instruct,init_from={tmp_path / 'align'},runlocal")
     assert (instruct.data.source, instruct.chat.user_format) == ("digits:train", "{content}\n")
-    chat = c.replace(align, {"chat": {"user_format": "Q: {content}"}})
+    chat = c.replace(align, {"chat": {"template": "plain"}})
     (tmp_path / "align/config.json").write_text(c.to_json(chat))
     for stage in ("align", "instruct"):  # a chat model keeps its format
         assert resolved(module, f"stage={stage},init_from={tmp_path / 'align'},runlocal").chat == chat.chat

@@ -63,7 +63,8 @@ class ChatConfig:
     Their forms are in `gptjax/data/conversations.py`, the templates in `gptjax/data/templates.py`.
     """
 
-    template: Literal["plain", "chatml", "harmony", "custom"] = "chatml"  # harmony: gpt-oss
+    # none: the contents alone, as in pretraining; harmony: gpt-oss
+    template: Literal["none", "plain", "chatml", "harmony", "custom"] = "chatml"
     # custom: text around the {content} of a message; <|name|> is a special token, <|endoftext|> that of the tokenizer
     system_format: str = ""
     user_format: str = ""

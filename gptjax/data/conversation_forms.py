@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from gptjax.config import UserError
 from gptjax.data.images.image_references import FROM_RECORD, IMAGE, ImageReference, parse_parts, placed, record_images
 
-Role = Literal["system", "user", "assistant", "tool"]
+Role = Literal["system", "user", "assistant", "tool", "document"]
 Channel = Literal["analysis", "commentary", "final"]
 # Case-insensitive. OpenAI's role developer replaces system.
 ROLES: dict[str, Role] = {
@@ -50,14 +50,15 @@ class Message:
     """A message of a conversation.
 
     Attributes:
-      role: of the author; "tool" and the fields below are read and written only by the harmony format.
+      role: of the author; "document": a text with images, to train on as in pretraining, alone and without a template.
+        "tool" and the fields below are read and written only by the harmony format.
       content: the text.
       channel: of an assistant's or a tool's message; None: final.
       recipient: whom the message is for: in an assistant's message the tool that it calls, such as "functions.add".
       content_type: type of a call's content, such as "<|constrain|>json".
       name: of the tool that wrote the message, such as "functions.add", or of the user.
       options: of a system message.
-      images: of a user's message, one for each `<image>` in the content.
+      images: of a user's message or a document, one for each `<image>` in the content.
     """
 
     role: Role
@@ -119,6 +120,8 @@ def conversation_messages(record: Mapping[str, Any], place: str) -> tuple[Messag
                 *_prompt(_with_image(record["question"], record, place), place),
                 *_completion(record["answer"], place, "answer"),
             )
+        case ("text",) if IMAGE in str(record["text"]) or not record_images(record, place):
+            messages = (Message("document", parse_content(record["text"], f"{place}: text")),)
         case ("caption" | "text",) as form:
             messages = (*_prompt(_with_image("", record, place), place), *_completion(record[form[0]], place, form[0]))
         case (name,):
@@ -224,7 +227,7 @@ def _with_images(record: Mapping[str, Any], messages: tuple[Message, ...], place
     """
     images = placed([m.content for m in messages], [m.images for m in messages], record_images(record, place), place)
     for message, of_message in zip(messages, images, strict=True):
-        if of_message and message.role != "user":
+        if of_message and message.role not in ("user", "document"):
             raise UserError(f"{place} has an image in a message of role {message.role}: only a user's may have images")
     return tuple(dataclasses.replace(m, images=found) for m, found in zip(messages, images, strict=True))
 

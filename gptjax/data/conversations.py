@@ -46,7 +46,7 @@ _TABLES = ("jsonl", "csv", "tsv", "parquet", "webdataset", "arrow", "hf", "tfds"
 _FORMS = (
     "jsonl:GLOB, csv:GLOB, tsv:GLOB, parquet:GLOB, webdataset:GLOB, arrow:DIR[@SPLIT], "
     "hf:OWNER/NAME[@CONFIG:SPLIT][?revision=COMMIT], tfds:NAME[@SPLIT], "
-    "chatterbot[:LANGUAGE+LANGUAGE], digits:train[:text|:captions], digits:test[:text|:captions]"
+    "chatterbot[:LANGUAGE+LANGUAGE], digits:train[:FORM], digits:test[:FORM]"
 )
 _PACKAGED = ("chatterbot", "digits")
 
@@ -138,7 +138,8 @@ def read_conversations(
           lists of messages. A field `system` or `system_prompt` is the system message. The content may be a list of
           parts {"type": "text", "text": ...}, in a user's message also {"type": "image_url", "image_url": {"url":
           ...}}. The role developer is read as system. A record with `image`, `images` or `file_name` has them where its
-          texts have `<image>`; it may also be {"question": ..., "answer": ...}, {"caption": ...} or {"text": ...};
+          texts have `<image>`; it may also be {"question": ..., "answer": ...}, {"caption": ...} or {"text": ...}, a
+          document if it has `<image>`, otherwise a caption;
         csv:GLOB, tsv:GLOB — tables with such columns;
         `parquet:GLOB`, `arrow:DIR[@SPLIT]`, `hf:OWNER/NAME[@CONFIG:SPLIT][?revision=COMMIT]`, `tfds:NAME[@SPLIT]` — a
           dataset with such columns, as in `labelled.read_rows`;
@@ -146,7 +147,7 @@ def read_conversations(
         chatterbot[:LANGUAGE+LANGUAGE] — dialogues of the PyPI package chatterbot-corpus, without duplicates; English by
           default;
         digits:train, digits:test — scikit-learn's digits: questions about one image, and about two; with :text behind
-          it, without the images; with :captions, images with their digit behind, without questions.
+          it, without the images; with :captions or :documents, images with their digit behind, alone or several.
       invalid_utf8: "replace" replaces bytes that are not UTF-8 by U+FFFD, and warns; "error" raises.
       harmony: reads reasoning, channels, tools and their calls, as `harmony_forms.parse_record` does; otherwise records
         that have them are refused.
@@ -256,7 +257,7 @@ def hold_out(items: Sequence[T], fraction: float) -> tuple[list[T], list[T]]:
 
 def _first_question(item: Conversation | Ranking | Prompt) -> str:
     messages = item.prompt if isinstance(item, Ranking) else item.messages
-    first = next(message for message in messages if message.role == "user")
+    first = next(message for message in messages if message.role in ("user", "document"))
     return first.content + "".join(image.source for image in first.images)
 
 
@@ -338,6 +339,8 @@ def _without_nulls(value: Any) -> Any:
 
 def check_order(messages: Sequence[Message], place: str) -> None:
     """Raises UserError unless user and assistant alternate, the user first, with a system message only before them."""
+    if [message.role for message in messages] == ["document"]:
+        return
     turns = messages[1:] if messages and messages[0].role == "system" else messages
     for i, message in enumerate(turns):
         wanted = ("user", "assistant")[i % 2]
@@ -350,9 +353,8 @@ def check_order(messages: Sequence[Message], place: str) -> None:
 def _whole(messages: tuple[Message, ...], place: str) -> tuple[Message, ...]:
     """Checks `messages`, and removes a last user message without completion."""
     check_order(messages, place)
-    if messages and messages[-1].role == "user":
-        messages = messages[:-1]
-    if not any(message.role == "assistant" for message in messages):
+    messages = messages[:-1] if messages and messages[-1].role == "user" else messages
+    if not any(message.role in ("assistant", "document") for message in messages):
         raise UserError(f"{place} has no completion by the assistant to train on: remove it")
     return messages
 

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,8 @@ from gptjax.config import ChatConfig, UserError, VisionConfig
 from gptjax.data.conversations import Message
 from gptjax.data.images.image_references import IMAGE, ImageReference
 from gptjax.data.tokenizers import END_OF_TEXT, Tokenizer
+
+_Unit: TypeAlias = tuple[list[int], bool, tuple[ImageReference, ...]]
 
 TEXT_ALONE = VisionConfig()
 _SPECIAL = re.compile(r"<\|[^|<>]+\|>")
@@ -51,6 +54,7 @@ class Template:
 
 TEMPLATES = {
     "plain": Template("{content}\n\n", "User:\n{content}\n\n", f"Assistant:\n{{content}}{END_OF_TEXT}"),
+    "none": Template("{content}", "{content}", f"{{content}}{END_OF_TEXT}"),
     "chatml": Template(*(f"<|im_start|>{role}\n{{content}}<|im_end|>\n" for role in ("system", "user", "assistant"))),
 }
 
@@ -169,6 +173,36 @@ class ChatFormat:
             parts[-1] = (tokens[:stop], loss_mask[:stop])
         return self._joined(messages, parts, max_tokens, place)
 
+    def encode_document(self, document: Message, max_tokens: int, *, place: str = "") -> list[EncodedConversation]:
+        """Encodes a text with images as in pretraining: all its text is in the loss, and so is end-of-text behind it.
+
+        Returns:
+          The document, in several pieces if it has more than `max_tokens` tokens; none of them cuts an image.
+
+        Raises:
+          TooLongError: an image has more tokens than `max_tokens`.
+        """
+        check_images([document], self._vision, place)
+        first, *others = (self._tokenizer.encode(text).tolist() for text in document.content.split(IMAGE))
+        image_tokens = self._vision.tokens_per_image if document.images else 0
+        if image_tokens > max_tokens:
+            raise TooLongError.of(image_tokens, max_tokens, place)
+        # Tokens that may not be cut, whether they are in the loss, and their image.
+        units: list[_Unit] = [(self._start, False, ()), *(([token], True, ()) for token in first)]
+        for image, text in zip(document.images, others, strict=True):
+            assert self.image_token is not None, "check_images refuses images that the model does not read"
+            units += [([self.image_token] * image_tokens, False, (image,)), *(([token], True, ()) for token in text)]
+        pieces: list[list[_Unit]] = [[]]
+        room = max_tokens
+        for unit in (*units, (self._start, True, ())):
+            if len(unit[0]) > room:
+                pieces.append([])
+                room = max_tokens
+            pieces[-1].append(unit)
+            room -= len(unit[0])
+        found = [_joined_units(piece) for piece in pieces]
+        return [piece for piece in found if piece.loss_mask[1:].any()]  # nothing predicts the first token
+
     def encode_prompt(
         self, messages: Sequence[Message], max_tokens: int | None = None, *, place: str = ""
     ) -> npt.NDArray[np.int32]:
@@ -239,6 +273,12 @@ class ChatFormat:
         loss_mask = [*[False] * len(self._start), *(flag for _, part in (*head, *turns) for flag in part)]
         images = tuple(image for message in rest for image in message.images)
         return EncodedConversation(np.array(tokens, np.int32), np.array(loss_mask, bool), images)
+
+
+def _joined_units(units: Sequence[_Unit]) -> EncodedConversation:
+    tokens = np.array([token for unit, _, _ in units for token in unit], np.int32)
+    loss_mask = np.array([in_loss for unit, in_loss, _ in units for _ in unit], bool)
+    return EncodedConversation(tokens, loss_mask, tuple(image for _, _, images in units for image in images))
 
 
 def check_images(messages: Sequence[Message], vision: VisionConfig, place: str) -> None:

@@ -87,12 +87,18 @@ def _rows(
 ) -> PackedConversations:
     chat, context = data.config.chat, data.config.model.context_length
     form = data.chat_format
+    documents = [item for item in items if item.messages[0].role == "document"]
+    encoded = [
+        piece for item in documents for piece in form.encode_document(item.messages[0], context, place=item.place)
+    ]
     turns = [
         Conversation(tuple(messages), item.place)
         for item in items
+        if item.messages[0].role != "document"
         for messages in form.training_conversations(item.messages)
     ]
-    encoded = fitting(data.config, turns, lambda i: form.encode(i.messages, context, place=i.place))
+    if turns or not documents:
+        encoded += fitting(data.config, turns, lambda i: form.encode(i.messages, context, place=i.place))
     share = chat.pretraining_share if pretraining is not None else 0.0
     return PackedConversations(
         encoded, context, pack=chat.pack, seed=seed, pretraining=pretraining, share=share, images=data.images

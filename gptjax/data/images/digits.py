@@ -10,7 +10,8 @@ from gptjax.config import UserError
 from gptjax.data.conversation_forms import Message
 from gptjax.data.images.image_references import IMAGE, ImageReference
 
-SPLITS, FORMS = ("train", "test"), ("text", "captions")
+SPLITS, FORMS = ("train", "test"), ("text", "captions", "documents")
+OF_DOCUMENT = 8  # images
 HELD_OUT = 360  # images of the test split, chosen at random: in their order, the digits repeat
 PAIRS = 2  # questions about an image and a random other one, for each question about one image
 READ = f"{IMAGE}\nWhich digit?"
@@ -27,8 +28,8 @@ def parse(spec: str) -> tuple[str, str]:
     split, _, form = spec.partition(":")[2].partition(":")
     if split not in SPLITS or form not in ("", *FORMS):
         raise UserError(
-            f"{spec} is not digits:train or digits:test, nor one of them with :text (without the images) or :captions "
-            "(images without questions)"
+            f"{spec} is not digits:train or digits:test, nor one of them with :text (without the images), :captions "
+            "(images without questions) or :documents (several of them)"
         )
     return split, form
 
@@ -37,13 +38,18 @@ def conversations(spec: str) -> Iterator[tuple[tuple[Message, ...], str]]:
     """Yields (messages, place): the digit of each image of the split, and which of two images has the larger digit.
 
     No pair has two equal digits, nor an image of the other split. Without the images, the questions cannot be answered
-    but by chance: a baseline. As captions, the digit follows upon its image, and there are no pairs.
+    but by chance: a baseline. As captions, the digit follows upon its image, and there are no pairs; documents have
+    several of them, each in a line.
     """
     (split, form), (_, labels) = parse(spec), _digits()
     exchange = _without_images if form == "text" else _exchange
     order = _generator(len(SPLITS)).permutation(len(labels)).tolist()
     numbers = sorted(order[:HELD_OUT] if split == "test" else order[HELD_OUT:])
     generator = _generator(SPLITS.index(split))
+    if form == "documents":
+        for first in range(0, len(numbers), OF_DOCUMENT):
+            yield _document(numbers[first : first + OF_DOCUMENT])
+        return
     for number in numbers:
         if form == "captions":
             yield _exchange(IMAGE, str(labels[number]), number)
@@ -65,6 +71,13 @@ def _exchange(question: str, answer: str, *numbers: int) -> tuple[tuple[Message,
     place = f"digits {', '.join(map(str, numbers))}"
     images = tuple(ImageReference(f"digits:{number}", place) for number in numbers)
     return (Message("user", question, images=images), Message("assistant", answer)), place
+
+
+def _document(numbers: list[int]) -> tuple[tuple[Message, ...], str]:
+    labels, place = _digits()[1], f"digits {', '.join(map(str, numbers))}"
+    text = "\n".join(f"{IMAGE}{labels[number]}" for number in numbers)
+    images = tuple(ImageReference(f"digits:{number}", place) for number in numbers)
+    return (Message("document", text, images=images),), place
 
 
 def _without_images(question: str, answer: str, *numbers: int) -> tuple[tuple[Message, ...], str]:

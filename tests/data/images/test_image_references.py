@@ -183,6 +183,11 @@ def test_digits_are_conversations_without_images_of_the_other_split():
     assert [[message.content for message in item.messages] for item in captions] == [
         ["<image>", item.messages[1].content] for item in test if len(item.messages[0].images) == 1
     ]
+    documents = read_conversations("digits:test:documents")
+    assert "\n".join(item.messages[0].content for item in documents) == "\n".join(
+        "".join(message.content for message in item.messages) for item in captions
+    )
+    assert max(len(item.messages[0].images) for item in documents) == 8
     for spec in ("digits", "digits:all", "digits:test:images"):
         with pytest.raises(UserError, match="digits:train or digits:test"):
             read_conversations(spec)

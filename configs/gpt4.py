@@ -102,7 +102,9 @@ def with_encoder(vision: c.VisionConfig, encoder: str) -> c.VisionConfig:
 
 def chat_of(given: c.Config, stage: str) -> c.ChatConfig:
     """The chat format of the run to start from, or one for a text model that knows none."""
-    if stage == "align" and given.stage == "pretrain" and not given.model.reads_images:
+    from gptjax.stages import registry  # takes seconds to import
+
+    if stage == "align" and not registry.definition(given).chats and not given.model.reads_images:
         return PLAIN_TEXT
     return ANSWER_FORMAT if stage == "instruct" and given.chat == PLAIN_TEXT else given.chat
 

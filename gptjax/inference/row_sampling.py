@@ -99,9 +99,7 @@ def sample_rows(
         lambda: _with_history(logits_BV, history, slot_B, rows, earlier_BN),
         lambda: logits_BV,
     )
-    logits_BV = jax.lax.cond(
-        jnp.all(allowed_BV), lambda: logits_BV, lambda: jnp.where(allowed_BV, logits_BV, -jnp.inf)
-    )
+    logits_BV = jax.lax.cond(jnp.all(allowed_BV), lambda: logits_BV, lambda: jnp.where(allowed_BV, logits_BV, -jnp.inf))
     none_B = jnp.zeros_like(number_B)
     greedy_B = jax.lax.cond(jnp.any(rows.is_greedy_B), lambda: likeliest(logits_BV), lambda: none_B)
     keys_B = jax.vmap(lambda seed, number: jax.random.fold_in(jax.random.key(seed), number))(rows.seed_B, number_B)

@@ -31,23 +31,26 @@ def read_shapes(monkeypatch, engine: BatchedEngine, requests: list[GenerationReq
 def test_prompts_that_wait_are_read_together(monkeypatch, tokenizer):
     """Those whose chunks have the same length, with their own positions, pages, adapters and log-probabilities."""
     rng = np.random.default_rng(4)
-    prompts = [rng.integers(0, END_OF_TEXT, length) for length in (9, 6, 8, 2)]
+    prompts = [rng.integers(0, END_OF_TEXT, length) for length in (9, 6, 8, 9)]
+    first = request(prompts[0][:5], max_new_tokens=1)  # the prefix cache then has four tokens
     requests = [request(prompt, MIXED[i], seed=i, max_new_tokens=4) for i, prompt in enumerate(prompts)]
     requests[1] = dataclasses.replace(requests[1], adapter="two")
     requests[2] = dataclasses.replace(requests[2], prompt_logprobs=True, top_logprobs=2)
     options = {"rows": 4, "cache_bytes": None}
     alone = batched(tokenizer, **options)
+    run(alone, [first])
     expected, shapes = read_shapes(monkeypatch, alone, requests)
     assert {rows for rows, _ in shapes} == {1}
-    assert len(shapes) == 2 + 2 + 2 + 1
+    assert len(shapes) == 1 + 2 + 2 + 2
     together = batched(tokenizer, deterministic=False, **options)
+    run(together, [first])
     found, shapes = read_shapes(monkeypatch, together, requests)
     assert [rows for rows, _ in shapes] == [4, 4], "the second with an unused row"
-    assert together.stats.tokens_prefilled == alone.stats.tokens_prefilled == 8 + 5 + 7 + 1
+    assert together.stats.tokens_prefilled == alone.stats.tokens_prefilled == 4 + 4 + 5 + 7 + 8
     for one, other in zip(found, expected, strict=True):
         assert tokens_of(one) == tokens_of(other)
         np.testing.assert_allclose([e.logprob for e in one], [e.logprob for e in other], atol=1e-5)
-    prompt, reference = together.prompt_logprobs(2), alone.prompt_logprobs(2)
+    prompt, reference = together.prompt_logprobs(3), alone.prompt_logprobs(3)
     np.testing.assert_allclose(prompt.logprobs, reference.logprobs, atol=1e-5)
     assert [[token for token, _ in top] for top in prompt.top] == [[token for token, _ in top] for top in reference.top]
 

@@ -40,7 +40,7 @@ from gptjax.inference.batch_programs import (
     score_chunk,
     set_history,
 )
-from gptjax.inference.engine import power_of_two
+from gptjax.inference.engine import check_images, power_of_two
 from gptjax.inference.page_pool import PagePool, affordable_pages, page_bytes, page_digests
 from gptjax.inference.prompt_chunks import Chunk
 from gptjax.inference.requests import EndReason, EngineStats, GenerationRequest, PromptLogprobs, SampledToken
@@ -186,7 +186,9 @@ class BatchedEngine:
         See `GenerationRequest.check`; also one of an unknown adapter or other images, or for which pages are too few.
         """
         request.check(self.vocab_size, self.context)
-        prompt_chunks.check_images(self.model.config, request)
+        check_images(self.model.config, request.tokens, len(request.images))
+        if request.images and request.tokens[-1] == self.model.config.vision.image_token:
+            raise UserError("the prompt ends with an image: add a token after it")
         if request.adapter not in self._adapters:
             known = ", ".join(name for name in self._adapters if name is not None) or "none"
             raise UserError(f"there is no adapter {request.adapter!r}: the adapters are {known}")
@@ -241,11 +243,9 @@ class BatchedEngine:
         """
         self._admit()
         # One call, or one chunk for each row that decodes: while few rows decode, other prompts are more urgent.
-        left = len(self._reading) // max(1, len(self._decoding))
-        while self._reading:
+        left = max(1, len(self._reading) // max(1, len(self._decoding)))
+        while self._reading and left > 0:
             left -= self._read()
-            if left <= 0:
-                break
         return self._decode() if self._decoding else []
 
     def _pages_needed(self, request: GenerationRequest) -> int:

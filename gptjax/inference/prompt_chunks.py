@@ -8,11 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gptjax.config import GPTConfig, UserError
 from gptjax.data.images.square_images import padded
 from gptjax.inference.batch_programs import ChunkImages, ChunkRows, encode_images
 from gptjax.inference.engine import MIN_BUCKET, power_of_two
-from gptjax.inference.requests import GenerationRequest
 from gptjax.inference.sequences import Sequence, padded_tokens, page_table, top_tokens
 from gptjax.models.gpt import GPT
 
@@ -114,22 +112,6 @@ def append_scores(
     sequence, wanted = chunk.sequence, chunk.sequence.request.top_logprobs
     sequence.prompt_logprobs += logprob_T[: chunk.count].tolist()
     sequence.prompt_top += [top_tokens(top_token_TC[t], top_logprob_TC[t], wanted) for t in range(chunk.count)]
-
-
-def check_images(config: GPTConfig, request: GenerationRequest) -> None:
-    """Raises UserError unless the image tokens of the prompt are those of its images, and the model can read them."""
-    if not config.reads_images:
-        if request.images:
-            raise UserError("the request has images, but the model reads text alone")
-        return
-    given, places = len(request.images), request.tokens.count(config.vision.image_token)
-    if given * config.vision.tokens_per_image != places:
-        raise UserError(
-            f"the request has {given} images of {config.vision.tokens_per_image} tokens, but its prompt has {places} "
-            "image tokens"
-        )
-    if request.tokens[-1] == config.vision.image_token:
-        raise UserError("the prompt ends with an image: add a token after it")
 
 
 def chunk_images(model: GPT, params: Any, chunk: Chunk) -> ChunkImages | None:

@@ -1,7 +1,7 @@
-"""The compiled programs of continuous batching: reading a chunk of a prompt, and decoding tokens of all rows.
+"""The compiled programs of continuous batching: reading chunks of prompts, and decoding tokens of all rows.
 
 Reading fills pages of the cache; the last token of a prompt is read by the decoding program, which samples. Every
-setting of a row is an argument, so nothing but the number of rows compiles again.
+setting of a row is an argument, so nothing but the number of rows and the length of the chunks compiles again.
 
 Speculative decoding needs no program of its own. A proposed token is one more row of the decoding program, with the
 pages and the settings of its request, one position later. A layer writes the keys and values of all rows before any row
@@ -92,6 +92,26 @@ class Sampled(NamedTuple):
     top_token_NBC: Any
 
 
+class ChunkRows(NamedTuple):
+    """Chunks of prompts that one call reads, one in each row: int32 numpy arrays of the host.
+
+    Attributes:
+      tokens_BT: the tokens, then padding.
+      start_B: the position of the first token.
+      count_B: tokens without padding; 0: the row is unused.
+      table_BN: the pages of the row.
+      prefix_B: positions of the prompt that attend to each other in both directions.
+      adapter_B: the adapter, 0 for the base model.
+    """
+
+    tokens_BT: Any
+    start_B: Any
+    count_B: Any
+    table_BN: Any
+    prefix_B: Any
+    adapter_B: Any
+
+
 class ChunkImages(NamedTuple):
     """The images of a prompt, for the program that reads a chunk of it.
 
@@ -130,44 +150,40 @@ def encode_images(model: GPT, params: Any, images_1NX: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def read_chunk(
-    model: GPT,
-    params: Any,
-    cache: PagedCache,
-    tokens_1T: jax.Array,
-    start: jax.Array,
-    count: jax.Array,
-    table_1N: jax.Array,
-    prefix_1: jax.Array,
-    adapter_1: jax.Array,
-    images: ChunkImages | None = None,
+def read_chunks(
+    model: GPT, params: Any, cache: PagedCache, chunks: ChunkRows, images: ChunkImages | None = None
 ) -> tuple[PagedCache, jax.Array]:
-    """Reads the first `count` of T tokens of one row, which begin at position `start`.
+    """Reads chunks of the prompts of B rows.
 
     Args:
-      images: of the whole prompt; None: it has none.
+      images: of the prompt of the only row; None: there are none.
 
     Returns:
-      The cache, and the output of the last layer (1, T, D).
+      The cache, and the output of the last layer (B, T, D).
     """
-    index_1T = jnp.arange(tokens_1T.shape[1], dtype=jnp.int32)[None]
-    pages = Pages(table_1N, start + index_1T, index_1T < count, prefix_1)
+    index_1T = jnp.arange(chunks.tokens_BT.shape[1], dtype=jnp.int32)[None]
+    is_token_BT = index_1T < chunks.count_B[:, None]
+    pages = Pages(chunks.table_BN, chunks.start_B[:, None] + index_1T, is_token_BT, chunks.prefix_B)
     placed = None
     if images is not None:
-        slot_1T = image_slots(model.config, tokens_1T)
-        is_image_1T = (slot_1T >= 0) & (index_1T < count)
-        placed = images.tokens_1ND, jnp.where(is_image_1T, images.before + slot_1T, -1)
-    with row_adapters.applied(adapter_1):
-        x_1TD, cache = read(model, unstack(model.config, params), cache, tokens_1T, pages, placed)
-    return cache, constrain(x_1TD, None, None, None)
+        slot_BT = image_slots(model.config, chunks.tokens_BT)
+        placed = images.tokens_1ND, jnp.where((slot_BT >= 0) & is_token_BT, images.before + slot_BT, -1)
+    with row_adapters.applied(chunks.adapter_B):
+        x_BTD, cache = read(model, unstack(model.config, params), cache, chunks.tokens_BT, pages, placed)
+    return cache, constrain(x_BTD, None, None, None)
 
 
 @partial(jax.jit, static_argnums=0)
 def score_chunk(
-    model: GPT, params: Any, x_1TD: jax.Array, next_T: jax.Array, wants_top: jax.Array
+    model: GPT, params: Any, x_BTD: jax.Array, row: jax.Array, next_T: jax.Array, wants_top: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Log-probabilities (T,) of the tokens after those of a chunk, and the most probable tokens with theirs, (T, C)."""
-    logits_TV = logits(model, params, x_1TD[0])
+    """Log-probabilities (T,) of the tokens after those of a chunk, and the most probable tokens with theirs, (T, C).
+
+    Args:
+      x_BTD: as `read_chunks` returns it.
+      row: that of the chunk.
+    """
+    logits_TV = logits(model, params, x_BTD[row])
     chosen_T = jnp.take_along_axis(logits_TV, next_T[:, None], axis=-1)[:, 0]
     top = top_logprobs(logits_TV, wants_top[None])
     return chosen_T - jax.nn.logsumexp(logits_TV, axis=-1), *top

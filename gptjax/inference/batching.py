@@ -1,15 +1,15 @@
 """Continuous batching: requests enter and leave a running batch, each with settings of its own.
 
-`BatchedEngine.step` reads a chunk of a prompt or of several, and decodes some tokens of every row whose prompt is read,
-so a long prompt does not stall the others. The key-value cache consists of pages (`gptjax.models.paged_attention`). A
-request gets all the pages that it can need before it starts, so that it never has to be interrupted; requests start in
-the order in which they came.
+`BatchedEngine.step` reads chunks of prompts, those of several in one call, and decodes some tokens of every row whose
+prompt is read, so a long prompt does not stall the others. The key-value cache consists of pages
+(`gptjax.models.paged_attention`). A request gets all the pages that it can need before it starts, so that it never has
+to be interrupted; requests start in the order in which they came.
 
-Determinism. Chunks of a prompt begin at multiples of the chunk size and are read by programs of their shape, so what is
-in a whole page depends only on the tokens up to its end, whether it was computed for this request or found in the
-prefix cache; the shape of the last chunk depends on the length of the prompt. With `deterministic`, decoding has a
-fixed number of rows, too. A row's arithmetic is then the same whatever is in the other rows, as long as the device
-computes all rows of a matrix product alike. XLA's CPU backend does in float32, as the tests verify. Proposals of
+Determinism. With `deterministic`, a call reads a chunk of one prompt, and decodes a fixed number of rows. Chunks begin
+at multiples of the chunk size and are read by programs of their shape, so what is in a whole page depends only on the
+tokens up to its end, whether it was computed for this request or found in the prefix cache; the shape of the last chunk
+depends on the length of the prompt. A row's arithmetic is then the same whatever is in the other rows, as long as the
+device computes all rows of a matrix product alike. XLA's CPU backend does in float32, as the tests verify. Proposals of
 speculative decoding then take the rows that no request uses, so the program is the same with and without them.
 
 `gptjax.inference.engine.Engine` remains the engine for a batch of prompts that start together, and for contexts that
@@ -29,25 +29,25 @@ from jax.sharding import Mesh
 
 from gptjax.config import PeftConfig, UserError
 from gptjax.data.tokenizers import Tokenizer
+from gptjax.inference import prompt_chunks
 from gptjax.inference.batch_programs import (
     MOST_STEPS,
     Sampled,
     batch_sizes,
     decode_rows,
     empty_state,
-    read_chunk,
+    read_chunks,
     score_chunk,
     set_history,
 )
-from gptjax.inference.engine import power_of_two
+from gptjax.inference.engine import check_images, power_of_two
 from gptjax.inference.page_pool import PagePool, affordable_pages, page_bytes, page_digests
-from gptjax.inference.prompt_chunks import check_images, chunk_images, next_chunk, whole_prompt
+from gptjax.inference.prompt_chunks import Chunk
 from gptjax.inference.requests import EndReason, EngineStats, GenerationRequest, PromptLogprobs, SampledToken
 from gptjax.inference.sequences import (
     Run,
     Sequence,
     allowed_tokens,
-    page_table,
     row_arguments,
     sampled_places,
     start_history,
@@ -74,7 +74,8 @@ class BatchedEngine:
       chunk: positions of a page, and tokens of a prompt that are read in one call.
       cache_bytes: memory of the key-value cache; None: as many pages as `rows` texts of the whole context need.
       deterministic: programs of fixed shapes: the tokens and log-probabilities of a request do not depend on other
-        requests, bit for bit. Otherwise a batch of few rows is decoded by a program of few rows.
+        requests, bit for bit. Otherwise a batch of few rows is decoded by a program of few rows, and prompts that wait
+        together are read together.
       prefix_cache: pages of prompts are kept for later requests that begin with the same tokens.
       steps: the most tokens of a row that one `step` decodes, at most MOST_STEPS.
       adapters: LoRA and AdaLoRA adapters by name, as `gptjax.models.row_adapters.with_adapters` takes them.
@@ -122,6 +123,7 @@ class BatchedEngine:
         self.vocab_size: int = config.vocab_size
         self.context = config.context_length
         self.deterministic, self.steps = deterministic, steps
+        self._prompts_at_once = 1 if deterministic else min(prompt_chunks.PROMPTS_AT_ONCE, rows)
         self._adapters: dict[str | None, int] = {None: 0} | {name: i for i, name in enumerate(adapters, start=1)}
         self._has_prefix_layers = "prefix" in config.attention_pattern
         self._keeps_prefixes = prefix_cache and not self._has_prefix_layers
@@ -184,7 +186,9 @@ class BatchedEngine:
         See `GenerationRequest.check`; also one of an unknown adapter or other images, or for which pages are too few.
         """
         request.check(self.vocab_size, self.context)
-        check_images(self.model.config, request)
+        check_images(self.model.config, request.tokens, len(request.images))
+        if request.images and request.tokens[-1] == self.model.config.vision.image_token:
+            raise UserError("the prompt ends with an image: add a token after it")
         if request.adapter not in self._adapters:
             known = ", ".join(name for name in self._adapters if name is not None) or "none"
             raise UserError(f"there is no adapter {request.adapter!r}: the adapters are {known}")
@@ -238,10 +242,10 @@ class BatchedEngine:
           The sampled tokens; those of a request are in their order.
         """
         self._admit()
-        # One chunk for each row that decodes; while few rows decode, other prompts are more urgent.
-        for _ in range(max(1, len(self._reading) // max(1, len(self._decoding)))):
-            if self._reading:
-                self._read(self._reading.popleft())
+        # One call, or one chunk for each row that decodes: while few rows decode, other prompts are more urgent.
+        left = max(1, len(self._reading) // max(1, len(self._decoding)))
+        while self._reading and left > 0:
+            left -= self._read()
         return self._decode() if self._decoding else []
 
     def _pages_needed(self, request: GenerationRequest) -> int:
@@ -297,54 +301,49 @@ class BatchedEngine:
 
     # --- calls of the programs ----------------------------------------------------------------------------------------
 
-    def _read(self, sequence: Sequence) -> None:
-        """Reads the next chunk of a prompt, or all of it if its positions attend to later ones."""
-        tokens = sequence.request.tokens
+    def _next_chunk(self, sequence: Sequence) -> Chunk:
+        """The next tokens of a prompt to read; all of them if its positions attend to later ones."""
         if self._has_prefix_layers:
-            chunk = whole_prompt(sequence, self._prefix_length(len(tokens)))
-        else:
-            chunk = next_chunk(sequence, self.chunk)
-        tokens_1T, start, count = chunk.tokens_1T, chunk.start, chunk.count
-        table_1N = page_table([sequence], 1, self._pages_of_row)
+            return prompt_chunks.whole_prompt(sequence, self._prefix_length(len(sequence.request.tokens)))
+        return prompt_chunks.next_chunk(sequence, self.chunk)
+
+    def _read(self) -> int:
+        """Reads the next chunks of prompts in one call; returns their number."""
+        chunks = prompt_chunks.take_chunks(self._reading, self._next_chunk, self._prompts_at_once)
+        rows = 1 if len(chunks) == 1 else self._prompts_at_once
+        given = prompt_chunks.chunk_rows(chunks, rows, self._pages_of_row, self._adapters)
         with use_mesh(self.mesh):
-            images = chunk_images(self.model, self.params, sequence, chunk)
-            self._shapes.add(("read", tokens_1T.shape[1], 0 if images is None else images.tokens_1ND.shape[1]))
-            cache, x_1TD = read_chunk(
-                self.model,
-                self.params,
-                self._state.cache,
-                tokens_1T,
-                np.int32(start),
-                np.int32(count),
-                table_1N,
-                np.array([chunk.prefix], np.int32),
-                np.array([self._adapters[sequence.request.adapter]], np.int32),
-                images,
-            )
+            images = prompt_chunks.chunk_images(self.model, self.params, chunks[0])
+            self._shapes.add(("read", given.tokens_BT.shape, 0 if images is None else images.tokens_1ND.shape[1]))
+            cache, x_BTD = read_chunks(self.model, self.params, self._state.cache, given, images)
         self._state = self._state._replace(cache=cache)
-        self._speculation.proposer.read(tokens_1T, start, count, table_1N)
+        self._speculation.proposer.read(given)
+        for row, chunk in enumerate(chunks):
+            self._note_read(chunk, x_BTD, row)
+        return len(chunks)
+
+    def _note_read(self, chunk: Chunk, x_BTD: jax.Array, row: int) -> None:
+        """Continues after a call that read a chunk in a row."""
+        sequence = chunk.sequence
         if sequence.request.prompt_logprobs:
-            self._score(sequence, x_1TD, start, min(count, len(tokens) - 1 - start))
-        sequence.read += count
-        self._stats.tokens_prefilled += count
-        for page in range(start // self.chunk, min(sequence.read // self.chunk, len(sequence.digests))):
+            self._score(chunk, x_BTD, row)
+        sequence.read += chunk.count
+        self._stats.tokens_prefilled += chunk.count
+        for page in range(chunk.start // self.chunk, min(sequence.read // self.chunk, len(sequence.digests))):
             self._pool.publish(sequence.pages[page], sequence.digests[page])
         if chunk.is_last:
             self._start_decoding(sequence)
         else:
             self._reading.append(sequence)
 
-    def _score(self, sequence: Sequence, x_1TD: jax.Array, start: int, count: int) -> None:
+    def _score(self, chunk: Chunk, x_BTD: jax.Array, row: int) -> None:
         """Appends the log-probabilities of the tokens after those of a chunk."""
-        next_T = np.zeros(x_1TD.shape[1], np.int32)
-        next_T[:count] = sequence.request.tokens[start + 1 : start + 1 + count]
-        wanted = sequence.request.top_logprobs
-        self._shapes.add(("score", len(next_T)))
+        self._shapes.add(("score", x_BTD.shape))
+        wants_top = np.bool_(chunk.sequence.request.top_logprobs > 0)
         with use_mesh(self.mesh):
-            scores = score_chunk(self.model, self.params, x_1TD, next_T, np.bool_(wanted > 0))
-        logprob_T, top_logprob_TC, top_token_TC = jax.device_get(scores)
-        sequence.prompt_logprobs += logprob_T[:count].tolist()
-        sequence.prompt_top += [top_tokens(top_token_TC[t], top_logprob_TC[t], wanted) for t in range(count)]
+            next_T = prompt_chunks.next_tokens(chunk)
+            scores = score_chunk(self.model, self.params, x_BTD, np.int32(row), next_T, wants_top)
+        prompt_chunks.append_scores(chunk, *jax.device_get(scores))
 
     def _decode(self) -> list[SampledToken]:
         spare = max(self._all_allowed) - len(self._decoding)

@@ -23,7 +23,14 @@ from jax.sharding import Mesh
 from gptjax.config import UserError
 from gptjax.data.token_bytes import token_bytes
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.inference.batch_programs import BatchState, batch_sizes, decode_rows, empty_state, read_chunk
+from gptjax.inference.batch_programs import (
+    BatchState,
+    ChunkRows,
+    batch_sizes,
+    decode_rows,
+    empty_state,
+    read_chunks,
+)
 from gptjax.inference.engine import bucket, power_of_two
 from gptjax.inference.page_pool import page_bytes
 from gptjax.inference.row_sampling import History, replicated
@@ -84,22 +91,14 @@ class DraftProposer(Proposer):
         for size in batch_sizes(1, self._shape.rows, self._shape.rows):
             self._decode([], size, 0, self._state.history)
 
-    def read(self, tokens_1T: np.ndarray, start: int, count: int, table_1N: np.ndarray) -> None:
-        if start + count > self.model.config.context_length:
+    def read(self, chunks: ChunkRows) -> None:
+        fits_B = chunks.start_B + chunks.count_B <= self.model.config.context_length
+        if not fits_B.any():
             return
-        zero_1 = np.zeros(1, np.int32)
+        count_B, none_B = np.where(fits_B, chunks.count_B, 0), np.zeros_like(chunks.count_B)
+        chunks = chunks._replace(count_B=count_B, prefix_B=none_B, adapter_B=none_B)
         with use_mesh(self._mesh):
-            cache, _ = read_chunk(
-                self.model,
-                self.params,
-                self._state.cache,
-                tokens_1T,
-                np.int32(start),
-                np.int32(count),
-                table_1N,
-                zero_1,
-                zero_1,
-            )
+            cache, _ = read_chunks(self.model, self.params, self._state.cache, chunks)
         self._state = self._state._replace(cache=cache)
 
     def propose(self, sequences: list[Sequence], most: list[int], history: History) -> list[list[int]]:
@@ -144,11 +143,13 @@ class DraftProposer(Proposer):
             if token != known:
                 break
             start += 1
-        table_1N = page_table([sequence], 1, self._shape.pages_of_row)
+        table_1N, none_1 = page_table([sequence], 1, self._shape.pages_of_row), np.zeros(1, np.int32)
         while start < sequence.position:
             length = min(self._shape.page_size, bucket(sequence.position - start))
             count = min(length, sequence.position - start)
-            self.read(padded_tokens(sequence.tokens(start)[:count], length), start, count, table_1N)
+            tokens_1T = padded_tokens([tuple(sequence.tokens(start)[:count])], 1, length)
+            start_1, count_1 = np.array([start], np.int32), np.array([count], np.int32)
+            self.read(ChunkRows(tokens_1T, start_1, count_1, table_1N, none_1, none_1))
             start += count
 
 

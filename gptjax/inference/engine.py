@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh
 
-from gptjax.config import UserError
+from gptjax.config import GPTConfig, UserError
 from gptjax.data.images.square_images import padded
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.inference.programs import (
@@ -214,7 +214,11 @@ class Engine:
         for name in ("frequency_penalty", "presence_penalty", "logit_bias"):
             if getattr(sampling, name):
                 raise UserError(f"{name} is a setting of gptjax.inference.batching: this engine has no such penalty")
-        self._check_images(windows, images, overflow)
+        given = [0] * len(windows) if images is None else list(map(len, images))
+        if any(given) and overflow == "slide":
+            raise UserError("a prompt with images cannot slide: leave out overflow=slide")
+        for window, number in zip(windows, given, strict=True):
+            check_images(self.model.config, window, number)
         calls = self._calls(windows, max_new_tokens, sampling, seeds, ends, overflow, at_once, images)
         last = next(calls, [])
         for call in calls:
@@ -265,23 +269,6 @@ class Engine:
             inputs = inputs._replace(number=inputs.number + np.int32(count))
             since.append(_Call(sampled, count))
             yield since[-1:]
-
-    def _check_images(
-        self, windows: list[npt.NDArray[np.int32]], images: Sequence[Images] | None, overflow: Overflow
-    ) -> None:
-        """Raises UserError unless the image tokens of each prompt are those of its images."""
-        vision = self.model.config.vision
-        given = [0] * len(windows) if images is None else list(map(len, images))
-        if any(given) and not self.model.config.reads_images:
-            raise UserError("there is an image, but this model reads text alone: train one with model.vision.encoder")
-        if any(given) and overflow == "slide":
-            raise UserError("a prompt with images cannot slide: leave out overflow=slide")
-        for window, count in zip(windows, given, strict=True) if self.model.config.reads_images else ():
-            tokens = int(np.sum(window == vision.image_token))
-            if tokens != count * vision.tokens_per_image:
-                raise UserError(
-                    f"a prompt has {tokens} image tokens for {count} images, which have {vision.tokens_per_image} each"
-                )
 
     def _padded_images(self, images: Sequence[Images] | None, rows: int) -> npt.NDArray[np.uint8] | None:
         """Pads the images of the prompts to (rows, N, X); None: there are none."""
@@ -379,3 +366,16 @@ def bucket(positions: int) -> int:
 def power_of_two(number: int) -> int:
     """Returns the smallest power of two >= number."""
     return 1 << (number - 1).bit_length()
+
+
+def check_images(config: GPTConfig, tokens: npt.ArrayLike, images: int) -> None:
+    """Raises UserError unless the image tokens of a prompt are those of its images, and the model can read them."""
+    if not config.reads_images:
+        if images:
+            raise UserError("there is an image, but this model reads text alone: train one with model.vision.encoder")
+        return
+    places = int(np.sum(np.asarray(tokens) == config.vision.image_token))
+    if places != images * config.vision.tokens_per_image:
+        raise UserError(
+            f"a prompt has {places} image tokens for {images} images, which have {config.vision.tokens_per_image} each"
+        )

@@ -99,10 +99,9 @@ def sample_rows(
         lambda: _with_history(logits_BV, history, slot_B, rows, earlier_BN),
         lambda: logits_BV,
     )
-    logits_BV = jnp.where(allowed_BV, logits_BV, -jnp.inf)
-    greedy_B = likeliest(logits_BV)
-    # The maximum is subtracted before the division, so that a tiny temperature gives 0 and -inf, the greedy choice.
-    scaled_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / rows.temperature_B[:, None]
+    logits_BV = jax.lax.cond(jnp.all(allowed_BV), lambda: logits_BV, lambda: jnp.where(allowed_BV, logits_BV, -jnp.inf))
+    none_B = jnp.zeros_like(number_B)
+    greedy_B = jax.lax.cond(jnp.any(rows.is_greedy_B), lambda: likeliest(logits_BV), lambda: none_B)
     keys_B = jax.vmap(lambda seed, number: jax.random.fold_in(jax.random.key(seed), number))(rows.seed_B, number_B)
     vocabulary = logits_BV.shape[-1]
     top_k_B = jnp.minimum(rows.top_k_B, vocabulary)
@@ -112,8 +111,8 @@ def sample_rows(
 
     def sampled(uses_B: jax.Array, candidates: int | None) -> jax.Array:
         uses_B &= ~rows.is_greedy_B
-        drawn = lambda: _draw(scaled_BV, keys_B, top_k_B, candidates, uses_B, rows)  # noqa: E731
-        return jax.lax.cond(jnp.any(uses_B), drawn, lambda: jnp.zeros_like(greedy_B))
+        drawn = lambda: _draw(logits_BV, keys_B, top_k_B, candidates, uses_B, rows)  # noqa: E731
+        return jax.lax.cond(jnp.any(uses_B), drawn, lambda: none_B)
 
     token_B = jnp.where(has_all_B, sampled(has_all_B, None), sampled(has_few_B, few))
     if few < vocabulary:
@@ -136,7 +135,7 @@ def _with_history(
 
 
 def _draw(
-    scaled_BV: jax.Array,
+    logits_BV: jax.Array,
     keys_B: jax.Array,
     top_k_B: jax.Array,
     candidates: int | None,
@@ -144,6 +143,8 @@ def _draw(
     rows: RowSettings,
 ) -> jax.Array:
     """Samples from the `candidates` most probable tokens, of which `top_k_B` remain; None: from all."""
+    # The maximum is subtracted before the division, so that a tiny temperature gives 0 and -inf, the greedy choice.
+    scaled_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / rows.temperature_B[:, None]
     scaled_BC, token_BC = scaled_BV, None
     if candidates is not None:
         scaled_BC, token_BC = jax.lax.top_k(scaled_BV, candidates)

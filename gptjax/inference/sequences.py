@@ -1,7 +1,7 @@
 """Requests in progress, and the arguments of the decoding program for a batch of them."""
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -66,11 +66,12 @@ class Run(NamedTuple):
     proposals: tuple[int, ...] = ()
 
 
-def padded_tokens(tokens: Collection[int], length: int) -> npt.NDArray[np.int32]:
-    """Tokens as one row, int32 (1, length); zeros follow them."""
-    tokens_1T = np.zeros((1, length), np.int32)
-    tokens_1T[0, : len(tokens)] = list(tokens)
-    return tokens_1T
+def padded_tokens(texts: list[tuple[int, ...]], rows: int, length: int) -> npt.NDArray[np.int32]:
+    """Tokens of a text in each row, int32 (rows, length); zeros follow them."""
+    tokens_BT = np.zeros((rows, length), np.int32)
+    for row, tokens in enumerate(texts):
+        tokens_BT[row, : len(tokens)] = tokens
+    return tokens_BT
 
 
 def page_table(sequences: list[Sequence], rows: int, pages_of_row: int) -> npt.NDArray[np.int32]:

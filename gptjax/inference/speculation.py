@@ -17,7 +17,7 @@ import numpy as np
 
 from gptjax.config import UserError
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.inference.batch_programs import MOST_PROPOSALS
+from gptjax.inference.batch_programs import MOST_PROPOSALS, ChunkRows
 from gptjax.inference.row_sampling import History
 from gptjax.inference.sequences import Run, Sequence
 
@@ -55,8 +55,8 @@ class Proposer:
     def compile(self) -> None:
         """Compiles the programs of `propose`."""
 
-    def read(self, tokens_1T: np.ndarray, start: int, count: int, table_1N: np.ndarray) -> None:
-        """Called for each chunk of a prompt that the engine reads; arguments as in `batch_programs.read_chunk`."""
+    def read(self, chunks: ChunkRows) -> None:
+        """Called for the chunks of prompts that the engine reads."""
 
     def propose(self, sequences: list[Sequence], most: list[int], history: History) -> list[list[int]]:
         """Returns for each sequence at most so many tokens that may follow its last one.

@@ -15,10 +15,8 @@ from gptjax.config import GPTConfig, UserError
 from gptjax.models import peft
 from gptjax.models.axis_roles import ParameterAxes
 from gptjax.models.decoding import unstack
-from gptjax.models.few_rows import OutputMajor, StoredKernel
+from gptjax.models.few_rows import OutputMajor, StoredKernel, is_output_major
 from gptjax.models.gpt import GPT, model_axes
-from gptjax.parallel.mesh import is_one_device
-from gptjax.parallel.platforms import platform_defaults
 
 WeightFormat = Literal["as_given", "bfloat16", "int8", "stacked"]
 
@@ -71,8 +69,7 @@ def prepare(model: GPT, params: Any, weights: WeightFormat) -> tuple[GPT, Any]:
     config = model.config
     if weights == "bfloat16":
         config = dataclasses.replace(config, dtype="bfloat16")
-    output_major = platform_defaults().output_major_kernels and is_one_device()
-    return GPT(config), _prepare(params, config=config, int8=weights == "int8", output_major=output_major)
+    return GPT(config), _prepare(params, config=config, int8=weights == "int8", output_major=is_output_major())
 
 
 @partial(jax.jit, static_argnames=("config", "int8", "output_major"))

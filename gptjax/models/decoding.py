@@ -8,14 +8,15 @@ layer's weights out of the stack for every token.
 
 from typing import Any, cast
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from gptjax.config import GPTConfig
 from gptjax.models.attention import KeyValues, LayerCache
 from gptjax.models.embedding import embed, image_slots, value_embeddings
-from gptjax.models.few_rows import dense_products
-from gptjax.models.gpt import GPT, Block, head_logits, layer_inputs
+from gptjax.models.few_rows import dense_products, few_rows_product, is_output_major
+from gptjax.models.gpt import GPT, Block, head_embedding, head_logits, layer_inputs, soft_capped
 from gptjax.models.layer_inputs import LayerInputs
 from gptjax.models.paged_attention import PagedKeyValues, Pages
 from gptjax.parallel.mesh import constrain
@@ -157,7 +158,12 @@ def read(
 def logits(model: GPT, params: Any, x_BD: jax.Array) -> jax.Array:
     """Logits, float32 (..., V), from the output (..., D) of `forward`, `prefill` or `decode`."""
     x_BD = cast(jax.Array, model.apply({"params": params}, x_BD, method="normalise"))
-    return head_logits(model.config, params, x_BD)
+    if not is_output_major():
+        return head_logits(model.config, params, x_BD)
+    head_VD = nn.unbox(head_embedding(params)).astype(x_BD.dtype)
+    x_ND = x_BD.reshape(-1, x_BD.shape[-1])
+    logits_NV = few_rows_product(x_ND, head_VD, model.config.precision, jnp.dtype(jnp.float32))
+    return soft_capped(logits_NV, model.config.logit_soft_cap).reshape(*x_BD.shape[:-1], -1)
 
 
 def blocks(config: GPTConfig) -> list[Block]:

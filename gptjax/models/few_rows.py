@@ -3,6 +3,9 @@
 A CPU multiplies a few rows by a matrix in about the time of reading the matrix, if it reads the weights of an output
 consecutively. Kernels as layers initialise them, (inputs, outputs), have them a row apart: products with those take
 XLA's CPU backend longer (`benchmarks/LOG.md`).
+
+XLA's CPU backend copies the right operand of a product into the order that its inner loop reads, in every call. For few
+rows that takes as long as the product if the weights are the right operand, so `few_rows_product` makes them the left.
 """
 
 import contextlib
@@ -14,6 +17,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+
+from gptjax.parallel.mesh import is_one_device
+from gptjax.parallel.platforms import platform_defaults
+
+MOST_FEW_ROWS = 64  # above, copying the weights costs less than it gains
+
+
+def is_output_major() -> bool:
+    """Whether decoding multiplies by output-major matrices here: on one device of a platform where that is faster."""
+    return platform_defaults().output_major_kernels and is_one_device()
 
 
 class StoredKernel(nn.meta.AxisMetadata):
@@ -62,8 +75,24 @@ def product(x: jax.Array, kernel: OutputMajor, precision: Any = None) -> jax.Arr
     """The product over the last axes of `x`, (..., inputs), with a kernel: (..., outputs), each of several axes."""
     leading = x.shape[: x.ndim - kernel.inputs]
     x_NX = x.reshape(-1, kernel.values_YX.shape[1])
-    y_NY = jax.lax.dot_general(x_NX, kernel.values_YX, (((1,), (1,)), ((), ())), precision=precision)
+    y_NY = few_rows_product(x_NX, kernel.values_YX, precision)
     return y_NY.reshape(*leading, *kernel.shape[kernel.inputs :])
+
+
+def few_rows_product(
+    x_NX: jax.Array, values_YX: jax.Array, precision: Any = None, dtype: jnp.dtype | None = None
+) -> jax.Array:
+    """The product of rows with an output-major matrix, (N, Y).
+
+    Args:
+      dtype: in which it is accumulated and returned; None: that of the operands.
+    """
+    over_last_axes = ((1,), (1,)), ((), ())
+    if not 1 < len(x_NX) <= MOST_FEW_ROWS:
+        return jax.lax.dot_general(x_NX, values_YX, over_last_axes, precision=precision, preferred_element_type=dtype)
+    y_YN = jax.lax.dot_general(values_YX, x_NX, over_last_axes, precision=precision, preferred_element_type=dtype)
+    # Without the barrier XLA replaces the transposition by the product with exchanged operands.
+    return jax.lax.optimization_barrier(y_YN).T
 
 
 @contextlib.contextmanager

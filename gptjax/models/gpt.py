@@ -361,4 +361,9 @@ def unembed(
         precision=precision,
         preferred_element_type=jnp.dtype(dtype),
     )
+    return soft_capped(logits_BTV, soft_cap)
+
+
+def soft_capped(logits_BTV: jax.Array, soft_cap: float | None) -> jax.Array:
+    """Limits logits smoothly to absolute values below `soft_cap`; None: no limit."""
     return logits_BTV if soft_cap is None else soft_cap * jnp.tanh(logits_BTV / soft_cap)

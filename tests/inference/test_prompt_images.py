@@ -106,8 +106,8 @@ def test_a_completion_depends_on_its_own_images_only(tokenizer):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (request([1, IMAGE, 2], 1), "1 images of 4 tokens, but its prompt has 1 image tokens"),
-        (request(PROMPTS[0][0]), "0 images of 4 tokens, but its prompt has 4 image tokens"),
+        (request([1, IMAGE, 2], 1), "a prompt has 1 image tokens for 1 images, which have 4 each"),
+        (request(PROMPTS[0][0]), "a prompt has 4 image tokens for 0 images"),
         (request([1, *[IMAGE] * TOKENS], 1), "ends with an image"),
     ],
 )
@@ -120,5 +120,5 @@ def test_a_text_model_refuses_images(tokenizer):
     model = GPT(dataclasses.replace(CONFIG, vision=VisionConfig()))
     text_params = {name: part for name, part in params().items() if name != "vision"}
     engine = BatchedEngine(model, text_params, tokenizer, rows=1, chunk=4)
-    with pytest.raises(UserError, match="the model reads text alone"):
+    with pytest.raises(UserError, match="this model reads text alone"):
         engine.insert(request(*PROMPTS[0][:1], 1))

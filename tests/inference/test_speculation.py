@@ -225,6 +225,15 @@ def test_a_draft_model_that_is_the_model_is_always_right(tokenizer):
     assert full.stats.tokens_proposed == full.stats.tokens_accepted > 0
 
 
+def test_a_draft_model_reads_the_prompts_that_are_read_together(tokenizer):
+    requests = [request([*PROMPT, i], seed=i, max_new_tokens=6) for i in range(3)]
+    options = {"rows": 4, "cache_bytes": None, "deterministic": False}
+    engine = batched(tokenizer, proposer=drafter(tokenizer, "modern"), **options)
+    found = run(engine, requests)
+    assert engine.stats.tokens_proposed == engine.stats.tokens_accepted > 0
+    assert [tokens_of(one) for one in found] == [tokens_of(one) for one in run(batched(tokenizer, **options), requests)]
+
+
 def test_a_draft_model_of_another_vocabulary_size_and_context(tokenizer):
     """Padded vocabularies differ; what exceeds its context is decoded without it."""
     config = dataclasses.replace(CONFIGS["smallest"], context_length=16, vocab_size=END_OF_TEXT + 3)

@@ -1,12 +1,14 @@
 """Products with output-major kernels are those of the layers that declared the kernels."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.models.few_rows import OutputMajor, dense_products, product
+from gptjax.models.few_rows import MOST_FEW_ROWS, OutputMajor, dense_products, few_rows_product, product
 
 LAYERS = {
     "dense": (nn.Dense(6), (3, 8), 1),
@@ -56,6 +58,25 @@ def test_a_product_sums_over_all_input_axes():
     np.testing.assert_allclose(
         product(jnp.asarray(x), OutputMajor.of(jnp.asarray(kernel), 2)), np.einsum("bxy,xyz->bz", x, kernel)
     )
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, MOST_FEW_ROWS, MOST_FEW_ROWS + 1])
+def test_products_of_all_numbers_of_rows(rows):
+    x_NX, values_YX = (np.random.default_rng(i).normal(size=(n, 8)).astype(np.float32) for i, n in enumerate((rows, 5)))
+    np.testing.assert_allclose(few_rows_product(x_NX, values_YX), x_NX @ values_YX.T, rtol=1e-5, atol=1e-6)
+    half = few_rows_product(
+        jnp.asarray(x_NX, "bfloat16"), jnp.asarray(values_YX, "bfloat16"), dtype=jnp.dtype("float32")
+    )
+    assert half.dtype == jnp.float32
+    np.testing.assert_allclose(half, x_NX @ values_YX.T, atol=0.1)
+
+
+@pytest.mark.parametrize(("rows", "result"), [(4, "f32[160,4]"), (MOST_FEW_ROWS + 1, f"f32[{MOST_FEW_ROWS + 1},160]")])
+def test_the_weights_are_the_left_operand_for_few_rows(rows, result):
+    """Also in the compiled program: XLA copies the right operand in every call."""
+    program = jax.jit(few_rows_product).lower(jnp.ones((rows, 96)), jnp.ones((160, 96))).compile().as_text()
+    (product_line,) = re.findall(r"= (\S+)\{\S* dot\(", program)
+    assert product_line == result
 
 
 @pytest.mark.parametrize("change", [lambda box: box.replace_boxed(1), lambda box: box.add_axis(0, {})])

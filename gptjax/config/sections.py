@@ -118,6 +118,9 @@ class RLConfig:
     inner_epochs: int = 1  # epochs over the completions of an iteration
     clip: float = 0.2  # PPO clip range (epsilon) of the probability ratio
     kl_weight: float = 0.02  # KL penalty coefficient (beta) against init_from: in the reward of ppo, the loss of grpo
+    # Truncated importance sampling: the policy loss of a token is multiplied by min(pi_old / pi_sampler, cap), the same
+    # policy as trainer and as sampler compute it (Yao et al. 2025). None: no correction
+    importance_sampling_cap: float | None = None
     generate_batch: int = 64  # completions sampled at once
 
 

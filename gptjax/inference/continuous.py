@@ -19,11 +19,12 @@ class _Text:
         self.logprobs: list[float] = []
         self.reason: FinishReason | None = None
         self.end: int | None = None
+        self.end_logprob: float | None = None
 
     def completion(self) -> Completion:
         self.stream.flush()
         tokens, logprobs = np.array(self.stream.tokens, np.int32), np.array(self.logprobs, np.float32)
-        return Completion(tokens, logprobs, self.stream.text, self.reason or "length", self.end)
+        return Completion(tokens, logprobs, self.stream.text, self.reason or "length", self.end, self.end_logprob)
 
 
 def complete_prompts(
@@ -78,7 +79,7 @@ def _add(engine: BatchedEngine, text: _Text, event: SampledToken, stop: Sequence
         return  # sampled in the same step as the end of a stop string
     text.reason = event.finish_reason
     if event.finish_reason not in (None, "length"):
-        text.end = event.token
+        text.end, text.end_logprob = event.token, event.logprob
         return
     text.logprobs.append(event.logprob)
     text.stream.push(event.token, decode=bool(stop))

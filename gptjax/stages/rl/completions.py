@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh
@@ -22,6 +23,7 @@ from gptjax.data.templates import ChatFormat, EncodedConversation, with_completi
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.distributed import preemption, processes
 from gptjax.inference.engine import Completion, Engine
+from gptjax.losses import policy_gradient
 from gptjax.models import peft
 from gptjax.models.gpt import GPT
 from gptjax.models.heads import VALUE
@@ -53,7 +55,8 @@ class Completions:
       prompts: P.
       texts: N.
       rewards_N: float64, less rl.missing_eos_penalty where a completion was cut off.
-      arrays: (N, T) each: those of `lay_out`, with one completion a row, and those of `completion_measurer`.
+      arrays: (N, T) each: those of `lay_out`, with one completion a row, those of `completion_measurer`, and
+        `sampler_logprobs`, float32: the log-probabilities that the tokens were drawn with, 0 outside the completions.
       ended_N: bool, False where a completion was cut off at rl.response_tokens.
     """
 
@@ -72,9 +75,22 @@ class Completions:
         """`mask_NT`, without the completions that rl.mask_truncated_completions excludes from the loss."""
         return self.mask_NT & self.ended_N[:, None] if config.rl.mask_truncated_completions else self.mask_NT
 
+    def importance_weights_NT(self, config: Config) -> npt.NDArray[np.float32]:
+        """Weights of truncated importance sampling, with which rl.importance_sampling_cap multiplies policy losses.
+
+        The policy loss is a maximum of two products with the advantage, so positive weights may multiply the advantage
+        instead. They are 1 outside the completions, and everywhere without a cap.
+        """
+        if (cap := config.rl.importance_sampling_cap) is None:
+            return np.ones_like(self.mask_NT, np.float32)
+        logprobs = (jnp.asarray(self.arrays[name]) for name in ("old_logprobs", "sampler_logprobs"))
+        weights_NT = policy_gradient.truncated_importance_weights(*logprobs, cap)
+        return np.where(self.mask_NT, np.asarray(weights_NT), np.float32(1))
+
     def summary(self) -> dict[str, float]:
-        """Returns the metrics: means over completions; the mean of the entropy is over tokens."""
+        """Returns the metrics: means over completions; those of the entropy and of the sampler are over tokens."""
         mask_NT, arrays = self.mask_NT, self.arrays
+        gaps = arrays["old_logprobs"][mask_NT].astype(np.float64) - arrays["sampler_logprobs"][mask_NT]
         log_ratio_NT = np.where(mask_NT, arrays["old_logprobs"] - arrays["reference_logprobs"], 0)
         return {
             "reward": float(self.rewards_N.mean()),
@@ -83,6 +99,11 @@ class Completions:
             "entropy": float(arrays["entropy"][mask_NT].mean()),
             "response_tokens": float(mask_NT.sum(axis=1).mean()),
             "ended": float(self.ended_N.mean()),
+            "sampling_logp_difference_mean": float(np.abs(gaps).mean()),
+            "sampling_logp_difference_max": float(np.abs(gaps).max()),
+            "importance_sampling_ratio_mean": float(np.exp(gaps).mean()),
+            "importance_sampling_ratio_min": float(np.exp(gaps).min()),
+            "importance_sampling_ratio_max": float(np.exp(gaps).max()),
         }
 
     def shown(self) -> str:
@@ -170,11 +191,13 @@ class CompletionSampler:
         encoded = [self._encoded(prompt, completion) for prompt, completion in zip(repeated, completions, strict=True)]
         rows = [lay_out([sequence], 1, self.row_length, pack=False) for sequence in encoded]
         arrays = {name: np.concatenate([row[name] for row in rows]) for name in rows[0] if name != "ends"}
+        sampler_NT = np.zeros_like(arrays["weights"])
+        sampler_NT[arrays["weights"] > 0] = np.concatenate([_logprobs(completion) for completion in completions])
         return Completions(
             prompts=[prompt.prompt for prompt in prompts],
             texts=[completion.text for completion in completions],
             rewards_N=rewards_N,
-            arrays=arrays | self._measured(params, arrays, group, images_PNX),
+            arrays=arrays | self._measured(params, arrays, group, images_PNX) | {"sampler_logprobs": sampler_NT},
             ended_N=ended_N,
         )
 
@@ -243,6 +266,12 @@ class CompletionSampler:
             found.append(jax.device_get(self._measure(params, batch)))
         joined = {name: np.concatenate([of[name] for of in found]) for name in found[0]}
         return {name: a_BGT.reshape(-1, self.row_length)[: len(arrays["tokens"])] for name, a_BGT in joined.items()}
+
+
+def _logprobs(completion: Completion) -> npt.NDArray[np.float32]:
+    """The log-probabilities of the tokens that are trained on: those of a completion, and the token that ended it."""
+    end = [] if completion.end is None else [completion.end_logprob]
+    return np.append(completion.logprobs, np.array(end, np.float32))
 
 
 def _filled(rows: npt.NDArray[Any], size: int) -> npt.NDArray[Any]:

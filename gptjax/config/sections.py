@@ -122,6 +122,9 @@ class RLConfig:
     # policy as trainer and as sampler compute it (Yao et al. 2025). None: no correction
     importance_sampling_cap: float | None = None
     generate_batch: int = 64  # completions sampled at once
+    # static: `generate_batch` prompts start together, and the next ones when the longest completion has ended;
+    # continuous: the next prompt starts as soon as one has ended (continuous batching)
+    batching: Literal["static", "continuous"] = "static"
 
 
 @dataclasses.dataclass(frozen=True)

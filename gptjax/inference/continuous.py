@@ -34,6 +34,7 @@ def complete_prompts(
     sampling: Sampling,
     *,
     first_seed: int = 0,
+    seeds: Sequence[int] | None = None,
     stop: Sequence[str] = (),
     end_tokens: Sequence[int] = (),
     ignore_end_of_text: bool = False,
@@ -44,6 +45,7 @@ def complete_prompts(
 
     Args:
       first_seed: sampling seed of the first prompt; the others have the following ones.
+      seeds: the sampling seed of each prompt, in the place of `first_seed`.
 
     Raises:
       UserError: as `BatchedEngine.insert`, before anything runs.
@@ -54,7 +56,7 @@ def complete_prompts(
             tuple(map(int, prompt)),
             max_new_tokens,
             sampling,
-            first_seed + i,
+            first_seed + i if seeds is None else seeds[i],
             end_tokens=ends,
             images=() if images is None else tuple(images[i]),
         )

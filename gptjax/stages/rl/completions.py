@@ -21,14 +21,11 @@ from gptjax.data.images.image_references import ImageReference
 from gptjax.data.images.square_images import padded
 from gptjax.data.templates import ChatFormat, EncodedConversation, with_completion
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.distributed import preemption, processes
-from gptjax.inference.engine import Completion, Engine
+from gptjax.distributed import processes
+from gptjax.inference.engine import Completion
 from gptjax.losses import policy_gradient
-from gptjax.models import peft
-from gptjax.models.gpt import GPT
-from gptjax.models.heads import VALUE
 from gptjax.parallel.mesh import constrain
-from gptjax.stages.policy import REFERENCE
+from gptjax.stages.rl.generation import CompletionGenerator
 from gptjax.stages.rl.reward_functions import RewardSource
 from gptjax.stages.rl.rl_objective import completion_measurer
 
@@ -139,6 +136,9 @@ class CompletionSampler:
       prompts: all prompts that will be used: the longest decides the length of a row.
       chat_format: format of the prompts and completions.
       images: reads the images of the prompts; None: they have none.
+
+    Raises:
+      UserError: as `CompletionGenerator`.
     """
 
     def __init__(
@@ -151,11 +151,13 @@ class CompletionSampler:
         chat_format: ChatFormat,
         images: ImageFiles | None = None,
     ) -> None:
-        self._config, self._mesh, self._tokenizer, self._reward = config, mesh, tokenizer, reward
+        self._config, self._reward = config, reward
         self._format, self._images = chat_format, images
         self._images_per_prompt = 0 if images is None else max(len(prompt.images) for prompt in prompts)
-        need = max(len(prompt.tokens) for prompt in prompts) + config.rl.response_tokens
+        longest = max(len(prompt.tokens) for prompt in prompts)
+        need = longest + config.rl.response_tokens
         self.row_length = min(-(-need // ROW_MULTIPLE) * ROW_MULTIPLE, config.model.context_length)
+        self._generator = CompletionGenerator(config, mesh, tokenizer, chat_format.end_tokens, longest)
         self._measure = _measuring(computation(config))
 
     def images_of(self, prompts: Sequence[EncodedPrompt]) -> Arrays:
@@ -213,32 +215,16 @@ class CompletionSampler:
         Args:
           images_PNX: of the P prompts, each of which is in `prompts` several times, one after another.
         """
-        settings, texts = self._config.rl, [prompt.prompt for prompt in prompts]
-        policy = {name: part for name, part in params.items() if name not in (REFERENCE, VALUE)}
-        # Stacked: no second copy of the weights.
-        gpt, params = GPT(self._config.model), peft.merge(self._config.peft, policy)
-        engine = Engine(gpt, params, self._tokenizer, self._mesh, weights="stacked")
+        texts = [prompt.prompt for prompt in prompts]
+        images = None
+        if images_PNX is not None:
+            group = len(prompts) // len(images_PNX)
+            images = [list(images_PNX[i // group, : len(prompt.images)]) for i, prompt in enumerate(prompts)]
         completions: list[Completion] = []
         with ThreadPoolExecutor(1) as host:
             pending = []
-            for first in range(0, len(prompts), settings.generate_batch):
-                preemption.check()
-                chunk = slice(first, first + settings.generate_batch)
-                read = None
-                if images_PNX is not None:
-                    group = len(prompts) // len(images_PNX)
-                    read = [
-                        list(images_PNX[(first + i) // group, : len(prompt.images)])
-                        for i, prompt in enumerate(prompts[chunk])
-                    ]
-                found = engine.generate(
-                    [prompt.tokens for prompt in prompts[chunk]],
-                    settings.response_tokens,
-                    seeds=seeds[chunk],
-                    end_tokens=self._format.end_tokens,
-                    separate_text=True,
-                    images=read,
-                )
+            for found in self._generator.generate(params, [prompt.tokens for prompt in prompts], seeds, images):
+                chunk = slice(len(completions), len(completions) + len(found))
                 completions += [dataclasses.replace(c, text=self._format.decode(c.tokens)) for c in found]
                 if self._reward.on_host and processes.is_first():
                     pending.append(host.submit(self._reward.rewards, texts[chunk], completions[chunk]))

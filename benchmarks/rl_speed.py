@@ -1,16 +1,18 @@
 """Compares the speed of PPO with TRL's, and that of static and continuous batching of its completions.
 
     python -m benchmarks.rl_speed --compare=trl [--inner_epochs=1] [--rounds=3] [--output=rl_speed.json]
-    python -m benchmarks.rl_speed --compare=batching [--rounds=5]
+    python -m benchmarks.rl_speed --compare=batching [--noends] [--rounds=5]
 
 trl: whole iterations of PPO alternately here and by TRL's PPOTrainer, which releases after 1.10 no longer have: `pip
 install torch transformers trl==1.10.0`. Policy, reference, reward model and value function are random GPT-2s of one
 size in float32. Both sides complete prompts of equal length in one batch, up to the same length, and train on them in
 minibatches of equal size; TRL without gradient checkpointing, which is its default. Seconds are those of an iteration,
-the first of a round left out, per token of the completions.
+the first of a round left out, per token of the completions: of the clock, and of the processor over all cores, which
+depend less on other work. Where there is other work, PyTorch's threads wait for each other: set OMP_NUM_THREADS=1, and
+compare processor times.
 
-batching: completions of geometrically distributed lengths, cut off at --response_tokens, without training, in
-iterations of four times --prompts. Programs are compiled before the first round.
+batching: completions of geometrically distributed lengths, cut off at --response_tokens, or with --noends all of that
+length, without training, in iterations of four times --prompts. Programs are compiled before the first round.
 """
 
 import json
@@ -22,7 +24,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -30,7 +32,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks.loss_parity import import_torch
-from benchmarks.measuring import alternate, measured_on, ratio, write_json
+from benchmarks.measuring import measured_on, ratio, write_json
 from gptjax import cli
 from gptjax import config as c
 from gptjax.config import UserError
@@ -52,14 +54,32 @@ END_VOCABULARY = 1024
 def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         sides = policy_sides(Path(directory)) if COMPARE.value == "trl" else batching_sides()
-        for measure in sides.values():  # compiles
-            measure()
-        times = alternate(sides, ROUNDS.value)
+        times: dict[str, list[Seconds]] = {name: [] for name in sides}
+        for _ in range(ROUNDS.value):
+            for name, measure in sides.items():
+                times[name].append(measure())
     base = list(times)[-1]
-    for name, values in times.items():
-        print(f"{name}: {1 / statistics.median(values):.1f} tokens/s, {ratio(values, times[base]):.2f} times {base}")
+    for kind in Seconds._fields:
+        for name in times:
+            values, others = ([getattr(each, kind) for each in times[side]] for side in (name, base))
+            speed = f"{1 / statistics.median(values):.1f} tokens per second of the {kind}"
+            print(f"{name}: {speed}, {ratio(values, others):.2f} times {base}")
     settings = {name: flags.FLAGS[name].value for name in ("compare", "prompts", "response_tokens", "inner_epochs")}
     write_json(OUTPUT.value, {"settings": settings, "seconds_per_token": times, **measured_on()})
+
+
+class Seconds(NamedTuple):
+    """Seconds per token; of the processor: summed over all cores."""
+
+    clock: float
+    processor: float
+
+    @classmethod
+    def now(cls) -> "Seconds":
+        return cls(time.perf_counter(), time.process_time())
+
+    def until(self, end: "Seconds", tokens: float) -> "Seconds":
+        return Seconds((end.clock - self.clock) / tokens, (end.processor - self.processor) / tokens)
 
 
 def policy_config(context: int, vocabulary: int) -> c.GPTConfig:
@@ -71,8 +91,8 @@ def policy_config(context: int, vocabulary: int) -> c.GPTConfig:
 # --- PPO --------------------------------------------------------------------------------------------------------------
 
 
-def policy_sides(root: Path) -> dict[str, Callable[[], float]]:
-    """Returns functions that train for a round and return the seconds of an iteration per completion token."""
+def policy_sides(root: Path) -> dict[str, Callable[[], Seconds]]:
+    """Returns functions that train for a round and return its seconds per token of a completion."""
     random.seed(0)
     text = ["".join(random.choices(string.ascii_letters, k=PROMPT_TOKENS - 2)) for _ in range(PROMPTS.value)]
     write_lines(root / "prompts.jsonl", [{"prompt": prompt} for prompt in text])
@@ -82,6 +102,7 @@ def policy_sides(root: Path) -> dict[str, Callable[[], float]]:
     for stage, start in (("sft", None), ("reward", "sft")):
         config = stage_config(root, stage, f"{stage}.jsonl", start)
         run(c.replace(config, {"batch": {"total_tokens": 1}}), root / stage)
+    our_round(root)  # compiles
     return {"gptjax": lambda: our_round(root), "TRL": trl_round(text)}
 
 
@@ -117,7 +138,7 @@ def stage_config(root: Path, stage: Any, source: str, start: str | None) -> c.Co
     return config
 
 
-def our_round(root: Path) -> float:
+def our_round(root: Path) -> Seconds:
     config = stage_config(root, "ppo", "prompts.jsonl", "sft")
     rl = {
         "reward": f"model:{root / 'reward'}",
@@ -126,21 +147,22 @@ def our_round(root: Path) -> float:
         "generate_batch": PROMPTS.value,
         "inner_epochs": INNER_EPOCHS.value,
     }
-    config = c.replace(config, {"rl": rl, "batch": {"epochs": 1.0 + ITERATIONS}})
-    ends: list[float] = []
+    changes = {"rl": rl, "batch": {"epochs": 1.0 + ITERATIONS}, "evaluation": {"metric": "reward"}}
+    config = c.replace(config, changes)
+    ends: list[Seconds] = []
     tokens: list[float] = []
 
     def note(record: Mapping[str, Any]) -> None:
         if record["split"] == "rollout":
-            ends.append(time.perf_counter())
+            ends.append(Seconds.now())
             tokens.append(record["response_tokens"] * PROMPTS.value)
 
     with tempfile.TemporaryDirectory() as workdir:
         run(config, Path(workdir), callbacks=(note,))
-    return (ends[-1] - ends[0]) / sum(tokens[1:])
+    return ends[0].until(ends[-1], sum(tokens[1:]))
 
 
-def trl_round(text: list[str]) -> Callable[[], float]:
+def trl_round(text: list[str]) -> Callable[[], Seconds]:
     torch, transformers = import_torch()
     try:
         from trl.experimental.ppo import PPOConfig, PPOTrainer
@@ -155,12 +177,12 @@ def trl_round(text: list[str]) -> Callable[[], float]:
 
     class Clock(transformers.TrainerCallback):
         def __init__(self) -> None:
-            self.ends: list[float] = []
+            self.ends: list[Seconds] = []
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.ends.append(time.perf_counter())
+            self.ends.append(Seconds.now())
 
-    def train() -> float:
+    def train() -> Seconds:
         clock = Clock()
         with tempfile.TemporaryDirectory() as directory:
             settings = PPOConfig(
@@ -197,7 +219,7 @@ def trl_round(text: list[str]) -> Callable[[], float]:
                 callbacks=[clock],
             )
             trainer.train()
-        return (clock.ends[-1] - clock.ends[0]) / (ITERATIONS * PROMPTS.value * RESPONSE_TOKENS.value)
+        return clock.ends[0].until(clock.ends[-1], ITERATIONS * PROMPTS.value * RESPONSE_TOKENS.value)
 
     return train
 
@@ -205,7 +227,7 @@ def trl_round(text: list[str]) -> Callable[[], float]:
 # --- batching ---------------------------------------------------------------------------------------------------------
 
 
-def batching_sides() -> dict[str, Callable[[], float]]:
+def batching_sides() -> dict[str, Callable[[], Seconds]]:
     """Returns functions that sample the completions of an iteration and return the seconds per token."""
     rng = np.random.default_rng(0)
     model = policy_config(PROMPT_TOKENS + RESPONSE_TOKENS.value, END_VOCABULARY)
@@ -214,19 +236,22 @@ def batching_sides() -> dict[str, Callable[[], float]]:
     lengths = rng.integers(PROMPT_TOKENS // 2, PROMPT_TOKENS + 1, count)
     prompts = [rng.integers(NUM_ENDS, END_VOCABULARY, length).astype(np.int32) for length in lengths]
 
-    def sample(batching: str) -> float:
+    def sample(batching: str) -> Seconds:
         rl = c.RLConfig(
             response_tokens=RESPONSE_TOKENS.value,
             generate_batch=PROMPTS.value,
             batching=batching,  # type: ignore[arg-type]
         )
         config, mesh = c.Config(stage="ppo", model=model, rl=rl), make_mesh(c.MeshConfig())
-        generator = CompletionGenerator(config, mesh, BytesTokenizer(), range(NUM_ENDS), PROMPT_TOKENS)
-        start = time.perf_counter()
+        ends = range(NUM_ENDS if ENDS.value else 0)
+        generator = CompletionGenerator(config, mesh, BytesTokenizer(), ends, PROMPT_TOKENS)
+        start = Seconds.now()
         batches = list(generator.generate(params, prompts, list(range(count)), None))
         tokens = sum(len(one.tokens) + (one.end is not None) for batch in batches for one in batch)
-        return (time.perf_counter() - start) / tokens
+        return start.until(Seconds.now(), tokens)
 
+    for batching in ("continuous", "static"):  # compiles
+        sample(batching)
     return {name: lambda name=name: sample(name) for name in ("continuous", "static")}
 
 
@@ -234,6 +259,7 @@ if __name__ == "__main__":
     COMPARE = flags.DEFINE_enum("compare", None, ["trl", "batching"], "What.", required=True)
     PROMPTS = flags.DEFINE_integer("prompts", 64, "Prompts of an iteration, a multiple of 4.", lower_bound=4)
     RESPONSE_TOKENS = flags.DEFINE_integer("response_tokens", 64, "Largest length of a completion.", lower_bound=1)
+    ENDS = flags.DEFINE_boolean("ends", True, "Some tokens end a completion, so that the lengths differ.")
     INNER_EPOCHS = flags.DEFINE_integer("inner_epochs", 1, "Epochs over the completions.", lower_bound=1)
     ROUNDS = flags.DEFINE_integer("rounds", 3, "Rounds, in each of which both sides are measured.", lower_bound=1)
     OUTPUT = flags.DEFINE_string("output", None, "JSON file for the measurements.")

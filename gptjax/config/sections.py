@@ -123,8 +123,9 @@ class RLConfig:
     importance_sampling_cap: float | None = None
     generate_batch: int = 64  # completions sampled at once
     # static: `generate_batch` prompts start together, and the next ones when the longest completion has ended;
-    # continuous: the next prompt starts as soon as one has ended (continuous batching)
-    batching: Literal["static", "continuous"] = "static"
+    # continuous: the next prompt starts as soon as a completion has ended, on meshes that do not shard the batch;
+    # auto: continuous on a CPU with such a mesh, where it was measured to be faster, and otherwise static
+    batching: Literal["auto", "static", "continuous"] = "auto"
 
 
 @dataclasses.dataclass(frozen=True)

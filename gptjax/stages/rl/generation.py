@@ -25,7 +25,8 @@ from gptjax.inference.sampling import Sampling
 from gptjax.models import peft
 from gptjax.models.gpt import GPT
 from gptjax.models.heads import VALUE
-from gptjax.parallel.mesh import batch_shards
+from gptjax.parallel.mesh import batch_shards, use_mesh
+from gptjax.parallel.platforms import platform_defaults
 from gptjax.stages.policy import REFERENCE
 
 
@@ -46,9 +47,15 @@ class CompletionGenerator:
     ) -> None:
         self._config, self._mesh, self._tokenizer = config, mesh, tokenizer
         self._end_tokens, self._longest = end_tokens, longest
+        shards, batching = batch_shards(mesh), config.rl.batching
+        if batching == "auto":
+            with use_mesh(mesh):
+                is_faster = shards == 1 and platform_defaults().continuous_completions
+            batching = "continuous" if is_faster else "static"
+        self._is_continuous = batching == "continuous"
         require(
-            config.rl.batching == "static" or batch_shards(mesh) == 1,
-            f"rl.batching=continuous has one cache for all rows, so each of the {batch_shards(mesh)} shards of a batch "
+            batching == "static" or shards == 1,
+            f"rl.batching=continuous has one cache for all rows, so each of the {shards} shards of a batch "
             "(mesh.data, mesh.fsdp, mesh.expert) would decode all of them: set rl.batching=static",
         )
 
@@ -72,7 +79,7 @@ class CompletionGenerator:
         """
         policy = {name: part for name, part in params.items() if name not in (REFERENCE, VALUE)}
         policy = peft.merge(self._config.peft, policy)
-        batches = self._continuous if self._config.rl.batching == "continuous" else self._static
+        batches = self._continuous if self._is_continuous else self._static
         yield from batches(GPT(self._config.model), policy, prompts, seeds, images)
 
     def _static(

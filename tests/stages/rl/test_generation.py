@@ -16,6 +16,7 @@ from gptjax.inference.batch_programs import decode_rows, read_chunk
 from gptjax.inference.engine import Completion
 from gptjax.models.gpt import GPT, init_params
 from gptjax.parallel.mesh import make_mesh
+from gptjax.parallel.platforms import override_defaults
 from gptjax.run import run
 from gptjax.stages.rl.generation import CompletionGenerator
 from gptjax.training.metrics_file import read_metrics
@@ -82,7 +83,16 @@ def test_rows_that_are_sharded_are_refused():
     mesh = SimpleNamespace(shape={"data": 2, "fsdp": 2, "expert": 1})
     with pytest.raises(UserError, match=r"rl.batching=continuous .* each of the 4 shards .* set rl.batching=static"):
         CompletionGenerator(config, mesh, BytesTokenizer(), (), 4)
-    CompletionGenerator(c.replace(config, {"rl": {"batching": "static"}}), mesh, BytesTokenizer(), (), 4)
+    for other in ("static", "auto"):
+        config = c.replace(config, {"rl": {"batching": other}})
+        made = CompletionGenerator(config, mesh, BytesTokenizer(), (), 4)
+        assert not made._is_continuous
+
+
+@pytest.mark.parametrize("faster", [False, True])
+def test_auto_is_continuous_where_it_is_faster(faster):
+    with override_defaults("cpu", continuous_completions=faster):
+        assert generator("auto")._is_continuous == faster
 
 
 @pytest.mark.slow

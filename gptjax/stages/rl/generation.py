@@ -49,9 +49,7 @@ class CompletionGenerator:
         self._end_tokens, self._longest = end_tokens, longest
         shards, batching = batch_shards(mesh), config.rl.batching
         if batching == "auto":
-            with use_mesh(mesh):
-                is_faster = shards == 1 and platform_defaults().continuous_completions
-            batching = "continuous" if is_faster else "static"
+            batching = "continuous" if shards == 1 and _is_continuous_faster(mesh) else "static"
         self._is_continuous = batching == "continuous"
         require(
             batching == "static" or shards == 1,
@@ -145,3 +143,8 @@ class CompletionGenerator:
             if not batch:
                 return
             yield batch
+
+
+def _is_continuous_faster(mesh: Mesh) -> bool:
+    with use_mesh(mesh):
+        return platform_defaults().continuous_completions

@@ -68,6 +68,7 @@ def rl_config(stage: str, directory: Path, sft: Path, reward: Path | None = None
             responses_per_prompt=2 if stage == "grpo" else 1,
             response_tokens=4,
             generate_batch=8,
+            batching="static",  # compiles fewer programs
         ),
         ppo=c.PPOConfig(value_init="policy" if reward is None else "reward", value_lr=1e-2)
         if stage == "ppo"

@@ -121,6 +121,8 @@ def _check_rl(config: Config) -> None:
     positive(rl, "rl", "prompts_per_iteration", "responses_per_prompt", "response_tokens", "inner_epochs", "clip")
     positive(rl, "rl", "generate_batch", "prompt_tokens", "missing_eos_penalty")
     require(rl.kl_weight >= 0, f"rl.kl_weight={rl.kl_weight} must not be negative")
+    cap = rl.importance_sampling_cap
+    require(cap is None or cap >= 1, f"rl.importance_sampling_cap={cap} must be at least 1")
     positive(ppo, "ppo", "value_lr", "value_clip", "pretraining_rows")
     for field in ("discount", "gae_lambda"):
         require(0 <= getattr(ppo, field) <= 1, f"ppo.{field}={getattr(ppo, field)} must be in [0, 1]")

@@ -119,7 +119,14 @@ class RLConfig:
     inner_epochs: int = 1  # epochs over the completions of an iteration
     clip: float = 0.2  # PPO clip range (epsilon) of the probability ratio
     kl_weight: float = 0.02  # KL penalty coefficient (beta) against init_from: in the reward of ppo, the loss of grpo
+    # Truncated importance sampling: the policy loss of a token is multiplied by min(pi_old / pi_sampler, cap), the same
+    # policy as trainer and as sampler compute it (Yao et al. 2025). None: no correction
+    importance_sampling_cap: float | None = None
     generate_batch: int = 64  # completions sampled at once
+    # static: `generate_batch` prompts start together, and the next ones when the longest completion has ended;
+    # continuous: the next prompt starts as soon as a completion has ended, on meshes that do not shard the batch;
+    # auto: continuous on a CPU with such a mesh, where it was measured to be faster, and otherwise static
+    batching: Literal["auto", "static", "continuous"] = "auto"
 
 
 @dataclasses.dataclass(frozen=True)

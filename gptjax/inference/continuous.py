@@ -19,11 +19,12 @@ class _Text:
         self.logprobs: list[float] = []
         self.reason: FinishReason | None = None
         self.end: int | None = None
+        self.end_logprob: float | None = None
 
     def completion(self) -> Completion:
         self.stream.flush()
         tokens, logprobs = np.array(self.stream.tokens, np.int32), np.array(self.logprobs, np.float32)
-        return Completion(tokens, logprobs, self.stream.text, self.reason or "length", self.end)
+        return Completion(tokens, logprobs, self.stream.text, self.reason or "length", self.end, self.end_logprob)
 
 
 def complete_prompts(
@@ -33,6 +34,7 @@ def complete_prompts(
     sampling: Sampling,
     *,
     first_seed: int = 0,
+    seeds: Sequence[int] | None = None,
     stop: Sequence[str] = (),
     end_tokens: Sequence[int] = (),
     ignore_end_of_text: bool = False,
@@ -43,6 +45,7 @@ def complete_prompts(
 
     Args:
       first_seed: sampling seed of the first prompt; the others have the following ones.
+      seeds: the sampling seed of each prompt, in the place of `first_seed`.
 
     Raises:
       UserError: as `BatchedEngine.insert`, before anything runs.
@@ -53,7 +56,7 @@ def complete_prompts(
             tuple(map(int, prompt)),
             max_new_tokens,
             sampling,
-            first_seed + i,
+            first_seed + i if seeds is None else seeds[i],
             end_tokens=ends,
             images=() if images is None else tuple(images[i]),
         )
@@ -78,7 +81,7 @@ def _add(engine: BatchedEngine, text: _Text, event: SampledToken, stop: Sequence
         return  # sampled in the same step as the end of a stop string
     text.reason = event.finish_reason
     if event.finish_reason not in (None, "length"):
-        text.end = event.token
+        text.end, text.end_logprob = event.token, event.logprob
         return
     text.logprobs.append(event.logprob)
     text.stream.push(event.token, decode=bool(stop))

@@ -55,6 +55,7 @@ class Completion:
       text: the text that the tokens append to the prompt (`TextStream`), up to the stop string.
       finish_reason: "end_of_text", "end_of_turn" (an end token), "stop" (a stop string) or "length" (max_new_tokens).
       end: the end-of-text or end token that ended the completion; None if it ended otherwise.
+      end_logprob: the log-probability of `end`; None without one, and from beam search.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -62,6 +63,7 @@ class Completion:
     text: str
     finish_reason: FinishReason
     end: int | None = None
+    end_logprob: float | None = None
 
 
 @dataclasses.dataclass
@@ -72,10 +74,11 @@ class _Row:
     logprobs: list[float] = dataclasses.field(default_factory=list)
     reason: FinishReason | None = None
     end: int | None = None
+    end_logprob: float | None = None
 
     def completion(self) -> Completion:
         tokens, logprobs = np.array(self.stream.tokens, np.int32), np.array(self.logprobs, np.float32)
-        return Completion(tokens, logprobs, self.stream.text, self.reason or "length", self.end)
+        return Completion(tokens, logprobs, self.stream.text, self.reason or "length", self.end, self.end_logprob)
 
 
 class Engine:
@@ -170,7 +173,7 @@ class Engine:
                 if row.reason is not None:
                     continue
                 if (token := int(tokens_B[i])) in reasons:
-                    row.reason, row.end = reasons[token], token
+                    row.reason, row.end, row.end_logprob = reasons[token], token, float(logprobs_B[i])
                     emit(i, row.stream.flush())
                     continue
                 row.logprobs.append(float(logprobs_B[i]))

@@ -1,7 +1,8 @@
 """Losses of PPO and GRPO, as pure functions of arrays.
 
 All functions compute and return float32, whatever the input dtype, and work under `jax.jit`. pi is the policy that is
-trained, pi_old the policy that sampled the tokens, pi_ref the frozen reference policy.
+trained, pi_old the policy that sampled the tokens, pi_ref the frozen reference policy. All are the trainer's;
+`truncated_importance_weights` corrects for the sampler, which computes pi_old by other programs.
 
 Shapes: P prompts with G sampled completions each; N completions of T positions. A mask is bool, or 0 and 1: true at the
 tokens that the policy sampled.
@@ -165,6 +166,27 @@ def policy_loss(
     unclipped = -ratio * advantages
     clipped = -jnp.clip(ratio, 1 - clip, 1 + clip) * advantages
     return jnp.maximum(unclipped, clipped), _float32(clipped > unclipped)
+
+
+def truncated_importance_weights(old_logprobs: jax.Array, sampler_logprobs: jax.Array, cap: float) -> jax.Array:
+    """Truncated importance weights between the trainer's and the sampler's probabilities of the same policy.
+
+        weight = min(pi_old(a) / pi_sampler(a), cap)
+
+    Tokens are drawn from pi_sampler, which differs from pi_old by the rounding of other programs, so they are slightly
+    off-policy. The weights correct the expectation of the policy gradient; the cap bounds their variance at the price
+    of a bias (Espeholt et al. 2018, IMPALA, section 4.1; Yao et al. 2025, "Your efficient RL framework secretly brings
+    you off-policy RL training").
+
+    Args:
+      old_logprobs: log pi_old of the tokens by the trainer, of any shape.
+      sampler_logprobs: log-probabilities of the tokens that the sampler drew them with, of the same shape.
+      cap: the largest weight, at least 1.
+
+    Returns:
+      Weights of the same shape, in (0, cap].
+    """
+    return jnp.minimum(jnp.exp(_float32(old_logprobs) - _float32(sampler_logprobs)), cap)
 
 
 def value_loss(

@@ -43,6 +43,9 @@ class PlatformDefaults:
         multiplies few rows by them faster; GPUs and TPUs choose layouts by themselves.
       min_decode_rows: the fewest rows that a device decodes at once in bfloat16. For one row XLA's GPU compiler turns
         matrix products into element-wise multiplications and sums, in more kernels than two rows need.
+      continuous_completions: whether stages ppo and grpo sample by continuous batching where rl.batching=auto. A CPU's
+        time for a token grows with the rows that decode it, so rows of completions that have ended cost. Elsewhere such
+        rows cost little, and continuous batching calls the device more often; it has not been measured there.
       unroll_ring: whether the rounds of ring attention are unrolled: a workaround for XLA's CPU backend (JAX 0.10),
         which sometimes mixes up the collective permutes of nested loops.
       interpret_pallas: whether Pallas TPU kernels are interpreted, slowly, as tests do where there is no TPU.
@@ -61,6 +64,7 @@ class PlatformDefaults:
     expert_backend: str
     output_major_kernels: bool
     min_decode_rows: int
+    continuous_completions: bool
     unroll_ring: bool
     interpret_pallas: bool
     emulate_low_precision: bool
@@ -79,6 +83,7 @@ PLATFORM_DEFAULTS = {
         expert_backend="dense",
         output_major_kernels=True,
         min_decode_rows=1,
+        continuous_completions=True,
         unroll_ring=True,
         interpret_pallas=True,
         emulate_low_precision=False,
@@ -95,6 +100,7 @@ PLATFORM_DEFAULTS = {
         expert_backend="grouped",
         output_major_kernels=False,
         min_decode_rows=2,
+        continuous_completions=False,
         unroll_ring=False,
         interpret_pallas=False,
         emulate_low_precision=False,
@@ -111,6 +117,7 @@ PLATFORM_DEFAULTS = {
         expert_backend="grouped",
         output_major_kernels=False,
         min_decode_rows=1,
+        continuous_completions=False,
         unroll_ring=False,
         interpret_pallas=False,
         emulate_low_precision=False,

@@ -40,3 +40,20 @@ def test_a_prompt_that_is_too_long_is_an_error_before_anything_runs(batched, pro
     with pytest.raises(UserError, match="a prompt of 17 tokens and max_new_tokens=20 exceed"):
         next(complete_prompts(batched, prompts, 20, Sampling()))
     assert batched.is_idle
+
+
+def test_the_log_probability_of_an_end_token(engine_of, batched, prompts):
+    """It is that of the token where it ends nothing."""
+    engine, sampling = engine_of("dense"), Sampling(1.0)
+    plain = engine.generate(prompts, NEW, sampling, seeds=3)
+    end = int(plain[0].tokens[4])
+    place = plain[0].tokens.tolist().index(end)
+    both = (
+        engine.generate(prompts, NEW, sampling, seeds=3, end_tokens=[end]),
+        list(complete_prompts(batched, prompts, NEW, sampling, first_seed=3, end_tokens=[end])),
+    )
+    for found in both:
+        assert (found[0].end, len(found[0].logprobs)) == (end, place)
+        assert found[0].end_logprob == pytest.approx(float(plain[0].logprobs[place]), abs=1e-5)
+        assert [one.end_logprob is None for one in found] == [one.end is None for one in found]
+        assert any(one.end is None for one in found)

@@ -94,12 +94,17 @@ def test_a_completion_depends_on_the_image(given):
     swapped = [dataclasses.replace(p, images=tuple(reversed(p.images))) for p in prompts]
     assert len(prompts[0].images) == 2
     reward = open_reward("python:tests.tiny_chats.low_characters", mesh, data.train[3:4])
-    sampler = CompletionSampler(data.config, mesh, data.tokenizer, reward, prompts, data.chat_format, data.images)
+    static, continuous = (
+        CompletionSampler(config, mesh, data.tokenizer, reward, prompts, data.chat_format, data.images)
+        for config in (c.replace(data.config, {"rl": {"batching": name}}) for name in ("static", "continuous"))
+    )
     with jax.set_mesh(mesh):
         params = random_params(data.config)
-        found = [sampler.sample(params, of, 2, [3, 4]).arrays["old_logprobs"] for of in (prompts, swapped)]
+        found = [static.sample(params, of, 2, [3, 4]).arrays["old_logprobs"] for of in (prompts, swapped)]
+        again = continuous.sample(params, prompts, 2, [3, 4]).arrays
     assert found[0].shape == found[1].shape
     assert not np.array_equal(*found)
+    np.testing.assert_allclose(again["old_logprobs"], found[0], atol=1e-5)
 
 
 @pytest.mark.slow

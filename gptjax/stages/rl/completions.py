@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh
@@ -20,13 +21,11 @@ from gptjax.data.images.image_references import ImageReference
 from gptjax.data.images.square_images import padded
 from gptjax.data.templates import ChatFormat, EncodedConversation, with_completion
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.distributed import preemption, processes
-from gptjax.inference.engine import Completion, Engine
-from gptjax.models import peft
-from gptjax.models.gpt import GPT
-from gptjax.models.heads import VALUE
+from gptjax.distributed import processes
+from gptjax.inference.engine import Completion
+from gptjax.losses import policy_gradient
 from gptjax.parallel.mesh import constrain
-from gptjax.stages.policy import REFERENCE
+from gptjax.stages.rl.generation import CompletionGenerator
 from gptjax.stages.rl.reward_functions import RewardSource
 from gptjax.stages.rl.rl_objective import completion_measurer
 
@@ -53,7 +52,8 @@ class Completions:
       prompts: P.
       texts: N.
       rewards_N: float64, less rl.missing_eos_penalty where a completion was cut off.
-      arrays: (N, T) each: those of `lay_out`, with one completion a row, and those of `completion_measurer`.
+      arrays: (N, T) each: those of `lay_out`, with one completion a row, those of `completion_measurer`, and
+        `sampler_logprobs`, float32: the log-probabilities that the tokens were drawn with, 0 outside the completions.
       ended_N: bool, False where a completion was cut off at rl.response_tokens.
     """
 
@@ -72,9 +72,22 @@ class Completions:
         """`mask_NT`, without the completions that rl.mask_truncated_completions excludes from the loss."""
         return self.mask_NT & self.ended_N[:, None] if config.rl.mask_truncated_completions else self.mask_NT
 
+    def importance_weights_NT(self, config: Config) -> npt.NDArray[np.float32]:
+        """Weights of truncated importance sampling, with which rl.importance_sampling_cap multiplies policy losses.
+
+        The policy loss is a maximum of two products with the advantage, so positive weights may multiply the advantage
+        instead. They are 1 outside the completions, and everywhere without a cap.
+        """
+        if (cap := config.rl.importance_sampling_cap) is None:
+            return np.ones_like(self.mask_NT, np.float32)
+        logprobs = (jnp.asarray(self.arrays[name]) for name in ("old_logprobs", "sampler_logprobs"))
+        weights_NT = policy_gradient.truncated_importance_weights(*logprobs, cap)
+        return np.where(self.mask_NT, np.asarray(weights_NT), np.float32(1))
+
     def summary(self) -> dict[str, float]:
-        """Returns the metrics: means over completions; the mean of the entropy is over tokens."""
+        """Returns the metrics: means over completions; those of the entropy and of the sampler are over tokens."""
         mask_NT, arrays = self.mask_NT, self.arrays
+        gaps = arrays["old_logprobs"][mask_NT].astype(np.float64) - arrays["sampler_logprobs"][mask_NT]
         log_ratio_NT = np.where(mask_NT, arrays["old_logprobs"] - arrays["reference_logprobs"], 0)
         return {
             "reward": float(self.rewards_N.mean()),
@@ -83,6 +96,11 @@ class Completions:
             "entropy": float(arrays["entropy"][mask_NT].mean()),
             "response_tokens": float(mask_NT.sum(axis=1).mean()),
             "ended": float(self.ended_N.mean()),
+            "sampling_logp_difference_mean": float(np.abs(gaps).mean()),
+            "sampling_logp_difference_max": float(np.abs(gaps).max()),
+            "importance_sampling_ratio_mean": float(np.exp(gaps).mean()),
+            "importance_sampling_ratio_min": float(np.exp(gaps).min()),
+            "importance_sampling_ratio_max": float(np.exp(gaps).max()),
         }
 
     def shown(self) -> str:
@@ -118,6 +136,9 @@ class CompletionSampler:
       prompts: all prompts that will be used: the longest decides the length of a row.
       chat_format: format of the prompts and completions.
       images: reads the images of the prompts; None: they have none.
+
+    Raises:
+      UserError: as `CompletionGenerator`.
     """
 
     def __init__(
@@ -130,11 +151,13 @@ class CompletionSampler:
         chat_format: ChatFormat,
         images: ImageFiles | None = None,
     ) -> None:
-        self._config, self._mesh, self._tokenizer, self._reward = config, mesh, tokenizer, reward
+        self._config, self._reward = config, reward
         self._format, self._images = chat_format, images
         self._images_per_prompt = 0 if images is None else max(len(prompt.images) for prompt in prompts)
-        need = max(len(prompt.tokens) for prompt in prompts) + config.rl.response_tokens
+        longest = max(len(prompt.tokens) for prompt in prompts)
+        need = longest + config.rl.response_tokens
         self.row_length = min(-(-need // ROW_MULTIPLE) * ROW_MULTIPLE, config.model.context_length)
+        self._generator = CompletionGenerator(config, mesh, tokenizer, chat_format.end_tokens, longest)
         self._measure = _measuring(computation(config))
 
     def images_of(self, prompts: Sequence[EncodedPrompt]) -> Arrays:
@@ -170,11 +193,13 @@ class CompletionSampler:
         encoded = [self._encoded(prompt, completion) for prompt, completion in zip(repeated, completions, strict=True)]
         rows = [lay_out([sequence], 1, self.row_length, pack=False) for sequence in encoded]
         arrays = {name: np.concatenate([row[name] for row in rows]) for name in rows[0] if name != "ends"}
+        sampler_NT = np.zeros_like(arrays["weights"])
+        sampler_NT[arrays["weights"] > 0] = np.concatenate([_logprobs(completion) for completion in completions])
         return Completions(
             prompts=[prompt.prompt for prompt in prompts],
             texts=[completion.text for completion in completions],
             rewards_N=rewards_N,
-            arrays=arrays | self._measured(params, arrays, group, images_PNX),
+            arrays=arrays | self._measured(params, arrays, group, images_PNX) | {"sampler_logprobs": sampler_NT},
             ended_N=ended_N,
         )
 
@@ -190,32 +215,16 @@ class CompletionSampler:
         Args:
           images_PNX: of the P prompts, each of which is in `prompts` several times, one after another.
         """
-        settings, texts = self._config.rl, [prompt.prompt for prompt in prompts]
-        policy = {name: part for name, part in params.items() if name not in (REFERENCE, VALUE)}
-        # Stacked: no second copy of the weights.
-        gpt, params = GPT(self._config.model), peft.merge(self._config.peft, policy)
-        engine = Engine(gpt, params, self._tokenizer, self._mesh, weights="stacked")
+        texts = [prompt.prompt for prompt in prompts]
+        images = None
+        if images_PNX is not None:
+            group = len(prompts) // len(images_PNX)
+            images = [list(images_PNX[i // group, : len(prompt.images)]) for i, prompt in enumerate(prompts)]
         completions: list[Completion] = []
         with ThreadPoolExecutor(1) as host:
             pending = []
-            for first in range(0, len(prompts), settings.generate_batch):
-                preemption.check()
-                chunk = slice(first, first + settings.generate_batch)
-                read = None
-                if images_PNX is not None:
-                    group = len(prompts) // len(images_PNX)
-                    read = [
-                        list(images_PNX[(first + i) // group, : len(prompt.images)])
-                        for i, prompt in enumerate(prompts[chunk])
-                    ]
-                found = engine.generate(
-                    [prompt.tokens for prompt in prompts[chunk]],
-                    settings.response_tokens,
-                    seeds=seeds[chunk],
-                    end_tokens=self._format.end_tokens,
-                    separate_text=True,
-                    images=read,
-                )
+            for found in self._generator.generate(params, [prompt.tokens for prompt in prompts], seeds, images):
+                chunk = slice(len(completions), len(completions) + len(found))
                 completions += [dataclasses.replace(c, text=self._format.decode(c.tokens)) for c in found]
                 if self._reward.on_host and processes.is_first():
                     pending.append(host.submit(self._reward.rewards, texts[chunk], completions[chunk]))
@@ -243,6 +252,12 @@ class CompletionSampler:
             found.append(jax.device_get(self._measure(params, batch)))
         joined = {name: np.concatenate([of[name] for of in found]) for name in found[0]}
         return {name: a_BGT.reshape(-1, self.row_length)[: len(arrays["tokens"])] for name, a_BGT in joined.items()}
+
+
+def _logprobs(completion: Completion) -> npt.NDArray[np.float32]:
+    """The log-probabilities of the tokens that are trained on: those of a completion, and the token that ended it."""
+    end = [] if completion.end is None else [completion.end_logprob]
+    return np.append(completion.logprobs, np.array(end, np.float32))
 
 
 def _filled(rows: npt.NDArray[Any], size: int) -> npt.NDArray[Any]:

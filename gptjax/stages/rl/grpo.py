@@ -35,7 +35,9 @@ def loss_arrays(config: Config, completions: Completions) -> tuple[Arrays, dict[
     weights_NT = policy_gradient.token_weights(jnp.asarray(mask_NT), config.grpo.loss_type, config.rl.response_tokens)
     arrays = {
         "weights": np.asarray(weights_NT),
-        "advantages": np.where(mask_NT, advantages_N1, 0).astype(np.float32),
+        "advantages": np.where(mask_NT, advantages_N1 * completions.importance_weights_NT(config), 0).astype(
+            np.float32
+        ),
         **{name: completions.arrays[name] for name in ("old_logprobs", "reference_logprobs")},
     }
     return arrays, {"informative_groups": float(np.mean(np.ptp(rewards_PG, axis=1) > 0))}

@@ -78,7 +78,7 @@ def loss_arrays(config: Config, completions: Completions) -> tuple[Arrays, dict[
     advantages_NT, returns_NT = policy_gradient.gae(rewards_NT, values_NT, mask_NT, ppo.discount, ppo.gae_lambda)
     arrays = {
         "weights": mask_NT.astype(jnp.float32),
-        "advantages": policy_gradient.whiten(advantages_NT, mask_NT),
+        "advantages": policy_gradient.whiten(advantages_NT, mask_NT) * completions.importance_weights_NT(config),
         "returns": returns_NT,
         "old_logprobs": logprobs_NT,
         "old_values": values_NT,

@@ -93,6 +93,7 @@ def _policy_loss(
     logprobs_BRT = token_logprobs(gpt, params, batch, None)
     losses_BRT, clipped_BRT = policy_gradient.policy_loss(logprobs_BRT, old_BRT, batch["advantages"], clip)
     measures = {
+        "ratio": jnp.sum(weights_BRT * jnp.exp(logprobs_BRT - old_BRT)),
         "clip_fraction": jnp.sum(weights_BRT * clipped_BRT),
         "policy_kl": jnp.sum(weights_BRT * policy_gradient.kl_k3(old_BRT, logprobs_BRT)),
     }
@@ -170,6 +171,11 @@ def _check_rl(config: Config) -> None:
         f"model.context_length={model.context_length}: lower them",
     )
     policy.check_computed_as_reference(config)
+    require(
+        rl.importance_sampling_cap is None or model.dtype != "float32" or model.expert_capacity is not None,
+        f"rl.importance_sampling_cap={rl.importance_sampling_cap} has no effect with model.dtype=float32, in which "
+        "sampler and trainer compute the same probabilities: unset it",
+    )
     for name, default in (("on_corrupt", "error"), ("image_shift", 0.0)):
         require(
             getattr(config.data, name) == default,

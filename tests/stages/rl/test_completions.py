@@ -21,7 +21,7 @@ HERE = "python:tests.stages.rl.test_completions"
 
 def completion(reason: str) -> Completion:
     end = 9 if reason == "end_of_turn" else None
-    return Completion(np.array([1], np.int32), np.zeros(1, np.float32), "a?", reason, end)
+    return Completion(np.array([1], np.int32), np.zeros(1, np.float32), "a?", reason, end, None if end is None else 0.0)
 
 
 def three_arguments(messages, answer, reference) -> float:

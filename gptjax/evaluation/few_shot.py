@@ -50,7 +50,8 @@ def few_shot_prompts(examples: Examples[E], num_fewshot: int, limit: int | None,
     """Returns the text that precedes each of the first `limit` examples: its description and few-shot examples.
 
     Args:
-      seed: sampling seed; the few-shot examples depend on it and on the example's index only.
+      seed: sampling seed; the few-shot examples depend on it and on the example's index only. They are drawn as
+        lm-evaluation-harness does, whose default seed is 1234.
 
     Raises:
       UserError: there are too few few-shot examples.
@@ -59,7 +60,7 @@ def few_shot_prompts(examples: Examples[E], num_fewshot: int, limit: int | None,
     groups: dict[str, list[int]] = {}
     for number, shot in enumerate(examples.shots):
         groups.setdefault(shot.group, []).append(number)
-    prompts = []
+    prompts, rng = [], random.Random(seed)
     for index, example in enumerate(examples.asked[:limit]):
         group = groups.get(example.group, [])
         if num_fewshot > len(group) - spare:
@@ -67,8 +68,8 @@ def few_shot_prompts(examples: Examples[E], num_fewshot: int, limit: int | None,
             most = max(len(group) - spare, 0)
             raise UserError(f"--num_fewshot={num_fewshot}, but there are only {most} examples{of_group} to show")
         most = min(num_fewshot + spare, len(group))
-        places = random.Random(f"{seed} {index}").sample(range(len(group)), most) if examples.sampled else range(most)
+        places = rng.sample(range(len(group)), most) if examples.sampled else range(most)
         shown = [group[place] for place in places if not (spare and group[place] == index)][:num_fewshot]
-        texts = (examples.shots[number].shown.strip() + examples.separator for number in shown)
+        texts = (examples.shots[number].shown + examples.separator for number in shown)
         prompts.append(example.description + "".join(texts))
     return prompts

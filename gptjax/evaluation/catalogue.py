@@ -1,7 +1,8 @@
 """Published benchmarks by name: their dataset and the conversion of its records to examples.
 
-Prompts follow Brown et al. 2020, Appendix G, or those stated in `gptjax/evaluation/published_prompts.py`; where
-lm-evaluation-harness has others than the former, `lm_eval_NAME` has these. Few-shot examples come from the training split or, as in that paper, from the development split where there is no training split.
+Prompts follow Brown et al. 2020, Appendix G, or those stated in `gptjax/evaluation/published_prompts.py`; where the
+prompts of lm-evaluation-harness differ from the former, the benchmark `lm_eval_NAME` has them. Few-shot examples come
+from the training split or, as in that paper, from the development split where there is no training split.
 
 Datasets are those of tensorflow-datasets, or else of the Hugging Face Hub: MMLU, TruthfulQA and HumanEval, which the
 former does not have, nor CLUE's; TriviaQA and CNN/DailyMail, which it prepares with TensorFlow only; DROP, as it keeps
@@ -218,7 +219,7 @@ def read_benchmark(name: str, num_fewshot: int, folder: Path | None = None) -> E
     if num_fewshot > 0 and benchmark.shots is not None:
         given = benchmark.shots
         shots = list(_read(name, given, folder)) if isinstance(given, str) else given()
-    return Examples(asked, shots, benchmark.separator, benchmark.sampled)
+    return Examples(asked, shots, benchmark.separator, benchmark.sampled, spare=benchmark.split != "test")
 
 
 def _read(name: str, split: str, folder: Path | None) -> Iterator[AnyExample]:

@@ -64,7 +64,7 @@ def bool_q(record: dict[str, Any]) -> list[TaskExample]:
 
 
 def winogrande(record: dict[str, Any]) -> list[TaskExample]:
-    """Sakaguchi et al. 2020, by partial evaluation. A blank is put before the rest of the sentence, also before "'s"."""
+    """Sakaguchi et al. 2020, by partial evaluation; the rest of the sentence follows after a blank, even "'s"."""
     before, _, after = record["sentence"].partition("_")
     options = [record["option1"], record["option2"]]
     answer = {"1": 0, "2": 1}.get(record["answer"], -1)

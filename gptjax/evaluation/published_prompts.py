@@ -206,7 +206,7 @@ def _squad(record: dict[str, Any], labels: tuple[str, ...]) -> GenerativeExample
     answers = tuple(record["answers"]["text"])
     parts = [("Title", record["title"]), ("Background", record["context"]), ("Question", record["question"])]
     prompt = "".join(f"{name}: {text}\n\n" for name, text in parts) + "Answer:"
-    first = f" {(*answers, 'unanswerable')[0]}"
+    first = f"  {(*answers, 'unanswerable')[0]}"  # two blanks, as in the harness
     return GenerativeExample(prompt, answers, first, "squad", ("\n",), NEW_TOKENS, labels=labels)
 
 
@@ -219,7 +219,8 @@ def translation(source: str, target: str) -> Callable[[dict[str, Any]], list[Gen
     def convert(record: dict[str, Any]) -> list[GenerativeExample]:
         pair = record.get("translation", record)
         prompt = f"{_LANGUAGES[source]} phrase: {pair[source]}\n{_LANGUAGES[target]} phrase:"
-        return [GenerativeExample(prompt, (pair[target],), f" {pair[target]}", BLEU, ("\n",), NEW_TOKENS)]
+        shown = f"  {pair[target]}"  # two blanks, as in the harness
+        return [GenerativeExample(prompt, (pair[target],), shown, BLEU, ("\n",), NEW_TOKENS)]
 
     return convert
 

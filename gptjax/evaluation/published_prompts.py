@@ -206,7 +206,7 @@ def _squad(record: dict[str, Any], labels: tuple[str, ...]) -> GenerativeExample
     answers = tuple(record["answers"]["text"])
     parts = [("Title", record["title"]), ("Background", record["context"]), ("Question", record["question"])]
     prompt = "".join(f"{name}: {text}\n\n" for name, text in parts) + "Answer:"
-    first = f"  {(*answers, 'unanswerable')[0]}"  # two blanks, as in the harness
+    first = f" {(*answers, 'unanswerable')[0]}"
     return GenerativeExample(prompt, answers, first, "squad", ("\n",), NEW_TOKENS, labels=labels)
 
 

@@ -28,7 +28,7 @@ class Case:
       ours: converts a record to the form of tensorflow-datasets, where the benchmark here reads this.
       answered: given the completion of the model, makes a record whose answer it hits or misses.
       few_shot: whether prompts with few-shot examples agree. The harness' of DROP have the names of fields as answers,
-        and those of lambada_standard two blanks before the last word.
+        those of lambada_standard two blanks before the last word, and its squadv2 fails with few-shot examples.
     """
 
     tasks: dict[str, str | None]

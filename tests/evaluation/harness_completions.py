@@ -135,6 +135,7 @@ COMPLETIONS = {
         shown(SQUAD, "context"),
         VALIDATION,
         answered=span,
+        few_shot=False,
     ),
     **{
         f"{wmt}_{source}_{target}": Case(

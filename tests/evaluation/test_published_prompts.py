@@ -70,13 +70,13 @@ EXPECTED = {
     "triviaqa": ("Question: Who ran??\nAnswer: Ann", ("Ann", "A."), "trivia_match", ("\n", ".", ",")),
     "nq_open": ("Q: who ran?\nA: Ann", ("Ann",), "open_match", ("\n", ".", ",")),
     "squad": (
-        "Title: Rome\n\nBackground: Ann ran.\n\nQuestion: Who?\n\nAnswer:  Ann",
+        "Title: Rome\n\nBackground: Ann ran.\n\nQuestion: Who?\n\nAnswer: Ann",
         ("Ann", "Ann ran"),
         "squad",
         ("\n",),
     ),
     "squad_v2": (
-        "Title: Rome\n\nBackground: Ann ran.\n\nQuestion: Who?\n\nAnswer:  unanswerable",
+        "Title: Rome\n\nBackground: Ann ran.\n\nQuestion: Who?\n\nAnswer: unanswerable",
         (),
         "squad",
         ("\n",),

@@ -187,6 +187,7 @@ CHOICES = {
         WORD,
         shown(LAMBADA, "text"),
         splits=("test", "validation"),
+        few_shot=False,
     ),
     "lm_eval_hellaswag": Case(
         {"hellaswag": None}, "Rowan/hellaswag", HELLASWAG, NORMALISED, shown(HELLASWAG, "activity_label"), VALIDATION

@@ -33,7 +33,7 @@ test-slow: $(VENV)/.installed-test ## run the slow tests: several devices and pr
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m slow
 
 interop: $(VENV)/.installed-test $(VENV)/.installed-interop ## compare with torch, transformers, trl, lm-eval and openai-harmony, installing them
-	$(BIN)/python -m pytest -n auto $$(grep -rlE --include='*.py' 'importorskip\("(torch|trl|lm_eval|openai_harmony)"' tests)
+	$(BIN)/python -m pytest -n auto --dist loadfile $$(grep -rlE --include='*.py' 'importorskip\("(torch|trl|lm_eval|openai_harmony)"' tests)
 
 clients: $(VENV)/.installed-test $(VENV)/.installed-clients ## use the server by clients of OpenAI's API, installing them
 	! command -v npm >/dev/null || npm install --silent --no-audit --no-fund --prefix build/node openai@6

@@ -1,7 +1,8 @@
 """Published benchmarks by name: their dataset and the conversion of its records to examples.
 
-Prompts follow Brown et al. 2020, Appendix G, or those stated in `gptjax/evaluation/published_prompts.py`. Few-shot
-examples come from the training split or, as in that paper, from the development split where there is no training split.
+Prompts follow Brown et al. 2020, Appendix G, or those stated in `gptjax/evaluation/published_prompts.py`; where the
+prompts of lm-evaluation-harness differ from the former, the benchmark `lm_eval_NAME` has them. Few-shot examples come
+from the training split or, as in that paper, from the development split where there is no training split.
 
 Datasets are those of tensorflow-datasets, or else of the Hugging Face Hub: MMLU, TruthfulQA and HumanEval, which the
 former does not have, nor CLUE's; TriviaQA and CNN/DailyMail, which it prepares with TensorFlow only; DROP, as it keeps
@@ -19,7 +20,7 @@ from gptjax.config import UserError, nearest
 from gptjax.data.records import read_records
 from gptjax.data.sources import open_tfds
 from gptjax.data.text_files import json_objects, read_lines
-from gptjax.evaluation import clue_prompts, published_prompts, tasks
+from gptjax.evaluation import clue_prompts, harness_prompts, published_prompts, tasks
 from gptjax.evaluation.detokenizers import DETOKENIZERS
 from gptjax.evaluation.few_shot import SEPARATOR, Examples
 from gptjax.evaluation.generative_examples import GenerativeExample
@@ -78,12 +79,18 @@ def _piqa(record: dict[str, Any]) -> list[TaskExample]:
 def _arc(record: dict[str, Any]) -> list[TaskExample]:
     # Labels are class indices of letters, and the letters of a question's choices need not begin with A.
     answer = list(record["choices"]["label"]).index(record["answerKey"])
-    return [tasks.choices(f"Question: {record['question']}\nAnswer:", record["choices"]["text"], answer)]
+    context, options = f"Question: {record['question']}\nAnswer:", record["choices"]["text"]
+    return [harness_prompts.after_blank(context, options, answer, by_answer_prompt=True)]
 
 
 def _openbookqa(record: dict[str, Any]) -> list[TaskExample]:
-    question = record["question"]
-    return [tasks.choices(question["stem"], [question[f"choice_{c}"] for c in "ABCD"], record["answerKey"])]
+    if "question_stem" in record:  # of the Hub
+        stem, options = record["question_stem"], record["choices"]["text"]
+        answer = list(record["choices"]["label"]).index(record["answerKey"].lstrip())
+    else:
+        stem, answer = record["question"]["stem"], record["answerKey"]
+        options = [record["question"][f"choice_{c}"] for c in "ABCD"]
+    return [harness_prompts.after_blank(stem, options, answer, by_answer_prompt=True)]
 
 
 def _race(record: dict[str, Any]) -> list[TaskExample]:
@@ -94,7 +101,12 @@ def _race(record: dict[str, Any]) -> list[TaskExample]:
 
 
 def _story_cloze(record: dict[str, Any]) -> list[TaskExample]:
-    return [tasks.choices(record["context"], record["endings"], record["label"] - 1)]  # counted from 1
+    if "sentence_quiz1" in record:  # of the Hub
+        context = " ".join(record[f"input_sentence_{n}"] for n in (1, 2, 3, 4))
+        endings, answer = [record["sentence_quiz1"], record["sentence_quiz2"]], record["answer_right_ending"]
+    else:
+        context, endings, answer = record["context"], record["endings"], record["label"]
+    return [harness_prompts.after_blank(context, endings, answer - 1, by_answer_prompt=True)]  # counted from 1
 
 
 def _bool_q(record: dict[str, Any]) -> list[TaskExample]:
@@ -127,6 +139,16 @@ BENCHMARKS = {
     "boolq": Benchmark("bool_q", "validation", "train", _bool_q),
     "winogrande": Benchmark("winogrande", "validation", "train_xl", _winogrande),
     "wsc273": Benchmark("wsc273", "test", None, _wsc273),
+    "lambada_openai": Benchmark("hf:EleutherAI/lambada_openai@default", "test", None, harness_prompts.lambada),
+    "lambada_standard": Benchmark("hf:cimec/lambada@", "test", "validation", harness_prompts.lambada),
+    "lm_eval_hellaswag": Benchmark("hf:Rowan/hellaswag@", "validation", "train", harness_prompts.hellaswag),
+    "lm_eval_piqa": Benchmark("hf:baber/piqa@", "validation", "train", harness_prompts.piqa),
+    "lm_eval_race": Benchmark("hf:EleutherAI/race@high", "test", None, harness_prompts.race),
+    "lm_eval_boolq": Benchmark("hf:aps/super_glue@boolq", "validation", "train", harness_prompts.bool_q),
+    "lm_eval_winogrande": Benchmark(
+        *("hf:allenai/winogrande@winogrande_xl", "validation", "train", harness_prompts.winogrande),
+    ),
+    "lm_eval_wsc273": Benchmark("hf:lighteval/winograd_wsc@wsc273", "test", None, harness_prompts.wsc273),
     "mmlu": Benchmark("hf:cais/mmlu@all", "test", "dev", published_prompts.mmlu, num_fewshot=5, sampled=False),
     **{f"anli_r{n}": Benchmark(f"anli/r{n}", "test", "train", published_prompts.anli) for n in (1, 2, 3)},
     "truthfulqa_mc1": Benchmark(_TRUTHFUL_QA, "validation", None, published_prompts.truthful_best),
@@ -197,7 +219,7 @@ def read_benchmark(name: str, num_fewshot: int, folder: Path | None = None) -> E
     if num_fewshot > 0 and benchmark.shots is not None:
         given = benchmark.shots
         shots = list(_read(name, given, folder)) if isinstance(given, str) else given()
-    return Examples(asked, shots, benchmark.separator, benchmark.sampled)
+    return Examples(asked, shots, benchmark.separator, benchmark.sampled, spare=benchmark.split != "test")
 
 
 def _read(name: str, split: str, folder: Path | None) -> Iterator[AnyExample]:

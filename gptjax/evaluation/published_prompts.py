@@ -219,7 +219,8 @@ def translation(source: str, target: str) -> Callable[[dict[str, Any]], list[Gen
     def convert(record: dict[str, Any]) -> list[GenerativeExample]:
         pair = record.get("translation", record)
         prompt = f"{_LANGUAGES[source]} phrase: {pair[source]}\n{_LANGUAGES[target]} phrase:"
-        return [GenerativeExample(prompt, (pair[target],), f" {pair[target]}", BLEU, ("\n",), NEW_TOKENS)]
+        shown = f"  {pair[target]}"  # two blanks, as in the harness
+        return [GenerativeExample(prompt, (pair[target],), shown, BLEU, ("\n",), NEW_TOKENS)]
 
     return convert
 

@@ -250,7 +250,7 @@ class ExampleTask:
                 "accuracy": [score.logprob for score in options],
                 "accuracy_per_token": [score.logprob / score.num_tokens for score in options],
                 "accuracy_per_character": [
-                    score.logprob / len(text.strip()) for score, (_, text) in zip(options, example.options, strict=True)
+                    _per_character(score, text) for score, (_, text) in zip(options, example.options, strict=True)
                 ],
             }
             if example.by_answer_prompt:
@@ -261,6 +261,12 @@ class ExampleTask:
         if "nats" in values:
             metrics["perplexity"] = exponential(mean(values["nats"]))
         return metrics
+
+
+def _per_character(score: ScoringResult, continuation: str) -> float:
+    """Returns the nats of an option per character, without the blank that joins it to its context."""
+    length = len(continuation.removeprefix(" "))
+    return score.logprob / length if length else -math.inf
 
 
 def true_probability(options: Sequence[ScoringResult], true: Sequence[bool]) -> float:

@@ -81,8 +81,8 @@ EXPECTED = {
         "squad",
         ("\n",),
     ),
-    "wmt16_de_en": ("German phrase: Ja.\nEnglish phrase: Yes.", ("Yes.",), "bleu", ("\n",)),
-    "wmt14_en_fr": ("English phrase: Yes.\nFrench phrase: Oui.", ("Oui.",), "bleu", ("\n",)),
+    "wmt16_de_en": ("German phrase: Ja.\nEnglish phrase:  Yes.", ("Yes.",), "bleu", ("\n",)),
+    "wmt14_en_fr": ("English phrase: Yes.\nFrench phrase:  Oui.", ("Oui.",), "bleu", ("\n",)),
     "cnn_dailymail": (
         "Summarize the following article:\n\nLong.\n\nSummary: Short .",
         ("Short .",),

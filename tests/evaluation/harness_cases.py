@@ -70,7 +70,7 @@ HELLASWAG = [
 PIQA = [
     {"goal": "To sort, ", "sol1": "laugh.", "sol2": "compare. ", "label": 1},
     {"goal": "How is Rome?", "sol1": "the answer is 7", "sol2": "no", "label": 0},
-    {"goal": "Open it", "sol1": " pull", "sol2": "push and  pull", "label": 1},
+    {"goal": "Open it", "sol1": " pull", "sol2": "push and  pull", "label": 0},
 ]
 ARC = [
     {
@@ -81,7 +81,7 @@ ARC = [
     {
         "question": "Is it?",
         "choices": {"text": ["yes", "no", "7", "Rome"], "label": ["1", "2", "3", "4"]},
-        "answerKey": "4",
+        "answerKey": "3",
     },
 ]
 OPENBOOKQA = [
@@ -93,7 +93,7 @@ OPENBOOKQA = [
     {
         "question_stem": "Rome ",
         "choices": {"text": ["no", "the answer", "7", "."], "label": [*"ABCD"]},
-        "answerKey": "A",
+        "answerKey": "C",
     },
 ]
 RACE = [
@@ -107,7 +107,7 @@ RACE = [
             ]
         ),
     },
-    {"article": "No.", "problems": str([{"question": "Is?", "answer": "B", "options": ["no", "7", "the", "Rome"]}])},
+    {"article": "No.", "problems": str([{"question": "Is?", "answer": "A", "options": ["no", "7", "the", "Rome"]}])},
 ]
 STORY_CLOZE = [
     {
@@ -140,7 +140,7 @@ WSC = [
         "pronoun": "Her",
         "pronoun_loc": 13,
         "options": ["Ann", "The Eve"],
-        "label": 1,
+        "label": 0,
     },
 ]
 MMLU = [

@@ -22,6 +22,7 @@ import string
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -83,9 +84,17 @@ class Seconds(NamedTuple):
 
 
 def policy_config(context: int, vocabulary: int) -> c.GPTConfig:
-    sizes = {"num_layers": LAYERS, "embed_dim": WIDTH, "num_heads": HEADS, "vocab_size": vocabulary}
-    no_dropout = dict.fromkeys(("embedding_dropout", "attention_dropout", "residual_dropout"), 0.0)
-    return c.GPTConfig(context_length=context, dtype="float32", **sizes, **no_dropout)
+    return c.GPTConfig(
+        vocab_size=vocabulary,
+        context_length=context,
+        num_layers=LAYERS,
+        embed_dim=WIDTH,
+        num_heads=HEADS,
+        embedding_dropout=0.0,
+        attention_dropout=0.0,
+        residual_dropout=0.0,
+        dtype="float32",
+    )
 
 
 # --- PPO --------------------------------------------------------------------------------------------------------------
@@ -147,7 +156,11 @@ def our_round(root: Path) -> Seconds:
         "generate_batch": PROMPTS.value,
         "inner_epochs": INNER_EPOCHS.value,
     }
-    changes = {"rl": rl, "batch": {"epochs": 1.0 + ITERATIONS}, "evaluation": {"metric": "reward"}}
+    changes: dict[str, dict[str, Any]] = {
+        "rl": rl,
+        "batch": {"epochs": 1.0 + ITERATIONS},
+        "evaluation": {"metric": "reward"},
+    }
     config = c.replace(config, changes)
     ends: list[Seconds] = []
     tokens: list[float] = []
@@ -175,7 +188,7 @@ def trl_round(text: list[str]) -> Callable[[], Seconds]:
     gpt2 = transformers.GPT2Config(**sizes, **dropouts, **tokens, num_labels=1)
     prompts_PT = [[256, *prompt.encode(), 257] for prompt in text]
 
-    class Clock(transformers.TrainerCallback):
+    class Clock(transformers.TrainerCallback):  # type: ignore[name-defined]
         def __init__(self) -> None:
             self.ends: list[Seconds] = []
 
@@ -252,7 +265,7 @@ def batching_sides() -> dict[str, Callable[[], Seconds]]:
 
     for batching in ("continuous", "static"):  # compiles
         sample(batching)
-    return {name: lambda name=name: sample(name) for name in ("continuous", "static")}
+    return {name: partial(sample, name) for name in ("continuous", "static")}
 
 
 if __name__ == "__main__":

@@ -80,8 +80,8 @@ class Completions:
         """
         if (cap := config.rl.importance_sampling_cap) is None:
             return np.ones_like(self.mask_NT, np.float32)
-        logprobs = (jnp.asarray(self.arrays[name]) for name in ("old_logprobs", "sampler_logprobs"))
-        weights_NT = policy_gradient.truncated_importance_weights(*logprobs, cap)
+        old_NT, sampler_NT = (jnp.asarray(self.arrays[name]) for name in ("old_logprobs", "sampler_logprobs"))
+        weights_NT = policy_gradient.truncated_importance_weights(old_NT, sampler_NT, cap)
         return np.where(self.mask_NT, np.asarray(weights_NT), np.float32(1))
 
     def summary(self) -> dict[str, float]:

@@ -53,13 +53,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 
 def sweep() -> list[grid.Overrides]:
-    """All variants at the size of `make demo`. Seeds come first: later ones find the programs of the first compiled."""
-    return EVOLUTION["members"](FILE, "variant", VARIANTS, "demo")
-
-
-def sweep_cpu() -> list[grid.Overrides]:
-    """The same at the scale of experiments/evolution for CPUs."""
+    """All variants at the scale cpu. Seeds come first: later ones find the programs of the first compiled."""
     return EVOLUTION["members"](FILE, "variant", VARIANTS, "cpu")
+
+
+def sweep_demo() -> list[grid.Overrides]:
+    """The same at the size of `make demo`."""
+    return EVOLUTION["members"](FILE, "variant", VARIANTS, "demo")
 
 
 def sweep_tpu_v5e_4() -> list[grid.Overrides]:

@@ -12,7 +12,7 @@ import pytest
 from gptjax import config as c
 from gptjax.config import UserError
 from gptjax.data.tokenizers import BytesTokenizer
-from gptjax.inference.batch_programs import decode_rows, read_chunk
+from gptjax.inference.batch_programs import decode_rows, read_chunks
 from gptjax.inference.engine import Completion
 from gptjax.models.gpt import GPT, init_params
 from gptjax.parallel.mesh import make_mesh
@@ -73,9 +73,9 @@ def test_an_iteration_that_is_sampled_again_is_the_same_bit_for_bit(continuous):
 
 
 def test_new_weights_compile_nothing(continuous):
-    compiled = [program._cache_size() for program in (decode_rows, read_chunk)]
+    compiled = [program._cache_size() for program in (decode_rows, read_chunks)]
     completed(generator("continuous"), params_of(2))
-    assert [program._cache_size() for program in (decode_rows, read_chunk)] == compiled
+    assert [program._cache_size() for program in (decode_rows, read_chunks)] == compiled
 
 
 def test_rows_that_are_sharded_are_refused():

@@ -182,27 +182,30 @@ def import_torch() -> tuple[Any, Any]:
     return torch, transformers
 
 
+def gpt2_config(model: GPTConfig, **settings: Any) -> Any:
+    """transformers' GPT2Config of the sizes of a GPT-2, without dropout."""
+    _, transformers = import_torch()
+    return transformers.GPT2Config(
+        vocab_size=model.vocab_size,
+        n_positions=model.context_length,
+        n_embd=model.embed_dim,
+        n_layer=model.num_layers,
+        n_head=model.num_heads,
+        activation_function="gelu_new",
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        layer_norm_epsilon=1e-5,
+        bos_token_id=None,
+        **settings,
+    )
+
+
 def make_torch_model(model: GPTConfig, init_std: float) -> Any:
     """A GPT2LMHeadModel with weights of transformers' random initialisation, and no dropout."""
     torch, transformers = import_torch()
     torch.manual_seed(0)
-    gpt2 = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            vocab_size=model.vocab_size,
-            n_positions=model.context_length,
-            n_embd=model.embed_dim,
-            n_layer=model.num_layers,
-            n_head=model.num_heads,
-            activation_function="gelu_new",
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            layer_norm_epsilon=1e-5,
-            initializer_range=init_std,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    )
+    gpt2 = transformers.GPT2LMHeadModel(gpt2_config(model, initializer_range=init_std, eos_token_id=None))
     with torch.no_grad():  # biases are 0 and norms 1 at first: noise reveals a misplaced one
         for parameter in gpt2.parameters():
             if parameter.ndim == 1:

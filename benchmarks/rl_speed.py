@@ -32,7 +32,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from benchmarks.loss_parity import import_torch
+from benchmarks.loss_parity import gpt2_config, import_torch
 from benchmarks.measuring import measured_on, ratio, write_json
 from gptjax import cli
 from gptjax import config as c
@@ -181,11 +181,8 @@ def trl_round(text: list[str]) -> Callable[[], Seconds]:
         from trl.experimental.ppo import PPOConfig, PPOTrainer
     except ImportError:
         raise UserError("PPO of TRL is not installed: pip install trl==1.10.0") from None
-    context = PROMPT_TOKENS + RESPONSE_TOKENS.value
-    sizes = {"n_layer": LAYERS, "n_embd": WIDTH, "n_head": HEADS, "n_positions": context, "vocab_size": VOCABULARY}
-    dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    tokens = {"pad_token_id": VOCABULARY - 1, "eos_token_id": VOCABULARY - 2, "bos_token_id": None}
-    gpt2 = transformers.GPT2Config(**sizes, **dropouts, **tokens, num_labels=1)
+    model = policy_config(PROMPT_TOKENS + RESPONSE_TOKENS.value, VOCABULARY)
+    gpt2 = gpt2_config(model, pad_token_id=VOCABULARY - 1, eos_token_id=VOCABULARY - 2, num_labels=1)
     prompts_PT = [[256, *prompt.encode(), 257] for prompt in text]
 
     class Clock(transformers.TrainerCallback):  # type: ignore[name-defined]

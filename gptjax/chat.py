@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from gptjax import cli, files
-from gptjax.config import Config, DataConfig, UserError, read_config
+from gptjax.config import UserError, read_config
 from gptjax.data import text_files
 from gptjax.files import expand
 from gptjax.inference import retrieval
@@ -39,7 +39,6 @@ from gptjax.parallel import program_cache
 
 if TYPE_CHECKING:
     from gptjax.data.conversations import RequestOptions
-    from gptjax.data.images.image_files import ImageFiles
     from gptjax.inference.chatting import ChatSession
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of a chat stage, such as sft.")
@@ -124,6 +123,7 @@ def main() -> None:
 
 def open_session() -> "ChatSession":
     """Creates the chat session from the flags."""
+    from gptjax.data.images.image_files import ImageFiles
     from gptjax.data.templates import chat_format  # after the checks: these take seconds to import
     from gptjax.inference.chatting import ChatSession
     from gptjax.inference.engine import Engine
@@ -158,17 +158,9 @@ def open_session() -> "ChatSession":
         seed=SEED.value,
         documents=documents,
         options=options,
-        images=image_files(trained.config),
+        images=ImageFiles.of_prompts(trained.config) if trained.config.model.reads_images else None,
         analysis="dim" if ANALYSIS.value == "show" and sys.stdout.isatty() else ANALYSIS.value,
     )
-
-
-def image_files(config: Config) -> "ImageFiles | None":
-    """Reads the images and videos of messages as the model does; None: it reads text alone."""
-    from gptjax.data.images.image_files import ImageFiles
-
-    data = DataConfig(video_frames=config.data.video_frames, video_timestamps=config.data.video_timestamps)
-    return ImageFiles(config.model.vision, data) if config.model.reads_images else None
 
 
 def read_options() -> "RequestOptions | None":

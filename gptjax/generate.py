@@ -293,7 +293,7 @@ def complete(
             repeated,
             max_new_tokens,
             sampling,
-            first_seed=SEED.value,
+            seeds=SEED.value,
             stop=STOP.value,
             end_tokens=ends,
             ignore_end_of_text=IGNORE_END_OF_TEXT.value,

@@ -16,7 +16,7 @@ from gptjax.data.conversations import Message, RequestOptions
 from gptjax.data.harmony import HarmonyFormat, final_text
 from gptjax.data.images.image_files import ImageFiles
 from gptjax.data.images.image_references import IMAGE, WHOLE_VIDEO, ImageReference
-from gptjax.data.templates import ChatFormat, TooLongError
+from gptjax.data.templates import ChatFormat, EncodedConversation, TooLongError
 from gptjax.data.text_files import Utf8, opened_text
 from gptjax.files import followed, write_whole
 from gptjax.inference import harmony_chat
@@ -181,10 +181,7 @@ class ChatSession:
         last = max(i for i, message in enumerate(asked) if message.role == "user")
         sources = self._passages(asked[last], room)
         question = dataclasses.replace(asked[last], content=with_passages(asked[last].content, sources))
-        turns = self._all([*asked[:last], question, *asked[last + 1 :]])
-        if self._images is not None:
-            turns = [self._images.divided(turn) for turn in turns]
-        encoded = self._format.encode_prompt_with_images(turns, room)
+        encoded = self._encoded([*asked[:last], question, *asked[last + 1 :]], room)
         prompt = encoded.tokens
         if isinstance(self._format, HarmonyFormat):
             written = harmony_chat.generate(
@@ -213,6 +210,13 @@ class ChatSession:
         self.sources = sources
         return written
 
+    def _encoded(self, turns: list[Message], room: int) -> EncodedConversation:
+        """Encodes turns and the system message as a prompt of at most `room` tokens, with the frames of videos."""
+        messages = self._all(turns)
+        if self._images is not None:
+            messages = [self._images.divided(message) for message in messages]
+        return self._format.encode_prompt_with_images(messages, room)
+
     def _read(self, images: tuple[ImageReference, ...]) -> list[npt.NDArray[np.uint8]]:
         assert self._images is not None, "attach refuses images that the model does not read"
         return self._images.read_all(images)
@@ -223,7 +227,7 @@ class ChatSession:
         for passage in [] if self._documents is None else self._documents.find(question.content):
             try:
                 message = dataclasses.replace(question, content=with_passages(question.content, [*kept, passage]))
-                self._format.encode_prompt(self._all([message]), room)
+                self._encoded([message], room)
             except TooLongError:
                 continue
             kept.append(passage)

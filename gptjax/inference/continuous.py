@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from gptjax.inference.batching import BatchedEngine
-from gptjax.inference.engine import Completion, FinishReason, Images
+from gptjax.inference.engine import Completion, FinishReason, Images, prompt_seeds
 from gptjax.inference.requests import GenerationRequest, SampledToken
 from gptjax.inference.sampling import Sampling
 from gptjax.inference.text_stream import TextStream
@@ -33,8 +33,7 @@ def complete_prompts(
     max_new_tokens: int,
     sampling: Sampling,
     *,
-    first_seed: int = 0,
-    seeds: Sequence[int] | None = None,
+    seeds: int | Sequence[int] = 0,
     stop: Sequence[str] = (),
     end_tokens: Sequence[int] = (),
     ignore_end_of_text: bool = False,
@@ -43,12 +42,8 @@ def complete_prompts(
 ) -> Iterator[Completion]:
     """Yields the completions in the order of the prompts; the arguments are those of `Engine.generate`.
 
-    Args:
-      first_seed: sampling seed of the first prompt; the others have the following ones.
-      seeds: the sampling seed of each prompt, in the place of `first_seed`.
-
     Raises:
-      UserError: as `BatchedEngine.insert`, before anything runs.
+      UserError: as `BatchedEngine.insert`, or the numbers of seeds and prompts differ; before anything runs.
     """
     ends = tuple(dict.fromkeys([*end_tokens, *(() if ignore_end_of_text else engine.tokenizer.ends)]))
     requests = [
@@ -56,11 +51,11 @@ def complete_prompts(
             tuple(map(int, prompt)),
             max_new_tokens,
             sampling,
-            first_seed + i if seeds is None else seeds[i],
+            seed,
             end_tokens=ends,
             images=() if images is None else tuple(images[i]),
         )
-        for i, prompt in enumerate(prompts)
+        for i, (prompt, seed) in enumerate(zip(prompts, prompt_seeds(seeds, len(prompts)), strict=True))
     ]
     for request in requests:
         engine.check(request)

@@ -150,9 +150,7 @@ class Engine:
             empty and the tokenizer has no end-of-text; a token is outside of the model's vocabulary; or as in `stream`.
         """
         ids = [self.ids(prompt) for prompt in prompts]
-        seeds = [int(seeds) + i for i in range(len(ids))] if isinstance(seeds, int | np.integer) else seeds
-        if len(seeds) != len(ids):
-            raise UserError(f"{len(seeds)} seeds for {len(ids)} prompts: give one for each, or the first")
+        seeds = prompt_seeds(seeds, len(ids))
         reasons: dict[int, FinishReason] = {int(token): "end_of_turn" for token in end_tokens}
         if outside := [token for token in reasons if not 0 <= token < self.vocab_size]:
             raise UserError(f"the end token {outside[0]} is outside of the model's vocabulary of {self.vocab_size}")
@@ -369,6 +367,14 @@ def bucket(positions: int) -> int:
 def power_of_two(number: int) -> int:
     """Returns the smallest power of two >= number."""
     return 1 << (number - 1).bit_length()
+
+
+def prompt_seeds(seeds: int | Sequence[int], prompts: int) -> Sequence[int]:
+    """The sampling seed of each prompt, consecutive ones from an int; UserError if their number is another."""
+    seeds = [int(seeds) + i for i in range(prompts)] if isinstance(seeds, int | np.integer) else seeds
+    if len(seeds) != prompts:
+        raise UserError(f"{len(seeds)} seeds for {prompts} prompts: give one for each, or the first")
+    return seeds
 
 
 def check_images(config: GPTConfig, tokens: npt.ArrayLike, images: int) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from gptjax.config import Config, DataConfig
+from gptjax.config import Config
 from gptjax.data.conversations import Message
 from gptjax.data.images.image_files import ImageFiles
 from gptjax.data.images.image_references import IMAGE, ImageReference
@@ -27,9 +27,7 @@ class ImagePrompts:
 
     def __init__(self, config: Config, tokenizer: Tokenizer, frames: int | None = None) -> None:
         self._vision, self._tokenizer = config.model.vision, tokenizer
-        count = config.data.video_frames if frames is None else frames
-        data = DataConfig(video_frames=count, video_timestamps=config.data.video_timestamps)
-        self._files = ImageFiles(self._vision, data)
+        self._files = ImageFiles.of_prompts(config, frames)
         chats = registry.definition(config).chats
         self._format = chat_format(config.chat, tokenizer, self._vision) if chats else None
         self.end_tokens: tuple[int, ...] = () if self._format is None else self._format.end_tokens

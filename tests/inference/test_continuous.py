@@ -27,7 +27,7 @@ def test_completions_are_those_of_whole_batches(engine_of, batched, prompts):
     stop = [plain[4].text[4:7], "zz"]
     expected = engine.generate(repeated, NEW, sampling, seeds=3, stop=stop)
     assert {completion.finish_reason for completion in expected} >= {"stop", "length"}
-    found = list(complete_prompts(batched, repeated, NEW, sampling, first_seed=3, stop=stop))
+    found = list(complete_prompts(batched, repeated, NEW, sampling, seeds=3, stop=stop))
     for one, other in zip(found, expected, strict=True):
         assert (one.text, one.finish_reason, one.end) == (other.text, other.finish_reason, other.end)
         assert one.tokens.tolist() == other.tokens.tolist()
@@ -50,7 +50,7 @@ def test_the_log_probability_of_an_end_token(engine_of, batched, prompts):
     place = plain[0].tokens.tolist().index(end)
     both = (
         engine.generate(prompts, NEW, sampling, seeds=3, end_tokens=[end]),
-        list(complete_prompts(batched, prompts, NEW, sampling, first_seed=3, end_tokens=[end])),
+        list(complete_prompts(batched, prompts, NEW, sampling, seeds=3, end_tokens=[end])),
     )
     for found in both:
         assert (found[0].end, len(found[0].logprobs)) == (end, place)

@@ -154,10 +154,10 @@ def test_ngrams_are_accepted_where_a_text_repeats(tokenizer):
 
 def test_a_stop_string_among_accepted_tokens(tokenizer):
     """It ends the completion, and evicts a request in whose rows there are further tokens."""
-    plain = list(complete_prompts(batched(tokenizer, **ROOM), [PROMPT, PROMPT[:5]], 18, Sampling(1.0), first_seed=3))
+    plain = list(complete_prompts(batched(tokenizer, **ROOM), [PROMPT, PROMPT[:5]], 18, Sampling(1.0), seeds=3))
     stop = [plain[0].text[9:11], "zz"]
     expected = list(
-        complete_prompts(batched(tokenizer, **ROOM), [PROMPT, PROMPT[:5]], 18, Sampling(1.0), first_seed=3, stop=stop)
+        complete_prompts(batched(tokenizer, **ROOM), [PROMPT, PROMPT[:5]], 18, Sampling(1.0), seeds=3, stop=stop)
     )
     assert expected[0].finish_reason == "stop"
     known = {
@@ -165,7 +165,7 @@ def test_a_stop_string_among_accepted_tokens(tokenizer):
         for i, (prompt, one) in enumerate(zip((PROMPT, PROMPT[:5]), plain, strict=True))
     }
     engine = batched(tokenizer, proposer=Guessing(known), **ROOM)
-    found = list(complete_prompts(engine, [PROMPT, PROMPT[:5]], 18, Sampling(1.0), first_seed=3, stop=stop))
+    found = list(complete_prompts(engine, [PROMPT, PROMPT[:5]], 18, Sampling(1.0), seeds=3, stop=stop))
     assert engine.stats.tokens_accepted > 0
     assert engine.stats.pages_in_use == 0
     for one, other in zip(found, expected, strict=True):

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from absl import logging
 
-from gptjax.config import DataConfig, UserError, VisionConfig
+from gptjax.config import Config, DataConfig, UserError, VisionConfig
 from gptjax.data.conversation_forms import Message
 from gptjax.data.images import dataset_images, digits, tar_shards, videos
 from gptjax.data.images.image_references import ImageReference
@@ -45,6 +45,17 @@ class ImageFiles:
         self.vision, self._data, self.skipped = vision, data, 0
         self._lock = threading.Lock()
         self._cached_video = functools.lru_cache(maxsize=4)(self._read_video)  # its frames are read one after another
+
+    @classmethod
+    def of_prompts(cls, config: Config, frames: int | None = None) -> "ImageFiles":
+        """The images and videos that a user gives to a trained model, of whose run the settings of videos apply.
+
+        Args:
+          frames: number of frames of a video; None: data.video_frames.
+        """
+        count = config.data.video_frames if frames is None else frames
+        data = DataConfig(video_frames=count, video_timestamps=config.data.video_timestamps)
+        return cls(config.model.vision, data)
 
     def check(self, images: list[ImageReference]) -> None:
         """Raises UserError if an image is remote and may not be, or a file does not exist; decodes none."""
